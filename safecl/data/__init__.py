@@ -1,0 +1,1 @@
+"""Formats, chat templates and masks, packing, and the order of examples."""

@@ -1,0 +1,1 @@
+"""The DeepSpeed side: flat shards, the shard optimizer, the wrapped model, the training loop."""

@@ -1,0 +1,1 @@
+"""Safety scorers, utility metrics, intervals and the gate."""
