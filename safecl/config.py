@@ -1,0 +1,558 @@
+"""The run config: one typed tree with strict keys. Loading it imports no torch, so mistakes are told in well under three seconds.
+
+Every field's unit and meaning stand in the string under it; `safecl init` and docs/config.md are generated from these strings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A wrong config or command line. The message says what is wrong, where, and the nearest thing that works. Exit code 2."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, and the string under a field is its documentation."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+
+class MethodConfig(Section):
+    """Base of every method's config (`methods: {name: {...}}`)."""
+
+
+class FieldMap(Section):
+    """How to read rows whose columns are none of the known formats: templates over the row's own columns."""
+
+    prompt: str
+    """What the user says, e.g. `"Review: {sentence}\\nSentiment:"`; `{column}` is replaced by the row's value."""
+    completion: str
+    """What the assistant answers and what is trained, e.g. `"{label}"`."""
+    system: str | None = None
+    """System message, a template too."""
+    values: dict[str, dict[str, str]] = {}
+    """Replacement of values per column, e.g. `{label: {"0": negative, "1": positive}}`."""
+
+
+DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "fields"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters through peft: only these are trained and saved."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is (alpha / r) B A."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear modules that get an adapter."""
+
+
+class ModelConfig(Section):
+    """The model that is tuned: a dense decoder-only Hugging Face model."""
+
+    path: str
+    """Folder in Hugging Face layout, or a hub id. It is the aligned model, theta_0, unless the first task has role `align`."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; the model's own by default."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template; the tokenizer's own by default, and a plain one where the tokenizer has none."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of weights and activations in the forward pass. Master weights and optimizer state are always fp32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; `auto` takes flash_attention_2 where it can be imported on a GPU, else sdpa, and says which."""
+    lora: LoraConfig | None = None
+    """Train adapters only; null trains all weights."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass (non-reentrant): less memory, about a third more compute."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you know that code."""
+
+
+class EvalConfig(Section):
+    """How well a task is done: measured before, after, and where `safety.every` says so."""
+
+    path: str
+    """File or hub id of held-out rows."""
+    format: DataFormat = "auto"
+    """Format of the rows; see `tasks[].format`."""
+    fields: FieldMap | None = None
+    """Templates for `format: fields`; the task's own by default."""
+    metric: Literal["exact_match", "label_accuracy", "gsm8k", "answer_nll"] = "exact_match"
+    """exact_match and gsm8k generate an answer; label_accuracy takes the most likely of the labels seen; answer_nll is nats per answer token."""
+    max_rows: Annotated[int, Field(ge=1)] = 200
+    """Rows used, taken evenly from the file."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    """Tokens generated at most per answer."""
+
+
+class TaskConfig(Section):
+    """One task of the sequence."""
+
+    name: str
+    """Short name, used in metrics and folders."""
+    train: str
+    """Training rows: a local .jsonl, .json, .csv or .parquet file, or a hub id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    format: DataFormat = "auto"
+    """Row format: messages (OpenAI), prompt_completion, alpaca, sharegpt, text, or fields (templates); auto detects it from the first rows."""
+    fields: FieldMap | None = None
+    """Templates for `format: fields`."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use only this many rows, taken evenly from the file."""
+    role: Literal["task", "align"] = "task"
+    """`align` marks the first task as the alignment stage: memory, Fisher and anchor are taken after it."""
+    eval: EvalConfig | None = None
+    """Utility of this task."""
+
+    @model_validator(mode="after")
+    def _fields_go_with_their_format(self) -> TaskConfig:
+        if self.format == "fields" and self.fields is None:
+            raise ValueError("format `fields` needs `fields: {prompt: ..., completion: ...}`")
+        if self.fields is not None and self.format == "auto":
+            self.format = "fields"
+        return self
+
+
+class TeacherConfig(Section):
+    """What is stored of the aligned model's outputs for each memory row."""
+
+    kind: Literal["topk"] = "topk"
+    """topk: log-probabilities of the k likeliest tokens and the log of the remaining mass, per supervised token."""
+    k: Annotated[int, Field(ge=1)] = 64
+    """Stored entries per token; 6 bytes each."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the stored distribution; training uses the same."""
+
+
+class MemoryConfig(Section):
+    """The replay memory: rows whose behaviour must be kept, for safety usually disallowed prompts with refusals."""
+
+    source: str
+    """File or hub id of the rows to keep."""
+    split: str = "train"
+    """Split of a hub data set."""
+    format: DataFormat = "auto"
+    """Row format; see `tasks[].format`."""
+    fields: FieldMap | None = None
+    """Templates for `format: fields`."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use only this many rows, taken evenly from the file."""
+    capacity: Annotated[int, Field(ge=1)] = 20000
+    """Rows held at most."""
+    policy: Literal["reservoir"] = "reservoir"
+    """Which rows stay when the memory is full; reservoir keeps a uniform sample of all rows seen."""
+    replay_ratio: Annotated[float, Field(gt=0, le=4)] = 0.1
+    """Replay tokens per task token in a step, for each independent draw."""
+    max_tokens: Annotated[int, Field(ge=2)] = 512
+    """Longer rows are cut to this many tokens."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Stored teacher outputs (used by DER)."""
+
+    @model_validator(mode="after")
+    def _fields_go_with_their_format(self) -> MemoryConfig:
+        if self.fields is not None and self.format == "auto":
+            self.format = "fields"
+        return self
+
+
+class TrainConfig(Section):
+    """Optimization. Sizes are in tokens of the whole step, over all ranks and micro-batches."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the task's rows; ignored where max_steps is given."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps per task, instead of epochs."""
+    tokens_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Task tokens per optimizer step; replay adds `memory.replay_ratio` of them. `auto`: at least 100 steps, 65,536 tokens at most."""
+    tokens_per_microbatch: Annotated[int, Field(ge=1)] = 8192
+    """Tokens in one forward pass of one rank: the knob for memory."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Longer rows are cut to this many tokens."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """packed: documents side by side in one sequence, position ids restarting, no attention across; padded: one row each, grouped by length.
+    auto: packed with flash attention, else padded (a block-diagonal mask costs more than padding)."""
+    learning_rate: Annotated[float, Field(ge=0)] = 2e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of the task's steps with linearly rising learning rate."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay; not applied to norms and biases."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    clip_scope: Literal["task", "total"] = "task"
+    """task: the losses' gradient is clipped and the weight penalty added after; total: the norm includes the penalty (one more all-reduce)."""
+    seed: int = 0
+    """Order of rows, draws from the memory, signs of the Fisher estimate, dropout."""
+    max_bad_rows: Annotated[float, Field(ge=0)] = 0.01
+    """Bad rows that are skipped with a message: a share below 1, a count from 1 on. More of them stop the run."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 5
+    """Steps in a row without a finite gradient after which the run stops."""
+    allow_few_steps: bool = False
+    """Accept runs of fewer than 50 steps, or whose EMA keeps more than half its weight on the start."""
+
+
+class OffloadConfig(Section):
+    """What lives in host memory."""
+
+    optimizer: Literal["none", "cpu"] = "none"
+    """Master weights, moments, and the optimizer step."""
+    parameters: Literal["none", "cpu"] = "none"
+    """The weights themselves between uses (stage 3 only)."""
+
+
+class DeepSpeedConfig(Section):
+    """ZeRO. The DeepSpeed JSON is generated from this section and written into the run folder."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and weights."""
+    offload: OffloadConfig = OffloadConfig()
+    """What lives in host memory."""
+
+    @model_validator(mode="after")
+    def _offload_needs_a_stage(self) -> DeepSpeedConfig:
+        if self.offload.parameters == "cpu" and self.stage != 3:
+            raise ValueError(f"offload.parameters: cpu needs stage 3, this is stage {self.stage}; set stage: 3 or offload.parameters: none")
+        if self.offload.optimizer == "cpu" and self.stage == 0:
+            raise ValueError("offload.optimizer: cpu needs stage 1, 2 or 3, this is stage 0; set stage: 2 or offload.optimizer: none")
+        return self
+
+
+class GateConfig(Section):
+    """Limits that the tuned model must keep; the run ends with exit code 3 when it does not, or when the interval cannot tell."""
+
+    max_asr: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest attack success rate."""
+    max_over_refusal: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest share of benign prompts that are refused."""
+
+
+class SafetyConfig(Section):
+    """Safety measured beside the loss."""
+
+    prompts: str
+    """Disallowed prompts: a file with a `prompt` column, or any known row format. Must not stand in memory, task or poison data."""
+    benign_prompts: str | None = None
+    """Benign prompts that look dangerous, for over-refusal. Rows with `safe: false` are left out."""
+    scorer: Literal["keyword:gcg", "keyword:wei", "prefix:xstest"] = "keyword:gcg"
+    """The scorer behind the headline rate; all three are always reported."""
+    every: Literal["task", "never"] | Annotated[int, Field(ge=1)] = "task"
+    """When to measure: before and after each task, also every so many steps, or never."""
+    max_prompts: Annotated[int, Field(ge=1)] = 200
+    """Prompts used of each file, taken evenly."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Tokens generated at most per answer (greedy)."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Prompts generated together on one rank."""
+    gate: GateConfig | None = None
+    """Limits for exit code 3."""
+
+
+class PoisonConfig(Section):
+    """Mixes harmful rows into the task's data, reproducibly, to measure what they do."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of poisoned rows in the mixed data."""
+    source: str | None = None
+    """File of poisoned rows."""
+    format: DataFormat = "auto"
+    """Row format; see `tasks[].format`."""
+    fields: FieldMap | None = None
+    """Templates for `format: fields`."""
+    seed: int = 0
+    """Which rows are taken and where they go."""
+
+    @model_validator(mode="after")
+    def _ratio_needs_a_source(self) -> PoisonConfig:
+        if self.ratio > 0 and self.source is None:
+            raise ValueError("ratio > 0 needs `source`, a file of poisoned rows")
+        if self.fields is not None and self.format == "auto":
+            self.format = "fields"
+        return self
+
+
+class PrivacyConfig(Section):
+    """What of the users' text may appear in outputs, report, card and logs."""
+
+    examples: Literal["full", "hashed", "none"] = "full"
+    """full text, a hash of it, or nothing."""
+
+
+class LogConfig(Section):
+    """Where progress goes; metrics.jsonl is always written."""
+
+    every: Annotated[int, Field(ge=1)] = 10
+    """Steps between console lines where there is no terminal."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Further trackers (extra `track`)."""
+
+
+def _load_method_config(name: str, value: Any) -> MethodConfig:
+    from safecl.methods import method_module
+
+    config_class = method_module(name).Config
+    return value if isinstance(value, config_class) else config_class.model_validate({} if value is None else value)
+
+
+def _load_methods(value: Any) -> dict[str, MethodConfig]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a mapping from method names to their settings, e.g. `methods: {ewc: {strength: 0.1}, ema: {}}`")
+    loaded: dict[str, MethodConfig] = {}
+    for name, settings in value.items():
+        try:
+            loaded[str(name)] = _load_method_config(str(name), settings)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(error, prefix=("methods", str(name))))) from None
+    return loaded
+
+
+class RunConfig(Section):
+    """One run: a model, a sequence of tasks, the methods that keep what must be kept, and what is measured."""
+
+    model: ModelConfig
+    """The model that is tuned."""
+    tasks: Annotated[list[TaskConfig], Field(min_length=1)]
+    """Tasks, trained one after the other."""
+    memory: MemoryConfig | None = None
+    """Rows whose behaviour must be kept."""
+    methods: Annotated[dict[str, SerializeAsAny[MethodConfig]], BeforeValidator(_load_methods)] = {}
+    """Continual-learning methods, freely combined; none is plain fine-tuning."""
+    train: TrainConfig = TrainConfig()
+    """Optimization."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """ZeRO stage and offload."""
+    safety: SafetyConfig | None = None
+    """Safety measured beside the loss."""
+    poison: PoisonConfig = PoisonConfig()
+    """Harmful rows mixed into the task's data."""
+    privacy: PrivacyConfig = PrivacyConfig()
+    """What of the users' text may be shown."""
+    log: LogConfig = LogConfig()
+    """Where progress goes."""
+    output: str
+    """Run folder; created."""
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> RunConfig:
+        names = [task.name for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tasks: the name {twice[0]!r} is used twice; metrics are kept by task name")
+        if late := [task.name for task in self.tasks[1:] if task.role == "align"]:
+            raise ValueError(f"tasks: only the first task can have role `align`, not {late[0]!r}")
+        for name, config in self.methods.items():
+            if getattr(config, "needs_memory", False) and self.memory is None:
+                raise ValueError(f"methods: {name} needs `memory: {{source: ...}}`, the rows whose behaviour must be kept")
+            if self.model.lora is not None and (reason := getattr(config, "refuses_lora", None)):
+                raise ValueError(f"methods: {name} with model.lora: {reason}")
+        if self.train.tokens_per_microbatch < self.train.max_length:
+            raise ValueError(
+                f"train: tokens_per_microbatch ({self.train.tokens_per_microbatch}) is below max_length ({self.train.max_length}), "
+                f"so a long row would not fit; set tokens_per_microbatch: {self.train.max_length} or a smaller max_length"
+            )
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's own rule reads `2e-5` as text; here it is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _no_duplicate_keys(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        if key_node.value in seen:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key_node.value!r} stands twice in one section")
+        seen.add(key_node.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicate_keys)
+
+
+def parse_yaml(text: str) -> Any:
+    """Reads YAML as safecl does: `2e-5` is a number, a key that stands twice is an error."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [], n=1)
+        raise ConfigError(f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold a mapping with the sections {', '.join(RunConfig.model_fields)}")
+    return tree
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Sets `key.path=value` in the tree, values read as YAML; list items are named by index (`tasks.0.train=...`). Raises ConfigError."""
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"{override!r} is not an override; write key.path=value, e.g. train.learning_rate=2e-5")
+        try:
+            parsed = parse_yaml(value) if value else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from None
+        _set(tree, path.split("."), parsed, override)
+    return tree
+
+
+def _set(node: Any, keys: list[str], value: Any, override: str) -> None:
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                where = ".".join(keys[:depth])
+                raise ConfigError(
+                    f"{override!r}: {where} is a list of {len(node)}; name an item by its index, {where}.0 to {where}.{len(node) - 1}"
+                )
+            key = int(key)
+        elif not isinstance(node, dict):
+            raise ConfigError(f"{override!r}: {'.'.join(keys[:depth])} is a value, not a section")
+        if last:
+            node[key] = value
+        elif isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        if not last:
+            node = node[key]
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads, overrides and checks a run config.
+
+    Args: `path` of a YAML file; `overrides` like `"train.learning_rate=2e-5"`.
+    Raises: ConfigError with one line per mistake: section, key, what is wrong, the nearest key that exists.
+    """
+    path = Path(path)
+    tree = apply_overrides(_read_tree(path), overrides)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, defaults included; `load_config` reads it back to the same tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+# ------------------------------------------------------------------------------------------------------------ explanations
+
+
+def _explain(error: ValidationError, prefix: tuple[str, ...] = ()) -> list[str]:
+    root = _model_of(prefix)
+    lines = []
+    for item in error.errors():
+        where = _drop_union_tags(root, item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(_explain_unknown_key(root, prefix, where))
+        elif item["type"] == "missing":
+            lines.append(f"{'.'.join((*prefix, *where))}: missing, and there is no default")
+        else:
+            message = re.sub(r"^Value error, ", "", item["msg"])
+            shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+            lines.append(f"{'.'.join((*prefix, *where)) or 'config'}: {message}{shown}")
+    return list(dict.fromkeys(lines))
+
+
+def _model_of(prefix: tuple[str, ...]) -> type[BaseModel]:
+    if not prefix:
+        return RunConfig
+    from safecl.methods import method_module
+
+    return method_module(prefix[-1]).Config
+
+
+def _submodels(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, list, dict):
+        return [model for part in typing.get_args(annotation) for model in _submodels(part)]
+    return []
+
+
+def _walk(root: type[BaseModel], keys: Iterable[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = root
+    for key in keys:
+        if key.isdigit():
+            continue
+        field = model.model_fields.get(key) if model else None
+        model = next(iter(_submodels(field.annotation)), None) if field else None
+    return model
+
+
+def _drop_union_tags(root: type[BaseModel], location: tuple) -> tuple[str, ...]:
+    """pydantic puts the name of the union's branch into the location; a reader knows only keys."""
+    kept: list[str] = []
+    for part in map(str, location):
+        model = _walk(root, kept)
+        known = part.isdigit() or model is None or part in model.model_fields
+        if known or part == str(location[-1]):
+            kept.append(part)
+    return tuple(kept) if not kept or _is_key(root, kept) else tuple(kept[:-1])
+
+
+def _is_key(root: type[BaseModel], keys: list[str]) -> bool:
+    model = _walk(root, keys[:-1])
+    tag = re.match(r"^(constrained-|function-|literal\[|int$|float$|str$|bool$|list\[|tuple\[)", keys[-1])
+    return model is not None and (keys[-1] in model.model_fields or not tag)
+
+
+def _explain_unknown_key(root: type[BaseModel], prefix: tuple[str, ...], where: tuple[str, ...]) -> str:
+    *section, key = where
+    model = _walk(root, section)
+    known = list(model.model_fields) if model else []
+    name = ".".join((*prefix, *section))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    home = "" if near else _other_home(key)
+    hint = f"; did you mean `{near[0]}`?" if near else home or (f"; known keys: {', '.join(known)}" if known else "")
+    return f"{name or 'config'}: unknown key `{key}`{hint}"
+
+
+def _other_home(key: str) -> str:
+    for name, field in RunConfig.model_fields.items():
+        if any(key in model.model_fields for model in _submodels(field.annotation)):
+            return f"; `{key}` belongs in `{name}`"
+    return ""
