@@ -1,0 +1,125 @@
+"""The verbs. One small function each; longer bodies stand in safecl/commands/<verb>.py and are imported when the verb runs.
+
+Nothing here imports torch, so that wrong usage and wrong configs are told at once. Exit codes: safecl/commands/ending.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from safecl import __version__, launcher
+from safecl.commands.ending import Ending, ExitCode, told_as_messages
+
+EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal."
+
+app = typer.Typer(
+    name="safecl",
+    help="Continual fine-tuning of large language models that keeps their safety alignment.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def verb(function: Verb) -> Verb:
+    """Makes a function a verb of the command line, named like the function, whose errors become messages and exit codes."""
+    name = function.__name__.rstrip("_")
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with told_as_messages(name):
+            return function(*args, **kwargs)
+
+    app.command(name, epilog=EPILOG)(run)
+    return function
+
+
+Config = Annotated[Path, typer.Argument(metavar="CFG", help="Run config (YAML); `safecl init` writes one.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.learning_rate=1e-5 tasks.0.max_rows=500", show_default=False),
+]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Print the traceback of an unexpected error (works behind a verb too).")
+    ] = False,
+) -> None:
+    Ending.show_traceback = traceback
+    Ending.run_folder = None
+    if version:
+        print(f"safecl {__version__}")
+        raise typer.Exit
+
+
+def _load(config: Path, overrides: list[str] | None) -> Any:
+    from safecl.config import load_config
+
+    return load_config(config, overrides or [])
+
+
+@verb
+def init(
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; an existing one is never overwritten.")] = Path("run.yaml"),
+    model: Annotated[str | None, typer.Option(help="Model: a Hugging Face folder or hub id.")] = None,
+    train_file: Annotated[str | None, typer.Option("--train", help="Training rows: .jsonl, .json, .csv, .parquet or a hub id.")] = None,
+    safety_prompts: Annotated[str | None, typer.Option("--safety", help="Disallowed prompts to measure safety with, or `none`.")] = None,
+    every_key: Annotated[bool, typer.Option("--all", help="Write every key there is, not only the usual ones.")] = False,
+) -> None:
+    """Write a commented starter config; asks three questions on a terminal."""
+    from safecl.commands.init import init_config
+
+    init_config(output, model=model, train_file=train_file, safety_prompts=safety_prompts, every_key=every_key)
+
+
+@verb
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Validate config, data and model, and print what would run, without training."""
+    loaded = _load(config, overrides)
+    from safecl.commands.check import check_run
+
+    check_run(loaded)
+
+
+@verb
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train the tasks of a run config and measure safety before, during and after."""
+    loaded = _load(config, overrides)
+    from safecl.commands.train import train_run
+
+    raise typer.Exit(train_run(loaded))
+
+
+@verb
+def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for issue reports and scripts.")] = False) -> None:
+    """Print versions, device, kernel back ends and launcher variables."""
+    from safecl.commands.env import print_environment
+
+    print_environment(as_json)
+
+
+def _traceback_first(arguments: list[str]) -> list[str]:
+    rest = [a for a in arguments if a != "--traceback"]
+    return ["--traceback", *rest] if len(rest) < len(arguments) else rest
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `safecl` and `python -m safecl`. Ends the process with an ExitCode."""
+    given = sys.argv[1:] if arguments is None else arguments
+    app(args=_traceback_first(launcher.without_launcher_arguments(given)), prog_name="safecl")
+
+
+__all__ = ["ExitCode", "app", "main", "verb"]
