@@ -1,1 +1,17 @@
 """Device code: every kernel family is a Triton kernel, a CPU path and a torch twin of one signature. Knows tensors only."""
+
+from __future__ import annotations
+
+from safecl.kernels.distill import distill_loss as distill_loss
+from safecl.kernels.flat import Segments as Segments
+from safecl.kernels.flat import adamw_step_ as adamw_step_
+from safecl.kernels.flat import ema_update_ as ema_update_
+from safecl.kernels.flat import fisher_accumulate_ as fisher_accumulate_
+from safecl.kernels.flat import fisher_penalty_ as fisher_penalty_
+from safecl.kernels.flat import penalized_grad_norm as penalized_grad_norm
+from safecl.kernels.head import LinearDistillOutput as LinearDistillOutput
+from safecl.kernels.head import linear_distill_loss as linear_distill_loss
+from safecl.kernels.teachers import DenseTeacher as DenseTeacher
+from safecl.kernels.teachers import LogitsTeacher as LogitsTeacher
+from safecl.kernels.teachers import TopKTeacher as TopKTeacher
+from safecl.kernels.topk import linear_topk as linear_topk

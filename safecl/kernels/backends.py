@@ -1,0 +1,102 @@
+"""Which implementation each kernel uses on each device, and why: one table for the dispatchers and for `safecl env`.
+
+A family has up to three back ends of one signature: `triton` (CUDA), `cpp` (the C++ library, CPU) and `torch` (the twin, anywhere).
+The first that is usable for a device wins. `SAFECL_KERNELS=torch` in the environment, or `using("torch")` in code, forces the twin.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
+
+# family -> back end -> module that implements it; every module offers the same functions.
+FAMILIES = {
+    "flat": {"triton": "safecl.kernels.flat_triton", "cpp": "safecl.kernels.flat_cpu", "torch": "safecl.kernels.flat_torch"},
+}
+KERNELS = {
+    "flat": ("ema_update_", "fisher_accumulate_", "fisher_penalty_", "penalized_grad_norm", "adamw_step_"),
+}
+
+_forced: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of the table: `kernel` on `device` runs on `backend`; `note` says why a faster one is not used, if so."""
+
+    kernel: str
+    device: str
+    backend: str
+    note: str
+
+
+def implementation(family: str, kernel: str, device: str) -> ModuleType:
+    """The module that runs `kernel` of `family` for tensors of this device type."""
+    name, _ = _choose(family, device, _forced or os.environ.get("SAFECL_KERNELS", ""))
+    return importlib.import_module(FAMILIES[family][name])
+
+
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Force one back end ("torch", "cpp" or "triton") for the calls inside; for tests, benchmarks and bisecting a wrong number."""
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def table() -> list[Choice]:
+    """Every kernel on every device with the back end in use."""
+    forced = _forced or os.environ.get("SAFECL_KERNELS", "")
+    rows = []
+    for family, kernels in KERNELS.items():
+        for device in PREFERENCE:
+            backend, note = _choose(family, device, forced)
+            rows += [Choice(kernel, device, backend, note) for kernel in kernels]
+    return rows
+
+
+@lru_cache(maxsize=32)
+def _choose(family: str, device: str, forced: str) -> tuple[str, str]:
+    """(back end, why not a faster one)."""
+    if forced:
+        return _check_forced(family, forced), f"forced to {forced}"
+    notes = []
+    for name in PREFERENCE.get(device, ("torch",)):
+        if name not in FAMILIES[family]:
+            continue
+        missing = _missing(name)
+        if not missing:
+            return name, "; ".join(notes)
+        notes.append(missing)
+    raise RuntimeError(f"no back end of the {family} kernels runs on {device}: {'; '.join(notes)}")
+
+
+def _check_forced(family: str, name: str) -> str:
+    if name not in FAMILIES[family]:
+        raise ValueError(f"SAFECL_KERNELS is {name!r}; the {family} kernels have {', '.join(FAMILIES[family])}")
+    missing = _missing(name)
+    if missing:
+        raise ValueError(f"SAFECL_KERNELS is {name!r}, but {missing}")
+    return name
+
+
+def _missing(name: str) -> str:
+    """Why a back end cannot be used here; "" when it can."""
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if name == "cpp":
+        from safecl.kernels import native
+
+        return native.missing()
+    return ""
