@@ -1,1 +1,16 @@
-"""The replay memory."""
+"""The replay memory: a buffer that is sharded over ranks and the same for any number of them, and the cache of teacher outputs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {"MemoryRow": "rows", "ReplayBuffer": "buffer", "TeacherOutputs": "rows"}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'safecl.replay' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"safecl.replay.{_HOMES[name]}"), name)
