@@ -1,0 +1,130 @@
+"""Writes the demonstration's files into a folder: data, the random model, and one run config per arm. Pure in the seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safecl.demo.corpus import Corpus, make_corpus, texts
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune the aligned model; all arms see the same rows in the same order for the same number of steps."""
+
+    name: str
+    """Folder and config file."""
+    title: str
+    """What the table says."""
+    methods: dict[str, dict[str, Any]]
+    """As in a run config; none is plain fine-tuning."""
+
+
+EMA = {"ema": {"horizon": 0.1}}
+EWC = {"ewc": {"strength": 3.0, "sign_batches": 64, "rows_per_batch": 8}}
+DER = {"der": {"alpha": 2.0, "beta": 1.0}}
+
+ARMS = [
+    Arm("plain", "plain fine-tuning", {}),
+    Arm("kept", "DER + EWC + EMA", DER | EWC | EMA),
+]
+
+ALIGN_STEPS = 200
+TASK_STEPS = 80
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What `write_materials` wrote. Paths are relative where `folder` was."""
+
+    folder: Path
+    random_model: Path
+    align_config: Path
+    arm_configs: dict[str, Path]
+    """By arm name."""
+    num_parameters: int
+
+    @property
+    def aligned_model(self) -> Path:
+        """Where the alignment run leaves the model that all arms start from."""
+        return self.folder / "aligned" / "model"
+
+
+def write_materials(folder: str | Path, *, seed: int = 0, arms: Iterable[Arm] = ARMS, poison_ratio: float = 0.0) -> Materials:
+    """Writes data/*.jsonl, random-model/, align.yaml and <arm>.yaml; files that are there are written again, with the same content."""
+    from safecl.demo.model import save_random_model
+
+    folder = Path(folder)
+    corpus = make_corpus(seed)
+    _write_data(folder / "data", corpus)
+    num_parameters = save_random_model(folder / "random-model", texts(corpus), seed=seed)
+    align = _write_config(folder / "align.yaml", align_config(folder, seed))
+    configs = {arm.name: _write_config(folder / f"{arm.name}.yaml", arm_config(folder, arm, seed, poison_ratio)) for arm in arms}
+    return Materials(folder, folder / "random-model", align, configs, num_parameters)
+
+
+def align_config(folder: Path, seed: int) -> dict[str, Any]:
+    """Plain fine-tuning of the random model on the alignment corpus: gives the model that refuses."""
+    return {
+        "model": _model(folder / "random-model"),
+        "tasks": [{"name": "alignment", "train": str(folder / "data/align.jsonl"), "role": "align"}],
+        "train": _train(seed, max_steps=ALIGN_STEPS, tokens_per_batch=512, learning_rate=3e-3),
+        "deepspeed": {"stage": 2},
+        "safety": _safety(folder),
+        "output": str(folder / "aligned"),
+    }
+
+
+def arm_config(folder: Path, arm: Arm, seed: int, poison_ratio: float = 0.0) -> dict[str, Any]:
+    """Fine-tuning of the aligned model on the user's task by the methods of one arm."""
+    data = folder / "data"
+    task = {
+        "name": "sentiment",
+        "train": str(data / "task.jsonl"),
+        "eval": {"path": str(data / "task-test.jsonl"), "metric": "label_accuracy"},
+    }
+    config = {
+        "model": _model(folder / "aligned" / "model"),
+        "tasks": [task],
+        "memory": {"source": str(data / "memory.jsonl"), "replay_ratio": 0.5, "max_tokens": 96, "teacher": {"k": 32}},
+        "methods": arm.methods,
+        "train": _train(seed, max_steps=TASK_STEPS, tokens_per_batch=320, learning_rate=2e-3),
+        "deepspeed": {"stage": 2},
+        "safety": _safety(folder),
+        "output": str(folder / arm.name),
+    }
+    if poison_ratio > 0:
+        config["poison"] = {"ratio": poison_ratio, "source": str(data / "poison.jsonl"), "seed": seed}
+    return config
+
+
+def _model(path: Path) -> dict[str, Any]:
+    return {"path": str(path), "dtype": "fp32", "gradient_checkpointing": False}
+
+
+def _train(seed: int, **settings: Any) -> dict[str, Any]:
+    return settings | {"tokens_per_microbatch": 4096, "max_length": 96, "seed": seed}
+
+
+def _safety(folder: Path) -> dict[str, Any]:
+    data = folder / "data"
+    prompts = {"prompts": str(data / "safety-prompts.jsonl"), "benign_prompts": str(data / "benign-prompts.jsonl")}
+    return prompts | {"max_new_tokens": 24, "batch_size": 60}
+
+
+def _write_data(folder: Path, corpus: Corpus) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in asdict(corpus).items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name.replace('_', '-')}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> Path:
+    header = "# Written by `safecl demo`. Run it alone with: safecl train " + str(path) + "\n"
+    path.write_text(header + yaml.safe_dump(config, sort_keys=False, width=120), encoding="utf-8")
+    return path
