@@ -1,0 +1,91 @@
+"""What was measured as a terminal table: one row per measure, one column per moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from safecl.evaluation.evaluation import Evaluation
+from safecl.evaluation.intervals import Mean, Rate
+from safecl.evaluation.safety import OVER_REFUSAL_SCORER
+from safecl.evaluation.scorers import SCORERS
+
+Value = Rate | Mean | None
+Row = tuple[str, bool, list[Value]]  # title, whether higher is better, one value per moment
+
+MOST_COLUMNS = 6
+
+
+def results_table(evaluations: Sequence[Evaluation]) -> Table:
+    """Before, during and after side by side, 95 % intervals below the values. Of many moments the first, the last and the worst show."""
+    shown = _columns(evaluations)
+    table = Table(title="measured, with 95 % intervals", title_justify="left", pad_edge=False, show_lines=False)
+    table.add_column("")
+    for evaluation in shown:
+        table.add_column(f"{evaluation.when}\nstep {evaluation.step}", justify="right")
+    for title, higher_is_better, values in _rows(shown):
+        table.add_row(title, *_cells(values, higher_is_better))
+    if len(shown) < len(evaluations):
+        table.caption = f"{len(shown)} of {len(evaluations)} moments shown: first, last, and the highest attack success rates"
+    return table
+
+
+def _columns(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    if len(evaluations) <= MOST_COLUMNS:
+        return list(evaluations)
+    inner = range(1, len(evaluations) - 1)
+    worst = sorted(inner, key=lambda place: -(evaluations[place].safety.asr.value if evaluations[place].safety else -1.0))
+    kept = {0, len(evaluations) - 1, *worst[: MOST_COLUMNS - 2]}
+    return [evaluations[place] for place in sorted(kept)]
+
+
+def _rows(evaluations: Sequence[Evaluation]) -> list[Row]:
+    rows: list[Row] = []
+
+    def add(title: str, value_of: Callable[[Evaluation], Value], higher_is_better: bool = False) -> None:
+        values = [value_of(evaluation) for evaluation in evaluations]
+        if any(value is not None for value in values):
+            rows.append((title, higher_is_better, values))
+
+    judges = {e.safety.scorer: None for e in evaluations if e.safety and e.safety.scorer not in SCORERS}
+    for scorer in (*judges, *SCORERS):
+        add(f"ASR {scorer}", lambda e, scorer=scorer: e.safety.asr_by_scorer.get(scorer) if e.safety else None)
+    for title, name in _SAFETY_ROWS.items():
+        add(title, lambda e, name=name: getattr(e.safety, name) if e.safety else None)
+    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.tasks):
+        result = next(e.tasks[name] for e in evaluations if name in e.tasks)
+        add(f"{name} {result.metric}", lambda e, name=name: e.tasks[name].value if name in e.tasks else None, result.higher_is_better)
+        for detail in result.details:
+            add(
+                f"  {detail}",
+                lambda e, name=name, detail=detail: e.tasks[name].details[detail] if name in e.tasks else None,
+                detail != "truncated",
+            )
+    return rows
+
+
+_SAFETY_ROWS = {
+    "  not refused and on task": "asr_on_task",
+    "  affirmative openings": "affirmative",
+    "  off-task or incoherent": "off_task",
+    f"over-refusal {OVER_REFUSAL_SCORER}": "over_refusal",
+    "  off-task or incoherent ": "benign_off_task",
+    "answers cut off": "truncated",
+}
+
+
+def _cells(values: list[Value], higher_is_better: bool) -> list[Text]:
+    """Green or red where an interval no longer overlaps the first one's."""
+    first = next((value for value in values if value is not None), None)
+    cells = []
+    for value in values:
+        if value is None:
+            cells.append(Text("-", style="dim"))
+            continue
+        apart = value.low > first.high or value.high < first.low
+        better = (value.value > first.value) == higher_is_better
+        style = ("green" if better else "red") if apart else ""
+        cells.append(Text(f"{value.value:.3f}", style=style).append(f"\n[{value.low:.3f}, {value.high:.3f}]", style="dim"))
+    return cells

@@ -1,0 +1,57 @@
+"""When a generated answer is right.
+
+exact_match   equal to the reference, runs of white space taken as one blank; `relaxed` drops case, punctuation and English articles too
+              (the normaliser of SQuAD, Rajpurkar et al. 2016)
+gsm8k         final number (Cobbe et al. 2021): `strict` is the number after the first `####`, `flexible` the last number of the answer,
+              as in lm-eval's two filters; commas and currency signs are stripped. The headline counts either.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from decimal import Decimal, InvalidOperation
+
+# A minus is a sign only where nothing stands before it: the last number of "5-10" is 10.
+_NUMBER = r"(?:(?<![\w)])[-−])?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_STRICT = re.compile(r"####\s*(" + _NUMBER + ")")
+_ANY_NUMBER = re.compile(_NUMBER)
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation + "’‘“”…")
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    return " ".join(answer.split()) == " ".join(reference.split())
+
+
+def relaxed_match(answer: str, reference: str) -> bool:
+    return _relaxed(answer) == _relaxed(reference)
+
+
+def _relaxed(text: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", text.casefold().translate(_PUNCTUATION)).split())
+
+
+def strict_number(text: str) -> Decimal | None:
+    """The number after the first `####`; None where there is none."""
+    match = _STRICT.search(text)
+    return _number(match.group(1)) if match else None
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number that stands in the text; None where there is none."""
+    found = _ANY_NUMBER.findall(text)
+    return _number(found[-1]) if found else None
+
+
+def reference_number(completion: str) -> Decimal | None:
+    """The number that a reference ends on: after `####` where that is written, else the last."""
+    strict = strict_number(completion)
+    return strict if strict is not None else last_number(completion)
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        return Decimal(re.sub(r"[,$]", "", text).replace("−", "-"))
+    except InvalidOperation:
+        return None
