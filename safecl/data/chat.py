@@ -1,0 +1,262 @@
+"""The tokenizer with its chat template settled, and text as the template renders it.
+
+The template is the tokenizer's own, the file that `model.chat_template` names, or, for base models, a plain one:
+
+    Answer briefly.
+
+    User: What is two and two?
+    Assistant: Four.</s>
+
+Control tokens (`<|im_end|>`, `</s>`, ...) that stand in somebody's text are that text, and not the token: a row must not be able to end its
+own turn and open another. Only the template writes control tokens. (`text` rows are taken as they are.)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safecl.config import ConfigError, ModelConfig
+from safecl.data.formats import DataError, Message, RowProblem, clip
+
+log = logging.getLogger("safecl")
+
+# No newline after the end token and no space after the colon: every boundary between what is given and what is learned is one that any
+# tokenizer also makes when it sees the given part alone.
+PLAIN_TEMPLATE = (
+    "{{ BOS }}{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] }}"
+    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
+)
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Private-use characters around a control token that stands in somebody's text, from rendering to encoding.
+OPEN, CLOSE = "\uf8f0", "\uf8f1"
+_PROBE = "safecl probe answer"
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The model's tokenizer with chat template and pad token settled; which template it is stands in the log and in `template_source`.
+
+    Raises: ConfigError where there is no tokenizer, the template does not work, or nothing ends an answer.
+    """
+    tokenizer = _from_pretrained(model)
+    if tokenizer.eos_token is None:
+        name = model.tokenizer or model.path
+        raise ConfigError(f"{name}: the tokenizer has no end-of-text token, so answers could not end; set `eos_token` in its folder")
+    _settle_template(tokenizer, model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to nor trained, so no new token is needed
+    _try_template(tokenizer)
+    log.info("chat template: %s", template_source(tokenizer))
+    return tokenizer
+
+
+def _from_pretrained(model: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    name = model.tokenizer or model.path
+    local = Path(name).expanduser()
+    if not local.is_dir() and (local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"{'model.tokenizer' if model.tokenizer else 'model.path'}: there is no folder {name}")
+    try:
+        return AutoTokenizer.from_pretrained(str(local) if local.is_dir() else name, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # the library raises many kinds for a missing, broken or unreachable tokenizer
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(
+            f"{name}: no tokenizer could be loaded from here: {clip(lines[0] if lines else type(error).__name__, 200)}"
+        ) from None
+
+
+def _settle_template(tokenizer: Any, model: ModelConfig) -> None:
+    name = model.tokenizer or model.path
+    if model.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"model.chat_template: {model.chat_template} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from None
+        tokenizer.safecl_template = f"the file {model.chat_template}"
+    elif tokenizer.chat_template:
+        if isinstance(tokenizer.chat_template, dict):
+            tokenizer.chat_template = tokenizer.chat_template.get("default") or next(iter(tokenizer.chat_template.values()))
+        tokenizer.safecl_template = f"the tokenizer's own ({name})"
+    else:
+        use_plain_template(tokenizer)
+
+
+def use_plain_template(tokenizer: Any) -> None:
+    """Gives a base model's tokenizer the plain `User: ... / Assistant: ...` template."""
+    starts_with_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace("{{ BOS }}", "{{ bos_token }}" if starts_with_bos else "")
+    tokenizer.safecl_template = "safecl's plain `User: ... Assistant: ...`, since the tokenizer has none"
+
+
+def template_source(tokenizer: Any) -> str:
+    """Where the chat template comes from, in words."""
+    return getattr(tokenizer, "safecl_template", "the tokenizer's own")
+
+
+def _try_template(tokenizer: Any) -> None:
+    probe = [Message("user", "question"), Message("assistant", _PROBE)]
+    try:
+        text = render(tokenizer, [probe])[0]
+    except Exception as error:
+        raise ConfigError(f"the chat template ({template_source(tokenizer)}) does not work: {clip(str(error), 160)}") from None
+    if _PROBE not in text:
+        raise ConfigError(f"the chat template ({template_source(tokenizer)}) leaves the assistant's answer out")
+    if not turn_end(tokenizer).strip():
+        source = template_source(tokenizer)
+        log.warning("the chat template (%s) writes no end token after an answer, so the model is not taught to stop", source)
+
+
+# ------------------------------------------------------------------------------------------------------------- rendering
+
+
+def has_markers(tokenizer: Any) -> bool:
+    """Whether the template marks the assistant's turns with `{% generation %}`."""
+    return bool(_MARKER.search(tokenizer.chat_template))
+
+
+@functools.lru_cache(maxsize=8)
+def _control_pattern(tokens: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Texts of the special tokens."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(added | set(tokenizer.all_special_tokens)))
+
+
+def as_dicts(tokenizer: Any, messages: Sequence[Message], pattern: re.Pattern | None = None) -> list[dict[str, str]]:
+    """Messages as templates want them, control tokens in their text enclosed in OPEN and CLOSE."""
+    pattern = pattern or _control_pattern(control_tokens(tokenizer))
+    turns = []
+    for message in messages:
+        text = message.content
+        if OPEN in text or CLOSE in text:
+            text = text.replace(OPEN, "").replace(CLOSE, "")
+        turns.append({"role": message.role, "content": pattern.sub(lambda m: f"{OPEN}{m[0]}{CLOSE}", text)})
+    return turns
+
+
+def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool = False) -> list[str]:
+    """Each conversation as text, control tokens of the messages' own text enclosed in OPEN and CLOSE. Raises what the template raises."""
+    pattern = _control_pattern(control_tokens(tokenizer))
+    turns = [as_dicts(tokenizer, conversation, pattern) for conversation in conversations]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt) if turns else []
+
+
+def render_marked(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[tuple[str, list[tuple[int, int]]]]:
+    """As `render`, with the character ranges that stand between `{% generation %}` and `{% endgeneration %}`."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    pattern = _control_pattern(control_tokens(tokenizer))
+    texts, ranges = render_jinja_template(
+        conversations=[as_dicts(tokenizer, conversation, pattern) for conversation in conversations],
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return list(zip(texts, [[tuple(pair) for pair in pairs] for pairs in ranges], strict=True))
+
+
+def refusal(tokenizer: Any, error: Exception) -> RowProblem:
+    """A template's own objection (an unknown role, turns that do not alternate) as the row's problem."""
+    reason = clip(str(error) or type(error).__name__, 80)
+    return RowProblem(f"the chat template ({clip(template_source(tokenizer), 80)}) refuses this row: {reason}")
+
+
+def turn_shape(tokenizer: Any) -> tuple[str, str]:
+    """What the template writes before and after the content of a last answer: ("", "<|im_end|>\\n") for ChatML."""
+    probe = [Message("user", "question"), Message("assistant", _PROBE)]
+    text = render(tokenizer, [probe])[0]
+    given = render(tokenizer, [probe[:1]], generation_prompt=True)[0]
+    before, _, after = text.rpartition(_PROBE)
+    return before[len(given) :] if before.startswith(given) else "", after
+
+
+def turn_end(tokenizer: Any) -> str:
+    """The text after an answer, e.g. "<|im_end|>\\n"."""
+    return turn_shape(tokenizer)[1]
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the end-of-text token, and the control tokens that the template writes after a turn."""
+    after = turn_end(tokenizer)
+    written = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer) if token in after}
+    return sorted(written | {tokenizer.eos_token_id})
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Ids of the turns before an answer, with the opening of the assistant's turn: what the model continues when it generates.
+
+    They are the ids that stand before the answer in training. Raises DataError where the template refuses the turns.
+    """
+    try:
+        text = render(tokenizer, [messages], generation_prompt=True)[0]
+    except Exception as error:
+        raise DataError(str(refusal(tokenizer, error))) from None
+    if OPEN not in text:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [i for ids in encode_pieces(tokenizer, split_literals(text)) for i in ids]
+
+
+# --------------------------------------------------------------------------------------------------------------- encoding
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text to be encoded on its own. `start`: where it begins in the rendered text; `literal`: control tokens in it are text."""
+
+    text: str
+    start: int
+    literal: bool = False
+
+
+def split_literals(text: str, cuts: Sequence[int] = ()) -> list[Piece]:
+    """Cuts rendered text at the given positions (counted in `text`, OPEN and CLOSE included) and around its literal control tokens."""
+    pieces, literal, start = [], False, 0
+    stops = sorted({*cuts, *(m.start() for m in re.finditer(f"[{OPEN}{CLOSE}]", text)), len(text)})
+    for stop in stops:
+        if piece := text[start:stop].lstrip(OPEN + CLOSE):
+            pieces.append(Piece(piece, start, literal))
+        if stop < len(text) and text[stop] in (OPEN, CLOSE):
+            literal = text[stop] == OPEN
+        start = stop
+    return pieces
+
+
+def encode_pieces(tokenizer: Any, pieces: Sequence[Piece]) -> list[list[int]]:
+    """Ids of each piece of one text. Raises RowProblem where together they do not decode to the whole."""
+    ids = [_encode_inside(tokenizer, piece) if number else _encode(tokenizer, piece) for number, piece in enumerate(pieces)]
+    decoded = tokenizer.decode([i for part in ids for i in part], clean_up_tokenization_spaces=False)
+    text = "".join(piece.text for piece in pieces)
+    if any(piece.literal for piece in pieces):
+        # Decoders put spaces around control tokens, so that a literal one can be compared only without spaces.
+        same = "".join(decoded.split()) == "".join(text.split())
+    else:
+        same = decoded == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False)
+    if not same:
+        raise RowProblem("the tokenizer cannot encode the parts of this row separately")
+    return ids
+
+
+def _encode(tokenizer: Any, piece: Piece, before: str = "") -> list[int]:
+    return tokenizer(before + piece.text, add_special_tokens=False, split_special_tokens=piece.literal)["input_ids"]
+
+
+def _encode_inside(tokenizer: Any, piece: Piece) -> list[int]:
+    # SentencePiece puts a space before the start of a text, which a piece from the middle does not have: encode it after a newline.
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    ids = _encode(tokenizer, piece, "\n")
+    return ids[len(newline) :] if newline and ids[: len(newline)] == newline else _encode(tokenizer, piece)

@@ -1,0 +1,79 @@
+"""What the data looks like to the model, before the first step: sizes, the share of supervised tokens, and one example with its mask.
+
+Trained tokens stand in {+braces with plus signs+} as in a word diff, and in green, so that they can be told apart without colours too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.text import Text
+
+from safecl.data.tokens import Report, Row, TokenDataset
+
+_SHOWN_TOKENS = 400
+
+
+def decode_marked(tokenizer: Any, row: Row, max_tokens: int = _SHOWN_TOKENS) -> Text:
+    """The row as text, every run of trained tokens green and in {+ +}."""
+    text = Text()
+    for trained, ids in _runs(row, max_tokens):
+        decoded = "".join(c if c.isprintable() or c == "\n" else "?" for c in tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        text.append("{+" + decoded + "+}" if trained else decoded, "bold green" if trained else "dim")
+    if len(row) > max_tokens:
+        text.append(f" ... ({len(row) - max_tokens} more tokens)", "italic")
+    return text
+
+
+def _runs(row: Row, max_tokens: int) -> list[tuple[bool, np.ndarray]]:
+    """Tokens in runs of equal mask. A long row is shown around the start of what is trained."""
+    first = int(np.argmax(row.loss_mask))
+    start = max(0, min(first - max_tokens // 2, len(row) - max_tokens))
+    ids, mask = row.input_ids[start : start + max_tokens], row.loss_mask[start : start + max_tokens]
+    cuts = np.flatnonzero(np.diff(mask)) + 1
+    return [(bool(m[0]), i) for i, m in zip(np.split(ids, cuts), np.split(mask, cuts), strict=True) if len(m)]
+
+
+def describe(dataset: TokenDataset, tokenizer: Any, *, examples: str = "full", title: str = "data") -> Group:
+    """A rich renderable: rows, tokens, the share of them that is supervised, lengths, bad and cut rows, and one decoded example.
+
+    Args: `examples` as `privacy.examples`: "full" shows one; "hashed" only its id; "none" nothing, and bad rows only as a count.
+    """
+    lines = [_sizes(dataset), _lengths(dataset), *(line for r in dataset.reports for line in _left_out(r, examples))]
+    parts: list[Any] = [Text.from_markup(line) for line in lines]
+    i = int(np.argsort(dataset.lengths, kind="stable")[len(dataset) // 2])
+    where = f"{dataset.path(i)}, line or row {int(dataset.lines[i])}"
+    if examples == "full":
+        heading = f"{escape(title)}: one row, {{+trained+}}, the rest is given"
+        parts.append(Panel(decode_marked(tokenizer, dataset.row(i)), title=heading, subtitle=escape(where)))
+    elif examples == "hashed":
+        sizes = f"{dataset.lengths[i]} tokens, {dataset.num_targets[i]} of them trained"
+        parts.append(Text(f"one row: id {int(dataset.row_ids[i]):016x}, {sizes}"))
+    return Group(*parts)
+
+
+def _sizes(dataset: TokenDataset) -> str:
+    share = 100 * dataset.supervised_share
+    return (
+        f"{len(dataset):,} rows, {dataset.num_tokens:,} tokens, {dataset.total_targets:,} of them supervised ([bold]{share:.1f} %[/bold]); "
+        f"chat template: {escape(dataset.reports[0].template)}"
+    )
+
+
+def _lengths(dataset: TokenDataset) -> str:
+    low, middle, high = np.percentile(dataset.lengths, [5, 50, 95]).astype(int)
+    return f"tokens per row: 5 % {low}, median {middle}, 95 % {high}, longest {int(dataset.lengths.max())}"
+
+
+def _left_out(report: Report, examples: str) -> list[str]:
+    lines = []
+    if report.truncated:
+        lines.append(f"[yellow]{report.truncated:,} rows of {escape(report.path)} were cut to max_length {report.max_length}[/yellow]")
+    if report.bad:
+        lines.append(f"[yellow]{report.bad:,} of {report.seen:,} rows of {escape(report.path)} cannot be used and are skipped[/yellow]")
+        lines += [] if examples == "none" else [f"  {escape(line)}" for line in report.examples]
+    return lines

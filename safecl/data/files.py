@@ -1,0 +1,326 @@
+"""Rows as they stand in a file, with the number of their line, one by one: nothing here holds a whole JSONL, CSV or Parquet file in memory.
+
+A row that cannot be read is handed on as a problem with its line number; only a file that cannot be read at all raises.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safecl.data.formats import MAX_ROW_CHARS, DataError, clip
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """`columns`, or `problem`: why there are none. `line` counts from 1: lines of a JSONL or text file, rows of the others."""
+
+    line: int
+    columns: dict[str, Any] | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something with rows. `rows()` starts from the first row each time; `fingerprint()` changes when the content does."""
+
+    path: str
+    unit: str  # "line" or "row": what RawRow.line counts
+    rows: Callable[[], Iterator[RawRow]]
+    fingerprint: Callable[[], str]
+
+    def where(self, line: int) -> str:
+        return f"{self.path}:{line}" if self.unit == "line" else f"{self.path}, row {line}"
+
+
+def open_source(path: str | Path, split: str = "train") -> Source:
+    """A local file, a folder written by `datasets.save_to_disk`, or a hub id (`name`, `owner/name`, or `owner/name:config`).
+
+    Raises: DataError when there is no such thing.
+    """
+    path = str(path)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _dataset_folder(path, local, split)
+    if local.is_file():
+        return _file_source(path, local)
+    if local.exists():
+        raise DataError(f"{path}: not a regular file")
+    if local.suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(path):
+        raise DataError(f"{path}: no such file{_nearest(local)}")
+    return _hub_source(path, split)
+
+
+def _nearest(path: Path) -> str:
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES]
+    except OSError:
+        return f"; there is no folder {path.parent} either"
+    near = difflib.get_close_matches(path.name, names, n=1) or difflib.get_close_matches(path.stem, names, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _file_source(path: str, local: Path) -> Source:
+    readers = {".csv": (",", _csv_rows), ".tsv": ("\t", _csv_rows), ".parquet": (None, _parquet_rows), ".txt": (None, _text_rows)}
+    suffix = local.suffix.lower()
+    try:
+        _refuse_other_encodings(path, local)
+        if suffix in readers:
+            option, read = readers[suffix]
+            rows = (lambda: read(path, local, option)) if option else (lambda: read(path, local))
+            return Source(path, "line" if suffix == ".txt" else "row", rows, lambda: _hash_file(local))
+        if suffix in (".jsonl", ".ndjson", ".json"):
+            whole = _holds_one_value(local, suffix)
+            reader = _json_rows if whole else _jsonl_rows
+            return Source(path, "row" if whole else "line", lambda: reader(path, local), lambda: _hash_file(local))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    raise DataError(f"{path}: unknown kind of file `{suffix or local.name}`; known: {', '.join(SUFFIXES)}")
+
+
+def _hash_file(local: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with local.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return f"{local.suffix.lower()}:{digest.hexdigest()}"
+
+
+def _refuse_other_encodings(path: str, local: Path) -> None:
+    with local.open("rb") as file:
+        start = file.read(4)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path}: is UTF-16; save it as UTF-8, e.g. `iconv -f UTF-16 -t UTF-8`")
+    if start[:2] == b"\x1f\x8b":
+        raise DataError(f"{path}: is gzip-compressed; unpack it first, e.g. `gunzip`")
+
+
+# ------------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key `{clip(twice)}` stands twice")
+    return columns
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _parse_row(line: int, raw: bytes) -> RawRow:
+    try:
+        columns = _parse(raw.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        return RawRow(line, None, f"not valid JSON: {error.msg} at column {error.colno}")
+    except UnicodeDecodeError as error:
+        return RawRow(line, None, f"not valid UTF-8 at byte {error.start + 1}")
+    except RecursionError:
+        return RawRow(line, None, "not usable JSON: nested too deeply")
+    except ValueError as error:
+        return RawRow(line, None, f"not usable JSON: {clip(str(error), 80)}")
+    return _as_columns(line, columns)
+
+
+def _as_columns(line: int, value: Any) -> RawRow:
+    if not isinstance(value, dict):
+        return RawRow(line, None, f"a row must be a JSON object like {{...}}, not {clip(json.dumps(value)[:100], 24)}")
+    return RawRow(line, value) if value else RawRow(line, None, "the row is empty")
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Lines without their end, the empty ones left out; None for a line that is longer than any row may be."""
+    limit = 4 * MAX_ROW_CHARS  # a character has up to 4 bytes
+    number = 0
+    while raw := file.readline(limit):
+        number += 1
+        if len(raw) == limit and not raw.endswith(b"\n"):
+            while (rest := file.readline(_BLOCK)) and not rest.endswith(b"\n"):
+                pass
+            yield number, None
+            continue
+        raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if raw.strip():
+            yield number, raw.rstrip(b"\r\n")
+
+
+def _jsonl_rows(path: str, local: Path) -> Iterator[RawRow]:
+    with local.open("rb") as file:
+        for line, raw in _lines(file):
+            if raw is None or len(raw) > MAX_ROW_CHARS:
+                yield RawRow(line, None, f"the line is enormous (over {MAX_ROW_CHARS // 2**20} MiB)")
+            else:
+                yield _parse_row(line, raw)
+
+
+def _holds_one_value(local: Path, suffix: str) -> bool:
+    """Whether the file is one JSON value (`[{...}, ...]` or `{"data": [...]}`) and not one object per line; the suffix is often wrong."""
+    with local.open("rb") as file:
+        start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start[:1] == b"[":
+        return suffix == ".json" or start[1:].lstrip()[:1] in (b"{", b"]")
+    if suffix != ".json":
+        return False
+    first, _, second = start.partition(b"\n")
+    complete = _parse_row(1, first).columns is not None
+    return not (complete and second.lstrip()[:1] == b"{")
+
+
+def _json_rows(path: str, local: Path) -> Iterator[RawRow]:
+    try:
+        value = _parse(local.read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid UTF-8 at byte {error.start + 1}") from None
+    except RecursionError:
+        raise DataError(f"{path}: not usable JSON: nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not usable JSON: {clip(str(error), 80)}") from None
+    for number, row in enumerate(_list_of_rows(path, value), 1):
+        yield _as_columns(number, row)
+
+
+def _list_of_rows(path: str, value: Any) -> list:
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        is_row = any(isinstance(value.get(name), list) for name in ("messages", "conversations"))
+        value = [value] if is_row else lists[0] if len(lists) == 1 else [value]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: must hold a list of rows, [{{...}}, ...]")
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------- CSV, text, Parquet
+
+
+def _csv_rows(path: str, local: Path, delimiter: str) -> Iterator[RawRow]:
+    csv.field_size_limit(MAX_ROW_CHARS)
+    # Bytes that are not UTF-8 become lone surrogates, which the row's own check reports with its number.
+    with local.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        names = _csv_header(path, reader)
+        number = 0
+        while True:
+            number += 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield RawRow(number, None, f"not valid CSV: {clip(str(error), 60)}")
+                continue
+            if not cells:
+                number -= 1
+            elif len(cells) != len(names):
+                yield RawRow(number, None, f"has {len(cells)} cells, the header has {len(names)}")
+            else:
+                yield RawRow(number, dict(zip(names, cells, strict=True)))
+
+
+def _csv_header(path: str, reader: Any) -> list[str]:
+    try:
+        names = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise DataError(f"{path}: the header is not valid CSV: {clip(str(error), 60)}") from None
+    if not any(names):
+        raise DataError(f"{path}: the first line must name the columns, it is empty")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: the header names the column `{clip(twice[0])}` twice")
+    return names
+
+
+def _text_rows(path: str, local: Path) -> Iterator[RawRow]:
+    with local.open("rb") as file:
+        for line, raw in _lines(file):
+            if raw is None or len(raw) > MAX_ROW_CHARS:
+                yield RawRow(line, None, f"the line is enormous (over {MAX_ROW_CHARS // 2**20} MiB)")
+            else:
+                yield RawRow(line, {"text": raw.decode("utf-8", errors="surrogateescape")})
+
+
+def _parquet_rows(path: str, local: Path) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(local) as file:
+            number = 0
+            for batch in file.iter_batches(1024):
+                for columns in _batch_rows(batch):
+                    number += 1
+                    problem = "a value is not valid UTF-8" if columns is None else None
+                    yield RawRow(number, columns, problem)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {clip(str(error), 80)}") from None
+
+
+def _batch_rows(batch: Any) -> list[dict[str, Any] | None]:
+    try:
+        return batch.to_pylist()
+    except (UnicodeDecodeError, ValueError):
+        return [_one_row(batch, i) for i in range(batch.num_rows)]
+
+
+def _one_row(batch: Any, index: int) -> dict[str, Any] | None:
+    try:
+        return batch.slice(index, 1).to_pylist()[0]
+    except (UnicodeDecodeError, ValueError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------- the datasets library
+
+
+def _hub_source(path: str, split: str) -> Source:
+    import datasets
+
+    name, _, config = path.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:  # the library raises dozens of kinds, none of them ours
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = clip(lines[0], 160) if lines else type(error).__name__
+        config_hint = " (write `name:config` to choose a configuration)" if "config" in str(error).lower() and not config else ""
+        raise DataError(f"{path}: no such file, and not a data set that the hub gives{config_hint}: {reason}") from None
+    return _dataset_source(path, loaded)
+
+
+def _dataset_folder(path: str, local: Path, split: str) -> Source:
+    import datasets
+
+    if not any((local / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        files = sorted(p.name for p in local.iterdir() if p.suffix.lower() in SUFFIXES)
+        hint = f"name one of its files: {clip(', '.join(files), 80)}" if files else "it holds no data files either"
+        raise DataError(f"{path}: is a folder, and not one that datasets.save_to_disk wrote; {hint}")
+    try:
+        loaded = datasets.load_from_disk(str(local))
+    except Exception as error:  # as above
+        raise DataError(f"{path}: not a readable data set folder: {clip(str(error), 120)}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError(f"{path}: has no split `{split}`; it has {', '.join(loaded)}")
+        loaded = loaded[split]
+    return _dataset_source(path, loaded)
+
+
+def _dataset_source(path: str, loaded: Any) -> Source:
+    def rows() -> Iterator[RawRow]:
+        for number, columns in enumerate(loaded, 1):
+            yield RawRow(number, dict(columns))
+
+    return Source(path, "row", rows, lambda: f"datasets:{loaded._fingerprint}")

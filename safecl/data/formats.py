@@ -1,0 +1,370 @@
+"""From the columns of one row to its messages: the formats that people bring, detected or named.
+
+messages           {"messages": [{"role": "user", "content": "..."}, ...]}                             OpenAI; `train`, `weight` per message
+prompt_completion  {"prompt": "..." or [messages], "completion" | "answer" | "response": the same}     TRL, TRACE
+alpaca             {"instruction", "input" | "context", "output" | "response", "system", "history"}    Stanford Alpaca, Dolly
+sharegpt           {"conversations": [{"from": "human", "value": "..."}, ...]}                         ShareGPT
+text               {"text": "..."}                                                                     every token is trained
+fields             templates over the row's own columns                                                anything else
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from safecl.config import ConfigError, FieldMap
+
+MAX_ROW_CHARS = 4 * 2**20  # about a million tokens: no context window takes more, so a longer row is a broken file
+ROLES = ("system", "user", "assistant")
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
+_ANSWERS = ("completion", "answer", "response")
+_MAX_TAG_CHARS = 80
+
+
+class DataError(ConfigError):
+    """Data that cannot be used. The message names the file and the line, and what would work. Exit code 2."""
+
+
+class RowProblem(Exception):
+    """Why one row cannot be used; becomes a counted line in the report of bad rows."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `train`: True or False where the data says so, None for the default (assistant turns are trained)."""
+
+    role: str
+    content: str
+    train: bool | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        return self.role in ("assistant", "text") if self.train is None else self.train
+
+
+@dataclass(frozen=True)
+class ChatRow:
+    """One row in the common form. A `text` row has one message of role "text". `line` counts from 1."""
+
+    messages: tuple[Message, ...]
+    path: str
+    line: int
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+def clip(value: Any, limit: int = 40) -> str:
+    """At most `limit` printable characters of a value, for messages: a customer's row must not fill the log."""
+    shown = ascii(value) if not isinstance(value, str) else "".join(c if c.isprintable() else "?" for c in value[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def columns_of(columns: Iterable[str]) -> str:
+    """Column names for a message, at most about 80 characters."""
+    names = ", ".join(f"`{clip(name, 24)}`" for name in list(columns)[:8])
+    return clip(names, 80) if names else "no columns"
+
+
+# ----------------------------------------------------------------------------------------------------------------- checks
+
+
+def _text(value: Any, name: str) -> str:
+    if value is None:
+        raise RowProblem(f"{name} is null")
+    if isinstance(value, list):
+        return _joined_parts(value, name)
+    if not isinstance(value, str):
+        raise RowProblem(f"{name} must be text, not {_kind(value)}")
+    return value
+
+
+def _joined_parts(parts: list, name: str) -> str:
+    if not parts:
+        raise RowProblem(f"{name} is an empty list")
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            raise RowProblem(f"{name} has a part that is not text; images, audio and tool results are not supported")
+    return "".join(part["text"] for part in parts)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = {int: "a number", float: "a number", dict: "an object", list: "a list", str: "text", type(None): "null"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _check_text(text: str, name: str) -> None:
+    if "\0" in text:
+        raise RowProblem(f"{name} holds a NUL character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowProblem(f"{name} is not valid Unicode (a lone surrogate, or bytes that are not UTF-8)") from None
+
+
+def check_messages(messages: list[Message]) -> tuple[Message, ...]:
+    """The rules that every format's rows must meet. Raises RowProblem."""
+    messages = [m for m in messages if m.role != "system" or m.content.strip()]
+    if not messages:
+        raise RowProblem("the row is empty")
+    if sum(len(m.content) for m in messages) > MAX_ROW_CHARS:
+        raise RowProblem(f"the row is enormous (over {MAX_ROW_CHARS // 2**20} million characters)")
+    for number, message in enumerate(messages, 1):
+        name = "the text" if message.role == "text" else f"message {number} ({message.role})"
+        _check_text(message.content, name)
+        if not message.content.strip():
+            raise RowProblem(f"{name} is empty")
+    if messages[0].role != "text":
+        _check_turns(messages)
+    return tuple(messages)
+
+
+def _check_turns(messages: list[Message]) -> None:
+    roles = [m.role for m in messages]
+    if "system" in roles[1:]:
+        raise RowProblem("a system message stands after the first turn; it must come first")
+    turns = [role for role in roles if role != "system"]
+    if not turns or turns[0] != "user":
+        raise RowProblem(f"the first turn is the {turns[0]}'s; a user turn must come first" if turns else "there is no user turn")
+    if "assistant" not in turns:
+        raise RowProblem("there is no assistant turn, so nothing to learn")
+    if not any(m.is_trained for m in messages):
+        raise RowProblem("every message says `train: false`, so nothing to learn")
+
+
+# --------------------------------------------------------------------------------------------------------------- messages
+
+
+def _train_flag(turn: Mapping[str, Any], name: str) -> bool | None:
+    for key in ("train", "weight", "unmask"):
+        value = turn.get(key)
+        if value is None or (key == "unmask" and value is False):
+            continue
+        if isinstance(value, bool) or (key == "weight" and value in (0, 1)):
+            return bool(value)
+        raise RowProblem(f"{name}: `{key}` must be {'0 or 1' if key == 'weight' else 'true or false'}")
+    return None
+
+
+def read_turns(value: Any, name: str, role_key: str = "role", text_key: str = "content") -> list[Message]:
+    """A list of turns as messages, unchecked but for their shape. Raises RowProblem."""
+    if isinstance(value, str):  # CSV and Parquet often hold the list as JSON text
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowProblem(f"`{name}` must be a list of messages, not text") from None
+    if not isinstance(value, list):
+        raise RowProblem(f"`{name}` must be a list of messages, not {_kind(value)}")
+    if not value:
+        raise RowProblem(f"`{name}` is empty")
+    return [_turn(turn, f"{name}[{i}]", role_key, text_key) for i, turn in enumerate(value)]
+
+
+def _turn(turn: Any, name: str, role_key: str, text_key: str) -> Message:
+    if not isinstance(turn, dict):
+        raise RowProblem(f"{name} must be an object with `{role_key}` and `{text_key}`, not {_kind(turn)}")
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise RowProblem(f"{name} calls a tool; tool calls are not supported")
+    for key in (role_key, text_key):
+        if key not in turn:
+            raise RowProblem(f"{name} has no `{key}`; it has {columns_of(turn)}")
+    role = turn[role_key]
+    if not isinstance(role, str):
+        raise RowProblem(f"{name}: `{role_key}` must be text, not {_kind(role)}")
+    return Message(_role(role, name, role_key), _text(turn[text_key], f"{name}.{text_key}"), _train_flag(turn, name))
+
+
+def _role(role: str, name: str, role_key: str) -> str:
+    if role == "developer":  # OpenAI's newer name
+        return "system"
+    known = _SPEAKERS if role_key == "from" else {r: r for r in ROLES}
+    if role not in known:
+        near = difflib.get_close_matches(role.lower(), known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+        raise RowProblem(f"{name}: unknown {role_key} {clip(role, 24)!r}; {hint}")
+    return known[role]
+
+
+def _column(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise RowProblem(f"no `{name}`; the row has {columns_of(row)}")
+    return row[name]
+
+
+def _system(row: Mapping[str, Any]) -> list[Message]:
+    system = row.get("system")
+    return [] if system is None or system == "" else [Message("system", _text(system, "`system`"))]
+
+
+def _from_messages(row: Mapping[str, Any]) -> list[Message]:
+    messages = read_turns(_column(row, "messages"), "messages")
+    unmask = row.get("unmask")
+    if unmask not in (None, False, True):
+        raise RowProblem("`unmask` must be true or false")
+    if unmask:  # a row that asks for all of its turns to be trained, not only the assistant's
+        messages = [m if m.role == "system" or m.train is not None else Message(m.role, m.content, True) for m in messages]
+    return messages
+
+
+def _from_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
+    answer_name = next((name for name in _ANSWERS if name in row), "completion")
+    prompt, answer = _column(row, "prompt"), _column(row, answer_name)
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict) and "role" in prompt[0]:
+        # Earlier answers inside the prompt are context: only the completion is trained.
+        asked = [Message(m.role, m.content, bool(m.train)) for m in read_turns(prompt, "prompt")]
+    else:
+        asked = [*_system(row), Message("user", _text(prompt, "`prompt`"))]
+    if isinstance(answer, list) and answer and isinstance(answer[0], dict) and "role" in answer[0]:
+        return asked + read_turns(answer, answer_name)
+    return [*asked, Message("assistant", _text(answer, f"`{answer_name}`"))]
+
+
+def _from_alpaca(row: Mapping[str, Any]) -> list[Message]:
+    instruction = _text(_column(row, "instruction"), "`instruction`")
+    context_name = "input" if "input" in row else "context"
+    answer_name = "output" if "output" in row else "response"
+    context = row.get(context_name)
+    context = "" if context is None else _text(context, f"`{context_name}`")
+    asked = f"{instruction}\n\n{context}" if instruction.strip() and context.strip() else instruction or context
+    answer = _text(_column(row, answer_name), f"`{answer_name}`")
+    return [*_system(row), *_history(row.get("history")), Message("user", asked), Message("assistant", answer)]
+
+
+def _history(history: Any) -> list[Message]:
+    if history is None:
+        return []
+    if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+        raise RowProblem("`history` must be a list of [user, assistant] pairs")
+    texts = [(_text(asked, f"history[{i}][0]"), _text(said, f"history[{i}][1]")) for i, (asked, said) in enumerate(history)]
+    return [message for asked, said in texts for message in (Message("user", asked), Message("assistant", said))]
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
+    turns = read_turns(_column(row, "conversations"), "conversations", "from", "value")
+    return turns if turns[0].role == "system" else _system(row) + turns
+
+
+def _from_text(row: Mapping[str, Any]) -> list[Message]:
+    return [Message("text", _text(_column(row, "text"), "`text`"))]
+
+
+# --------------------------------------------------------------------------------------------------- templates over columns
+
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns that a template names."""
+    return [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
+
+
+def _cell(row: Mapping[str, Any], name: str, values: Mapping[str, Mapping[str, str]]) -> str:
+    value = _column(row, name)
+    if value is None or isinstance(value, (dict, list)):
+        raise RowProblem(f"`{clip(name)}` must be text or a number, not {_kind(value)}")
+    text = str(value).lower() if isinstance(value, bool) else str(value)  # true and false as JSON and YAML write them
+    if name not in values:
+        return text
+    known = values[name]
+    if text not in known and isinstance(value, float) and value.is_integer():
+        text = str(int(value))
+    if text not in known:
+        raise RowProblem(f"`{clip(name)}` is {clip(text, 24)!r}; `fields.values` knows {clip(', '.join(known), 60)}")
+    return known[text]
+
+
+def fill(template: str, row: Mapping[str, Any], values: Mapping[str, Mapping[str, str]] = {}) -> str:
+    """Replaces `{column}` by the row's value and `{{`, `}}` by braces. Raises RowProblem where a column is missing."""
+    fixed = {"{{": "{", "}}": "}"}
+    return _PLACEHOLDER.sub(lambda match: fixed.get(match[0]) or _cell(row, match[1], values), template)
+
+
+def _from_fields(fields: FieldMap) -> Callable[[Mapping[str, Any]], list[Message]]:
+    def messages(row: Mapping[str, Any]) -> list[Message]:
+        system = [] if fields.system is None else [Message("system", fill(fields.system, row, fields.values))]
+        prompt, completion = fill(fields.prompt, row, fields.values), fill(fields.completion, row, fields.values)
+        return [*system, Message("user", prompt), Message("assistant", completion)]
+
+    return messages
+
+
+def check_fields(fields: FieldMap, columns: Iterable[str], path: str) -> None:
+    """Raises DataError where the templates or `values` name a column that none of the rows looked at has."""
+    columns = list(columns)
+    templates = {"prompt": fields.prompt, "completion": fields.completion, "system": fields.system or ""}
+    named = [(f"fields.{key}", name) for key, template in templates.items() for name in template_columns(template)]
+    for key, name in [*named, *(("fields.values", name) for name in fields.values)]:
+        if name not in columns:
+            near = difflib.get_close_matches(name, columns, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else "write {{ and }} for braces that are meant as such"
+            raise DataError(f"{path}: {key} names the column `{clip(name)}`, the rows have {columns_of(columns)}; {hint}")
+    if not template_columns(fields.completion):
+        raise DataError(
+            f"{path}: fields.completion names no column, so every answer would be the same; the rows have {columns_of(columns)}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- choosing
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
+    "messages": _from_messages,
+    "prompt_completion": _from_prompt_completion,
+    "alpaca": _from_alpaca,
+    "sharegpt": _from_sharegpt,
+    "text": _from_text,
+}
+
+
+def detect(columns: Iterable[str]) -> str | None:
+    """The format that a row with these columns has, or None."""
+    columns = set(columns)
+    if "messages" in columns:
+        return "messages"
+    if "conversations" in columns:
+        return "sharegpt"
+    if "instruction" in columns and columns & {"output", "response"}:
+        return "alpaca"
+    if "prompt" in columns and columns & set(_ANSWERS):
+        return "prompt_completion"
+    return "text" if "text" in columns else None
+
+
+def suggest_fields(columns: Iterable[str]) -> str:
+    """A `fields` line that would fit columns of no known format."""
+    columns = list(columns)
+    answers = [c for c in columns if re.search(r"answer|label|target|output|response|completion|summary|solution", c, re.I)]
+    answer = answers[0] if answers else columns[-1] if columns else "answer"
+    asked = next((c for c in columns if c != answer and c not in ("id", "idx", "index", "task_id")), "question")
+    return f'fields: {{prompt: "{{{asked}}}", completion: "{{{answer}}}"}}'
+
+
+def row_reader(format: str, fields: FieldMap | None) -> Callable[[Mapping[str, Any]], tuple[Message, ...]]:
+    """The function from a row's columns to its checked messages. It raises RowProblem."""
+    read = _from_fields(fields) if format == "fields" and fields is not None else _READERS[format]
+    return lambda row: check_messages(read(row))
+
+
+def tags_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """Short scalar columns beside the text (`id`, `category`, `safe`, ...), as text."""
+    tags = {}
+    for name, value in row.items():
+        if name in ("text", "prompt", "instruction", "input", "output", "context", "system", *_ANSWERS):
+            continue
+        if isinstance(value, (str, bool, int, float)) and len(str(value)) <= _MAX_TAG_CHARS:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            tags[clip(name)] = clip(text, _MAX_TAG_CHARS)
+    return tags

@@ -1,0 +1,289 @@
+"""From messages to ids and the loss mask: which tokens are learned.
+
+Learned are the assistant's turns, all of them, each with the token that ends it, so that the model learns to stop. Where a turn stands in
+the text comes from the template's `{% generation %}` markers, or, where it has none, from prefixes: the turn i begins where the rendering
+of messages[:i] with the opening of an answer ends. Both are verified:
+
+    text    render(messages[:i], opening) is a prefix of render(messages)
+    tokens  encode(text[:start]) is a prefix of encode(text): what is learned follows exactly the ids that generation will start from
+
+Where the texts disagree the template is at fault, and is named. Where only the tokens disagree (an answer that begins with a newline, after
+a template that ends in one), the text is encoded in two parts, cut at the boundary, which is what the model sees when it generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from safecl.data.chat import (
+    CLOSE,
+    OPEN,
+    as_dicts,
+    control_tokens,
+    encode_pieces,
+    has_markers,
+    refusal,
+    render,
+    render_marked,
+    split_literals,
+    template_source,
+    turn_shape,
+)
+from safecl.data.formats import ChatRow, DataError, Message, RowProblem
+from safecl.data.tokens import Row, content_digest, row_key
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids: int32 [length]; loss_mask: bool [length]; num_tokens: length before it was cut."""
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    num_tokens: int
+
+
+@dataclass
+class _Chat:
+    """One conversation on its way: rendered text and the character ranges of its trained turns."""
+
+    messages: tuple[Message, ...]
+    text: str = ""
+    spans: list[tuple[int, int]] | None = None
+    problem: RowProblem | None = None
+
+
+def tokenize_row(tokenizer: Any, row: ChatRow, max_length: int) -> Row:
+    """One row's ids and loss mask, cut to `max_length` tokens.
+
+    Raises: DataError naming file and line where the row has no supervised token or the template refuses it.
+    """
+    encoded = tokenize_rows(tokenizer, [row], max_length)[0]
+    if isinstance(encoded, RowProblem):
+        raise DataError(f"{row.path}:{row.line}: {encoded}")
+    return Row(row_key(content_digest(row), 0), encoded.ids, encoded.loss_mask)
+
+
+def tokenize_rows(tokenizer: Any, rows: Sequence[ChatRow], max_length: int) -> list[Encoded | RowProblem]:
+    """Ids and masks of many rows at once; a RowProblem in the place of a row that cannot be used.
+
+    Raises: DataError where the chat template breaks the prefix property, so that no mask can be trusted.
+    """
+    out: list[Encoded | RowProblem | None] = [None] * len(rows)
+    plain = [i for i, row in enumerate(rows) if row.messages[0].role == "text"]
+    chats = [i for i, row in enumerate(rows) if row.messages[0].role != "text"]
+    for i, encoded in zip(plain, _encode_texts(tokenizer, [rows[i].messages[0].content for i in plain]), strict=True):
+        out[i] = encoded
+    for i, encoded in zip(chats, _encode_chats(tokenizer, [rows[i] for i in chats]), strict=True):
+        out[i] = encoded
+    return [_cut(encoded, max_length) for encoded in out]
+
+
+def _cut(encoded: Encoded | RowProblem, max_length: int) -> Encoded | RowProblem:
+    if isinstance(encoded, RowProblem):
+        return encoded
+    mask = encoded.loss_mask[:max_length].copy()
+    mask[:1] = False  # nothing stands before the first token that could predict it
+    if not mask.any():
+        longer = encoded.num_tokens > max_length
+        reason = f"cut to max_length {max_length} (the row has {encoded.num_tokens} tokens)" if longer else "in a row this short"
+        return RowProblem(f"no supervised token is left, {reason}")
+    return Encoded(encoded.ids[:max_length], mask, encoded.num_tokens)
+
+
+def _encode_texts(tokenizer: Any, texts: list[str]) -> list[Encoded]:
+    """Raw text, every token trained: with the special tokens that the tokenizer puts around a text, and an end."""
+    encoded = []
+    for ids in tokenizer(texts)["input_ids"] if texts else []:
+        ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+        mask = np.ones(len(ids), bool)
+        mask[: ids[:1] == [tokenizer.bos_token_id]] = False
+        encoded.append(Encoded(np.asarray(ids, np.int32), mask, len(ids)))
+    return encoded
+
+
+def _encode_chats(tokenizer: Any, rows: Sequence[ChatRow]) -> list[Encoded | RowProblem]:
+    chats = [_Chat(row.messages) for row in rows]
+    _render_all(tokenizer, chats)
+    _locate_turns(tokenizer, chats, rows)
+    good = [chat for chat in chats if chat.problem is None]
+    tokens = control_tokens(tokenizer)
+    for chat in good:
+        chat.spans = [_settle_end(chat.text, span, tokens) for span in chat.spans]
+    encoded = iter(_encode_spans(tokenizer, good))
+    return [chat.problem or next(encoded) for chat in chats]
+
+
+# ------------------------------------------------------------------------------------------------- where the turns stand
+
+
+def _render_all(tokenizer: Any, chats: list[_Chat]) -> None:
+    marked = has_markers(tokenizer)
+    try:
+        texts = (render_marked if marked else render)(tokenizer, [chat.messages for chat in chats])
+    except Exception as error:  # a template may raise anything; one by one shows which row it was
+        if len(chats) > 1:
+            for chat in chats:
+                _render_all(tokenizer, [chat])
+        else:
+            chats[0].problem = refusal(tokenizer, error)
+        return
+    for chat, text in zip(chats, texts, strict=True):
+        chat.text, chat.spans = text if marked else (text, None)
+
+
+def _locate_turns(tokenizer: Any, chats: list[_Chat], rows: Sequence[ChatRow]) -> None:
+    """Fills in the spans of the trained turns: from the markers where they mark one range per answer, else from prefixes."""
+    by_prefix = []
+    for chat, row in zip(chats, rows, strict=True):
+        if chat.problem is not None:
+            continue
+        answers = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
+        wanted = [i for i, m in enumerate(chat.messages) if m.is_trained]
+        if chat.spans is not None and len(chat.spans) == len(answers) and set(wanted) <= set(answers):
+            chat.spans = [span for i, span in zip(answers, chat.spans, strict=True) if i in wanted]
+        else:
+            by_prefix.append((chat, row, wanted))
+    if by_prefix:
+        _locate_by_prefix(tokenizer, by_prefix)
+
+
+def _locate_by_prefix(tokenizer: Any, todo: list[tuple[_Chat, ChatRow, list[int]]]) -> None:
+    openings = [(chat.messages[:i], chat.messages[i].role == "assistant") for chat, _, wanted in todo for i in wanted]
+    closings = [(chat.messages[: i + 1], False) for chat, _, wanted in todo for i in wanted]
+    starts, stops = iter(_render_prefixes(tokenizer, openings)), iter(_render_prefixes(tokenizer, closings))
+    shape = turn_shape(tokenizer)
+    for chat, row, wanted in todo:
+        chat.spans = []
+        for i in wanted:
+            start, stop = next(starts), next(stops)
+            if start is None or not chat.text.startswith(start):
+                raise _no_prefix(tokenizer, row, i)
+            if stop is not None and chat.text.startswith(stop):
+                end = len(stop)
+            else:
+                end = _end_by_content(chat.text, as_dicts(tokenizer, [chat.messages[i]])[0]["content"], len(start), shape)
+            if end is None or end <= len(start):
+                raise _no_prefix(tokenizer, row, i)
+            chat.spans.append((len(start), end))
+
+
+def _render_prefixes(tokenizer: Any, prefixes: list[tuple[tuple[Message, ...], bool]]) -> list[str | None]:
+    """Texts of the prefixes, None where the template refuses one; an empty prefix is the empty text."""
+    out: list[str | None] = [""] * len(prefixes)
+    for opening in (True, False):
+        chosen = [i for i, (messages, flag) in enumerate(prefixes) if messages and flag == opening]
+        try:
+            texts: Sequence[str | None] = render(tokenizer, [prefixes[i][0] for i in chosen], generation_prompt=opening)
+        except Exception:  # as above
+            if len(prefixes) == 1:
+                return [None]
+            texts = [_render_prefixes(tokenizer, [prefixes[i]])[0] for i in chosen]
+        for i, text in zip(chosen, texts, strict=True):
+            out[i] = text
+    return out
+
+
+def _end_by_content(text: str, content: str, start: int, shape: tuple[str, str]) -> int | None:
+    """The end of an answer that the template renders otherwise when it is the last one (Qwen3 opens a last answer with an empty
+    <think> block): the content as it stands in the text, with what the template writes after it."""
+    before, after = shape
+    for lead in ("", before):
+        for body in (content, content.strip()):
+            if text.startswith(lead + body + after, start):
+                return start + len(lead + body + after)
+    return None
+
+
+def _no_prefix(tokenizer: Any, row: ChatRow, i: int) -> DataError:
+    return DataError(
+        f"{row.path}:{row.line}: the chat template ({template_source(tokenizer)}) renders the turns before message {i + 1} differently "
+        "when more turns follow, so what is learned cannot be told from what is given; mark the assistant's turns in a copy of the "
+        "template with {% generation %} ... {% endgeneration %} and name it in model.chat_template, or split the conversation"
+    )
+
+
+def _settle_end(text: str, span: tuple[int, int], tokens: tuple[str, ...]) -> tuple[int, int]:
+    """The span up to and with the token that ends the turn.
+
+    Whitespace behind that token is the template's: generation has stopped. And some templates close their marker before the token, so that
+    a model trained by it would never stop.
+    """
+    start, stop = span
+    trimmed = text[start:stop].rstrip()
+    if trimmed.endswith(tokens):
+        return start, start + len(trimmed)
+    rest = text[stop:].lstrip(" ")
+    after = next((token for token in tokens if rest.startswith(token)), "")
+    return start, (len(text) - len(rest) + len(after) if after else stop)
+
+
+# ------------------------------------------------------------------------------------------------------------ ids and mask
+
+
+def _encode_spans(tokenizer: Any, chats: list[_Chat]) -> list[Encoded | RowProblem]:
+    """Whole texts in one batch; rows with control tokens in their own text, or with a token across a boundary, part by part."""
+    simple = [i for i, chat in enumerate(chats) if OPEN not in chat.text and CLOSE not in chat.text]
+    out: list[Encoded | RowProblem | None] = [None] * len(chats)
+    if tokenizer.is_fast and simple:
+        for i, encoded in zip(simple, _encode_whole(tokenizer, [chats[i] for i in simple]), strict=True):
+            out[i] = encoded
+    return [encoded or _encode_in_parts(tokenizer, chat) for encoded, chat in zip(out, chats, strict=True)]
+
+
+def _encode_whole(tokenizer: Any, chats: list[_Chat]) -> list[Encoded | None]:
+    texts = [chat.text for chat in chats]
+    batch = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, return_token_type_ids=False
+    )
+    checks = [(row, start) for row, chat in enumerate(chats) for start in _starts_to_check(chat)]
+    prefixes = [texts[row][:start] for row, start in checks]
+    prefix_ids = iter(tokenizer(prefixes, add_special_tokens=False, return_attention_mask=False)["input_ids"] if prefixes else [])
+    verified: list[dict[int, int | None]] = [{} for _ in chats]
+    for row, start in checks:
+        ids = next(prefix_ids)
+        verified[row][start] = len(ids) if batch["input_ids"][row][: len(ids)] == ids else None
+    return [
+        _mask_whole(ids, offsets, chat.spans, starts)
+        for ids, offsets, chat, starts in zip(batch["input_ids"], batch["offset_mapping"], chats, verified, strict=True)
+    ]
+
+
+def _starts_to_check(chat: _Chat) -> list[int]:
+    """Boundaries whose prefix is encoded for comparison: the last, which covers all before it, and those behind a space, because some
+    tokenizers leave the space out of a token's offsets, so that offsets alone cannot show a token across the boundary."""
+    starts = [start for start, _ in chat.spans]
+    return [start for start in starts if start == starts[-1] or chat.text[start - 1 : start] == " "]
+
+
+def _mask_whole(
+    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], verified: dict[int, int | None]
+) -> Encoded | None:
+    """None where a token reaches across the start of a trained turn."""
+    begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(ids), bool)
+    for start, stop in spans:
+        first = int(np.searchsorted(ends, start, side="right"))  # first token that ends behind the boundary
+        if start in verified:
+            first = verified[start]
+        elif first < len(ids) and begins[first] < start:
+            first = None
+        if first is None:
+            return None
+        mask[first : int(np.searchsorted(begins, stop, side="left"))] = True
+    return Encoded(np.asarray(ids, np.int32), mask, len(ids))
+
+
+def _encode_in_parts(tokenizer: Any, chat: _Chat) -> Encoded | RowProblem:
+    """Ids with cuts at both ends of every trained turn; exact for any tokenizer, but slower."""
+    pieces = split_literals(chat.text, [edge for span in chat.spans for edge in span])
+    try:
+        ids = encode_pieces(tokenizer, pieces)
+    except RowProblem as problem:
+        return RowProblem(f"{problem}, as the chat template ({template_source(tokenizer)}) needs it")
+    trained = [any(start <= piece.start < stop for start, stop in chat.spans) for piece in pieces]
+    mask = np.repeat(trained, [len(part) for part in ids])
+    return Encoded(np.asarray([i for part in ids for i in part], np.int32), mask, len(mask))
