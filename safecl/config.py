@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -91,7 +91,7 @@ class EvalConfig(Section):
     fields: FieldMap | None = None
     """Templates for `format: fields`; the task's own by default."""
     metric: Literal["exact_match", "label_accuracy", "gsm8k", "answer_nll"] = "exact_match"
-    """exact_match and gsm8k generate an answer; label_accuracy takes the most likely of the labels seen; answer_nll is nats per answer token."""
+    """exact_match and gsm8k generate an answer; label_accuracy takes the likeliest label; answer_nll is nats per answer token."""
     max_rows: Annotated[int, Field(ge=1)] = 200
     """Rows used, taken evenly from the file."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
@@ -108,7 +108,7 @@ class TaskConfig(Section):
     split: str = "train"
     """Split of a hub data set."""
     format: DataFormat = "auto"
-    """Row format: messages (OpenAI), prompt_completion, alpaca, sharegpt, text, or fields (templates); auto detects it from the first rows."""
+    """Row format: OpenAI messages, prompt_completion, alpaca, sharegpt, text, or fields (templates); auto detects it."""
     fields: FieldMap | None = None
     """Templates for `format: fields`."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
@@ -136,6 +136,43 @@ class TeacherConfig(Section):
     """Stored entries per token; 6 bytes each."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the stored distribution; training uses the same."""
+    indices: Literal["int32", "packed"] = "int32"
+    """int32: 4 bytes per token id, read without a copy; packed: 2 bytes below 65,536 tokens of vocabulary, else 3."""
+
+
+class GuardConfig(Section):
+    """Rows that stay out of the memory although the policy would take them."""
+
+    max_nll: Annotated[float, Field(gt=0)] | None = None
+    """Largest mean NLL of a row's targets under the aligned model, in nats per token."""
+    max_deviations: Annotated[float, Field(gt=0)] | None = None
+    """Largest distance of that NLL from the memory's median, in robust standard deviations (1.4826 MAD); 6 is a usual choice."""
+    flag_tag: str | None = None
+    """Tag by which a scorer marks rows; a row where it is neither empty, 0 nor false stays out."""
+
+    @model_validator(mode="after")
+    def _guards_something(self) -> GuardConfig:
+        if self.max_nll is None and self.max_deviations is None and self.flag_tag is None:
+            raise ValueError("set max_nll, max_deviations or flag_tag, or leave out `guard`")
+        return self
+
+
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as `500MB` or `1.5GiB`. Raises ValueError naming the units."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    unit = match and _BYTES.get(match[2].upper())
+    if not unit:
+        raise ValueError(f"{text!r} is not a size; write a number of rows, or bytes like 500MB or 1.5GiB")
+    return int(float(match[1]) * unit)
+
+
+def _rows_or_bytes(value: Any) -> Any:
+    if isinstance(value, str) and parse_bytes(value) < 1:
+        raise ValueError(f"{value!r} holds nothing; write a number of rows, or bytes like 500MB or 1.5GiB")
+    return value
 
 
 class MemoryConfig(Section):
@@ -151,10 +188,24 @@ class MemoryConfig(Section):
     """Templates for `format: fields`."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Use only this many rows, taken evenly from the file."""
-    capacity: Annotated[int, Field(ge=1)] = 20000
-    """Rows held at most."""
-    policy: Literal["reservoir"] = "reservoir"
-    """Which rows stay when the memory is full; reservoir keeps a uniform sample of all rows seen."""
+    capacity: Annotated[Annotated[int, Field(ge=1)] | str, AfterValidator(_rows_or_bytes)] = 20000
+    """Held at most: a number of rows, or bytes on disk like `2GB`."""
+    policy: Literal["reservoir", "balanced", "fifo"] = "reservoir"
+    """Which rows stay when the memory is full. reservoir: a uniform sample of all rows seen; balanced: equally many of each category;
+    fifo: the latest."""
+    balance_by: str = "category"
+    """What `balanced` and mix_cd tell apart: `task`, `source`, or the name of a tag (a column beside the row's text)."""
+    draw: Literal["auto", "uniform", "balanced", "loss_aware", "mix_cd"] = "auto"
+    """Which rows a step draws. balanced: every category equally often; loss_aware: in proportion to the row's last loss; mix_cd: in
+    proportion to how often such rows got worse than under the aligned model; auto: balanced where the policy is, else uniform."""
+    damage_margin: Annotated[float, Field(ge=0)] = 0.5
+    """mix_cd: nats per token by which a row's loss must exceed the aligned model's to count as damaged."""
+    prefix_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Keep only this many supervised tokens of each row and nothing after them: many short glimpses in the bytes of a few long rows."""
+    rest_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps that a drawn row rests before it can be drawn again."""
+    guard: GuardConfig | None = None
+    """Rows that stay out."""
     replay_ratio: Annotated[float, Field(gt=0, le=4)] = 0.1
     """Replay tokens per task token in a step, for each independent draw."""
     max_tokens: Annotated[int, Field(ge=2)] = 512
@@ -183,7 +234,7 @@ class TrainConfig(Section):
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Longer rows are cut to this many tokens."""
     packing: Literal["auto", "packed", "padded"] = "auto"
-    """packed: documents side by side in one sequence, position ids restarting, no attention across; padded: one row each, grouped by length.
+    """packed: documents side by side in one sequence, no attention across; padded: one row each, grouped by length.
     auto: packed with flash attention, else padded (a block-diagonal mask costs more than padding)."""
     learning_rate: Annotated[float, Field(ge=0)] = 2e-5
     """Peak learning rate."""
@@ -202,7 +253,7 @@ class TrainConfig(Section):
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     clip_scope: Literal["task", "total"] = "task"
-    """task: the losses' gradient is clipped and the weight penalty added after; total: the norm includes the penalty (one more all-reduce)."""
+    """task: the weight penalty is added after clipping; total: the norm includes it (one more all-reduce)."""
     seed: int = 0
     """Order of rows, draws from the memory, signs of the Fisher estimate, dropout."""
     max_bad_rows: Annotated[float, Field(ge=0)] = 0.01
