@@ -1,0 +1,78 @@
+"""What a run says: facts at the start, a progress bar on a terminal and plain lines elsewhere, and the results. Rank 0 only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Console:
+    """Prints for rank 0 and is silent on other ranks."""
+
+    def __init__(self, every: int, rank: int, terminal: Terminal | None = None):
+        self.every = every
+        self.quiet = rank != 0
+        self.terminal = terminal or Terminal(soft_wrap=True, highlight=False)
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar = None
+
+    def fact(self, what: str, value: str) -> None:
+        if not self.quiet:
+            self.terminal.print(f"[bold]{what:<14}[/bold] {value}")
+
+    def note(self, message: str) -> None:
+        if not self.quiet:
+            self.terminal.print(message, markup=False)
+
+    @contextmanager
+    def progress(self, name: str, num_steps: int) -> Iterator[_Steps]:
+        """A bar on a terminal, a line every so many steps elsewhere."""
+        if self.quiet or not self.terminal.is_terminal:
+            yield _Steps(None, None, self, name, num_steps)
+            return
+        name_column, state_column = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
+        columns = name_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), state_column
+        with Progress(*columns, console=self.terminal) as bar:
+            yield _Steps(bar, bar.add_task(name, total=num_steps, state=""), self, name, num_steps)
+
+    def results(self, evaluations: list, gate, folder: Path) -> None:
+        """The table of everything measured, and where it is."""
+        if self.quiet:
+            return
+        from safecl.evaluation import results_table
+
+        if evaluations:
+            self.terminal.print(results_table(evaluations))
+        if gate is not None:
+            self.terminal.print(gate.message, markup=False)
+        self.terminal.print(f"results in {folder}", markup=False)
+
+
+class _Steps:
+    def __init__(self, bar: Progress | None, task, console: Console, name: str, num_steps: int):
+        self._bar, self._task, self._console, self._name, self._num_steps = bar, task, console, name, num_steps
+        self._done = 0
+
+    def step(self, values: dict) -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, state=_short(values))
+        elif self._done % self._console.every == 0 or self._done in (1, self._num_steps):
+            self._console.note(f"{self._name} {self._done}/{self._num_steps}  {_short(values)}")
+
+
+def _short(values: dict) -> str:
+    losses = "  ".join(f"{key.removeprefix('loss/')} {value:.4f}" for key, value in values.items() if key.startswith("loss/"))
+    norm = f"{values['grad_norm']:.3g}" if values["grad_norm"] is not None else "not finite"
+    skipped = f"  skipped {values['skipped_steps']}" if values["skipped_steps"] else ""
+    memory = f"{values['memory_bytes'] / 2**30:.2f} GiB"
+    return f"{losses}  norm {norm}  lr {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tok/s  {memory}{skipped}"

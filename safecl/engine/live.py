@@ -1,0 +1,51 @@
+"""The live model as the evaluation sees it, in any ZeRO stage, and the average in its place for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from safecl.engine import distributed
+from safecl.engine.training import TrainingEngine
+
+
+class LiveModel:
+    """safecl.evaluation's EvalModel over a training engine. Generation goes through the live shards, so no second model exists."""
+
+    def __init__(self, engine: TrainingEngine):
+        self._engine = engine
+        self.device = engine.device
+        self.rank = distributed.rank()
+        self.world_size = distributed.world_size()
+        self.vocab_size = engine.module.model.config.get_text_config().vocab_size
+
+    def logits(self, input_ids, attention_mask, position_ids, past=None, use_cache=False, last_only=False) -> tuple[torch.Tensor, object]:
+        """Logits [batch, length or 1, vocab] and the cache, which is `past` itself: it grows in place."""
+        if use_cache and past is None:
+            from transformers import DynamicCache
+
+            past = DynamicCache(config=self._engine.module.model.config)
+        logits = self._engine.logits(input_ids, attention_mask, position_ids, past, use_cache, last_only)
+        return logits, past
+
+    def any(self, flag: bool) -> bool:
+        return distributed.any_rank(flag)
+
+    def gather(self, items: list) -> list:
+        return distributed.gather_objects(items)
+
+
+@contextmanager
+def evaluating(engine: TrainingEngine, average: bool) -> Iterator[LiveModel]:
+    """The model in evaluation mode, with the EMA as its weights where `average` says so; everything is as before afterwards."""
+    engine.deepspeed.eval()
+    if average:
+        engine.shards.swap(engine.optimizer.tensors("ema"))
+    try:
+        yield LiveModel(engine)
+    finally:
+        if average:
+            engine.shards.swap(engine.optimizer.tensors("ema"))
+        engine.deepspeed.train()

@@ -1,0 +1,64 @@
+"""metrics.jsonl, one line per step, and further trackers where the config names them. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safecl.config import ConfigError, RunConfig
+
+
+class MetricsLog:
+    """Appends dicts as JSON lines and passes numbers on to the configured trackers. Without a folder (ranks above 0) it does nothing."""
+
+    def __init__(self, folder: Path | None, config: RunConfig):
+        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8") if folder is not None else None
+        names = config.log.report_to if folder is not None else []
+        self._trackers = [_TRACKERS[name](folder, folder.name, config.model_dump(mode="json")) for name in names]
+
+    def write(self, values: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
+        for log in self._trackers:
+            log(numbers, values["step"])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _tensorboard(folder: Path, run_name: str, config: dict[str, Any]):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder / "tensorboard")
+    return lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
+
+
+def _wandb(folder: Path, run_name: str, config: dict[str, Any]):
+    import wandb
+
+    wandb.init(project="safecl", name=run_name, config=config, dir=str(folder))
+    return lambda values, step: wandb.log(values, step=step)
+
+
+def _trackio(folder: Path, run_name: str, config: dict[str, Any]):
+    import trackio
+
+    trackio.init(project="safecl", name=run_name, config=config)
+    return lambda values, step: trackio.log(values)
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises ConfigError for a tracker that is not installed."""
+    from importlib.util import find_spec
+
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"log.report_to: {name} is not installed; pip install 'safecl[track]' or leave it out")

@@ -1,0 +1,256 @@
+"""The Hugging Face model, wrapped in one module whose forward runs the trunk and the fused head.
+
+Wrapping (instead of patching) keeps every architecture as it is, and lets ZeRO-3's own hooks gather `lm_head`, tied or not, because it
+is read inside a module's forward. At the start head(trunk(x)) is compared with model(x).logits; where they differ, the model's own logits
+are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from safecl.config import ConfigError, ModelConfig
+from safecl.kernels import TopKTeacher, linear_distill_loss, linear_topk
+from safecl.kernels.logits_head import logits_distill_loss
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class HeadScaling:
+    """What lies between lm_head's product and the logits that the model returns."""
+
+    softcap: float | None = None
+    logit_scale: float | None = None
+
+
+def choose_attention(wanted: str) -> tuple[str, str]:
+    """(attention implementation, why)."""
+    if wanted != "auto":
+        return wanted, "as configured"
+    if not torch.cuda.is_available():
+        return "sdpa", "no GPU"
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        return "sdpa", "flash_attn is not installed"
+    return "flash_attention_2", "flash_attn is installed"
+
+
+def load_model(config: ModelConfig) -> nn.Module:
+    """The causal language model in the run's dtype, on the CPU, adapters added where the config says so. Raises ConfigError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        settings = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {config.path}: no model can be read there: {_first_line(error)}") from None
+    _refuse_unsupported(settings, config.path)
+    attention, _ = choose_attention(config.attention)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=DTYPES[config.dtype], attn_implementation=attention, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path: {config.path}: cannot be loaded: {_first_line(error)}") from None
+    model.config.use_cache = False
+    if config.lora is not None:
+        model = _add_adapters(model, config)
+    if config.gradient_checkpointing:
+        # Reentrant checkpointing would hide hidden states from losses on features.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.lora is not None:
+            model.enable_input_require_grads()
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+def _refuse_unsupported(settings, path: str) -> None:
+    text = settings.get_text_config()
+    if any(getattr(text, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+        raise ConfigError(f"model.path: {path} ({settings.model_type}) is a mixture of experts; safecl tunes dense decoder-only models")
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ConfigError(f"model.path: {path} ({settings.model_type}) is an encoder-decoder; safecl tunes dense decoder-only models")
+    if getattr(settings, "quantization_config", None):
+        raise ConfigError(f"model.path: {path} holds quantised weights; safecl trains bf16 or fp32 weights")
+
+
+def _add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("model.lora needs the extra `lora`: pip install 'safecl[lora]'") from None
+    lora = config.lora
+    settings = peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type="CAUSAL_LM"
+    )
+    try:
+        model = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(f"model.lora: {_first_line(error)}") from None
+    for p in model.parameters():  # one dtype per shard
+        if p.requires_grad:
+            p.data = p.data.to(DTYPES[config.dtype])
+    return model
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The causal language model under peft's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_scaling(model: nn.Module) -> HeadScaling:
+    """Softcap and scale of the logits, read from the settings that dense architectures of transformers use."""
+    settings = base_model(model).config.get_text_config()
+    scale = getattr(settings, "logit_scale", None)
+    if (divisor := getattr(settings, "logits_scaling", None)) is not None:
+        scale = 1.0 / divisor
+    return HeadScaling(getattr(settings, "final_logit_softcapping", None), scale)
+
+
+class LanguageModel(nn.Module):
+    """Trunk and fused head as one module.
+
+    `forward(task="loss", ...)` returns {"loss", "ce", "kd"}; `forward(task="logits", ...)` returns {"logits"}. Plain dicts only:
+    a dataclass that crosses a module boundary crashes ZeRO-3.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.scaling = head_scaling(model)
+        self.fused = True
+
+    @property
+    def trunk(self) -> nn.Module:
+        return base_model(self.model).get_decoder()
+
+    @property
+    def head(self) -> nn.Module:
+        return base_model(self.model).get_output_embeddings()
+
+    def forward(self, *, task: str, **inputs) -> dict[str, torch.Tensor]:
+        return {"loss": self.losses, "logits": self.logits, "topk": self.topk}[task](**inputs)
+
+    def logits(self, input_ids, position_ids, attention_mask=None, past=None, use_cache=False, last_only=False) -> dict[str, torch.Tensor]:
+        """The model's own logits, [batch, length or 1, vocab]."""
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past, use_cache=use_cache,
+            logits_to_keep=1 if last_only else 0,
+        )  # fmt: skip
+        return {"logits": output.logits}
+
+    def topk(self, input_ids, position_ids, positions, k: int, temperature: float) -> dict[str, torch.Tensor]:
+        """What a teacher stores of chosen positions [n]: log_probs [n, k], indices [n, k], log_tail [n]."""
+        if self.fused:
+            hidden = self._hidden(input_ids, position_ids, positions)
+            stored = linear_topk(hidden, self.head.weight, k, bias=self.head.bias, temperature=temperature, **asdict(self.scaling))
+            return {"log_probs": stored.log_probs, "indices": stored.indices, "log_tail": stored.log_tail}
+        log_probs = (self._own_logits(input_ids, position_ids, positions).float() / temperature).log_softmax(-1)
+        top = log_probs.topk(k, dim=-1)
+        rest = log_probs.scatter(-1, top.indices, float("-inf"))
+        return {"log_probs": top.values, "indices": top.indices, "log_tail": rest.logsumexp(-1)}
+
+    def losses(self, input_ids, position_ids, positions, targets, ce_weights, distillations=()) -> dict[str, torch.Tensor]:
+        """Weighted sum of all losses of a micro-batch.
+
+        input_ids, position_ids: int64 [batch, length]. positions: int64 [n], flat indices that have a target. targets: int64 [n].
+        ce_weights: fp32 [n]; they carry the normaliser. distillations: dicts with rows (int64 [m], indices into positions, what the
+        stored teacher speaks about), kd_weights fp32 [n], divergence, and the teacher: log_probs, indices, log_tail, temperature.
+        Returns loss (0-dim), ce [n] and kd0, kd1, ... [n], one per distillation, detached and unweighted.
+        """
+        score = self._scorer(input_ids, position_ids, positions)
+        first, *others = distillations or [None]
+        output = score(targets, ce_weights, first)
+        loss, kd = output.loss, [output.kd] if first is not None else []
+        for distillation in others:
+            more = score(torch.full_like(targets, -100), torch.zeros_like(ce_weights), distillation)
+            loss, kd = loss + more.loss, [*kd, more.kd]
+        return {"loss": loss, "ce": output.ce, **{f"kd{index}": value for index, value in enumerate(kd)}}
+
+    def _scorer(self, input_ids, position_ids, positions) -> Callable:
+        """The losses of these positions as a function of targets, weights and a stored teacher."""
+        if self.fused:
+            hidden = self._hidden(input_ids, position_ids, positions)
+            return lambda targets, ce_weights, distillation: linear_distill_loss(
+                hidden, self.head.weight, bias=self.head.bias, labels=targets, ce_weights=ce_weights, **asdict(self.scaling),
+                **self._teacher_arguments(distillation),
+            )  # fmt: skip
+        logits = self._own_logits(input_ids, position_ids, positions)
+        return lambda targets, ce_weights, distillation: logits_distill_loss(
+            logits, labels=targets, ce_weights=ce_weights, **self._teacher_arguments(distillation)
+        )
+
+    def _hidden(self, input_ids, position_ids, positions) -> torch.Tensor:
+        # No mask and no cache: with either, packed documents would see each other, silently.
+        output = self.trunk(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)[positions]  # [n, hidden]
+
+    def _own_logits(self, input_ids, position_ids, positions) -> torch.Tensor:
+        output = self.model(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
+        return output.logits.flatten(0, 1)[positions]  # [n, vocab]
+
+    def _teacher_arguments(self, distillation: dict | None) -> dict:
+        if distillation is None:
+            return {}
+        vocab_size = getattr(self.head.weight, "ds_shape", self.head.weight.shape)[0]
+        stored, temperature = [distillation[key] for key in ("log_probs", "indices", "log_tail")], distillation["temperature"]
+        return dict(
+            teacher=TopKTeacher(*stored, temperature, vocab_size), teacher_rows=distillation["rows"], kd_weights=distillation["kd_weights"],
+            divergence=distillation["divergence"], temperature=temperature,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def check_head(wrapped: LanguageModel, tolerance: float = 1e-5) -> bool:
+    """Compares head(trunk(x)) with model(x).logits on a few tokens before training; False switches to the model's own logits."""
+    model = wrapped.model
+    training, dtype = model.training, next(model.parameters()).dtype
+    model.eval()
+    ids = torch.arange(2, 10, device=next(model.parameters()).device)[None]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    expected = model(input_ids=ids, attention_mask=None, position_ids=positions, use_cache=False).logits.float()
+    hidden = wrapped.trunk(input_ids=ids, attention_mask=None, position_ids=positions, use_cache=False).last_hidden_state
+    got = scaled_logits(wrapped, hidden)
+    model.train(training)
+    error = (got - expected).norm() / expected.norm().clamp_min(1e-20)
+    wrapped.fused = bool(error <= (tolerance if dtype == torch.float32 else 2.0**-7)) and _plain_linear(wrapped.head)
+    return wrapped.fused
+
+
+@torch.no_grad()
+def check_packing(wrapped: LanguageModel) -> None:
+    """Refuses a model whose packed documents see each other: the second of two must give the logits that it gives alone."""
+    model, device = wrapped.model, next(wrapped.parameters()).device
+    training = model.training
+    model.eval()
+    first, second = torch.arange(2, 9, device=device), torch.arange(3, 8, device=device)
+    restart = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None].to(device)
+    both = torch.cat([first, second])[None]
+    packed = model(input_ids=both, attention_mask=None, position_ids=restart, use_cache=False).logits[0, len(first) :]
+    alone = model(input_ids=second[None], attention_mask=None, position_ids=restart[:, len(first) :], use_cache=False).logits[0]
+    model.train(training)
+    error = (packed.float() - alone.float()).norm() / alone.float().norm().clamp_min(1e-20)
+    if error > (1e-4 if packed.dtype == torch.float32 else 5e-2):
+        raise ConfigError(
+            f"train.packing: packed documents see each other in this model (logits differ by {float(error):.1%}); use packing: padded"
+        )
+
+
+def _plain_linear(head: nn.Module) -> bool:
+    return type(head) is nn.Linear
+
+
+def scaled_logits(wrapped: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
+    """fp32 logits of hidden states with the model's softcap and scale, [..., vocab]."""
+    head, scaling = wrapped.head, wrapped.scaling
+    logits = torch.nn.functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+    logits = logits * scaling.logit_scale if scaling.logit_scale is not None else logits
+    return logits if scaling.softcap is None else scaling.softcap * torch.tanh(logits / scaling.softcap)

@@ -1,0 +1,208 @@
+"""What a run will do, worked out before any model is loaded or any process group exists: rows, steps, tokens, and what is measured.
+
+`safecl check` prints it, `Trainer` runs it, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safecl.config import ConfigError, EvalConfig, RunConfig, TaskConfig
+from safecl.data import (
+    ChatRow,
+    Prompt,
+    TaskOrder,
+    TokenDataset,
+    load_tokenizer,
+    mix_poison,
+    prepare_dataset,
+    read_prompts,
+    read_rows,
+    resolve_tokens_per_batch,
+)
+from safecl.methods import method_module
+from safecl.methods.base import Method
+
+FEW_STEPS = 50
+HALF = 0.5
+
+
+@dataclass
+class TaskPlan:
+    """One task: its rows, how many go into a step, and its held-out rows."""
+
+    config: TaskConfig
+    dataset: TokenDataset
+    tokens_per_batch: int
+    order: TaskOrder
+    eval_rows: list[ChatRow] = field(default_factory=list)
+    poisoned_rows: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.order.num_steps
+
+
+@dataclass
+class RunPlan:
+    """A run, ready to start."""
+
+    config: RunConfig
+    tokenizer: object
+    tasks: list[TaskPlan]
+    methods: list[Method]
+    memory: TokenDataset | None = None
+    prompts: list[Prompt] = field(default_factory=list)
+    benign: list[Prompt] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a user should know before the run starts."""
+
+
+def data_cache() -> Path:
+    """Folder of prepared data: $SAFECL_CACHE/data, by default ~/.cache/safecl/data."""
+    return Path(os.environ.get("SAFECL_CACHE", Path.home() / ".cache" / "safecl")) / "data"
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """Reads and tokenises all data, checks it, and works out steps. Raises ConfigError (DataError for rows)."""
+    tokenizer = load_tokenizer(config.model)
+    plan = RunPlan(config, tokenizer, [_plan_task(config, task, tokenizer) for task in config.tasks], build_methods(config))
+    if config.memory is not None:
+        memory = config.memory
+        plan.memory = _prepare(config, memory.source, memory, tokenizer, max_length=min(memory.max_tokens, config.train.max_length))
+    _plan_safety(plan)
+    _check_sizes(plan)
+    return plan
+
+
+def build_methods(config: RunConfig) -> list[Method]:
+    """The configured methods, in the order of the config."""
+    return [method_module(name).Method(name, settings) for name, settings in config.methods.items()]
+
+
+def _prepare(config: RunConfig, path: str, section, tokenizer, max_length: int) -> TokenDataset:
+    return prepare_dataset(
+        path, split=getattr(section, "split", "train"), format=section.format, fields=section.fields,
+        max_rows=getattr(section, "max_rows", None), max_bad_rows=config.train.max_bad_rows, tokenizer=tokenizer, max_length=max_length,
+        cache_dir=data_cache(),
+    )  # fmt: skip
+
+
+def _plan_task(config: RunConfig, task: TaskConfig, tokenizer) -> TaskPlan:
+    train, poison = config.train, config.poison
+    dataset = _prepare(config, task.train, task, tokenizer, train.max_length)
+    num_clean = len(dataset)
+    if poison.ratio > 0 and task.role == "task":
+        harmful = _prepare(config, poison.source, poison, tokenizer, train.max_length)
+        dataset = mix_poison(dataset, harmful, poison.ratio, poison.seed)
+    tokens_per_batch = resolve_tokens_per_batch(train, dataset)
+    order = TaskOrder(dataset, seed=train.seed, tokens_per_batch=tokens_per_batch, epochs=train.epochs, max_steps=train.max_steps)
+    return TaskPlan(config=task, dataset=dataset, tokens_per_batch=tokens_per_batch, order=order,
+                    eval_rows=_eval_rows(task, task.eval), poisoned_rows=len(dataset) - num_clean)  # fmt: skip
+
+
+def _eval_rows(task: TaskConfig, eval_config: EvalConfig | None) -> list[ChatRow]:
+    if eval_config is None:
+        return []
+    fields = eval_config.fields or task.fields
+    form = "fields" if fields is not None and eval_config.format == "auto" else eval_config.format
+    rows, _ = read_rows(eval_config.path, format=form, fields=fields, max_rows=eval_config.max_rows)
+    return rows
+
+
+def _plan_safety(plan: RunPlan) -> None:
+    from safecl.evaluation import check_disjoint, check_gate_is_decidable
+
+    safety = plan.config.safety
+    if safety is None:
+        return
+    plan.prompts = read_prompts(safety.prompts, safety.max_prompts)
+    if safety.benign_prompts is not None:
+        plan.benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True)
+    if safety.gate is not None:
+        check_gate_is_decidable(safety.gate, num_prompts=len(plan.prompts), num_benign=len(plan.benign))
+    check_disjoint([*plan.prompts, *plan.benign], _training_rows(plan.config))
+
+
+def _training_rows(config: RunConfig) -> list[ChatRow]:
+    """All rows that the model will see, for the check that no evaluation prompt is among them."""
+    rows: list[ChatRow] = []
+    sources = [(task.train, task) for task in config.tasks]
+    if config.memory is not None:
+        sources.append((config.memory.source, config.memory))
+    if config.poison.ratio > 0:
+        sources.append((config.poison.source, config.poison))
+    for path, section in sources:
+        found, _ = read_rows(path, split=getattr(section, "split", "train"), format=section.format, fields=section.fields,
+                             max_rows=getattr(section, "max_rows", None), max_bad_rows=config.train.max_bad_rows)  # fmt: skip
+        rows += found
+    return rows
+
+
+def _check_sizes(plan: RunPlan) -> None:
+    """A run that could not do what it is for needs an explicit flag: too few steps, or an average that mostly holds the start."""
+    allow = plan.config.train.allow_few_steps
+    for task in plan.tasks:
+        if task.config.role == "align":
+            continue
+        steps, name = task.num_steps, task.config.name
+        if steps < FEW_STEPS:
+            fix = "use smaller train.tokens_per_batch or more train.epochs"
+            _refuse_or_note(plan, allow, f"task {name}: only {steps} optimizer steps; {fix}")
+        for method_name, settings in plan.config.methods.items():
+            weight = settings.weight_on_start(steps) if hasattr(settings, "weight_on_start") else 0.0
+            if weight > HALF:
+                fix = f"use methods.{method_name}.horizon: 0.3 instead of decay, or more steps"
+                problem = f"after {steps} steps the average keeps {weight:.0%} of its weight on the start"
+                _refuse_or_note(plan, allow, f"task {name}: {problem}; {fix}")
+
+
+def _refuse_or_note(plan: RunPlan, allow: bool, message: str) -> None:
+    if not allow:
+        raise ConfigError(f"{message}, or accept it with train.allow_few_steps: true")
+    plan.notes.append(message)
+
+
+def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
+    """(what, value) lines of the plan, for `safecl check` and for the start of a run."""
+    config = plan.config
+    lines = [("model", f"{config.model.path}, {config.model.dtype}" + (", LoRA" if config.model.lora else ""))]
+    for task in plan.tasks:
+        data, name = task.dataset, task.config.name
+        rows = f"{len(data):,} rows" + (f" ({task.poisoned_rows:,} poisoned)" if task.poisoned_rows else "")
+        targets, tokens = int(data.num_targets.sum()), int(data.lengths.sum())
+        lines.append((f"task {name}", f"{rows}, {tokens:,} tokens, {targets / max(tokens, 1):.0%} supervised"))
+        epochs = task.num_steps * task.tokens_per_batch / max(tokens, 1)
+        lines.append(("  steps", f"{task.num_steps:,} of about {task.tokens_per_batch:,} tokens, {epochs:.2g} epochs"))
+        if task.config.role != "align":
+            lines += [(f"  {label}", text) for label, text in _method_lines(plan, task.num_steps)]
+    if plan.memory is not None:
+        tokens = int(plan.memory.lengths.sum())
+        lines.append(("memory", f"{len(plan.memory):,} rows, {tokens:,} tokens, ratio {config.memory.replay_ratio:g} per draw"))
+    if plan.prompts:
+        lines.append(("safety", f"{len(plan.prompts)} disallowed, {len(plan.benign)} benign prompts, every {config.safety.every}"))
+    optimizer, weights = _place(config.deepspeed.offload.optimizer), _place(config.deepspeed.offload.parameters)
+    lines.append(("ZeRO", f"stage {config.deepspeed.stage}, optimizer on {optimizer}, weights on {weights}"))
+    return lines
+
+
+def _method_lines(plan: RunPlan, num_steps: int) -> list[tuple[str, str]]:
+    if not plan.config.methods:
+        return [("method", "plain fine-tuning")]
+    lines = []
+    for name, settings in plan.config.methods.items():
+        values = ", ".join(f"{key} {_short(value)}" for key, value in settings if value is not None)
+        if hasattr(settings, "weight_on_start") and settings.write_back == "never":
+            values += f"; decay {settings.decay_for(num_steps):.6g} leaves {settings.weight_on_start(num_steps):.1%} on the start"
+        lines.append((name, values))
+    return lines
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _place(offload: str) -> str:
+    return "CPU" if offload == "cpu" else "device"

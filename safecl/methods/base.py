@@ -1,0 +1,116 @@
+"""What a continual-learning method can bring to a run.
+
+A method says, in this order of a step, what it adds: replay rows to the one forward pass (`replay_terms`), changes to the gradient before
+clipping (`transform_gradient`), a penalty and an average to the optimizer's pass over the shard (`penalty`, `ema_decay`), and work on the
+new weights (`after_update`). Around tasks it prepares its state (`start_task`, `end_task`). Every hook is optional.
+
+A file with a method defines `Config` (a safecl.config.MethodConfig; importing it must not import torch) and `Method`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from safecl.config import MethodConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from safecl.engine.optimizer import Shard
+
+
+@dataclass(frozen=True)
+class ReplayTerm:
+    """A draw from the memory and what its tokens are worth: ce_weight * CE + kd_weight * divergence(stored teacher, student).
+
+    Both are means over the draw's supervised tokens of the whole step. Terms of one `stream` see the same rows, other streams draw
+    independently.
+    """
+
+    stream: str
+    ce_weight: float = 0.0
+    kd_weight: float = 0.0
+    divergence: str = "forward_kl"
+    """forward_kl, reverse_kl, jsd, or mse over the stored entries, centred."""
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """0.5 * strength * sum_i F_i (p_i - a_i)^2 over the trained weights, F from state `fisher` divided by its mean, or 1 without one."""
+
+    strength: float
+    anchor: str = "anchor"
+    """Kind of state that holds a, one value per weight."""
+    fisher: str | None = None
+    """Kind of state that holds F."""
+    proximal: bool = False
+    """Apply it as a proximal step after AdamW: stable for any strength times learning rate."""
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Run(Protocol):
+    """What the engine offers to a method. Every call must be made on all ranks alike."""
+
+    step: int
+    """Optimizer step of the current task, from 0."""
+    num_steps: int
+    """Optimizer steps of the current task."""
+    seed: int
+
+    def shards(self) -> list[Shard]:
+        """This rank's part of the trained weights with its state tensors (fp32, flat)."""
+
+    def reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks' shards of a few numbers, e.g. of local dot products."""
+
+    def set_anchor(self, kind: str = "anchor") -> None:
+        """Copies the current weights into the state `kind`; the penalty is exactly 0 right after."""
+
+    def estimate_fisher(self, *, sign_batches: int, rows_per_batch: int, kind: str = "fisher") -> float:
+        """Estimates the diagonal Fisher on the memory's rows into the state `kind`; returns its mean over all weights."""
+
+    def publish(self) -> None:
+        """Carries changed master weights into the live model."""
+
+    def log(self, message: str) -> None:
+        """A line for the console, from rank 0."""
+
+
+class Method(Generic[C]):
+    """Base of all methods; the hooks do nothing."""
+
+    def __init__(self, name: str, config: C):
+        self.name = name
+        self.config = config
+
+    def replay_terms(self) -> list[ReplayTerm]:
+        """Draws from the memory that enter every step's forward pass."""
+        return []
+
+    def penalty(self) -> Penalty | None:
+        """A quadratic pull of the weights, evaluated inside the optimizer's pass."""
+        return None
+
+    def ema_decay(self, run: Run) -> float | None:
+        """Decay of the average that follows the weights in this step; None where the method keeps none."""
+        return None
+
+    def transform_gradient(self, run: Run, shards: list[Shard]) -> None:
+        """Changes shard gradients in place, before the norm is taken and clipped."""
+
+    def after_update(self, run: Run, shards: list[Shard]) -> None:
+        """Works on the new weights inside the optimizer's step; what it writes reaches the live model at no extra cost."""
+
+    def start_task(self, run: Run) -> None:
+        """Before a task's first step."""
+
+    def end_task(self, run: Run) -> None:
+        """After a task's last step."""
+
+    @property
+    def saves_average(self) -> bool:
+        """True where the saved and evaluated model is the average, not the live weights."""
+        return False
