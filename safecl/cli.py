@@ -119,6 +119,7 @@ def _traceback_first(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `safecl` and `python -m safecl`. Ends the process with an ExitCode."""
     given = sys.argv[1:] if arguments is None else arguments
+    launcher.settle_accelerator()
     app(args=_traceback_first(launcher.without_launcher_arguments(given)), prog_name="safecl")
 
 

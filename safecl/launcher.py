@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import MutableMapping
+from pathlib import Path
 
 from safecl.config import ConfigError
 
@@ -38,6 +39,12 @@ def join_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
             f"environment: {there} is set, but {', '.join(missing)} is not; start several processes with "
             "`torchrun --nproc-per-node N -m safecl train CFG`, or unset these variables for one process"
         )
+
+
+def settle_accelerator(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tells DeepSpeed that there is no GPU, before it looks for one and warns. With a GPU nothing is set."""
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def without_launcher_arguments(arguments: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """How a verb ends: exit codes, and errors told as messages instead of tracebacks.
 
-0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal (EX_TEMPFAIL: run it again).
+0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal (EX_TEMPFAIL).
 """
 
 from __future__ import annotations

@@ -1,0 +1,81 @@
+# make demo | test | lint | clean. On a fresh machine with Python >= 3.10 and g++, nothing else needs to be typed.
+# Every step leaves a stamp in $(VENV) when it has succeeded, so a second run is quick and an interrupted one goes on where it was.
+#
+#   make demo PYTHON=python3.12                                   another Python
+#   make demo TORCH=torch==2.9.1                                  another torch (safecl needs 2.8 or later)
+#   make demo TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"    a smaller torch without CUDA
+
+SHELL := /bin/sh
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_FLAGS ?=
+PYTEST_ARGS ?=
+DEMO ?= runs/demo
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+CORES := $(shell nproc 2>/dev/null || echo 2)
+
+# DeepSpeed looks for a GPU and warns when there is none; compiled extensions stay in this folder, apart from other projects' builds.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_ext
+export OMP_NUM_THREADS ?= $(shell expr \( $(CORES) + 1 \) / 2)
+export TOKENIZERS_PARALLELISM ?= false
+ifeq ($(wildcard /dev/nvidiactl /dev/kfd /dev/dxg),)
+export DS_ACCELERATOR ?= cpu
+endif
+
+.PHONY: help install demo test lint docs clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    install into $(VENV), then show on a tiny model how fine-tuning loses refusals and how safecl keeps them"
+	@echo "make test    install, then run all tests"
+	@echo "make lint    ruff check and format check"
+	@echo "make docs    renew the generated pages"
+	@echo "make clean   remove caches, builds and the demo's files (make distclean: $(VENV) as well)"
+
+install: $(STAMPS)/safecl
+
+demo: install
+	@echo "==> safecl demo $(DEMO)"
+	@$(BIN)/python -m safecl demo $(DEMO)
+
+test: install
+	@echo "==> pytest $(PYTEST_ARGS)"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+docs: install
+	@$(BIN)/python -m safecl.config_docs > docs/config.md.new && mv docs/config.md.new docs/config.md
+	@echo "==> wrote docs/config.md"
+
+$(STAMPS)/venv:
+	@set -e; \
+	for candidate in $(or $(PYTHON),python3 python python3.13 python3.12 python3.11 python3.10); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "no Python >= 3.10 found (tried: $(or $(PYTHON),python3, python, python3.10 to 3.13)); make PYTHON=/path/to/python names one" >&2; exit 1; fi; \
+	if [ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1; then echo "==> using $(VENV), $$($(BIN)/python --version)"; \
+	else echo "==> creating $(VENV) with $$($$python --version)"; "$$python" -m venv --clear $(VENV); fi
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	@if $(BIN)/python -c 'import torch' >/dev/null 2>&1; then echo "==> using the torch that is in $(VENV)"; \
+	else echo "==> installing $(TORCH) (the largest download, some minutes)"; $(PIP) install -q $(TORCH_FLAGS) "$(TORCH)"; fi
+	@touch $@
+
+$(STAMPS)/safecl: $(STAMPS)/torch pyproject.toml $(wildcard setup.py csrc/*)
+	@echo "==> installing safecl, its requirements and the development tools"
+	@$(PIP) install -q -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .torch_ext $(DEMO)
+	find safecl tests launch benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,71 @@
+"""`safecl check CFG`: reads and tokenises all data, reads the model's settings, and prints what `safecl train` would do. Trains nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from safecl.config import ConfigError, RunConfig
+
+
+def check_run(config: RunConfig) -> None:
+    """Prints the plan and one decoded example per task. Raises ConfigError (DataError with file and line) for whatever would stop the run."""
+    refuse_unwritable(Path(config.output))
+    from safecl.data import describe
+    from safecl.engine.plan import describe_plan, plan_run
+
+    console = Console(highlight=False, soft_wrap=True)
+    plan = plan_run(config)
+    facts = describe_plan(plan)
+    facts[1:1] = model_facts(config, len(plan.tokenizer))
+    for what, value in facts:
+        console.print(f"[bold]{what:<18}[/bold]", end="")
+        console.print(value, markup=False)
+    for task in plan.tasks:
+        console.print(
+            describe(task.dataset, plan.tokenizer, examples=config.privacy.examples, title=f"task {task.config.name}"), soft_wrap=False
+        )
+    for note in plan.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+    console.print(f"ready: safecl train would write {config.output}", style="green", markup=False)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises ConfigError where the run folder could not be made. Makes nothing."""
+    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"output: {folder} cannot be a folder: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"output: {folder} cannot be written: no permission in {nearest}")
+
+
+def model_facts(config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
+    """(what, value) lines about the model, from its settings alone: no weights are read. Raises ConfigError for a model that cannot be tuned."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from safecl.engine.model import choose_attention, read_model_settings
+
+    settings = read_model_settings(config.model)
+    refuse_without_weights(config.model.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if num_tokens > vocabulary:
+        raise ConfigError(
+            f"model.tokenizer: it has {num_tokens:,} tokens, but the model knows only {vocabulary:,}; use the model's own tokenizer"
+        )
+    attention, reason = choose_attention(config.model.attention)
+    return [
+        ("  parameters", f"{model.num_parameters():,} ({settings.model_type}), vocabulary {vocabulary:,}"),
+        ("  attention", f"{attention} ({reason})"),
+    ]
+
+
+def refuse_without_weights(path: str) -> None:
+    """Raises ConfigError for a local folder that holds settings but no safetensors weights."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"model.path: {folder} holds no .safetensors weights")

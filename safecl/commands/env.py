@@ -1,0 +1,143 @@
+"""`safecl env`: what an issue report needs, as a table or JSON. What cannot be found out is named, and never an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+
+import safecl
+from safecl import launcher
+
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "triton",
+    "flash-attn",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "pydantic",
+    "numpy",
+)
+LAUNCHER_PREFIXES = ("NCCL_", "GLOO_", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID", "SAFECL_", "TORCHELASTIC_")
+LAUNCHER_NAMES = (
+    *launcher.VARIABLES,
+    "LOCAL_WORLD_SIZE",
+    "CUDA_VISIBLE_DEVICES",
+    "DS_ACCELERATOR",
+    "TORCH_EXTENSIONS_DIR",
+    "OMP_NUM_THREADS",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+)
+
+Facts = dict[str, str]
+
+
+def print_environment(as_json: bool) -> None:
+    """Prints every section; with `as_json` as one JSON object {section: {name: value}}."""
+    sections = environment()
+    if as_json:
+        print(json.dumps(sections, indent=2))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for title, facts in sections.items():
+        console.print(f"[bold]{title}[/bold]")
+        for name, value in facts.items() or [("none set", "")]:
+            console.print(f"  {name:<24}{value}", markup=False)
+
+
+def environment() -> dict[str, Facts]:
+    """{section: {name: value}}, all text."""
+    return {
+        "versions": _versions(),
+        "device": _or_reason(_device),
+        "kernels": _or_reason(_kernels),
+        "launcher": _launcher(),
+    }
+
+
+def _or_reason(collect: Callable[[], Facts]) -> Facts:
+    try:
+        return collect()
+    except Exception as error:  # a broken driver or library is what this command is asked about
+        return {"not available": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+
+
+def _versions() -> Facts:
+    facts = {"safecl": safecl.__version__ + _commit(), "python": platform.python_version(), "platform": platform.platform()}
+    return facts | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    root = Path(safecl.__file__).resolve().parent.parent
+    return (
+        f" (commit {found})"
+        if (root / ".git").exists() and (found := _output("git", "-C", str(root), "rev-parse", "--short", "HEAD"))
+        else ""
+    )
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _device() -> Facts:
+    import torch
+
+    facts = {
+        "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {_host_memory()}, {torch.get_num_threads()} torch threads"
+    }
+    if not torch.cuda.is_available():
+        return facts | {"gpu": "none" if torch.version.cuda or torch.version.hip else "none (this torch is a CPU build)"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        facts[f"gpu {index}"] = (
+            f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, compute capability {properties.major}.{properties.minor}"
+        )
+    facts["cuda of torch"] = str(torch.version.cuda)
+    facts["driver"] = (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines() or ["unknown"])[0]
+    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return facts
+
+
+def _host_memory() -> str:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{total / 2**30:.1f} GiB memory"
+
+
+def _kernels() -> Facts:
+    import torch
+
+    from safecl.kernels import backends
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    choices = [choice for choice in backends.table() if choice.device == device]
+    return {choice.kernel: choice.backend + (f" ({choice.note})" if choice.note else "") for choice in choices}
+
+
+def _launcher() -> Facts:
+    names = [name for name in os.environ if name in LAUNCHER_NAMES or name.startswith(LAUNCHER_PREFIXES)]
+    return {name: os.environ[name] for name in sorted(names)}

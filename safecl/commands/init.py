@@ -1,0 +1,65 @@
+"""`safecl init`: three questions, one commented config. The text comes from the config's own docs (safecl/config_docs.py)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from safecl.config import ConfigError, parse_yaml
+from safecl.config_docs import EXAMPLES, starter_yaml
+
+HEADER = """\
+# A safecl run. Keys behind a comment sign show their defaults or an example.
+#   safecl check {file}    what would run; reads all data, trains nothing
+#   safecl train {file}    one process; several: torchrun --nproc-per-node N -m safecl train {file}
+# All keys: docs/config.md, or `safecl init --all`.
+
+"""
+
+
+def init_config(output: Path, *, model: str | None, train_file: str | None, safety_prompts: str | None, every_key: bool) -> None:
+    """Asks for what is not given (on a terminal), and writes `output`. Raises ConfigError where the file exists or cannot be written."""
+    if output.exists():
+        raise ConfigError(f"{output}: exists and is not overwritten; write another file with --output, or remove it")
+    model = model or _ask("Model (a Hugging Face folder or hub id)", EXAMPLES["model.path"])
+    train_file = train_file or _ask("Training rows (.jsonl, .json, .csv, .parquet or a hub id)", EXAMPLES["tasks.train"])
+    safety_prompts = safety_prompts or _ask("Disallowed prompts to measure safety with (a file, or none)", "none")
+    values = starter_values(model, train_file, None if safety_prompts == "none" else safety_prompts)
+    text = HEADER.format(file=output) + starter_yaml(values, every_key)
+    assert parse_yaml(text)["model"]["path"] == model
+    _write(output, text)
+    Console(highlight=False, soft_wrap=True).print(f"wrote {output}; next: safecl check {output}", markup=False)
+
+
+def starter_values(model: str, train_file: str, safety_prompts: str | None) -> dict[str, Any]:
+    """The live keys of a starter: what was asked, the EMA (which needs no further data), and the sizes that people change first."""
+    name = re.sub(r"[^\w.-]+", "-", Path(train_file).stem).strip("-.") or EXAMPLES["tasks.name"]
+    values: dict[str, Any] = {
+        "model": {"path": model},
+        "tasks": [{"name": name, "train": train_file}],
+        "methods": {"ema": {"horizon": 0.3}},
+        "train": {"epochs": 3.0, "learning_rate": 2e-5},
+        "deepspeed": {"stage": 2},
+        "output": f"runs/{name}",
+    }
+    if safety_prompts:
+        values["safety"] = {"prompts": safety_prompts}
+    return values
+
+
+def _ask(question: str, default: str) -> str:
+    return typer.prompt(question, default=default) if sys.stdin.isatty() and sys.stdout.isatty() else default
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
