@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from torch import nn
 from safecl.config import ConfigError, ModelConfig
 from safecl.kernels import TopKTeacher, linear_distill_loss, linear_topk
 from safecl.kernels.logits_head import logits_distill_loss
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -43,13 +47,9 @@ def choose_attention(wanted: str) -> tuple[str, str]:
 
 def load_model(config: ModelConfig) -> nn.Module:
     """The causal language model in the run's dtype, on the CPU, adapters added where the config says so. Raises ConfigError."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        settings = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {config.path}: no model can be read there: {_first_line(error)}") from None
-    _refuse_unsupported(settings, config.path)
+    read_model_settings(config)
     attention, _ = choose_attention(config.attention)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -66,6 +66,18 @@ def load_model(config: ModelConfig) -> nn.Module:
         if config.lora is not None:
             model.enable_input_require_grads()
     return model
+
+
+def read_model_settings(config: ModelConfig) -> PretrainedConfig:
+    """The model's own settings (transformers' config), without reading weights. Raises ConfigError for a model that cannot be tuned."""
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {config.path}: no model can be read there: {_first_line(error)}") from None
+    _refuse_unsupported(settings, config.path)
+    return settings
 
 
 def _first_line(error: Exception) -> str:
