@@ -18,12 +18,28 @@ def init_distributed() -> None:
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
+    _quiet()
+
     # DeepSpeed compiles a shared-memory all-reduce at its first CPU start-up (24 to 85 s, and again whenever another project used the
     # cache with other flags); gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def _quiet() -> None:
+    """A run says what its user needs; the libraries' start-up chatter stays out of it. Errors still show."""
+    import logging
+    import warnings
+
+    from deepspeed.utils.logging import logger
+    from transformers.utils import logging as transformers_logging
+
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed|transformers")
+    warnings.filterwarnings("ignore", message=r".*(c10d|all_gather_object|reduce_scatter|all_gather).*", module=r"torch")
 
 
 def rank() -> int:

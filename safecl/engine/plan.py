@@ -98,7 +98,8 @@ def _plan_task(config: RunConfig, task: TaskConfig, tokenizer) -> TaskPlan:
         harmful = _prepare(config, poison.source, poison, tokenizer, train.max_length)
         dataset = mix_poison(dataset, harmful, poison.ratio, poison.seed)
     tokens_per_batch = resolve_tokens_per_batch(train, dataset)
-    order = TaskOrder(dataset, seed=train.seed, tokens_per_batch=tokens_per_batch, epochs=train.epochs, max_steps=train.max_steps)
+    length = {"epochs": train.epochs} if train.max_steps is None else {"max_steps": train.max_steps}
+    order = TaskOrder(dataset, seed=train.seed, tokens_per_batch=tokens_per_batch, **length)
     return TaskPlan(config=task, dataset=dataset, tokens_per_batch=tokens_per_batch, order=order,
                     eval_rows=_eval_rows(task, task.eval), poisoned_rows=len(dataset) - num_clean)  # fmt: skip
 

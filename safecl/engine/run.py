@@ -29,7 +29,7 @@ class Run:
         self.log = log
         self.memory: Memory | None = None
         self.step = self.num_steps = 0
-        self.global_step = 0
+        self.global_step = self.skipped_steps = 0
         self.last_learning_rate = 0.0
         self._active: list[Method] = []
 

@@ -134,7 +134,7 @@ class Trainer:
                 losses = run.train_step(task)
                 applied = run.engine.optimizer.result.applied
                 skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
-                run.engine.skipped_steps += not applied
+                run.skipped_steps += not applied
                 values = self._step_values(run, task, losses, time.perf_counter() - began)
                 self._metrics.write(values)
                 progress.step(values)
@@ -165,7 +165,7 @@ class Trainer:
         values["tokens"] = tokens
         values["tokens_per_second"] = round(tokens / seconds, 1)
         values["memory_bytes"] = memory_bytes()
-        values["skipped_steps"] = run.engine.skipped_steps
+        values["skipped_steps"] = run.skipped_steps
         return values
 
     # --------------------------------------------------------------------------------------------------------- evaluation
@@ -217,7 +217,7 @@ class Trainer:
             "methods": list(self.config.methods),
             "world_size": distributed.world_size(),
             "steps": run.global_step,
-            "skipped_steps": run.engine.skipped_steps,
+            "skipped_steps": run.skipped_steps,
             "saved": "average" if run.saves_average else "live",
             "evaluations": [evaluation.to_dict() for evaluation in evaluations],
             "gate": gate.to_dict() if gate is not None else None,
