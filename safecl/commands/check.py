@@ -11,7 +11,7 @@ from safecl.config import ConfigError, RunConfig
 
 
 def check_run(config: RunConfig) -> None:
-    """Prints the plan and one decoded example per task. Raises ConfigError (DataError with file and line) for whatever would stop the run."""
+    """Prints the plan and one decoded example per task. Raises ConfigError for whatever would stop the run, with file and line for rows."""
     refuse_unwritable(Path(config.output))
     from safecl.data import describe
     from safecl.engine.plan import describe_plan, plan_run
@@ -42,7 +42,7 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def model_facts(config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
-    """(what, value) lines about the model, from its settings alone: no weights are read. Raises ConfigError for a model that cannot be tuned."""
+    """(what, value) lines about the model, from its settings alone; no weights are read. ConfigError for one that cannot be tuned."""
     import torch
     from transformers import AutoModelForCausalLM
 

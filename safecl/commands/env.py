@@ -107,9 +107,8 @@ def _output(*command: str) -> str:
 def _device() -> Facts:
     import torch
 
-    facts = {
-        "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {_host_memory()}, {torch.get_num_threads()} torch threads"
-    }
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    facts = {"cpu": f"{os.cpu_count()} cores, {capability}, {_host_memory()}, {threads} torch threads"}
     if not torch.cuda.is_available():
         return facts | {"gpu": "none" if torch.version.cuda or torch.version.hip else "none (this torch is a CPU build)"}
     for index in range(torch.cuda.device_count()):
