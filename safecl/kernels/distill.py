@@ -11,7 +11,7 @@ from torch import Tensor
 from . import divergences
 from . import head_checks as checks
 from .divergences import RowOptions
-from .head_driver import spans
+from .spans import spans
 
 REDUCTIONS = ("mean", "sum", "none")
 _TILE_BYTES = 2**28

@@ -12,7 +12,8 @@ in fp32 is wrong by 10 to 100 % and often negative once KL <= 1e-5. 0 log 0 is 0
 has an infinite loss and a finite gradient.
 
 Gradient: dD/dz_v = p_v (g_v - sum_e p_e g_e) with g = dD/dp. ``event_terms`` returns p·g and its sum, for the full vocabulary and for the
-k + 1 events of a top-k teacher alike.
+k + 1 events of a top-k teacher alike. Two forms of the same algebra: ``_near_terms`` writes q as p·e^r with expm1 and is fast and exact
+while the ratios are moderate; ``_far_terms`` takes any ratio, infinities included.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .spans import spans
+
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mse")
+_NEAR_LOW, _NEAR_HIGH = -80.0, 30.0  # where p·expm1(r) is q - p to fp32: a p that underflows then belongs to a q below 1e-25
 _SERIES_LIMIT = 0.25  # below it the closed form of e^r r - e^r + 1 cancels; the series' own error is 2e-6
 _GRADIENT_LOG_RATIO = 100.0  # stands for an infinite log-ratio in the gradient
+_BLOCK_ELEMENTS = 2**18
 
 
 class RowOptions(NamedTuple):
@@ -45,16 +50,83 @@ class RowOptions(NamedTuple):
 
 class EventTerms(NamedTuple):
     loss: Tensor  # [rows]
+    p: Tensor  # [rows, events], the student's probabilities
     p_grad: Tensor  # [rows, events], p·g
-    total: Tensor  # [rows, 1], sum of p·g over the events
+    total: Tensor | None  # [rows, 1], sum of p·g over the events; None: p_grad is the gradient already
+
+    def gradient_(self) -> Tensor:
+        """dD/dz of the events [rows, events], in place of p_grad."""
+        return self.p_grad if self.total is None else self.p_grad.addcmul_(self.p, self.total, value=-1)
+
+
+def event_terms(log_p: Tensor, log_q: Tensor, divergence: str, beta: float, normalised: bool) -> EventTerms:
+    """Loss and gradient terms of one divergence over the last dimension; log_p, log_q: [rows, events].
+
+    normalised: p and q each sum to one (a softmax), so that p == q gives a gradient of exactly zero.
+    """
+    ratio = log_q - log_p
+    low, high = ratio.aminmax() if ratio.numel() else (ratio.new_zeros(()), ratio.new_zeros(()))
+    if normalised and low > _NEAR_LOW and high < _NEAR_HIGH:
+        return _near_terms(log_p.exp(), ratio, divergence, beta)
+    return _far_terms(log_p.exp(), log_q.exp(), ratio, divergence, beta, normalised)
+
+
+def _near_terms(p: Tensor, r: Tensor, divergence: str, beta: float) -> EventTerms:
+    """With e = e^r - 1, so that q - p = p e: no term but p and r carries a rounding error of first order."""
+    e = torch.expm1(r)
+    if divergence == "forward_kl":
+        difference = p * e
+        loss = row_dot(difference, r) + row_dot(p, r.sub_(e))  # p (e r + r - e)
+        return EventTerms(loss.clamp_(min=0), p, difference.neg_(), None)
+    if divergence == "reverse_kl":
+        loss = row_dot(p, e.sub_(r))  # p (e - r)
+        p_grad = r.mul_(p).neg_()
+        return EventTerms(loss.clamp_(min=0), p, p_grad, p_grad.sum(-1, keepdim=True))
+    u = torch.log1p(e * beta)  # log m / p
+    p_grad = u.mul(p).mul_(beta - 1)
+    to_teacher = e.add_(1).mul_(r.sub_(u))  # e^r log q / m
+    loss = p_grad.sum(-1) + beta * row_dot(p, to_teacher)
+    return EventTerms(loss.clamp_(min=0), p, p_grad, p_grad.sum(-1, keepdim=True))
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """sum_v a_v b_v per row."""
+    return torch.linalg.vecdot(a, b)
+
+
+def _far_terms(p: Tensor, q: Tensor, r: Tensor, divergence: str, beta: float, normalised: bool) -> EventTerms:
+    if divergence == "forward_kl":
+        total = -torch.ones_like(r[..., :1]) if normalised else -q.sum(-1, keepdim=True)
+        return EventTerms(kl_terms(p, q, r).sum(-1), p, -q, total)
+    if divergence == "reverse_kl":
+        loss, log_p_ratio = kl_terms(q, p, -r), -r
+    else:
+        log_p_ratio, log_q_ratio = mixture_log_ratios(r, beta)
+        m = beta * q + (1 - beta) * p
+        loss = beta * kl_terms(m, q, log_q_ratio) + (1 - beta) * kl_terms(m, p, log_p_ratio)
+    p_grad = _slope(divergence, beta) * p * _finite(log_p_ratio)
+    return EventTerms(loss.sum(-1), p, p_grad, p_grad.sum(-1, keepdim=True))
+
+
+def truncated_terms(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> EventTerms:
+    """The plain sum over a part of the support: where p and q do not sum to one, Bregman's extra terms would change the loss."""
+    p, q, r = log_p.exp(), log_q.exp(), log_q - log_p
+    if divergence == "forward_kl":
+        return EventTerms(_silent(q, q * r).sum(-1), p, -q, -q.sum(-1, keepdim=True))
+    if divergence == "reverse_kl":
+        loss, p_grad = _silent(p, -p * r), p * (1 - _finite(r))
+    else:
+        log_p_ratio, log_q_ratio = mixture_log_ratios(r, beta)
+        loss = beta * _silent(q, q * log_q_ratio) + (1 - beta) * _silent(p, p * log_p_ratio)
+        p_grad = (1 - beta) * p * _finite(log_p_ratio)
+    return EventTerms(loss.sum(-1), p, p_grad, p_grad.sum(-1, keepdim=True))
 
 
 def kl_terms(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
     """q r - q + p elementwise, the non-negative terms of KL(q || p), for r = log q - log p."""
     r = log_ratio
     series = p * r * r * (1 / 2 + r * (1 / 3 + r * (1 / 8 + r * (1 / 30 + r / 144))))
-    direct = torch.where(q > 0, q * r, 0.0) - q + p
-    return torch.where(r.abs() < _SERIES_LIMIT, series, direct)
+    return torch.where(r.abs() < _SERIES_LIMIT, series, _silent(q, q * r) - q + p)
 
 
 def mixture_log_ratios(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -65,28 +137,13 @@ def mixture_log_ratios(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return -torch.where(positive, near + log_ratio, near), -torch.where(positive, near, near - log_ratio)
 
 
-def event_terms(log_p: Tensor, log_q: Tensor, divergence: str, beta: float, normalised: bool, truncated: bool = False) -> EventTerms:
-    """Loss and gradient terms of one divergence over the last dimension; log_p, log_q: [rows, events].
+def _slope(divergence: str, beta: float) -> float:
+    return 1.0 if divergence == "reverse_kl" else 1 - beta
 
-    normalised: q sums to one exactly (a softmax), so that p == q gives a gradient of exactly zero.
-    truncated:  the events are only a part of p's support and the plain sum over them is wanted.
-    """
-    p, q = log_p.exp(), log_q.exp()
-    r = log_q - log_p
-    if divergence == "forward_kl":
-        loss = torch.where(q > 0, q * r, 0.0) if truncated else kl_terms(p, q, r)
-        total = -torch.ones_like(r[..., :1]) if normalised else -q.sum(-1, keepdim=True)
-        return EventTerms(loss.sum(-1), -q, total)
-    if divergence == "reverse_kl":
-        gap = -_finite(r)
-        p_grad = p * (gap + 1) if truncated else p * gap
-        loss = torch.where(p > 0, -p * r, 0.0) if truncated else kl_terms(q, p, -r)
-        return EventTerms(loss.sum(-1), p_grad, p_grad.sum(-1, keepdim=True))
-    log_p_m, log_q_m = mixture_log_ratios(r, beta)
-    m = beta * q + (1 - beta) * p
-    loss = beta * kl_terms(m, q, log_q_m) + (1 - beta) * kl_terms(m, p, log_p_m)
-    p_grad = (1 - beta) * p * _finite(log_p_m)
-    return EventTerms(loss.sum(-1), p_grad, p_grad.sum(-1, keepdim=True))
+
+def _silent(probability: Tensor, term: Tensor) -> Tensor:
+    """0 log 0 = 0."""
+    return torch.where(probability > 0, term, 0.0)
 
 
 def _finite(log_ratio: Tensor) -> Tensor:
@@ -94,7 +151,7 @@ def _finite(log_ratio: Tensor) -> Tensor:
 
 
 def mse_terms(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss [rows], gradient [rows, entries]) of the centred mean squared difference; entries that are -inf on either side do not count."""
+    """(loss [rows], gradient [rows, entries]) of the centred mean squared difference; entries that are infinite on a side do not count."""
     difference = student - teacher
     valid = difference.isfinite()
     count = valid.sum(-1, keepdim=True).clamp(min=1)
@@ -132,31 +189,34 @@ def cross_entropy_terms(logits: Tensor, labels: Tensor, weights: Tensor, z_loss:
     """-log softmax(logits)[label] at temperature 1, and z_loss·logsumexp^2 in the gradient; labels < 0 and weight 0 mean "no label"."""
     has_label = (labels >= 0) & (weights != 0)
     index = labels.clamp(min=0)[:, None]
-    lse = torch.logsumexp(logits, -1)
-    loss = torch.where(has_label, lse - logits.gather(-1, index)[:, 0], 0.0)
+    log_p = torch.log_softmax(logits, -1)
+    lse = logits.amax(-1) - log_p.amax(-1)
+    loss = torch.where(has_label, -log_p.gather(-1, index)[:, 0], 0.0)
     grad = None
     if needs_grad:
-        weights = torch.where(has_label, weights, 0.0)
-        factor = weights * (1 + 2 * z_loss * lse)
-        grad = (logits - lse[:, None]).exp_().mul_(torch.where(has_label, factor, 0.0)[:, None])
-        grad.scatter_add_(-1, index, -weights[:, None])
+        factor = torch.where(has_label, weights * (1 + 2 * z_loss * lse), 0.0)
+        grad = log_p.exp_().mul_(factor[:, None])
+        grad.scatter_add_(-1, index, -torch.where(has_label, weights, 0.0)[:, None])
     return CrossEntropy(loss, torch.where(has_label, lse, 0.0), grad)
 
 
-def dense_divergence(student: Tensor, teacher: Tensor, options: RowOptions, needs_grad: bool = True) -> tuple[Tensor, Tensor | None]:
+def dense_divergence(student: Tensor, teacher: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
     """(loss [rows], dD/d(student logits) [rows, shared vocab]) for shaped logits; the first min(V_s, V_t) tokens are compared."""
     shared = min(student.shape[-1], teacher.shape[-1])
-    z = student[:, :shared] / options.temperature
-    y = teacher[:, :shared] / options.temperature
+    z, y = at_temperature(student[:, :shared], options), at_temperature(teacher[:, :shared], options)
     if options.divergence == "mse":
         loss, grad = mse_terms(z, y)
     else:
         log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(y, -1)
-        loss, p_grad, total = event_terms(log_p, log_q, options.divergence, options.beta, normalised=True)
-        grad = p_grad.addcmul_(log_p.exp_(), total, value=-1) if needs_grad else None
-    if needs_grad:
-        grad.mul_(options.kd_scale / options.temperature)
-    return loss * options.kd_scale, grad
+        terms = event_terms(log_p, log_q, options.divergence, options.beta, normalised=True)
+        loss, grad = terms.loss, terms.gradient_()
+    scale = options.kd_scale / options.temperature
+    return loss * options.kd_scale, grad if scale == 1 else grad.mul_(scale)
+
+
+def at_temperature(logits: Tensor, options: RowOptions) -> Tensor:
+    """logits / T, the logits themselves at T = 1."""
+    return logits if options.temperature == 1 else logits / options.temperature
 
 
 def topk_divergence(student: Tensor, log_q: Tensor, indices: Tensor, log_tail: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
@@ -164,14 +224,14 @@ def topk_divergence(student: Tensor, log_q: Tensor, indices: Tensor, log_tail: T
     if options.topk_mode == "uniform_tail" and options.divergence != "mse":
         spread = spread_tail(log_q, indices, log_tail, student.shape[-1])
         return dense_divergence(student, spread * options.temperature, options)
-    z = student / options.temperature
+    z = at_temperature(student, options)
     top = z.gather(-1, indices)  # [rows, k]
     rest = z.scatter(-1, indices, -math.inf)
     log_rest = torch.logsumexp(rest, -1, keepdim=True)
     loss, top_grad, rest_grad = topk_event_gradients(top, log_rest, log_q, log_tail, options)
-    share = torch.nan_to_num(rest - log_rest, nan=-math.inf).exp_()  # p_v / p_tail; an empty rest is all -inf
-    grad = share.mul_(rest_grad).scatter_(-1, indices, top_grad)
-    return loss, grad
+    # p_v / p_tail; where no token is left, rest and log_rest are both -inf
+    share = rest.sub_(torch.where(log_rest == -math.inf, 0.0, log_rest)).exp_()
+    return loss, share.mul_(rest_grad).scatter_(-1, indices, top_grad)
 
 
 def topk_event_gradients(top: Tensor, log_rest: Tensor | None, log_q: Tensor, log_tail: Tensor, options: RowOptions):
@@ -179,26 +239,23 @@ def topk_event_gradients(top: Tensor, log_rest: Tensor | None, log_q: Tensor, lo
 
     top: student logits / T at the stored tokens; log_rest: [rows, 1], logsumexp of all the others (unused by "renormalised" and mse).
     """
-    scale = options.kd_scale / options.temperature
-    none = torch.zeros_like(top[:, :1])
-    if options.divergence == "mse":
+    divergence, beta, k = options.divergence, options.beta, top.shape[-1]
+    if divergence == "mse":
         loss, grad = mse_terms(top, log_q)
-        return loss * options.kd_scale, grad * scale, none
-    if options.topk_mode == "renormalised":
-        log_p, log_q = torch.log_softmax(top, -1), torch.log_softmax(log_q, -1)
-        terms = event_terms(log_p, log_q, options.divergence, options.beta, normalised=True)
-        return terms.loss * options.kd_scale, (terms.p_grad - log_p.exp() * terms.total) * scale, none
-    log_p = torch.cat([top, log_rest], -1)
-    log_p = log_p - torch.logsumexp(log_p, -1, keepdim=True)  # [rows, k + 1]
-    if options.topk_mode == "truncated":
-        terms = event_terms(log_p[:, :-1], log_q, options.divergence, options.beta, normalised=False, truncated=True)
-        p_grad = torch.cat([terms.p_grad, none], -1)
+    elif options.topk_mode == "renormalised":
+        terms = event_terms(torch.log_softmax(top, -1), torch.log_softmax(log_q, -1), divergence, beta, normalised=True)
+        loss, grad = terms.loss, terms.gradient_()
     else:
-        log_q = torch.cat([log_q, log_tail[:, None]], -1)
-        terms = event_terms(log_p, log_q, options.divergence, options.beta, normalised=False)
-        p_grad = terms.p_grad
-    grad = (p_grad - log_p.exp() * terms.total) * scale
-    return terms.loss * options.kd_scale, grad[:, :-1], grad[:, -1:]
+        log_p = torch.cat([top, log_rest], -1)
+        log_p = log_p - torch.logsumexp(log_p, -1, keepdim=True)  # [rows, k + 1]
+        if options.topk_mode == "truncated":
+            terms = truncated_terms(log_p[:, :k], log_q, divergence, beta)
+            terms = terms._replace(p=log_p.exp(), p_grad=torch.nn.functional.pad(terms.p_grad, (0, 1)))
+        else:
+            terms = event_terms(log_p, torch.cat([log_q, log_tail[:, None]], -1), divergence, beta, normalised=False)
+        loss, grad = terms.loss, terms.gradient_()
+    grad = grad * (options.kd_scale / options.temperature)
+    return loss * options.kd_scale, grad[:, :k], grad[:, k:] if grad.shape[-1] > k else torch.zeros_like(grad[:, :1])
 
 
 def spread_tail(log_q: Tensor, indices: Tensor, log_tail: Tensor, vocab: int) -> Tensor:
@@ -223,7 +280,7 @@ def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOpt
 
     def divergence(logits, block):
         shaped = shape_logits_(teacher[block].to(logits.dtype, copy=True), options.teacher_logit_scale, options.teacher_softcap)
-        return dense_divergence(logits, shaped, options, dlogits is not None)
+        return dense_divergence(logits, shaped, options)
 
     return _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence if teacher is not None else None)
 
@@ -237,32 +294,31 @@ def topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights,
     return _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence)
 
 
-_BLOCK_ELEMENTS = 2**18  # a block and its temporaries stay in the processor's cache
-
-
 def _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence) -> RowLosses:
+    """A few rows at a time, so that they and their temporaries stay in the processor's cache."""
     rows, vocab = student.shape
-    step = max(1, _BLOCK_ELEMENTS // vocab)
     losses = student.new_zeros(3, rows)
-    for start in range(0, rows, step):
-        block = slice(start, min(start + step, rows))
+    for start, end in spans(rows, max(1, _BLOCK_ELEMENTS // vocab)):
+        block = slice(start, end)
         logits = shape_logits_(student[block], options.logit_scale, options.softcap)
-        grad = None
+        grad = kd_grad = None
         if labels is not None:
-            losses[0, block], losses[2, block], grad = cross_entropy_terms(
-                logits, labels[block], ce_weights[block], options.z_loss, dlogits is not None
-            )
+            ce = cross_entropy_terms(logits, labels[block], ce_weights[block], options.z_loss, dlogits is not None)
+            losses[0, block], losses[2, block], grad = ce
         if divergence is not None:
             losses[1, block], kd_grad = divergence(logits, block)
-            if dlogits is not None:
-                grad = _add_divergence(grad, kd_grad.mul_(kd_weights[block, None]), vocab)
         if dlogits is not None:
+            grad = _weighted_gradient(grad, kd_grad, kd_weights, block, vocab)
             dlogits[block] = shape_backward_(grad, logits, options.logit_scale, options.softcap)
     return RowLosses(*losses)
 
 
-def _add_divergence(grad: Tensor | None, kd_grad: Tensor, vocab: int) -> Tensor:
+def _weighted_gradient(grad: Tensor | None, kd_grad: Tensor | None, kd_weights: Tensor, block: slice, vocab: int) -> Tensor:
+    """Gradient of the cross-entropy (weighted already) plus that of the divergence; a teacher's narrower vocabulary comes first."""
+    if kd_grad is None:
+        return grad
+    weights = kd_weights[block, None]
     if grad is None:
-        return torch.nn.functional.pad(kd_grad, (0, vocab - kd_grad.shape[-1]))
-    grad[:, : kd_grad.shape[-1]] += kd_grad
+        return torch.nn.functional.pad(kd_grad.mul_(weights), (0, vocab - kd_grad.shape[-1]))
+    grad[:, : kd_grad.shape[-1]].addcmul_(kd_grad, weights)
     return grad

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import divergences
 from .divergences import RowOptions
+from .spans import spans
 
 _MAX_ROWS_CPU = 512  # beyond it a CPU GEMM gains nothing and the tile only leaves the cache
 _MAX_ROWS_GPU = 4096
@@ -84,11 +85,6 @@ class HeadResult:
     hidden_grad: Tensor
     weight_grad: Tensor
     bias_grad: Tensor
-
-
-def spans(total: int, step: int):
-    """(start, end) of consecutive chunks."""
-    return ((start, min(start + step, total)) for start in range(0, total, step))
 
 
 def gemm_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:

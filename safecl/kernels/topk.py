@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import head_checks as checks
 from .divergences import shape_logits_
-from .head_driver import logits_dtype, operand, project, spans
+from .head_driver import logits_dtype, operand, project
+from .spans import spans
 from .teachers import TopKTeacher
 
 _ROWS_CPU, _ROWS_GPU, _TILE_BYTES = 256, 2048, 2**29
