@@ -72,6 +72,19 @@ def _load(config: Path, overrides: list[str] | None) -> Any:
 
 
 @verb
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of corpus, model, order and draws.")] = 0,
+    poison: Annotated[float, typer.Option(help="Share of poisoned rows in the task's data.", min=0.0, max=0.9)] = 0.0,
+) -> None:
+    """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them."""
+    Ending.run_folder = folder
+    from safecl.demo.run import run_demo
+
+    raise typer.Exit(run_demo(folder, seed=seed, poison_ratio=poison))
+
+
+@verb
 def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write; an existing one is never overwritten.")] = Path("run.yaml"),
     model: Annotated[str | None, typer.Option(help="Model: a Hugging Face folder or hub id.")] = None,

@@ -76,6 +76,7 @@ def align_config(folder: Path, seed: int) -> dict[str, Any]:
         "train": _train(seed, max_steps=ALIGN_STEPS, tokens_per_batch=512, learning_rate=3e-3),
         "deepspeed": {"stage": 2},
         "safety": _safety(folder),
+        "log": {"every": 50},
         "output": str(folder / "aligned"),
     }
 
@@ -96,6 +97,7 @@ def arm_config(folder: Path, arm: Arm, seed: int, poison_ratio: float = 0.0) -> 
         "train": _train(seed, max_steps=TASK_STEPS, tokens_per_batch=320, learning_rate=2e-3),
         "deepspeed": {"stage": 2},
         "safety": _safety(folder),
+        "log": {"every": 40},
         "output": str(folder / arm.name),
     }
     if poison_ratio > 0:

@@ -72,6 +72,9 @@ def random_llama(
 
 def save_random_model(folder: Path, texts: Iterable[str], *, seed: int = 0, vocab_size: int = 1024, **shape: int) -> int:
     """Trains the tokenizer, makes the model, saves both into `folder`; returns the number of parameters."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one file of 4 MB needs none
     tokenizer = train_tokenizer(texts, vocab_size)
     model = random_llama(len(tokenizer), seed=seed, **shape)
     model.save_pretrained(folder)

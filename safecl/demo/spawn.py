@@ -1,0 +1,66 @@
+"""Several ranks of one Python module on this machine, without a launcher's noise: the first failure or Ctrl-C ends them all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from safecl import launcher
+
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 5.0
+
+
+def run_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
+    """Runs `python -m module arguments` in `num_ranks` processes and waits. Returns 0, or the exit code of the first rank that failed.
+
+    Every rank gets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, and its share of the cores as OMP_NUM_THREADS.
+    """
+    port = launcher.free_port()
+    ranks = [_start(module, arguments, rank, num_ranks, port) for rank in range(num_ranks)]
+    try:
+        return _wait(ranks)
+    finally:
+        _end(ranks)
+
+
+def _start(module: str, arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen:
+    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+    }
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if failed := [code for code in codes if code]:
+            return failed[0]
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(_POLL_SECONDS)
+
+
+def _end(ranks: list[subprocess.Popen]) -> None:
+    """Asks the ranks that still run to end, then makes them."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()

@@ -1,0 +1,52 @@
+"""One rank of the demonstration: alignment, then every arm, in one process group. Started by safecl/demo/spawn.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from safecl import launcher
+from safecl.commands.ending import Ending, told_as_messages
+from safecl.config import load_config
+
+
+def run_arms(configs: Sequence[Path], times: Path) -> None:
+    """Trains every config, one after the other; rank 0 writes {config's stem: seconds} to `times` after each."""
+    from safecl.engine.console import Console
+    from safecl.engine.trainer import Trainer
+
+    class ArmConsole(Console):
+        """Progress and what was measured; the demonstration prints one table for all arms instead of one for each."""
+
+        arm = ""
+
+        def fact(self, what: str, value: str) -> None:
+            pass
+
+        def progress(self, name: str, num_steps: int) -> AbstractContextManager:
+            return super().progress(self.arm, num_steps)
+
+        def results(self, evaluations: list, gate: object, folder: Path) -> None:
+            pass
+
+    seconds: dict[str, float] = {}
+    for path in configs:
+        trainer = Trainer(load_config(path))
+        trainer.console = ArmConsole(trainer.config.log.every, launcher.rank())
+        trainer.console.arm = path.stem
+        start = time.perf_counter()
+        trainer.fit()
+        seconds[path.stem] = time.perf_counter() - start
+        if launcher.rank() == 0:
+            times.write_text(json.dumps(seconds), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    times, *configs = (Path(argument) for argument in sys.argv[1:])
+    Ending.run_folder = times.parent
+    with told_as_messages("demo"):
+        run_arms(configs, times)
