@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from safecl.kernels import adamw_step_, fisher_penalty_
+from safecl.kernels import Segments, adamw_step_, fisher_penalty_, penalized_grad_norm
 from safecl.methods.base import Penalty
 
 
@@ -24,8 +24,8 @@ class Shard:
 
     param: torch.Tensor  # fp32, 1-D (stage 0: the parameter's own shape)
     state: dict[str, torch.Tensor]
-    segments: tuple | None = None
-    """(offsets, strength factors, weight decays) of stretches that differ from the group's settings."""
+    segments: Segments | None = None
+    """Stretches whose weight decay (or penalty strength) differs from the group's."""
 
     @property
     def grad(self) -> torch.Tensor:
@@ -47,7 +47,11 @@ class UpdatePlan:
 
 @dataclass
 class UpdateResult:
-    """What one update saw. `grad_norm` (before clipping) and `penalty` are 0-dim fp32 tensors; `applied` is False where it was skipped."""
+    """What one update saw; `applied` is False where it was skipped.
+
+    grad_norm: global norm before clipping, 0-dim fp32. penalty: this shard's part of the penalty loss, 0-dim fp32, None without one; the
+    parts are added up with the step's other losses, so that a penalty costs no collective of its own.
+    """
 
     applied: bool = False
     grad_norm: torch.Tensor | None = None
@@ -132,50 +136,62 @@ class ShardAdamW(torch.optim.Optimizer):
         return action
 
     def grad_norm(self, shards: list[Shard], fresh: bool = False) -> torch.Tensor:
-        """Global gradient norm, 0-dim fp32; DeepSpeed's where it has one, else taken here."""
+        """Global gradient norm, 0-dim fp32; DeepSpeed's where it has one, else taken here (always with `fresh`)."""
         known = None if fresh else self._shard_map.grad_norm()
-        if known is not None:
-            return known
-        squares = sum((shard.grad.float().pow(2).sum(dtype=torch.float64) for shard in shards), torch.zeros((), dtype=torch.float64))
-        return self._shard_map.reduce_sum(squares).sqrt().float()
+        return known if known is not None else self._norm_and_penalty(shards, None)[0]
+
+    def _norm_and_penalty(self, shards: list[Shard], penalty: Penalty | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Global norm of the gradient with the penalty's gradient in it (one small all-reduce), and this shard's part of the penalty."""
+        squares, loss = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for shard in shards:
+            arguments = {key: value for key, value in self._penalty_arguments(shard, penalty).items() if key != "proximal"}
+            more = penalized_grad_norm(shard.grad, shard.param.detach(), **arguments)
+            squares, loss = squares.to(more[0].device) + more[0], loss.to(more[1].device) + more[1]
+        return self._shard_map.reduce_sum(squares).sqrt().float(), loss.float()
 
     def _update(self, shards: list[Shard], plan: UpdatePlan, norm: torch.Tensor) -> None:
+        """Clip coefficient, then one pass over each shard. One penalty fits into the pass; further ones join the gradient before it."""
         self.num_updates += 1
-        penalties, losses = list(plan.penalties), []
-        if plan.clip_scope == "total" and penalties:
-            losses += [self._add_penalty(shard, penalty) for shard in shards for penalty in penalties]
-            penalties, norm = [], self.grad_norm(shards, fresh=True)
-        clip = torch.clamp(plan.clip_norm / (norm + 1e-6), max=1.0) if plan.clip_norm > 0 else None
-        for shard in shards:
-            losses += self._step_shard(shard, plan, penalties, None if clip is None else clip.to(shard.param.device))
-        if losses:
-            self.result.penalty = self._shard_map.reduce_sum(torch.stack(losses).sum())
-
-    def _step_shard(self, shard: Shard, plan: UpdatePlan, penalties: list[Penalty], clip: torch.Tensor | None) -> list[torch.Tensor]:
-        losses = []
-        if len(penalties) > 1:  # one penalty fits into the pass; further ones join a gradient that is clipped already
-            if clip is not None:
+        first, *others = plan.penalties or [None]
+        if plan.clip_scope == "total" and first is not None:
+            losses = self._add_penalties(shards, others)
+            norm, loss = self._norm_and_penalty(shards, first)
+            clip = _clip_coefficient(plan, norm)
+            for shard in shards:
+                self._step_shard(shard, plan, clip, self._penalty_arguments(shard, first, clip))
+            self.result.penalty = sum(losses, loss)
+            return
+        clip = _clip_coefficient(plan, norm)
+        if others and clip is not None:  # these penalties join a gradient that is clipped already
+            for shard in shards:
                 shard.grad.mul_(clip)
-                clip = None
-            losses = [self._add_penalty(shard, penalty) for penalty in penalties[1:]]
+            clip = None
+        losses = self._add_penalties(shards, others)
+        losses += [self._step_shard(shard, plan, clip, self._penalty_arguments(shard, first)) for shard in shards]
+        self.result.penalty = sum(losses, torch.zeros(())) if first is not None else None
+
+    def _add_penalties(self, shards: list[Shard], penalties: Sequence[Penalty]) -> list[torch.Tensor]:
+        return [self._add_penalty(shard, penalty) for shard in shards for penalty in penalties]
+
+    def _step_shard(self, shard: Shard, plan: UpdatePlan, clip: torch.Tensor | None, penalty: dict) -> torch.Tensor | None:
         for kind in ("exp_avg", "exp_avg_sq"):
             if kind not in shard.state:
                 shard.state[kind] = torch.zeros_like(shard.param)
         group = self.param_groups[0]
-        loss = adamw_step_(
+        return adamw_step_(
             shard.param.detach(), shard.grad, shard.state["exp_avg"], shard.state["exp_avg_sq"],
-            step=self.num_updates, lr=plan.lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-            **self._penalty_arguments(shard, penalties[0] if penalties else None),
+            step=self.num_updates, lr=plan.lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], **penalty,
             ema=shard.state["ema"] if plan.ema_decay is not None else None, ema_decay=plan.ema_decay,
-            clip_coef=clip, segments=shard.segments,
+            clip_coef=None if clip is None else clip.to(shard.param.device), segments=shard.segments,
         )  # fmt: skip
-        return losses if loss is None else [*losses, loss]
 
-    def _penalty_arguments(self, shard: Shard, penalty: Penalty | None) -> dict:
+    def _penalty_arguments(self, shard: Shard, penalty: Penalty | None, factor: torch.Tensor | None = None) -> dict:
+        """Arguments of the kernels; `factor` scales the penalty's gradient where it is clipped together with the loss's."""
         if penalty is None:
             return {}
         fisher = shard.state[penalty.fisher] if penalty.fisher else None
-        return dict(anchor=shard.state[penalty.anchor], fisher=fisher, strength=self._strength(penalty), proximal=penalty.proximal)
+        strength = self._strength(penalty) if factor is None else self._strength(penalty) * factor
+        return dict(anchor=shard.state[penalty.anchor], fisher=fisher, strength=strength, proximal=penalty.proximal)
 
     def _add_penalty(self, shard: Shard, penalty: Penalty) -> torch.Tensor:
         fisher = shard.state[penalty.fisher] if penalty.fisher else None
@@ -185,7 +201,11 @@ class ShardAdamW(torch.optim.Optimizer):
         return penalty.strength / self.fisher_means[penalty.fisher] if penalty.fisher else penalty.strength
 
 
-def _decay_segments(shard_map, weight_decay: float) -> list[tuple | None]:
+def _clip_coefficient(plan: UpdatePlan, norm: torch.Tensor) -> torch.Tensor | None:
+    return torch.clamp(plan.clip_norm / (norm + 1e-6), max=1.0) if plan.clip_norm > 0 else None
+
+
+def _decay_segments(shard_map, weight_decay: float) -> list[Segments | None]:
     """Segments of each flat: norms and biases (fewer than two dimensions) are not decayed."""
     if weight_decay == 0.0:
         return [None] * len(shard_map.flats)
@@ -198,7 +218,8 @@ def _decay_segments(shard_map, weight_decay: float) -> list[tuple | None]:
     return [_segment_table(known, flat.numel()) for known, flat in zip(stretches, shard_map.flats, strict=True)]
 
 
-def _segment_table(stretches: list[tuple[int, float]], numel: int) -> tuple | None:
+def _segment_table(stretches: list[tuple[int, float]], numel: int) -> Segments | None:
     if not stretches:
         return None
-    return [start for start, _ in stretches] + [numel], None, [decay for _, decay in stretches]
+    offsets = [*(start for start, _ in stretches), numel]
+    return Segments(torch.tensor(offsets), None, torch.tensor([decay for _, decay in stretches]))

@@ -155,11 +155,11 @@ class Trainer:
 
     def _step_values(self, run: Run, task: TaskPlan, losses: StepLosses, seconds: float) -> dict:
         totals, result = losses.totals(), run.engine.optimizer.result
-        tokens = int(distributed.all_reduce_sum(torch.tensor([run.engine.num_tokens], device=run.engine.device)).item())
+        tokens, penalty = int(totals.pop("tokens")), totals.pop("penalty")
         values = {"step": run.global_step - 1, "task": task.config.name}
         values |= {f"loss/{term}": value for term, value in totals.items()}
         if result.penalty is not None:
-            values["loss/penalty"] = float(result.penalty)
+            values["loss/penalty"] = penalty
         values["grad_norm"] = float(result.grad_norm) if result.grad_norm is not None else None
         values["learning_rate"] = run.last_learning_rate
         values["tokens"] = tokens

@@ -47,8 +47,6 @@ class TrainingEngine:
         self.shards = ShardMap(self.deepspeed, prefix="model.")
         self.optimizer.bind(self.shards)
         self.device = self.deepspeed.device
-        self.num_tokens = 0
-        """Tokens that this rank put through the last pass."""
 
     @property
     def module(self) -> LanguageModel:
@@ -72,6 +70,8 @@ class TrainingEngine:
             self.deepspeed.step()
         finally:
             self.optimizer.action = None  # still set where DeepSpeed found a non-finite gradient and did not call the optimizer
+        if self.optimizer.result.penalty is not None:
+            losses.penalty = self.optimizer.result.penalty / (self.layout.world_size if self.shards.replicated else 1)
         return losses
 
     def _forward_backward(self, rows: Sequence[StepRow], terms: list[str], temperature: float) -> StepLosses:
@@ -83,7 +83,6 @@ class TrainingEngine:
             # A new tensor: DeepSpeed divides the gradient of the very tensor that forward returned by its accumulation steps.
             self.deepspeed.backward(output["loss"] * 1.0, scale_wrt_gas=False)
             losses.add(batch, output)
-        self.num_tokens = sum(batch.num_tokens for batch in batches)
         return losses
 
     def update(self, plan) -> Action:
@@ -157,11 +156,15 @@ class TrainingEngine:
 
 
 class StepLosses:
-    """Sums of the terms' losses over this rank's micro-batches; `totals` adds the ranks up."""
+    """Losses of one pass: sums over this rank's micro-batches; `totals` adds the ranks up, the only collective that logging costs."""
 
     def __init__(self, terms: list[str], device: torch.device, world_size: int):
         self.terms = terms
         self.world_size = world_size
+        self.penalty = torch.zeros(())
+        """This rank's part of the weight penalty."""
+        self.num_tokens = 0
+        """Tokens that went through the model on this rank."""
         self._sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
 
     def add(self, batch, output: dict[str, torch.Tensor]) -> None:
@@ -172,7 +175,10 @@ class StepLosses:
         for index, distillation in enumerate(batch.inputs["distillations"]):
             weights = distillation["kd_weights"].to(self._sums.device)
             self._sums.index_add_(0, terms, (output[f"kd{index}"].double() * weights) / self.world_size)
+        self.num_tokens += batch.num_tokens
 
     def totals(self) -> dict[str, float]:
-        """Loss of each term over the whole global step, coefficients included: a collective call."""
-        return dict(zip(self.terms, distributed.all_reduce_sum(self._sums.clone()).tolist(), strict=True))
+        """Loss of each term over the whole global step, coefficients included, then `penalty` and `tokens`: a collective call."""
+        extra = torch.tensor([float(self.penalty), self.num_tokens], dtype=torch.float64, device=self._sums.device)
+        sums = distributed.all_reduce_sum(torch.cat([self._sums, extra]))
+        return dict(zip([*self.terms, "penalty", "tokens"], sums.tolist(), strict=True))
