@@ -200,7 +200,8 @@ def stop_ids(tokenizer: Any) -> list[int]:
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Ids of the turns before an answer, with the opening of the assistant's turn: what the model continues when it generates.
 
-    They are the ids that stand before the answer in training. Raises DataError where the template refuses the turns.
+    They are the ids that stand before the answer in training (the same text in other tokens after an earlier answer whose
+    start the tokenizer joins with the template). Raises DataError where the template refuses the turns.
     """
     try:
         text = render(tokenizer, [messages], generation_prompt=True)[0]

@@ -153,13 +153,15 @@ def _locate_turns(tokenizer: Any, chats: list[_Chat], rows: Sequence[ChatRow]) -
 
 def _locate_by_prefix(tokenizer: Any, todo: list[tuple[_Chat, ChatRow, list[int]]]) -> None:
     openings = [(chat.messages[:i], chat.messages[i].role == "assistant") for chat, _, wanted in todo for i in wanted]
-    closings = [(chat.messages[: i + 1], False) for chat, _, wanted in todo for i in wanted]
+    # The last turn ends where the text does; only earlier ones need a rendering of their own.
+    closings = [(chat.messages[: i + 1], False) for chat, _, wanted in todo for i in wanted if i + 1 < len(chat.messages)]
     starts, stops = iter(_render_prefixes(tokenizer, openings)), iter(_render_prefixes(tokenizer, closings))
     shape = turn_shape(tokenizer)
     for chat, row, wanted in todo:
         chat.spans = []
         for i in wanted:
-            start, stop = next(starts), next(stops)
+            start = next(starts)
+            stop = next(stops) if i + 1 < len(chat.messages) else chat.text
             if start is None or not chat.text.startswith(start):
                 raise _no_prefix(tokenizer, row, i)
             if stop is not None and chat.text.startswith(stop):

@@ -32,7 +32,7 @@ def assign(
     fewest = [split(rows, lengths, tokens_per_microbatch, None) for rows in ranks]
     num_micro = max(1, *(len(micros) for micros in fewest))
     even = [split(rows, lengths, tokens_per_microbatch, num_micro) for rows in ranks]
-    return [[sorted(rows) for rows in micros] + [[]] * (num_micro - len(micros)) for micros in even]
+    return [[sorted(rows) for rows in micros] + [[] for _ in range(num_micro - len(micros))] for micros in even]
 
 
 def _check(lengths: list[int], world_size: int, capacity: int, rank_of: list[int | None]) -> None:

@@ -81,7 +81,7 @@ def _map(folder: Path) -> TokenDataset | None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    store = map_store(folder, meta)
+    store = map_store(folder, meta) if isinstance(meta, dict) else None
     return TokenDataset.from_store(store) if store is not None else None
 
 

@@ -273,12 +273,19 @@ class StoreWriter:
 
 
 def map_store(folder: Path, meta: dict[str, Any]) -> _Store | None:
-    """Maps a published folder; None where a file is missing or of another size than `meta` says."""
-    arrays = {}
-    for name, size in meta["sizes"].items():
-        path = folder / f"{name}.npy"
-        if not path.is_file() or path.stat().st_size != size:
-            return None
-        arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-    report = Report(**{**meta["report"], "examples": tuple(meta["report"]["examples"])})
-    return _Store(arrays, meta["path"], report, meta["key"])
+    """Maps a published folder; None where anything in it is not as this module wrote it."""
+    try:
+        arrays = {name: _map_column(folder / f"{name}.npy", meta["sizes"][name], dtype) for name, dtype in _COLUMNS.items()}
+        report = Report(**{**meta["report"], "examples": tuple(meta["report"]["examples"])})
+        return _Store(arrays, meta["path"], report, meta["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _map_column(path: Path, size: int, dtype: Any) -> np.ndarray:
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} is torn")
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.dtype != dtype or array.ndim != 1:
+        raise ValueError(f"{path} is not a column of {np.dtype(dtype)}")
+    return array

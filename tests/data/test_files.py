@@ -1,0 +1,192 @@
+"""Files of every kind give the same rows with the number of their line; a file that cannot be read is a message."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from safecl.data import DataError, read_prompts, read_rows
+from safecl.data.files import open_source
+
+ROWS = [{"prompt": f'say "{i}",\nplease', "completion": f"é {i}"} for i in range(4)]
+
+
+def write_csv(path, delimiter=",", encoding="utf-8"):
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+WRITERS = {
+    "rows.jsonl": lambda p: p.write_text("\n".join(json.dumps(r) for r in ROWS)),
+    "rows.ndjson": lambda p: p.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS) + "\n", encoding="utf-8"),
+    "windows.jsonl": lambda p: p.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(r).encode() for r in ROWS)),
+    "array.json": lambda p: p.write_text(json.dumps(ROWS, indent=2)),
+    "bom.json": lambda p: p.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
+    "wrapped.json": lambda p: p.write_text(json.dumps({"version": "1", "data": ROWS})),
+    "lines_called.json": lambda p: p.write_text("\n".join(json.dumps(r) for r in ROWS)),
+    "array_called.jsonl": lambda p: p.write_text(json.dumps(ROWS, indent=1)),
+    "rows.csv": write_csv,
+    "bom.csv": lambda p: write_csv(p, encoding="utf-8-sig"),
+    "rows.tsv": lambda p: write_csv(p, "\t"),
+    "ROWS.CSV": write_csv,
+    "rows.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    rows, bad = read_rows(str(tmp_path / name))
+    assert [(r.messages[0].content, r.messages[1].content) for r in rows] == [(r["prompt"], r["completion"]) for r in ROWS]
+    assert [r.line for r in rows] == [1, 2, 3, 4] and bad.count == 0
+
+
+def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"text": "a"}\n\n\n{"text": ""}\n{"text": "b"}\n')
+    rows, bad = read_rows(str(tmp_path / "a.jsonl"), max_bad_rows=1)
+    assert [r.line for r in rows] == [2, 6] and "a.jsonl:5: " in bad.examples[0]
+
+
+def test_one_object_in_a_json_file_is_one_row(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
+    assert len(read_rows(str(tmp_path / "a.json"))[0]) == 1
+    (tmp_path / "a.json").write_text('{"text": "b"}')
+    assert len(read_rows(str(tmp_path / "a.json"))[0]) == 1
+
+
+def test_text_files_are_prompts_line_by_line(tmp_path):
+    (tmp_path / "a.txt").write_text("first\n\nsecond\n")
+    assert [(p.text, p.line) for p in read_prompts(str(tmp_path / "a.txt"))] == [("first", 1), ("second", 3)]
+
+
+def test_bad_csv_rows_are_named_by_their_number(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt,completion\np,c\nonly one\np,c,too many\n\xff,c\np,\np,c\n")
+    rows, bad = read_rows(str(tmp_path / "a.csv"), max_bad_rows=4)
+    assert [r.line for r in rows] == [1, 6]
+    said = "\n".join(bad.examples)
+    for part in (
+        "row 2: has 1 cells, the header has 2",
+        "row 3: has 3 cells",
+        "row 4: message 1 (user) is not valid Unicode",
+        "row 5: message 2",
+    ):
+        assert part in said
+
+
+def test_a_broken_row_of_a_parquet_file_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    broken = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "a.parquet")
+    rows, bad = read_rows(str(tmp_path / "a.parquet"), max_bad_rows=1)
+    assert len(rows) == 1 and "row 2: a value is not valid UTF-8" in bad.examples[0]
+
+
+FILES = {
+    "broken.json": (b'[{"text": "a"},\n {"text": }]', r"broken\.json:2: not valid JSON"),
+    "number.json": (b"3", "must hold a list of rows"),
+    "latin.json": ('[{"text": "é"}]'.encode("latin-1"), "not valid UTF-8"),
+    "deep.json": (b"[" * 100_000, "not "),
+    "twice.json": (b'[{"text": "a", "text": "b"}]', "stands twice"),
+    "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), "UTF-16"),
+    "packed.jsonl": (b"\x1f\x8b\x08\x00", "gunzip"),
+    "broken.parquet": (b"PAR1 nothing PAR1", "not a readable Parquet file"),
+    "no_header.csv": (b"\na,b\n", "must name the columns"),
+    "twice.csv": (b"a,a\n1,2\n", "column `a` twice"),
+    "rows.xlsx": (b"x", r"unknown kind of file `\.xlsx`; known: \.jsonl"),
+    "rows": (b"x", "unknown kind of file"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cannot_be_read_is_a_message_that_names_it(tmp_path, name):
+    content, says = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=says) as caught:
+        read_rows(str(tmp_path / name))
+    assert name in str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest_one(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"no such file; did you mean .*train\.jsonl\?"):
+        read_rows(str(tmp_path / "trian.jsonl"))
+    with pytest.raises(DataError, match=r"no such file; there is no folder"):
+        read_rows(str(tmp_path / "nowhere" / "train.jsonl"))
+
+
+def test_a_folder_of_files_says_to_name_one(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"is a folder.*train\.jsonl"):
+        read_rows(str(tmp_path))
+
+
+def test_a_saved_data_set_folder_is_read_split_by_split(tmp_path):
+    import datasets
+
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])})
+    saved.save_to_disk(tmp_path / "all")
+    saved["test"].save_to_disk(tmp_path / "one")
+    assert [r.messages[1].content for r in read_rows(str(tmp_path / "all"))[0]] == [r["completion"] for r in ROWS]
+    assert len(read_rows(str(tmp_path / "all"), split="test")[0]) == len(read_rows(str(tmp_path / "one"))[0]) == 1
+    with pytest.raises(DataError, match="has no split `dev`; it has train, test"):
+        read_rows(str(tmp_path / "all"), split="dev")
+
+
+def test_a_hub_id_is_loaded_with_its_configuration_and_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows, _ = read_rows("openai/gsm8k:main", split="test")
+    assert asked == [("openai/gsm8k", "main", "test")] and len(rows) == 4 and rows[0].path == "openai/gsm8k:main"
+    assert open_source("squad").unit == "row" and asked[-1] == ("squad", None, "train")
+
+
+def test_a_hub_that_cannot_be_reached_is_a_message(monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub (offline)\nwith many\nmore lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"^nobody/nothing: no such file, and not a data set that the hub gives: Couldn't reach[^\n]*$"):
+        read_rows("nobody/nothing")
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}')
+    first = open_source(path).fingerprint()
+    assert open_source(path).fingerprint() == first
+    path.write_text('{"text": "b"}')
+    assert open_source(path).fingerprint() != first
+
+
+def test_reading_rows_imports_neither_torch_nor_transformers(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    code = (
+        "import sys; from safecl.data import DataError, read_prompts, read_rows; "
+        f"read_rows({str(tmp_path / 'a.jsonl')!r}); read_prompts({str(tmp_path / 'a.jsonl')!r}); "
+        "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow', 'pandas') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
