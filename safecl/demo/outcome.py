@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from safecl.demo.materials import Arm
 
@@ -60,19 +62,28 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     console.print(f"\n{verdict(outcomes)}", markup=False)
 
 
+_COLUMNS = {
+    "ASR\nnot refused": lambda o: o.safety["asr"],
+    "off-task or\nincoherent": lambda o: o.safety["off_task"],
+    "over-\nrefusal": lambda o: o.safety["over_refusal"],
+    "task\naccuracy": lambda o: o.accuracy,
+}
+
+
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
-    """One row per model; rates with 95 % intervals."""
-    table = Table(title="disallowed and benign prompts of held-out topics, 95 % intervals", title_justify="left")
-    for column in ("", "not refused (ASR)", "off-task or incoherent", "over-refusal", "task accuracy", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
+    """One row per model; rates with their intervals below. The first two are about disallowed prompts, the third about benign ones."""
+    table = Table(title="prompts of held-out topics, 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for title in (*_COLUMNS, "seconds"):
+        table.add_column(title, justify="right", no_wrap=True)
     for outcome in outcomes:
-        rates = [outcome.safety["asr"], outcome.safety["off_task"], outcome.safety["over_refusal"], outcome.accuracy]
-        table.add_row(outcome.title, *map(_rate, rates), "" if outcome.seconds is None else f"{outcome.seconds:.0f}")
+        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.0f}"
+        table.add_row(outcome.title, *(_rate(value_of(outcome)) for value_of in _COLUMNS.values()), seconds)
     return table
 
 
-def _rate(rate: dict[str, float] | None) -> str:
-    return "" if rate is None else f"{rate['value']:.3f} [{rate['low']:.2f}, {rate['high']:.2f}]".replace("[", "\\[")
+def _rate(rate: dict[str, float] | None) -> Text:
+    return Text("") if rate is None else Text(f"{rate['value']:.3f}").append(f"\n{rate['low']:.2f}-{rate['high']:.2f}", style="dim")
 
 
 def shown_prompt(outcomes: Sequence[Outcome]) -> str:
