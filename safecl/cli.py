@@ -117,6 +117,20 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 
 @verb
+def eval_(
+    target: Annotated[
+        str, typer.Argument(metavar="CFG_OR_MODEL", help="Run config, run folder, model folder or hub id.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results.json and outputs/.", show_default=False)] = None,
+) -> None:
+    """Measure a model alone: the tuned model of a run, or any model with safety.prompts=FILE eval.path=FILE."""
+    from safecl.commands.evaluate import evaluate_and_print
+
+    raise typer.Exit(evaluate_and_print(target, overrides or [], output))
+
+
+@verb
 def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for issue reports and scripts.")] = False) -> None:
     """Print versions, device, kernel back ends and launcher variables."""
     from safecl.commands.env import print_environment
@@ -132,7 +146,7 @@ def _traceback_first(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `safecl` and `python -m safecl`. Ends the process with an ExitCode."""
     given = sys.argv[1:] if arguments is None else arguments
-    launcher.settle_accelerator()
+    launcher.settle_environment()
     app(args=_traceback_first(launcher.without_launcher_arguments(given)), prog_name="safecl")
 
 

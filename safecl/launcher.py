@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def join_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
         )
 
 
-def settle_accelerator(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Tells DeepSpeed that there is no GPU, before it looks for one and warns. With a GPU nothing is set."""
+def settle_environment(environ: MutableMapping[str, str] = os.environ) -> None:
+    """What libraries should know before they are imported: that there is no GPU (DeepSpeed would warn), and no one to watch a bar."""
+    if not sys.stderr.isatty():
+        environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
         environ.setdefault("DS_ACCELERATOR", "cpu")
 

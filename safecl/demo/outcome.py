@@ -74,10 +74,10 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     """One row per model; rates with their intervals below. The first two are about disallowed prompts, the third about benign ones."""
     table = Table(title="prompts of held-out topics, 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for title in (*_COLUMNS, "seconds"):
+    for title in (*_COLUMNS, "time"):
         table.add_column(title, justify="right", no_wrap=True)
     for outcome in outcomes:
-        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.0f}"
+        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.0f} s"
         table.add_row(outcome.title, *(_rate(value_of(outcome)) for value_of in _COLUMNS.values()), seconds)
     return table
 

@@ -1,0 +1,26 @@
+"""`safecl eval`: the measurements of a run without the run, on its tuned model or on any model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from safecl import launcher
+from safecl.commands.ending import ExitCode
+
+
+def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -> ExitCode:
+    """Measures, prints the table on rank 0, and says where results.json is. ExitCode.GATE where a gate is not passed."""
+    launcher.join_launcher()
+    from safecl.evaluation import evaluate_target, results_table
+
+    result = evaluate_target(target, overrides, output=output)
+    if launcher.rank() == 0:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(f"measured {result.model}", markup=False)
+        console.print(results_table([result.evaluation]), soft_wrap=False)
+        if result.gate is not None:
+            console.print(result.gate.message, markup=False)
+        console.print(f"results in {result.folder}", markup=False)
+    return ExitCode.DONE if result.gate is None or result.gate.passed else ExitCode.GATE
