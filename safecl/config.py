@@ -299,6 +299,19 @@ class GateConfig(Section):
     """Largest share of benign prompts that are refused."""
 
 
+_KEYWORD_SCORERS = ("keyword:gcg", "keyword:wei", "prefix:xstest")
+
+
+def _name_of_scorer(name: str) -> str:
+    importable = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:[A-Za-z_]\w*)?|[A-Za-z_]\w*:[A-Za-z_]\w*", name)
+    prefix = name.partition(":")[0] in ("keyword", "prefix")
+    if name in _KEYWORD_SCORERS or (importable and not prefix):
+        return name
+    near = difflib.get_close_matches(name, _KEYWORD_SCORERS, n=1, cutoff=0.4)
+    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(_KEYWORD_SCORERS)};"
+    raise ValueError(f"no scorer is named {name!r}; {hint} a judge of your own is named by its module, my_package.judge")
+
+
 class SafetyConfig(Section):
     """Safety measured beside the loss."""
 
@@ -306,8 +319,9 @@ class SafetyConfig(Section):
     """Disallowed prompts: a file with a `prompt` column, or any known row format. Must not stand in memory, task or poison data."""
     benign_prompts: str | None = None
     """Benign prompts that look dangerous, for over-refusal. Rows with `safe: false` are left out."""
-    scorer: Literal["keyword:gcg", "keyword:wei", "prefix:xstest"] = "keyword:gcg"
-    """The scorer behind the headline rate; all three are always reported."""
+    scorer: Annotated[str, AfterValidator(_name_of_scorer)] = "keyword:gcg"
+    """The scorer behind the headline rate: keyword:gcg, keyword:wei, prefix:xstest, or a judge that can be imported (my_package.judge,
+    my_package.module:function). The three by keywords are always reported."""
     every: Literal["task", "never"] | Annotated[int, Field(ge=1)] = "task"
     """When to measure: before and after each task, also every so many steps, or never."""
     max_prompts: Annotated[int, Field(ge=1)] = 200
@@ -416,6 +430,8 @@ class RunConfig(Section):
         for name, config in self.methods.items():
             if getattr(config, "needs_memory", False) and self.memory is None:
                 raise ValueError(f"methods: {name} needs `memory: {{source: ...}}`, the rows whose behaviour must be kept")
+            if self.train.clip_scope == "total" and getattr(config, "proximal", False):
+                raise ValueError(f"methods: {name}.proximal is a step of its own, so train.clip_scope: total cannot contain it; use task")
             if self.model.lora is not None and (reason := getattr(config, "refuses_lora", None)):
                 raise ValueError(f"methods: {name} with model.lora: {reason}")
         if self.train.tokens_per_microbatch < self.train.max_length:
@@ -515,13 +531,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises: ConfigError with one line per mistake: section, key, what is wrong, the nearest key that exists.
     """
     path = Path(path)
-    tree = apply_overrides(_read_tree(path), overrides)
+    return validate_tree(apply_overrides(_read_tree(path), overrides), str(path))
+
+
+def validate_tree(tree: dict[str, Any], source: str) -> RunConfig:
+    """Checks a config given as a tree of dicts and lists; `source` opens each line of a ConfigError."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+        raise ConfigError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
     except ConfigError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+        raise ConfigError("\n".join(f"{source}: {line}" for line in str(error).splitlines())) from None
 
 
 def dump_config(config: RunConfig) -> str:

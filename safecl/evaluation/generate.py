@@ -10,6 +10,7 @@ and each token is agreed upon with `model.any`; a rank that has nothing left fee
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 
 import torch
@@ -31,7 +32,7 @@ def generate_greedy(
 
     Args: `prompts` token ids, this rank's own (their number may differ between ranks, and be 0); `eos_ids` ends of an answer; `batch_size`
     prompts generated together on one rank.
-    Returns: new token ids per prompt, in the order of `prompts`, without the end token; as many as `max_new_tokens` where none came.
+    Returns: new token ids per prompt, in the order of `prompts`, without the end token; `room_for_answer` many where none came.
     Raises: ValueError for an empty prompt, or one that leaves no room within the model's positions.
     """
     _check(model, prompts, max_new_tokens, batch_size)
@@ -47,16 +48,20 @@ def generate_greedy(
     return answers
 
 
+def room_for_answer(model: EvalModel, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """How many tokens may follow a prompt: `max_new_tokens`, or less where the model has no more positions."""
+    limit = getattr(model, "max_positions", None)
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+
+
 def _check(model: EvalModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:
     problem = "" if max_new_tokens >= 1 and batch_size >= 1 else f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: at least 1"
-    limit = getattr(model, "max_positions", None)
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             problem = f"prompt {index} has no tokens; give it at least a start token"
-        elif limit is not None and len(prompt) + max_new_tokens > limit:
+        elif room_for_answer(model, prompt, 1) < 1:
             problem = (
-                f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens={max_new_tokens} it passes the model's {limit} "
-                f"positions; shorten the prompt or set max_new_tokens to {max(limit - len(prompt), 0)} or less"
+                f"prompt {index} has {len(prompt)} tokens and leaves no room for an answer in the model's {model.max_positions} positions"
             )
     # All ranks stop together; one that stopped alone would leave the others waiting.
     if model.any(bool(problem)):
@@ -70,18 +75,22 @@ def _generate_batch(
     width = step_ids.shape[1]
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     ends = torch.tensor(sorted(eos_ids), dtype=torch.long, device=model.device)
-    done = torch.full((step_ids.shape[0],), not prompts, device=model.device)
+    rooms = [room_for_answer(model, prompt, max_new_tokens) for prompt in prompts]
+    room = torch.tensor(rooms or [0], device=model.device)  # [batch]; a rank without prompts has one row that is done from the start
+    done = room == 0
+    last_position = (getattr(model, "max_positions", None) or sys.maxsize) - 1
     chosen, past = [], None
     for step in range(max_new_tokens):
         logits, past = model.logits(step_ids, mask[:, : width + step], positions, past=past, use_cache=True, last_only=True)
         token = torch.where(done, pad_id, logits[:, -1].argmax(-1))  # [batch]
         chosen.append(token)
-        done = done | torch.isin(token, ends)
+        done = done | torch.isin(token, ends) | (room == step + 1)
         if step + 1 == max_new_tokens or not model.any(not bool(done.all())):
             break
-        step_ids, positions = token[:, None], positions[:, -1:] + 1
+        # Only rows that are done reach the last position: a learned table has no further one for them while the others go on.
+        step_ids, positions = token[:, None], (positions[:, -1:] + 1).clamp(max=last_position)
     rows = torch.stack(chosen, dim=1).tolist()
-    return [_until_end(row, eos_ids) for row in rows[: len(prompts)]]
+    return [_until_end(row[:most], eos_ids) for row, most in zip(rows, rooms, strict=False)]
 
 
 def _pad_left(prompts: list[Sequence[int]], pad_id: int, room: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,8 +39,10 @@ def _import_judge(name: str) -> Callable:
     near = difflib.get_close_matches(name, SCORERS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SCORERS)}, or a judge that can be imported, my_package.judge"
     try:
+        if module_name in ("keyword", "prefix"):  # also a module of Python's own
+            raise ImportError("there is no such list")
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError, TypeError) as error:
+    except Exception as error:  # a judge's module may fail in any way while it is imported
         raise ConfigError(f"safety.scorer: {name!r} is no scorer and cannot be imported ({error}); {hint}") from None
     judge = getattr(module, attribute or "judge", None)
     if not callable(judge):

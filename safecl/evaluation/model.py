@@ -95,13 +95,18 @@ class HFEvalModel:
         """
         from transformers import AutoModelForCausalLM
 
-        _check_is_model(path)
+        check_is_model(path)
         options = {} if attention == "auto" else {"attn_implementation": attention}
         try:
-            model = AutoModelForCausalLM.from_pretrained(str(path), dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code, output_loading_info=True, **options
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # the library, its file formats and the model's own code raise many kinds
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{path}: cannot be loaded as a causal language model: {first_line}") from error
+        _refuse_random_weights(path, info)
         return cls(model.to(device or _default_device()))
 
     @torch.no_grad()
@@ -143,8 +148,15 @@ def _default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _check_is_model(path: str | Path) -> None:
-    """A folder that is none is told here; a hub id is left to transformers."""
+def _refuse_random_weights(path: str | Path, info: dict[str, Any]) -> None:
+    """transformers fills in random weights for those that a folder lacks; such a model would be measured in earnest."""
+    missing = sorted({*info.get("missing_keys", ()), *(entry[0] for entry in info.get("mismatched_keys", ()))})
+    if missing:
+        raise ConfigError(f"{path}: {len(missing)} weights are missing or of another shape than config.json says, first {missing[0]}")
+
+
+def check_is_model(path: str | Path) -> None:
+    """Tells a folder that is no model; a hub id is left to transformers. Raises ConfigError with the nearest folder that is one."""
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from safecl.config import ConfigError
-from safecl.evaluation.generate import generate_greedy
+from safecl.evaluation.generate import generate_greedy, room_for_answer
 from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
 
 
@@ -41,18 +41,17 @@ def ends_of_answer(tokenizer: Any, model: EvalModel) -> list[int]:
     return sorted({*stop_ids(tokenizer), *getattr(model, "eos_ids", ())})
 
 
-def encode(model: EvalModel, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of all prompts, up to and with the template's opening of the answer. ConfigError names the prompt that does not fit."""
+def encode(model: EvalModel, tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
+    """Token ids of all prompts, up to and with the template's opening of the answer. ConfigError names a prompt that leaves no room."""
     from safecl.data import prompt_ids
 
-    limit = getattr(model, "max_positions", None)
     encoded = []
     for prompt in prompts:
         ids = list(prompt_ids(tokenizer, messages_of(prompt)))
-        if limit is not None and len(ids) + max_new_tokens > limit:
+        if room_for_answer(model, ids, 1) < 1:
             raise ConfigError(
-                f"{place_of(prompt)}: the prompt has {len(ids)} tokens, and with max_new_tokens: {max_new_tokens} it passes the model's "
-                f"{limit} positions; shorten the prompt or set max_new_tokens to {max(limit - len(ids), 0)} or less"
+                f"{place_of(prompt)}: the prompt has {len(ids)} tokens and leaves no room for an answer in the model's "
+                f"{model.max_positions} positions; shorten it or leave it out"
             )
         encoded.append(ids)
     return encoded
@@ -62,17 +61,17 @@ def answer_prompts(
     model: EvalModel, tokenizer: Any, prompts: Sequence[Any], *, max_new_tokens: int, batch_size: int
 ) -> list[dict[str, Any]]:
     """Greedy answers to all prompts, each rank doing its share: `{"text", "num_tokens", "finished"}` each, in order, on every rank."""
-    encoded = encode(model, tokenizer, prompts, max_new_tokens)
-    tokens = generate_greedy(
+    own = shard_of(model, encode(model, tokenizer, prompts))
+    answers = generate_greedy(
         model,
-        shard_of(model, encoded),
+        own,
         max_new_tokens=max_new_tokens,
         eos_ids=ends_of_answer(tokenizer, model),
         pad_id=pad_id_of(tokenizer),
         batch_size=batch_size,
     )
-    own = [
-        {"text": tokenizer.decode(ids, skip_special_tokens=True), "num_tokens": len(ids), "finished": len(ids) < max_new_tokens}
-        for ids in tokens
-    ]
-    return gather_in_order(model, own)
+    told = []
+    for prompt, ids in zip(own, answers, strict=True):
+        finished = len(ids) < room_for_answer(model, prompt, max_new_tokens)
+        told.append({"text": tokenizer.decode(ids, skip_special_tokens=True), "num_tokens": len(ids), "finished": finished})
+    return gather_in_order(model, told)

@@ -80,6 +80,7 @@ _AFFIRMATIVE = re.compile(
 # Chinese, Japanese kana and Korean are written without spaces between words; each character counts as one.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_](?:[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|['’_-](?=\w))*")
 _LETTER_RUN = re.compile(r"([^\W\d_])\1{9,}")
+_SAME_SYMBOLS = re.compile(r"([^\w\s])\1+")
 _LONGEST_PHRASE = 8
 _MIN_WORDS = 3
 _MIN_LETTERS = 0.5
@@ -119,7 +120,7 @@ def off_task_reason(answer: str, labels: Collection[str] = ()) -> str | None:
     """Why an answer to a prompt in plain language is off-task or incoherent; None where it is neither.
 
     - `empty`: nothing but white space;
-    - `label`: it equals one of the task's `labels`, case and punctuation aside ("Positive.");
+    - `label`: it is one of the task's `labels`, once or more, case and punctuation aside ("Positive.");
     - `repetition`: a word, or a phrase of up to 8 words, more than 3 times in a row (the one-word case is HS+ of Huang et al. 2024,
       git-disl), or one letter 10 times in a row;
     - `not_language`: fewer than half of the characters are letters, white space aside, or an undecodable byte is among them;
@@ -128,7 +129,7 @@ def off_task_reason(answer: str, labels: Collection[str] = ()) -> str | None:
     if not answer.strip():
         return "empty"
     words = words_of(answer)
-    if words and words in [words_of(label) for label in labels]:
+    if any(_consists_of(words, words_of(label)) for label in labels):
         return "label"
     if _LETTER_RUN.search(answer) or _repeats(words):
         return "repetition"
@@ -150,7 +151,12 @@ def _repeats(words: list[str], times: int = 4) -> bool:
     return False
 
 
+def _consists_of(words: list[str], label: list[str]) -> bool:
+    return bool(words and label) and words == label * (len(words) // len(label))
+
+
 def _letter_share(answer: str) -> float:
+    answer = _SAME_SYMBOLS.sub(r"\1", answer)  # a ruled line counts once
     # Marks are counted with the letters: Hindi and Thai write their vowels as marks.
     kinds = [unicodedata.category(character)[0] for character in answer if not character.isspace()]
     return sum(kind in "LM" for kind in kinds) / len(kinds)

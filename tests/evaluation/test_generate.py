@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from safecl.evaluation import HFEvalModel, generate_greedy
 from tests.evaluation.models import FAMILIES, VOCAB, ScriptedModel, random_prompts, tiny_model
@@ -9,13 +10,13 @@ from tests.evaluation.models import FAMILIES, VOCAB, ScriptedModel, random_promp
 NEW = 12
 
 
-def hf_answers(model, prompts, eos):
+def hf_answers(model, prompts, eos, num_new=NEW):
     """What transformers' own generate gives, one prompt at a time, without the end token."""
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         ends = {"eos_token_id": eos or [VOCAB], "pad_token_id": 0}
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, **ends)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_new, **ends)
         new = out[0, len(prompt) :].tolist()
         answers.append(new[: next((i for i, token in enumerate(new) if token in eos), len(new))])
     return answers
@@ -80,8 +81,18 @@ def test_a_prompt_without_tokens_is_refused():
         generate_greedy(ScriptedModel({}, 12), [[5], []], max_new_tokens=4, eos_ids=[2], pad_id=0, batch_size=2)
 
 
-def test_a_prompt_beyond_the_models_positions_is_refused_with_what_fits():
+def test_an_answer_ends_at_the_models_last_position_even_where_positions_are_a_table():
+    """GPT-2 crashes beyond its table, also for a row of the batch that is done while the others go on."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_positions=24, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    prompts = [random_prompts(1, seed=4, shortest=length, longest=length)[0] for length in (20, 3)]
+    expected = [hf_answers(model, [prompt], [], num_new=min(NEW, 24 - len(prompt)))[0] for prompt in prompts]
+    got = generate_greedy(HFEvalModel(model), prompts, max_new_tokens=NEW, eos_ids=[VOCAB], pad_id=0, batch_size=2)
+    assert got == expected and [len(answer) for answer in got] == [4, NEW]
+
+
+def test_a_prompt_that_leaves_no_room_is_refused():
     model = HFEvalModel(tiny_model())
-    with pytest.raises(ValueError, match=r"120 tokens.*128 positions.*max_new_tokens to 8 or less"):
-        generate_greedy(model, [[5] * 120], max_new_tokens=9, eos_ids=[2], pad_id=0, batch_size=2)
-    assert len(generate_greedy(model, [[5] * 120], max_new_tokens=8, eos_ids=[VOCAB], pad_id=0, batch_size=2)[0]) == 8
+    with pytest.raises(ValueError, match="prompt 0 has 128 tokens and leaves no room"):
+        generate_greedy(model, [[5] * 128], max_new_tokens=9, eos_ids=[2], pad_id=0, batch_size=2)

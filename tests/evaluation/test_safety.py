@@ -91,7 +91,7 @@ def test_a_prompt_that_does_not_fit_the_model_is_named_by_file_and_line():
     tokenizer = byte_tokenizer()
     model = scripted(HARM, tokenizer)
     model.max_positions = 60
-    with pytest.raises(ConfigError, match=r"prompts.jsonl:3: the prompt has 202 tokens.*60 positions"):
+    with pytest.raises(ConfigError, match=r"prompts.jsonl:3: the prompt has 202 tokens and leaves no room.*60 positions"):
         evaluate_safety(model, tokenizer, SafetyConfig(prompts="p", max_new_tokens=8), ask("a", "b", "c" * 200))
 
 

@@ -1,0 +1,231 @@
+"""Evaluation alone: of a run config's model, of a run folder, or of any model folder with given prompts.
+
+evaluate_target takes
+
+    run.yaml        what the run measures, on its model/ if that is there, else on the model it starts from
+    runs/gsm8k      the same for a finished run's folder
+    path/to/model   any Hugging Face folder or hub id; overrides say with what: safety.prompts=advbench.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safecl.config import (
+    ConfigError,
+    EvalConfig,
+    FieldMap,
+    ModelConfig,
+    RunConfig,
+    SafetyConfig,
+    apply_overrides,
+    load_config,
+    validate_tree,
+)
+from safecl.evaluation.contamination import check_disjoint
+from safecl.evaluation.evaluation import Evaluation, evaluate, judge_gate
+from safecl.evaluation.gates import GateResult, check_gate_is_decidable
+from safecl.evaluation.outputs import Privacy
+
+TASK_OF_FOLDER = "eval"
+
+
+@dataclass(frozen=True)
+class StandaloneResult:
+    """What was measured, the gate's verdict where the config has a gate, and where it was written."""
+
+    model: str
+    evaluation: Evaluation
+    gate: GateResult | None
+    folder: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        import safecl
+
+        gate = self.gate.to_dict() if self.gate else None
+        return {"safecl": safecl.__version__, "model": self.model, "evaluations": [self.evaluation.to_dict()], "gate": gate}
+
+
+def evaluate_target(target: str | Path, overrides: Iterable[str] = (), *, output: str | Path | None = None) -> StandaloneResult:
+    """What `safecl eval` does.
+
+    Args: `target` a run config (.yaml), a run folder, a model folder or a hub id; `overrides` as in `load_config`, for a model also
+    `eval.path=..., eval.metric=...` for a task of its own; `output` where outputs/ and results.json go (default: `eval/` in the run folder,
+    `runs/eval-<name>` for a model). Several ranks (torchrun) share the prompts.
+    Raises: ConfigError where something is missing or does not fit, before the model is loaded.
+    """
+    target, overrides = Path(target), list(overrides)
+    if target.suffix in (".yaml", ".yml"):
+        config = load_config(target, overrides)
+        tuned = Path(config.output) / "model"
+        chosen = any(override.startswith("model.path=") for override in overrides)
+        return evaluate_config(config, model=tuned if not chosen and _is_model(tuned) else None, output=output)
+    if (target / "config.yaml").is_file():
+        if not _is_model(target / "model"):
+            raise ConfigError(
+                f"{target}: this run has no model/ yet; `safecl eval {target / 'config.yaml'}` measures the model it starts from"
+            )
+        return evaluate_config(load_config(target / "config.yaml", overrides), model=target / "model", output=output or target / "eval")
+    return _evaluate_model_with_overrides(str(target), overrides, output)
+
+
+def evaluate_config(config: RunConfig, *, model: str | Path | None = None, output: str | Path | None = None) -> StandaloneResult:
+    """Measures what a run config measures, on `model` (default: `model.path`); refuses prompts that stand in its training data."""
+    prompts, benign = _read_prompts(config.safety)
+    if prompts:
+        check_disjoint([*prompts, *benign], rows_of_run(config))
+    tasks = [(task.name, task.eval, read_eval_rows(task.eval, task.fields)) for task in config.tasks if task.eval is not None]
+    settings = config.model.model_copy(update={"path": str(model or config.model.path)})
+    folder = Path(output or Path(config.output) / "eval")
+    return _measure(settings, config.model.dtype, config.safety, prompts, benign, tasks, config.privacy.examples, folder)
+
+
+def evaluate_folder(
+    model: str | Path,
+    *,
+    safety: SafetyConfig | None = None,
+    tasks: Mapping[str, EvalConfig] | None = None,
+    privacy: Privacy = "full",
+    output: str | Path | None = None,
+    dtype: str = "auto",
+    settings: ModelConfig | None = None,
+) -> StandaloneResult:
+    """Measures any Hugging Face model folder or hub id.
+
+    Args: `tasks` by name; `dtype` auto (as saved), bf16 or fp32; `settings` tokenizer, chat template and attention where the folder's own
+    are not wanted. Raises: ConfigError.
+    """
+    prompts, benign = _read_prompts(safety)
+    read = [(name, config, read_eval_rows(config, None)) for name, config in (tasks or {}).items()]
+    settings = (settings or ModelConfig(path=str(model))).model_copy(update={"path": str(model)})
+    folder = Path(output or Path("runs") / f"eval-{Path(model).name}")
+    return _measure(settings, dtype, safety, prompts, benign, read, privacy, folder)
+
+
+def _evaluate_model_with_overrides(model: str, overrides: list[str], output: str | Path | None) -> StandaloneResult:
+    """A model folder has no config, so the overrides make one; its task is never trained."""
+    of_task = [f"tasks.0.{override}" if override.startswith("eval.") else override for override in overrides]
+    tree = {"model": {"path": model}, "tasks": [{"name": TASK_OF_FOLDER, "train": "-"}], "output": "runs"}
+    try:
+        config = validate_tree(apply_overrides(tree, of_task), "safecl eval")
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("tasks.0.eval", "eval")) from None
+    own_dtype = any(override.startswith("model.dtype=") for override in overrides)
+    return evaluate_folder(
+        model,
+        safety=config.safety,
+        tasks={TASK_OF_FOLDER: config.tasks[0].eval} if config.tasks[0].eval else None,
+        privacy=config.privacy.examples,
+        output=output,
+        dtype=config.model.dtype if own_dtype else "auto",
+        settings=config.model,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------- input
+
+
+def read_eval_rows(config: EvalConfig, fields: FieldMap | None) -> list[Any]:
+    """Held-out rows of a task, read with the task's own `fields` where the eval section has none."""
+    from safecl.data import read_rows
+
+    fields = config.fields or fields
+    format = "fields" if fields is not None and config.format == "auto" else config.format
+    return read_rows(config.path, format=format, fields=fields, max_rows=config.max_rows)[0]
+
+
+def rows_of_run(config: RunConfig) -> list[Any]:
+    """All rows that the run trains on: tasks, memory, poison."""
+    from safecl.data import read_rows
+
+    sources = [(task.train, task) for task in config.tasks]
+    if config.memory is not None:
+        sources.append((config.memory.source, config.memory))
+    if config.poison.ratio > 0:
+        sources.append((config.poison.source, config.poison))
+    rows: list[Any] = []
+    for path, section in sources:
+        options = {name: getattr(section, name) for name in ("split", "max_rows") if hasattr(section, name)}
+        rows += read_rows(path, format=section.format, fields=section.fields, max_bad_rows=config.train.max_bad_rows, **options)[0]
+    return rows
+
+
+def _read_prompts(safety: SafetyConfig | None) -> tuple[list[Any], list[Any]]:
+    from safecl.data import read_prompts
+
+    if safety is None:
+        return [], []
+    prompts = read_prompts(safety.prompts, safety.max_prompts)
+    benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True) if safety.benign_prompts else []
+    if safety.gate is not None:
+        check_gate_is_decidable(safety.gate, num_prompts=len(prompts), num_benign=len(benign))
+    return prompts, benign
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+# ------------------------------------------------------------------------------------------------------------------- measure
+
+
+def _measure(
+    settings: ModelConfig,
+    dtype: str,
+    safety: SafetyConfig | None,
+    prompts: list[Any],
+    benign: list[Any],
+    tasks: list[tuple[str, EvalConfig, list[Any]]],
+    privacy: Privacy,
+    folder: Path,
+) -> StandaloneResult:
+    if not prompts and not tasks:
+        raise ConfigError(
+            "nothing to measure: give disallowed prompts, safety.prompts=FILE, or a task, eval.path=FILE eval.metric=exact_match"
+        )
+    from safecl.data import load_tokenizer
+    from safecl.evaluation.model import HFEvalModel, check_is_model
+
+    check_is_model(settings.path)
+
+    tokenizer = load_tokenizer(settings)
+    name = Path(settings.path).parent.name if Path(settings.path).name == "model" else Path(settings.path).name
+    with _ranks():
+        model = HFEvalModel.load(settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code)
+        found = evaluate(model, tokenizer, when=name or "model", safety=safety, prompts=prompts, benign=benign, tasks=tasks)
+        result = StandaloneResult(settings.path, found, judge_gate(safety.gate if safety else None, found), folder)
+        if model.rank == 0:
+            _write(result, privacy)
+    return result
+
+
+@contextmanager
+def _ranks() -> Iterator[None]:
+    """Under torchrun each rank takes its share of the prompts; a process group that is there already is used."""
+    import torch
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _write(result: StandaloneResult, privacy: Privacy) -> None:
+    try:
+        result.evaluation.write_outputs(result.folder / "outputs", privacy)
+        (result.folder / "results.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{result.folder}: cannot be written: {error.strerror or error}") from None
