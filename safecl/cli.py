@@ -51,18 +51,21 @@ Overrides = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"safecl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Print the traceback of an unexpected error (works behind a verb too).")
     ] = False,
 ) -> None:
     Ending.show_traceback = traceback
     Ending.run_folder = None
-    if version:
-        print(f"safecl {__version__}")
-        raise typer.Exit
 
 
 def _load(config: Path, overrides: list[str] | None) -> Any:

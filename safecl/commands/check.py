@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rich.console import Console
 
+from safecl.commands.run_folder import refuse_unwritable
 from safecl.config import ConfigError, RunConfig
 
 
@@ -30,15 +30,6 @@ def check_run(config: RunConfig) -> None:
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     console.print(f"ready: safecl train would write {config.output}", style="green", markup=False)
-
-
-def refuse_unwritable(folder: Path) -> None:
-    """Raises ConfigError where the run folder could not be made. Makes nothing."""
-    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not nearest.is_dir():
-        raise ConfigError(f"output: {folder} cannot be a folder: {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output: {folder} cannot be written: no permission in {nearest}")
 
 
 def model_facts(config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -61,14 +62,13 @@ _HINTS = {
 @contextlib.contextmanager
 def told_as_messages(verb: str) -> Iterator[None]:
     """Runs a verb's body; every way it can end becomes an exit code and, where something is wrong, a message."""
-    _turn_signals_into_exceptions()
+    before = _on_sigterm(_stop)
     try:
         yield
     except ConfigError as error:
         _say("error", str(error))
         raise typer.Exit(ExitCode.USAGE) from None
     except (KeyboardInterrupt, Stopped) as stop:
-        _ignore_further_signals()
         name = stop.name if isinstance(stop, Stopped) else "Ctrl-C"
         _say("stopped", f"{name} ended `safecl {verb}`; files that were finished are kept, and the same command starts it again")
         raise typer.Exit(ExitCode.STOPPED) from None
@@ -77,28 +77,25 @@ def told_as_messages(verb: str) -> Iterator[None]:
     except Exception as error:
         _say("failed", _describe(verb, error))
         raise typer.Exit(ExitCode.FAILED) from None
+    finally:
+        _on_sigterm(before)
 
 
-def _turn_signals_into_exceptions() -> None:
-    def stop(number: int, _frame: object) -> None:
-        raise Stopped(signal.Signals(number).name)
+def _stop(number: int, _frame: object) -> None:
+    raise Stopped(signal.Signals(number).name)
 
+
+def _on_sigterm(handler: Any) -> Any:
+    """Sets the handler and returns the one before."""
     with contextlib.suppress(ValueError):  # outside the main thread signals cannot be handled, nor do they arrive there
-        signal.signal(signal.SIGTERM, stop)
-
-
-def _ignore_further_signals() -> None:
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return signal.signal(signal.SIGTERM, handler)
 
 
 def _say(kind: str, message: str) -> None:
     if rank := launcher.rank():
         if kind == "stopped":  # rank 0 was stopped as well
             return
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _on_sigterm(signal.SIG_DFL)
         time.sleep(SECONDS_FOR_RANK_0)
         kind = f"{kind} on rank {rank}"
     style = "yellow" if kind == "stopped" else "bold red"
