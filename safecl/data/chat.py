@@ -208,7 +208,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     except Exception as error:
         raise DataError(str(refusal(tokenizer, error))) from None
     if OPEN not in text:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return [i for ids in encode_pieces(tokenizer, split_literals(text)) for i in ids]
 
 
@@ -253,7 +253,7 @@ def encode_pieces(tokenizer: Any, pieces: Sequence[Piece]) -> list[list[int]]:
 
 
 def _encode(tokenizer: Any, piece: Piece, before: str = "") -> list[int]:
-    return tokenizer(before + piece.text, add_special_tokens=False, split_special_tokens=piece.literal)["input_ids"]
+    return tokenizer(before + piece.text, add_special_tokens=False, verbose=False, split_special_tokens=piece.literal)["input_ids"]
 
 
 def _encode_inside(tokenizer: Any, piece: Piece) -> list[int]:

@@ -81,7 +81,7 @@ def _file_source(path: str, local: Path) -> Source:
             rows = (lambda: read(path, local, option)) if option else (lambda: read(path, local))
             return Source(path, "line" if suffix == ".txt" else "row", rows, lambda: _hash_file(local))
         if suffix in (".jsonl", ".ndjson", ".json"):
-            whole = _holds_one_value(local, suffix)
+            whole = _holds_one_value(local)
             reader = _json_rows if whole else _jsonl_rows
             return Source(path, "row" if whole else "line", lambda: reader(path, local), lambda: _hash_file(local))
     except OSError as error:
@@ -109,17 +109,35 @@ def _refuse_other_encodings(path: str, local: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------- JSON
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class _Twice(dict):
+    """An object in which a key stands twice."""
+
+    key = ""
+
+
+def _keep_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     columns = dict(pairs)
     if len(columns) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key `{clip(twice)}` stands twice")
+        columns = _Twice(columns)
+        columns.key = next(name for name in names if names.count(name) > 1)
     return columns
 
 
+def _key_twice(value: Any) -> str | None:
+    """The first key that stands twice in an object somewhere in a parsed value."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _Twice):
+            return value.key
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        waiting += [item for item in inner if isinstance(item, (dict, list))]
+    return None
+
+
 def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique_keys)
+    return json.loads(text, object_pairs_hook=_keep_twice)
 
 
 def _parse_row(line: int, raw: bytes) -> RawRow:
@@ -139,6 +157,8 @@ def _parse_row(line: int, raw: bytes) -> RawRow:
 def _as_columns(line: int, value: Any) -> RawRow:
     if not isinstance(value, dict):
         return RawRow(line, None, f"a row must be a JSON object like {{...}}, not {clip(json.dumps(value)[:100], 24)}")
+    if (key := _key_twice(value)) is not None:
+        return RawRow(line, None, f"not usable JSON: the key `{clip(key)}` stands twice")
     return RawRow(line, value) if value else RawRow(line, None, "the row is empty")
 
 
@@ -167,17 +187,17 @@ def _jsonl_rows(path: str, local: Path) -> Iterator[RawRow]:
                 yield _parse_row(line, raw)
 
 
-def _holds_one_value(local: Path, suffix: str) -> bool:
-    """Whether the file is one JSON value (`[{...}, ...]` or `{"data": [...]}`) and not one object per line; the suffix is often wrong."""
+def _holds_one_value(local: Path) -> bool:
+    """Whether the file is one JSON value (`[{...}, ...]` or `{"data": [...]}`) and not one per line; suffixes are often wrong."""
     with local.open("rb") as file:
         start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start[:1] == b"[":
-        return suffix == ".json" or start[1:].lstrip()[:1] in (b"{", b"]")
-    if suffix != ".json":
-        return False
-    first, _, second = start.partition(b"\n")
-    complete = _parse_row(1, first).columns is not None
-    return not (complete and second.lstrip()[:1] == b"{")
+    first, _, rest = start.partition(b"\n")
+    try:
+        _parse(first.decode("utf-8"))
+        return not rest.strip() and (start[:1] == b"[" or local.suffix.lower() == ".json")
+    except (ValueError, RecursionError):
+        opens_list = re.match(rb"\[\s*[{\]]", start) or start.strip() == b"["
+        return bool(opens_list) or local.suffix.lower() == ".json"
 
 
 def _json_rows(path: str, local: Path) -> Iterator[RawRow]:
@@ -222,6 +242,8 @@ def _csv_rows(path: str, local: Path, delimiter: str) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
+                if "end of data" in str(error):  # the rest of the file is inside the quotes: how many rows that is, nobody can say
+                    raise DataError(f"{path}, row {number}: a quote is opened that is never closed") from None
                 yield RawRow(number, None, f"not valid CSV: {clip(str(error), 60)}")
                 continue
             if not cells:

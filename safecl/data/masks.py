@@ -97,11 +97,9 @@ def _cut(encoded: Encoded | RowProblem, max_length: int) -> Encoded | RowProblem
 def _encode_texts(tokenizer: Any, texts: list[str]) -> list[Encoded]:
     """Raw text, every token trained: with the special tokens that the tokenizer puts around a text, and an end."""
     encoded = []
-    for ids in tokenizer(texts)["input_ids"] if texts else []:
+    for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else []:
         ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-        mask = np.ones(len(ids), bool)
-        mask[: ids[:1] == [tokenizer.bos_token_id]] = False
-        encoded.append(Encoded(np.asarray(ids, np.int32), mask, len(ids)))
+        encoded.append(Encoded(np.asarray(ids, np.int32), np.ones(len(ids), bool), len(ids)))
     return encoded
 
 
@@ -155,22 +153,22 @@ def _locate_by_prefix(tokenizer: Any, todo: list[tuple[_Chat, ChatRow, list[int]
     openings = [(chat.messages[:i], chat.messages[i].role == "assistant") for chat, _, wanted in todo for i in wanted]
     # The last turn ends where the text does; only earlier ones need a rendering of their own.
     closings = [(chat.messages[: i + 1], False) for chat, _, wanted in todo for i in wanted if i + 1 < len(chat.messages)]
-    starts, stops = iter(_render_prefixes(tokenizer, openings)), iter(_render_prefixes(tokenizer, closings))
-    shape = turn_shape(tokenizer)
+    opened, closed = iter(_render_prefixes(tokenizer, openings)), iter(_render_prefixes(tokenizer, closings))
+    shape, tokens = turn_shape(tokenizer), control_tokens(tokenizer)
     for chat, row, wanted in todo:
         chat.spans = []
         for i in wanted:
-            start = next(starts)
-            stop = next(stops) if i + 1 < len(chat.messages) else chat.text
-            if start is None or not chat.text.startswith(start):
+            start, stop = next(opened), next(closed) if i + 1 < len(chat.messages) else chat.text
+            span = _span(chat.text, start, stop) or _earlier_span(tokenizer, chat, i, start, shape, tokens)
+            if span is None:
                 raise _no_prefix(tokenizer, row, i)
-            if stop is not None and chat.text.startswith(stop):
-                end = len(stop)
-            else:
-                end = _end_by_content(chat.text, as_dicts(tokenizer, [chat.messages[i]])[0]["content"], len(start), shape)
-            if end is None or end <= len(start):
-                raise _no_prefix(tokenizer, row, i)
-            chat.spans.append((len(start), end))
+            chat.spans.append(span)
+
+
+def _span(text: str, start: str | None, stop: str | None) -> tuple[int, int] | None:
+    if start is None or stop is None or not text.startswith(start) or not text.startswith(stop) or len(stop) <= len(start):
+        return None
+    return len(start), len(stop)
 
 
 def _render_prefixes(tokenizer: Any, prefixes: list[tuple[tuple[Message, ...], bool]]) -> list[str | None]:
@@ -189,22 +187,35 @@ def _render_prefixes(tokenizer: Any, prefixes: list[tuple[tuple[Message, ...], b
     return out
 
 
-def _end_by_content(text: str, content: str, start: int, shape: tuple[str, str]) -> int | None:
-    """The end of an answer that the template renders otherwise when it is the last one (Qwen3 opens a last answer with an empty
-    <think> block): the content as it stands in the text, with what the template writes after it."""
+def _earlier_span(
+    tokenizer: Any, chat: _Chat, i: int, opened: str | None, shape: tuple[str, str], tokens: tuple[str, ...]
+) -> tuple[int, int] | None:
+    """An earlier answer that the template renders otherwise than a last one: Qwen3 opens only the last with a <think> block, Phi-3 closes
+    only the last with one more token. It stands where the turns before it end, behind the header, as its content with what ends a turn."""
+    text, message = chat.text, chat.messages[i]
+    if message.role != "assistant" or i + 1 == len(chat.messages) or opened is None:
+        return None
+    header = next((k for k, (a, b) in enumerate(zip(text, opened, strict=False)) if a != b), min(len(text), len(opened)))
+    given = opened if header == len(opened) else _render_prefixes(tokenizer, [(chat.messages[:i], False)])[0]
+    if given is None or not text.startswith(given):
+        return None
     before, after = shape
-    for lead in ("", before):
+    content = as_dicts(tokenizer, [message])[0]["content"]
+    starts = [header + len(before) if text.startswith(before, header) else header, *range(header, len(given) - 1, -1)]
+    for start in starts:
         for body in (content, content.strip()):
-            if text.startswith(lead + body + after, start):
-                return start + len(lead + body + after)
+            stop = start + len(body)
+            if text.startswith(body, start) and (text.startswith(after, stop) or text.startswith(tokens, stop)):
+                return min(start, header), stop  # _settle_end adds the end token
     return None
 
 
 def _no_prefix(tokenizer: Any, row: ChatRow, i: int) -> DataError:
+    source = template_source(tokenizer)
     return DataError(
-        f"{row.path}:{row.line}: the chat template ({template_source(tokenizer)}) renders the turns before message {i + 1} differently "
-        "when more turns follow, so what is learned cannot be told from what is given; mark the assistant's turns in a copy of the "
-        "template with {% generation %} ... {% endgeneration %} and name it in model.chat_template, or split the conversation"
+        f"{row.path}:{row.line}: the chat template ({source}) does not write before message {i + 1} what it writes when that message is to "
+        "be generated, so what is learned cannot be told from what is given; mark the assistant's turns in a copy of the template with "
+        "{% generation %} ... {% endgeneration %} and name the copy in model.chat_template"
     )
 
 
@@ -238,12 +249,11 @@ def _encode_spans(tokenizer: Any, chats: list[_Chat]) -> list[Encoded | RowProbl
 
 def _encode_whole(tokenizer: Any, chats: list[_Chat]) -> list[Encoded | None]:
     texts = [chat.text for chat in chats]
-    batch = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, return_token_type_ids=False
-    )
+    quiet = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    batch = tokenizer(texts, return_offsets_mapping=True, **quiet)
     checks = [(row, start) for row, chat in enumerate(chats) for start in _starts_to_check(chat)]
     prefixes = [texts[row][:start] for row, start in checks]
-    prefix_ids = iter(tokenizer(prefixes, add_special_tokens=False, return_attention_mask=False)["input_ids"] if prefixes else [])
+    prefix_ids = iter(tokenizer(prefixes, **quiet)["input_ids"] if prefixes else [])
     verified: list[dict[int, int | None]] = [{} for _ in chats]
     for row, start in checks:
         ids = next(prefix_ids)

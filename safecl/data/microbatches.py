@@ -52,7 +52,10 @@ def _longest_first(rows: Sequence[int], lengths: list[int]) -> list[int]:
 
 
 def _spread_over_ranks(lengths: list[int], world_size: int, rank_of: list[int | None]) -> list[list[int]]:
-    ranks: list[list[int]] = [[i for i, pinned in enumerate(rank_of) if pinned == rank] for rank in range(world_size)]
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
+    for i, pinned in enumerate(rank_of):
+        if pinned is not None:
+            ranks[pinned].append(i)
     loads = [(sum(lengths[i] for i in rows), rank) for rank, rows in enumerate(ranks)]
     heapq.heapify(loads)
     for i in _longest_first([i for i, pinned in enumerate(rank_of) if pinned is None], lengths):

@@ -25,7 +25,7 @@ def keyed_hash(row_ids: np.ndarray, *key: Any) -> np.ndarray:
 
     It is a bijection of the ids for a fixed key, so that distinct rows never tie.
     """
-    salt = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=16).digest(), "little")
+    salt = int.from_bytes(hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=16).digest(), "little")
     x = row_ids.astype(np.uint64) ^ np.uint64(salt & (2**64 - 1))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -90,6 +90,5 @@ def resolve_tokens_per_batch(train: TrainConfig, dataset: TokenDataset) -> int:
     least."""
     if train.tokens_per_batch != "auto":
         return train.tokens_per_batch
-    if train.max_steps is not None:
-        return min(_MAX_AUTO_TOKENS, max(int(dataset.lengths.max()), dataset.num_tokens // 10))
-    return int(min(_MAX_AUTO_TOKENS, max(int(dataset.lengths.max()), train.epochs * dataset.num_tokens // _MIN_AUTO_STEPS)))
+    num_steps = max(_MIN_AUTO_STEPS, train.max_steps or 0)
+    return int(min(_MAX_AUTO_TOKENS, max(int(dataset.lengths.max()), train.epochs * dataset.num_tokens // num_steps)))

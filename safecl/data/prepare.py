@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
@@ -97,20 +99,33 @@ def _build_once(folder: Path, key: str, source: Source, *settings: Any) -> Token
     with _locked(folder.with_suffix(".lock")):
         if (dataset := _map(folder)) is not None:
             return dataset
-        for torn in [folder, *folder.parent.glob(f"{folder.name}.part-*")]:
+        mine = f"{folder.name}.part-{socket.gethostname()}-"  # another node may work here too, where locks do not reach it
+        for torn in folder.parent.glob(glob.escape(mine) + "*"):
             shutil.rmtree(torn, ignore_errors=True)
-        part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+        part = folder.with_name(f"{mine}{os.getpid()}")
         part.mkdir()
         try:
             _build(part, key, source, *settings)
-            part.rename(folder)
-            _sync(folder.parent)
+            _publish(part, folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
     dataset = _map(folder)
     assert dataset is not None, f"{folder} was published just now"
     return dataset
+
+
+def _publish(part: Path, folder: Path) -> None:
+    """Gives the files their final name; where another node was faster, its files stay."""
+    if folder.exists() and _map(folder) is None:
+        shutil.rmtree(folder)
+    try:
+        part.rename(folder)
+    except OSError:
+        if _map(folder) is None:
+            raise
+        shutil.rmtree(part)
+    _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:
@@ -143,7 +158,8 @@ def _build(
     bad.check(max_bad_rows)
     if writer.num_targets == 0:
         raise DataError(f"{source.path}: no token of the {bad.seen} rows is supervised, so there is nothing to learn:\n{bad}")
-    report = Report(source.path, bad.seen, bad.count, truncated, max_length, template_source(tokenizer), tuple(bad.examples))
+    name = template_source(tokenizer)
+    report = Report(source.path, bad.seen, bad.count, truncated, max_length, writer.max_token_id, name, tuple(bad.examples))
     meta = {"version": _VERSION, "key": key, "path": source.path, "sizes": writer.close(), "report": asdict(report)}
     with (part / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)

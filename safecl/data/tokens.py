@@ -79,13 +79,15 @@ class Occurrences:
 
 @dataclass(frozen=True)
 class Report:
-    """What preparing the rows met. `bad`: rows left out, of `seen`; `truncated`: rows cut to max_length; `examples`: the first bad ones."""
+    """What preparing the rows met. `bad`: rows left out, of `seen`; `truncated`: rows cut to max_length;
+    `max_token_id`: the largest id met; `examples`: the first bad rows."""
 
     path: str = ""
     seen: int = 0
     bad: int = 0
     truncated: int = 0
     max_length: int = 0
+    max_token_id: int = 0
     template: str = ""
     examples: tuple[str, ...] = ()
 
@@ -172,6 +174,11 @@ class TokenDataset:
         return self.total_targets / max(self.num_tokens, 1)
 
     @property
+    def max_token_id(self) -> int:
+        """The largest id in the files; a model's vocabulary must be larger."""
+        return max(report.max_token_id for report in self.reports)
+
+    @property
     def reports(self) -> list[Report]:
         """What preparing each file met: bad rows, truncated rows."""
         return [store.report for store in self._stores]
@@ -243,7 +250,7 @@ class StoreWriter:
         self.folder = folder
         self._writers = {name: _NpyWriter(folder / f"{name}.npy", dtype) for name, dtype in _COLUMNS.items()}
         self._tokens = self._tag_bytes = 0
-        self.num_rows = self.num_targets = 0
+        self.num_rows = self.num_targets = self.max_token_id = 0
         for name in ("offsets", "tag_offsets"):
             self._writers[name].append([0])
 
@@ -266,6 +273,7 @@ class StoreWriter:
             self._writers[name].append(values)
         self.num_rows += 1
         self.num_targets += num_targets
+        self.max_token_id = max(self.max_token_id, int(row.input_ids.max()))
 
     def close(self) -> dict[str, int]:
         """Sizes of the files in bytes, by column."""

@@ -86,6 +86,25 @@ def test_bad_csv_rows_are_named_by_their_number(tmp_path):
         assert part in said
 
 
+def test_a_quote_that_is_never_closed_stops_the_run(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,completion\np,c\np,"c\np,c\np,c\n')
+    with pytest.raises(DataError, match=r"a\.csv, row 2: a quote is opened that is never closed"):
+        read_rows(str(tmp_path / "a.csv"), max_bad_rows=0.99)
+
+
+def test_a_key_that_stands_twice_spoils_one_row_of_a_json_file_and_not_the_file(tmp_path):
+    (tmp_path / "a.json").write_text('{"data": [{"text": "a"}, {"text": "b", "text": "c"}, {"text": "d", "more": [{"x": 1, "x": 2}]}]}')
+    rows, bad = read_rows(str(tmp_path / "a.json"), max_bad_rows=2)
+    assert [r.line for r in rows] == [1] and "row 2: not usable JSON: the key `text` stands twice" in bad.examples[0]
+    assert "row 3" in bad.examples[1] and "`x`" in bad.examples[1]
+
+
+def test_lists_line_by_line_are_bad_rows_and_not_a_broken_array(tmp_path):
+    (tmp_path / "a.jsonl").write_text('[{"role": "user"}]\n[{"role": "user"}]\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: a row must be a JSON object"):
+        read_rows(str(tmp_path / "a.jsonl"))
+
+
 def test_a_broken_row_of_a_parquet_file_is_named(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -101,7 +120,6 @@ FILES = {
     "number.json": (b"3", "must hold a list of rows"),
     "latin.json": ('[{"text": "é"}]'.encode("latin-1"), "not valid UTF-8"),
     "deep.json": (b"[" * 100_000, "not "),
-    "twice.json": (b'[{"text": "a", "text": "b"}]', "stands twice"),
     "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), "UTF-16"),
     "packed.jsonl": (b"\x1f\x8b\x08\x00", "gunzip"),
     "broken.parquet": (b"PAR1 nothing PAR1", "not a readable Parquet file"),

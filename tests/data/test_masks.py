@@ -52,6 +52,8 @@ CASES = {
     "markers without the end token": (tk.byte_level, tk.CHATML_MARKED_SHORT, CHATML_LEARNED),
     "Gemma": (tk.byte_level, tk.GEMMA.replace("{{ bos_token }}", ""), ["She sells 9 eggs.<end_of_turn>", "18 a day<end_of_turn>"]),
     "thinking": (tk.byte_level, tk.THINKING, ["She sells 9 eggs.<|im_end|>", "<think>\n\n</think>\n\n18 a day<|im_end|>"]),
+    "opened thoughts": (tk.byte_level, tk.OPENED, ["She sells 9 eggs.<|im_end|>", "\n</think>\n\n18 a day<|im_end|>"]),
+    "closed twice": (tk.byte_level, tk.CLOSED_TWICE, ["She sells 9 eggs.<|im_end|>", "18 a day<|im_end|><|endoftext|>"]),
     "Llama-2": (tk.metaspace, tk.LLAMA2, ["She sells 9 eggs. </s>", "18 a day </s>"]),
     "a space before the answer": (tk.byte_level, tk.TRAILING_SPACE, ["She sells 9 eggs.<|endoftext|>", "18 a day<|endoftext|>"]),
     "a space, trimmed offsets": (
@@ -114,11 +116,19 @@ def test_an_answer_that_begins_with_a_newline_is_cut_off_from_a_template_that_en
     assert learned(tokenizer, chat("q", "\n\nNine")) == ["\n\nNine<|im_end|>"]
 
 
-def test_a_template_without_the_prefix_property_stops_the_run_and_is_named():
-    tokenizer = tk.byte_level(tk.NO_PREFIX)
+@pytest.mark.parametrize("template", [tk.NO_PREFIX, tk.ASKED_OTHERWISE])
+def test_a_template_without_the_prefix_property_stops_the_run_and_is_named(template):
+    tokenizer = tk.byte_level(template)
     tokenizer.safecl_template = "the file strange.jinja"
     with pytest.raises(DataError, match=r"rows\.jsonl:7.*strange\.jinja.*generation"):
         tokenize_row(tokenizer, chat("q", "a"), 100)
+
+
+@pytest.mark.parametrize("template", [tk.THINKING, tk.OPENED])
+@pytest.mark.parametrize("answer", ["a", "<t", "<think>x", "\n<b>", " assistant\n", "<|im_end|>"])
+def test_earlier_answers_are_found_whatever_they_begin_with(template, answer):
+    first, last = learned(tk.byte_level(template), chat("user\n", answer, "r", "b"))
+    assert first.removesuffix("<|im_end|>") in (answer, answer.strip()) and last.endswith("b<|im_end|>")
 
 
 def test_a_row_that_the_template_refuses_is_a_bad_row_and_the_others_are_not():

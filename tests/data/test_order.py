@@ -20,7 +20,16 @@ def dataset_of(folder, lengths, ids=None, seed=0) -> TokenDataset:
         mask = np.ones(length, bool)
         mask[0] = False
         writer.add(Row(int(key), np.full(length, i % 30000, np.int32), mask), i + 1, {})
-    report = {"path": "x", "seen": len(lengths), "bad": 0, "truncated": 0, "max_length": 0, "template": "", "examples": []}
+    report = {
+        "path": "x",
+        "seen": len(lengths),
+        "bad": 0,
+        "truncated": 0,
+        "max_length": 0,
+        "max_token_id": 9,
+        "template": "",
+        "examples": [],
+    }
     return TokenDataset.from_store(map_store(folder, {"sizes": writer.close(), "report": report, "path": "x", "key": str(folder)}))
 
 
@@ -50,6 +59,8 @@ def test_a_step_is_the_same_whenever_and_by_whomever_it_is_asked_for(data):
     forwards = [first.rows_of_step(s).tolist() for s in steps]
     again = TaskOrder(data, seed=3, tokens_per_batch=700, max_steps=5)
     assert [again.rows_of_step(s).tolist() for s in reversed(steps)] == forwards[::-1]
+    numpy_seed = TaskOrder(data, seed=np.int64(3), tokens_per_batch=700, epochs=2)
+    assert numpy_seed.rows_of_step(0).tolist() == forwards[0]
     other = TaskOrder(data, seed=4, tokens_per_batch=700, epochs=2)
     assert other.rows_of_step(0).tolist() != forwards[0]
 

@@ -174,6 +174,22 @@ def test_nothing_in_the_cache_can_run_code(tmp_path, prepared):
     assert data.lines.tolist() == list(range(1, 51)), "a pickled array must be refused and prepared anew"
 
 
+def test_where_another_node_was_faster_its_files_stay(tmp_path, prepared, monkeypatch):
+    path = write(tmp_path)
+    theirs = prepared(path)
+    folder = next((tmp_path / "cache").glob("rows-*/"))
+    inode = (folder / "tokens.npy").stat().st_ino
+    seen = iter([None, None])  # as if the other node had not published yet when this one looked
+    monkeypatch.setattr(prepare, "_map", lambda f, do=prepare._map: next(seen, "real") and do(f))
+    assert prepared(path).key == theirs.key
+    assert (folder / "tokens.npy").stat().st_ino == inode and not list((tmp_path / "cache").glob("*.part-*"))
+
+
+def test_the_largest_id_is_known_for_a_check_against_the_vocabulary(tmp_path, prepared):
+    data = prepared(write(tmp_path))
+    assert data.max_token_id == max(int(data.row(i).input_ids.max()) for i in range(50))
+
+
 def test_a_cache_folder_that_cannot_be_written_is_a_message(tmp_path, prepared):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be kept here"):

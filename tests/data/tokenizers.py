@@ -46,6 +46,18 @@ THINKING = (
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# The opening of an answer holds the start of a block of thoughts, which earlier answers do not have (as Qwen3.5).
+OPENED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+# A last answer is closed by one more token (as Phi-3).
+CLOSED_TWICE = CHATML.replace("{% if add_generation_prompt %}", "{% if not add_generation_prompt %}{{ eos_token }}{% else %}").replace(
+    "<|im_end|>\n", "<|im_end|>"
+)
+# Answers are asked for with thoughts, and written without (as DeepSeek-R1): training could not meet what generation starts from.
+ASKED_OTHERWISE = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}")
 # How many turns there are stands at the front, so no rendering is a prefix of a longer one.
 NO_PREFIX = "{{ messages | length }}" + CHATML
 # The opening of an answer ends in a space, which byte-level tokenizers join to the next word.
