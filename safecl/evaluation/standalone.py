@@ -193,7 +193,6 @@ def _measure(
     from safecl.evaluation.model import HFEvalModel, check_is_model
 
     check_is_model(settings.path)
-
     tokenizer = load_tokenizer(settings)
     name = Path(settings.path).parent.name if Path(settings.path).name == "model" else Path(settings.path).name
     with _ranks():

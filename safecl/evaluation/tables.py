@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -16,17 +17,19 @@ Value = Rate | Mean | None
 Row = tuple[str, bool, list[Value]]  # title, whether higher is better, one value per moment
 
 MOST_COLUMNS = 6
+MOST_WIDE_COLUMNS = 2  # 80 columns hold two values with their intervals on one line
 
 
 def results_table(evaluations: Sequence[Evaluation]) -> Table:
-    """Before, during and after side by side, 95 % intervals below the values. Of many moments the first, the last and the worst show."""
+    """Before, during and after side by side, 95 % intervals with the values. Of many moments the first, the last and the worst show."""
     shown = _columns(evaluations)
-    table = Table(title="measured, with 95 % intervals", title_justify="left", pad_edge=False, show_lines=False)
+    table = Table(title="measured, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for evaluation in shown:
         table.add_column(f"{evaluation.when}\nstep {evaluation.step}", justify="right")
+    between = " " if len(shown) <= MOST_WIDE_COLUMNS else "\n"
     for title, higher_is_better, values in _rows(shown):
-        table.add_row(title, *_cells(values, higher_is_better))
+        table.add_row(title, *_cells(values, higher_is_better, between))
     if len(shown) < len(evaluations):
         table.caption = f"{len(shown)} of {len(evaluations)} moments shown: first, last, and the highest attack success rates"
     return table
@@ -76,7 +79,7 @@ _SAFETY_ROWS = {
 }
 
 
-def _cells(values: list[Value], higher_is_better: bool) -> list[Text]:
+def _cells(values: list[Value], higher_is_better: bool, between: str) -> list[Text]:
     """Green or red where an interval no longer overlaps the first one's."""
     first = next((value for value in values if value is not None), None)
     cells = []
@@ -87,5 +90,5 @@ def _cells(values: list[Value], higher_is_better: bool) -> list[Text]:
         apart = value.low > first.high or value.high < first.low
         better = (value.value > first.value) == higher_is_better
         style = ("green" if better else "red") if apart else ""
-        cells.append(Text(f"{value.value:.3f}", style=style).append(f"\n[{value.low:.3f}, {value.high:.3f}]", style="dim"))
+        cells.append(Text(f"{value.value:.3f}", style=style).append(f"{between}[{value.low:.3f}, {value.high:.3f}]", style="dim"))
     return cells
