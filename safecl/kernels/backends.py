@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +16,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
+log = logging.getLogger("safecl.kernels")
+
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 
 # family -> back end -> module that implements it; every module offers the same functions.
 FAMILIES = {
     "flat": {"triton": "safecl.kernels.flat_triton", "cpp": "safecl.kernels.flat_cpu", "torch": "safecl.kernels.flat_torch"},
+    "head": {"triton": "safecl.kernels.head_triton", "torch": "safecl.kernels.divergences"},
 }
 KERNELS = {
     "flat": ("ema_update_", "fisher_accumulate_", "fisher_penalty_", "penalized_grad_norm", "adamw_step_"),
+    "head": ("linear_distill_loss", "distill_loss"),
 }
 
 _forced: str | None = None
@@ -68,8 +73,8 @@ def table() -> list[Choice]:
 
 @lru_cache(maxsize=32)
 def _choose(family: str, device: str, forced: str) -> tuple[str, str]:
-    """(back end, why not a faster one)."""
-    if forced:
+    """(back end, why not a faster one); warns once where it had to take a slower one."""
+    if forced and (forced in FAMILIES[family] or not any(forced in names for names in FAMILIES.values())):
         return _check_forced(family, forced), f"forced to {forced}"
     notes = []
     for name in PREFERENCE.get(device, ("torch",)):
@@ -77,6 +82,8 @@ def _choose(family: str, device: str, forced: str) -> tuple[str, str]:
             continue
         missing = _missing(name)
         if not missing:
+            if notes:
+                log.warning("%s kernels on %s run in %s: %s", family, device, name, "; ".join(notes))
             return name, "; ".join(notes)
         notes.append(missing)
     raise RuntimeError(f"no back end of the {family} kernels runs on {device}: {'; '.join(notes)}")

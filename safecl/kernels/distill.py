@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import divergences
+from . import backends
 from . import head_checks as checks
 from .divergences import RowOptions
 from .spans import spans
@@ -94,7 +94,8 @@ def _distill_chunk(student, teacher, rows, options, losses, grads) -> None:
     logits = student.index_select(0, rows).to(losses.dtype)
     ones = losses.new_ones(rows.shape[0])
     dlogits = None if grads is None else logits
-    result = divergences.dense_rows(logits, teacher.index_select(0, rows), None, ones, ones, options, dlogits)
+    kernels = backends.implementation("head", "distill_loss", student.device.type)
+    result = kernels.dense_rows(logits, teacher.index_select(0, rows), None, ones, ones, options, dlogits)
     losses[rows] = result.kd
     if grads is not None:
         grads.index_copy_(0, rows, dlogits.to(grads.dtype))
@@ -114,7 +115,7 @@ def _backward(ctx, grad_losses, _):
     if torch.is_grad_enabled():
         raise RuntimeError("distill_loss: the gradient cannot be differentiated again (create_graph=True)")
     (grads,) = ctx.saved_tensors
-    return grads * grad_losses[:, None].to(grads.dtype), *[None] * 7
+    return torch.mul(grads, grad_losses[:, None], out=torch.empty_like(grads)), *[None] * 7
 
 
 _distill_rows.register_autograd(_backward, setup_context=_setup_context)

@@ -154,8 +154,7 @@ def _linear_distill(
     with torch.autocast(hidden.device.type, enabled=False):
         result = run_head(call)
     loss = weighted_sum(ce_weights, result.ce + z_loss * result.logsumexp.square()) + weighted_sum(kd_weights, result.kd)
-    gradients = (result.hidden_grad, result.weight_grad, result.bias_grad)
-    return loss, result.ce, result.kd, result.logsumexp, scale, *gradients
+    return loss, result.ce, result.kd, result.logsumexp, scale, *result.gradients()
 
 
 def _gradient_scale(ce_weights: Tensor, kd_weights: Tensor, compute_dtype: torch.dtype) -> Tensor:
@@ -197,9 +196,13 @@ def _backward(ctx, grad_loss, *_):
     if torch.is_grad_enabled():
         raise RuntimeError("linear_distill_loss: the gradient cannot be differentiated again (create_graph=True)")
     scale, *saved = ctx.saved_tensors
-    factor = grad_loss * scale
-    grads = [grad * factor.to(grad.dtype) if need else None for grad, need in zip(saved, ctx.needs, strict=True)]
+    grads = [scaled(grad, grad_loss * scale) if need else None for grad, need in zip(saved, ctx.needs, strict=True)]
     return (*grads, *[None] * 4, [None] * ctx.num_teacher, *[None] * 17)
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad·factor for a 0-dim fp32 factor, which a product with a 0-dim tensor would first round to the gradient's bf16."""
+    return torch.mul(grad, factor.reshape([1] * grad.dim()), out=torch.empty_like(grad))
 
 
 _linear_distill.register_autograd(_backward, setup_context=_setup_context)

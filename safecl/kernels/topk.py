@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import head_checks as checks
 from .divergences import shape_logits_
-from .head_driver import logits_dtype, operand, project
+from .matmul import logits_dtype, operand, project
 from .spans import spans
 from .teachers import TopKTeacher
 
@@ -51,11 +51,11 @@ def linear_topk(
     log_tail = hidden.new_empty(hidden.shape[0], dtype=dtype)
     indices = torch.empty(hidden.shape[0], k, dtype=torch.int64, device=device)
     with torch.autocast(device.type, enabled=False):
-        head = operand(weight, compute, device)
+        head = operand(weight, compute)
         step = max(1, min(_TILE_BYTES // (dtype.itemsize * vocab), _ROWS_CPU if device.type == "cpu" else _ROWS_GPU))
         tile = hidden.new_empty(min(step, hidden.shape[0]), vocab, dtype=dtype)
         for start, end in spans(hidden.shape[0], step):
-            raw = project(operand(hidden[start:end], compute, device), head, bias, tile[: end - start])
+            raw = project(operand(hidden[start:end], compute), head, bias, tile[: end - start])
             logits = shape_logits_(raw, logit_scale, softcap).div_(temperature)
             log_probs[start:end], indices[start:end], log_tail[start:end] = topk_with_tail_(logits, k)
     return TopKTeacher(log_probs, indices, log_tail, float(temperature), vocab)

@@ -1,0 +1,43 @@
+"""The head's matrix products, with fp32 results from 16-bit operands.
+
+On a GPU cuBLAS accumulates and returns fp32 (mm(out_dtype=fp32)). CPU products return the operands' dtype, so 16-bit operands are
+widened first: the same numbers, at the price of an fp32 copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def logits_dtype(compute: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 beside fp64 operands."""
+    return torch.promote_types(compute, torch.float32)
+
+
+def operand_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a product's operands: ``compute`` on a GPU, at least fp32 elsewhere."""
+    return compute if device.type == "cuda" else logits_dtype(compute)
+
+
+def operand(tensor: Tensor, compute: torch.dtype) -> Tensor:
+    """Rounded to the compute dtype (autocast's may be narrower than the tensor's), then in the dtype that the product needs."""
+    return tensor.to(compute).to(operand_dtype(compute, tensor.device))
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """out = x @ weight.T + bias; out: [rows, vocab] fp32, whatever the dtype of the operands."""
+    if x.dtype == out.dtype:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def accumulate_(total: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
+    """total += dlogits.T @ x, in total's fp32; first: ``total`` holds nothing yet."""
+    beta = 0 if first else 1
+    if x.dtype == total.dtype:
+        torch.addmm(total, dlogits.t(), x, beta=beta, out=total)
+    else:
+        torch.addmm(total, dlogits.t(), x, out_dtype=total.dtype, beta=beta, out=total)
