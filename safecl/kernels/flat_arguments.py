@@ -17,6 +17,7 @@ from torch import Tensor
 
 Scalar = float | Tensor
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 FLOAT32 = (torch.float32,)
 FLOAT32_OR_BF16 = (torch.float32, torch.bfloat16)
 
@@ -120,7 +121,7 @@ def check_scalar(
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number or a tensor of one element, not {type(value).__name__}") from None
-    inside = low <= number <= high and math.isfinite(number) and not (open_high and number == high)
+    inside = low <= number <= min(high, FLOAT32_MAX) and not (open_high and number == high)
     if not inside:
         bounds = f">= {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{name} must be finite and {bounds}, not {number}")

@@ -1,7 +1,8 @@
 """The flat family in plain torch: the definition that the Triton and C++ kernels are held to, and the fallback where neither runs.
 
 Works through the buffers in chunks, so the temporaries stay in the cache and far below 1 % of a shard. The order of the operations is
-the kernels' own, one rounding each, so that the results of all back ends agree bitwise.
+the kernels' own, one rounding each, so that the elements agree bitwise with the other back ends' (but for sqrt: torch's CPU sqrt is
+MKL's, which is an ulp off now and then).
 """
 
 from __future__ import annotations
@@ -137,9 +138,9 @@ def _pull(p: Tensor, anchor: Tensor, fisher: Tensor | None, strength: Scalar) ->
 
 def _proximal(p: Tensor, anchor: Tensor, fisher: Tensor | None, strength: Scalar, lr: Scalar) -> Tensor:
     """argmin_q 1/2 |q - p|^2 + lr/2 strength F (q - a)^2, written so that neither lr strength F = 1e-12 nor 1e38 loses it."""
-    pull = lr * strength * (1.0 if fisher is None else fisher.float())
-    pull = torch.as_tensor(pull, dtype=torch.float32, device=p.device).clamp(max=1e37)
-    return p - pull / (1.0 + pull) * (p - anchor.float())
+    weight = torch.as_tensor(lr, dtype=torch.float32, device=p.device) * strength
+    weight = (weight if fisher is None else weight * fisher.float()).clamp(max=1e37)  # keeps inf / inf away and NaN in
+    return p - weight / (1.0 + weight) * (p - anchor.float())
 
 
 def _write(old: Tensor | None, new: Tensor | None, found_inf: Tensor | None) -> None:

@@ -26,7 +26,9 @@ def test_the_fused_step_is_adamw_with_penalty_and_ema(name, numel):
 
 
 @pytest.mark.parametrize("name", ["everything", "everything proximal", "plain"])
-def test_device_scalars_give_the_same_step_without_being_read(name):
+def test_device_scalars_give_the_same_step_without_being_read(name, backend):
+    if backend == "cpp":
+        pytest.skip("scalars of CPU buffers are always read")
     with suite.scalars_stay_on_device():
         suite.check_step(suite.CASES[name], 1023, wrap=suite.as_tensor)
         suite.check_found_inf(wrap=torch.tensor)

@@ -1,0 +1,227 @@
+// The flat kernels' entry points: choice of the instruction set, blocks over threads, sums in a fixed order.
+#include "flat.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "thread_pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define IVDEP _Pragma("GCC ivdep")
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr int kGroup = 64;              // elements taken from one stream before the next: 4 cache lines of fp32
+constexpr int kLanes = 16;              // fp64 accumulators of a sum
+constexpr int64_t kBlock = 1 << 15;     // elements per block: the unit of work and of the fixed-order sum
+constexpr int64_t kInlineBlocks = 4;    // up to here, waking threads costs more than it saves
+constexpr int64_t kAhead = 1024;        // bytes of software prefetch: the hardware's stops at every page end, and there are many streams
+constexpr int64_t kStream = 1 << 19;    // elements from which the bf16 copy bypasses the cache, where it would only displace other streams
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline uint16_t to_bf16(float value) {  // to nearest, ties to even
+  const uint32_t bits = to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+}
+
+inline uint16_t to_bf16_stochastic(float value, uint32_t word) {
+  const uint32_t bits = to_bits(value);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  const uint32_t special = value != value ? 0x7fc0u : bits >> 16;
+  return static_cast<uint16_t>(finite ? (bits + (word >> 16)) >> 16 : special);
+}
+
+inline uint32_t mix(uint32_t x) {  // "lowbias32", C. Wellons
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+inline uint32_t random_word(int64_t index, const uint32_t (&seed)[2]) {
+  const uint32_t low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
+  return mix(mix(low ^ seed[0]) + seed[1] + high * 0x9e3779b9u);
+}
+
+inline void prefetch(const void* data, int64_t bytes) {
+  const char* from = static_cast<const char*>(data) + kAhead;
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
+}
+
+inline void prefetch(const Buffer& buffer, int64_t at) {
+  const int64_t size = buffer.is_bf16 ? 2 : 4;
+  if (buffer.data) prefetch(static_cast<const char*>(buffer.data) + at * size, kGroup * size);
+}
+
+inline void prefetch_all(std::initializer_list<Buffer> buffers, int64_t at) {
+  for (const Buffer& buffer : buffers) prefetch(buffer, at);
+}
+
+inline void prefetch_step(const AdamWCall& c, int64_t at) {
+  prefetch_all({c.grad, {c.param, 0}, {c.exp_avg, 0}, {c.exp_avg_sq, 0}, c.anchor, c.fisher, {c.ema, 0}}, at);
+}
+
+// bf16(values) into a buffer that is only written.
+template <bool kFull>
+inline void store_copy(uint16_t* target, const float* values, int n, bool bypass) {
+  alignas(64) uint16_t bits[kGroup];
+  for (int j = 0; j < (kFull ? kGroup : n); j++) bits[j] = to_bf16(values[j]);
+#if defined(__x86_64__)
+  if (kFull && bypass && reinterpret_cast<uintptr_t>(target) % sizeof(__m128i) == 0) {
+    const __m128i* from = reinterpret_cast<const __m128i*>(bits);
+    for (int j = 0; j < kGroup / 8; j++) _mm_stream_si128(reinterpret_cast<__m128i*>(target) + j, from[j]);
+    return;
+  }
+#endif
+  (void)bypass;
+  std::memcpy(target, bits, (kFull ? kGroup : n) * sizeof(uint16_t));
+}
+
+inline void finish_streams() {  // a store that bypasses the cache is ordered by nothing else
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Calls piece(first, last, segment) for the parts of [begin, end) that lie in one segment; segment is -1 without a table.
+template <class Piece>
+inline void for_each_piece(const Segments& table, int64_t begin, int64_t end, const Piece& piece) {
+  if (table.count == 0) return piece(begin, end, int64_t{-1});
+  const int64_t* stops = table.offsets + 1;
+  int64_t s = std::upper_bound(stops, stops + table.count - 1, begin) - stops;
+  for (int64_t first = begin; first < end; s++) {
+    const int64_t last = s + 1 < table.count ? std::min(end, stops[s]) : end;
+    if (last > first) piece(first, last, s);
+    first = std::max(first, last);
+  }
+}
+
+}  // namespace
+
+namespace baseline {
+#include "flat_kernels.inc"
+}
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,prefer-vector-width=256")
+namespace avx2 {
+#include "flat_kernels.inc"
+}
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+namespace avx512 {
+#include "flat_kernels.inc"
+}
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const KernelTable* kernels;
+  bool supported;
+};
+
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const std::vector<InstructionSet>& instruction_sets() {  // best first
+  static const std::vector<InstructionSet> sets = {
+#if defined(__x86_64__)
+      {"avx512", &avx512::kernels, has_avx512()},
+      {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") != 0},
+#endif
+      {"baseline", &baseline::kernels, true},
+  };
+  return sets;
+}
+
+const InstructionSet* best_set() {
+  for (const InstructionSet& set : instruction_sets())
+    if (set.supported) return &set;
+  return nullptr;
+}
+
+std::atomic<const InstructionSet*> chosen{nullptr};
+std::atomic<int> num_threads{1};
+
+const InstructionSet& current_set() {
+  if (!chosen.load()) chosen.store(best_set());
+  return *chosen.load();
+}
+
+// Runs a kernel block by block; the blocks, and with them the order of the sums, do not depend on the number of threads.
+template <class Call>
+Sums run(Sums (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
+  const int64_t num_blocks = (call.numel + kBlock - 1) / kBlock;
+  std::vector<Sums> partial(num_blocks);
+  const int threads = num_blocks > kInlineBlocks ? num_threads.load() : 1;
+  run_blocks(num_blocks, threads, [&](int64_t block) {
+    partial[block] = kernel(call, block * kBlock, std::min(call.numel, (block + 1) * kBlock));
+    finish_streams();
+  });
+  Sums sums = {0, 0};
+  for (const Sums& part : partial) {
+    sums.penalty += part.penalty;
+    sums.square += part.square;
+  }
+  return sums;
+}
+
+}  // namespace
+
+EXPORT const char* safecl_source_hash() { return SAFECL_SOURCE_HASH; }
+
+EXPORT const char* safecl_instruction_set() { return current_set().name; }
+
+// Switches the whole process; false where the CPU lacks the set or the name is unknown. For tests and for comparing speeds.
+EXPORT int safecl_use_instruction_set(const char* name) {
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.supported && std::strcmp(set.name, name) == 0) {
+      chosen.store(&set);
+      return 1;
+    }
+  }
+  return 0;
+}
+
+EXPORT void safecl_use_threads(int count) { num_threads.store(std::max(1, count)); }
+
+EXPORT double safecl_adamw(const AdamWCall* call) { return run(current_set().kernels->adamw, *call).penalty; }
+
+EXPORT double safecl_fisher_penalty(const PenaltyCall* call) { return run(current_set().kernels->fisher_penalty, *call).penalty; }
+
+EXPORT void safecl_penalized_grad_norm(const PenaltyCall* call, Sums* sums) {
+  *sums = run(current_set().kernels->penalized_grad_norm, *call);
+}
+
+EXPORT void safecl_ema(const EmaCall* call) { run(current_set().kernels->ema, *call); }
+
+EXPORT void safecl_fisher_accumulate(const FisherCall* call) { run(current_set().kernels->fisher_accumulate, *call); }

@@ -1,0 +1,75 @@
+"""Builds the C++ kernels (`csrc/`) into safecl/kernels/libsafecl.so. Everything else is in pyproject.toml.
+
+The library needs g++ only: no torch, no Python headers. Without a compiler the install goes through and the torch twins are used.
+CXX chooses another compiler.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+SOURCES = ("flat.cpp", "thread_pool.cpp")
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),  # no fused multiply-add: every instruction set gives the same bits
+    *("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"),  # an older libstdc++ that torch has loaded is not ours to rely on
+)
+
+
+def source_hash() -> str:
+    """The loader's own hash function, taken from its file: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location("native", ROOT / "safecl" / "kernels" / "native.py")
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    return native.source_hash(CSRC)
+
+
+def compile_library(target: Path, flags: tuple[str, ...] = FLAGS) -> str:
+    """Compile to `target`; returns why it could not be done, or ""."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler} is not on the PATH)"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(f".{os.getpid()}.tmp")  # renamed into place, so that a running process keeps the file it has mapped
+    command = [compiler, *flags, f'-DSAFECL_SOURCE_HASH="{source_hash()}"', *(str(CSRC / s) for s in SOURCES), "-o", str(fresh)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return f"{compiler} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
+    fresh.replace(target)
+    return ""
+
+
+class BuildLibrary(build_ext):
+    """Compiles the one library with one compiler call; a failure is one line, never an aborted install."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")[:-1], "libsafecl.so")
+
+    def build_extension(self, ext: Extension) -> None:
+        failure = compile_library(Path(self.get_ext_fullpath(ext.name)))
+        if failure:
+            print(f"safecl: C++ kernels not built: {failure}; CPU tensors will use the slower torch kernels.")
+
+
+class PlatformWheel(bdist_wheel):
+    """The library serves every Python: the wheel's name carries the platform only."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("safecl.kernels.libsafecl", sources=[str((CSRC / s).relative_to(ROOT)) for s in SOURCES], optional=True)],
+        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    )
