@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -33,7 +35,7 @@ class ExitCode(enum.IntEnum):
     STOPPED = 75
 
 
-class Stopped(BaseException):
+class Stopped(KeyboardInterrupt):
     """A signal asked this process to end. Not an Exception, so that no `except Exception` on the way swallows it."""
 
     def __init__(self, name: str):
@@ -42,16 +44,22 @@ class Stopped(BaseException):
 
 
 class Ending:
-    """Where a failing verb writes its traceback, and whether it prints it too."""
+    """What decides how a verb ends early: where its traceback goes, and whether a signal was the cause."""
 
+    verb: str = ""
     run_folder: Path | None = None
     show_traceback: bool = False
+    stopped: Stopped | None = None
+    stopped_at: float = 0.0
+    said: bool = False
 
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 # A launcher ends all ranks as soon as one fails. A rank that waits this long before it speaks is heard only when rank 0 had nothing to say.
 SECONDS_FOR_RANK_0 = 3.0
+SECONDS_BEFORE_A_SECOND_SIGNAL_COUNTS = 1.0
+SECONDS_TO_END = 5.0
 
 _HINTS = {
     "OutOfMemoryError": "less memory: a smaller train.tokens_per_microbatch, a higher deepspeed.stage, or deepspeed.offload.optimizer=cpu",
@@ -62,40 +70,71 @@ _HINTS = {
 @contextlib.contextmanager
 def told_as_messages(verb: str) -> Iterator[None]:
     """Runs a verb's body; every way it can end becomes an exit code and, where something is wrong, a message."""
-    before = _on_sigterm(_stop)
+    Ending.verb, Ending.stopped, Ending.said = verb, None, False
+    before = {number: _on_signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with errors_told(verb):
+            yield
+    except KeyboardInterrupt as stop:
+        _say_stopped(stop.name if isinstance(stop, Stopped) else "Ctrl-C")
+        raise SystemExit(ExitCode.STOPPED) from None
+    finally:
+        for number, handler in before.items():
+            _on_signal(number, handler)
+
+
+@contextlib.contextmanager
+def errors_told(verb: str) -> Iterator[None]:
+    """Turns errors into a message and SystemExit; lets signals pass."""
     try:
         yield
-    except ConfigError as error:
-        _say("error", str(error))
-        raise typer.Exit(ExitCode.USAGE) from None
-    except (KeyboardInterrupt, Stopped) as stop:
-        name = stop.name if isinstance(stop, Stopped) else "Ctrl-C"
-        _say("stopped", f"{name} ended `safecl {verb}`; files that were finished are kept, and the same command starts it again")
-        raise typer.Exit(ExitCode.STOPPED) from None
-    except (typer.Exit, typer.Abort, BrokenPipeError):
+    except BrokenPipeError:
         raise
     except Exception as error:
-        _say("failed", _describe(verb, error))
-        raise typer.Exit(ExitCode.FAILED) from None
-    finally:
-        _on_sigterm(before)
+        if Ending.stopped is not None:  # libraries turn a signal inside an import or a callback into an error of their own
+            raise Ending.stopped from None
+        if isinstance(error, typer.Exit):
+            raise
+        is_usage = isinstance(error, ConfigError)
+        _say("error" if is_usage else "failed", str(error) if is_usage else _describe(verb, error))
+        raise SystemExit(ExitCode.USAGE if is_usage else ExitCode.FAILED) from None
 
 
 def _stop(number: int, _frame: object) -> None:
-    raise Stopped(signal.Signals(number).name)
+    """A launcher passes on what the terminal has sent to every process already; only a signal after a while is a second wish to end."""
+    if Ending.stopped is not None:
+        if time.monotonic() - Ending.stopped_at > SECONDS_BEFORE_A_SECOND_SIGNAL_COUNTS:
+            os._exit(ExitCode.STOPPED)
+        return
+    Ending.stopped = Stopped("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+    Ending.stopped_at = time.monotonic()
+    for_sure = threading.Timer(SECONDS_TO_END, _end_for_sure)
+    for_sure.daemon = True
+    for_sure.start()
+    raise Ending.stopped
 
 
-def _on_sigterm(handler: Any) -> Any:
+def _end_for_sure() -> None:
+    """A library may have swallowed the exception, or the main thread waits in a collective for a rank that has ended."""
+    _say_stopped(Ending.stopped.name)
+    os._exit(ExitCode.STOPPED)
+
+
+def _say_stopped(name: str) -> None:
+    if launcher.rank() == 0 and not Ending.said:
+        Ending.said = True
+        _say("stopped", f"{name} ended `safecl {Ending.verb}`; files that were finished are kept, and the same command starts it again")
+
+
+def _on_signal(number: int, handler: Any) -> Any:
     """Sets the handler and returns the one before."""
     with contextlib.suppress(ValueError):  # outside the main thread signals cannot be handled, nor do they arrive there
-        return signal.signal(signal.SIGTERM, handler)
+        return signal.signal(number, handler)
 
 
 def _say(kind: str, message: str) -> None:
     if rank := launcher.rank():
-        if kind == "stopped":  # rank 0 was stopped as well
-            return
-        _on_sigterm(signal.SIG_DFL)
+        _on_signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_FOR_RANK_0)
         kind = f"{kind} on rank {rank}"
     style = "yellow" if kind == "stopped" else "bold red"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from safecl import launcher
-from safecl.commands.ending import Ending, told_as_messages
+from safecl.commands.ending import Ending, errors_told
 from safecl.config import load_config
 
 
@@ -46,7 +47,8 @@ def run_arms(configs: Sequence[Path], times: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which speaks of it and ends all ranks
     times, *configs = (Path(argument) for argument in sys.argv[1:])
     Ending.run_folder = times.parent
-    with told_as_messages("demo"):
+    with errors_told("demo"):
         run_arms(configs, times)
