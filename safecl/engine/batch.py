@@ -16,15 +16,20 @@ import torch
 from safecl.data import MicroBatch, Row, assign, collate
 from safecl.replay import TeacherOutputs
 
-IGNORE = -100
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How far the student may be from a row's stored teacher: weight per supervised token and divergence."""
+    """How far the student may be from a teacher on one row: weight per token, the normaliser included, and distance."""
 
-    divergence: str
+    divergence: str  # of output distributions at the supervised tokens, or "hidden": mean squared difference of last hidden states
     weight: float
+    temperature: float = 1.0
+    term: str | None = None  # term of the loss that it is counted in; None: the row's own
+    load: Callable[[], TeacherOutputs | torch.Tensor] | None = None  # outputs or hidden states [tokens, H]; None: the row's own
+    live: bool = False  # the teacher is the model with its adapters off, in the same step
+    all_tokens: bool = False  # hidden only: every token of the row, not only the supervised ones
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class StepRow:
         return replace(self, term=term, ce_weight=ce_weight, distillations=distillations)
 
 
+def terms_of(rows: Sequence[StepRow]) -> list[str]:
+    """The terms of the loss that the rows belong to: those of their cross-entropy in order of appearance, then those of their distances."""
+    extra = [d.term for row in rows for d in row.distillations if d.term is not None]
+    return list(dict.fromkeys([*(row.term for row in rows), *extra]))
+
+
 @dataclass
 class StepBatch:
     """A micro-batch: keyword arguments of LanguageModel.losses, and which term each target belongs to."""
@@ -51,6 +62,8 @@ class StepBatch:
     inputs: dict
     terms: torch.Tensor  # int64 [n], index into the step's list of terms
     num_tokens: int
+    kd_terms: list[torch.Tensor]  # the same for each distillation [n]
+    feature_terms: list[torch.Tensor]  # and for each of the features [m]
 
 
 @dataclass(frozen=True)
@@ -71,60 +84,95 @@ def split_step(rows: Sequence[StepRow], layout: Layout) -> list[list[list[int]]]
     )  # fmt: skip
 
 
-def micro_batches(rows: Sequence[StepRow], terms: Sequence[str], layout: Layout, rank: int, temperature: float = 1.0) -> list[StepBatch]:
-    """This rank's micro-batches of a global step. `temperature` is that of the stored teacher outputs."""
-    parts = split_step(rows, layout)[rank]
-    return [_build([rows[index] for index in part], terms, layout, temperature) for part in parts]
+def micro_batches(rows: Sequence[StepRow], terms: Sequence[str], layout: Layout, rank: int) -> list[StepBatch]:
+    """This rank's micro-batches of a global step."""
+    live = any(d.live for row in rows for d in row.distillations)  # a forward pass of its own, so on every rank or on none
+    return [_build([rows[index] for index in part], terms, layout, live) for part in split_step(rows, layout)[rank]]
 
 
-def _build(rows: list[StepRow], terms: Sequence[str], layout: Layout, temperature: float) -> StepBatch:
+def _build(rows: list[StepRow], terms: Sequence[str], layout: Layout, live: bool) -> StepBatch:
     loaded = [row.load() for row in rows]
     batch = collate([row for row, _ in loaded], packed=layout.packed, pad_id=layout.pad_id)
-    places = [_target_positions(batch, index, row) for index, (row, _) in enumerate(loaded)]
+    places = [target_positions(batch, index, row) for index, (row, _) in enumerate(loaded)]
     positions = np.concatenate(places) if places else np.zeros(0, np.int64)
     counts = [len(place) for place in places]
     ce_weights = np.repeat([row.ce_weight * layout.world_size for row in rows], counts).astype(np.float32)
     term_ids = np.repeat([terms.index(row.term) for row in rows], counts).astype(np.int64)
+    distillations, kd_terms = _distillations(rows, [teacher for _, teacher in loaded], counts, terms, layout.world_size)
+    features, feature_terms = _features(rows, batch, places, terms, layout.world_size)
     inputs = dict(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         positions=torch.from_numpy(positions),
         targets=batch.targets[torch.from_numpy(positions)],
         ce_weights=torch.from_numpy(ce_weights),
-        distillations=_distillations(rows, [teacher for _, teacher in loaded], counts, layout.world_size, temperature),
+        distillations=distillations,
+        features=features,
+        reference=live,
     )
-    return StepBatch(inputs, torch.from_numpy(term_ids), sum(len(row.input_ids) for row, _ in loaded))
+    num_tokens = sum(len(row.input_ids) for row, _ in loaded)
+    return StepBatch(inputs, torch.from_numpy(term_ids), num_tokens, kd_terms, feature_terms)
 
 
-def _target_positions(batch: MicroBatch, index: int, row: Row) -> np.ndarray:
+def target_positions(batch: MicroBatch, index: int, row: Row) -> np.ndarray:
     """Flat indices whose next token is a supervised target of the row."""
     return batch.starts[index] + np.flatnonzero(row.loss_mask[1:]).astype(np.int64)
 
 
-def _distillations(rows, teachers, counts: list[int], world_size: int, temperature: float) -> list[dict]:
-    """One entry per divergence, over the rows that have it, their stored outputs stacked."""
+def _distillations(
+    rows: list[StepRow], stored: list[TeacherOutputs | None], counts: list[int], terms: Sequence[str], world_size: int
+) -> tuple[list[dict], list[torch.Tensor]]:
+    """One entry per kind of distance between output distributions, over the rows that have it, their teachers' outputs stacked."""
     first = np.concatenate([[0], np.cumsum(counts)])
-    result = []
-    for divergence in sorted({d.divergence for row in rows for d in row.distillations}):
-        chosen = [(i, d.weight) for i, row in enumerate(rows) for d in row.distillations if d.divergence == divergence]
-        chosen = [(i, weight) for i, weight in chosen if counts[i]]
-        if not chosen:
-            continue
-        indices = np.concatenate([np.arange(first[i], first[i + 1]) for i, _ in chosen])
-        weights = np.zeros(first[-1], np.float32)
-        weights[indices] = np.repeat([weight * world_size for _, weight in chosen], [counts[i] for i, _ in chosen])
-        result.append(
-            dict(
-                rows=torch.from_numpy(indices),
-                kd_weights=torch.from_numpy(weights),
-                divergence=divergence,
-                temperature=temperature,
-                log_probs=_stack([teachers[i].log_probs for i, _ in chosen]).float(),
-                indices=_stack([teachers[i].indices for i, _ in chosen]).long(),
-                log_tail=_stack([teachers[i].log_tail for i, _ in chosen]).float(),
-            )
-        )
-    return result
+    groups: dict[tuple, list] = {}
+    for i, row in enumerate(rows):
+        for d in row.distillations:
+            if d.divergence != HIDDEN and counts[i]:
+                teacher = None if d.live else d.load() if d.load else stored[i]
+                k = None if teacher is None else teacher.log_probs.shape[1]
+                groups.setdefault((d.divergence, d.temperature, k, d.term), []).append((i, d, teacher))
+    result, term_ids = [], []
+    for (divergence, temperature, *_), members in sorted(groups.items(), key=lambda item: repr(item[0])):
+        lengths = [counts[i] for i, _, _ in members]
+        places = np.concatenate([np.arange(first[i], first[i + 1]) for i, _, _ in members])
+        weights, ids = np.zeros(first[-1], np.float32), np.zeros(first[-1], np.int64)
+        weights[places] = np.repeat([d.weight * world_size for _, d, _ in members], lengths)
+        ids[places] = np.repeat([terms.index(d.term or rows[i].term) for i, d, _ in members], lengths)
+        entry = dict(rows=torch.from_numpy(places), kd_weights=torch.from_numpy(weights), divergence=divergence, temperature=temperature)
+        result.append(entry | _stacked([teacher for _, _, teacher in members]))
+        term_ids.append(torch.from_numpy(ids))
+    return result, term_ids
+
+
+def _stacked(teachers: list[TeacherOutputs | None]) -> dict[str, torch.Tensor]:
+    if teachers[0] is None:  # the adapters are switched off instead
+        return {}
+    return dict(
+        log_probs=_stack([teacher.log_probs for teacher in teachers]).float(),
+        indices=_stack([teacher.indices for teacher in teachers]).long(),
+        log_tail=_stack([teacher.log_tail for teacher in teachers]).float(),
+    )
+
+
+def _features(
+    rows: list[StepRow], batch: MicroBatch, places: list[np.ndarray], terms: Sequence[str], world_size: int
+) -> tuple[list[dict], list[torch.Tensor]]:
+    """Distances between last hidden states: those to recorded ones, and those to the model with its adapters off."""
+    groups: dict[bool, list] = {}
+    for i, row in enumerate(rows):
+        for d in row.distillations:
+            if d.divergence == HIDDEN:
+                where = batch.starts[i] + np.arange(batch.lengths[i]) if d.all_tokens else places[i]
+                groups.setdefault(d.live, []).append((i, d, where))
+    result, term_ids = [], []
+    for live, members in sorted(groups.items()):
+        lengths = [len(where) for _, _, where in members]
+        weights = np.repeat([d.weight * world_size for _, d, _ in members], lengths).astype(np.float32)
+        entry = dict(positions=torch.from_numpy(np.concatenate([where for _, _, where in members])), weights=torch.from_numpy(weights))
+        result.append(entry if live else entry | {"hidden": torch.cat([d.load() for _, d, _ in members])})
+        ids = np.repeat([terms.index(d.term or rows[i].term) for i, d, _ in members], lengths).astype(np.int64)
+        term_ids.append(torch.from_numpy(ids))
+    return result, term_ids
 
 
 def _stack(arrays) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from safecl.config import MemoryConfig
 from safecl.data import TokenDataset
+from safecl.data.order import keyed_hash
 from safecl.engine import distributed
-from safecl.engine.batch import StepRow, micro_batches, to_device
+from safecl.engine.batch import StepRow
+from safecl.engine.outputs import outputs_of_rows
 from safecl.engine.training import TrainingEngine
 from safecl.replay import MemoryRow, ReplayBuffer, TeacherOutputs
 
@@ -41,46 +42,38 @@ class Memory:
 def fill_memory(
     engine: TrainingEngine, dataset: TokenDataset, config: MemoryConfig, *, seed: int, source: str, with_teacher: bool
 ) -> Memory:
-    """Inserts all rows of `dataset`, with what the current model says of them where a method replays that. A collective call."""
-    vocab_size = engine.module.model.config.get_text_config().vocab_size
-    buffer = ReplayBuffer(config, seed=seed, rank=distributed.rank(), world_size=distributed.world_size())
-    outputs = teacher_outputs(engine, dataset, config, vocab_size) if with_teacher else {}
-    buffer.insert(
-        MemoryRow(dataset.row(i), source=source, task="memory", step=0, tags={}, teacher=outputs.get(i)) for i in range(len(dataset))
-    )
-    return Memory(buffer)
+    """A memory of all rows of `dataset`, with what the current model says of them where a method replays that. A collective call."""
+    memory = Memory(ReplayBuffer(config, seed=seed, rank=distributed.rank(), world_size=distributed.world_size()))
+    remember(engine, memory, dataset, config, source=source, task="memory", step=0, with_teacher=with_teacher)
+    return memory
 
 
-@torch.no_grad()
-def teacher_outputs(engine: TrainingEngine, dataset: TokenDataset, config: MemoryConfig, vocab_size: int) -> dict[int, TeacherOutputs]:
+def remember(engine: TrainingEngine, memory: Memory, dataset: TokenDataset, config: MemoryConfig, *, with_teacher: bool, **origin) -> None:
+    """Inserts all rows of `dataset`, with what the current model says of them where a method replays that. A collective call.
+
+    origin: source, task and step of the rows, see MemoryRow.
+    """
+    outputs = teacher_outputs(engine, dataset, config) if with_teacher else {}
+    memory.buffer.insert(MemoryRow(dataset.row(i), tags=dataset.tags(i), teacher=outputs.get(i), **origin) for i in range(len(dataset)))
+
+
+def sample_rows(dataset: TokenDataset, num_rows: int, seed: int) -> TokenDataset:
+    """`num_rows` of the rows (all where there are fewer), a function of the seed and the rows' ids; more rows keep those that are in."""
+    chosen = np.argsort(keyed_hash(dataset.row_ids, "keep", seed), kind="stable")[:num_rows]
+    return dataset.select(np.sort(chosen))
+
+
+def teacher_outputs(engine: TrainingEngine, dataset: TokenDataset, config: MemoryConfig) -> dict[int, TeacherOutputs]:
     """Top-k log-probabilities and log tail of the current model for every supervised token of every row, on every rank."""
-    teacher = config.teacher
-    lengths, num_targets = dataset.lengths.tolist(), dataset.num_targets.tolist()
-    rows = [StepRow(str(i), lengths[i], num_targets[i], lambda i=i: (dataset.row(i), None)) for i in range(len(dataset))]
-    terms = [row.term for row in rows]
-    engine.deepspeed.eval()
-    found = []
-    for batch in micro_batches(rows, terms, engine.layout, engine.rank):
-        inputs = {key: batch.inputs[key] for key in ("input_ids", "position_ids", "positions")}
-        settings = dict(k=min(teacher.k, vocab_size), temperature=teacher.temperature)
-        output = engine.deepspeed(task="topk", **settings, **to_device(inputs, engine.device))
-        found += _split_rows(batch.terms.numpy(), {key: value.cpu() for key, value in output.items()})
-    engine.deepspeed.train()
+    vocab_size = engine.module.model.config.get_text_config().vocab_size
+    settings = dict(k=min(config.teacher.k, vocab_size), temperature=config.teacher.temperature)
+    found = [(index, _stored(output)) for index, output in outputs_of_rows(engine, dataset, "topk", **settings)]
     return dict(distributed.gather_objects(found))
 
 
-def _split_rows(row_of_target: np.ndarray, output: dict[str, torch.Tensor]) -> list[tuple[int, TeacherOutputs]]:
-    result = []
-    for index in np.unique(row_of_target):
-        chosen = torch.from_numpy(np.flatnonzero(row_of_target == index))
-        result.append(
-            (
-                int(index),
-                TeacherOutputs(
-                    log_probs=output["log_probs"][chosen].numpy().astype(np.float16),
-                    indices=output["indices"][chosen].numpy().astype(np.int32),
-                    log_tail=output["log_tail"][chosen].numpy().astype(np.float32),
-                ),
-            )
-        )
-    return result
+def _stored(output: dict) -> TeacherOutputs:
+    return TeacherOutputs(
+        log_probs=output["log_probs"].numpy().astype(np.float16),
+        indices=output["indices"].numpy().astype(np.int32),
+        log_tail=output["log_tail"].numpy().astype(np.float32),
+    )

@@ -7,15 +7,17 @@ are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
-from safecl.kernels import TopKTeacher, linear_distill_loss, linear_topk
+from safecl.kernels import DenseTeacher, TopKTeacher, linear_distill_loss, linear_topk
 from safecl.kernels.logits_head import logits_distill_loss
 
 if TYPE_CHECKING:
@@ -130,8 +132,8 @@ def head_scaling(model: nn.Module) -> HeadScaling:
 class LanguageModel(nn.Module):
     """Trunk and fused head as one module.
 
-    `forward(task="loss", ...)` returns {"loss", "ce", "kd"}; `forward(task="logits", ...)` returns {"logits"}. Plain dicts only:
-    a dataclass that crosses a module boundary crashes ZeRO-3.
+    `forward(task="loss", ...)` returns {"loss", "ce", "kd0", ...}; `forward(task="logits", ...)` returns {"logits"}, and so on. Plain dicts
+    only: a dataclass that crosses a module boundary crashes ZeRO-3.
     """
 
     def __init__(self, model: nn.Module):
@@ -149,7 +151,7 @@ class LanguageModel(nn.Module):
         return base_model(self.model).get_output_embeddings()
 
     def forward(self, *, task: str, **inputs) -> dict[str, torch.Tensor]:
-        return {"loss": self.losses, "logits": self.logits, "topk": self.topk}[task](**inputs)
+        return {"loss": self.losses, "logits": self.logits, "topk": self.topk, "hidden": self.hidden}[task](**inputs)
 
     def logits(self, input_ids, position_ids, attention_mask=None, past=None, use_cache=False, last_only=False) -> dict[str, torch.Tensor]:
         """The model's own logits, [batch, length or 1, vocab]."""
@@ -159,65 +161,145 @@ class LanguageModel(nn.Module):
         )  # fmt: skip
         return {"logits": output.logits}
 
+    def hidden(self, input_ids, position_ids, positions) -> dict[str, torch.Tensor]:
+        """Last hidden states (behind the final norm, before the head) at flat positions [n]: {"hidden": [n, hidden size]}."""
+        return {"hidden": self._hidden(input_ids, position_ids)[positions]}
+
     def topk(self, input_ids, position_ids, positions, k: int, temperature: float) -> dict[str, torch.Tensor]:
         """What a teacher stores of chosen positions [n]: log_probs [n, k], indices [n, k], log_tail [n]."""
         if self.fused:
-            hidden = self._hidden(input_ids, position_ids, positions)
+            hidden = self._hidden(input_ids, position_ids)[positions]
             stored = linear_topk(hidden, self.head.weight, k, bias=self.head.bias, temperature=temperature, **asdict(self.scaling))
             return {"log_probs": stored.log_probs, "indices": stored.indices, "log_tail": stored.log_tail}
-        log_probs = (self._own_logits(input_ids, position_ids, positions).float() / temperature).log_softmax(-1)
+        log_probs = (self._own_outputs(input_ids, position_ids)[1][positions].float() / temperature).log_softmax(-1)
         top = log_probs.topk(k, dim=-1)
         rest = log_probs.scatter(-1, top.indices, float("-inf"))
         return {"log_probs": top.values, "indices": top.indices, "log_tail": rest.logsumexp(-1)}
 
-    def losses(self, input_ids, position_ids, positions, targets, ce_weights, distillations=()) -> dict[str, torch.Tensor]:
+    def losses(
+        self, input_ids, position_ids, positions, targets, ce_weights, distillations=(), features=(), reference=False, adapter_pull=None
+    ) -> dict[str, torch.Tensor]:
         """Weighted sum of all losses of a micro-batch.
 
         input_ids, position_ids: int64 [batch, length]. positions: int64 [n], flat indices that have a target. targets: int64 [n].
-        ce_weights: fp32 [n]; they carry the normaliser. distillations: dicts with rows (int64 [m], indices into positions, what the
-        stored teacher speaks about), kd_weights fp32 [n], divergence, and the teacher: log_probs, indices, log_tail, temperature.
-        Returns loss (0-dim), ce [n] and kd0, kd1, ... [n], one per distillation, detached and unweighted.
+        ce_weights: fp32 [n]; they carry the normaliser.
+        distillations: dicts with rows (int64 [m], indices into positions, what the teacher speaks about), kd_weights fp32 [n], divergence,
+        temperature, and what was stored of the teacher: log_probs, indices, log_tail; without these it is the model with its adapters off.
+        features: dicts with positions (int64 [m], flat indices), weights fp32 [m], and the teacher's last hidden states `hidden` [m, H];
+        without these, of the model with its adapters off. The distance is the mean over H of the squared difference, formed in fp32.
+        reference: whether a forward pass with the adapters off is needed, alike on all ranks.
+        adapter_pull: (strength, patterns) of 0.5 * strength * sum ||(alpha / r) B A||^2 over the adapters of the matching weights.
+        Returns loss (0-dim), ce [n], kd0, kd1, ... [n], feature0, ... [m], adapters (0-dim), detached and unweighted but for the last.
         """
-        score = self._scorer(input_ids, position_ids, positions)
+        teacher = self._reference(input_ids, position_ids) if reference else None
+        score, hidden = self._scorer(input_ids, position_ids, positions, teacher, need_hidden=bool(features))
         first, *others = distillations or [None]
         output = score(targets, ce_weights, first)
         loss, kd = output.loss, [output.kd] if first is not None else []
         for distillation in others:
             more = score(torch.full_like(targets, -100), torch.zeros_like(ce_weights), distillation)
             loss, kd = loss + more.loss, [*kd, more.kd]
-        return {"loss": loss, "ce": output.ce, **{f"kd{index}": value for index, value in enumerate(kd)}}
+        result = {"ce": output.ce, **{f"kd{index}": value for index, value in enumerate(kd)}}
+        for index, feature in enumerate(features):
+            where = feature["positions"]
+            target = feature["hidden"] if "hidden" in feature else teacher[0][where]
+            distance = (hidden[where].float() - target.float()).square().mean(-1)  # [m]
+            loss, result[f"feature{index}"] = loss + (feature["weights"] * distance).sum(), distance.detach()
+        if adapter_pull is not None:
+            pull = self._adapter_pull(*adapter_pull)
+            loss, result["adapters"] = loss + pull, pull.detach()
+        return {"loss": loss, **result}
 
-    def _scorer(self, input_ids, position_ids, positions) -> Callable:
-        """The losses of these positions as a function of targets, weights and a stored teacher."""
+    def _scorer(self, input_ids, position_ids, positions, teacher, need_hidden: bool) -> tuple[Callable, torch.Tensor | None]:
+        """The losses of these positions as a function of targets, weights and a teacher; and all hidden states [batch * length, H]."""
         if self.fused:
-            hidden = self._hidden(input_ids, position_ids, positions)
+            every = self._hidden(input_ids, position_ids)
+            hidden = every[positions]
+            teacher = None if teacher is None else teacher[0][positions]
             return lambda targets, ce_weights, distillation: linear_distill_loss(
                 hidden, self.head.weight, bias=self.head.bias, labels=targets, ce_weights=ce_weights, **asdict(self.scaling),
-                **self._teacher_arguments(distillation),
-            )  # fmt: skip
-        logits = self._own_logits(input_ids, position_ids, positions)
+                **self._teacher_arguments(distillation, teacher),
+            ), every  # fmt: skip
+        every, logits = self._own_outputs(input_ids, position_ids, need_hidden)
+        logits = logits[positions]
+        teacher = None if teacher is None else teacher[1][positions]
         return lambda targets, ce_weights, distillation: logits_distill_loss(
-            logits, labels=targets, ce_weights=ce_weights, **self._teacher_arguments(distillation)
-        )
+            logits, labels=targets, ce_weights=ce_weights, **self._teacher_arguments(distillation, teacher)
+        ), every
 
-    def _hidden(self, input_ids, position_ids, positions) -> torch.Tensor:
+    def _hidden(self, input_ids, position_ids) -> torch.Tensor:
         # No mask and no cache: with either, packed documents would see each other, silently.
         output = self.trunk(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
-        return output.last_hidden_state.flatten(0, 1)[positions]  # [n, hidden]
+        return output.last_hidden_state.flatten(0, 1)  # [batch * length, hidden]
 
-    def _own_logits(self, input_ids, position_ids, positions) -> torch.Tensor:
-        output = self.model(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
-        return output.logits.flatten(0, 1)[positions]  # [n, vocab]
+    def _own_outputs(self, input_ids, position_ids, need_hidden: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The model's own last hidden states [batch * length, H] where needed, and logits [batch * length, vocab]."""
+        output = self.model(
+            input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False, output_hidden_states=need_hidden
+        )
+        return output.hidden_states[-1].flatten(0, 1) if need_hidden else None, output.logits.flatten(0, 1)
 
-    def _teacher_arguments(self, distillation: dict | None) -> dict:
+    @torch.no_grad()
+    def _reference(self, input_ids, position_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Last hidden states and logits of the model with its adapters and dropout off; of the two, what the head does not make itself."""
+        with _adapters_off(self.model):
+            if self.fused:
+                return self._hidden(input_ids, position_ids), None
+            return self._own_outputs(input_ids, position_ids, need_hidden=True)
+
+    def _adapter_pull(self, strength: float, patterns: tuple[str, ...]) -> torch.Tensor:
+        """0.5 * strength * sum ||(alpha / r) B A||_F^2, 0-dim fp32, from r x r products: ||B A||_F^2 = <B^T B, A A^T>."""
+        total = torch.zeros((), device=self.head.weight.device)
+        for _, a, b, scaling in adapters(self.model, patterns):
+            a, b = a.weight.float(), b.weight.float()
+            total = total + scaling**2 * ((b.T @ b) * (a @ a.T)).sum()
+        return 0.5 * strength * total
+
+    def _teacher_arguments(self, distillation: dict | None, live: torch.Tensor | None) -> dict:
+        """`live` [n, H or vocab]: what the model with its adapters off says at all positions."""
         if distillation is None:
             return {}
+        temperature, rows = distillation["temperature"], distillation["rows"]
         vocab_size = getattr(self.head.weight, "ds_shape", self.head.weight.shape)[0]
-        stored, temperature = [distillation[key] for key in ("log_probs", "indices", "log_tail")], distillation["temperature"]
+        if "log_probs" in distillation:
+            stored = [distillation[key] for key in ("log_probs", "indices", "log_tail")]
+            teacher = TopKTeacher(*stored, temperature, vocab_size)
+        elif self.fused:
+            teacher = DenseTeacher(live[rows], self.head.weight, self.head.bias, **asdict(self.scaling))
+        else:
+            teacher = _whole_vocabulary(live[rows], temperature)
         return dict(
-            teacher=TopKTeacher(*stored, temperature, vocab_size), teacher_rows=distillation["rows"], kd_weights=distillation["kd_weights"],
-            divergence=distillation["divergence"], temperature=temperature,
+            teacher=teacher, teacher_rows=rows, kd_weights=distillation["kd_weights"], divergence=distillation["divergence"],
+            temperature=temperature,
         )  # fmt: skip
+
+
+def _whole_vocabulary(logits: torch.Tensor, temperature: float) -> TopKTeacher:
+    """Logits [m, vocab] as a teacher that has stored every token."""
+    log_probs = (logits.float() / temperature).log_softmax(-1)
+    indices = torch.arange(logits.shape[-1], device=logits.device).expand_as(log_probs)
+    return TopKTeacher(log_probs, indices, log_probs.new_full(log_probs.shape[:1], float("-inf")), temperature, logits.shape[-1])
+
+
+@contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before adapters were added, without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        model.train(training)
+
+
+def adapters(model: nn.Module, patterns: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module, nn.Module, float]]:
+    """(name of the adapted weight, A, B, alpha / r) where the name matches one of the patterns; all without patterns."""
+    for module_name, module in base_model(model).named_modules():
+        name = f"{module_name}.weight"
+        for adapter, a in getattr(module, "lora_A", {}).items():
+            if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns):
+                yield name, a, module.lora_B[adapter], module.scaling[adapter]
 
 
 @torch.no_grad()

@@ -93,6 +93,12 @@ class ShardAdamW(torch.optim.Optimizer):
     def has(self, kind: str) -> bool:
         return bool(self._shards) and kind in self._shards[0].state
 
+    def new_state(self, kind: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        """Makes the state `kind` zeros of the shards' layout, and returns its tensors."""
+        for shard in self._shards:
+            shard.state[kind] = torch.zeros(shard.param.shape, dtype=dtype, device=shard.param.device)
+        return self.tensors(kind)
+
     @torch.no_grad()
     def copy_weights_to(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
         """Makes the state `kind` a copy of the current master weights."""

@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from safecl.config import ConfigError, EvalConfig, RunConfig, TaskConfig
 from safecl.data import (
     ChatRow,
@@ -39,6 +41,8 @@ class TaskPlan:
     order: TaskOrder
     eval_rows: list[ChatRow] = field(default_factory=list)
     poisoned_rows: int = 0
+    row_weights: np.ndarray | None = None
+    """fp32 [rows]: what a row's cross-entropy is multiplied by; None is 1 everywhere."""
 
     @property
     def num_steps(self) -> int:

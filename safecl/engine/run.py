@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
 
+import numpy as np
 import torch
 
 from safecl.config import RunConfig
-from safecl.engine.batch import Distillation, StepRow
+from safecl.data import TokenDataset
+from safecl.engine.batch import HIDDEN, Distillation, StepRow
 from safecl.engine.fisher import estimate_fisher
-from safecl.engine.memory import Memory
-from safecl.engine.optimizer import Shard, UpdatePlan
+from safecl.engine.memory import Memory, remember, sample_rows
+from safecl.engine.model import adapters
+from safecl.engine.optimizer import Quantity, Shard, UpdatePlan
 from safecl.engine.plan import TaskPlan
+from safecl.engine.recorded import RecordedOutputs, record_outputs, teacher_folder
 from safecl.engine.schedule import learning_rate
-from safecl.engine.training import StepLosses, TrainingEngine
-from safecl.methods.base import Method, ReplayTerm
+from safecl.engine.training import AdapterPull, StepLosses, TrainingEngine
+from safecl.methods.base import Method, Penalty, ReplayTerm, TaskTerm
 
 TASK = "task"
 
@@ -23,8 +29,14 @@ TASK = "task"
 class Run:
     """The state of a run that methods may read and change (safecl.methods.base.Run describes what they may use)."""
 
-    def __init__(self, config: RunConfig, engine: TrainingEngine, methods: list[Method], log: Callable[[str], None]):
+    def __init__(
+        self, config: RunConfig, engine: TrainingEngine, methods: list[Method], log: Callable[[str], None], tasks: Sequence[TaskPlan] = ()
+    ):
         self.config, self.engine, self.methods = config, engine, methods
+        self.tasks = [task for task in tasks if task.config.role != "align"]
+        """Tasks that methods act on, in order; a task that is not among them stands for itself."""
+        self.previous: TaskPlan | None = None
+        """The task that ended last; its rows are what online EWC consolidates and what may enter the memory."""
         self.seed = config.train.seed
         self.log = log
         self.memory: Memory | None = None
@@ -32,6 +44,8 @@ class Run:
         self.global_step = self.skipped_steps = 0
         self.last_learning_rate = 0.0
         self._active: list[Method] = []
+        self._recorded: dict[tuple[str, str], RecordedOutputs] = {}
+        self._has_adapters = next(adapters(engine.module.model), None) is not None
 
     # ---------------------------------------------------------------------------------------------------- for the methods
 
@@ -44,16 +58,37 @@ class Run:
     def publish(self) -> None:
         self.engine.shards.publish()
 
-    def set_anchor(self, kind: str = "anchor") -> None:
-        """theta_0 in a bf16 run is bf16 numbers, so a bf16 anchor is exact before the first update; later anchors are fp32."""
-        untouched = self.global_step == 0 and self.config.model.dtype == "bf16" and kind == "anchor"
-        self.engine.optimizer.copy_weights_to(kind, torch.bfloat16 if untouched else torch.float32)
+    def weight_names(self) -> list[str]:
+        adapted = [name for name, *_ in adapters(self.engine.module.model)]
+        return adapted or list(self.engine.shards.shapes)
 
-    def estimate_fisher(self, *, sign_batches: int, rows_per_batch: int, kind: str = "fisher") -> float:
-        rows = self.memory.all_rows()
+    def has_state(self, kind: str) -> bool:
+        return self.engine.optimizer.has(kind)
+
+    def set_anchor(self, kind: str = "anchor", *, moving: bool = False) -> None:
+        """theta_0 in a bf16 run is bf16 numbers, so a bf16 anchor is exact before the first update; later anchors are fp32."""
+        exact = self.global_step == 0 and self.config.model.dtype == "bf16" and not moving
+        self.engine.optimizer.copy_weights_to(kind, torch.bfloat16 if exact else torch.float32)
+
+    def estimate_fisher(
+        self, *, sign_batches: int, rows_per_batch: int, kind: str = "fisher", rows: Literal["memory", "previous_task"] = "memory"
+    ) -> float:
+        if rows == "memory":
+            chosen, row_ids = self.memory.all_rows(), self.memory.row_ids()
+        else:
+            data = self.previous.dataset
+            chosen, row_ids = dataset_rows(data, np.arange(len(data)), 0.0), data.row_ids.tolist()
         return estimate_fisher(
-            self.engine, rows, self.memory.row_ids(), seed=self.seed, sign_batches=sign_batches, rows_per_batch=rows_per_batch, kind=kind
+            self.engine, chosen, row_ids, seed=self.seed, sign_batches=sign_batches, rows_per_batch=rows_per_batch, kind=kind
         )
+
+    def memory_gradient(self, kind: str, stream: str) -> bool:
+        rows = self._replay_rows(stream, [ReplayTerm(stream, ce_weight=1.0)])
+        self.engine.gradient_pass(rows, self.engine.stash(kind))
+        return self.engine.optimizer.result.applied
+
+    def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
+        return self.engine.dots(shards, pairs)
 
     def gradient_pass(self, rows: list[StepRow], then: Callable[[list[Shard]], None]) -> StepLosses:
         """One gradient over `rows` and what is done with it; see safecl.engine.training."""
@@ -62,10 +97,14 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------- a task
 
     def begin_task(self, task: TaskPlan, active: bool) -> None:
-        """Fresh moments, anchors and averages. `active` is False for the alignment task, which no method constrains."""
-        self.step, self.num_steps = 0, task.num_steps
+        """Fresh moments and averages; what was carried from the tasks before stays. `active` is False for the alignment task, which no
+        method constrains."""
+        self.step, self.num_steps, self.task = 0, task.num_steps, task
         self._active = self.methods if active else []
         self.engine.optimizer.reset_moments()
+        if active:
+            self._remember_previous()
+            self._record_teachers(task)
         for method in self._active:
             method.start_task(self)
         if any(method.ema_decay(self) is not None for method in self._active):
@@ -74,6 +113,43 @@ class Run:
     def end_task(self) -> None:
         for method in self._active:
             method.end_task(self)
+        for term in self._terms():
+            if recorded := self._recorded.pop((self.task.config.name, term.name), None):
+                recorded.discard()
+        if self._active:
+            self.previous = self.task
+
+    def _remember_previous(self) -> None:
+        """Rows of the finished task enter the memory, with the outputs of the model that it has handed over."""
+        settings = self.config.memory
+        if self.previous is None or settings is None or not settings.keep_task_rows:
+            return
+        name = self.previous.config.name
+        rows = sample_rows(self.previous.dataset, settings.keep_task_rows, self.seed)
+        with_teacher = any(getattr(method.config, "needs_teacher", False) for method in self._active)
+        remember(
+            self.engine, self.memory, rows, settings, with_teacher=with_teacher,
+            source=self.previous.config.train, task=name, step=self.global_step,
+        )  # fmt: skip
+        self.log(f"memory: {len(rows)} rows of {name} entered")
+
+    def _terms(self) -> list[TaskTerm]:
+        return [term for method in self._active for term in method.task_terms() if term.weight > 0]
+
+    def _is_live(self, term: TaskTerm) -> bool:
+        """With adapters, theta_0 is the model without them."""
+        return self._has_adapters and term.teacher == "aligned"
+
+    def _record_teachers(self, task: TaskPlan) -> None:
+        """Before the first task theta_0 is asked about all tasks' rows: it will not be there again."""
+        for term in self._terms():
+            if self._is_live(term) or (task.config.name, term.name) in self._recorded:
+                continue
+            for each in (self.tasks or [task]) if term.teacher == "aligned" else [task]:
+                folder = teacher_folder(self.config.output, each.config.name, term.name)
+                recorded = record_outputs(self.engine, each.dataset, term, folder)
+                self._recorded[each.config.name, term.name] = recorded
+                self.log(f"{term.name}: recorded the teacher's outputs on {each.config.name}, {recorded.num_bytes / 2**20:.1f} MiB")
 
     @property
     def saves_average(self) -> bool:
@@ -84,27 +160,58 @@ class Run:
 
     def train_step(self, task: TaskPlan) -> StepLosses:
         """One optimizer step of the task: task rows and replay rows in one forward pass, one backward, one pass over the shard."""
-        rows = self.step_rows(task)
-        terms = list(dict.fromkeys(row.term for row in rows))
-        losses = self.engine.gradient_pass(rows, self.engine.update(self._update_plan()), terms, self._temperature())
+        for method in self._active:
+            method.before_step(self)
+        losses = self.engine.gradient_pass(self.step_rows(task), self.engine.update(self._update_plan()), self._adapter_pull())
         self.step += 1
         self.global_step += 1
         return losses
 
     def step_rows(self, task: TaskPlan) -> list[StepRow]:
         """All rows of the current global step with their weights, the same list on every rank."""
-        rows = _task_rows(task, self.step)
+        rows = self._task_rows(task)
         for stream, terms in _by_stream(self._active).items():
-            rows += self._replay_rows(stream, terms, task.tokens_per_batch)
+            rows += self._replay_rows(stream, terms)
         return rows
 
-    def _replay_rows(self, stream: str, terms: list[ReplayTerm], task_tokens: int) -> list[StepRow]:
-        wanted = max(1, round(self.config.memory.replay_ratio * task_tokens))
+    def _task_rows(self, task: TaskPlan) -> list[StepRow]:
+        data, indices, terms = task.dataset, task.order.rows_of_step(self.step), self._terms()
+        num_targets, num_tokens = max(1, int(data.num_targets[indices].sum())), max(1, int(data.lengths[indices].sum()))
+        rows = dataset_rows(data, indices, 1.0 / num_targets, task.row_weights)
+        totals = [num_tokens if term.divergence == HIDDEN and term.tokens == "all" else num_targets for term in terms]
+        return [
+            replace(row, distillations=tuple(self._distance(task, int(i), term, total) for term, total in zip(terms, totals, strict=True)))
+            for row, i in zip(rows, indices, strict=True)
+        ]
+
+    def _distance(self, task: TaskPlan, index: int, term: TaskTerm, total: int) -> Distillation:
+        live = self._is_live(term)
+        load = None if live else functools.partial(self._recorded[task.config.name, term.name].load, index)
+        return Distillation(
+            term.divergence, term.weight / total, term.temperature, term=term.name, load=load, live=live, all_tokens=term.tokens == "all"
+        )
+
+    def _replay_rows(self, stream: str, terms: list[ReplayTerm]) -> list[StepRow]:
+        memory = self.config.memory
+        wanted = max(1, round(memory.replay_ratio * self.task.tokens_per_batch))
         drawn = self.memory.draw(self.global_step, wanted, stream)
         total = max(1, sum(row.num_targets for row in drawn))
         ce_weight = sum(term.ce_weight for term in terms) / total
-        distillations = tuple(Distillation(term.divergence, term.kd_weight / total) for term in terms if term.kd_weight > 0)
-        return [row.weighted(stream, ce_weight, distillations) for row in drawn]
+        kd_weights = {term.divergence: 0.0 for term in terms if term.kd_weight > 0}
+        for term in terms:
+            if term.kd_weight > 0:
+                kd_weights[term.divergence] += term.kd_weight / total
+        distances = tuple(Distillation(divergence, weight, memory.teacher.temperature) for divergence, weight in kd_weights.items())
+        return [row.weighted(stream, ce_weight, distances) for row in drawn]
+
+    def _adapter_pull(self) -> AdapterPull | None:
+        """With LoRA a penalty of the merged weights is part of the loss."""
+        pulls = [penalty for penalty in self._penalties() if penalty.product] if self._has_adapters else []
+        assert len(pulls) <= 1, "one method pulls the adapters' products"
+        return (pulls[0].strength, pulls[0].modules) if pulls else None
+
+    def _penalties(self) -> list[Penalty]:
+        return [penalty for method in self._active if (penalty := method.penalty()) is not None]
 
     def _update_plan(self) -> UpdatePlan:
         train = self.config.train
@@ -114,7 +221,7 @@ class Run:
             lr=self.last_learning_rate,
             clip_norm=train.clip_norm,
             clip_scope=train.clip_scope,
-            penalties=[penalty for method in self._active if (penalty := method.penalty()) is not None],
+            penalties=[penalty for penalty in self._penalties() if not (penalty.product and self._has_adapters)],
             ema_decay=decays[0] if decays else None,
             transforms=self._hooks("transform_gradient"),
             after_update=self._hooks("after_update"),
@@ -125,15 +232,15 @@ class Run:
         methods = [m for m in self._active if getattr(type(m), name) is not getattr(Method, name)]
         return [functools.partial(getattr(m, name), self) for m in methods]
 
-    def _temperature(self) -> float:
-        return self.config.memory.teacher.temperature if self.config.memory is not None else 1.0
 
-
-def _task_rows(task: TaskPlan, step: int) -> list[StepRow]:
-    data, indices = task.dataset, task.order.rows_of_step(step)
-    total = max(1, int(data.num_targets[indices].sum()))
+def dataset_rows(data: TokenDataset, indices: np.ndarray, ce_weight: float, row_weights: np.ndarray | None = None) -> list[StepRow]:
+    """These rows of a data set as rows of a step; `row_weights` [N] multiply the weight of single rows."""
     sizes = zip(indices.tolist(), data.lengths[indices].tolist(), data.num_targets[indices].tolist(), strict=True)
-    return [StepRow(TASK, length, targets, lambda i=i: (data.row(i), None), 1.0 / total) for i, length, targets in sizes]
+    weights = [ce_weight * (1.0 if row_weights is None else float(row_weights[i])) for i in indices]
+    return [
+        StepRow(TASK, length, targets, lambda i=i: (data.row(i), None), weight)
+        for (i, length, targets), weight in zip(sizes, weights, strict=True)
+    ]
 
 
 def _by_stream(methods: list[Method]) -> dict[str, list[ReplayTerm]]:

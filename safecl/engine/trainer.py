@@ -90,7 +90,7 @@ class Trainer:
         layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=self.plan.tokenizer.pad_token_id or 0)
         engine = TrainingEngine(model, config, layout)
         self.console.fact("trained", f"{engine.shards.numel:,} weights on {distributed.world_size()} rank(s), {engine.device}")
-        return Run(config, engine, self.plan.methods, self.console.note)
+        return Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
 
     def _write_run_folder(self) -> None:
         if distributed.rank() == 0:

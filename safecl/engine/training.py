@@ -18,14 +18,18 @@ import torch
 
 from safecl.config import RunConfig
 from safecl.engine import distributed
-from safecl.engine.batch import Layout, StepRow, micro_batches, to_device
+from safecl.engine.batch import Layout, StepRow, micro_batches, terms_of, to_device
 from safecl.engine.deepspeed_config import deepspeed_config
 from safecl.engine.model import LanguageModel
-from safecl.engine.optimizer import Shard, ShardAdamW, UpdateResult
+from safecl.engine.optimizer import Quantity, Shard, ShardAdamW, UpdateResult
 from safecl.engine.shards import ShardMap
 from safecl.kernels import fisher_accumulate_
 
 Action = Callable[[list[Shard]], None]
+AdapterPull = tuple[float, tuple[str, ...]]
+
+ADAPTERS = "adapter_penalty"
+"""Name of the pull of LoRA's products among the losses."""
 
 
 class NonFiniteGradient(RuntimeError):
@@ -54,16 +58,13 @@ class TrainingEngine:
 
     # ------------------------------------------------------------------------------------------------------------- passes
 
-    def gradient_pass(
-        self, rows: Sequence[StepRow], then: Action, terms: Sequence[str] | None = None, temperature: float = 1.0
-    ) -> StepLosses:
+    def gradient_pass(self, rows: Sequence[StepRow], then: Action, adapter_pull: AdapterPull | None = None) -> StepLosses:
         """One forward and backward over `rows` (the whole global step, the same list on every rank), then `then` on the reduced gradient.
 
-        `terms` orders the losses that are returned; by default the rows' own terms in order of appearance.
+        `adapter_pull`: (strength, patterns) of a pull of LoRA's products to 0 that joins the loss.
         """
-        terms = list(terms or dict.fromkeys(row.term for row in rows))
         self.deepspeed.train()
-        losses = self._forward_backward(rows, terms, temperature)
+        losses = self._forward_backward(rows, adapter_pull)
         self.optimizer.result = UpdateResult()
         self.optimizer.action = then
         try:
@@ -74,12 +75,14 @@ class TrainingEngine:
             losses.penalty = self.optimizer.result.penalty / (self.layout.world_size if self.shards.replicated else 1)
         return losses
 
-    def _forward_backward(self, rows: Sequence[StepRow], terms: list[str], temperature: float) -> StepLosses:
-        losses = StepLosses(terms, self.device, self.layout.world_size)
-        batches = micro_batches(rows, terms, self.layout, self.rank, temperature)
+    def _forward_backward(self, rows: Sequence[StepRow], adapter_pull: AdapterPull | None) -> StepLosses:
+        terms = terms_of(rows)
+        losses = StepLosses(terms + [ADAPTERS] * (adapter_pull is not None), self.device, self.layout.world_size)
+        batches = micro_batches(rows, terms, self.layout, self.rank)
+        share = {} if adapter_pull is None else {"adapter_pull": (adapter_pull[0] / len(batches), adapter_pull[1])}
         for index, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            output = self.deepspeed(task="loss", **to_device(batch.inputs, self.device))
+            output = self.deepspeed(task="loss", **to_device(batch.inputs, self.device), **share)
             # A new tensor: DeepSpeed divides the gradient of the very tensor that forward returned by its accumulation steps.
             self.deepspeed.backward(output["loss"] * 1.0, scale_wrt_gas=False)
             losses.add(batch, output)
@@ -93,7 +96,10 @@ class TrainingEngine:
 
         def action(shards: list[Shard]) -> None:
             for shard in shards:
-                shard.state[kind] = shard.grad.detach().clone()
+                if kind in shard.state:
+                    shard.state[kind].copy_(shard.grad)
+                else:
+                    shard.state[kind] = shard.grad.detach().clone()
             self.optimizer.result.applied = True
 
         return action
@@ -130,9 +136,11 @@ class TrainingEngine:
 
         return action
 
-    def dot(self, shards: list[Shard], a: Callable[[Shard], torch.Tensor], b: Callable[[Shard], torch.Tensor]) -> torch.Tensor:
-        """Global dot product of two flat quantities, 0-dim fp64, by one small all-reduce."""
-        local = sum((a(s).double().flatten() @ b(s).double().flatten() for s in shards), torch.zeros((), dtype=torch.float64))
+    def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
+        """Dot products over all weights of pairs of quantities, fp64 [pairs], by one small all-reduce."""
+        local = torch.zeros(len(pairs), dtype=torch.float64)
+        for shard in shards:
+            local += torch.stack([flat_dot(a(shard), b(shard)).cpu() for a, b in pairs])
         return self.shards.reduce_sum(local)
 
     def dots_per_tensor(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> dict[str, float]:
@@ -140,7 +148,7 @@ class TrainingEngine:
         names = list(self.shards.shapes)
         local = torch.zeros(len(names), dtype=torch.float64)
         for fragment in self.shards.fragments:
-            local[names.index(fragment.name)] += (self.shards.view(fragment, a).double() @ self.shards.view(fragment, b).double()).cpu()
+            local[names.index(fragment.name)] += flat_dot(self.shards.view(fragment, a), self.shards.view(fragment, b)).cpu()
         return dict(zip(names, self.shards.reduce_sum(local).tolist(), strict=True))
 
     # -------------------------------------------------------------------------------------------------------- evaluation
@@ -153,6 +161,12 @@ class TrainingEngine:
             last_only=last_only,
         )  # fmt: skip
         return output["logits"]
+
+
+def flat_dot(a: torch.Tensor, b: torch.Tensor, chunk: int = 1 << 24) -> torch.Tensor:
+    """Dot product in fp64, 0-dim: sums of fp32 products over a whole model would lose what projections need."""
+    parts = zip(a.reshape(-1).split(chunk), b.reshape(-1).split(chunk), strict=True)
+    return sum((x.double() @ y.double() for x, y in parts), torch.zeros((), dtype=torch.float64, device=a.device))
 
 
 class StepLosses:
@@ -169,13 +183,18 @@ class StepLosses:
 
     def add(self, batch, output: dict[str, torch.Tensor]) -> None:
         """Weighted per-token losses of one micro-batch; the weights already hold 1 / N_term and the world size."""
-        weights = batch.inputs["ce_weights"].to(self._sums.device)
-        terms = batch.terms.to(self._sums.device)
-        self._sums.index_add_(0, terms, (output["ce"].double() * weights) / self.world_size)
-        for index, distillation in enumerate(batch.inputs["distillations"]):
-            weights = distillation["kd_weights"].to(self._sums.device)
-            self._sums.index_add_(0, terms, (output[f"kd{index}"].double() * weights) / self.world_size)
+        self._add(batch.terms, batch.inputs["ce_weights"], output["ce"])
+        for index, (terms, distillation) in enumerate(zip(batch.kd_terms, batch.inputs["distillations"], strict=True)):
+            self._add(terms, distillation["kd_weights"], output[f"kd{index}"])
+        for index, (terms, feature) in enumerate(zip(batch.feature_terms, batch.inputs["features"], strict=True)):
+            self._add(terms, feature["weights"], output[f"feature{index}"])
+        if "adapters" in output:
+            self._sums[self.terms.index(ADAPTERS)] += output["adapters"].double() / self.world_size
         self.num_tokens += batch.num_tokens
+
+    def _add(self, terms: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor) -> None:
+        weighted = losses.double() * weights.to(self._sums.device)
+        self._sums.index_add_(0, terms.to(self._sums.device), weighted / self.world_size)
 
     def totals(self) -> dict[str, float]:
         """Loss of each term over the whole global step, coefficients included, then `penalty` and `tokens`: a collective call."""

@@ -1,6 +1,8 @@
 """Losses that only look at the k stored tokens, without the full-vocabulary product: DER's MSE and the renormalised top-k.
 
-z_ij = x_i · w_{index_ij},   dX_i = sum_j g_ij w_{index_ij},   dW_v += sum_{ij: index_ij = v} g_ij x_i        6 M k H FLOP instead of 6 M V H
+    z_ij = x_i · w_{index_ij},   dX_i = sum_j g_ij w_{index_ij},   dW_v += sum_{ij: index_ij = v} g_ij x_i
+
+6 M k H FLOP instead of 6 M V H.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from . import divergences
 from .divergences import RowLosses, RowOptions
 
 BLOCK, NUM_WARPS = 4096, 8
-_MAX_EVENTS = 1024  # beyond it the k events no longer fit in registers
+_MAX_EVENTS = 512  # beyond it the k events spill out of the registers
 FORWARD_KL, REVERSE_KL, JSD, MSE = (tl.constexpr(code) for code in (1, 2, 3, 4))
 TRUNCATED, RENORMALISED = tl.constexpr(1), tl.constexpr(2)
 _CODES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3, "mse": 4}
@@ -359,10 +359,10 @@ def topk_rows_kernel(
         tl.debug_barrier()  # as in dense_rows_kernel
     if NEEDS_GRAD:
         kd_factor = tl.load(kd_weights + row) * kd_scale * inverse_t
-        grad = kd_factor * top_kd_grad
+        stored_grad = kd_factor * top_kd_grad
         if HAS_LABELS:
-            grad += _ce_gradient(s_top, tl.where(stored, label, -2), label, ce_factor, ce_weight, lse_1)
-        tl.store(top_grad + row * k + slots, grad * _shape_slope(s_top, scale, cap, HAS_CAP), mask=used)
+            stored_grad += _ce_gradient(s_top, tl.where(stored, label, -2), label, ce_factor, ce_weight, lse_1)
+        tl.store(top_grad + row * k + slots, stored_grad * _shape_slope(s_top, scale, cap, HAS_CAP), mask=used)
         shift = tl.where(lse_rest == -float("inf"), 0.0, lse_rest)
         for start in range(0, vocab, BLOCK):
             cols = start + tl.arange(0, BLOCK)

@@ -1,8 +1,9 @@
 """What a continual-learning method can bring to a run.
 
-A method says, in this order of a step, what it adds: replay rows to the one forward pass (`replay_terms`), changes to the gradient before
-clipping (`transform_gradient`), a penalty and an average to the optimizer's pass over the shard (`penalty`, `ema_decay`), and work on the
-new weights (`after_update`). Around tasks it prepares its state (`start_task`, `end_task`). Every hook is optional.
+A method says, in this order of a step, what it adds: gradients of its own (`before_step`), replay rows and distances to the aligned model
+in the one forward pass (`replay_terms`, `task_terms`), changes to the gradient before clipping (`transform_gradient`), a penalty and an
+average to the optimizer's pass over the shard (`penalty`, `ema_decay`), and work on the new weights (`after_update`). Around tasks it
+prepares its state (`start_task`, `end_task`). Every hook is optional.
 
 A file with a method defines `Config` (a safecl.config.MethodConfig; importing it must not import torch) and `Method`.
 """
@@ -10,14 +11,16 @@ A file with a method defines `Config` (a safecl.config.MethodConfig; importing i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
 from safecl.config import MethodConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
-    from safecl.engine.optimizer import Shard
+    from safecl.engine.optimizer import Quantity, Shard
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,29 @@ class ReplayTerm:
 
 
 @dataclass(frozen=True)
+class TaskTerm:
+    """What the task's own rows are worth beside their cross-entropy: weight * distance(teacher, student) on them.
+
+    A mean over the tokens concerned of the whole step. The teacher needs no second model: with LoRA it is the student with its adapters
+    off, in the same step; else its outputs are recorded before training, row by row, in the run folder.
+    """
+
+    name: str
+    """Of the term in the metrics: loss/<name>."""
+    weight: float
+    divergence: str = "forward_kl"
+    """forward_kl, reverse_kl, jsd or mse of the outputs at supervised tokens; hidden: mean squared difference of last hidden states."""
+    tokens: Literal["all", "supervised"] = "supervised"
+    """`hidden` only: which tokens of a row."""
+    temperature: float = 1.0
+    """Of the compared distributions."""
+    k: int = 64
+    """Recorded entries per token; 6 bytes each."""
+    teacher: Literal["aligned", "previous"] = "aligned"
+    """aligned: theta_0; previous: the model that the task before has handed over."""
+
+
+@dataclass(frozen=True)
 class Penalty:
     """0.5 * strength * sum_i F_i (p_i - a_i)^2 over the trained weights, F from state `fisher` divided by its mean, or 1 without one."""
 
@@ -46,6 +72,11 @@ class Penalty:
     """Kind of state that holds F."""
     proximal: bool = False
     """Apply it as a proximal step after AdamW: stable for any strength times learning rate."""
+    modules: tuple[str, ...] = ()
+    """Patterns of parameter names (`*.self_attn.*`) that it is restricted to; all trained weights without any."""
+    product: bool = False
+    """With LoRA, pull the products (alpha / r) B A to 0, which is the merged weights to their start, instead of the factors. It is then
+    part of the loss, and clipped with it."""
 
 
 C = TypeVar("C", bound=MethodConfig)
@@ -66,11 +97,28 @@ class Run(Protocol):
     def reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks' shards of a few numbers, e.g. of local dot products."""
 
-    def set_anchor(self, kind: str = "anchor") -> None:
-        """Copies the current weights into the state `kind`; the penalty is exactly 0 right after."""
+    def weight_names(self) -> list[str]:
+        """Names of the trained weights; with LoRA, of the weights that have adapters."""
 
-    def estimate_fisher(self, *, sign_batches: int, rows_per_batch: int, kind: str = "fisher") -> float:
-        """Estimates the diagonal Fisher on the memory's rows into the state `kind`; returns its mean over all weights."""
+    def has_state(self, kind: str) -> bool:
+        """True where the shards hold state of this kind, perhaps from an earlier task."""
+
+    def set_anchor(self, kind: str = "anchor", *, moving: bool = False) -> None:
+        """Copies the current weights into the state `kind`; a penalty is exactly 0 right after. `moving`: it will be written to (fp32)."""
+
+    def estimate_fisher(
+        self, *, sign_batches: int, rows_per_batch: int, kind: str = "fisher", rows: Literal["memory", "previous_task"] = "memory"
+    ) -> float:
+        """Estimates the diagonal Fisher on these rows into the state `kind`; returns its mean over all weights."""
+
+    def memory_gradient(self, kind: str, stream: str) -> bool:
+        """Gradient of the mean cross-entropy of a draw from the memory, at the current weights, into the state `kind`; weights stay.
+
+        One more forward and backward. False where it was not finite; the state then holds nothing of this step.
+        """
+
+    def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
+        """Dot products over all weights of pairs of quantities, each a function of a shard; fp64 [pairs], by one small all-reduce."""
 
     def publish(self) -> None:
         """Carries changed master weights into the live model."""
@@ -86,8 +134,15 @@ class Method(Generic[C]):
         self.name = name
         self.config = config
 
+    def before_step(self, run: Run) -> None:
+        """Further gradients, before the step's own; see Run.memory_gradient."""
+
     def replay_terms(self) -> list[ReplayTerm]:
         """Draws from the memory that enter every step's forward pass."""
+        return []
+
+    def task_terms(self) -> list[TaskTerm]:
+        """Distances to a teacher on the task's own rows, in every step's forward pass."""
         return []
 
     def penalty(self) -> Penalty | None:

@@ -64,8 +64,10 @@ class Method(base.Method[Config]):
         return self.config.decay_for(run.num_steps) if self.config.write_back == "never" else None
 
     def start_task(self, run: base.Run) -> None:
-        if self.config.write_back != "never":
-            run.set_anchor("slow" if self.config.write_back == "slow" else "anchor")
+        if self.config.write_back == "slow":
+            run.set_anchor("slow", moving=True)
+        elif self.config.write_back == "anchor" and not run.has_state("anchor"):  # theta_0 is the aligned model, in all tasks
+            run.set_anchor()
 
     def after_update(self, run: base.Run, shards: list[Shard]) -> None:
         if self.config.write_back == "never" or (run.step + 1) % self.config.every:

@@ -6,6 +6,7 @@ F is the diagonal Fisher of the memory's rows under the aligned model, F = mean 
 random signs: each row's loss is multiplied by +-1, and B times the squared mean gradient of B rows is an unbiased estimate of the mean
 squared per-row gradient for any batch, accumulation and world size. Its relative error is about 0.9 / sqrt(sign_batches).
 Dividing by the mean makes `strength` comparable between models. The penalty's gradient is analytic, inside the optimizer's pass.
+In a sequence of tasks Fisher and anchor stay those of the aligned model; `online_ewc` moves them along.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class Config(MethodConfig):
 
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
-        run.set_anchor()
-        if self.config.strength > 0:
+        if not run.has_state("anchor"):
+            run.set_anchor()
+        if self.config.strength > 0 and not run.has_state("fisher"):
             mean = run.estimate_fisher(sign_batches=self.config.sign_batches, rows_per_batch=self.config.rows_per_batch)
             run.log(f"ewc: Fisher of {self.config.sign_batches} sign batches, mean {mean:.3g}")
 

@@ -14,6 +14,7 @@ Source: Niederreiter 1992, ch. 4; digital shifts: Owen 2003, "Quasi-Monte Carlo 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ ROWS_PER_STRIP = 2
 # Fuller strips are more alike, so fewer visits are thrown away.
 SMALLEST_STRIP = 16
 SHARD_BITS = NUM_SHARDS.bit_length() - 1
+_SCATTER, _THINNING, _ROUNDING = (name_key(f"safecl replay {purpose}") for purpose in ("scatter", "thinning", "rounding"))
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,14 @@ def draw_key(seed: int, stream: str, step: int) -> int:
     return int(mix(seed, name_key(stream), step))
 
 
-def visit(layout: RowLayout, weights: np.ndarray, first: int, count: int, key: int) -> np.ndarray:
-    """Row numbers met by visits first .. first + count - 1; int64 [count], -1 where a visit meets nothing. weights: float64 [classes]."""
+def visit(layout: RowLayout, weights: np.ndarray, first: int, count: int, key: int, net: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """What visits first .. first + count - 1 meet: classes and row numbers, int64 [count] each; row -1 where a visit meets none.
+
+    weights: float64 [classes], how often each class is visited. net: visits follow the net, or else are independent of each other.
+    """
     x, y = points(first, count, key)
+    if not net:
+        x = mix(key ^ _SCATTER, np.arange(first, first + count, dtype=np.uint64)) >> np.uint64(32)
     edges = np.cumsum(weights) / weights.sum()
     chosen = np.searchsorted(edges, y / 2.0**32, side="right")
     chosen = np.minimum(chosen, np.flatnonzero(weights)[-1])  # rounding may leave the last edge a hair below 1
@@ -99,43 +106,74 @@ def visit(layout: RowLayout, weights: np.ndarray, first: int, count: int, key: i
     strip = layout.first_strip[chosen] + (x >> (np.uint64(32) - bits)).astype(np.int64)
     start, size = layout.starts[strip], layout.starts[strip + 1] - layout.starts[strip]
     within = (x << bits) & np.uint64(0xFFFFFFFF)
-    rows = layout.order[np.minimum(start + ((within * size.astype(np.uint64)) >> np.uint64(32)).astype(np.int64), len(layout.order) - 1)]
-    chance = mix(key, np.arange(first, first + count, dtype=np.uint64)) / 2.0**64
-    return np.where(chance * layout.largest[chosen] < size, rows, -1)
+    place = start + ((within * size.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
+    rows = layout.order[np.minimum(place, len(layout.order) - 1)].astype(np.int64)
+    return chosen, np.where(_uniform(key, first, count) * layout.largest[chosen] < size, rows, -1)
 
 
-def take_rows(layout: RowLayout, weights: np.ndarray, lengths: np.ndarray, num_tokens: int, key: int) -> np.ndarray:
-    """Distinct row numbers, visited until they hold `num_tokens` tokens; all rows of the weighted classes where there are not as many.
+def _uniform(key: int, first: int, count: int) -> np.ndarray:
+    """A number in [0, 1) for each visit; float64 [count]."""
+    return (mix(key, np.arange(first, first + count, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
 
-    The row that reaches the number is taken too: stopping before it would draw long rows less often.
+
+def take_rows(
+    layout: RowLayout, weights: np.ndarray, num_rows: int, key: int, chances: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """`num_rows` distinct row numbers in the order of their visits, or all rows of the weighted classes where there are fewer; int64 [n].
+
+    How many rows come from each class is settled by the first visits, whatever they meet there. The number of rows is fixed beforehand:
+    stopping at some amount of tokens would draw short rows more often, because the rows of a draw resemble each other in length.
+    `chances(rows)`, between 0 and 1, is the probability of a visit to take a row, where the rows of a class are not equally likely. Then
+    visits are independent: in a net a row always comes with the same others, and would be drawn less often where those are likely.
     """
     weights = np.where(layout.sizes > 0, weights, 0.0)
-    if not weights.any():
+    available = np.where(weights > 0, layout.sizes, 0)
+    num_rows = min(num_rows, int(available.sum()))
+    if num_rows == 0:
         return np.zeros(0, np.int64)
-    available = int(layout.sizes[weights > 0].sum())
-    mean_length = max(1.0, float(lengths.mean()))
-    count = int(num_tokens / mean_length * 1.25) + 8
-    met, first, limit = np.zeros(0, np.int64), 0, 64 * available
+    classes, met = np.zeros((2, 0), np.int64)
+    first, count, quotas = 0, num_rows + num_rows // 4 + 8, None
     while True:
-        rows = visit(layout, weights, first, count, key)
-        rows = rows[rows >= 0]
-        met, first = _distinct(np.concatenate([met, rows])), first + count
-        reached = np.searchsorted(np.cumsum(lengths[met]), num_tokens) + 1
-        if reached <= len(met) or len(met) == available:
-            return met[:reached]
-        if first >= limit:
-            return _fill_up(layout, weights, lengths, met, num_tokens)
-        count = first
+        chosen, rows = visit(layout, weights, first, count, key, net=chances is None)
+        if quotas is None:
+            quotas = _quotas(np.bincount(chosen[:num_rows], minlength=len(weights)), available, num_rows)
+        if chances is not None:
+            rows = np.where(_uniform(key ^ _THINNING, first, count) < chances(rows), rows, -1)
+        classes, met = _distinct(np.concatenate([classes, chosen[rows >= 0]]), np.concatenate([met, rows[rows >= 0]]))
+        first = count = first + count
+        if first > 64 * available.sum():  # rows that visits hardly ever meet; a draw of nearly everything must end
+            rest = [layout.rows_of(c) for c in np.flatnonzero(quotas)]
+            owner = np.repeat(np.flatnonzero(quotas), [len(rows) for rows in rest])
+            classes, met = _distinct(np.concatenate([classes, owner]), np.concatenate([met, *rest]))
+        taken = met[_place_in_class(classes) < quotas[classes]]
+        if len(taken) == num_rows:
+            return taken
 
 
-def _distinct(rows: np.ndarray) -> np.ndarray:
-    """The rows without repeats, in order of their first visit."""
+def _quotas(wanted: np.ndarray, available: np.ndarray, num_rows: int) -> np.ndarray:
+    """Rows per class, int64 [classes]: as wanted where the class has them, what is missing from the classes with most rows left."""
+    quotas = np.minimum(wanted, available)
+    for c in np.argsort(quotas - available, kind="stable"):
+        quotas[c] += min(num_rows - int(quotas.sum()), int(available[c] - quotas[c]))
+    return quotas
+
+
+def _place_in_class(classes: np.ndarray) -> np.ndarray:
+    """How many entries of the same class come before each entry; int64 [n]."""
+    order = np.argsort(classes, kind="stable")
+    ordered = classes[order]
+    place = np.empty(len(classes), np.int64)
+    place[order] = np.arange(len(classes)) - np.searchsorted(ordered, ordered)
+    return place
+
+
+def num_rows_for(tokens: float, mean_length: float, key: int) -> int:
+    """Rows that hold `tokens` tokens on average: rounded up or down by chance, so that the mean over steps is right; at least 1."""
+    return max(1, int(tokens / mean_length + float(_uniform(key ^ _ROUNDING, 0, 1)[0])))
+
+
+def _distinct(classes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Classes and rows without repeats of a row, in order of the first visits."""
     _, at = np.unique(rows, return_index=True)
-    return rows[np.sort(at)]
-
-
-def _fill_up(layout: RowLayout, weights: np.ndarray, lengths: np.ndarray, met: np.ndarray, num_tokens: int) -> np.ndarray:
-    """Adds the rows that visits hardly ever meet, so that a draw of nearly everything ends."""
-    ranges = [layout.rows_of(c) for c in np.flatnonzero(weights)]
-    met = _distinct(np.concatenate([met, *ranges]))
-    return met[: np.searchsorted(np.cumsum(lengths[met]), num_tokens) + 1]
+    at.sort()
+    return classes[at], rows[at]

@@ -1,0 +1,350 @@
+"""Saving and loading a run's sharded state, whatever world size, ZeRO stage and offload it is saved from and loaded into.
+
+Saving: every rank copies its own slices into one host buffer (the step waits for this copy only), then a thread writes the buffer into the
+rank's file. When all ranks have finished, rank 0 writes the manifest and publishes the checkpoint by rename. The threads agree over a
+process group of their own, so they cannot get between the training's collectives. One save is under way at a time.
+
+Loading: all ranks agree that a checkpoint is whole before anything is touched, else on an older one. A rank then reads the byte ranges that
+its own shards need, straight into them, or through a buffer of 16 MiB where they are not in host memory.
+
+Host memory: the buffer takes this rank's share of weights and state once more. With ZeRO stage 0 the ranks share the writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+
+from safecl.config import ConfigError
+from safecl.engine import distributed, durable
+from safecl.engine.checkpoint_folder import CheckpointFolder, format_bytes
+from safecl.engine.checkpoint_format import (
+    Contents,
+    Manifest,
+    Slice,
+    arrange,
+    check_hashes,
+    ranges,
+    rank_file,
+    read_contents,
+    write_slices,
+)
+from safecl.engine.durable import BLOCK_BYTES, DamagedCheckpoint, FileRecord, open_regular, read_into, sync_folder, write_file
+from safecl.engine.optimizer import ShardAdamW
+from safecl.engine.random_state import random_state, set_random_state
+from safecl.engine.shards import Fragment, ShardMap
+from safecl.engine.tensor_file import read_header
+
+WEIGHTS = "weights"
+RANDOM = "random"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_WRITER_NICENESS = 10  # training comes first where both want the same core
+_LONGEST_WRITE = timedelta(hours=6)
+
+
+@dataclass
+class SaveReport:
+    """How a save ended. `problem` says why there is no checkpoint; the older ones are untouched then."""
+
+    name: str
+    num_bytes: int = 0
+    seconds_blocked: float = 0.0
+    """What the training waited for the copy to host memory."""
+    seconds_written: float = 0.0
+    problem: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"checkpoint {self.name} could not be saved: {self.problem}"
+        times = f"{self.seconds_blocked:.2f} s copied, {self.seconds_written:.1f} s written beside the training"
+        return "; ".join([f"checkpoint {self.name}: {format_bytes(self.num_bytes)}, {times}", *self.notes])
+
+
+@dataclass
+class _Save:
+    """A save under way on this rank."""
+
+    step: int
+    slices: list[tuple[Slice, int]]
+    image: torch.Tensor
+    random: str
+    files: Mapping[str, bytes]
+    kinds: dict[str, str]
+    keep: int
+    seconds_blocked: float
+    report: SaveReport | None = None
+    failure: BaseException | None = None
+
+
+class Checkpointer:
+    """Saves and loads weights and optimizer state of one engine. Every call is a collective one, made on all ranks alike.
+
+        checkpointer.save(step, keep=2, files={"state.json": b"..."})    # returns after the copy; rank 0's files count
+        report = checkpointer.finish()                                   # waits until it is on the disk
+        contents = checkpointer.find(note=print)                         # the newest whole checkpoint, or None
+        checkpointer.load(contents)
+
+    A kind of state whose name begins with an underscore is temporary and is not saved.
+    """
+
+    def __init__(self, shards: ShardMap, optimizer: ShardAdamW, folder: CheckpointFolder):
+        self.shards, self.optimizer, self.folder = shards, optimizer, folder
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self._fragments = list(_own_fragments(shards, self.rank, self.world_size))
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE) if self.world_size > 1 else None
+        self._image = torch.zeros(0, dtype=torch.uint8)
+        self._save: _Save | None = None
+        self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """Gives back the process group and the buffer. Call `finish` before."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+        self._image = torch.zeros(0, dtype=torch.uint8)
+
+    # ------------------------------------------------------------------------------------------------------------- saving
+
+    def save(self, step: int, *, keep: int, files: Mapping[str, bytes]) -> None:
+        """Starts saving the state after global step `step`; a save that is still under way is waited for.
+
+        Args: `keep`, whole checkpoints that stay; `files`, further files of the checkpoint (rank 0's are written).
+        """
+        assert self._save is None, "ask `finish` how the save before ended"
+        began = time.perf_counter()
+        tensors = self._tensors_by_kind()
+        kinds = {kind: DTYPE_NAMES[flats[0].dtype] for kind, flats in tensors.items()}
+        slices = arrange(Slice(kind, f.name, f.offset, f.length, kinds[kind]) for kind in tensors for f in self._fragments)
+        self._copy(slices, tensors)
+        blocked = time.perf_counter() - began
+        self._save = _Save(step, slices, self._image, random_state(), dict(files), kinds, keep, blocked)
+        self._thread = threading.Thread(target=self._write_in_background, args=(self._save,), name="safecl-checkpoint", daemon=True)
+        self._thread.start()
+
+    def _tensors_by_kind(self) -> dict[str, list[torch.Tensor]]:
+        shards = self.optimizer.shards()
+        kinds = sorted({kind for shard in shards for kind in shard.state if not kind.startswith("_")})
+        for kind in kinds:
+            for shard in shards:
+                assert shard.state[kind].numel() == shard.param.numel(), f"state {kind!r} has not the layout of its shard"
+        return {WEIGHTS: self.shards.flats, **{kind: self.optimizer.tensors(kind) for kind in kinds}}
+
+    @torch.no_grad()
+    def _copy(self, slices: list[tuple[Slice, int]], tensors: dict[str, list[torch.Tensor]]) -> None:
+        """Fills the host buffer, which is the data of the file to be written."""
+        size = sum(one.nbytes for one, _ in slices)
+        if self._image.numel() != size:
+            self._image = torch.zeros(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._image = torch.empty(size, dtype=torch.uint8, pin_memory=self.shards.flats[0].is_cuda)
+        fragments = {(f.name, f.offset): f for f in self._fragments}
+        for one, position in slices:
+            source = self.shards.view(fragments[one.name, one.offset], tensors[one.kind])
+            target = self._image[position : position + one.nbytes].view(source.dtype)
+            target.copy_(source, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        durable.at("copied")
+
+    def finish(self, timeout: float | None = None) -> SaveReport | None:
+        """Waits for the save under way and says how it ended, the same on all ranks; None where there is none, or time is up."""
+        if self._save is None:
+            return None
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            return None
+        save, self._save, self._thread = self._save, None, None
+        if save.failure is not None:
+            raise save.failure
+        return save.report
+
+    @property
+    def is_writing(self) -> bool:
+        """True while this rank's thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # -------------------------------------------------------------------------------------------------- in the background
+
+    def _write_in_background(self, save: _Save) -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _WRITER_NICENESS)
+        began = time.perf_counter()
+        try:
+            save.report = self._write_and_publish(save)
+            save.report.seconds_blocked, save.report.seconds_written = save.seconds_blocked, time.perf_counter() - began
+        except BaseException as error:
+            save.failure = error
+
+    def _write_and_publish(self, save: _Save) -> SaveReport:
+        """Three agreements of the ranks: the folder is there, all files are on the disk, the checkpoint is published."""
+        size = save.image.numel() + sum(map(len, save.files.values()))
+        total = sum(self._exchange(size))
+        begun = self._exchange(_problem_of(lambda: self.folder.begin(total)) if self.rank == 0 else None)[0]
+        if begun is not None:
+            return SaveReport(f"of step {save.step}", problem=begun)
+        records: dict[str, FileRecord] = {}
+        problem = _problem_of(lambda: records.update(self._write_files(save)))
+        written = self._exchange((records, problem))
+        name = self.folder.free_name(save.step) if self.rank == 0 else ""
+        report = SaveReport(name, total, problem=next((problem for _, problem in written if problem is not None), None))
+        if self.rank == 0 and report.problem is None:
+            self._publish(save, report, {name: record for records, _ in written for name, record in records.items()})
+        elif self.rank == 0:
+            self.folder.abandon()
+        return self._exchange(report)[0]
+
+    def _write_files(self, save: _Save) -> dict[str, FileRecord]:
+        folder, name = self.folder.partial, rank_file(self.rank)
+        records = {name: write_slices(folder / name, save.slices, save.image.numpy().data, {RANDOM: save.random})}
+        if self.rank == 0:
+            records |= {name: write_file(folder / name, [content]) for name, content in save.files.items()}
+        sync_folder(folder)
+        return records
+
+    def _publish(self, save: _Save, report: SaveReport, files: dict[str, FileRecord]) -> None:
+        manifest = Manifest(report.name, save.step, self.world_size, files, self.shards.shapes, save.kinds)
+        report.problem = _problem_of(lambda: self.folder.publish(manifest))
+        if report.problem is not None:
+            self.folder.abandon()
+            return
+        for what, work in (("`latest`", lambda: self.folder.point_to(report.name)), ("pruning", lambda: self.folder.prune(save.keep))):
+            if (problem := _problem_of(work)) is not None:
+                report.notes.append(f"{what}: {problem}")
+
+    def _exchange(self, item: Any) -> list[Any]:
+        """What every rank says, in rank order, over the writers' own process group."""
+        if self._group is None:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self._group)
+        return items
+
+    # ------------------------------------------------------------------------------------------------------------ loading
+
+    def find(self, note) -> Contents | None:
+        """The newest checkpoint that all ranks find whole; None where there is none at all. Damaged newer ones are set aside, and told.
+
+        Raises ConfigError where there are checkpoints and none of them is whole.
+        """
+        names = distributed.gather_objects([self.folder.names()])[0]
+        problems: dict[str, str] = {}
+        for name in names:
+            contents, problem = self._examine(name)
+            found = [p for p in distributed.gather_objects([problem]) if p is not None]
+            if not found:
+                self._set_aside(problems, name, note)
+                return contents
+            problems[name] = found[0]
+        if problems:
+            raise ConfigError(
+                f"{self.folder.path}: no checkpoint is whole, so the run cannot go on:\n"
+                + "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
+                + "\nRestore one from a backup, or move the run folder away to start anew."
+            )
+        return None
+
+    def _examine(self, name: str) -> tuple[Contents | None, str | None]:
+        folder = self.folder.path / name
+        try:
+            contents = read_contents(folder)
+            check_hashes(folder, contents.manifest, self.rank, self.world_size)
+        except (DamagedCheckpoint, OSError) as error:
+            return None, str(error)
+        return contents, None
+
+    def _set_aside(self, problems: Mapping[str, str], chosen: str, note) -> None:
+        for name, problem in problems.items():
+            note(f"checkpoint {name} is damaged ({problem}); going on from {chosen}")
+            if self.rank == 0:
+                with contextlib.suppress(OSError):
+                    self.folder.set_aside(name)
+        distributed.barrier()
+
+    def load(self, contents: Contents) -> None:
+        """Fills masters, state and random generators from a checkpoint, and publishes the weights. Raises ConfigError for another model."""
+        self.check_model(contents)
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open_regular(contents.folder / name)) for name in contents.manifest.files}
+            for kind, dtype in contents.manifest.kinds.items():
+                tensors = self.shards.flats if kind == WEIGHTS else self.optimizer.new_state(kind, DTYPES[dtype])
+                for fragment in self.shards.fragments:
+                    self._read(contents, files, kind, fragment, tensors)
+        for kind in {kind for shard in self.optimizer.shards() for kind in shard.state} - set(contents.manifest.kinds):
+            for shard in self.optimizer.shards():
+                shard.state.pop(kind, None)
+        self.shards.publish()
+        writers = contents.manifest.world_size
+        _, metadata = read_header(contents.folder / rank_file(self.rank % writers))
+        set_random_state(metadata[RANDOM])
+
+    def check_model(self, contents: Contents) -> None:
+        """ConfigError where the checkpoint holds other parameters than those that this run trains."""
+        stored, own = contents.manifest.parameters, self.shards.shapes
+        for name in sorted(stored.keys() | own.keys()):
+            if stored.get(name) != own.get(name):
+                there, here = (str(list(shapes[name])) if name in shapes else "absent" for shapes in (stored, own))
+                raise ConfigError(f"{contents.folder}: saved from another model: {name} is {there} there and {here} in this run")
+
+    @torch.no_grad()
+    def _read(self, contents: Contents, files: dict[str, BinaryIO], kind: str, fragment: Fragment, tensors: list[torch.Tensor]) -> None:
+        target = self.shards.view(fragment, tensors)
+        for file, position, start, length in ranges(contents.slices[kind, fragment.name], fragment.offset, fragment.length):
+            _read_elements(files[file], position, target[start : start + length])
+
+
+def _own_fragments(shards: ShardMap, rank: int, world_size: int) -> Iterator[Fragment]:
+    """What this rank writes: its own shards, or its part of replicated ones."""
+    if not shards.replicated:
+        yield from shards.fragments
+        return
+    begin, end, position = shards.numel * rank // world_size, shards.numel * (rank + 1) // world_size, 0
+    for f in shards.fragments:
+        low, high = max(begin - position, 0), min(end - position, f.length)
+        if low < high:
+            yield Fragment(f.name, f.offset + low, high - low, f.flat, f.start + low)
+        position += f.length
+
+
+def _read_elements(file: BinaryIO, position: int, target: torch.Tensor) -> None:
+    if target.device.type == "cpu":
+        read_into(file, position, _bytes_of(target))
+        return
+    chunk = BLOCK_BYTES // target.element_size()
+    buffer = torch.empty(min(chunk, target.numel()), dtype=target.dtype)
+    for start in range(0, target.numel(), chunk):
+        part = target[start : start + chunk]
+        read_into(file, position + start * target.element_size(), _bytes_of(buffer[: part.numel()]))
+        part.copy_(buffer[: part.numel()])
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())
+
+
+def _problem_of(work) -> str | None:
+    """Why the work could not be done, in words; None where it was."""
+    try:
+        work()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def checkpoint_folder(run_folder: Path) -> CheckpointFolder:
+    """The checkpoints of a run."""
+    return CheckpointFolder(run_folder / "checkpoints")

@@ -1,0 +1,213 @@
+"""The flat family in Triton, for CUDA tensors (or CPU tensors under TRITON_INTERPRET=1).
+
+One program per BLOCK of consecutive elements; whole blocks are loaded without a mask, so that the compiler uses 16-byte accesses, and the rest is a
+second launch of one program. Sums: one fp32 partial a program, added in fp64 by a single program in a fixed order, without atomics.
+No autotuning (it would run an in-place kernel several times), no value is a constexpr: a new lr, step or strength never recompiles. Products and sums
+are not contracted to fused multiply-adds, and roots and quotients are correctly rounded: elements agree bitwise with the C++ kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from safecl.kernels.flat_arguments import AdamWArguments, Coefficients, Scalar, Segments
+
+BLOCK = 2048  # elements per program: 8 per thread and stream, one 16-byte access in bf16, two in fp32
+NUM_WARPS = 8
+LANES = 4096  # partial sums added per round by the final program
+SCALARS = ("grad", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength", "ema_rate")  # those that may live on the device
+
+
+@triton.jit
+def _load(pointer, offsets, mask, MASKED: tl.constexpr):
+    if MASKED:
+        values = tl.load(pointer + offsets, mask=mask, other=0.0)
+    else:
+        values = tl.load(pointer + offsets)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, offsets, values, mask, MASKED: tl.constexpr):
+    if pointer.dtype.element_ty == tl.bfloat16:
+        values = _round_to_bf16(values)
+    if MASKED:
+        tl.store(pointer + offsets, values.to(pointer.dtype.element_ty), mask=mask)
+    else:
+        tl.store(pointer + offsets, values.to(pointer.dtype.element_ty))
+
+
+@triton.jit
+def _round_to_bf16(values):
+    """fp32 values that bf16 holds exactly, nearest even. Spelt out because the interpreter's own cast truncates."""
+    bits = values.to(tl.uint32, bitcast=True)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+    return tl.where(values == values, rounded.to(tl.float32, bitcast=True), values)
+
+
+@triton.jit
+def _mix(x):
+    """ "lowbias32" (C. Wellons), as in flat_torch."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _round_stochastically(values, offsets, seed):
+    """fp32 values that bf16 holds exactly: 16 random bits, a hash of seed and element index, are added below its mantissa, then cut off."""
+    low, high = (offsets & 0xFFFFFFFF).to(tl.uint32), (offsets >> 32).to(tl.uint32)
+    first, second = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
+    word = _mix(_mix(low ^ first) + second + high * 0x9E3779B9)
+    bits = values.to(tl.uint32, bitcast=True)
+    rounded = ((bits + (word >> 16)) >> 16) << 16
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded.to(tl.float32, bitcast=True), values)
+
+
+@triton.jit
+def _block(first_block, BLOCK: tl.constexpr):
+    """(index of this program's block, its element offsets in int64: shards exceed 2^31)."""
+    block = tl.program_id(0) + first_block
+    return block, block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _spread(column, default, starts, first_segment, block, offsets, BLOCK: tl.constexpr):
+    """The segments' column for each element of a block, or the default for all. Most blocks lie in one segment: the loop is then empty."""
+    if column is None:
+        values = tl.zeros([BLOCK], tl.float32) + default
+    else:
+        first, last = tl.load(first_segment + block), tl.load(first_segment + block + 1)
+        values = tl.zeros([BLOCK], tl.float32) + tl.load(column + first)
+        for s in range(first + 1, last + 1):
+            values = tl.where(offsets >= tl.load(starts + s), tl.load(column + s), values)
+    return values
+
+
+@triton.jit
+def _pull(p, anchor, fisher, strength, offsets, mask, MASKED: tl.constexpr):
+    """(strength F (p - a), p - a)."""
+    distance = p - _load(anchor, offsets, mask, MASKED)
+    if fisher is None:
+        pull = strength * distance
+    else:
+        pull = strength * _load(fisher, offsets, mask, MASKED) * distance
+    return pull, distance
+
+
+@triton.jit(do_not_specialize=["n", "first_block", "rate"])
+def ema_kernel(ema, param, seed, rate_on_device, n, first_block, rate, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    _, offsets = _block(first_block, BLOCK)
+    mask = offsets < n
+    if rate_on_device is not None:
+        rate = tl.load(rate_on_device)
+    e = _load(ema, offsets, mask, MASKED)
+    new = e + rate * (_load(param, offsets, mask, MASKED) - e)
+    if seed is not None:
+        new = _round_stochastically(new, offsets, seed)
+    _store(ema, offsets, new, mask, MASKED)
+
+
+@triton.jit(do_not_specialize=["n", "first_block", "weight"])
+def fisher_kernel(fisher, grad, weight_on_device, n, first_block, weight, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    _, offsets = _block(first_block, BLOCK)
+    mask = offsets < n
+    if weight_on_device is not None:
+        weight = tl.load(weight_on_device)
+    g = _load(grad, offsets, mask, MASKED)
+    _store(fisher, offsets, _load(fisher, offsets, mask, MASKED) + weight * g * g, mask, MASKED)
+
+
+@triton.jit(do_not_specialize=["n", "first_block", "strength"])
+def penalty_kernel(
+    grad, param, anchor, fisher, partial, strength_on_device, n, first_block, strength, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):
+    block, offsets = _block(first_block, BLOCK)
+    mask = offsets < n
+    if strength_on_device is not None:
+        strength = tl.load(strength_on_device)
+    pull, distance = _pull(_load(param, offsets, mask, MASKED), anchor, fisher, strength, offsets, mask, MASKED)
+    tl.store(partial + block, tl.sum(pull * distance, 0))
+    _store(grad, offsets, _load(grad, offsets, mask, MASKED) + pull, mask, MASKED)
+
+
+@triton.jit(do_not_specialize=["n", "first_block", "strength", "grad_mult"])
+def norm_kernel(
+    grad, param, anchor, fisher, partial, squares, strength_on_device, mult_on_device, starts, first_segment, segment_strength,
+    n, first_block, strength, grad_mult, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, offsets = _block(first_block, BLOCK)
+    mask = offsets < n
+    if mult_on_device is not None:
+        grad_mult = tl.load(mult_on_device)
+    h = grad_mult * _load(grad, offsets, mask, MASKED)
+    if anchor is not None:
+        if strength_on_device is not None:
+            strength = tl.load(strength_on_device)
+        strengths = _spread(segment_strength, strength, starts, first_segment, block, offsets, BLOCK)
+        pull, distance = _pull(_load(param, offsets, mask, MASKED), anchor, fisher, strengths, offsets, mask, MASKED)
+        tl.store(partial + block, tl.sum(pull * distance, 0))
+        h = h + pull
+    tl.store(squares + block, tl.sum(h * h, 0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n", "first_block", "grad_mult", "lr", "step_size", "inv_sqrt_correction2", "decay", "strength", "ema_rate",
+        "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps",
+    ]
+)  # fmt: skip
+def adamw_kernel(
+    param, grad, exp_avg, exp_avg_sq, anchor, fisher, ema, param_out, partial, found_inf, scalars,
+    starts, first_segment, segment_strength, segment_decay,
+    n, first_block, grad_mult, lr, step_size, inv_sqrt_correction2, decay, strength, ema_rate,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps,
+    PROXIMAL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, offsets = _block(first_block, BLOCK)
+    mask = offsets < n
+    if scalars is not None:
+        grad_mult, lr, step_size = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+        inv_sqrt_correction2, decay = tl.load(scalars + 3), tl.load(scalars + 4)
+        strength, ema_rate = tl.load(scalars + 5), tl.load(scalars + 6)
+    p = _load(param, offsets, mask, MASKED)
+    g = grad_mult * _load(grad, offsets, mask, MASKED)
+    if segment_decay is not None:
+        decays = lr * _spread(segment_decay, 0.0, starts, first_segment, block, offsets, BLOCK)
+    else:
+        decays = decay
+    if anchor is not None:
+        strengths = _spread(segment_strength, strength, starts, first_segment, block, offsets, BLOCK)
+        pull, distance = _pull(p, anchor, fisher, strengths, offsets, mask, MASKED)
+        tl.store(partial + block, tl.sum(pull * distance, 0))
+        if not PROXIMAL:
+            g = g + pull
+    m = beta1 * _load(exp_avg, offsets, mask, MASKED) + one_minus_beta1 * g
+    v = beta2 * _load(exp_avg_sq, offsets, mask, MASKED) + one_minus_beta2 * g * g
+    update = tl.div_rn(step_size * m, tl.sqrt_rn(v) * inv_sqrt_correction2 + eps)
+    new_p = p - (decays * p + update)
+    if anchor is not None:
+        if PROXIMAL:
+            weight = lr * strengths
+            if fisher is not None:
+                weight = weight * _load(fisher, offsets, mask, MASKED)
+            weight = tl.where(weight > 1e37, 1e37, weight)  # keeps inf / inf away and NaN in
+            new_p = new_p - tl.div_rn(weight, 1.0 + weight) * (new_p - (p - distance))
+    live = True
+    if found_inf is not None:
+        live = tl.load(found_inf) == 0
+    if live:
+        _store(exp_avg, offsets, m, mask, MASKED)
+        _store(exp_avg_sq, offsets, v, mask, MASKED)
+        _store(param, offsets, new_p, mask, MASKED)
+        if ema is not None:
+            e = _load(ema, offsets, mask, MASKED)
+            _store(ema, offsets, e + ema_rate * (new_p - e), mask, MASKED)
+        if param_out is not None:
+            _store(param_out, offsets, new_p, mask, MASKED)
