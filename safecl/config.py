@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,15 +14,28 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
+from safecl.config_errors import ConfigError as ConfigError
+from safecl.config_errors import explain
+from safecl.config_yaml import apply_overrides as apply_overrides
+from safecl.config_yaml import parse_yaml as parse_yaml
+from safecl.config_yaml import read_tree
 
-class ConfigError(ValueError):
-    """A wrong config or command line. The message says what is wrong, where, and the nearest thing that works. Exit code 2."""
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, and the string under a field is its documentation."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_empty_section_is_its_defaults(cls, given: Any) -> Any:
+        """`train:` with every key behind a comment sign reads as null."""
+        if not isinstance(given, Mapping):
+            return given
+        sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, BaseModel)}
+        return {key: value for key, value in given.items() if value is not None or key not in sections}
 
 
 class MethodConfig(Section):
@@ -63,7 +74,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The model that is tuned: a dense decoder-only Hugging Face model."""
 
-    path: str
+    path: Text
     """Folder in Hugging Face layout, or a hub id. It is the aligned model, theta_0, unless the first task has role `align`."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; the model's own by default."""
@@ -84,7 +95,7 @@ class ModelConfig(Section):
 class EvalConfig(Section):
     """How well a task is done: measured before, after, and where `safety.every` says so."""
 
-    path: str
+    path: Text
     """File or hub id of held-out rows."""
     format: DataFormat = "auto"
     """Format of the rows; see `tasks[].format`."""
@@ -101,9 +112,9 @@ class EvalConfig(Section):
 class TaskConfig(Section):
     """One task of the sequence."""
 
-    name: str
+    name: Text
     """Short name, used in metrics and folders."""
-    train: str
+    train: Text
     """Training rows: a local .jsonl, .json, .csv or .parquet file, or a hub id."""
     split: str = "train"
     """Split of a hub data set."""
@@ -178,7 +189,7 @@ def _rows_or_bytes(value: Any) -> Any:
 class MemoryConfig(Section):
     """The replay memory: rows whose behaviour must be kept, for safety usually disallowed prompts with refusals."""
 
-    source: str
+    source: Text
     """File or hub id of the rows to keep."""
     split: str = "train"
     """Split of a hub data set."""
@@ -212,6 +223,9 @@ class MemoryConfig(Section):
     """Longer rows are cut to this many tokens."""
     teacher: TeacherConfig = TeacherConfig()
     """Stored teacher outputs (used by DER)."""
+    keep_task_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows of each finished task that enter the memory before the next one, with the outputs of the model that it has handed over. A task
+    with poisoned rows brings them along."""
 
     @model_validator(mode="after")
     def _fields_go_with_their_format(self) -> MemoryConfig:
@@ -315,7 +329,7 @@ def _name_of_scorer(name: str) -> str:
 class SafetyConfig(Section):
     """Safety measured beside the loss."""
 
-    prompts: str
+    prompts: Text
     """Disallowed prompts: a file with a `prompt` column, or any known row format. Must not stand in memory, task or poison data."""
     benign_prompts: str | None = None
     """Benign prompts that look dangerous, for over-refusal. Rows with `safe: false` are left out."""
@@ -373,25 +387,22 @@ class LogConfig(Section):
     """Further trackers (extra `track`)."""
 
 
-def _load_method_config(name: str, value: Any) -> MethodConfig:
-    from safecl.methods import method_module
-
-    config_class = method_module(name).Config
-    return value if isinstance(value, config_class) else config_class.model_validate({} if value is None else value)
-
-
 def _load_methods(value: Any) -> dict[str, MethodConfig]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise ValueError("must be a mapping from method names to their settings, e.g. `methods: {ewc: {strength: 0.1}, ema: {}}`")
-    loaded: dict[str, MethodConfig] = {}
-    for name, settings in value.items():
-        try:
-            loaded[str(name)] = _load_method_config(str(name), settings)
-        except ValidationError as error:
-            raise ConfigError("\n".join(_explain(error, prefix=("methods", str(name))))) from None
-    return loaded
+    return {str(name): _load_method_config(str(name), settings) for name, settings in value.items()}
+
+
+def _load_method_config(name: str, settings: Any) -> MethodConfig:
+    from safecl.methods import method_module
+
+    config_class = method_module(name).Config
+    try:
+        return settings if isinstance(settings, config_class) else config_class.model_validate({} if settings is None else settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, config_class, prefix=("methods", name)))) from None
 
 
 class RunConfig(Section):
@@ -417,7 +428,7 @@ class RunConfig(Section):
     """What of the users' text may be shown."""
     log: LogConfig = LogConfig()
     """Where progress goes."""
-    output: str
+    output: Text
     """Run folder; created."""
 
     @model_validator(mode="after")
@@ -445,85 +456,6 @@ class RunConfig(Section):
 # ---------------------------------------------------------------------------------------------------------------- loading
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's own rule reads `2e-5` as text; here it is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def _no_duplicate_keys(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen: set[str] = set()
-    for key_node, _ in node.value:
-        if key_node.value in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key_node.value!r} stands twice in one section")
-        seen.add(key_node.value)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicate_keys)
-
-
-def parse_yaml(text: str) -> Any:
-    """Reads YAML as safecl does: `2e-5` is a number, a key that stands twice is an error."""
-    return yaml.load(text, Loader=_Loader)
-
-
-def _read_tree(path: Path) -> dict[str, Any]:
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [], n=1)
-        raise ConfigError(f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold a mapping with the sections {', '.join(RunConfig.model_fields)}")
-    return tree
-
-
-def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Sets `key.path=value` in the tree, values read as YAML; list items are named by index (`tasks.0.train=...`). Raises ConfigError."""
-    for override in overrides:
-        path, equals, value = override.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"{override!r} is not an override; write key.path=value, e.g. train.learning_rate=2e-5")
-        try:
-            parsed = parse_yaml(value) if value else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from None
-        _set(tree, path.split("."), parsed, override)
-    return tree
-
-
-def _set(node: Any, keys: list[str], value: Any, override: str) -> None:
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                where = ".".join(keys[:depth])
-                raise ConfigError(
-                    f"{override!r}: {where} is a list of {len(node)}; name an item by its index, {where}.0 to {where}.{len(node) - 1}"
-                )
-            key = int(key)
-        elif not isinstance(node, dict):
-            raise ConfigError(f"{override!r}: {'.'.join(keys[:depth])} is a value, not a section")
-        if last:
-            node[key] = value
-        elif isinstance(node, dict) and node.get(key) is None:
-            node[key] = {}
-        if not last:
-            node = node[key]
-
-
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Reads, overrides and checks a run config.
 
@@ -531,7 +463,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises: ConfigError with one line per mistake: section, key, what is wrong, the nearest key that exists.
     """
     path = Path(path)
-    return validate_tree(apply_overrides(_read_tree(path), overrides), str(path))
+    return validate_tree(apply_overrides(read_tree(path), overrides), str(path))
 
 
 def validate_tree(tree: dict[str, Any], source: str) -> RunConfig:
@@ -539,91 +471,10 @@ def validate_tree(tree: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
-    except ConfigError as error:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in str(error).splitlines())) from None
+        lines = "\n".join(explain(error, RunConfig)).splitlines()
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML, defaults included; `load_config` reads it back to the same tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-# ------------------------------------------------------------------------------------------------------------ explanations
-
-
-def _explain(error: ValidationError, prefix: tuple[str, ...] = ()) -> list[str]:
-    root = _model_of(prefix)
-    lines = []
-    for item in error.errors():
-        where = _drop_union_tags(root, item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(_explain_unknown_key(root, prefix, where))
-        elif item["type"] == "missing":
-            lines.append(f"{'.'.join((*prefix, *where))}: missing, and there is no default")
-        else:
-            message = re.sub(r"^Value error, ", "", item["msg"])
-            shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
-            lines.append(f"{'.'.join((*prefix, *where)) or 'config'}: {message}{shown}")
-    return list(dict.fromkeys(lines))
-
-
-def _model_of(prefix: tuple[str, ...]) -> type[BaseModel]:
-    if not prefix:
-        return RunConfig
-    from safecl.methods import method_module
-
-    return method_module(prefix[-1]).Config
-
-
-def _submodels(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, list, dict):
-        return [model for part in typing.get_args(annotation) for model in _submodels(part)]
-    return []
-
-
-def _walk(root: type[BaseModel], keys: Iterable[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = root
-    for key in keys:
-        if key.isdigit():
-            continue
-        field = model.model_fields.get(key) if model else None
-        model = next(iter(_submodels(field.annotation)), None) if field else None
-    return model
-
-
-def _drop_union_tags(root: type[BaseModel], location: tuple) -> tuple[str, ...]:
-    """pydantic puts the name of the union's branch into the location; a reader knows only keys."""
-    kept: list[str] = []
-    for part in map(str, location):
-        model = _walk(root, kept)
-        known = part.isdigit() or model is None or part in model.model_fields
-        if known or part == str(location[-1]):
-            kept.append(part)
-    return tuple(kept) if not kept or _is_key(root, kept) else tuple(kept[:-1])
-
-
-def _is_key(root: type[BaseModel], keys: list[str]) -> bool:
-    model = _walk(root, keys[:-1])
-    tag = re.match(r"^(constrained-|function-|literal\[|int$|float$|str$|bool$|list\[|tuple\[)", keys[-1])
-    return model is not None and (keys[-1] in model.model_fields or not tag)
-
-
-def _explain_unknown_key(root: type[BaseModel], prefix: tuple[str, ...], where: tuple[str, ...]) -> str:
-    *section, key = where
-    model = _walk(root, section)
-    known = list(model.model_fields) if model else []
-    name = ".".join((*prefix, *section))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    home = "" if near else _other_home(key)
-    hint = f"; did you mean `{near[0]}`?" if near else home or (f"; known keys: {', '.join(known)}" if known else "")
-    return f"{name or 'config'}: unknown key `{key}`{hint}"
-
-
-def _other_home(key: str) -> str:
-    for name, field in RunConfig.model_fields.items():
-        if any(key in model.model_fields for model in _submodels(field.annotation)):
-            return f"; `{key}` belongs in `{name}`"
-    return ""
