@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -30,6 +31,10 @@ class Shard:
     @property
     def grad(self) -> torch.Tensor:
         return self.param.grad
+
+
+Quantity = Callable[[Shard], torch.Tensor]
+"""Something with one value per weight: the gradient, a state."""
 
 
 @dataclass
@@ -78,9 +83,18 @@ class ShardAdamW(torch.optim.Optimizer):
     def bind(self, shard_map) -> None:
         """Connects the optimizer with the layout of its shards."""
         self._shard_map = shard_map
-        decay = self.param_groups[0]["weight_decay"]
-        tables = _decay_segments(shard_map, decay)
+        tables = self._tables()
         self._shards = [Shard(flat, self.state[flat], table) for flat, table in zip(shard_map.flats, tables, strict=True)]
+        self._restricted: dict[tuple[str, ...], list[Segments | None]] = {}
+
+    def _tables(self, modules: tuple[str, ...] = ()) -> list[Segments | None]:
+        return segment_tables(self._shard_map, self.param_groups[0]["weight_decay"], modules)
+
+    def _restriction(self, shard: Shard, modules: tuple[str, ...]) -> Segments:
+        """Segments of the shard with strength 1 where a parameter's name matches and 0 elsewhere."""
+        if modules not in self._restricted:
+            self._restricted[modules] = self._tables(modules)
+        return next(table for known, table in zip(self._shards, self._restricted[modules], strict=True) if known is shard)
 
     def shards(self) -> list[Shard]:
         """All flat shards of this rank with their state; usable outside of steps as well."""
@@ -186,9 +200,9 @@ class ShardAdamW(torch.optim.Optimizer):
         group = self.param_groups[0]
         return adamw_step_(
             shard.param.detach(), shard.grad, shard.state["exp_avg"], shard.state["exp_avg_sq"],
-            step=self.num_updates, lr=plan.lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], **penalty,
+            step=self.num_updates, lr=plan.lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
             ema=shard.state["ema"] if plan.ema_decay is not None else None, ema_decay=plan.ema_decay,
-            clip_coef=None if clip is None else clip.to(shard.param.device), segments=shard.segments,
+            clip_coef=None if clip is None else clip.to(shard.param.device), **({"segments": shard.segments} | penalty),
         )  # fmt: skip
 
     def _penalty_arguments(self, shard: Shard, penalty: Penalty | None, factor: torch.Tensor | None = None) -> dict:
@@ -197,35 +211,55 @@ class ShardAdamW(torch.optim.Optimizer):
             return {}
         fisher = shard.state[penalty.fisher] if penalty.fisher else None
         strength = self._strength(penalty) if factor is None else self._strength(penalty) * factor
-        return dict(anchor=shard.state[penalty.anchor], fisher=fisher, strength=strength, proximal=penalty.proximal)
+        arguments = dict(anchor=shard.state[penalty.anchor], fisher=fisher, strength=strength, proximal=penalty.proximal)
+        if penalty.modules:
+            table = self._restriction(shard, penalty.modules)
+            device = strength.device if isinstance(strength, torch.Tensor) else table.strength.device
+            arguments["segments"] = table._replace(strength=table.strength.to(device) * strength)
+        return arguments
 
     def _add_penalty(self, shard: Shard, penalty: Penalty) -> torch.Tensor:
-        fisher = shard.state[penalty.fisher] if penalty.fisher else None
-        return fisher_penalty_(shard.grad, shard.param.detach(), shard.state[penalty.anchor], fisher, self._strength(penalty))
+        tensors = [shard.grad, shard.param.detach(), shard.state[penalty.anchor], shard.state[penalty.fisher] if penalty.fisher else None]
+        stretches = _matching(self._restriction(shard, penalty.modules)) if penalty.modules else [slice(None)]
+        losses = []
+        for stretch in stretches:
+            parts = [None if tensor is None else tensor.view(-1)[stretch] for tensor in tensors]
+            losses.append(fisher_penalty_(*parts, self._strength(penalty)))
+        return sum(losses, torch.zeros((), device=shard.param.device))
 
     def _strength(self, penalty: Penalty) -> float:
-        return penalty.strength / self.fisher_means[penalty.fisher] if penalty.fisher else penalty.strength
+        return penalty.strength / self.fisher_means.get(penalty.fisher, 1.0) if penalty.fisher else penalty.strength
 
 
 def _clip_coefficient(plan: UpdatePlan, norm: torch.Tensor) -> torch.Tensor | None:
     return torch.clamp(plan.clip_norm / (norm + 1e-6), max=1.0) if plan.clip_norm > 0 else None
 
 
-def _decay_segments(shard_map, weight_decay: float) -> list[Segments | None]:
-    """Segments of each flat: norms and biases (fewer than two dimensions) are not decayed."""
-    if weight_decay == 0.0:
+def segment_tables(shard_map, weight_decay: float, modules: tuple[str, ...] = ()) -> list[Segments | None]:
+    """Segments of each flat, None where all elements are alike.
+
+    Norms and biases (fewer than two dimensions) are not decayed; with `modules` the strength is 1 where a parameter's name matches one of
+    the patterns (shell wildcards, case-sensitive) and 0 elsewhere.
+    """
+    if weight_decay == 0.0 and not modules:
         return [None] * len(shard_map.flats)
-    stretches: list[list[tuple[int, float]]] = [[] for _ in shard_map.flats]
+    stretches: list[list[tuple[int, tuple[float, float]]]] = [[] for _ in shard_map.flats]
     for fragment in shard_map.fragments:
         decay = weight_decay if len(shard_map.shapes[fragment.name]) >= 2 else 0.0
+        strength = float(any(fnmatchcase(fragment.name, pattern) for pattern in modules))
         known = stretches[fragment.flat]
-        if not known or known[-1][1] != decay:
-            known.append((fragment.start if known else 0, decay))
-    return [_segment_table(known, flat.numel()) for known, flat in zip(stretches, shard_map.flats, strict=True)]
+        if not known or known[-1][1] != (strength, decay):
+            known.append((fragment.start if known else 0, (strength, decay)))
+    return [_table(known, flat.numel(), bool(modules), weight_decay > 0) for known, flat in zip(stretches, shard_map.flats, strict=True)]
 
 
-def _segment_table(stretches: list[tuple[int, float]], numel: int) -> Segments | None:
-    if not stretches:
-        return None
+def _table(stretches: list[tuple[int, tuple[float, float]]], numel: int, restricted: bool, decayed: bool) -> Segments | None:
+    stretches = stretches or [(0, (0.0, 0.0))]  # a rank may hold nothing but padding
     offsets = [*(start for start, _ in stretches), numel]
-    return Segments(torch.tensor(offsets), None, torch.tensor([decay for _, decay in stretches]))
+    strength, decay = torch.tensor([values for _, values in stretches]).unbind(1)
+    return Segments(torch.tensor(offsets), strength.contiguous() if restricted else None, decay.contiguous() if decayed else None)
+
+
+def _matching(table: Segments) -> list[slice]:
+    bounds = zip(table.offsets.tolist(), table.offsets.tolist()[1:], table.strength.tolist(), strict=False)
+    return [slice(start, stop) for start, stop, strength in bounds if strength > 0]

@@ -81,11 +81,11 @@ def run_with_poisoned_steps(bad_steps: list[int], kind: str, steps: int = 4, **c
     run, task = scenes.make_run(scenes.run_config(**changes))
     original = TrainingEngine._forward_backward
 
-    def poisoned(engine, rows, terms, temperature):
+    def poisoned(engine, *arguments):
         if run.global_step in bad_steps and engine.rank == 1:
             with mock.patch.object(engine.module, "losses", _times(engine.module.losses, float(kind))):
-                return original(engine, rows, terms, temperature)
-        return original(engine, rows, terms, temperature)
+                return original(engine, *arguments)
+        return original(engine, *arguments)
 
     history = [scenes.state_of(run)]
     applied = []
