@@ -215,10 +215,12 @@ def type_text(field: FieldInfo) -> str:
 
 
 _NAMES = {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "null", Any: "anything"}
-_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "length at least"}
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def _limit(limit: Any) -> str:
+    if getattr(limit, "min_length", None):
+        return "not empty"
     return ", ".join(f"{word} {getattr(limit, name):g}" for name, word in _LIMITS.items() if getattr(limit, name, None) is not None)
 
 
