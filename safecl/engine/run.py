@@ -18,7 +18,7 @@ from safecl.engine.memory import Memory, remember, sample_rows
 from safecl.engine.model import adapters
 from safecl.engine.optimizer import Quantity, Shard, UpdatePlan
 from safecl.engine.plan import TaskPlan
-from safecl.engine.recorded import RecordedOutputs, record_outputs, teacher_folder
+from safecl.engine.recorded import RecordedOutputs, open_recorded, record_outputs, teacher_folder
 from safecl.engine.schedule import learning_rate
 from safecl.engine.training import AdapterPull, StepLosses, TrainingEngine
 from safecl.methods.base import Method, Penalty, ReplayTerm, TaskTerm
@@ -155,6 +155,41 @@ class Run:
     def saves_average(self) -> bool:
         """True where the model to evaluate and to save is the EMA."""
         return any(method.saves_average for method in self._active) and self.engine.optimizer.has("ema")
+
+    # ------------------------------------------------------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict:
+        """All that a resumed run must know beside the shards' state and the memory; plain values."""
+        optimizer = self.engine.optimizer
+        return {
+            "step": self.step,
+            "global_step": self.global_step,
+            "skipped_steps": self.skipped_steps,
+            "num_updates": optimizer.num_updates,
+            "fisher_means": dict(optimizer.fisher_means),
+            "active": bool(self._active),
+            "previous": self.previous.config.name if self.previous is not None else None,
+            "recorded": [list(key) for key in self._recorded],
+            "methods": {method.name: method.state_dict() for method in self.methods},
+        }
+
+    def load_state_dict(self, state: dict, task: TaskPlan) -> None:
+        """Goes on in `task`, which was under way (or had ended, or not begun) when the state was taken. Shards are restored elsewhere."""
+        optimizer = self.engine.optimizer
+        self.step, self.num_steps, self.task = state["step"], task.num_steps, task
+        self.global_step, self.skipped_steps = state["global_step"], state["skipped_steps"]
+        optimizer.num_updates, optimizer.fisher_means = state["num_updates"], dict(state["fisher_means"])
+        self._active = self.methods if state["active"] else []
+        self.previous = next((each for each in self.tasks if each.config.name == state["previous"]), None)
+        for method in self.methods:
+            method.load_state_dict(state["methods"][method.name])
+        terms = {term.name: term for method in self.methods for term in method.task_terms()}
+        for task_name, name in state["recorded"]:
+            if task_name == task.config.name and self.step == task.num_steps:
+                continue  # the task's last step is done, and the outputs are perhaps removed already
+            dataset = next(each.dataset for each in [*self.tasks, task] if each.config.name == task_name)
+            folder = teacher_folder(self.config.output, task_name, name)
+            self._recorded[task_name, name] = open_recorded(self.engine, dataset, terms[name], folder)
 
     # ------------------------------------------------------------------------------------------------------------- a step
 

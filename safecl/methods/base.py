@@ -11,7 +11,7 @@ A file with a method defines `Config` (a safecl.config.MethodConfig; importing i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from safecl.config import MethodConfig
 
@@ -164,6 +164,18 @@ class Method(Generic[C]):
 
     def end_task(self, run: Run) -> None:
         """After a task's last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know of this method: its own attributes, plain numbers, texts and lists.
+
+        What has one value per weight belongs into the shards' state, which is part of every checkpoint, unless its name begins with an
+        underscore.
+        """
+        return {name: value for name, value in vars(self).items() if name not in ("name", "config")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave; `start_task` is not called again for a task that is under way."""
+        vars(self).update(state)
 
     @property
     def saves_average(self) -> bool:
