@@ -116,6 +116,12 @@ def test_an_answer_that_begins_with_a_newline_is_cut_off_from_a_template_that_en
     assert learned(tokenizer, chat("q", "\n\nNine")) == ["\n\nNine<|im_end|>"]
 
 
+def test_an_earlier_answer_that_joins_with_its_opening_is_cut_off_though_the_last_does_not():
+    assert learned(tk.byte_level(tk.CHATML), chat("q", "\n\nNine", "r", "a")) == ["\n\nNine<|im_end|>", "a<|im_end|>"]
+    tokenizer = trimmed(tk.TRAILING_SPACE)
+    assert learned(tokenizer, chat("q", "She sells", "r", "Ö")) == ["She sells<|endoftext|>", "Ö<|endoftext|>"]
+
+
 @pytest.mark.parametrize("template", [tk.NO_PREFIX, tk.ASKED_OTHERWISE])
 def test_a_template_without_the_prefix_property_stops_the_run_and_is_named(template):
     tokenizer = tk.byte_level(template)
@@ -162,7 +168,11 @@ def test_control_tokens_in_somebodys_text_are_text():
 
 def test_a_row_cannot_forge_the_inner_marks_of_control_tokens():
     tokenizer = tk.byte_level(tk.CHATML)
-    assert learned(tokenizer, chat("q", "a\uf8f0b\uf8f1c")) == ["abc<|im_end|>"]
+    for forged in ("a\uf8f0b\uf8f1c", "abc\uf8f0", "\uf8f1a\uf8f0bc"):
+        assert (
+            tokenize_row(tokenizer, chat("q", forged), 99).input_ids.tolist()
+            == tokenize_row(tokenizer, chat("q", "abc"), 99).input_ids.tolist()
+        )
 
 
 @pytest.mark.parametrize(("make", "end"), [(tk.byte_level, "<|endoftext|>"), (tk.metaspace, "</s>")])
