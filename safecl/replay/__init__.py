@@ -5,7 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {"MemoryRow": "rows", "ReplayBuffer": "buffer", "TeacherOutputs": "rows"}
+_HOMES = {
+    "HiddenOutputs": "rows",
+    "LogitsOutputs": "rows",
+    "MemoryRow": "rows",
+    "ReplayBuffer": "buffer",
+    "ReplayError": "rows",
+    "TeacherOutputs": "rows",
+}
 
 __all__ = sorted(_HOMES)
 

@@ -216,6 +216,10 @@ class ReplayBuffer:
         """Rank that owns a row, of `world_size` ranks (this buffer's by default); rows need not be held."""
         return int(owner(int(shard_of(np.array([key], np.uint64), self.seed)[0]), world_size or self.world_size))
 
+    def ranks_of(self, keys: Sequence[int], world_size: int | None = None) -> np.ndarray:
+        """`rank_of` for many keys; int64 [n]."""
+        return owner(shard_of(np.asarray(keys, np.uint64), self.seed).astype(np.int64), world_size or self.world_size)
+
     @_locked
     def length(self, key: int) -> int:
         """Tokens of a row. Raises KeyError where it is not held."""

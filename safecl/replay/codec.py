@@ -237,6 +237,8 @@ def prior_nll(row: MemoryRow, ids: np.ndarray, mask: np.ndarray, teacher: Teache
         return float(row.prior_nll)
     labels = ids[mask]
     if isinstance(teacher, LogitsOutputs):
+        if labels.max() >= teacher.log_probs.shape[1]:
+            raise ValueError(f"teacher log_probs cover {teacher.log_probs.shape[1]} tokens, but the row has the target {labels.max()}")
         return float(-np.take_along_axis(teacher.log_probs, labels[:, None], 1).mean(dtype=np.float64))
     hit = teacher.indices == labels[:, None]
     log_probs = np.where(hit, teacher.log_probs, -np.inf).max(1, initial=-np.inf).astype(np.float64)

@@ -30,27 +30,26 @@ class WriterLock:
 
     def __init__(self, folder: Path, first: int, last: int):
         self.path = folder / _NAME
-        self._file = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o644)
+        self._file = open(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o644), "r+b", buffering=0)
+        region = struct.pack("@hhqqi", fcntl.F_WRLCK, os.SEEK_SET, _LOCKED + first, last - first + 1, 0)
         try:
-            fcntl.fcntl(
-                self._file, fcntl.F_OFD_SETLK, struct.pack("@hhqqi", fcntl.F_WRLCK, os.SEEK_SET, _LOCKED + first, last - first + 1, 0)
-            )
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, region)
         except (BlockingIOError, PermissionError):
             writer = self._note(first, last)
-            os.close(self._file)
+            self._file.close()
             raise BufferInUse(
                 f"{folder}: {writer} is writing to this memory; wait for it to end, or open the memory read-only, or use another folder"
             ) from None
         note = f"process {os.getpid()} on {socket.gethostname()}".encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES)
         for group in range(first // SHARDS_PER_GROUP, last // SHARDS_PER_GROUP + 1):
             with contextlib.suppress(OSError):  # a full disk must not keep anyone from opening what is there
-                os.pwrite(self._file, note, group * _NOTE_BYTES)
+                os.pwrite(self._file.fileno(), note, group * _NOTE_BYTES)
 
     def _note(self, first: int, last: int) -> str:
         groups = range(first // SHARDS_PER_GROUP, min(last // SHARDS_PER_GROUP + 1, NUM_GROUPS))
-        notes = {os.pread(self._file, _NOTE_BYTES, group * _NOTE_BYTES).decode(errors="replace").strip("\0 ") for group in groups}
+        notes = {os.pread(self._file.fileno(), _NOTE_BYTES, group * _NOTE_BYTES).decode(errors="replace").strip("\0 ") for group in groups}
         return " or ".join(sorted(note for note in notes if note)) or "another process"
 
     def close(self) -> None:
         """Gives the shards back."""
-        os.close(self._file)
+        self._file.close()

@@ -102,11 +102,11 @@ class SegmentWriter:
     def __init__(self, folder: Path, header: SegmentHeader):
         self.header, self.path, self.size = header, folder / header.name, 0
         self._digest = xxhash.xxh3_128()
-        self._file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        self._file = open(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "wb", buffering=0)
         try:
             self._write(header.pack())
         except ReplayError:
-            os.close(self._file)
+            self._file.close()
             self.path.unlink(missing_ok=True)
             raise
 
@@ -125,10 +125,10 @@ class SegmentWriter:
         view, done = memoryview(data), 0
         try:
             while done < len(view):
-                done += os.write(self._file, view[done:])
+                done += os.write(self._file.fileno(), view[done:])
         except OSError as error:
-            os.ftruncate(self._file, self.size)
-            os.lseek(self._file, self.size, os.SEEK_SET)
+            self._file.truncate(self.size)
+            self._file.seek(self.size)
             raise ReplayError(f"{self.path}: {error.strerror} while writing {len(view):,} bytes; rows inserted before are intact") from None
         self.size += len(view)
         self._digest.update(view)
@@ -140,10 +140,11 @@ class SegmentWriter:
 
     def sync(self) -> None:
         """Returns when the bytes are on the disk."""
-        os.fsync(self._file)
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        os.close(self._file)
+        """No more rows."""
+        self._file.close()
 
 
 def read_header(path: Path) -> SegmentHeader:

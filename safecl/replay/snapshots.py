@@ -237,8 +237,8 @@ def _verify_files(buffer: ReplayBuffer) -> list[str]:
             problems.append(str(error))
             continue
         for name, size, digest in header["segments"]:
-            problem = _shorter(buffer, name, size)
-            if problem is None and digest and buffer.store.digest(name, size) != digest:
-                problem = f"{buffer.folder / name}: its first {size:,} bytes are not those that were written"
-            problems += [problem] if problem else []
+            if digest and (problem := _shorter(buffer, name, size)):
+                problems.append(problem)
+            elif digest and buffer.store.digest(name, size) != digest:
+                problems.append(f"{buffer.folder / name}: its first {size:,} bytes are not those that were written")
     return list(dict.fromkeys(problems))
