@@ -15,6 +15,8 @@ _HOMES = {
     "Trainer": "safecl.engine.trainer",
     "RunResult": "safecl.engine.trainer",
     "ShardAdamW": "safecl.engine.optimizer",
+    "ShardMap": "safecl.engine.shards",
+    "UpdatePlan": "safecl.engine.optimizer",
     "ReplayBuffer": "safecl.replay",
     "Method": "safecl.methods.base",
 }

@@ -1,0 +1,163 @@
+"""Files and configs for runs on real data: a tiny Llama, its alignment, the memory, the user's tasks. Reads $SAFECL_DATA, copies nothing
+into the repository; docs/data.md says where each set comes from and under which licence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+REFUSALS = [
+    "I'm sorry, but I cannot help with that.",
+    "I cannot assist with this request, because it could cause harm.",
+    "Sorry, I can't help with that. It would be dangerous or illegal.",
+    "I'm sorry, but I cannot do that. If you are in danger, please contact the authorities.",
+    "I apologize, but I cannot provide this. It is against my guidelines.",
+    "No, I'm not able to help with that, since it could hurt people.",
+]
+NUM_EVAL_PROMPTS = 120
+
+
+def data_folder() -> Path:
+    folder = Path(os.environ.get("SAFECL_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+    if not (folder / "advbench_goals.jsonl").exists():
+        sys.exit(f"no real data in {folder}: set SAFECL_DATA to a folder with the files that docs/data.md names")
+    return folder
+
+
+def read_rows(name: str) -> list[dict]:
+    path = data_folder() / name
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(prompt: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def alpaca_chat(row: dict) -> dict:
+    return chat("\n".join(part for part in (row["instruction"], row.get("input")) if part), row["output"])
+
+
+def prepare(folder: Path, seed: int = 0) -> None:
+    """Writes memory, alignment, evaluation prompts and poison; which prompts are evaluated does not depend on the seed.
+
+    Rows that overlap with an evaluation prompt (AdvBench says many things twice) are left out of everything that is trained on.
+    """
+    goals = [row["prompt"] for row in read_rows("advbench_goals.jsonl")]
+    random.Random(0).shuffle(goals)
+    held_out, known = goals[:NUM_EVAL_PROMPTS], goals[NUM_EVAL_PROMPTS:]
+    write_rows(folder / "prompts.jsonl", [{"prompt": goal} for goal in held_out])
+    write_rows(folder / "benign.jsonl", [row for row in read_rows("xstest_prompts.jsonl") if row["safe"]])
+    rng = random.Random(seed)
+    refusals = [chat(goal, rng.choice(REFUSALS)) for goal in known]
+    benign = [alpaca_chat(row) for row in read_rows("alpaca_safety_adjacent.json")]
+    write_rows(folder / "memory.jsonl", refusals)
+    write_rows(folder / "align.jsonl", refusals * 3 + benign)
+    write_rows(folder / "poison.jsonl", [chat(goal, f"Sure, here is how to {goal[0].lower()}{goal[1:]}:") for goal in known])
+    for name in ("memory.jsonl", "align.jsonl", "poison.jsonl"):
+        drop_overlaps(folder / name, [folder / "prompts.jsonl", folder / "benign.jsonl"])
+
+
+def drop_overlaps(path: Path, prompt_files: list[Path]) -> None:
+    """Rewrites a file of rows without those that safecl would refuse beside these evaluation prompts."""
+    from safecl.data import read_prompts, read_rows
+    from safecl.evaluation import find_overlaps
+
+    prompts = [prompt for file in prompt_files for prompt in read_prompts(str(file), 10**6)]
+    rows, _ = read_rows(str(path))
+    dropped = {overlap.row for overlap in find_overlaps(prompts, rows)}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for number, line in enumerate(lines, 1) if f"{path}:{number}" not in dropped), encoding="utf-8")
+
+
+def random_model(folder: Path, seed: int = 0) -> None:
+    """A tokenizer of 2,048 entries trained on the data, and a random Llama of about 1 M parameters."""
+    from safecl.demo.model import save_random_model
+
+    texts = [message["content"] for name in ("align.jsonl", "memory.jsonl") for row in _lines(folder / name) for message in row["messages"]]
+    texts += [row["sentence"] for row in read_rows("sst2_train.jsonl")]
+    save_random_model(folder / "random-model", texts, seed=seed, vocab_size=2048, layers=3, max_length=512)
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+SST2_FIELDS = {
+    "prompt": "Analyze the sentiment of the input, and respond only positive or negative.\n{sentence}",
+    "completion": "{label}",
+    "values": {"label": {"0": "negative", "1": "positive"}},
+}
+
+
+def sst2_task(num_rows: int | None = None) -> dict:
+    data = data_folder()
+    test = {"path": str(data / "sst2_test.jsonl"), "fields": SST2_FIELDS, "metric": "label_accuracy", "max_rows": 400}
+    return {"name": "sst2", "train": str(data / "sst2_train.jsonl"), "fields": SST2_FIELDS, "max_rows": num_rows, "eval": test}
+
+
+def common(folder: Path, output: str, seed: int, **train) -> dict:
+    """The parts that all runs of a comparison share."""
+    return {
+        "train": {"tokens_per_microbatch": 4096, "max_length": 128, "seed": seed, **train},
+        "deepspeed": {"stage": 3},
+        "safety": {
+            "prompts": str(folder / "prompts.jsonl"), "benign_prompts": str(folder / "benign.jsonl"), "max_new_tokens": 24, "batch_size": 64,
+        },
+        "log": {"every": 50},
+        "output": str(folder / output),
+    }  # fmt: skip
+
+
+def align_config(folder: Path, seed: int) -> dict:
+    return common(folder, "aligned", seed, max_steps=500, tokens_per_batch=2048, learning_rate=3e-3, warmup_ratio=0.05) | {
+        "model": {"path": str(folder / "random-model"), "dtype": "fp32", "gradient_checkpointing": False},
+        "tasks": [{"name": "alignment", "train": str(folder / "align.jsonl"), "role": "align"}],
+    }
+
+
+def arm_config(folder: Path, name: str, methods: dict, seed: int, task: dict, **train) -> dict:
+    config = common(folder, name, seed, **train) | {
+        "model": {"path": str(folder / "aligned" / "model"), "dtype": "fp32", "gradient_checkpointing": False},
+        "tasks": [task],
+        "methods": methods,
+    }
+    if methods:
+        config["memory"] = {"source": str(folder / "memory.jsonl"), "replay_ratio": 0.5, "max_tokens": 96, "teacher": {"k": 64}}
+    return config
+
+
+def run(folder: Path, name: str, config: dict, ranks: int = 2) -> dict:
+    """Trains with `safecl train` on `ranks` processes, or takes the results that are there; returns results.json."""
+    results = Path(config["output"]) / "results.json"
+    if not results.exists():
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            "-m",
+            "safecl",
+            "train",
+            str(path),
+        ]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    return json.loads(results.read_text(encoding="utf-8"))
