@@ -53,8 +53,8 @@ def test_few_rows_still_reach_every_rank_and_their_micro_batches_are_even():
 
 def test_packing_needs_no_more_micro_batches_than_best_fit_decreasing():
     # First fit in the given order would need four bins here, best fit decreasing three.
-    shares = check([50, 30, 60, 40, 70, 50], 1, 100, True)
-    assert len(shares[0]) == 3
+    for rank_of in (None, [0] * 6):
+        assert len(check([50, 30, 60, 40, 70, 50], 1, 100, True, rank_of)[0]) == 3
     lengths = np.random.default_rng(3).integers(1, 500, 1000).tolist()
     shares = check(lengths, 4, 1000, True)
     assert len(shares[0]) <= np.ceil(1.03 * sum(lengths) / 4000)

@@ -141,7 +141,7 @@ def test_a_template_without_the_prefix_property_stops_before_anything_is_kept(tm
     assert not list((tmp_path / "cache").glob("rows-*/"))
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove", "meta", "empty folder"])
+@pytest.mark.parametrize("harm", ["truncate", "remove", "foreign", "meta", "empty folder"])
 def test_a_torn_cache_is_prepared_anew(tmp_path, prepared, counted, harm):
     path = write(tmp_path)
     before = prepared(path).row(3).input_ids.tolist()
@@ -151,6 +151,8 @@ def test_a_torn_cache_is_prepared_anew(tmp_path, prepared, counted, harm):
             file.truncate(200)
     elif harm == "remove":
         (folder / "lines.npy").unlink()
+    elif harm == "foreign":
+        np.save(folder / "lines.npy", np.arange(7))
     elif harm == "meta":
         (folder / "meta.json").write_text('{"sizes": ')
     else:
