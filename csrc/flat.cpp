@@ -12,6 +12,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__x86_64__) && !defined(SAFECL_BASELINE_ONLY)  // the latter for quick builds
+#define SAFECL_X86_SETS
+#endif
+
 #define IVDEP _Pragma("GCC ivdep")
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -121,7 +125,7 @@ namespace baseline {
 #include "flat_kernels.inc"
 }
 
-#if defined(__x86_64__)
+#if defined(SAFECL_X86_SETS)
 #pragma GCC push_options
 #pragma GCC target("avx2,prefer-vector-width=256")
 namespace avx2 {
@@ -145,7 +149,7 @@ struct InstructionSet {
   bool supported;
 };
 
-#if defined(__x86_64__)
+#if defined(SAFECL_X86_SETS)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
@@ -154,7 +158,7 @@ bool has_avx512() {
 
 const std::vector<InstructionSet>& instruction_sets() {  // best first
   static const std::vector<InstructionSet> sets = {
-#if defined(__x86_64__)
+#if defined(SAFECL_X86_SETS)
       {"avx512", &avx512::kernels, has_avx512()},
       {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") != 0},
 #endif

@@ -52,7 +52,7 @@ struct Sums {  // what a kernel adds up over its elements
   double square;   // sum (grad_mult grad + strength F d)^2
 };
 
-// The same kernels compiled for one instruction set, each over elements [begin, end). None uses fused multiply-add, so the results agree bitwise.
+// The same kernels compiled for one instruction set, each over elements [begin, end). None fuses multiply-adds, so results agree bitwise.
 struct KernelTable {
   Sums (*adamw)(const AdamWCall&, int64_t begin, int64_t end);
   Sums (*fisher_penalty)(const PenaltyCall&, int64_t begin, int64_t end);

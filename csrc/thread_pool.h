@@ -8,6 +8,6 @@
 #include <functional>
 
 // Calls task(block) once for each block in [0, num_blocks), on up to num_threads threads, this one included, and returns when all are done.
-// Each thread takes a contiguous share of the blocks in order (memory stays on its NUMA node from call to call), then helps with the others'.
+// Each thread takes a contiguous share of the blocks in order (memory stays on its NUMA node from call to call), then helps the others.
 // Concurrent callers take turns; task must not throw and must not call run_blocks.
 void run_blocks(int64_t num_blocks, int num_threads, const std::function<void(int64_t)>& task);

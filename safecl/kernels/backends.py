@@ -75,7 +75,7 @@ def table() -> list[Choice]:
 def _choose(family: str, device: str, forced: str) -> tuple[str, str]:
     """(back end, why not a faster one); warns once where it had to take a slower one."""
     if forced and (forced in FAMILIES[family] or not any(forced in names for names in FAMILIES.values())):
-        return _check_forced(family, forced), f"forced to {forced}"
+        return _check_forced(family, device, forced), f"forced to {forced}"
     notes = []
     for name in PREFERENCE.get(device, ("torch",)):
         if name not in FAMILIES[family]:
@@ -89,10 +89,12 @@ def _choose(family: str, device: str, forced: str) -> tuple[str, str]:
     raise RuntimeError(f"no back end of the {family} kernels runs on {device}: {'; '.join(notes)}")
 
 
-def _check_forced(family: str, name: str) -> str:
+def _check_forced(family: str, device: str, name: str) -> str:
     if name not in FAMILIES[family]:
         raise ValueError(f"SAFECL_KERNELS is {name!r}; the {family} kernels have {', '.join(FAMILIES[family])}")
-    missing = _missing(name)
+    interpreted = name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    runs_there = name == "torch" or interpreted or name in PREFERENCE.get(device, ())
+    missing = _missing(name) if runs_there else f"{name} does not run on {device} tensors"
     if missing:
         raise ValueError(f"SAFECL_KERNELS is {name!r}, but {missing}")
     return name

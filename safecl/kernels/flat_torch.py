@@ -60,7 +60,8 @@ def fisher_penalty(grad: Tensor, param: Tensor, anchor: Tensor, fisher: Tensor |
     """grad += strength * fisher * (param - anchor); returns the penalty."""
     total = torch.zeros((), dtype=torch.float64, device=grad.device)
     for _, (g, p, a, f) in _chunks(grad, param, anchor, fisher):
-        pull, distance = _pull(p, a, f, strength)
+        distance = p.float() - a.float()
+        pull = _stiffness(f, strength) * distance
         g.copy_(g.float() + pull)
         total += (pull * distance).sum(dtype=torch.float64)
     return (0.5 * total).float()
@@ -80,7 +81,8 @@ def penalized_grad_norm(
     for start, (g, p, a, f) in _chunks(grad, param, anchor, fisher):
         h = grad_mult * g.float()
         if a is not None:
-            pull, distance = _pull(p, a, f, _per_element(strength, segments, "strength", start, g.numel()))
+            distance = p.float() - a.float()
+            pull = _stiffness(f, _per_element(strength, segments, "strength", start, g.numel())) * distance
             h = h + pull
             total += (pull * distance).sum(dtype=torch.float64)
         square += (h * h).sum(dtype=torch.float64)
@@ -114,7 +116,8 @@ def _step_chunk(
     decay = _per_element(c.weight_decay, call.segments, "weight_decay", start, n, scale=c.lr)
     g, twice_loss = c.grad * grad.float(), 0.0
     if anchor is not None:
-        pull, distance = _pull(p, anchor, fisher, strength)
+        stiffness, distance = _stiffness(fisher, strength), p - anchor.float()
+        pull = stiffness * distance
         twice_loss = (pull * distance).sum(dtype=torch.float64)
         g = g if call.proximal else g + pull
     new_m = c.beta1 * m + (1.0 - c.beta1) * g
@@ -122,7 +125,7 @@ def _step_chunk(
     update = c.step_size * new_m / (new_v.sqrt() * c.inv_sqrt_correction2 + c.eps)
     new_p = p - (decay * p + update)
     if anchor is not None and call.proximal:
-        new_p = _proximal(new_p, anchor, fisher, strength, c.lr)
+        new_p = _proximal(new_p, anchor.float(), c.lr * stiffness)
     if not call.frozen:
         new_ema = None if ema is None else ema + c.ema_rate * (new_p - ema)
         for old, new in ((p, new_p), (m, new_m), (v, new_v), (ema, new_ema), (out, new_p)):
@@ -130,17 +133,15 @@ def _step_chunk(
     return twice_loss
 
 
-def _pull(p: Tensor, anchor: Tensor, fisher: Tensor | None, strength: Scalar) -> tuple[Tensor, Tensor]:
-    """(strength F (p - a), p - a)."""
-    distance = p.float() - anchor.float()
-    return (strength * distance if fisher is None else strength * fisher.float() * distance), distance
+def _stiffness(fisher: Tensor | None, strength: Scalar) -> Tensor:
+    """strength F, the penalty's spring constant at each element (0-dim where it is the same at all)."""
+    return torch.as_tensor(strength, dtype=torch.float32) if fisher is None else strength * fisher.float()
 
 
-def _proximal(p: Tensor, anchor: Tensor, fisher: Tensor | None, strength: Scalar, lr: Scalar) -> Tensor:
-    """argmin_q 1/2 |q - p|^2 + lr/2 strength F (q - a)^2, written so that neither lr strength F = 1e-12 nor 1e38 loses it."""
-    weight = torch.as_tensor(lr, dtype=torch.float32, device=p.device) * strength
-    weight = (weight if fisher is None else weight * fisher.float()).clamp(max=1e37)  # keeps inf / inf away and NaN in
-    return p - weight / (1.0 + weight) * (p - anchor.float())
+def _proximal(p: Tensor, anchor: Tensor, weight: Tensor) -> Tensor:
+    """argmin_q 1/2 |q - p|^2 + weight/2 (q - a)^2 with weight = lr strength F, written so that neither 1e-12 nor 1e38 loses it."""
+    weight = weight.clamp(max=1e37)  # keeps inf / inf away and NaN in
+    return p - weight / (1.0 + weight) * (p - anchor)
 
 
 def _write(old: Tensor | None, new: Tensor | None, found_inf: Tensor | None) -> None:

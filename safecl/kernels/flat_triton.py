@@ -1,9 +1,10 @@
 """The flat family in Triton, for CUDA tensors (or CPU tensors under TRITON_INTERPRET=1).
 
-One program per BLOCK of consecutive elements; whole blocks are loaded without a mask, so that the compiler uses 16-byte accesses, and the rest is a
-second launch of one program. Sums: one fp32 partial a program, added in fp64 by a single program in a fixed order, without atomics.
-No autotuning (it would run an in-place kernel several times), no value is a constexpr: a new lr, step or strength never recompiles. Products and sums
-are not contracted to fused multiply-adds, and roots and quotients are correctly rounded: elements agree bitwise with the C++ kernels.
+One program per BLOCK of consecutive elements; whole blocks are loaded without a mask, so that the compiler uses 16-byte accesses, and the
+rest is a second launch of one program. Sums: one fp32 partial a program, added in fp64 by a single program in a fixed order, without
+atomics. No autotuning (it would run an in-place kernel several times), and no value is a constexpr: a new lr, step or strength never
+recompiles. Products and sums are not contracted to fused multiply-adds, and roots and quotients are correctly rounded: elements agree
+bitwise with the C++ kernels.
 """
 
 from __future__ import annotations
@@ -91,14 +92,12 @@ def _spread(column, default, starts, first_segment, block, offsets, BLOCK: tl.co
 
 
 @triton.jit
-def _pull(p, anchor, fisher, strength, offsets, mask, MASKED: tl.constexpr):
-    """(strength F (p - a), p - a)."""
-    distance = p - _load(anchor, offsets, mask, MASKED)
+def _stiffness(fisher, strength, offsets, mask, MASKED: tl.constexpr):
+    """strength F, the penalty's spring constant at each element."""
     if fisher is None:
-        pull = strength * distance
+        return strength
     else:
-        pull = strength * _load(fisher, offsets, mask, MASKED) * distance
-    return pull, distance
+        return strength * _load(fisher, offsets, mask, MASKED)
 
 
 @triton.jit(do_not_specialize=["n", "first_block", "rate"])
@@ -132,7 +131,8 @@ def penalty_kernel(
     mask = offsets < n
     if strength_on_device is not None:
         strength = tl.load(strength_on_device)
-    pull, distance = _pull(_load(param, offsets, mask, MASKED), anchor, fisher, strength, offsets, mask, MASKED)
+    distance = _load(param, offsets, mask, MASKED) - _load(anchor, offsets, mask, MASKED)
+    pull = _stiffness(fisher, strength, offsets, mask, MASKED) * distance
     tl.store(partial + block, tl.sum(pull * distance, 0))
     _store(grad, offsets, _load(grad, offsets, mask, MASKED) + pull, mask, MASKED)
 
@@ -151,7 +151,8 @@ def norm_kernel(
         if strength_on_device is not None:
             strength = tl.load(strength_on_device)
         strengths = _spread(segment_strength, strength, starts, first_segment, block, offsets, BLOCK)
-        pull, distance = _pull(_load(param, offsets, mask, MASKED), anchor, fisher, strengths, offsets, mask, MASKED)
+        distance = _load(param, offsets, mask, MASKED) - _load(anchor, offsets, mask, MASKED)
+        pull = _stiffness(fisher, strengths, offsets, mask, MASKED) * distance
         tl.store(partial + block, tl.sum(pull * distance, 0))
         h = h + pull
     tl.store(squares + block, tl.sum(h * h, 0))
@@ -184,8 +185,10 @@ def adamw_kernel(
         decays = decay
     if anchor is not None:
         strengths = _spread(segment_strength, strength, starts, first_segment, block, offsets, BLOCK)
-        pull, distance = _pull(p, anchor, fisher, strengths, offsets, mask, MASKED)
-        tl.store(partial + block, tl.sum(pull * distance, 0))
+        a = _load(anchor, offsets, mask, MASKED)
+        stiffness = _stiffness(fisher, strengths, offsets, mask, MASKED)
+        pull = stiffness * (p - a)
+        tl.store(partial + block, tl.sum(pull * (p - a), 0))
         if not PROXIMAL:
             g = g + pull
     m = beta1 * _load(exp_avg, offsets, mask, MASKED) + one_minus_beta1 * g
@@ -194,11 +197,9 @@ def adamw_kernel(
     new_p = p - (decays * p + update)
     if anchor is not None:
         if PROXIMAL:
-            weight = lr * strengths
-            if fisher is not None:
-                weight = weight * _load(fisher, offsets, mask, MASKED)
+            weight = lr * stiffness
             weight = tl.where(weight > 1e37, 1e37, weight)  # keeps inf / inf away and NaN in
-            new_p = new_p - tl.div_rn(weight, 1.0 + weight) * (new_p - (p - distance))
+            new_p = new_p - tl.div_rn(weight, 1.0 + weight) * (new_p - a)
     live = True
     if found_inf is not None:
         live = tl.load(found_inf) == 0
@@ -211,3 +212,115 @@ def adamw_kernel(
             _store(ema, offsets, e + ema_rate * (new_p - e), mask, MASKED)
         if param_out is not None:
             _store(param_out, offsets, new_p, mask, MASKED)
+
+
+@triton.jit(do_not_specialize=["count"])
+def sum_kernel(partial, result, count, scale: tl.constexpr, LANES: tl.constexpr):
+    """result = scale * sum of partial[:count]: every lane adds its own in order, then the lanes are added as a tree. One program."""
+    lanes = tl.arange(0, LANES)
+    sums = tl.zeros([LANES], tl.float64)
+    for start in range(0, count, LANES):
+        sums += tl.load(partial + start + lanes, mask=start + lanes < count, other=0.0).to(tl.float64)
+    tl.store(result, (scale * tl.sum(sums, 0)).to(result.dtype.element_ty))
+
+
+def ema_update(ema: Tensor, param: Tensor, rate: Scalar, seed: Tensor | None) -> None:
+    value, on_device = _split(rate)
+    _launch(ema_kernel, ema.numel(), ema, param, seed, on_device, rate=value)
+
+
+def fisher_accumulate(fisher: Tensor, grad: Tensor, weight: Scalar) -> None:
+    value, on_device = _split(weight)
+    _launch(fisher_kernel, fisher.numel(), fisher, grad, on_device, weight=value)
+
+
+def fisher_penalty(grad: Tensor, param: Tensor, anchor: Tensor, fisher: Tensor | None, strength: Scalar) -> Tensor:
+    value, on_device = _split(strength)
+    partial = _partials(grad)
+    _launch(penalty_kernel, grad.numel(), grad, param, anchor, fisher, partial, on_device, strength=value)
+    return _sum(partial, 0.5, torch.float32)
+
+
+def penalized_grad_norm(
+    grad: Tensor,
+    param: Tensor | None,
+    anchor: Tensor | None,
+    fisher: Tensor | None,
+    strength: Scalar,
+    grad_mult: Scalar,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    (strength, strength_on_device), (mult, mult_on_device) = _split(strength), _split(grad_mult)
+    partial, squares = (None if anchor is None else _partials(grad)), _partials(grad)
+    starts, first, column, _ = _segment_table(segments, grad)
+    tensors = (grad, param, anchor, fisher, partial, squares, strength_on_device, mult_on_device, starts, first, column)
+    _launch(norm_kernel, grad.numel(), *tensors, strength=strength, grad_mult=mult)
+    loss = torch.zeros((), dtype=torch.float64, device=grad.device) if partial is None else _sum(partial, 0.5, torch.float64)
+    return _sum(squares, 1.0, torch.float64), loss
+
+
+def adamw_step(call: AdamWArguments) -> Tensor | None:
+    if call.frozen:  # known on the host: only the loss is wanted
+        if call.anchor is None:
+            return None
+        return penalized_grad_norm(call.grad, call.param, call.anchor, call.fisher, call.coef.strength, 0.0, call.segments)[1].float()
+    values, on_device = _coefficients(call.coef)
+    partial = None if call.anchor is None else _partials(call.param)
+    starts, first, segment_strength, segment_decay = _segment_table(call.segments, call.param)
+    states = (call.param, call.grad, call.exp_avg, call.exp_avg_sq, call.anchor, call.fisher, call.ema, call.param_out)
+    tensors = (*states, partial, call.found_inf, on_device, starts, first, segment_strength, segment_decay)
+    _launch(adamw_kernel, call.param.numel(), *tensors, **values, PROXIMAL=call.proximal)
+    return None if partial is None else _sum(partial, 0.5, torch.float32)
+
+
+def _coefficients(c: Coefficients) -> tuple[dict[str, float], Tensor | None]:
+    """(floats for the kernel's arguments, all seven scalars in one device vector if any lives on the device)."""
+    values = {"beta1": c.beta1, "one_minus_beta1": 1.0 - c.beta1, "beta2": c.beta2, "one_minus_beta2": 1.0 - c.beta2, "eps": c.eps}
+    scalars = [getattr(c, name) for name in SCALARS]
+    device = next((s.device for s in scalars if isinstance(s, Tensor)), None)
+    names = ("grad_mult", "lr", "step_size", "inv_sqrt_correction2", "decay", "strength", "ema_rate")
+    if device is None:
+        return values | dict(zip(names, scalars, strict=True)), None
+    vector = torch.stack([s if isinstance(s, Tensor) else torch.full((), s, dtype=torch.float32, device=device) for s in scalars])
+    return values | dict.fromkeys(names, 0.0), vector
+
+
+def _split(value: Scalar) -> tuple[float, Tensor | None]:
+    """(number, None), or (unused, device scalar)."""
+    return (0.0, value) if isinstance(value, Tensor) else (value, None)
+
+
+def _segment_table(segments: Segments | None, like: Tensor) -> tuple[Tensor | None, ...]:
+    """(starts, first segment of each block and of the end, strength, weight_decay), computed on the device without a host read."""
+    if segments is None:
+        return None, None, None, None
+    blocks = torch.arange(_num_blocks(like.numel()) + 1, device=like.device, dtype=torch.int64) * BLOCK
+    count = segments.offsets.numel() - 1
+    first = (torch.searchsorted(segments.offsets, blocks, right=True) - 1).clamp_(0, count - 1)
+    return segments.offsets, first, segments.strength, segments.weight_decay
+
+
+def _num_blocks(numel: int) -> int:
+    return triton.cdiv(numel, BLOCK)
+
+
+def _partials(like: Tensor) -> Tensor:
+    return torch.empty(_num_blocks(like.numel()), dtype=torch.float32, device=like.device)
+
+
+def _sum(partial: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    result = torch.empty((), dtype=dtype, device=partial.device)
+    with torch.cuda.device_of(partial):
+        sum_kernel[(1,)](partial, result, partial.numel(), scale, LANES=LANES, num_warps=NUM_WARPS)
+    return result
+
+
+def _launch(kernel: triton.JITFunction, numel: int, *tensors: Tensor | None, **arguments: float | bool) -> None:
+    """Whole blocks without a mask, then the rest of the buffer in one masked program."""
+    whole, rest = divmod(numel, BLOCK)
+    options = {"BLOCK": BLOCK, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    with torch.cuda.device_of(tensors[0]):
+        if whole:
+            kernel[(whole,)](*tensors, n=numel, first_block=0, **arguments, MASKED=False, **options)
+        if rest:
+            kernel[(1,)](*tensors, n=numel, first_block=whole, **arguments, MASKED=True, **options)

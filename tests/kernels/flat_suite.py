@@ -290,8 +290,8 @@ def check_nan_is_not_hidden(device: str = "cpu") -> None:
 
 def check_proximal_is_stable(device: str = "cpu") -> None:
     """Whatever strength x lr, the proximal step ends between start and anchor; the strongest ends on the anchor, a tiny one is exact."""
-    for strength in (1e-9, 1.0, 1e12, 3e38):
-        case = Case(anchor=F32, fisher=F32, proximal=True, strength=strength, lr=1e-3, weight_decay=0.0)
+    for strength, lr in ((1e-9, 1e-3), (1.0, 1e-3), (1e12, 1e-3), (3e38, 1e-3), (3e38, 10.0)):
+        case = Case(anchor=F32, fisher=F32, proximal=True, strength=strength, lr=lr, weight_decay=0.0)
         inputs = make_inputs(case, 513, steps=1)
         inputs.grads[0].zero_()
         want, _ = oracle_steps(case, inputs)
@@ -320,7 +320,28 @@ def as_tensor(_: str, value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def quick_checks(sizes: tuple[int, ...], device: str = "cpu") -> list[tuple[str, Callable[[], None]]]:
+def check_device_scalars() -> None:
+    """Every scalar as a tensor that the host never reads, for all kernels; CPU tensors stand in for the device's."""
+    with scalars_stay_on_device():
+        for name in ("everything", "everything proximal", "plain"):
+            check_step(CASES[name], 1023, wrap=as_tensor)
+        check_found_inf(wrap=torch.tensor)
+        check_ema(BF16, 129, wrap=torch.tensor)
+        check_fisher(BF16, 129, wrap=torch.tensor)
+        check_penalty((F32, F32, BF16, BF16), 129, wrap=torch.tensor)
+        check_total_clipping(1000)
+
+
+def check_partial_sums(device: str = "cpu") -> None:
+    """The Triton kernels' second stage adds more partial sums than it has lanes, in fp64."""
+    from safecl.kernels import flat_triton
+
+    partial = torch.rand(2 * flat_triton.LANES + 77, generator=torch.Generator().manual_seed(0)).to(device)
+    want = 0.5 * float(partial.double().sum())
+    assert abs(float(flat_triton._sum(partial, 0.5, torch.float64)) - want) <= 1e-12 * want
+
+
+def quick_checks(sizes: tuple[int, ...], device: str = "cpu", triton: bool = False) -> list[tuple[str, Callable[[], None]]]:
     """The whole list at small sizes: what the interpreter, the mutations and the GPU run."""
     checks = [(f"step {name}, {n} elements", lambda c=case, n=n: check_step(c, n, device)) for name, case in CASES.items() for n in sizes]
     checks += [(f"ema from {d}, {n}", lambda d=d, n=n: check_ema(d, n, device)) for d in (F32, BF16) for n in sizes]
@@ -337,4 +358,5 @@ def quick_checks(sizes: tuple[int, ...], device: str = "cpu") -> list[tuple[str,
         ("nan", lambda: check_nan_is_not_hidden(device)),
         ("proximal", lambda: check_proximal_is_stable(device)),
     ]
+    checks += [("partial sums", lambda: check_partial_sums(device))] if triton else []
     return checks

@@ -25,16 +25,10 @@ def test_the_fused_step_is_adamw_with_penalty_and_ema(name, numel):
     suite.check_step(suite.CASES[name], numel)
 
 
-@pytest.mark.parametrize("name", ["everything", "everything proximal", "plain"])
-def test_device_scalars_give_the_same_step_without_being_read(name, backend):
+def test_device_scalars_give_the_same_step_without_being_read(backend):
     if backend == "cpp":
         pytest.skip("scalars of CPU buffers are always read")
-    with suite.scalars_stay_on_device():
-        suite.check_step(suite.CASES[name], 1023, wrap=suite.as_tensor)
-        suite.check_found_inf(wrap=torch.tensor)
-        suite.check_ema(BF16, 129, wrap=torch.tensor)
-        suite.check_fisher(BF16, 129, wrap=torch.tensor)
-        suite.check_penalty((F32, F32, BF16, BF16), 129, wrap=torch.tensor)
+    suite.check_device_scalars()
 
 
 def test_host_scalar_tensors_equal_numbers_bitwise():

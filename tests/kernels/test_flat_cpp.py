@@ -85,6 +85,16 @@ def test_the_twin_gives_the_same_bits_apart_from_its_square_root_and_the_order_o
 
 
 @built
+def test_a_copy_that_bypasses_the_cache_is_the_same_copy():
+    """Large aligned copies are streamed to memory, misaligned ones are not."""
+    numel = 600_001
+    found = [suite.run_case(suite.CASES["everything"], numel, steps=1, lead=lead)[1]["out"] for lead in (4, 3)]
+    assert found[0].inner.data_ptr() % 16 == 0 and found[1].inner.data_ptr() % 16 != 0
+    assert torch.equal(suite._bits(found[0].inner), suite._bits(found[1].inner))
+    found[0].assert_surroundings_untouched()
+
+
+@built
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
     want = all_results()
@@ -199,6 +209,10 @@ def test_a_build_without_a_compiler_succeeds_with_one_clear_line(tmp_path):
 
 def test_a_forced_back_end_that_cannot_run_is_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match="SAFECL_KERNELS is 'cuda'; the flat kernels have triton, cpp, torch"), backends.using("cuda"):
+        suite.ema_update_(torch.zeros(2), torch.ones(2), 0.5)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends._choose.cache_clear()
+    with pytest.raises(ValueError, match="triton does not run on cpu tensors"), backends.using("triton"):
         suite.ema_update_(torch.zeros(2), torch.ones(2), 0.5)
 
 

@@ -1,0 +1,159 @@
+"""Breaks the flat kernels on purpose, one line at a time, and reports which breaks the checks of `flat_suite` do not notice.
+
+    python -m tests.kernels.flat_mutations torch | cpp | triton
+
+Each mutant is a copy of the package with one line changed, imported (and for C++ compiled) in place of the original.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SHARED = {  # the scalars, checked through the torch twin
+    "bias correction of m dropped": ("lr / (1.0 - beta1**step)", "lr"),
+    "bias correction of v dropped": ("(1.0 - beta2**step) ** -0.5", "1.0"),
+    "ema decay swapped": ('1.0 - check_scalar("ema_decay"', 'check_scalar("ema_decay"'),
+    "grad_scale multiplied": ("clip / scale", "clip * scale"),
+    "weight decay without lr": ('lr * check_scalar("weight_decay"', '1.0 * check_scalar("weight_decay"'),
+    "found_inf on the host ignored": ("return float(found_inf) != 0.0", "return False"),
+}
+TORCH = {
+    "last partial chunk skipped": ("range(0, first.numel(), size)", "range(0, first.numel() // size * size, size)"),
+    "clip coefficient ignored": ("c.grad * grad.float()", "grad.float()"),
+    "penalty sign": ("else g + pull", "else g - pull"),
+    "penalty also in the moments when proximal": ("g if call.proximal else g + pull", "g + pull"),
+    "second moment not squared": ("(1.0 - c.beta2) * g * g", "(1.0 - c.beta2) * g"),
+    "weight decay dropped": ("p - (decay * p + update)", "p - update"),
+    "ema of the old p": ("c.ema_rate * (new_p - ema)", "c.ema_rate * (p - ema)"),
+    "copy of a moment": ("(out, new_p))", "(out, new_m))"),
+    "penalty loss doubled": ("None if call.anchor is None else (0.5 * total)", "None if call.anchor is None else (1.0 * total)"),
+    "segments ignored": ("if values is None:\n        return scalar", "if True:\n        return scalar"),
+    "found_inf on the device ignored": ("new if found_inf is None else", "new if True else"),
+    "stochastic rounding to nearest": ("(bits + noise)", "(bits + 0x7FFF)"),
+    "ema decay swapped": ("rate * (p.float() - e32)", "(1.0 - rate) * (p.float() - e32)"),
+    "fisher not squared": ("weight * g32 * g32", "weight * g32"),
+    "fisher weight ignored": ("weight * g32 * g32", "g32 * g32"),
+    "anchor ignored in the penalty": ("p.float() - a.float()\n        pull", "p.float()\n        pull"),
+    "norm without penalty": ("h = h + pull", "h = h"),
+    "proximal cap gone": ("weight.clamp(max=1e37)", "weight"),
+}
+CPP = {
+    "last partial group skipped": ("if (at < (end)) group<false>", "if (false) group<false>"),
+    "clip coefficient ignored": ("g[j] = c.grad_mult * raw[j]", "g[j] = raw[j]"),
+    "penalty sign": ("g[j] += pull[j]", "g[j] -= pull[j]"),
+    "second moment not squared": ("c.one_minus_beta2 * g[j] * g[j]", "c.one_minus_beta2 * g[j]"),
+    "weight decay dropped": ("(decay * p[j] + update)", "update"),
+    "betas swapped": ("c.beta1 * m[j] + c.one_minus_beta1", "c.beta2 * m[j] + c.one_minus_beta2"),
+    "ema stands still": ("c.ema_rate * (new_p[j] - ema[j])", "0"),
+    "stochastic noise of the neighbour": ("random_word(at + j, c.seed)", "random_word(0, c.seed)"),
+    "fisher not squared": ("c.weight * g[j] * g[j]", "c.weight * g[j]"),
+    "segment decay ignored": ("s >= 0 && c.segments.weight_decay ? c.lr * c.segments.weight_decay[s] : c.weight_decay", "c.weight_decay"),
+    "norm without penalty": ("c.grad_mult * g[j] + pull[j]", "c.grad_mult * g[j]"),
+    "loss loses half its lanes": ("for (double lane : lanes) sum += lane;", "for (int j = 0; j < kLanes; j += 2) sum += lanes[j];"),
+}  # fmt: skip
+TRITON = {
+    "last partial block skipped": ("        if rest:\n", "        if False:\n"),
+    "penalty sign": ("g = g + pull", "g = g - pull"),
+    "second moment not squared": ("one_minus_beta2 * g * g", "one_minus_beta2 * g"),
+    "weight decay dropped": ("(decays * p + update)", "update"),
+    "ema of the old p": ("ema_rate * (new_p - e)", "ema_rate * (p - e)"),
+    "found_inf ignored": ("live = tl.load(found_inf) == 0", "live = tl.load(found_inf) >= 0"),
+    "device scalars out of order": ("tl.load(scalars + 5), tl.load(scalars + 6)", "tl.load(scalars + 6), tl.load(scalars + 5)"),
+    "only the first segment of a block": ("for s in range(first + 1, last + 1)", "for s in range(first + 1, first + 1)"),
+    "padding counted": ("mask=mask, other=0.0", "mask=mask, other=1.0"),
+    "copy truncated": ("(bits + 0x7FFF + ((bits >> 16) & 1))", "bits"),
+    "only one round of partial sums": ("for start in range(0, count, LANES)", "for start in range(0, 1, LANES)"),
+    "fisher not squared": ("weight * g * g", "weight * g"),
+}  # fmt: skip
+
+LISTS = {
+    "torch": [("safecl/kernels/flat_arguments.py", SHARED), ("safecl/kernels/flat_torch.py", TORCH)],
+    "cpp": [("csrc/flat_kernels.inc", CPP)],
+    "triton": [("safecl/kernels/flat_triton.py", TRITON)],
+}
+SIZES = {"torch": (7, 40_001), "cpp": (7, 40_001), "triton": (7, 5000)}
+
+
+def survivors(backend: str) -> list[str]:
+    """Names of the mutants that pass every check."""
+    failure = first_failure(backend, ROOT)
+    if failure:
+        raise SystemExit(f"the unbroken {backend} kernels fail {failure}")
+    found = []
+    for path, mutations in LISTS[backend]:
+        for name, (old, new) in mutations.items():
+            with tempfile.TemporaryDirectory() as folder:
+                tree = copy_tree(Path(folder))
+                source = (tree / path).read_text()
+                assert source.count(old) == 1, f"{name}: {source.count(old)} places in {path} match {old!r}"
+                (tree / path).write_text(source.replace(old, new))
+                if backend == "cpp":
+                    build(tree)
+                failure = first_failure(backend, tree)
+            print(f"{backend}: {name}: {failure or 'NOT NOTICED'}", flush=True)
+            found += [] if failure else [name]
+    return found
+
+
+def copy_tree(target: Path) -> Path:
+    for part in ("safecl/kernels", "tests/kernels", "csrc"):
+        shutil.copytree(ROOT / part, target / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("safecl/__init__.py", "tests/__init__.py", "setup.py"):
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def build(tree: Path) -> None:
+    """The mutated library, baseline instruction set only and little optimised: a second instead of four."""
+    spec = importlib.util.spec_from_file_location("mutant_setup", tree / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    failure = setup.compile_library(tree / "safecl" / "kernels" / "libsafecl.so", (*setup.FLAGS, "-O1", "-DSAFECL_BASELINE_ONLY"))
+    assert not failure, failure
+
+
+def first_failure(backend: str, tree: Path) -> str:
+    """The first check that the kernels of `tree` fail; "" if they pass all."""
+    for name in [n for n in sys.modules if n.split(".")[0] == "safecl" or n.startswith("tests.kernels.flat")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(tree))
+    tests = sys.modules["tests"], sys.modules["tests.kernels"]
+    try:
+        for module, folder in zip(tests, ("tests", "tests/kernels"), strict=True):
+            module.__path__ = [str(tree / folder)]
+        suite = importlib.import_module("tests.kernels.flat_suite")
+        assert Path(suite.__file__).is_relative_to(tree), suite.__file__
+        with importlib.import_module("safecl.kernels.backends").using(backend):
+            checks = suite.quick_checks(SIZES[backend], triton=backend == "triton")
+            return run_checks(checks + ([] if backend == "cpp" else [("device scalars", suite.check_device_scalars)]))
+    finally:
+        sys.path.remove(str(tree))
+
+
+def run_checks(checks: list) -> str:
+    for name, check in checks:
+        try:
+            check()
+        except Exception:
+            return name
+    return ""
+
+
+if __name__ == "__main__":
+    import tests
+    import tests.kernels  # noqa: F401
+
+    if sys.argv[1] == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"
+    warnings.simplefilter("ignore", RuntimeWarning)
+    unnoticed = survivors(sys.argv[1])
+    print(f"{sys.argv[1]}: {len(unnoticed)} not noticed")
+    sys.exit(1 if unnoticed else 0)
