@@ -6,12 +6,20 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "BufferInUse": "lock",
+    "CacheHeader": "cache",
+    "CacheReader": "cache",
+    "CacheWriter": "cache",
     "HiddenOutputs": "rows",
+    "InsertReport": "insertion",
     "LogitsOutputs": "rows",
     "MemoryRow": "rows",
+    "Prefetcher": "prefetch",
     "ReplayBuffer": "buffer",
     "ReplayError": "rows",
     "TeacherOutputs": "rows",
+    "pinned": "prefetch",
+    "stack_outputs": "prefetch",
 }
 
 __all__ = sorted(_HOMES)

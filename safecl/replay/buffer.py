@@ -136,7 +136,7 @@ class ReplayBuffer:
             self.table.append(rows.columns())
         self.num_seen = self.store.start = max(self.num_seen, seen)
         if self.store.writable and opened.header is None and self.writes_index:
-            snapshots.write(self)
+            snapshots.write(self, next_version=False)
 
     @property
     def writes_index(self) -> bool:
@@ -273,7 +273,9 @@ class ReplayBuffer:
     def body(self, position: int, segment: int, offset: int, nbytes: int, digest: int) -> memoryview:
         """The bytes of a row, checked. Raises ReplayError."""
         if segment == UNKNOWN:
-            raise ReplayError(f"row {position} lies on rank {self.rank_of(position)}; this rank's folder {self.folder} does not have it")
+            rank = self.rank_of(position)
+            where = f"it lies on rank {rank}" if rank != self.rank else "its segment is missing or cut"
+            raise ReplayError(f"row {position} is not in {self.folder}: {where}")
         body = self.store.read(segment, offset, nbytes)
         if codec.checksum(position, body) != digest:
             where = f"{self.folder / self.store.name(segment)}: row {position} at byte {offset}"
@@ -282,13 +284,13 @@ class ReplayBuffer:
 
     @_locked
     def locate(self) -> None:
-        """Finds the rows that other ranks wrote into this folder, after they flushed them."""
+        """Finds rows that other ranks, or this one before a state of another rank was loaded, wrote into this folder."""
         missing = np.flatnonzero(self.table["segment"] == UNKNOWN)
         if len(missing) == 0:
             return
-        first, last = self.store.shards
-        others = [n for n in self.store.on_disk() if n not in self.ignored and self.store.header(n).shards != (first, last)]
-        found, _ = rows_found(find_blocks(self.store, others, {})[0], self.store, self.labels, self.seed)
+        names = [name for name in self.store.on_disk() if name not in self.ignored]
+        blocks, _ = find_blocks(self.store, names, {}, check_bodies=False)
+        found, _ = rows_found(blocks, self.store, self.labels, self.seed)
         missing = missing[np.isin(self.table["position"][missing], found["position"])]
         at = np.searchsorted(found["position"], self.table["position"][missing])
         same = found["row_id"][at] == self.table["row_id"][missing]

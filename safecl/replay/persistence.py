@@ -46,6 +46,11 @@ def index_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("index-*.index"), reverse=True) if folder.is_dir() else []
 
 
+def version_of(path: Path) -> int:
+    """The version that an index file's name tells."""
+    return int(path.stem.split("-")[1])
+
+
 def map_file(path: Path) -> memoryview:
     """A file's bytes, mapped."""
     with path.open("rb") as file:
@@ -96,14 +101,14 @@ def open_folder(store: SegmentFolder) -> Opened:
     return opened
 
 
-def find_blocks(store: SegmentFolder, names: list[str], covered: dict[str, int]) -> tuple[Blocks, list[str]]:
+def find_blocks(store: SegmentFolder, names: list[str], covered: dict[str, int], check_bodies: bool = True) -> tuple[Blocks, list[str]]:
     """Blocks of segments beyond the bytes that are `covered`, and what is damaged there."""
     found, problems = [], []
     for name in names:
         try:
             size, start = (store.folder / name).stat().st_size, covered.get(name, HEADER_BYTES)
             if size > start:
-                found.append(Found(name, store.header(name), store.scan(name, start)))
+                found.append(Found(name, store.header(name), store.scan(name, start, check_bodies)))
         except ReplayError as error:
             problems.append(str(error))
     return newest(found), problems + [problem for one in found for problem in one.scan.problems]

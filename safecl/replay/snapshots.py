@@ -13,7 +13,7 @@ import numpy as np
 
 from safecl.config import ConfigError
 from safecl.replay.insertion import write_rows
-from safecl.replay.persistence import LabelBook, index_files, map_file, write_index
+from safecl.replay.persistence import LabelBook, index_files, map_file, version_of, write_index
 from safecl.replay.rows import ReplayError
 from safecl.replay.table import UNKNOWN, RowTable, dump_index, load_index
 
@@ -80,10 +80,13 @@ def dump(buffer: ReplayBuffer) -> bytes:
     return dump_index(header, RowTable(columns))
 
 
-def write(buffer: ReplayBuffer) -> bytes:
-    """Puts rows and index on the disk under the next version; returns the index. Raises ReplayError with the last index intact."""
+def write(buffer: ReplayBuffer, next_version: bool = True) -> bytes:
+    """Puts rows and index on the disk under the next version; returns the index. Raises ReplayError with the last index intact.
+
+    Versions are counted alike on all ranks, whichever of them writes the file.
+    """
     buffer.store.sync()
-    buffer.version += 1
+    buffer.version += next_version
     data = dump(buffer)
     if buffer.writes_index and buffer.store.writable:
         write_index(buffer.folder, buffer.version, data)
@@ -129,7 +132,22 @@ def take_over(buffer: ReplayBuffer, header: Mapping[str, Any], table: RowTable) 
         table.own()
         table["segment"][:] = numbers[table["segment"]]
     buffer.table = table
-    return [problem for name, size, digest in header["segments"] if digest and (problem := _shorter(buffer, name, size))]
+    return [problem for name, size, digest in header["segments"] if digest and (problem := _lose(buffer, name, size))]
+
+
+def _lose(buffer: ReplayBuffer, name: str, size: int) -> str | None:
+    """Marks rows of a missing or cut segment as lost; says so where they are this rank's. Other ranks' rows may lie on other nodes."""
+    problem = _shorter(buffer, name, size)
+    if problem is None:
+        return None
+    table, path = buffer.table, buffer.folder / name
+    end = path.stat().st_size if path.exists() else 0
+    lost = (table["segment"] == buffer.store.number(name)) & (table["offset"] + table["nbytes"] > end)
+    first, last = buffer.store.shards
+    own = lost & (table["shard"] >= first) & (table["shard"] <= last)
+    table.own()
+    table["segment"][lost] = UNKNOWN
+    return problem if own.any() else None
 
 
 def _shorter(buffer: ReplayBuffer, name: str, size: int) -> str | None:
@@ -144,21 +162,31 @@ def load_state_dict(buffer: ReplayBuffer, state: Mapping[str, Any]) -> None:
     """See ReplayBuffer.load_state_dict."""
     header, table = load_index(memoryview(np.ascontiguousarray(state["index"], np.uint8)), "the checkpoint's memory index")
     check_settings(buffer, header["settings"], "the checkpoint's memory")
-    on_disk, version = buffer.store.on_disk(), buffer.version
+    on_disk = buffer.store.on_disk()
     if problems := take_over(buffer, header, table):
         raise ReplayError("; ".join(problems))
+    here = _segment_names(buffer)
     for name, size, digest in header["segments"]:
-        if digest and buffer.store.digest(name, size) != digest:
+        if name in here and buffer.store.digest(name, size) != digest:
             raise ReplayError(
                 f"{buffer.folder / name}: changed since the checkpoint; `safecl memory verify {buffer.folder}` says which rows"
             )
-    buffer.version = max(buffer.version, version)
+    buffer.locate()
     buffer.held = {v: names for v, names in buffer.held.items() if v <= state["version"]} | {state["version"]: _segment_names(buffer)}
-    known = {name for name, _, _ in header["segments"]}
+    known = {name for name, _, _ in header["segments"]} | set(_segment_names(buffer))
     buffer.store.begin_generation(buffer.num_seen)
     if buffer.store.writable:
         buffer.ignored = sorted({*buffer.ignored, *(name for name in on_disk if name not in known and _is_own(buffer, name))})
+        _forget_indices(buffer, buffer.version)
         write(buffer)
+
+
+def _forget_indices(buffer: ReplayBuffer, after: int) -> None:
+    """Removes the indices of versions that a resumed run has not reached yet."""
+    if buffer.writes_index:
+        for path in index_files(buffer.folder):
+            if version_of(path) > after:
+                path.unlink(missing_ok=True)
 
 
 def publish(buffer: ReplayBuffer, version: int, retain: Iterable[int] = ()) -> int:

@@ -164,6 +164,20 @@ def test_repair_lets_go_of_damaged_rows_and_keeps_the_others(tmp_path, healthy):
         assert all(same_row(buffer.get(key), offered[key]) for key in buffer.keys())
 
 
+def test_a_missing_segment_is_told_and_the_rest_goes_on(tmp_path, healthy):
+    files, offered = healthy
+    lost = max((name for name in files if name.endswith(".segment")), key=lambda name: len(files[name]))
+    write_all(tmp_path, {name: data for name, data in files.items() if name != lost})
+    with ReplayBuffer(config(), tmp_path) as buffer:
+        assert [problem for problem in buffer.problems if lost in problem and "missing" in problem]
+        with pytest.raises(ReplayError, match="its segment is missing or cut"):
+            buffer.get_many(buffer.keys())
+        buffer.insert(offered[:5])
+    with ReplayBuffer(config(), tmp_path) as buffer:
+        assert buffer.verify(repair=True)
+        assert 5 < len(buffer) < 45 and len(buffer.get_many(buffer.keys())) == len(buffer)
+
+
 def test_a_checkpoint_refuses_a_segment_that_changed(tmp_path, healthy):
     files, _ = healthy
     write_all(tmp_path, files)

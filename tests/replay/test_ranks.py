@@ -130,6 +130,24 @@ def test_a_resumed_run_replaces_what_the_killed_one_inserted_after_the_checkpoin
         path.unlink()  # and the same again from an older index, and from the segments alone
 
 
+def test_ranks_count_versions_alike_in_whatever_order_they_open_the_folder(tmp_path):
+    ranks = Ranks(2, tmp_path)
+    ranks.insert(rows(20))
+    states = [ranks.save(), ranks.save()]
+    ranks.insert(rows(20, first=50))
+    ranks.save()
+    ranks.close()
+    resumed = Ranks(2, tmp_path)
+    resumed.load(states[0])  # rank 0 has written new files when rank 1 begins
+    resumed.insert(rows(20, first=80))
+    version = resumed.save()["version"]
+    for buffer in resumed.buffers:
+        assert buffer.version == version
+        buffer.publish(version)
+    assert [path.name for path in tmp_path.glob("index-*")] == [f"index-{version + 1:010d}.index"]
+    resumed.close()
+
+
 def test_each_rank_stores_only_its_own_rows(tmp_path):
     ranks = Ranks(4, tmp_path)
     ranks.insert(rows(200))
@@ -149,7 +167,7 @@ def test_a_rank_on_another_node_says_where_a_foreign_row_lies(tmp_path):
     for buffer in buffers:
         buffer.insert(rows(10))
     foreign = next(key for key in range(10) if buffers[0].rank_of(key) == 1)
-    with pytest.raises(ReplayError, match="lies on rank 1"):
+    with pytest.raises(ReplayError, match="it lies on rank 1"):
         buffers[0].get(foreign)
     assert buffers[0].length(foreign) == buffers[1].length(foreign)
 
@@ -168,6 +186,22 @@ def test_moving_whole_files_is_all_that_another_number_of_ranks_needs(tmp_path):
         buffer = ReplayBuffer(config(), node, rank=rank, world_size=2)
         buffer.load_state_dict(state)
         assert all(same_row(buffer.get(key), offered[key]) for key in range(150) if buffer.rank_of(key) == rank)
+
+
+def test_ranks_with_folders_of_their_own_resume_from_one_ranks_state(tmp_path):
+    offered, states = rows(60), []
+    for rank in range(2):
+        with ReplayBuffer(config(), tmp_path / str(rank), rank=rank, world_size=2) as buffer:
+            buffer.insert(offered)
+            states.append(buffer.state_dict())
+            buffer.insert(rows(10, first=700))
+    for rank in range(2):
+        with ReplayBuffer(config(), tmp_path / str(rank), rank=rank, world_size=2) as buffer:
+            buffer.load_state_dict(states[0])
+            assert buffer.keys() == list(range(60))
+            assert all(same_row(buffer.get(key), offered[key]) for key in buffer.keys() if buffer.rank_of(key) == rank)
+            buffer.publish(buffer.state_dict()["version"])
+            assert all(same_row(buffer.get(key), offered[key]) for key in buffer.keys() if buffer.rank_of(key) == rank)
 
 
 def test_other_settings_are_refused_with_both_values(tmp_path):
