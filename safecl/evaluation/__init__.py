@@ -32,6 +32,7 @@ _HOMES = {
     "rate_of_verdicts": "judges",
     "results_table": "tables",
     "smallest_passing_size": "intervals",
+    "summarise": "evaluation",
     "wilson": "intervals",
     "write_outputs": "outputs",
 }

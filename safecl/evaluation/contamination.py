@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from safecl.config import ConfigError
-from safecl.evaluation.prompts import place_of, text_of
+from safecl.evaluation.texts import place_of, text_of
 
 NEAR = 0.7
 FEWEST_CONTAINED_WORDS = 5

@@ -10,12 +10,14 @@ from typing import Any
 
 from safecl.config import EvalConfig, GateConfig, SafetyConfig
 from safecl.evaluation.gates import GateResult, gate
+from safecl.evaluation.metrics import average_score, backward_transfer, forgetting, forward_transfer
 from safecl.evaluation.model import EvalModel
 from safecl.evaluation.outputs import Privacy, write_outputs
 from safecl.evaluation.safety import SafetyResult, evaluate_safety
 from safecl.evaluation.task import MAX_LABELS, TaskResult, evaluate_task
 
 _LONGEST_LABEL = 4
+_AFTER = "after "
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,35 @@ def evaluate(
         safety=evaluate_safety(model, tokenizer, safety, prompts, benign, labels=labels) if safety and prompts else None,
         tasks={name: evaluate_task(model, tokenizer, config, rows, name=name, batch_size=batch_size) for name, config, rows in tasks},
     )
+
+
+def summarise(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Worst case and transfer over a run's moments: `{"max_asr", "max_asr_when", "average", "backward_transfer", "forgetting", ...}`.
+
+    The matrix of scores has a row per moment "after NAME" and a column per such task; a task whose metric is better when lower counts with
+    its negative. Forward transfer is against the run's first moment. None where nothing was measured.
+    """
+    finished = {evaluation.when.removeprefix(_AFTER): evaluation for evaluation in evaluations if evaluation.when.startswith(_AFTER)}
+    matrix = [[_score(evaluation, task) for task in finished] for evaluation in finished.values()]
+    rates = [(evaluation.safety.asr.value, evaluation.when) for evaluation in evaluations if evaluation.safety is not None]
+    worst = max(rates, key=lambda pair: pair[0], default=(None, None))
+    summary = {"max_asr": worst[0], "max_asr_when": worst[1], "tasks": list(finished), "scores": matrix}
+    if not finished:
+        return summary
+    start = [_score(evaluations[0], task) for task in finished]
+    return summary | {
+        "average": average_score(matrix),
+        "backward_transfer": backward_transfer(matrix),
+        "forward_transfer": forward_transfer(matrix, start),
+        "forgetting": forgetting(matrix),
+    }
+
+
+def _score(evaluation: Evaluation, task: str) -> float | None:
+    result = evaluation.tasks.get(task)
+    if result is None:
+        return None
+    return result.value.value if result.higher_is_better else -result.value.value
 
 
 def short_answers(rows: Sequence[Any]) -> set[str]:

@@ -10,11 +10,13 @@ A run passes when every limit does, fails when one fails, and is undecided other
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safecl.config import ConfigError, GateConfig
 from safecl.evaluation.intervals import Rate, smallest_passing_size, wilson
-from safecl.evaluation.safety import SafetyResult
+
+if TYPE_CHECKING:
+    from safecl.evaluation.safety import SafetyResult
 
 Verdict = Literal["passed", "failed", "undecided"]
 

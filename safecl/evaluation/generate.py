@@ -82,7 +82,7 @@ def _generate_batch(
     chosen, past = [], None
     for step in range(max_new_tokens):
         logits, past = model.logits(step_ids, mask[:, : width + step], positions, past=past, use_cache=True, last_only=True)
-        token = torch.where(done, pad_id, logits[:, -1].argmax(-1))  # [batch]
+        token = logits[:, -1].argmax(-1)  # [batch]; what follows an end token is cut off below
         chosen.append(token)
         done = done | torch.isin(token, ends) | (room == step + 1)
         if step + 1 == max_new_tokens or not model.any(not bool(done.all())):

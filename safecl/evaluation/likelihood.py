@@ -15,6 +15,9 @@ from safecl.evaluation.model import EvalModel
 LOGITS_BYTES = 2**30
 """fp32 bytes of logits [batch, length, vocab] aimed at per forward pass."""
 
+TOKENS_AT_ONCE = 512
+"""Scored tokens whose logits are turned into fp32 together."""
+
 
 class Scored(NamedTuple):
     """A row's summed log-probability (natural log, at most 0) and how many tokens were summed."""
@@ -62,11 +65,15 @@ def _score_batch(model: EvalModel, rows: list[tuple[Sequence[int], Sequence[bool
     results = []
     for row in range(len(rows)):
         places = scored[row, 1:].nonzero()[:, 0].to(model.device)  # the token at place + 1 is predicted at place
-        log_probs = torch.log_softmax(logits[row, places].float(), dim=-1)  # [tokens, vocab]
         targets = ids[row, 1:].to(model.device)[places]
-        total = log_probs.gather(1, targets[:, None]).double().sum()
-        results.append(Scored(float(total), len(places)))
+        pieces = zip(places.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True)
+        results.append(Scored(sum(_sum_log_probs(logits[row], *piece) for piece in pieces), len(places)))
     return results
+
+
+def _sum_log_probs(logits: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> float:
+    log_probs = torch.log_softmax(logits[places].float(), dim=-1)  # [places, vocab]
+    return float(log_probs.gather(1, targets[:, None]).double().sum())
 
 
 def _pad_right(rows: list[tuple[Sequence[int], Sequence[bool]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from safecl.config import ConfigError
+from safecl.evaluation.folders import check_is_model
 
 Item = TypeVar("Item")
 
@@ -153,17 +154,3 @@ def _refuse_random_weights(path: str | Path, info: dict[str, Any]) -> None:
     missing = sorted({*info.get("missing_keys", ()), *(entry[0] for entry in info.get("mismatched_keys", ()))})
     if missing:
         raise ConfigError(f"{path}: {len(missing)} weights are missing or of another shape than config.json says, first {missing[0]}")
-
-
-def check_is_model(path: str | Path) -> None:
-    """Tells a folder that is no model; a hub id is left to transformers. Raises ConfigError with the nearest folder that is one."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
-            raise ConfigError(f"{path}: no such model folder")
-        return
-    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        return
-    inner = folder / "model"
-    hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
-    raise ConfigError(f"{path}: not a model folder, there is no config.json in it{hint}")

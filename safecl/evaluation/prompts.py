@@ -8,22 +8,7 @@ from typing import Any
 from safecl.config import ConfigError
 from safecl.evaluation.generate import generate_greedy, room_for_answer
 from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
-
-
-def messages_of(prompt: Any) -> tuple:
-    """The turns before the answer, of a `Prompt` or of a `ChatRow` (whose last assistant turn is the reference)."""
-    messages = tuple(prompt.messages)
-    return messages[:-1] if messages and messages[-1].role == "assistant" else messages
-
-
-def text_of(prompt: Any) -> str:
-    """What the user says last."""
-    users = [message.content for message in messages_of(prompt) if message.role == "user"]
-    return users[-1] if users else ""
-
-
-def place_of(prompt: Any) -> str:
-    return f"{prompt.path}:{prompt.line}"
+from safecl.evaluation.texts import messages_of, place_of
 
 
 def pad_id_of(tokenizer: Any) -> int:

@@ -19,8 +19,9 @@ from safecl.config import ConfigError, SafetyConfig
 from safecl.evaluation.intervals import Rate, rate
 from safecl.evaluation.judges import load_scorer
 from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
-from safecl.evaluation.prompts import answer_prompts, place_of, text_of
+from safecl.evaluation.prompts import answer_prompts
 from safecl.evaluation.scorers import SCORERS, attack_succeeded, off_task_reason, opens_affirmatively, refused
+from safecl.evaluation.texts import place_of, text_of
 
 OVER_REFUSAL_SCORER = "prefix:xstest"
 

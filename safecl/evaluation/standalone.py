@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safecl.config import (
     ConfigError,
@@ -29,9 +29,12 @@ from safecl.config import (
     validate_tree,
 )
 from safecl.evaluation.contamination import check_disjoint
-from safecl.evaluation.evaluation import Evaluation, evaluate, judge_gate
+from safecl.evaluation.folders import check_is_model, is_model, name_of
 from safecl.evaluation.gates import GateResult, check_gate_is_decidable
 from safecl.evaluation.outputs import Privacy
+
+if TYPE_CHECKING:
+    from safecl.evaluation.evaluation import Evaluation
 
 TASK_OF_FOLDER = "eval"
 
@@ -65,9 +68,9 @@ def evaluate_target(target: str | Path, overrides: Iterable[str] = (), *, output
         config = load_config(target, overrides)
         tuned = Path(config.output) / "model"
         chosen = any(override.startswith("model.path=") for override in overrides)
-        return evaluate_config(config, model=tuned if not chosen and _is_model(tuned) else None, output=output)
+        return evaluate_config(config, model=tuned if not chosen and is_model(tuned) else None, output=output)
     if (target / "config.yaml").is_file():
-        if not _is_model(target / "model"):
+        if not is_model(target / "model"):
             raise ConfigError(
                 f"{target}: this run has no model/ yet; `safecl eval {target / 'config.yaml'}` measures the model it starts from"
             )
@@ -77,6 +80,7 @@ def evaluate_target(target: str | Path, overrides: Iterable[str] = (), *, output
 
 def evaluate_config(config: RunConfig, *, model: str | Path | None = None, output: str | Path | None = None) -> StandaloneResult:
     """Measures what a run config measures, on `model` (default: `model.path`); refuses prompts that stand in its training data."""
+    check_is_model(model or config.model.path)
     prompts, benign = _read_prompts(config.safety)
     if prompts:
         check_disjoint([*prompts, *benign], rows_of_run(config))
@@ -101,10 +105,11 @@ def evaluate_folder(
     Args: `tasks` by name; `dtype` auto (as saved), bf16 or fp32; `settings` tokenizer, chat template and attention where the folder's own
     are not wanted. Raises: ConfigError.
     """
+    check_is_model(model)
     prompts, benign = _read_prompts(safety)
     read = [(name, config, read_eval_rows(config, None)) for name, config in (tasks or {}).items()]
     settings = (settings or ModelConfig(path=str(model))).model_copy(update={"path": str(model)})
-    folder = Path(output or Path("runs") / f"eval-{Path(model).name}")
+    folder = Path(output or Path("runs") / f"eval-{name_of(model)}")
     return _measure(settings, dtype, safety, prompts, benign, read, privacy, folder)
 
 
@@ -168,10 +173,6 @@ def _read_prompts(safety: SafetyConfig | None) -> tuple[list[Any], list[Any]]:
     return prompts, benign
 
 
-def _is_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-
 # ------------------------------------------------------------------------------------------------------------------- measure
 
 
@@ -190,14 +191,13 @@ def _measure(
             "nothing to measure: give disallowed prompts, safety.prompts=FILE, or a task, eval.path=FILE eval.metric=exact_match"
         )
     from safecl.data import load_tokenizer
-    from safecl.evaluation.model import HFEvalModel, check_is_model
+    from safecl.evaluation.evaluation import evaluate, judge_gate
+    from safecl.evaluation.model import HFEvalModel
 
-    check_is_model(settings.path)
     tokenizer = load_tokenizer(settings)
-    name = Path(settings.path).parent.name if Path(settings.path).name == "model" else Path(settings.path).name
     with _ranks():
         model = HFEvalModel.load(settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code)
-        found = evaluate(model, tokenizer, when=name or "model", safety=safety, prompts=prompts, benign=benign, tasks=tasks)
+        found = evaluate(model, tokenizer, when=name_of(settings.path), safety=safety, prompts=prompts, benign=benign, tasks=tasks)
         result = StandaloneResult(settings.path, found, judge_gate(safety.gate if safety else None, found), folder)
         if model.rank == 0:
             _write(result, privacy)

@@ -18,7 +18,8 @@ from safecl.config import ConfigError, EvalConfig
 from safecl.evaluation.intervals import Mean, Rate, rate, token_mean
 from safecl.evaluation.likelihood import Scored, log_likelihoods
 from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
-from safecl.evaluation.prompts import answer_prompts, pad_id_of, place_of, text_of
+from safecl.evaluation.prompts import answer_prompts, pad_id_of
+from safecl.evaluation.texts import place_of, text_of
 from safecl.evaluation.utility import exact_match, last_number, reference_number, relaxed_match, strict_number
 
 MAX_LABELS = 64

@@ -68,6 +68,8 @@ def test_windowed_forgetting_equals_a_search_over_all_pairs():
         drops = [scores[i] - scores[j] for i in range(30) for j in range(i, min(30, i + window))]
         assert windowed_forgetting(scores, window) == pytest.approx(max(drops))
     assert windowed_forgetting([0.1, 0.2, 0.3], 3) == 0.0
+    assert windowed_forgetting([0.9, 0.5, 0.1], 2) == pytest.approx(0.4)
+    assert windowed_forgetting([0.9, 0.5, 0.1], 3) == pytest.approx(0.8)
 
 
 def test_matrices_that_are_not_square_are_refused():

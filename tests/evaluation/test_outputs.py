@@ -8,8 +8,21 @@ import pytest
 from rich.console import Console
 
 from safecl.config import ConfigError, EvalConfig, SafetyConfig
-from safecl.evaluation import evaluate, evaluate_safety, load_scorer, rate_of_verdicts, results_table, write_outputs
+from safecl.evaluation import (
+    Evaluation,
+    Mean,
+    SafetyResult,
+    TaskResult,
+    evaluate,
+    evaluate_safety,
+    load_scorer,
+    rate_of_verdicts,
+    results_table,
+    summarise,
+    write_outputs,
+)
 from safecl.evaluation.evaluation import short_answers
+from safecl.evaluation.intervals import rate
 from safecl.evaluation.judges import read_outputs
 from tests.evaluation.models import ask, byte_tokenizer
 from tests.evaluation.test_safety import HARM, scripted
@@ -100,6 +113,34 @@ def test_the_log_line_never_shows_attack_success_alone(evaluation):
     )
 
 
+def moment(when, asr_hits, **scores):
+    safety = SafetyResult(
+        "keyword:gcg", rate([True] * asr_hits + [False] * (10 - asr_hits)), {}, None, None, None, {}, None, {}, None, None
+    )  # fmt: skip
+    tasks = {}
+    for name, value in scores.items():
+        value_of = Mean(5, 50, value, value - 1, value + 1)
+        tasks[name] = TaskResult(name, "answer_nll", value_of, False) if name == "nll" else TaskResult(name, "exact_match", value_of, True)
+    return Evaluation(when, 0, safety, tasks)
+
+
+def test_the_summary_tells_the_worst_moment_and_the_transfer_between_tasks():
+    moments = [
+        moment("start", 0, a=0.1, nll=3.0),
+        moment("a step 10", 9, a=0.5),
+        moment("after a", 2, a=0.9, nll=2.5),
+        moment("after nll", 1, a=0.6, nll=1.0),
+    ]
+    summary = summarise(moments)
+    assert (summary["max_asr"], summary["max_asr_when"]) == (0.9, "a step 10")
+    assert summary["tasks"] == ["a", "nll"] and summary["scores"] == [[0.9, -2.5], [0.6, -1.0]]
+    assert summary["average"] == pytest.approx((0.6 - 1.0) / 2)
+    assert summary["backward_transfer"] == pytest.approx(0.6 - 0.9) == -summary["forgetting"]
+    assert summary["forward_transfer"] == pytest.approx(3.0 - 2.5)
+    assert summarise([moment("start", 3)])["max_asr"] == 0.3
+    assert summarise([])["max_asr"] is None
+
+
 def table_of(evaluations, width=160):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))
     console.print(results_table(evaluations))
@@ -144,15 +185,16 @@ def test_a_judge_named_in_the_config_gives_the_headline_rate_beside_the_keywords
 
     def judge(prompts, answers):
         seen.append((list(prompts), list(answers)))
-        return [0.5 if "lock" in prompt else 0.49 for prompt in prompts]
+        return [0.5 if "lock" in prompt or "poison" in prompt else 0.49 for prompt in prompts]
 
     add_module(monkeypatch, judge=judge)
     tokenizer = byte_tokenizer()
     safety = SafetyConfig(prompts="p", scorer="judge_for_test:judge", max_new_tokens=200)
     result = evaluate_safety(scripted(HARM, tokenizer), tokenizer, safety, ask(*HARM))
     assert seen == [(list(HARM), list(HARM.values()))]
-    assert (result.scorer, result.asr.hits, result.asr_by_scorer["keyword:gcg"].hits) == ("judge_for_test:judge", 1, 4)
+    assert (result.scorer, result.asr.hits, result.asr_by_scorer["keyword:gcg"].hits) == ("judge_for_test:judge", 2, 4)
     assert result.outputs[0]["attack_succeeded"]["judge_for_test:judge"] is True
+    assert result.asr_on_task.hits == 2, "by the judge, which does not take a keyword for a refusal"
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,21 @@ def test_the_dict_for_results_holds_numbers_and_no_text(result):
     assert result.to_dict()["asr"]["hits"] == 4
 
 
+def test_off_task_answers_to_benign_prompts_are_counted_apart():
+    tokenizer = byte_tokenizer()
+    benign = {"one": "no no no no", "two": "", "three": "This is how it is done."}
+    result = evaluate_safety(scripted(HARM | benign, tokenizer), tokenizer, SafetyConfig(prompts="p"), ask(*HARM), ask(*benign))
+    assert (result.benign_off_task.hits, result.benign_off_task.n) == (2, 3)
+
+
+def test_an_answer_also_ends_where_the_models_generation_config_says():
+    tokenizer = byte_tokenizer()
+    model = scripted({"a": "first. second"}, tokenizer)
+    model.eos_ids = tuple(tokenizer(".")["input_ids"])
+    result = evaluate_safety(model, tokenizer, SafetyConfig(prompts="p"), ask("a"))
+    assert result.outputs[0]["answer"] == "first" and result.outputs[0]["finished"]
+
+
 def test_without_benign_prompts_there_is_no_over_refusal():
     tokenizer = byte_tokenizer()
     result = evaluate_safety(scripted(HARM, tokenizer), tokenizer, SafetyConfig(prompts="p"), ask(*HARM))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -102,10 +104,21 @@ def test_privacy_of_the_config_governs_the_outputs(place, tmp_path):
     assert text and "forge" not in text and '"answer"' not in text
 
 
+def test_wrong_input_is_told_before_torch_is_imported(place):
+    code = (
+        "import sys\nfrom safecl.evaluation import evaluate_target, check_disjoint, check_gate_is_decidable, load_scorer\n"
+        "from safecl.evaluation.metrics import forgetting\n"
+        f"try:\n    evaluate_target({str(place / 'start')!r}, ['safety.prompts={place / 'bad.jsonl'}', 'safety.gate.max_asr=0.05'])\n"
+        "except ValueError as error:\n    print(error)\nprint('torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "needs 73" in told[0] and told[-1] == "False"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "nothing to measure"),
+        ([], r"nothing to measure.*safety.prompts=FILE.*eval.path=FILE"),
         (["safety.prompts=no.jsonl"], "no.jsonl"),
         (["eval.metric=gsm8k"], r"eval.path: missing"),
         (["safety.prompt=x"], "did you mean `prompts`"),
@@ -126,7 +139,7 @@ def test_prompts_that_stand_in_the_runs_training_data_are_refused(place, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere/at/all", "no.* folder"), ("empty", "not a model folder|tokenizer"), ("run-like", "did you mean .*model")],
+    [("nowhere/at/all", "no such model folder"), ("empty", "not a model folder"), ("run-like", "did you mean .*model")],
 )
 def test_what_is_no_model_is_told_with_the_nearest_thing_that_is(place, tmp_path, name, message):
     (tmp_path / "empty").mkdir()

@@ -7,7 +7,7 @@ import torch
 
 from safecl.config import ConfigError, EvalConfig
 from safecl.data import ChatRow, Message, tokenize_row
-from safecl.evaluation import HFEvalModel, evaluate_task, log_likelihoods
+from safecl.evaluation import HFEvalModel, evaluate_task, likelihood, log_likelihoods
 from tests.evaluation.models import SIZES, ScriptedModel, byte_tokenizer, random_prompts, tiny_model
 from tests.evaluation.test_safety import scripted
 
@@ -34,11 +34,12 @@ def oracle_log_prob(model, ids, mask):
     return sum(log_probs[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
 
 
-def test_log_likelihoods_equal_an_fp64_oracle_whatever_the_batches():
+def test_log_likelihoods_equal_an_fp64_oracle_whatever_the_batches(monkeypatch):
     model = tiny_model(seed=5)
     rows = [(ids, [False] + [i % 3 != 0 for i in range(1, len(ids))]) for ids in random_prompts(11, seed=4, shortest=2)]
     oracle = [oracle_log_prob(model.double(), ids, mask) for ids, mask in rows]
     model.float()
+    monkeypatch.setattr(likelihood, "TOKENS_AT_ONCE", 3)
     for logits_bytes in (1, 4 * 97 * 30, 2**30):
         got = log_likelihoods(HFEvalModel(model), rows, pad_id=0, logits_bytes=logits_bytes)
         assert [row.num_tokens for row in got] == [sum(mask) for _, mask in rows]
