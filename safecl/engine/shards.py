@@ -196,5 +196,36 @@ class ShardMap:
         return contextlib.nullcontext()
 
 
+class UnshardedFp32Gradients:
+    """fp32 accumulation and reduction for stage 0 in bf16, which DeepSpeed only does in bf16 there.
+
+    Call `add` after each backward (none of them at an accumulation boundary), `reduce` after the last, `hand_over` inside the optimizer.
+    """
+
+    def __init__(self, shard_map: ShardMap):
+        self.live = [p for _, p in shard_map.named]
+        self.sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.live]
+
+    @torch.no_grad()
+    def add(self) -> None:
+        for p, total in zip(self.live, self.sums, strict=True):
+            if p.grad is not None:
+                total.add_(p.grad)
+                p.grad = None
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Mean over ranks. The bf16 copy is only for DeepSpeed's check that all gradients are finite."""
+        for p, total in zip(self.live, self.sums, strict=True):
+            dist.all_reduce(total)
+            p.grad = total.div_(dist.get_world_size()).to(p.dtype)
+
+    def hand_over(self, masters: list[torch.Tensor]) -> None:
+        """Gives the fp32 gradients to the master weights, and starts over."""
+        for index, (master, total) in enumerate(zip(masters, self.sums, strict=True)):
+            master.grad = total
+            self.sums[index] = torch.zeros_like(total)
+
+
 def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())

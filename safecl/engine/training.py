@@ -22,7 +22,7 @@ from safecl.engine.batch import Layout, StepRow, micro_batches, terms_of, to_dev
 from safecl.engine.deepspeed_config import deepspeed_config
 from safecl.engine.model import LanguageModel
 from safecl.engine.optimizer import Quantity, Shard, ShardAdamW, UpdateResult
-from safecl.engine.shards import ShardMap
+from safecl.engine.shards import ShardMap, UnshardedFp32Gradients
 from safecl.kernels import fisher_accumulate_
 
 Action = Callable[[list[Shard]], None]
@@ -45,11 +45,14 @@ class TrainingEngine:
         train = config.train
         self.layout = layout
         self.rank = distributed.rank()
+        model.zero_grad(set_to_none=True)  # a gradient that a caller left behind would join the first step
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = ShardAdamW(trained, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config))
         self.shards = ShardMap(self.deepspeed, prefix="model.")
         self.optimizer.bind(self.shards)
+        unsharded_bf16 = self.shards.stage == 0 and config.model.dtype == "bf16"
+        self.fp32_gradients = UnshardedFp32Gradients(self.shards) if unsharded_bf16 else None
         self.device = self.deepspeed.device
 
     @property
@@ -66,7 +69,7 @@ class TrainingEngine:
         self.deepspeed.train()
         losses = self._forward_backward(rows, adapter_pull)
         self.optimizer.result = UpdateResult()
-        self.optimizer.action = then
+        self.optimizer.action = then if self.fp32_gradients is None else self._with_fp32_gradients(then)
         try:
             self.deepspeed.step()
         finally:
@@ -81,12 +84,24 @@ class TrainingEngine:
         batches = micro_batches(rows, terms, self.layout, self.rank)
         share = {} if adapter_pull is None else {"adapter_pull": (adapter_pull[0] / len(batches), adapter_pull[1])}
         for index, batch in enumerate(batches):
-            self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1 and self.fp32_gradients is None)
             output = self.deepspeed(task="loss", **to_device(batch.inputs, self.device), **share)
             # A new tensor: DeepSpeed divides the gradient of the very tensor that forward returned by its accumulation steps.
             self.deepspeed.backward(output["loss"] * 1.0, scale_wrt_gas=False)
             losses.add(batch, output)
+            if self.fp32_gradients is not None:
+                self.fp32_gradients.add()
+        if self.fp32_gradients is not None:
+            self.fp32_gradients.reduce()
+            self.deepspeed.set_gradient_accumulation_boundary(True)
         return losses
+
+    def _with_fp32_gradients(self, then: Action) -> Action:
+        def action(shards: list[Shard]) -> None:
+            self.fp32_gradients.hand_over([shard.param for shard in shards])
+            then(shards)
+
+        return action
 
     def update(self, plan) -> Action:
         return self.optimizer.update(plan)

@@ -73,10 +73,16 @@ def run_config(tmp: str = "unused", **changes):
 
 def make_run(config, model=None, methods_active: bool = True):
     """(run, task plan) on this rank: everything that the trainer builds, without files."""
+    run, task = build_run(config, model)
+    begin(run, task, methods_active)
+    return run, task
+
+
+def build_run(config, model=None):
+    """(run, task plan) before the task has begun."""
     from safecl.data import TaskOrder
     from safecl.engine import distributed
     from safecl.engine.batch import Layout
-    from safecl.engine.memory import fill_memory
     from safecl.engine.model import LanguageModel
     from safecl.engine.plan import TaskPlan, build_methods
     from safecl.engine.run import Run
@@ -90,13 +96,21 @@ def make_run(config, model=None, methods_active: bool = True):
     dataset = random_dataset(60, seed=1)
     order = TaskOrder(dataset, seed=train.seed, tokens_per_batch=train.tokens_per_batch, epochs=None, max_steps=train.max_steps)
     task = TaskPlan(config.tasks[0], dataset, train.tokens_per_batch, order)
-    run = Run(config, engine, build_methods(config), log=lambda message: None)
+    return Run(config, engine, build_methods(config), log=lambda message: None), task
+
+
+def begin(run, task, methods_active: bool = True, memory_folder=None) -> None:
+    """Fills the memory and begins the task."""
+    from safecl.engine.memory import fill_memory
+
+    config = run.config
     if config.memory is not None:
         needs_teacher = any(getattr(settings, "needs_teacher", False) for settings in config.methods.values())
-        rows = random_dataset(20, seed=2)
-        run.memory = fill_memory(engine, rows, config.memory, seed=train.seed, source="test", with_teacher=needs_teacher)
+        run.memory = fill_memory(
+            run.engine, random_dataset(20, seed=2), config.memory, seed=config.train.seed, source="test", with_teacher=needs_teacher,
+            folder=memory_folder,
+        )  # fmt: skip
     run.begin_task(task, active=methods_active)
-    return run, task
 
 
 def state_of(run) -> dict[str, dict[str, torch.Tensor]]:
@@ -198,3 +212,32 @@ def bf16_reference(steps: int, ema_decay: float, lr: float = 1e-2, eps: float = 
                 )  # fmt: skip
                 p.copy_(master[name])
     return {"weights": master, "ema": ema}
+
+
+def bf16_gradient(**changes) -> dict[str, torch.Tensor]:
+    """The reduced gradient of the first step's long rows, each a micro-batch of its own, by parameter name."""
+    run, task = make_run(run_config(**changes), tiny_model(dtype=torch.bfloat16))
+    run.engine.gradient_pass([row for row in run.step_rows(task) if row.length > 12], run.engine.stash("seen"))
+    shards = run.engine.shards
+    return {name: shards.read(name, run.engine.optimizer.tensors("seen")) for name in shards.shapes}
+
+
+def summed_bf16_gradients() -> dict[str, torch.Tensor]:
+    """fp32 sum of each long row's own bf16 gradient, in plain PyTorch, with the weights of the step's mean."""
+    from safecl.data import TaskOrder
+    from safecl.kernels import linear_distill_loss
+
+    data = random_dataset(60, seed=1)
+    rows = data.rows(TaskOrder(data, seed=3, tokens_per_batch=160, max_steps=10).rows_of_step(0))
+    model = tiny_model(dtype=torch.bfloat16)
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+    count = sum(row.num_targets for row in rows)
+    for row in (row for row in rows if len(row) > 12):
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        mask = torch.from_numpy(row.loss_mask[1:].copy())
+        weights = torch.full((int(mask.sum()),), 2.0 / count)  # times the two ranks, as DeepSpeed's mean expects
+        loss = linear_distill_loss(hidden[mask], model.lm_head.weight, labels=ids[0, 1:][mask], ce_weights=weights).loss
+        for (name, _), grad in zip(model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            total[name] += grad.float() / 2
+    return total

@@ -126,3 +126,14 @@ def test_der_of_weight_zero_is_plain_fine_tuning_and_of_weight_a_tenth_is_not(ra
     plain, zero, tenth = (rank_pool(2).run(scenes.train_to_state, steps=5, methods=m, deepspeed=deepspeed)[0]["weights"] for m in runs)
     assert oracle.relative_distance(zero, plain, start) <= 1e-6
     assert oracle.relative_distance(tenth, plain, start) > 1e-3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_gradients_are_accumulated_and_reduced_in_fp32(rank_pool, stage):
+    """bf16 sums over these micro-batches and ranks would be wrong by more than 1e-3."""
+    model = {"path": "unused", "dtype": "bf16", "gradient_checkpointing": False}
+    train = {"tokens_per_microbatch": 24, "max_length": 24}
+    changes = dict(memory=None, model=model, train=train, deepspeed={"stage": stage})
+    found = rank_pool(2).run(scenes.bf16_gradient, **changes)[0]
+    expected = scenes.summed_bf16_gradients()
+    assert oracle.relative_distance(found, expected) <= 5e-4

@@ -1,0 +1,122 @@
+"""Runs that are saved, stopped and resumed on the ranks of the pool."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from safecl.engine import distributed
+from tests.engine import scenes
+
+KEEP_ALL = 1000
+
+
+@contextmanager
+def open_saver(folder: str, bf16: bool = False, **changes) -> Iterator:
+    """(run, task, saver) of a run that has not begun; its files are closed at the end."""
+    from safecl.engine.plan import RunPlan
+    from safecl.engine.resume import RunSaver
+
+    config = scenes.run_config(tmp=folder, **changes)
+    run, task = scenes.build_run(config, scenes.tiny_model(dtype=torch.bfloat16 if bf16 else torch.float32))
+    rows = scenes.random_dataset(20, seed=2) if config.memory is not None else None
+    saver = RunSaver(run, Path(folder), RunPlan(config, None, [task], run.methods, rows))
+    try:
+        yield run, task, saver
+    finally:
+        saver.close()
+        if run.memory is not None:
+            run.memory.buffer.close()
+
+
+def step_once(run, task, log: list[dict]) -> None:
+    """One step; what it saw and did joins the log."""
+    rows = [[row.term, row.length, row.num_targets] for row in run.step_rows(task)]
+    totals = run.train_step(task).totals()
+    result = run.engine.optimizer.result
+    log.append({"step": run.global_step, "rows": rows, "losses": totals, "norm": float(result.grad_norm), "lr": run.last_learning_rate})
+
+
+def digests(run) -> dict[str, str]:
+    """Hash of every kind of state over the whole model, of the generators, and of the memory's index."""
+    from safecl.engine.random_state import random_state
+
+    shards, optimizer = run.engine.shards, run.engine.optimizer
+    kinds = sorted(optimizer.shards()[0].state)
+    found = {"weights": _digest(shards, None)} | {kind: _digest(shards, optimizer.tensors(kind)) for kind in kinds}
+    live = hashlib.sha256()
+    for p in run.engine.module.parameters():
+        with shards.full_parameter(p):
+            live.update(p.detach().float().contiguous().numpy().tobytes())
+    found |= {"live": live.hexdigest(), "random": hashlib.sha256(random_state().encode()).hexdigest()}
+    if run.memory is not None:
+        found["memory"] = repr([(key, run.memory.buffer.length(key)) for key in run.memory.buffer.keys()])
+    return found
+
+
+def _digest(shards, tensors) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(shards.shapes):
+        value = shards.read(name, tensors)
+        digest.update(f"{name} {value.dtype}".encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train_and_save(folder: str, steps: int, save_after: Sequence[int] = (), watched: Sequence[int] = (), **changes):
+    """An uninterrupted run that saves after the given steps. Returns (log, {watched step: digests})."""
+    with open_saver(folder, **changes) as (run, task, saver):
+        torch.manual_seed(11 + distributed.rank())
+        scenes.begin(run, task, memory_folder=saver.memory_folder)
+        return _go_on(run, task, saver, steps, save_after, watched, [], _progress())
+
+
+def resume_and_train(folder: str, steps: int, save_after: Sequence[int] = (), watched: Sequence[int] = (), **changes):
+    """Goes on from the newest checkpoint to step `steps`. Returns (log with that before the cut, {watched step: digests}, notes)."""
+    with open_saver(folder, **changes) as (run, task, saver):
+        torch.manual_seed(999)
+        notes: list[str] = []
+        resumed = saver.resume(notes.append)
+        log = json.loads(resumed.metrics)
+        return *_go_on(run, task, saver, steps, save_after, watched, log, resumed.progress), notes
+
+
+def _progress():
+    from safecl.engine.resume import Progress
+
+    return Progress(phase="train")
+
+
+def _go_on(run, task, saver, steps, save_after, watched, log, progress):
+    states = {run.global_step: digests(run)} if run.global_step in watched else {}
+    while run.global_step < steps:
+        torch.rand(3)  # as dropout does
+        step_once(run, task, log)
+        if run.global_step in save_after:
+            saver.save(progress, json.dumps(log).encode(), KEEP_ALL)
+        if run.global_step in watched:
+            states[run.global_step] = digests(run)
+    if (report := saver.settle()) is not None:
+        assert report.problem is None, report
+    return log, states
+
+
+def cut_at_every_step(folder: str, cuts: int, steps: int, **changes) -> list[str]:
+    """Runs once without interruption, then goes on from a save after each of the first `cuts` steps; returns what was not the same."""
+    whole_log, whole = train_and_save(folder, steps, range(1, cuts + 1), watched=(*range(1, cuts + 1), steps), **changes)
+    differences = []
+    for cut in range(cuts, 0, -1):
+        log, states, notes = resume_and_train(folder, steps, watched=(cut, steps), **changes)
+        differences += notes + [f"cut {cut}: log of step {a['step']}" for a, b in zip(log, whole_log, strict=True) if a != b]
+        for step, state in states.items():
+            differences += [f"cut {cut}: {kind} at step {step}" for kind in whole[step] if state.get(kind) != whole[step][kind]]
+        distributed.barrier()
+        if distributed.rank() == 0:
+            shutil.rmtree(Path(folder) / "checkpoints" / f"step-{cut:08d}")
+        distributed.barrier()
+    return differences
