@@ -1,0 +1,127 @@
+"""Small runs for tests of methods: one or more tasks and a memory of chosen rows, on the ranks of the pool."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import numpy as np
+import torch
+
+from tests.engine.scenes import VOCAB, random_dataset, run_config, state_of, tiny_model
+
+
+def dataset_of(rows: list[tuple[list[int], list[bool]]], first_id: int):
+    """A data set of these (ids, mask) rows."""
+    from safecl.data import TokenDataset
+    from safecl.data.tokens import _Store
+
+    lengths = [len(ids) for ids, _ in rows]
+    arrays = {
+        "tokens": np.concatenate([ids for ids, _ in rows]).astype(np.int32),
+        "loss_mask": np.concatenate([mask for _, mask in rows]),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]),
+        "row_ids": np.arange(len(rows), dtype=np.uint64) + np.uint64(first_id),
+        "num_targets": np.array([sum(mask) for _, mask in rows], np.int32),
+        "lines": np.arange(1, len(rows) + 1),
+        "tags": np.zeros(0, np.uint8),
+        "tag_offsets": np.zeros(len(rows) + 1, np.int64),
+    }
+    return TokenDataset.from_store(_Store(arrays, path="test.jsonl"))
+
+
+def conflicting_datasets():
+    """(task rows, memory rows) with the same prompts and opposite answers."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(12, VOCAB, rng.integers(2, 9)).tolist() for _ in range(24)]
+
+    def answered(token: int) -> list[tuple[list[int], list[bool]]]:
+        return [([*prompt, token, token + 1], [False] * len(prompt) + [True, True]) for prompt in prompts]
+
+    return dataset_of(answered(3), 100), dataset_of(answered(6), 900)
+
+
+def undecided_model():
+    """A model that gives either answer to the prompts above about half of its belief, so that the gradients of both conflict."""
+    from safecl.data import collate
+
+    model = tiny_model()
+    rows = [row for data in conflicting_datasets() for row in data.rows(range(len(data)))]
+    batch = collate(rows, packed=False, pad_id=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(25):
+        optimizer.zero_grad()
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, batch.targets).backward()
+        optimizer.step()
+    return model
+
+
+def make_run(config, model, task_rows: list, memory_rows=None):
+    """(run, task plans): what the trainer builds, without files. No task is begun yet."""
+    from safecl.data import TaskOrder
+    from safecl.engine import distributed
+    from safecl.engine.batch import Layout
+    from safecl.engine.memory import fill_memory
+    from safecl.engine.model import LanguageModel, check_head
+    from safecl.engine.plan import TaskPlan, build_methods
+    from safecl.engine.run import Run
+    from safecl.engine.training import TrainingEngine
+
+    train = config.train
+    layout = Layout(distributed.world_size(), train.tokens_per_microbatch, packed=train.packing == "packed")
+    wrapped = LanguageModel(model)
+    check_head(wrapped)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = TrainingEngine(wrapped, config, layout)
+    tasks = []
+    for settings, rows in zip(config.tasks, task_rows, strict=True):
+        order = TaskOrder(rows, seed=train.seed, tokens_per_batch=train.tokens_per_batch, max_steps=train.max_steps)
+        tasks.append(TaskPlan(settings, rows, train.tokens_per_batch, order))
+    run = Run(config, engine, build_methods(config), lambda message: None, tasks)
+    if memory_rows is not None:
+        needs_teacher = any(getattr(settings, "needs_teacher", False) for settings in config.methods.values())
+        run.memory = fill_memory(engine, memory_rows, config.memory, seed=train.seed, source="test", with_teacher=needs_teacher)
+    return run, tasks
+
+
+def with_adapters(model, config):
+    from safecl.engine.model import _add_adapters
+
+    model = _add_adapters(model, config.model)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def train(steps: int, **changes):
+    """State and losses after some steps on the random task, with the random memory where the config has one."""
+    config = run_config(**changes)
+    model = with_adapters(tiny_model(), config) if config.model.lora else tiny_model()
+    memory = random_dataset(20, seed=2) if config.memory is not None else None
+    run, (task,) = make_run(config, model, [random_dataset(60, seed=1)], memory)
+    run.begin_task(task, active=True)
+    losses = [run.train_step(task).totals() for _ in range(steps)]
+    found = state_of(run) | {"losses": losses, "fused": run.engine.module.fused}
+    run.end_task()
+    return found
+
+
+SEQUENCE = [{"name": "first", "train": "first.jsonl"}, {"name": "second", "train": "second.jsonl"}]
+
+
+def train_sequence(steps: int, **changes):
+    """Weights and anchors after each of two random tasks, the memory's size before each, and what the run said."""
+    config = run_config(tasks=SEQUENCE, **changes)
+    run, tasks = make_run(config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)], random_dataset(20, seed=2))
+    said, history = [], []
+    run.log = said.append
+    for task in tasks:
+        run.begin_task(task, active=True)
+        history.append({"memory": len(run.memory.buffer)})
+        for _ in range(steps):
+            run.train_step(task)
+        history[-1] |= {"weights": state_of(run)["weights"], "kinds": sorted(run.shards()[0].state)}
+        run.end_task()
+    return history, said
