@@ -1,0 +1,90 @@
+"""README and docs/: commands, configs, links and tables speak of what is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from safecl.cli import app
+from safecl.config import load_config, parse_yaml
+from safecl.config_docs import reference_page
+from safecl.methods import builtin_methods
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "memory": {"source": "r.jsonl"}, "output": "runs/a"}
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, text) of every fenced block of a language."""
+    return [(page.name, text) for page in PAGES for text in re.findall(rf"^```(?:{language})\n(.*?)^```", page.read_text(), re.M | re.S)]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every command line in a shell block, and of every inline `safecl ...`."""
+    lines = [(page, line) for page, text in blocks("sh|bash") for line in text.replace("\\\n", " ").splitlines()]
+    inline = [(page.name, found) for page in PAGES for found in re.findall(r"`(safecl [^`<]*)`", page.read_text())]
+    split = [(page, shlex.split(line, comments=True)) for page, line in lines + inline]
+    return [(page, words) for page, words in split if words]
+
+
+def arguments_of_safecl(words: list[str]) -> list[str] | None:
+    """What `safecl` is given, however it is started; None for another program."""
+    if words[0] == "safecl":
+        return words[1:]
+    if words[0] in ("torchrun", "deepspeed", "python", "python3") and "safecl" in words:
+        return words[words.index("safecl") + 1 :]
+    return None
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), [c for c in commands() if arguments_of_safecl(c[1]) is not None], ids=lambda v: " ".join(v)[:60]
+)
+def test_every_safecl_command_parses(page, words):
+    root = typer.main.get_command(app)
+    verb, *rest = arguments_of_safecl(words) or ["--help"]
+    if verb.startswith("-"):
+        return
+    assert verb in root.commands, f"{page}: there is no verb {verb}"
+    if any(not argument.startswith("-") for argument in rest) or verb in ("init", "env", "demo"):
+        root.commands[verb].make_context(verb, list(rest))  # raises for an option that does not exist
+
+
+def test_every_make_target_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {found for page in PAGES for found in re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.M)}
+    assert {"demo", "test", "lint"} <= named <= targets
+
+
+def test_every_extra_exists():
+    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.M))
+    named = {extra for page in PAGES for found in re.findall(r"\.\[([\w,]+)\]", page.read_text()) for extra in found.split(",")}
+    assert named <= extras
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml|yml"), ids=lambda v: v.splitlines()[0][:60])
+def test_every_config_in_the_docs_loads(page, text, tmp_path):
+    given = parse_yaml(text)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in BASE.items() if key not in given} | given))
+    load_config(path)
+
+
+def test_the_page_of_config_keys_is_current():
+    assert (ROOT / "docs" / "config.md").read_text() == reference_page(), "run: make docs"
+
+
+def test_the_readme_names_exactly_the_methods_there_are():
+    table = (ROOT / "README.md").read_text().split("## Methods")[1].split("## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.M)) == builtin_methods()
+
+
+def test_every_link_between_the_pages_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
