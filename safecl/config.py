@@ -347,6 +347,12 @@ class SafetyConfig(Section):
     gate: GateConfig | None = None
     """Limits for exit code 3."""
 
+    @model_validator(mode="after")
+    def _a_gate_needs_a_measurement(self) -> SafetyConfig:
+        if self.gate is not None and self.every == "never":
+            raise ValueError("a gate judges what was measured, and `every: never` measures nothing; set every: task or leave the gate out")
+        return self
+
 
 class PoisonConfig(Section):
     """Mixes harmful rows into the task's data, reproducibly, to measure what they do."""

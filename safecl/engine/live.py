@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 
 from safecl.engine import distributed
+from safecl.engine.model import base_model
 from safecl.engine.training import TrainingEngine
+from safecl.evaluation.model import eos_ids_of
 
 
 class LiveModel:
@@ -19,7 +21,11 @@ class LiveModel:
         self.device = engine.device
         self.rank = distributed.rank()
         self.world_size = distributed.world_size()
-        self.vocab_size = engine.module.model.config.get_text_config().vocab_size
+        model = base_model(engine.module.model)
+        settings = model.config.get_text_config()
+        self.vocab_size = settings.vocab_size
+        self.max_positions = getattr(settings, "max_position_embeddings", None)
+        self.eos_ids = eos_ids_of(model)
 
     def logits(self, input_ids, attention_mask, position_ids, past=None, use_cache=False, last_only=False) -> tuple[torch.Tensor, object]:
         """Logits [batch, length or 1, vocab] and the cache, which is `past` itself: it grows in place."""

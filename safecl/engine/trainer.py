@@ -26,7 +26,7 @@ from safecl.engine.model import LanguageModel, check_head, check_packing, choose
 from safecl.engine.plan import RunPlan, TaskPlan, describe_plan, plan_run
 from safecl.engine.run import Run
 from safecl.engine.training import StepLosses, TrainingEngine
-from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate
+from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate, summarise
 
 
 class TrainingFailed(RuntimeError):
@@ -220,6 +220,7 @@ class Trainer:
             "skipped_steps": run.skipped_steps,
             "saved": "average" if run.saves_average else "live",
             "evaluations": [evaluation.to_dict() for evaluation in evaluations],
+            "summary": summarise(evaluations),
             "gate": gate.to_dict() if gate is not None else None,
         }
 

@@ -75,7 +75,7 @@ class HFEvalModel:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.eos_ids = _ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+        self.eos_ids = eos_ids_of(model)
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -139,6 +139,11 @@ class HFEvalModel:
 
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def eos_ids_of(model: torch.nn.Module) -> tuple[int, ...]:
+    """Token ids that end an answer by the model's own generation config."""
+    return _ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
