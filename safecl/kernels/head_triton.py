@@ -23,7 +23,8 @@ from . import divergences
 from .divergences import RowLosses, RowOptions
 
 BLOCK, NUM_WARPS = 4096, 8
-_MAX_EVENTS = 512  # beyond it the k events spill out of the registers
+JSD_BLOCK = 2048  # its third pass holds more per logit: 4096 spills on sm_100 where the width is no multiple of 16
+MAX_EVENTS = 512  # beyond it the k events spill out of the registers
 FORWARD_KL, REVERSE_KL, JSD, MSE = (tl.constexpr(code) for code in (1, 2, 3, 4))
 TRUNCATED, RENORMALISED = tl.constexpr(1), tl.constexpr(2)
 _CODES = {"forward_kl": 1, "reverse_kl": 2, "jsd": 3, "mse": 4}
@@ -389,7 +390,8 @@ def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOpt
         *_shape_arguments(options.logit_scale, options.softcap), *_shape_arguments(options.teacher_logit_scale, options.teacher_softcap),
         DIVERGENCE=0 if teacher is None else _CODES[options.divergence], HAS_LABELS=labels is not None,
         HAS_CAP=options.softcap is not None, HAS_T_CAP=options.teacher_softcap is not None,
-        SAME=options.temperature == 1 and shared == vocab, NEEDS_GRAD=dlogits is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        SAME=options.temperature == 1 and shared == vocab, NEEDS_GRAD=dlogits is not None,
+        BLOCK=min(BLOCK, JSD_BLOCK) if options.divergence == "jsd" else BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return RowLosses(*losses)
 
@@ -400,7 +402,7 @@ def topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights,
         spread = divergences.spread_tail(log_q.float(), indices, log_tail.float(), student.shape[1])
         spread_options = options._replace(teacher_logit_scale=options.temperature, teacher_softcap=None)
         return dense_rows(student, spread, labels, ce_weights, kd_weights, spread_options, dlogits)
-    if student.dtype != torch.float32 or indices.shape[1] > _MAX_EVENTS:
+    if student.dtype != torch.float32 or indices.shape[1] > MAX_EVENTS:
         return divergences.topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights, options, dlogits)
     rows, vocab = student.shape
     k = indices.shape[1]

@@ -1,0 +1,70 @@
+"""The head's Triton kernels without a GPU: their numbers through the interpreter, their registers through ahead-of-time compilation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+from safecl.kernels import head_triton
+from tests.kernels.head_suite import CASES
+from tests.kernels.triton_aot import compile_kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+PER_DIVERGENCE = ("a masked token is not there", "p equal to q is exactly zero")
+EDGES = [
+    *(f"{divergence}: {what}" for divergence in ("forward_kl", "reverse_kl", "jsd", "mse") for what in PER_DIVERGENCE),
+    *("k = V equals dense", "a loss below resolution is not negative", "a teacher that excludes a token"),
+    *("an infinite loss", "a masked label"),
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.kernels.head_interpreted"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", [*CASES, *EDGES])
+def test_the_kernels_match_the_fp64_oracle_in_the_interpreter(interpreted, name):
+    assert not interpreted[name], interpreted[name]
+
+
+ROW = {"student_stride": "i32", "dlogits": "*bf16", "dlogits_stride": "i32", "labels": "*i64", "ce_weights": "*fp32", "kd_weights": "*fp32",
+       "losses": "*fp32", "rows": "i32", "vocab": "i32", "inverse_t": "fp32", "beta": "fp32", "kd_scale": "fp32", "z_loss": "fp32",
+       "scale": "fp32", "cap": "fp32", "student": "*fp32", "HAS_LABELS": True, "HAS_CAP": True, "NEEDS_GRAD": True,
+       "BLOCK": head_triton.BLOCK}  # fmt: skip
+DENSE = {**ROW, "teacher_stride": "i32", "shared": "i32", "t_scale": "fp32", "t_cap": "fp32", "HAS_T_CAP": True, "SAME": False}
+TOPK = {**ROW, "top": "*fp32", "top_grad": "*fp32", "log_q": "*fp16", "indices": "*i64", "log_tail": "*fp16", "k": "i32"}
+ARCHITECTURES = (80, 90, 100)
+
+
+def _assert_lean(kernel, arguments: dict, arch: int) -> None:
+    compiled = compile_kernel(kernel, arguments, arch, num_warps=head_triton.NUM_WARPS)
+    assert compiled.stack == compiled.local == 0, f"{compiled.stack} bytes of stack, {compiled.local} of local memory"
+    assert compiled.registers <= 128  # two programs of eight warps per multiprocessor
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("divergence", [0, 1, 2, 3, 4], ids=["none", "forward_kl", "reverse_kl", "jsd", "mse"])
+def test_the_dense_kernel_compiles_without_spills(divergence, arch):
+    teacher = "*fp16" if arch == 80 else "*fp32"
+    block = head_triton.JSD_BLOCK if divergence == 3 else head_triton.BLOCK
+    _assert_lean(head_triton.dense_rows_kernel, {**DENSE, "teacher": teacher, "DIVERGENCE": divergence, "BLOCK": block}, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("divergence, mode, slots", [(3, 0, head_triton.MAX_EVENTS), (1, 1, 64), (2, 2, 64)])
+def test_the_top_k_kernel_compiles_without_spills(divergence, mode, slots, arch):
+    arguments = {**TOPK, "DIVERGENCE": divergence, "MODE": mode, "BLOCK_K": slots}
+    _assert_lean(head_triton.topk_rows_kernel, arguments, arch)
