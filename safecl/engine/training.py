@@ -28,6 +28,8 @@ from safecl.kernels import fisher_accumulate_
 Action = Callable[[list[Shard]], None]
 AdapterPull = tuple[float, tuple[str, ...]]
 
+UNPERTURBED = "unperturbed"
+"""State that holds the weights while they are perturbed."""
 ADAPTERS = "adapter_penalty"
 """Name of the pull of LoRA's products among the losses."""
 
@@ -73,7 +75,11 @@ class TrainingEngine:
         try:
             self.deepspeed.step()
         finally:
-            self.optimizer.action = None  # still set where DeepSpeed found a non-finite gradient and did not call the optimizer
+            skipped = self.optimizer.action is not None  # DeepSpeed found a non-finite gradient and did not call the optimizer
+            self.optimizer.action = None
+        if skipped and self.optimizer.has(UNPERTURBED):
+            self._put_back()
+            self.shards.publish()
         if self.optimizer.result.penalty is not None:
             losses.penalty = self.optimizer.result.penalty / (self.layout.world_size if self.shards.replicated else 1)
         return losses
@@ -109,34 +115,33 @@ class TrainingEngine:
     def stash(self, kind: str) -> Action:
         """Keeps the gradient as the state `kind`."""
 
-        def action(shards: list[Shard]) -> None:
+        def work(shards: list[Shard], norm: torch.Tensor) -> None:
             for shard in shards:
                 if kind in shard.state:
                     shard.state[kind].copy_(shard.grad)
                 else:
                     shard.state[kind] = shard.grad.detach().clone()
-            self.optimizer.result.applied = True
 
-        return action
+        return self._where_finite(work)
 
     def perturb(self, rho: float) -> Action:
         """weights += rho * g / ||g||; `restore` undoes it exactly (sharpness-aware minimisation, arXiv 2010.01412)."""
 
-        def action(shards: list[Shard]) -> None:
-            norm = self.optimizer.grad_norm(shards)
-            self.optimizer.copy_weights_to("unperturbed")
+        def work(shards: list[Shard], norm: torch.Tensor) -> None:
+            self.optimizer.copy_weights_to(UNPERTURBED)
             for shard in shards:
                 shard.param.add_(shard.grad * (rho / norm.clamp_min(1e-12)).to(shard.param.device))
-            self.optimizer.result.applied = True
 
-        return action
+        return self._where_finite(work)
 
     def restore(self, then: Action) -> Action:
-        """Weights as before `perturb`, then `then` with the gradient taken at the perturbed weights."""
+        """Weights as before `perturb`, then `then` with the gradient taken at the perturbed weights.
+
+        Where that gradient is not finite the weights are put back and `then` is not done.
+        """
 
         def action(shards: list[Shard]) -> None:
-            for shard in shards:
-                shard.param.copy_(shard.state.pop("unperturbed"))
+            self._put_back()
             then(shards)
 
         return action
@@ -144,12 +149,28 @@ class TrainingEngine:
     def accumulate_fisher(self, kind: str, weight: float) -> Action:
         """state[kind] += weight * g^2."""
 
-        def action(shards: list[Shard]) -> None:
+        def work(shards: list[Shard], norm: torch.Tensor) -> None:
             for shard in shards:
                 fisher_accumulate_(shard.state[kind], shard.grad, weight)
-            self.optimizer.result.applied = True
+
+        return self._where_finite(work)
+
+    def _where_finite(self, work: Callable[[list[Shard], torch.Tensor], None]) -> Action:
+        """Does the work, which gets the gradient's norm, where that is finite; `optimizer.result.applied` tells."""
+
+        def action(shards: list[Shard]) -> None:
+            norm = self.optimizer.grad_norm(shards)
+            if bool(torch.isfinite(norm)):
+                work(shards, norm)
+                self.optimizer.result.applied = True
 
         return action
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        for shard in self.optimizer.shards():
+            if UNPERTURBED in shard.state:
+                shard.param.copy_(shard.state.pop(UNPERTURBED))
 
     def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
         """Dot products over all weights of pairs of quantities, fp64 [pairs], by one small all-reduce."""
