@@ -88,8 +88,9 @@ def _cut(encoded: Encoded | RowProblem, max_length: int) -> Encoded | RowProblem
     mask = encoded.loss_mask[:max_length].copy()
     mask[:1] = False  # nothing stands before the first token that could predict it
     if not mask.any():
-        longer = encoded.num_tokens > max_length
-        reason = f"cut to max_length {max_length} (the row has {encoded.num_tokens} tokens)" if longer else "in a row this short"
+        first = int(np.argmax(encoded.loss_mask[1:])) + 2  # counted from 1
+        cut = f"cut to max_length {max_length}: the answer begins at token {first} of {encoded.num_tokens}"
+        reason = cut if encoded.num_tokens > max_length else "in a row this short"
         return RowProblem(f"no supervised token is left, {reason}")
     return Encoded(encoded.ids[:max_length], mask, encoded.num_tokens)
 
@@ -196,9 +197,11 @@ def _earlier_span(
     if message.role != "assistant" or i + 1 == len(chat.messages) or opened is None:
         return None
     header = next((k for k, (a, b) in enumerate(zip(text, opened, strict=False)) if a != b), min(len(text), len(opened)))
-    given = opened if header == len(opened) else _render_prefixes(tokenizer, [(chat.messages[:i], False)])[0]
+    given = _render_prefixes(tokenizer, [(chat.messages[:i], False)])[0]
     if given is None or not text.startswith(given):
-        return None
+        if header < len(opened):
+            return None
+        given = opened
     before, after = shape
     content = as_dicts(tokenizer, [message])[0]["content"]
     starts = [header + len(before) if text.startswith(before, header) else header, *range(header, len(given) - 1, -1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
@@ -130,8 +132,41 @@ def test_a_template_without_the_prefix_property_stops_the_run_and_is_named(templ
         tokenize_row(tokenizer, chat("q", "a"), 100)
 
 
+NASTY = [
+    " ",
+    "\n",
+    "\n\n",
+    "\t",
+    "a",
+    "the movie",
+    "9",
+    "é",
+    "日本",
+    "👩‍👩‍👧",
+    "\u200b",
+    "\r\n",
+    "<|im_end|>",
+    "</s>",
+    "<s>",
+    "<think>",
+    ".",
+    "\u0301",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_people_write_each_answer_is_one_learned_run_and_holds_their_text(case):
+    source, tokenizer = random.Random(0), tokenizer_of(case)
+    for number in range(25):
+        turns = ["".join(source.choices(NASTY, k=6)) + "z" for _ in range(2 + 2 * (number % 3))]
+        runs = learned(tokenizer, chat(*turns))
+        assert len(runs) == len(turns) // 2
+        for run, answer in zip(runs, turns[1::2], strict=True):
+            assert "".join(answer.split()) in "".join(run.split())
+
+
 @pytest.mark.parametrize("template", [tk.THINKING, tk.OPENED])
-@pytest.mark.parametrize("answer", ["a", "<t", "<think>x", "\n<b>", " assistant\n", "<|im_end|>"])
+@pytest.mark.parametrize("answer", ["a", "<t", "<think>x", "<think>\nx", "\n<b>", " assistant\n", "<|im_end|>"])
 def test_earlier_answers_are_found_whatever_they_begin_with(template, answer):
     first, last = learned(tk.byte_level(template), chat("user\n", answer, "r", "b"))
     assert first.removesuffix("<|im_end|>") in (answer, answer.strip()) and last.endswith("b<|im_end|>")
@@ -196,7 +231,9 @@ def test_long_rows_are_cut_and_rows_that_lose_every_target_are_bad():
     assert len(cut) == 20 and cut.input_ids.tolist() == full.input_ids[:20].tolist()
     problem = tokenize_rows(tokenizer, [chat("long " * 200, "a")], 20)[0]
     assert isinstance(problem, RowProblem) and "max_length 20" in str(problem)
-    with pytest.raises(DataError, match=r"rows\.jsonl:7: no supervised token"):
+    whole = tokenize_row(tokenizer, chat("long " * 200, "a"), 10_000)
+    begins = f"the answer begins at token {whole.loss_mask.tolist().index(True) + 1} of {len(whole)}"
+    with pytest.raises(DataError, match=rf"rows\.jsonl:7: no supervised token is left, cut to max_length 20: {begins}"):
         tokenize_row(tokenizer, chat("long " * 200, "a"), 20)
 
 
