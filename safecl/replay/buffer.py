@@ -91,7 +91,7 @@ class ReplayBuffer:
         self.config, self.folder, self.seed, self.rank, self.world_size = config, Path(folder), seed, rank, world_size
         self.index_code = codec.index_form(vocab_size or 2**31, config.teacher.indices == "packed")
         self.problems: list[str] = []
-        self._teacher_of = teacher_of
+        self.teacher_of = teacher_of
         self._lock = threading.RLock()
         self.reset()
         identity = seed & (2**64 - 1)
@@ -265,8 +265,8 @@ class ReplayBuffer:
 
     def _decode(self, position, segment, offset, nbytes, digest, row_id, length, targets, form, width, label, step, prior_nll) -> MemoryRow:
         ids, mask, teacher, tags = codec.decode(self.body(position, segment, offset, nbytes, digest), length, targets, form, width)
-        if teacher is None and self._teacher_of is not None:
-            teacher = self._teacher_of(row_id, targets)
+        if teacher is None and self.teacher_of is not None:
+            teacher = self.teacher_of(row_id, targets)
         source, task, _ = self.labels[label]
         return MemoryRow(Row(row_id, ids, mask), source, task, step, tags, teacher, prior_nll)
 

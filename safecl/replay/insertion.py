@@ -64,31 +64,37 @@ class _Arrival:
 def insert_rows(buffer: ReplayBuffer, rows: Iterable[MemoryRow]) -> InsertReport:
     """Inserts rows in chunks; each is written and indexed as a whole. See ReplayBuffer.insert."""
     report = InsertReport()
-    for chunk in _chunks(buffer, rows, report):
+    for chunk in _chunks(buffer, rows):
         _insert_chunk(buffer, chunk, report)
         if buffer.num_seen == next_refresh(buffer.num_seen - 1):
             buffer.refresh_guard()
     return report
 
 
-def _chunks(buffer: ReplayBuffer, rows: Iterable[MemoryRow], report: InsertReport) -> Iterator[list[_Arrival]]:
+def _chunks(buffer: ReplayBuffer, rows: Iterable[MemoryRow]) -> Iterator[list[_Arrival]]:
     """Checked rows in portions that end where the guard takes its statistics."""
     chunk: list[_Arrival] = []
     size = 0
-    for number, row in enumerate(rows):
-        try:
-            arrival = _check(buffer, row)
-        except (ValueError, TypeError) as error:
-            if chunk:
+    try:
+        for number, row in enumerate(rows):
+            chunk.append(_checked(buffer, row, number))
+            size += chunk[-1].nbytes
+            if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES or buffer.num_seen + len(chunk) == next_refresh(buffer.num_seen):
                 yield chunk
-            raise ValueError(f"row {number} of this insert (source {row.source!r}): {error}") from None
-        chunk.append(arrival)
-        size += arrival.nbytes
-        if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES or buffer.num_seen + len(chunk) == next_refresh(buffer.num_seen):
+                chunk, size = [], 0
+    except Exception:
+        if chunk:  # the rows before the one that is wrong
             yield chunk
-            chunk, size = [], 0
+        raise
     if chunk:
         yield chunk
+
+
+def _checked(buffer: ReplayBuffer, row: MemoryRow, number: int) -> _Arrival:
+    try:
+        return _check(buffer, row)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"row {number} of this insert (source {row.source!r}): {error}") from None
 
 
 def _check(buffer: ReplayBuffer, row: MemoryRow) -> _Arrival:
@@ -110,8 +116,8 @@ def _check(buffer: ReplayBuffer, row: MemoryRow) -> _Arrival:
     if buffer.keeper.in_bytes and nbytes > buffer.keeper.capacity:
         refused = f"larger than the whole memory ({config.capacity})"
     row_id, step = int(row.row.row_id), int(row.step)
-    if not 0 <= row_id < 2**64 or not 0 <= step < 2**32:
-        raise ValueError(f"row_id {row_id} and step {step} must be unsigned 64- and 32-bit numbers")
+    if not 0 <= row_id < 2**63 or not 0 <= step < 2**31:
+        raise ValueError(f"row_id {row_id} and step {step} must be numbers from 0 on of 63 and 31 bits")
     return _Arrival(row_id, ids, mask, teacher, tags, label, step, len(ids), targets, form, width, nbytes, nll, refused)
 
 
