@@ -113,11 +113,13 @@ class Run:
     def end_task(self) -> None:
         for method in self._active:
             method.end_task(self)
-        for term in self._terms():
-            if recorded := self._recorded.pop((self.task.config.name, term.name), None):
-                recorded.discard()
         if self._active:
             self.previous = self.task
+
+    def finish(self) -> None:
+        """Removes what only a run under way needs; an older checkpoint might ask for recorded outputs until then. A collective call."""
+        for key in list(self._recorded):
+            self._recorded.pop(key).discard()
 
     def _remember_previous(self) -> None:
         """Rows of the finished task enter the memory, with the outputs of the model that it has handed over."""
@@ -185,8 +187,6 @@ class Run:
             method.load_state_dict(state["methods"][method.name])
         terms = {term.name: term for method in self.methods for term in method.task_terms()}
         for task_name, name in state["recorded"]:
-            if task_name == task.config.name and self.step == task.num_steps:
-                continue  # the task's last step is done, and the outputs are perhaps removed already
             dataset = next(each.dataset for each in [*self.tasks, task] if each.config.name == task_name)
             folder = teacher_folder(self.config.output, task_name, name)
             self._recorded[task_name, name] = open_recorded(self.engine, dataset, terms[name], folder)

@@ -14,6 +14,7 @@ import torch
 
 from safecl import launcher
 from safecl.config import ConfigError, RunConfig, dump_config
+from safecl.data import describe
 from safecl.engine import distributed
 from safecl.engine.batch import Layout
 from safecl.engine.console import Console
@@ -57,10 +58,7 @@ class Trainer:
 
     def fit(self) -> RunResult:
         """Runs all tasks and returns what was measured. KeyboardInterrupt passes through after the files are closed."""
-        for what, value in describe_plan(self.plan):
-            self.console.fact(what, value)
-        for note in self.plan.notes:
-            self.console.note(note)
+        self._say_what_will_run()
         distributed.init_distributed()
         run = self._start()
         evaluations: list[Evaluation] = []
@@ -72,6 +70,17 @@ class Trainer:
             finally:
                 self._metrics.close()
         return result
+
+    def _say_what_will_run(self) -> None:
+        for what, value in describe_plan(self.plan):
+            self.console.fact(what, value)
+        for task in self.plan.tasks:
+            title = f"task {task.config.name}"
+            self.console.show(lambda task=task, title=title: describe(
+                task.dataset, self.plan.tokenizer, examples=self.config.privacy.examples, title=title
+            ))  # fmt: skip
+        for note in self.plan.notes:
+            self.console.note(note)
 
     # -------------------------------------------------------------------------------------------------------------- start
 
@@ -190,6 +199,7 @@ class Trainer:
 
     def _finish(self, run: Run, evaluations: list[Evaluation]) -> RunResult:
         self._save_models(run)
+        run.finish()
         limits = self.config.safety.gate if self.config.safety is not None else None
         gate = judge_gate(limits, evaluations[-1]) if limits is not None and evaluations else None
         result = RunResult(self.folder, self._results(run, evaluations, gate), gate)

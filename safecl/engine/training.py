@@ -28,7 +28,7 @@ from safecl.kernels import fisher_accumulate_
 Action = Callable[[list[Shard]], None]
 AdapterPull = tuple[float, tuple[str, ...]]
 
-UNPERTURBED = "unperturbed"
+UNPERTURBED = "_unperturbed"
 """State that holds the weights while they are perturbed."""
 ADAPTERS = "adapter_penalty"
 """Name of the pull of LoRA's products among the losses."""

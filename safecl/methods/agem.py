@@ -22,7 +22,7 @@ from safecl.methods import base
 if TYPE_CHECKING:
     from safecl.engine.optimizer import Shard
 
-MEMORY_GRADIENT = "memory_grad"
+MEMORY_GRADIENT = "_memory_grad"
 
 
 class Config(MethodConfig):

@@ -19,7 +19,7 @@ from pydantic import Field
 from safecl.config import MethodConfig
 from safecl.methods import base, ewc
 
-FISHER, ANCHOR, NEW = "online_fisher", "online_anchor", "new_fisher"
+FISHER, ANCHOR, NEW = "online_fisher", "online_anchor", "_new_fisher"
 
 
 class Config(MethodConfig):

@@ -105,6 +105,7 @@ def train(steps: int, **changes):
     losses = [run.train_step(task).totals() for _ in range(steps)]
     found = state_of(run) | {"losses": losses, "fused": run.engine.module.fused}
     run.end_task()
+    run.finish()
     return found
 
 
