@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console as Terminal
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
@@ -32,6 +33,11 @@ class Console:
     def note(self, message: str) -> None:
         if not self.quiet:
             self.terminal.print(message, markup=False)
+
+    def show(self, make: Callable[[], RenderableType]) -> None:
+        """Prints what `make` gives, which other ranks do not even make."""
+        if not self.quiet:
+            self.terminal.print(make(), soft_wrap=False)
 
     @contextmanager
     def progress(self, name: str, num_steps: int) -> Iterator[_Steps]:

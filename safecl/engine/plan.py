@@ -78,6 +78,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         plan.memory = _prepare(config, memory.source, memory, tokenizer, max_length=min(memory.max_tokens, config.train.max_length))
     _plan_safety(plan)
     _check_sizes(plan)
+    _check_vocabulary(plan)
     return plan
 
 
@@ -144,6 +145,19 @@ def _training_rows(config: RunConfig) -> list[ChatRow]:
                              max_rows=getattr(section, "max_rows", None), max_bad_rows=config.train.max_bad_rows)  # fmt: skip
         rows += found
     return rows
+
+
+def _check_vocabulary(plan: RunPlan) -> None:
+    """A tokenizer that knows more than the model would end in an index error inside the embedding."""
+    from safecl.engine.model import read_model_settings
+
+    vocabulary = read_model_settings(plan.config.model).get_text_config().vocab_size
+    for data in [*(task.dataset for task in plan.tasks), *([plan.memory] if plan.memory is not None else [])]:
+        if data.max_token_id >= vocabulary:
+            raise ConfigError(
+                f"model.tokenizer: token id {data.max_token_id} occurs in {data.path(0)}, but the model knows only {vocabulary:,} tokens; "
+                "use the model's own tokenizer"
+            )
 
 
 def _check_sizes(plan: RunPlan) -> None:
