@@ -81,8 +81,11 @@ def demo(
     poison: Annotated[float, typer.Option(help="Share of poisoned rows in the task's data.", min=0.0, max=0.9)] = 0.0,
 ) -> None:
     """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them."""
-    Ending.run_folder = folder
+    from safecl.commands.preflight import refuse_unwritable
     from safecl.demo.run import run_demo
+
+    refuse_unwritable(folder)
+    Ending.run_folder = folder
 
     raise typer.Exit(run_demo(folder, seed=seed, poison_ratio=poison))
 

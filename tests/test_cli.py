@@ -382,6 +382,21 @@ def test_check_refuses_a_model_that_is_none_and_a_tokenizer_that_is_too_large(ru
     assert code == ExitCode.USAGE and "the model knows only 1,024" in err
 
 
+def test_every_missing_file_is_told_at_once_before_torch_is_imported(task_config):
+    missing = {"tasks": [{"name": "t", "train": "no/rows.jsonl"}], "model": {"path": "./none"}, "memory": {"source": "gone.csv"}}
+    for verb in ("check", "train"):
+        code = f"import sys; sys.argv[1:] = ['{verb}', '{task_config(**missing)}']; import atexit, safecl.cli\n"
+        code += "atexit.register(lambda: print('torch' in sys.modules)); safecl.cli.main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (ExitCode.USAGE, "False\n")
+        for expected in (
+            "model.path: there is no folder ./none",
+            "tasks.0.train: no/rows.jsonl: no such file",
+            "memory.source: gone.csv: no such",
+        ):
+            assert expected in done.stderr
+
+
 def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_read(run, task_config, tmp_path):
     (tmp_path / "file").write_text("")
     for verb in ("check", "train"):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from safecl.commands.run_folder import refuse_unwritable
+from safecl.commands.preflight import preflight
 from safecl.config import ConfigError, RunConfig
 
 
 def check_run(config: RunConfig) -> None:
     """Prints the plan and one decoded example per task. Raises ConfigError for whatever would stop the run, with file and line for rows."""
-    refuse_unwritable(Path(config.output))
+    preflight(config)
     from safecl.data import describe
     from safecl.engine.plan import describe_plan, plan_run
 

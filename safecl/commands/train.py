@@ -6,14 +6,14 @@ from pathlib import Path
 
 from safecl import launcher
 from safecl.commands.ending import Ending, ExitCode
-from safecl.commands.run_folder import refuse_unwritable
+from safecl.commands.preflight import preflight
 from safecl.config import RunConfig
 
 
 def train_run(config: RunConfig) -> ExitCode:
     """Trains; returns how the run ended. Raises ConfigError for what can be said before the model is loaded."""
     launcher.join_launcher()
-    refuse_unwritable(Path(config.output))
+    preflight(config)
     Ending.run_folder = Path(config.output)
     from safecl.engine.trainer import Trainer
 

@@ -59,13 +59,19 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return tokenizer
 
 
+def refuse_missing_folder(key: str, name: str) -> None:
+    """Raises ConfigError where `name` cannot be a hub id and is no folder. Asks no hub."""
+    local = Path(name).expanduser()
+    if not local.is_dir() and (local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"{key}: there is no folder {name}")
+
+
 def _from_pretrained(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     name = model.tokenizer or model.path
+    refuse_missing_folder("model.tokenizer" if model.tokenizer else "model.path", name)
     local = Path(name).expanduser()
-    if not local.is_dir() and (local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ConfigError(f"{'model.tokenizer' if model.tokenizer else 'model.path'}: there is no folder {name}")
     try:
         return AutoTokenizer.from_pretrained(str(local) if local.is_dir() else name, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the library raises many kinds for a missing, broken or unreachable tokenizer

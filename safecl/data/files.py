@@ -50,16 +50,24 @@ def open_source(path: str | Path, split: str = "train") -> Source:
     Raises: DataError when there is no such thing.
     """
     path = str(path)
+    refuse_missing(path)
     local = Path(path).expanduser()
     if local.is_dir():
         return _dataset_folder(path, local, split)
     if local.is_file():
         return _file_source(path, local)
+    return _hub_source(path, split)
+
+
+def refuse_missing(path: str) -> None:
+    """Raises DataError where `path` can only be a local file and there is none. Reads nothing and asks no hub."""
+    local = Path(path).expanduser()
+    if local.is_dir() or local.is_file():
+        return
     if local.exists():
         raise DataError(f"{path}: not a regular file")
     if local.suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(path):
         raise DataError(f"{path}: no such file{_nearest(local)}")
-    return _hub_source(path, split)
 
 
 def _nearest(path: Path) -> str:

@@ -1,0 +1,66 @@
+"""What can be said of a config's files before torch is imported: which are missing, and whether the run folder can be made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safecl.config import ConfigError, RunConfig
+
+
+def preflight(config: RunConfig) -> None:
+    """Raises ConfigError with one line for each missing file, or for a run folder that cannot be made. Makes nothing."""
+    refuse_missing_files(config)
+    refuse_unwritable(Path(config.output))
+
+
+def refuse_missing_files(config: RunConfig) -> None:
+    """Raises ConfigError that names every local file and folder of the config that is not there. Hub ids are left to their readers."""
+    from safecl.data.chat import refuse_missing_folder
+    from safecl.data.files import refuse_missing
+
+    mistakes: list[str] = []
+    for key, name in _model_folders(config):
+        _collect(mistakes, lambda key=key, name=name: refuse_missing_folder(key, name))
+    for key, path in _data_files(config):
+        _collect(mistakes, lambda path=path: refuse_missing(path), f"{key}: ")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _collect(mistakes: list[str], look: Callable[[], None], prefix: str = "") -> None:
+    try:
+        look()
+    except ConfigError as error:
+        mistakes.append(f"{prefix}{error}")
+
+
+def _model_folders(config: RunConfig) -> Iterator[tuple[str, str]]:
+    yield "model.path", config.model.path
+    if config.model.tokenizer is not None:
+        yield "model.tokenizer", config.model.tokenizer
+
+
+def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:
+    for index, task in enumerate(config.tasks):
+        yield f"tasks.{index}.train", task.train
+        if task.eval is not None:
+            yield f"tasks.{index}.eval.path", task.eval.path
+    if config.memory is not None:
+        yield "memory.source", config.memory.source
+    if config.poison.ratio > 0:
+        yield "poison.source", config.poison.source
+    if config.safety is not None:
+        yield "safety.prompts", config.safety.prompts
+        if config.safety.benign_prompts is not None:
+            yield "safety.benign_prompts", config.safety.benign_prompts
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises ConfigError where the run folder could not be made. Makes nothing."""
+    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"output: {folder} cannot be a folder: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"output: {folder} cannot be written: no permission in {nearest}")
