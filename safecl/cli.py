@@ -131,8 +131,6 @@ def eval_(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results.json and outputs/.", show_default=False)] = None,
 ) -> None:
     """Measure a model alone: the tuned model of a run, or any model with safety.prompts=FILE eval.path=FILE."""
-    if target.endswith((".yaml", ".yml")):
-        _load(Path(target), overrides)  # a wrong config is told before torch is imported
     from safecl.commands.evaluate import evaluate_and_print
 
     raise typer.Exit(evaluate_and_print(target, overrides or [], output))

@@ -8,11 +8,14 @@ from rich.console import Console
 
 from safecl import launcher
 from safecl.commands.ending import ExitCode
+from safecl.commands.preflight import refuse_unwritable
+from safecl.config import load_config
 
 
 def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -> ExitCode:
     """Measures, prints the table on rank 0, and says where results.json is. ExitCode.GATE where a gate is not passed."""
     launcher.join_launcher()
+    refuse_unwritable(output or _default_output(target, overrides))
     from safecl.evaluation import evaluate_target, results_table
 
     result = evaluate_target(target, overrides, output=output)
@@ -24,3 +27,10 @@ def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -
             console.print(result.gate.message, markup=False)
         console.print(f"results in {result.folder}", markup=False)
     return ExitCode.DONE if result.gate is None or result.gate.passed else ExitCode.GATE
+
+
+def _default_output(target: str, overrides: list[str]) -> Path:
+    """Where results go without --output. A wrong config is told here, before torch is imported."""
+    if target.endswith((".yaml", ".yml")):
+        return Path(load_config(target, overrides).output)
+    return Path(target) if (Path(target) / "config.yaml").is_file() else Path("runs")
