@@ -1,0 +1,131 @@
+"""What the kernel benchmarks share: contenders that take turns in one process, medians, a roof in the same rounds, the machine's facts."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Contender:
+    """One way to do a job. bytes: what the algorithm must move per element; error: relative to fp64 and to the distance moved."""
+
+    name: str
+    run: Callable[[], object]
+    bytes: float
+    error: float | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def row(self, numel: int, roof: float) -> dict:
+        """roof: bytes per second of a device copy in the same rounds."""
+        rate = self.bytes * numel / self.median
+        quartiles = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else [self.median] * 3
+        return {
+            "ms": round(1e3 * self.median, 4),
+            "ms_quartiles": [round(1e3 * quartiles[0], 4), round(1e3 * quartiles[2], 4)],
+            "bytes_per_element": self.bytes,
+            "gb_per_s": round(rate / 1e9, 2),
+            "of_copy": round(rate / roof, 3),
+            "error": self.error,
+        }
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, by events on a GPU."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def take_turns(contenders: list[Contender], probe: Contender, device: torch.device, *, rounds: int, seconds: float, slack: float) -> dict:
+    """Every contender once a round, until `rounds` undisturbed rounds are in or `seconds` are over; keeps the undisturbed ones.
+
+    A round is undisturbed when the probe (a plain copy, first and last in the round) took at most `slack` times its best. The rule looks at
+    the copy alone, so it favours no contender. Returns how many rounds were run and kept; where too few were quiet, the quietest are kept.
+    """
+    for contender in (*contenders, probe):
+        contender.run()
+    deadline, found = time.monotonic() + seconds, []
+    gc.disable()
+    while time.monotonic() < deadline:
+        before = seconds_of(probe.run, device)
+        times = [seconds_of(c.run, device) for c in contenders]
+        found.append((max(before, seconds_of(probe.run, device)), before, times))
+        best = min(probe_time for probe_time, *_ in found)
+        if sum(probe_time <= slack * best for probe_time, *_ in found) >= rounds:
+            break
+    gc.enable()
+    found.sort(key=lambda item: item[0])
+    quiet = [item for item in found if item[0] <= slack * found[0][0]]
+    kept = quiet if len(quiet) >= min(rounds, 5) else found[: min(rounds, len(found))]
+    probe.seconds = [probe_time for probe_time, *_ in kept]
+    for i, contender in enumerate(contenders):
+        contender.seconds = [times[i] for *_, times in kept]
+    return {"rounds": len(found), "kept": len(kept), "quiet": len(quiet), "slack": slack}
+
+
+def machine(device: torch.device) -> dict:
+    """Enough to judge and repeat a measurement."""
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+    }
+    if device.type == "cuda":
+        import triton
+
+        facts |= {"gpu": torch.cuda.get_device_name(device), "triton": triton.__version__, "cuda": torch.version.cuda}
+    return facts
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_json(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+def print_table(title: str, rows: dict[str, dict]) -> None:
+    print(f"\n{title}\n{'':42s} {'ms':>9s} {'GB/s':>8s} {'of copy':>8s} {'error':>9s}")
+    for name, row in rows.items():
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        print(f"{name:42s} {row['ms']:9.3f} {row['gb_per_s']:8.1f} {row['of_copy']:8.2f} {error:>9s}")

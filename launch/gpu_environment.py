@@ -1,0 +1,59 @@
+"""First section of the GPU suite: what this machine is, and whether the suite can run on it. Usage: gpu_environment.py OUT.json"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+OLDEST = (2, 8)
+
+
+def facts() -> dict:
+    import torch
+
+    found = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda, "gpus": []}
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            found["gpus"].append(
+                {
+                    "name": p.name,
+                    "memory_gib": round(p.total_memory / 2**30, 1),
+                    "sm": f"{p.major}{p.minor}",
+                    "sms": p.multi_processor_count,
+                }
+            )
+    for name in ("triton", "pytest", "transformers", "deepspeed"):
+        found[name] = _version(name)
+    return found
+
+
+def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown" if importlib.util.find_spec(name) else None
+
+
+def problems(found: dict) -> list[str]:
+    release = tuple(int(x) for x in found["torch"].split("+")[0].split(".")[:2])
+    said = []
+    if release < OLDEST:
+        said.append(f"torch {found['torch']} is older than {'.'.join(map(str, OLDEST))}")
+    if not found["gpus"]:
+        said.append("torch sees no CUDA device")
+    said += [f"{name} is not installed" for name in ("triton", "pytest") if not found[name]]
+    return said
+
+
+if __name__ == "__main__":
+    found = facts()
+    Path(sys.argv[1]).write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+    wrong = problems(found)
+    print("\n".join(wrong))
+    sys.exit(1 if wrong else 0)
