@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,7 +52,9 @@ class Inputs:
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
-    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: str) -> Inputs:
+        return Inputs(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))
 
 
 def make_inputs(case: Case) -> Inputs:

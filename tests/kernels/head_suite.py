@@ -52,7 +52,7 @@ def make_teacher(case: Case, inputs: Inputs):
     if case.teacher == "dense":
         return DenseTeacher(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, **shape)
     if case.teacher == "logits":
-        return LogitsTeacher(teacher_logits(case, inputs).float())
+        return LogitsTeacher(teacher_logits(case, inputs).float())  # on the device of the inputs
     head = (inputs.teacher_hidden, inputs.teacher_weight, case.k)
     return replace(linear_topk(*head, bias=inputs.teacher_bias, temperature=case.temperature, **shape), mode=case.mode)
 
@@ -73,13 +73,14 @@ def run(case: Case, inputs: Inputs, teacher, **changes) -> tuple[LinearDistillOu
     return output, {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def check(case: Case, bound: float | None = None) -> None:
+def check(case: Case, bound: float | None = None, device: str = "cpu") -> None:
     """Loss, per-token losses, logsumexp and every gradient against the oracle."""
     inputs = make_inputs(case)
-    teacher = make_teacher(case, inputs)
-    stored = (teacher.log_probs, teacher.indices, teacher.log_tail) if isinstance(teacher, TopKTeacher) else None
-    want = truth(case, inputs, stored)
-    output, grads = run(case, inputs, teacher)
+    on_device = inputs.to(device)
+    teacher = make_teacher(case, on_device)
+    stored = teacher.to("cpu") if isinstance(teacher, TopKTeacher) else None
+    want = truth(case, inputs, stored and (stored.log_probs, stored.indices, stored.log_tail))
+    output, grads = run(case, on_device, teacher)
     bound = bound or BOUNDS[case.dtype]
     _compare(output.loss[None], want.loss[None], min(bound, 1e-4), "loss")
     _compare(output.ce, want.ce, 1e-5, "ce")
@@ -94,7 +95,7 @@ def _compare(actual, expected, bound: float, what: str) -> None:
     if expected.norm() == 0:
         assert_zero(actual, what)
     else:
-        assert_close(actual, expected.to(actual.device), bound, what)
+        assert_close(actual, expected, bound, what)
 
 
 def check_equal(divergence: str, dtype: torch.dtype = F32, tokens: int = 13) -> None:
