@@ -28,6 +28,9 @@ def run_arms(configs: Sequence[Path], times: Path) -> None:
         def fact(self, what: str, value: str) -> None:
             pass
 
+        def show(self, make: object) -> None:
+            pass
+
         def progress(self, name: str, num_steps: int) -> AbstractContextManager:
             return super().progress(self.arm, num_steps)
 
