@@ -132,7 +132,7 @@ def kl_terms(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
 def mixture_log_ratios(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """(log p/m, log q/m) of m = beta q + (1 - beta) p, without cancellation for small and large r = log q - log p."""
     positive = log_ratio > 0
-    weight = torch.where(positive, 1 - beta, beta)
+    weight = torch.full_like(log_ratio, beta).masked_fill(positive, 1 - beta)
     near = torch.log1p(weight * torch.expm1(-log_ratio.abs()))  # log m / max(p, q)
     return -torch.where(positive, near + log_ratio, near), -torch.where(positive, near, near - log_ratio)
 
@@ -154,7 +154,7 @@ def mse_terms(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """(loss [rows], gradient [rows, entries]) of the centred mean squared difference; entries that are infinite on a side do not count."""
     difference = student - teacher
     valid = difference.isfinite()
-    count = valid.sum(-1, keepdim=True).clamp(min=1)
+    count = valid.sum(-1, keepdim=True, dtype=student.dtype).clamp(min=1)
     difference = torch.where(valid, difference, 0.0)
     centred = torch.where(valid, difference - difference.sum(-1, keepdim=True) / count, 0.0)
     return centred.square().sum(-1) / count[..., 0], centred * (2 / count)

@@ -173,9 +173,8 @@ def topk_kd(z: Tensor, log_q: Tensor, indices: Tensor, log_tail: Tensor, case: C
 
 def truth(case: Case, inputs: Inputs, stored: tuple[Tensor, Tensor, Tensor] | None = None) -> Truth:
     """Losses and gradients of the case; stored: (log_q, indices, log_tail) of a top-k teacher."""
-    leaves = {
-        name: getattr(inputs, name).double().requires_grad_() for name in ("hidden", "weight", "bias") if getattr(inputs, name) is not None
-    }
+    present = [name for name in ("hidden", "weight", "bias") if getattr(inputs, name) is not None]
+    leaves = {name: getattr(inputs, name).detach().double().clone().requires_grad_() for name in present}
     z = logits_of(leaves["hidden"], leaves["weight"], leaves.get("bias"), case)
     zeros = torch.zeros(case.tokens, dtype=torch.float64)
     ce, lse, kd = zeros, zeros, zeros

@@ -32,7 +32,7 @@ def test_cuda_tensors_run_in_triton():
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, F64], ids=["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_matches_the_fp64_oracle(name, dtype):
-    bound = {torch.float32: 5e-5, BF16: 8e-3, F64: 1e-9}[dtype]
+    bound = {torch.float32: 5e-5, BF16: 8e-3, F64: 1e-6}[dtype]
     check(CASES[name].but(dtype=dtype), bound, CUDA)
 
 
