@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -76,6 +77,7 @@ def _serve(pipe, rank: int, world_size: int, port: int) -> None:
     from safecl.engine.distributed import init_distributed
 
     init_distributed()
+    gc.freeze()  # DeepSpeed's stage 3 collects garbage when it starts, which takes a second among everything that was imported
     while True:
         try:
             function, arguments = pipe.recv()

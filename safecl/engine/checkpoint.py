@@ -16,7 +16,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -236,20 +236,19 @@ class Checkpointer:
 
     # ------------------------------------------------------------------------------------------------------------ loading
 
-    def find(self, note) -> Contents | None:
+    def find(self, note: Callable[[str], None], checks: Sequence[Callable[[Contents], None]] = ()) -> Contents | None:
         """The newest checkpoint that all ranks find whole; None where there is none at all. Damaged newer ones are set aside, and told.
 
+        `checks` look at what else must be right and raise DamagedCheckpoint; all ranks have passed one before any begins with the next.
         Raises ConfigError where there are checkpoints and none of them is whole.
         """
-        names = distributed.gather_objects([self.folder.names()])[0]
         problems: dict[str, str] = {}
-        for name in names:
-            contents, problem = self._examine(name)
-            found = [p for p in distributed.gather_objects([problem]) if p is not None]
-            if not found:
+        for name in distributed.gather_objects([self.folder.names()])[0]:
+            contents, problem = self._examine(self.folder.path / name, checks)
+            if contents is not None:
                 self._set_aside(problems, name, note)
                 return contents
-            problems[name] = found[0]
+            problems[name] = problem
         if problems:
             raise ConfigError(
                 f"{self.folder.path}: no checkpoint is whole, so the run cannot go on:\n"
@@ -258,16 +257,29 @@ class Checkpointer:
             )
         return None
 
-    def _examine(self, name: str) -> tuple[Contents | None, str | None]:
-        folder = self.folder.path / name
-        try:
-            contents = read_contents(folder)
-            check_hashes(folder, contents.manifest, self.rank, self.world_size)
-        except (DamagedCheckpoint, OSError) as error:
-            return None, str(error)
-        return contents, None
+    def _examine(self, folder: Path, checks: Sequence[Callable[[Contents], None]]) -> tuple[Contents | None, str]:
+        """(contents, "") where all ranks agree that the checkpoint is whole, else (None, what one of them found)."""
+        contents, problem = self._agree(lambda: self._read_contents(folder))
+        for check in checks:
+            if problem is None:
+                _, problem = self._agree(lambda check=check: check(contents))
+        return (contents, "") if problem is None else (None, problem)
 
-    def _set_aside(self, problems: Mapping[str, str], chosen: str, note) -> None:
+    def _read_contents(self, folder: Path) -> Contents:
+        contents = read_contents(folder)
+        check_hashes(folder, contents.manifest, self.rank, self.world_size)
+        return contents
+
+    def _agree(self, work: Callable[[], Any]) -> tuple[Any, str | None]:
+        """(what the work gave, None) where it went well on all ranks, else (None, what the first of the others says)."""
+        try:
+            value, problem = work(), None
+        except (DamagedCheckpoint, OSError) as error:
+            value, problem = None, str(error)
+        found = [problem for problem in distributed.gather_objects([problem]) if problem is not None]
+        return (None, found[0]) if found else (value, None)
+
+    def _set_aside(self, problems: Mapping[str, str], chosen: str, note: Callable[[str], None]) -> None:
         for name, problem in problems.items():
             note(f"checkpoint {name} is damaged ({problem}); going on from {chosen}")
             if self.rank == 0:
@@ -336,15 +348,10 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def _problem_of(work) -> str | None:
+def _problem_of(work: Callable[[], object]) -> str | None:
     """Why the work could not be done, in words; None where it was."""
     try:
         work()
     except OSError as error:
         return error.strerror or str(error)
     return None
-
-
-def checkpoint_folder(run_folder: Path) -> CheckpointFolder:
-    """The checkpoints of a run."""
-    return CheckpointFolder(run_folder / "checkpoints")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from safecl.config import MemoryConfig
@@ -30,6 +34,12 @@ class Memory:
     def row_ids(self) -> list[int]:
         return list(self.buffer.keys())
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which rows are held and where they lie, the same on every rank; rows are on the disk when it returns. A collective call."""
+        self.buffer.flush()
+        distributed.barrier()
+        return self.buffer.state_dict()
+
     def _step_row(self, key: int) -> StepRow:
         def load():
             row = self.buffer.get(key)
@@ -39,11 +49,27 @@ class Memory:
         return StepRow("memory", self.buffer.length(key), self.buffer.num_targets(key), load, rank=rank)
 
 
+def open_memory(config: MemoryConfig, folder: Path | None, seed: int) -> Memory:
+    """The memory in a folder that all ranks share; each writes its own rows. Without a folder rows lie in temporary ones.
+
+    All ranks must have opened it before one inserts: a rank counts what it finds.
+    """
+    return Memory(ReplayBuffer(config, folder, seed=seed, rank=distributed.rank(), world_size=distributed.world_size()))
+
+
 def fill_memory(
-    engine: TrainingEngine, dataset: TokenDataset, config: MemoryConfig, *, seed: int, source: str, with_teacher: bool
-) -> Memory:
-    """A memory of all rows of `dataset`, with what the current model says of them where a method replays that. A collective call."""
-    memory = Memory(ReplayBuffer(config, seed=seed, rank=distributed.rank(), world_size=distributed.world_size()))
+    engine: TrainingEngine, dataset: TokenDataset, config: MemoryConfig, *, seed: int, source: str, with_teacher: bool,
+    folder: Path | None = None,
+) -> Memory:  # fmt: skip
+    """A memory of all rows of `dataset`, with what the current model says of them where a method replays that. A collective call.
+
+    What an earlier run left in `folder` is removed.
+    """
+    if folder is not None and distributed.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    distributed.barrier()
+    memory = open_memory(config, folder, seed)
+    distributed.barrier()
     remember(engine, memory, dataset, config, source=source, task="memory", step=0, with_teacher=with_teacher)
     return memory
 

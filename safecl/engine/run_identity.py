@@ -1,0 +1,109 @@
+"""Is this the run that the folder holds? Compares configs, rows and frozen weights; what changes nothing that is trained may differ."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from safecl.config import ConfigError
+from safecl.data import TokenDataset
+from safecl.engine.plan import RunPlan
+
+HOW_TO_GO_ON = "put it back to go on, or start a new run with another `output`"
+
+# What may change between a stop and the resume: where things are, how they are computed, what is shown. Rows are compared by content.
+FREE = (
+    "output", "deepspeed", "log", "checkpoint", "privacy", "model.path", "model.attention", "model.gradient_checkpointing", "tasks.*.train",
+    "memory.source", "poison.source", "train.tokens_per_microbatch", "train.packing", "train.max_bad_rows", "train.max_skipped_steps",
+    "train.allow_few_steps", "safety.batch_size", "safety.gate",
+)  # fmt: skip
+
+
+def identity_of(plan: RunPlan, frozen: str | None) -> dict[str, Any]:
+    """What a checkpoint keeps of the run that it belongs to. `frozen`: see `frozen_digest`."""
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "rows": {task.config.name: fingerprint(task.dataset) for task in plan.tasks},
+        "memory_rows": fingerprint(plan.memory) if plan.memory is not None else None,
+        "frozen": frozen,
+        "versions": versions(),
+    }
+
+
+def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """ConfigError where two identities differ in what is trained or measured."""
+    refuse_other_config(saved["config"], now["config"], where)
+    for name, rows in now["rows"].items():
+        if saved["rows"].get(name) != rows:
+            raise ConfigError(f"{where}: the rows of task {name} have changed since this run began; {HOW_TO_GO_ON}")
+    if saved["memory_rows"] != now["memory_rows"]:
+        raise ConfigError(f"{where}: the rows of memory.source have changed since this run began; {HOW_TO_GO_ON}")
+    if saved["frozen"] != now["frozen"]:
+        raise ConfigError(f"{where}: the weights of model.path that are not trained have changed since this run began; {HOW_TO_GO_ON}")
+
+
+def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """ConfigError naming what differs between two resolved configs, where that changes what is trained or measured."""
+    if differences := different_keys(saved, now):
+        shown = "".join(f"\n  {key}: {_short(old)} then, {_short(new)} now" for key, old, new in differences[:8])
+        more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise ConfigError(f"{where} holds a run with another config; {HOW_TO_GO_ON}:{shown}{more}")
+
+
+def different_keys(saved: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, saved, now) of all settings that differ and must not."""
+    if _is_free(path) or saved == now:
+        return []
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*saved, *now])
+        return [found for key in keys for found in different_keys(saved.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        return [found for i, pair in enumerate(zip(saved, now, strict=True)) for found in different_keys(*pair, f"{path}.{i}")]
+    return [(path, saved, now)]
+
+
+def _is_free(path: str) -> bool:
+    return ".".join("*" if part.isdigit() else part for part in path.split(".")) in FREE
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def fingerprint(dataset: TokenDataset) -> str:
+    """Hash of the rows: their contents' keys, lengths and numbers of targets, in order; where the file lies does not matter."""
+    digest = xxhash.xxh3_128()
+    for column in (dataset.row_ids, dataset.lengths, dataset.num_targets):
+        digest.update(np.ascontiguousarray(column))
+    return digest.hexdigest()
+
+
+def frozen_digest(model: torch.nn.Module) -> str | None:
+    """Hash of the parameters that are not trained (LoRA), which no checkpoint holds; None without any. Call it before sharding."""
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    digest = xxhash.xxh3_128()
+    for name, p in frozen:
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest() if frozen else None
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the last bits."""
+    import deepspeed
+    import transformers
+
+    import safecl
+
+    return {package.__name__: str(package.__version__) for package in (safecl, torch, deepspeed, transformers)}
+
+
+def version_notes(saved: dict[str, str]) -> list[str]:
+    """What to tell where a run goes on with other versions than before."""
+    changed = [f"{name} {saved.get(name)} -> {version}" for name, version in versions().items() if saved.get(name) != version]
+    return [f"other versions than before the stop ({', '.join(changed)}): results may differ in the last bits"] if changed else []

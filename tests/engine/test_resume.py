@@ -1,0 +1,46 @@
+"""A run that was stopped goes on as if it had not been: bitwise in the same layout, and with the same rows in any other."""
+
+from __future__ import annotations
+
+import pytest
+
+from safecl.methods import builtin_methods
+from tests.engine import resume_scenes
+
+EWC = {"ewc": {"strength": 0.5, "sign_batches": 4, "rows_per_batch": 4}}
+EMA = {"ema": {"decay": 0.9}}
+
+# Methods beside each other where they can be, so that every one is cut at ten points in few runs.
+SETS = {
+    "der, er, ewc, ema": dict(methods={"der": {"alpha": 0.5}, "er": {}, **EWC, **EMA}, deepspeed={"stage": 2}),
+    "derpp, lwf, l2_sp, slow ema": dict(
+        methods={"derpp": {}, "lwf": {}, "l2_sp": {}, "ema": {"decay": 0.5, "write_back": "slow", "every": 3}}, deepspeed={"stage": 3}
+    ),
+    "agem, online_ewc, ema to the anchor, in bf16 with offload": dict(
+        methods={"agem": {}, "online_ewc": {}, "ema": {"decay": 0.05, "write_back": "anchor", "every": 3}},
+        model={"dtype": "bf16"}, bf16=True, deepspeed={"stage": 1, "offload": {"optimizer": "cpu"}},
+    ),
+}  # fmt: skip
+for _name in builtin_methods():
+    if not any(_name in changes["methods"] for changes in SETS.values()):
+        SETS[_name] = dict(methods={_name: {}}, deepspeed={"stage": 2})
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    return str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_run_cut_at_any_of_ten_steps_ends_bitwise_like_the_uninterrupted_one(rank_pool, folder, name):
+    """Weights, live weights, moments, EMA, Fisher, anchor, generators, memory, rows of every step, losses, norms."""
+    for differences in rank_pool(2).run(resume_scenes.cut_at_every_step, folder=folder, steps=11, cuts=10, **SETS[name]):
+        assert not differences, differences[:10]
+
+
+@pytest.mark.parametrize("kind", ["weights", "exp_avg", "exp_avg_sq", "ema", "fisher", "anchor"])
+def test_the_comparison_bites_where_one_kind_of_state_does_not_come_back(rank_pool, folder, kind):
+    changes = dict(methods=EWC | EMA | {"er": {}}, deepspeed={"stage": 2})
+    differences = rank_pool(2).run(resume_scenes.cut_with_a_loss, folder=folder, lost=kind, **changes)[0]
+    assert any(kind in difference for difference in differences)
+    assert kind == "ema" or any("weights at step 2" in difference for difference in differences)
