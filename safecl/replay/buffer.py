@@ -67,6 +67,9 @@ class ReplayBuffer:
     where files are damaged or the disk is full.
     """
 
+    STATE = ("num_seen", "version", "table", "labels", "keeper", "guard", "drawer", "held", "ignored", "_trimmed_at")
+    """What a state says and `reset` empties."""
+
     def __init__(
         self,
         config: MemoryConfig,
@@ -79,9 +82,9 @@ class ReplayBuffer:
         vocab_size: int | None = None,
         teacher_of: Callable[[int, int], Teacher | None] | None = None,
     ):
-        """vocab_size: of the stored outputs, for `indices: packed`.
+        """vocab_size: width of the stored outputs; with `indices: packed` it decides how they are packed.
 
-        teacher_of(row_id, num_targets): outputs kept elsewhere (CacheReader.get).
+        teacher_of(row_id, num_targets): outputs that are kept elsewhere (CacheReader.get), for rows that bring none of their own.
         """
         if mode not in ("append", "read"):
             raise ValueError(f"mode {mode!r}: `append` or `read`")
@@ -89,6 +92,7 @@ class ReplayBuffer:
             folder = tempfile.mkdtemp(prefix="safecl-memory-")
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.config, self.folder, self.seed, self.rank, self.world_size = config, Path(folder), seed, rank, world_size
+        self.vocab_size = vocab_size
         self.index_code = codec.index_form(vocab_size or 2**31, config.teacher.indices == "packed")
         self.problems: list[str] = []
         self.teacher_of = teacher_of
@@ -120,7 +124,9 @@ class ReplayBuffer:
             reason = "; ".join(opened.problems) or "it has no index"
             raise ConfigError(f"{folder}: no readable memory in this folder: {reason}")
         settings = opened.header["settings"]
-        return cls(MemoryConfig.model_validate(settings["config"]), folder, seed=settings["seed"], mode=mode)
+        return cls(
+            MemoryConfig.model_validate(settings["config"]), folder, seed=settings["seed"], mode=mode, vocab_size=settings["vocab_size"]
+        )
 
     def _start(self) -> None:
         """Takes over what the folder holds: the newest index, and rows that were appended after it."""
@@ -186,6 +192,8 @@ class ReplayBuffer:
 
         A function of (seed, step, stream), the rows held, and for loss_aware and mix_cd of the losses logged for steps before step - 1.
         """
+        if num_tokens < 1:
+            return []
         self.trim()
         rows = self.drawer.draw(self.table, self.labels.groups, step, num_tokens, stream)
         return self.table["position"][rows].tolist()
@@ -264,7 +272,11 @@ class ReplayBuffer:
         return [self._decode(*line) for line in zip(*(self.table[name][rows].tolist() for name in READ_COLUMNS), strict=True)]
 
     def _decode(self, position, segment, offset, nbytes, digest, row_id, length, targets, form, width, label, step, prior_nll) -> MemoryRow:
-        ids, mask, teacher, tags = codec.decode(self.body(position, segment, offset, nbytes, digest), length, targets, form, width)
+        body = self.body(position, segment, offset, nbytes, digest)
+        try:
+            ids, mask, teacher, tags = codec.decode(body, length, targets, form, width)
+        except ValueError as error:
+            raise ReplayError(f"{self.folder / self.store.name(segment)}: row {position} is not one that safecl wrote: {error}") from None
         if teacher is None and self.teacher_of is not None:
             teacher = self.teacher_of(row_id, targets)
         source, task, _ = self.labels[label]
@@ -321,7 +333,8 @@ class ReplayBuffer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes back to a state, for any number of ranks; rows inserted after it are forgotten. Every rank calls it.
 
-        Raises ReplayError where the index is damaged or a segment is missing, cut or changed, ConfigError where the settings differ.
+        Raises ReplayError where the index is damaged or a segment is missing, cut or changed, ConfigError where the settings differ; the
+        buffer is then as it was.
         """
         snapshots.load_state_dict(self, state)
 

@@ -26,7 +26,7 @@ SMALLEST_COHORT_DRAWS = 2
 
 @dataclass
 class Classes:
-    """names: one per class, the same on every rank and in every run. of_row: int64 [rows], numbering them."""
+    """names: one per class, the same on every rank and in every run. of_row: int32 [rows], numbering them."""
 
     names: list[str]
     of_row: np.ndarray
@@ -45,7 +45,7 @@ class Drawer:
         self._version = -1
         self._layouts: dict[tuple[int, int], visits.RowLayout] = {}
         self._classes = Classes([], np.zeros(0, np.int64))
-        self._mean_lengths = np.zeros(0)
+        self._mean_lengths, self._num_tokens = np.zeros(0), 0
 
     @property
     def uses_scores(self) -> bool:
@@ -58,7 +58,7 @@ class Drawer:
             self.scores.use_until(step - LAG, table, self._classes.of_row, self._classes.names)
         if len(table) == 0:
             return np.zeros(0, np.int64)
-        num_cohorts = self.num_cohorts(table, num_tokens)
+        num_cohorts = self.num_cohorts(num_tokens)
         layout = self._layout(table, num_cohorts, num_tokens)
         weights = np.zeros((len(self._classes.names), num_cohorts))
         weights[:, step % num_cohorts] = self._weights(layout, num_cohorts)[:, step % num_cohorts]
@@ -76,11 +76,11 @@ class Drawer:
             self.scores.use_until(step, table, self._classes.of_row, self._classes.names)
             self.scores.last_step = -(2**31)
 
-    def num_cohorts(self, table: RowTable, num_tokens: int) -> int:
+    def num_cohorts(self, num_tokens: int) -> int:
         """Cohorts of resting rows for draws of `num_tokens` tokens; 1 where rows do not rest."""
         if self.rest_steps == 0 or num_tokens < 1:
             return 1
-        draws = int(table["length"].sum(dtype=np.int64)) // (SMALLEST_COHORT_DRAWS * num_tokens)
+        draws = self._num_tokens // (SMALLEST_COHORT_DRAWS * num_tokens)
         return max(1, min(self.rest_steps + 1, draws))
 
     def _follow(self, table: RowTable, groups: list[str]) -> None:
@@ -90,21 +90,21 @@ class Drawer:
             self._classes = self._classify(table, groups)
             rows = np.bincount(self._classes.of_row, minlength=len(self._classes.names))
             tokens = np.bincount(self._classes.of_row, table["length"], minlength=len(self._classes.names))
-            self._mean_lengths = tokens / np.maximum(rows, 1)
+            self._mean_lengths, self._num_tokens = tokens / np.maximum(rows, 1), int(tokens.sum())
 
     def _classify(self, table: RowTable, groups: list[str]) -> Classes:
         if self.policy not in ("balanced", "mix_cd"):
-            return Classes([""], np.zeros(len(table), np.int64))
+            return Classes([""], np.broadcast_to(np.int32(0), len(table)))
         names = sorted(set(groups))
-        number = np.array([names.index(group) for group in groups], np.int64)
-        of_row = number[table["label"]] if len(table) else np.zeros(0, np.int64)
+        number = np.array([names.index(group) for group in groups], np.int32)
+        of_row = number[table["label"]] if len(table) else np.zeros(0, np.int32)
         if self.policy == "balanced":
             return Classes(names, of_row)
         binned = [f"{name} / {bin_}" for name in names for bin_ in range(NUM_BINS + 1)]
-        return Classes(binned, of_row * (NUM_BINS + 1) + loss_bins(table["prior_nll"]))
+        return Classes(binned, of_row * (NUM_BINS + 1) + loss_bins(table["prior_nll"]).astype(np.int32))
 
     def _layout(self, table: RowTable, num_cohorts: int, num_tokens: int) -> visits.RowLayout:
-        strips = visits.num_strips_for(num_tokens * len(table) / table["length"].sum(dtype=np.int64))
+        strips = visits.num_strips_for(num_tokens * len(table) / max(1, self._num_tokens))
         if (num_cohorts, strips) not in self._layouts:
             classes = self._classes.of_row
             if num_cohorts > 1:

@@ -109,6 +109,8 @@ def _check(buffer: ReplayBuffer, row: MemoryRow) -> _Arrival:
     form, width = codec.teacher_form(teacher, buffer.index_code)
     tags = codec.tag_bytes(row.tags)
     nbytes = codec.body_bytes(len(ids), targets, form, width, len(tags))
+    if nbytes >= 2**32:
+        raise ValueError(f"the row takes {nbytes:,} bytes; at most 4 GiB can be stored, keep fewer outputs of it")
     group = {"task": row.task, "source": row.source}.get(config.balance_by)
     label = (row.source, row.task, str(row.tags.get(config.balance_by, "")) if group is None else group)
     nll = codec.prior_nll(row, ids, mask, teacher)

@@ -6,6 +6,7 @@ A state names rows and where they lie, never their contents. Segments are delete
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from safecl.replay.table import UNKNOWN, RowTable, dump_index, load_index
 if TYPE_CHECKING:
     from safecl.replay.buffer import ReplayBuffer
 
-# Settings that decide which rows are held; another value needs another memory.
-FIXED = ("capacity", "policy", "balance_by", "prefix_tokens", "guard")
+# Settings that decide which rows are held and what is stored of them; another value needs another memory.
+FIXED = ("capacity", "policy", "balance_by", "prefix_tokens", "guard", "teacher")
+
+SEGMENT_NAME = re.compile(r"rows-\d{4}-\d{4}-\d{4,}-\d{5,}\.segment")
 
 # A segment is rewritten when less than a quarter of it is held, and worth it.
 SPARSE, WORTH_BYTES = 1 / 4, 2**20
@@ -68,7 +71,7 @@ def dump(buffer: ReplayBuffer) -> bytes:
     header = {
         "version": buffer.version,
         "num_seen": buffer.num_seen,
-        "settings": {"seed": buffer.seed, "config": buffer.config.model_dump(mode="json")},
+        "settings": {"seed": buffer.seed, "vocab_size": buffer.vocab_size, "config": buffer.config.model_dump(mode="json")},
         "labels": buffer.labels.labels,
         "segments": segments,
         "ignored": [name for name in buffer.ignored if (buffer.store.folder / name).exists()],
@@ -108,6 +111,9 @@ def check_settings(buffer: ReplayBuffer, settings: Mapping[str, Any], where: str
     """Raises ConfigError where a state was made with other settings, with both values."""
     if settings["seed"] != buffer.seed:
         raise ConfigError(f"{where}: made with seed {settings['seed']}, now seed {buffer.seed}; use the same seed or another folder")
+    widths = settings["vocab_size"], buffer.vocab_size
+    if None not in widths and widths[0] != widths[1]:
+        raise ConfigError(f"{where}: made with a vocabulary of {widths[0]}, now it is {widths[1]}; use another folder")
     now = buffer.config.model_dump(mode="json")
     for key in FIXED:
         if settings["config"].get(key) != now[key]:
@@ -127,6 +133,8 @@ def take_over(buffer: ReplayBuffer, header: Mapping[str, Any], table: RowTable) 
     buffer.held = {int(version): names for version, names in header["held"].items()}
     buffer.ignored = header["ignored"]
     names = [name for name, _, _ in header["segments"]]
+    if strange := [name for name in (*names, *header["ignored"]) if not SEGMENT_NAME.fullmatch(name)]:
+        raise ReplayError(f"{buffer.folder}: the index names {strange[0]!r}, which is no segment of this folder")
     numbers = np.array([*(buffer.store.number(name) for name in names), UNKNOWN], np.int32)
     if not np.array_equal(numbers[:-1], np.arange(len(names))):
         table.own()
@@ -159,7 +167,22 @@ def _shorter(buffer: ReplayBuffer, name: str, size: int) -> str | None:
 
 
 def load_state_dict(buffer: ReplayBuffer, state: Mapping[str, Any]) -> None:
-    """See ReplayBuffer.load_state_dict."""
+    """See ReplayBuffer.load_state_dict. The buffer stays as it is where the state is refused."""
+    before = {name: getattr(buffer, name) for name in buffer.STATE}
+    try:
+        _load(buffer, state)
+    except BaseException as error:
+        for name, value in before.items():
+            setattr(buffer, name, value)
+        if isinstance(error, (KeyError, TypeError, ValueError)) and not isinstance(error, ConfigError):
+            raise ReplayError(f"the checkpoint's memory index is not one that safecl wrote: {error!r}") from None
+        raise
+    if buffer.store.writable:
+        _forget_indices(buffer, buffer.version)
+        write(buffer)
+
+
+def _load(buffer: ReplayBuffer, state: Mapping[str, Any]) -> None:
     header, table = load_index(memoryview(np.ascontiguousarray(state["index"], np.uint8)), "the checkpoint's memory index")
     check_settings(buffer, header["settings"], "the checkpoint's memory")
     on_disk = buffer.store.on_disk()
@@ -172,13 +195,12 @@ def load_state_dict(buffer: ReplayBuffer, state: Mapping[str, Any]) -> None:
                 f"{buffer.folder / name}: changed since the checkpoint; `safecl memory verify {buffer.folder}` says which rows"
             )
     buffer.locate()
-    buffer.held = {v: names for v, names in buffer.held.items() if v <= state["version"]} | {state["version"]: _segment_names(buffer)}
+    version = header["version"]
+    buffer.held = {v: names for v, names in buffer.held.items() if v < version} | {version: _segment_names(buffer)}
     known = {name for name, _, _ in header["segments"]} | set(_segment_names(buffer))
-    buffer.store.begin_generation(buffer.num_seen)
     if buffer.store.writable:
         buffer.ignored = sorted({*buffer.ignored, *(name for name in on_disk if name not in known and _is_own(buffer, name))})
-        _forget_indices(buffer, buffer.version)
-        write(buffer)
+        buffer.store.begin_generation(buffer.num_seen)
 
 
 def _forget_indices(buffer: ReplayBuffer, after: int) -> None:

@@ -195,6 +195,36 @@ def test_a_checkpoint_refuses_a_segment_that_changed(tmp_path, healthy):
         buffer.load_state_dict(damaged)
 
 
+def test_an_index_made_to_deceive_is_refused(tmp_path):
+    import json
+
+    import xxhash
+
+    with ReplayBuffer(config(), tmp_path) as buffer:
+        buffer.insert(rows(5))
+        state = buffer.state_dict()
+    data = state["index"].tobytes()
+    end = 16 + struct.unpack("<Q", data[8:16])[0]
+    header = json.loads(data[16:end])
+    for change in (
+        {"segments": [["../../outside.segment", 10, "00"]]},
+        {"ignored": ["/etc/passwd"]},
+        {"num_rows": 10**9},
+        {"num_rows": -1},
+        {"columns": [["position", "|O"]]},
+        {"format": 2},
+        {"settings": None},
+    ):
+        text = json.dumps(header | change).encode()
+        text += b" " * (-(len(text) + 16) % 64)
+        forged = data[:8] + struct.pack("<Q", len(text)) + text + data[end:-16]
+        forged += xxhash.xxh3_128_digest(forged)
+        with ReplayBuffer(config(), tmp_path) as buffer, pytest.raises(ReplayError):
+            buffer.load_state_dict({"version": state["version"], "index": np.frombuffer(forged, np.uint8)})
+        with ReplayBuffer(config(), tmp_path) as buffer:  # what was refused left no trace
+            assert len(buffer.get_many(buffer.keys())) == 5 and buffer.problems == []
+
+
 # ------------------------------------------------------------------------------------------------------------- two writers
 
 

@@ -216,6 +216,12 @@ def test_other_settings_are_refused_with_both_values(tmp_path):
         ReplayBuffer(config(capacity=100, policy="fifo"), seed=1).load_state_dict(state)
     with pytest.raises(ReplayError, match="segment is missing"):
         ReplayBuffer(config(capacity=100), seed=1).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"temperature': 1.0.*now it is .*temperature': 2.0"):
+        ReplayBuffer(config(capacity=100, teacher={"temperature": 2.0}), tmp_path, seed=1)
+    with ReplayBuffer(config(), tmp_path / "vocabulary", vocab_size=100) as buffer:
+        buffer.insert(rows(1))
+    with pytest.raises(ConfigError, match="vocabulary of 100, now it is 101"):
+        ReplayBuffer(config(), tmp_path / "vocabulary", vocab_size=101)
     ReplayBuffer(config(capacity=100, draw="mix_cd", rest_steps=4), tmp_path, seed=1).close()  # how to draw may change
 
 

@@ -1,0 +1,430 @@
+"""The replay memory at size: insertion, opening, draws, bytes, the error of the stored outputs, and what a training step waits for it.
+
+    python benchmarks/replay.py [--folder /tmp/safecl-replay] [--rows 1000000] [--topk-rows 20000] [--only
+    tokens,topk,cache,gradient,step,streams]
+
+A draw is `draw` and `get_many`: which rows, and the rows themselves with their checksums, from a warm page cache. Opening and host memory
+are measured in processes of their own. Needs about 4 GB of disk below --folder while it runs, and cleans up. Writes
+benchmarks/results/replay.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import numpy as np
+from harness import machine, write_json
+
+from safecl.config import MemoryConfig
+from safecl.data import Row
+from safecl.replay import CacheHeader, CacheReader, CacheWriter, MemoryRow, ReplayBuffer, TeacherOutputs
+
+LENGTH, K, VOCAB, DRAWN = 256, 64, 152_064, 64
+
+# what must hold: (figure, bound, whether it is a lower bound)
+LIMITS = {
+    "tokens.insert_rows_per_s": (50_000, True),
+    "tokens.open_s": (1.0, False),
+    "tokens.draw_ms": (1.0, False),
+    "tokens.host_bytes_per_row": (100, False),
+    "tokens.host_bytes_per_row_after_insert": (100, False),
+    "topk.draw_ms": (3.0, False),
+    "cache.bytes_per_token": (400, False),
+    "gradient.peaky.error": (0.005, False),
+    "step.wait_share": (0.01, False),
+    "step.wait_share_without_prefetch": (0.01, False),
+}
+
+
+def config(**settings) -> MemoryConfig:
+    return MemoryConfig(source="benchmark", capacity=10**9, **settings)
+
+
+def medians(run: Callable[[int], object], repeats: int) -> dict:
+    """Milliseconds of run(0), run(1), ...: median and quartiles."""
+    times = []
+    for i in range(repeats):
+        began = time.perf_counter()
+        run(i)
+        times.append(1e3 * (time.perf_counter() - began))
+    quartiles = statistics.quantiles(times, n=4)
+    return {"median": statistics.median(times), "quartiles": [quartiles[0], quartiles[2]]}
+
+
+def token_rows(count: int, seed: int = 0) -> list[MemoryRow]:
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, VOCAB, (count, LENGTH)).astype(np.int32)
+    mask = np.zeros((count, LENGTH), bool)
+    mask[:, LENGTH // 4 :] = True
+    return [MemoryRow(Row(i, ids[i], mask[i]), source="benchmark", task="safety") for i in range(count)]
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/self/status has no RssAnon")
+
+
+def draw(buffer: ReplayBuffer, step: int) -> list[MemoryRow]:
+    return buffer.get_many(buffer.draw(step, DRAWN * LENGTH, "replay"))
+
+
+# ----------------------------------------------------------------------------------------------------- processes of their own
+
+
+def probe(folder: Path) -> dict:
+    """In a fresh process: time to open, time of draws, host memory per row; then the same after rows were inserted."""
+    token_rows(10)
+    with ReplayBuffer(config()) as small:  # what the first use of anything costs is not the buffer's
+        small.insert(token_rows(100))
+        draw(small, 0)
+    before, began = anonymous_bytes(), time.perf_counter()
+    buffer = ReplayBuffer(config(), folder)
+    opened = time.perf_counter() - began
+    draw(buffer, 0)
+    first_draw = time.perf_counter() - began - opened
+    for step in range(1, 300):
+        draw(buffer, step)
+    times = medians(lambda i: draw(buffer, 300 + i), 1000)
+    keys_only = medians(lambda i: buffer.draw(300 + i, DRAWN * LENGTH, "replay"), 300)
+    result = {
+        "open_s": opened,
+        "first_draw_s": first_draw,
+        "draw_ms": times["median"],
+        "draw_ms_quartiles": times["quartiles"],
+        "keys_only_ms": keys_only["median"],
+        "rows_per_draw": statistics.mean(len(buffer.draw(step, DRAWN * LENGTH, "replay")) for step in range(100)),
+        "host_bytes_per_row": (anonymous_bytes() - before) / len(buffer),
+    }
+    buffer.insert(token_rows(1000, seed=1))
+    draw(buffer, 0)
+    result["host_bytes_per_row_after_insert"] = (anonymous_bytes() - before) / len(buffer)
+    buffer.close()
+    return result
+
+
+def in_a_process_of_its_own(folder: Path, repeats: int = 3) -> dict:
+    """Medians over fresh processes of every number that `probe` gives."""
+    command = [sys.executable, __file__, "--probe", "--folder", str(folder)]
+    found = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(repeats)]
+    return {
+        name: statistics.median(r[name] for r in found) if not isinstance(found[0][name], list) else found[0][name] for name in found[0]
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------- figures
+
+
+def measure_tokens(folder: Path, num_rows: int) -> dict:
+    """Token-only rows: insertion, opening, draws, host memory."""
+    offered, rates = token_rows(50_000), []
+    with ReplayBuffer(config(), folder) as buffer:
+        while len(buffer) < num_rows:
+            began = time.perf_counter()
+            buffer.insert(offered)
+            rates.append(len(offered) / (time.perf_counter() - began))
+        began = time.perf_counter()
+        buffer.flush()
+        flushed = time.perf_counter() - began
+        rows, segment_bytes = len(buffer), sum(path.stat().st_size for path in folder.glob("*.segment"))
+    result = {"rows": rows, "tokens_per_row": LENGTH, "insert_rows_per_s": statistics.median(rates), "flush_s": flushed}
+    return result | {"disk_bytes_per_row": segment_bytes / rows} | in_a_process_of_its_own(folder)
+
+
+def topk_rows(count: int, seed: int = 0) -> list[MemoryRow]:
+    """Rows with outputs of their own: random log-probabilities and tokens, no two alike."""
+    random = np.random.default_rng(seed)
+    result = []
+    for row in token_rows(count, seed):
+        targets = row.row.num_targets
+        log_probs = -random.random((targets, K), np.float32).astype(np.float16)
+        indices = random.integers(0, VOCAB, (targets, K), np.int32)
+        result.append(
+            MemoryRow(row.row, row.source, row.task, teacher=TeacherOutputs(log_probs, indices, log_probs[:, 0].astype(np.float32)))
+        )
+    return result
+
+
+def measure_topk(folder: Path, num_rows: int) -> dict:
+    """Rows with top-64 outputs: insertion, draws from a warm page cache, bytes."""
+    rates = []
+    with ReplayBuffer(config(), folder) as buffer:
+        for seed in range(num_rows // 500):
+            offered = topk_rows(500, seed)
+            began = time.perf_counter()
+            buffer.insert(offered)
+            rates.append(len(offered) / (time.perf_counter() - began))
+        held = int(buffer.table["nbytes"].sum(dtype=np.int64))
+        targets = int(buffer.table["targets"].sum())
+        warm(folder)
+        for step in range(100):
+            draw(buffer, step)
+        times = medians(lambda i: draw(buffer, 100 + i), 500)
+        return {
+            "rows": len(buffer), "k": K, "targets_per_row": targets / len(buffer), "bytes": held, "bytes_per_target": held / targets,
+            "insert_rows_per_s": statistics.median(rates), "draw_ms": times["median"], "draw_ms_quartiles": times["quartiles"],
+            "bytes_per_draw": held / len(buffer) * DRAWN,
+        }  # fmt: skip
+
+
+def warm(folder: Path) -> None:
+    """Reads all files once, so that they are in the page cache as far as it holds them."""
+    for path in folder.glob("*.segment"):
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
+
+
+def measure_cache(folder: Path) -> dict:
+    """Bytes per token of the cache's files at k = 64, for answers of 192 tokens and for short ones of 24; and reading."""
+    result = {}
+    for name, targets in (("bytes_per_token", 192), ("bytes_per_token_24_targets", 24)):
+        made = topk_rows(300)
+        outputs = [TeacherOutputs(*(array[:targets] for array in vars(row.teacher).values())) for row in made]
+        header = CacheHeader("benchmark", "benchmark", VOCAB, k=K)
+        with CacheWriter(folder / name, header) as writer:
+            for start in range(0, 300, 20):
+                writer.add(range(start, start + 20), outputs[start : start + 20])
+        size = sum(path.stat().st_size for path in (folder / name).iterdir())
+        result[name] = size / (300 * targets)
+    reader = CacheReader(folder / "bytes_per_token", header)
+    result["get_ms"] = medians(lambda i: reader.get(i % 300), 1000)["median"]
+    return result
+
+
+def gradient_error(spread: float, drift: float, rows: int = 64, vocab: int = 32_000) -> dict:
+    """Error of d KL(teacher || student) / d logits from the stored form, in fp64 against the whole distribution; relative norm.
+
+    Logits are normal with standard deviation `spread`; the student's differ by `drift` of that. Stored: top-64 log-probabilities in fp16
+    and the log of the remaining mass in fp32, k + 1 events.
+    """
+    random = np.random.default_rng(0)
+    teacher = random.normal(size=(rows, vocab)) * spread
+    student = teacher + random.normal(size=(rows, vocab)) * spread * drift
+    log_q, log_p = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (teacher, student))
+    p, q = np.exp(log_p), np.exp(log_q)
+    top = np.argsort(-log_q, axis=1)[:, :K]
+    rest = np.ones_like(q, bool)
+    np.put_along_axis(rest, top, False, axis=1)
+    log_tail = np.float32(np.log((q * rest).sum(1))).astype(np.float64)
+    stored = np.take_along_axis(log_q, top, 1).astype(np.float16).astype(np.float64)
+    gradient = np.where(rest, p * (1 - np.exp(log_tail) / (p * rest).sum(1))[:, None], 0.0)
+    np.put_along_axis(gradient, top, np.take_along_axis(p, top, 1) - np.exp(stored), axis=1)
+    error = np.linalg.norm(gradient - (p - q)) / np.linalg.norm(p - q)
+    return {
+        "std_of_logits": spread, "drift": drift, "kl_nats": float((q * (log_q - log_p)).sum(1).mean()),
+        "tail_mass": float(np.exp(log_tail).mean()), "error": float(error),
+    }  # fmt: skip
+
+
+def measure_gradient() -> dict:
+    """Peaky logits and flat ones, far from the teacher and near."""
+    return {
+        "peaky": gradient_error(8, 0.01), "peaky_far": gradient_error(8, 0.1), "peaky_very_near": gradient_error(8, 0.003),
+        "middle": gradient_error(5, 0.01), "flat": gradient_error(2, 0.01),
+    }  # fmt: skip
+
+
+def measure_step(folder: Path) -> dict:
+    """Share of a training step that is spent in the memory, in the demonstration's run of DER on one rank: what the engine does as it is,
+    and in a plain loop of the same model and rows that fetches them on a thread."""
+    return engine_share(folder) | loop_share()
+
+
+def engine_share(folder: Path, left_out: int = 5) -> dict:
+    """The demonstration's DER arm by the Trainer, with a clock around the buffer and one around the step; the first steps are left out."""
+    from safecl.config import load_config
+    from safecl.demo.materials import DER, Arm, write_materials
+    from safecl.engine.run import Run
+    from safecl.engine.trainer import Trainer
+
+    materials = write_materials(folder / "demo", arms=[Arm("der", "DER", DER)])
+    run_config = load_config(materials.arm_configs["der"], [f"model.path={materials.random_model}", "safety.every=never"])
+    clock, shares, steps, train_step = Clock(), [], [], Run.train_step
+    methods = {name: getattr(ReplayBuffer, name) for name in ("draw", "get", "get_many")}
+
+    def timed_step(*args):
+        clock.seconds, began = 0.0, time.perf_counter()
+        result = train_step(*args)
+        steps.append(time.perf_counter() - began)
+        shares.append(clock.seconds)
+        return result
+
+    Run.train_step = timed_step
+    for name, method in methods.items():
+        setattr(ReplayBuffer, name, clock.around(method))
+    try:
+        Trainer(run_config).fit()
+    finally:
+        Run.train_step = train_step
+        for name, method in methods.items():
+            setattr(ReplayBuffer, name, method)
+    return {
+        "wait_share_without_prefetch": statistics.median(a / b for a, b in zip(shares[left_out:], steps[left_out:], strict=True)),
+        "engine_step_ms": 1e3 * statistics.median(steps[left_out:]),
+        "engine_memory_ms": 1e3 * statistics.median(shares[left_out:]),
+    }
+
+
+class Clock:
+    """Adds up the time of outermost calls."""
+
+    def __init__(self) -> None:
+        self.seconds, self._depth = 0.0, 0
+
+    def around(self, method: Callable) -> Callable:
+        """The method with the clock around it."""
+
+        def timed(*args, **kwargs):
+            self._depth, began = self._depth + 1, time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+def loop_share(steps: int = 60) -> dict:
+    """
+
+    plain training loop of a Llama of the demonstration's size on replayed rows alone: ten times the demonstration's share of replay.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from safecl.replay import Prefetcher, stack_outputs
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    buffer = ReplayBuffer(config())
+    buffer.insert(
+        MemoryRow(Row(i, row.row.input_ids[:64] % 2048, row.row.loss_mask[:64] | (np.arange(64) > 20)), teacher=None)
+        for i, row in enumerate(token_rows(400))
+    )
+
+    def load(step: int) -> torch.Tensor:
+        rows = buffer.get_many(buffer.draw(step, 32 * 64, "replay"))
+        return torch.from_numpy(np.stack([row.row.input_ids for row in rows]).astype(np.int64))
+
+    def train(ids: torch.Tensor) -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert stack_outputs is not None
+    with Prefetcher(load, stop=steps + 5) as fetch:
+        for step in range(5):
+            train(fetch.get(step))
+        fetch.wait_seconds, began = 0.0, time.perf_counter()
+        for step in range(5, steps + 5):
+            train(fetch.get(step))
+        seconds = time.perf_counter() - began
+    return {"wait_share": fetch.wait_seconds / seconds, "loop_step_ms": 1e3 * seconds / steps}
+
+
+def measure_streams(streams: int = 20_000, num_rows: int = 300, capacity: int = 90) -> dict:
+    """The long count: how often each position stays in a reservoir, over many streams; chi-square per degree of freedom."""
+    from safecl.replay.keep import Keeper
+
+    counts = np.zeros(num_rows)
+    settings = MemoryConfig(source="benchmark", capacity=capacity)
+    for seed in range(streams):
+        keeper = Keeper.from_config(settings, seed)
+        counts += keeper.survivors(np.arange(num_rows), np.ones(num_rows, np.int64), np.zeros(num_rows, np.int64), [""])
+    expected = streams * capacity / num_rows
+    statistic = ((counts - expected) ** 2).sum() / (expected * (1 - capacity / num_rows))
+    return {"streams": streams, "chi_square_per_degree": statistic / (num_rows - 1), "standard_error": (2 / (num_rows - 1)) ** 0.5}
+
+
+# -------------------------------------------------------------------------------------------------------------------- report
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def look_up(result: dict, name: str):
+    for part in name.split("."):
+        result = result.get(part, {}) if isinstance(result, dict) else {}
+    return result if isinstance(result, (int, float)) else None
+
+
+def check(result: dict) -> dict:
+    """Every limit with the figure and whether it holds."""
+    found = {name: look_up(result, name) for name in LIMITS}
+    return {
+        name: {
+            "figure": figure,
+            "limit": LIMITS[name][0],
+            "holds": bool(figure >= LIMITS[name][0] if LIMITS[name][1] else figure <= LIMITS[name][0]),
+        }
+        for name, figure in found.items()
+        if figure is not None
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/safecl-replay"))
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--topk-rows", type=int, default=20_000)
+    parser.add_argument("--only", default="tokens,topk,cache,gradient,step,streams")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "replay.json")
+    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.probe:
+        print(json.dumps(probe(arguments.folder)))
+        return 0
+    import torch
+
+    parts = {
+        "tokens": lambda folder: measure_tokens(folder, arguments.rows),
+        "topk": lambda folder: measure_topk(folder, arguments.topk_rows),
+        "cache": measure_cache,
+        "gradient": lambda _: measure_gradient(),
+        "step": measure_step,
+        "streams": lambda _: measure_streams(),
+    }
+    result = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    result["machine"] = machine(torch.device("cpu"))
+    for name in arguments.only.split(","):
+        folder = arguments.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            result[name] = rounded(parts[name](folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        print(name, json.dumps(result[name], indent=2))
+    result["checks"] = check(result)
+    write_json(arguments.output, result)
+    missed = [name for name, item in result["checks"].items() if not item["holds"]]
+    print("all limits hold" if not missed else f"missed: {', '.join(missed)}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
