@@ -1,0 +1,44 @@
+"""What a resumed run knows of its earlier evaluations is what it measured."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from safecl.config import GateConfig
+from safecl.evaluation import judge_gate
+from safecl.evaluation.evaluation import Evaluation
+from safecl.evaluation.intervals import Mean, rate, token_mean
+from safecl.evaluation.restore import evaluation_from_dict
+from safecl.evaluation.safety import SafetyResult
+from safecl.evaluation.task import TaskResult
+
+
+def an_evaluation(over_refusal: bool) -> Evaluation:
+    few, half = rate([True] + [False] * 99), rate([True, False] * 20)
+    benign = half if over_refusal else None
+    by_scorer = {"keyword:gcg": few, "prefix:xstest": half}
+    safety = SafetyResult(
+        "keyword:gcg", few, by_scorer, few, half, few, {"label": 3}, benign, by_scorer if over_refusal else {}, benign, half, [{"id": 1}]
+    )
+    tasks = {
+        "a": TaskResult("a", "exact_match", half, True, {"relaxed": few}, outputs=[{"id": 1}]),
+        "b": TaskResult("b", "answer_nll", token_mean([1.5, 2.25], [3, 4]), False),
+        "c": TaskResult("c", "answer_nll", Mean(1, 3, 0.5, -math.inf, math.inf), False),
+    }
+    return Evaluation("after a", 12, safety, tasks)
+
+
+def test_an_evaluation_comes_back_from_json_with_the_same_numbers_and_the_same_verdict():
+    for over_refusal in (True, False):
+        measured = an_evaluation(over_refusal)
+        back = evaluation_from_dict(json.loads(json.dumps(measured.to_dict())))
+        assert back.to_dict() == measured.to_dict() and back.one_line() == measured.one_line()
+        assert back.safety.asr == measured.safety.asr and back.safety.asr_by_scorer == measured.safety.asr_by_scorer
+        assert {name: task.value for name, task in back.tasks.items()} == {name: task.value for name, task in measured.tasks.items()}
+        gate = GateConfig(max_asr=0.1)
+        assert judge_gate(gate, back) == judge_gate(gate, measured)
+
+
+def test_an_evaluation_without_safety_comes_back():
+    assert evaluation_from_dict(Evaluation("start", 0).to_dict()) == Evaluation("start", 0)
