@@ -92,7 +92,6 @@ class Keeper:
             rows = np.flatnonzero(categories == number)
             rows = rows[np.argsort(priorities[rows])]
             fits = np.cumsum(amounts[rows]) <= quotas.get(name, 0)
-            fits &= priorities[rows] < np.uint64(self.cuts.get(name, _LAST))
             keep[rows[fits]] = True
             if not fits.all():
                 self.cuts[name] = min(self.cuts.get(name, _LAST), int(priorities[rows[~fits]][0]))

@@ -67,6 +67,20 @@ def test_contents_do_not_depend_on_the_portions_in_which_rows_arrive(settings):
     assert at_once.keys() == one_by_one.keys() == mixed.keys()
 
 
+@pytest.mark.parametrize("policy", ["reservoir", "balanced"])
+def test_a_row_that_did_not_fit_lets_no_later_one_pass_it(policy):
+    """With unequal rows there is room behind the first that does not fit; who came when must not decide who uses it."""
+    for seed in range(12):
+        lengths = np.random.default_rng(seed).choice([4, 600], 60, p=[0.7, 0.3])
+        offered = [token_row(i, length=int(n), tags={"category": str(i % 2)}) for i, n in enumerate(lengths)]
+        at_once, one_by_one = (ReplayBuffer(config(capacity="12KB", policy=policy), seed=seed) for _ in range(2))
+        at_once.insert(offered)
+        for row in offered:
+            one_by_one.insert([row])
+            len(one_by_one)
+        assert at_once.keys() == one_by_one.keys()
+
+
 def test_fifo_keeps_the_latest():
     buffer = ReplayBuffer(config(capacity=30, policy="fifo"))
     buffer.insert(rows(100))

@@ -123,11 +123,12 @@ def test_a_resumed_run_replaces_what_the_killed_one_inserted_after_the_checkpoin
     resumed.insert(offered)
     del resumed  # as a kill would: no flush, no index
 
-    for path in tmp_path.glob("index-*"):
+    for index in [*sorted(tmp_path.glob("index-*"), reverse=True), None]:
         with ReplayBuffer(config(), tmp_path, mode="read") as again:
             assert len(again) == 65
             assert all(same_row(again.get(40 + i), row) for i, row in enumerate(offered))
-        path.unlink()  # and the same again from an older index, and from the segments alone
+        if index is not None:
+            index.unlink()  # and the same again from an older index, and from the segments alone
 
 
 def test_ranks_count_versions_alike_in_whatever_order_they_open_the_folder(tmp_path):
