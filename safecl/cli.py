@@ -5,18 +5,16 @@ Nothing here imports torch, so that wrong usage and wrong configs are told at on
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from safecl import __version__, launcher
-from safecl.commands.ending import Ending, ExitCode, told_as_messages
-
-EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal."
+from safecl.commands import memory
+from safecl.commands.ending import Ending, ExitCode
+from safecl.commands.verbs import EPILOG, verbs_of
 
 app = typer.Typer(
     name="safecl",
@@ -28,21 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Verb = TypeVar("Verb", bound=Callable[..., Any])
-
-
-def verb(function: Verb) -> Verb:
-    """Makes a function a verb of the command line, named like the function, whose errors become messages and exit codes."""
-    name = function.__name__.rstrip("_")
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with told_as_messages(name):
-            return function(*args, **kwargs)
-
-    app.command(name, epilog=EPILOG)(run)
-    return function
-
+verb = verbs_of(app)
 
 Config = Annotated[Path, typer.Argument(metavar="CFG", help="Run config (YAML); `safecl init` writes one.", show_default=False)]
 Overrides = Annotated[
@@ -142,6 +126,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for issue
     from safecl.commands.env import print_environment
 
     print_environment(as_json)
+
+
+app.add_typer(memory.app)
 
 
 def _traceback_first(arguments: list[str]) -> list[str]:

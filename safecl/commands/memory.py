@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safecl.commands.ending import ExitCode, told_as_messages
+from safecl.commands.ending import ExitCode
+from safecl.commands.verbs import verbs_of
 from safecl.config import ConfigError
 
 if TYPE_CHECKING:
@@ -22,21 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
-Verb = TypeVar("Verb", bound=Callable[..., Any])
-
-
-def verb(function: Verb) -> Verb:
-    """Makes a function a verb of `safecl memory`, whose errors become messages and exit codes."""
-    name = function.__name__.rstrip("_")
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with told_as_messages(f"memory {name}"):
-            return function(*args, **kwargs)
-
-    app.command(name)(run)
-    return function
-
+verb = verbs_of(app, "memory")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a memory itself.", show_default=False)]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer that turns ids into text; the run's own by default.", show_default=False)]

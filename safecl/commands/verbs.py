@@ -1,0 +1,32 @@
+"""What makes a function a verb."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import typer
+
+from safecl.commands.ending import told_as_messages
+
+EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal."
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def verbs_of(app: typer.Typer, group: str = "") -> Callable[[Verb], Verb]:
+    """A decorator: the function becomes a verb of `app`, named like the function, whose errors become messages and exit codes."""
+
+    def verb(function: Verb) -> Verb:
+        name = function.__name__.rstrip("_")
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with told_as_messages(f"{group} {name}".strip()):
+                return function(*args, **kwargs)
+
+        app.command(name, epilog=EPILOG)(run)
+        return function
+
+    return verb
