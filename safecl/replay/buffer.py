@@ -152,15 +152,18 @@ class ReplayBuffer:
     # ---------------------------------------------------------------------------------------------------------- inserting
 
     @_locked
-    def insert(self, rows: Iterable[MemoryRow]) -> InsertReport:
+    def insert(self, rows: Iterable[MemoryRow], own_outputs: int | None = None) -> InsertReport:
         """Adds rows to the stream; the policy says which stay. Every rank inserts the same rows in the same order.
+
+        own_outputs: k, where only the rank that owns a row has its top-k outputs and the others insert it without; the owners of the next n
+        rows are `ranks_of(range(num_seen, num_seen + n))`. A guard and mix_cd then need `prior_nll` on every rank.
 
         Returns how many came in, and what kept others out. Raises ValueError for a row that is none (ids, mask or teacher do not fit), and
         ReplayError where the disk refuses; rows before the one in question are in.
         """
         if not self.store.writable:
             raise ValueError(f"{self.folder}: opened read-only; open it with mode='append' to insert rows")
-        return insert_rows(self, rows)
+        return insert_rows(self, rows, own_outputs)
 
     def trim(self, excess: float = 0.0) -> None:
         """Lets go of the rows that the policy does not keep, once the memory holds that share of its capacity too much."""

@@ -144,8 +144,13 @@ def teacher_form(teacher: Teacher | None, index_code: int) -> tuple[int, int]:
     values = teacher.hidden if isinstance(teacher, HiddenOutputs) else teacher.log_probs
     form = _FP32 if values.dtype == np.float32 else 0
     if isinstance(teacher, TeacherOutputs):
-        return form | TOPK | index_code << _INDEX, values.shape[1]
+        return form | topk_form(index_code), values.shape[1]
     return form | (HIDDEN if isinstance(teacher, HiddenOutputs) else LOGITS), values.shape[1]
+
+
+def topk_form(index_code: int) -> int:
+    """`form` of top-k outputs in fp16."""
+    return TOPK | index_code << _INDEX
 
 
 def tag_bytes(tags: Mapping[str, str]) -> bytes:

@@ -17,7 +17,7 @@ from safecl.config import MemoryConfig
 from safecl.replay import codec
 from safecl.replay.guard import next_refresh
 from safecl.replay.hashing import shard_of
-from safecl.replay.rows import MemoryRow, Teacher
+from safecl.replay.rows import MemoryRow, Teacher, TeacherOutputs
 from safecl.replay.table import COLUMNS, UNKNOWN
 
 if TYPE_CHECKING:
@@ -61,27 +61,27 @@ class _Arrival:
     refused: str | None = None
 
 
-def insert_rows(buffer: ReplayBuffer, rows: Iterable[MemoryRow]) -> InsertReport:
+def insert_rows(buffer: ReplayBuffer, rows: Iterable[MemoryRow], own_outputs: int | None = None) -> InsertReport:
     """Inserts rows in chunks; each is written and indexed as a whole. See ReplayBuffer.insert."""
     report = InsertReport()
-    for chunk in _chunks(buffer, rows):
+    for chunk in _chunks(buffer, rows, own_outputs):
         _insert_chunk(buffer, chunk, report)
         if buffer.num_seen == next_refresh(buffer.num_seen - 1):
             buffer.refresh_guard()
     return report
 
 
-def _chunks(buffer: ReplayBuffer, rows: Iterable[MemoryRow]) -> Iterator[list[_Arrival]]:
+def _chunks(buffer: ReplayBuffer, rows: Iterable[MemoryRow], own_outputs: int | None) -> Iterator[list[_Arrival]]:
     """Checked rows in portions that end where the guard takes its statistics."""
     chunk: list[_Arrival] = []
-    size = 0
+    size, own = 0, _next_own(buffer)
     try:
         for number, row in enumerate(rows):
-            chunk.append(_checked(buffer, row, number))
+            chunk.append(_checked(buffer, row, number, _Outputs(own_outputs, own[len(chunk)])))
             size += chunk[-1].nbytes
             if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES or buffer.num_seen + len(chunk) == next_refresh(buffer.num_seen):
                 yield chunk
-                chunk, size = [], 0
+                chunk, size, own = [], 0, _next_own(buffer)
     except Exception:
         if chunk:  # the rows before the one that is wrong
             yield chunk
@@ -90,14 +90,27 @@ def _chunks(buffer: ReplayBuffer, rows: Iterable[MemoryRow]) -> Iterator[list[_A
         yield chunk
 
 
-def _checked(buffer: ReplayBuffer, row: MemoryRow, number: int) -> _Arrival:
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """width: entries per target where only a row's own rank brings its outputs, None where all do. own: whether this rank is it."""
+
+    width: int | None
+    own: bool
+
+
+def _next_own(buffer: ReplayBuffer) -> list[bool]:
+    """For the next positions of the stream, whether this rank stores them."""
+    return (buffer.ranks_of(range(buffer.num_seen, buffer.num_seen + CHUNK_ROWS)) == buffer.rank).tolist()
+
+
+def _checked(buffer: ReplayBuffer, row: MemoryRow, number: int, outputs: _Outputs) -> _Arrival:
     try:
-        return _check(buffer, row)
+        return _check(buffer, row, outputs)
     except (ValueError, TypeError) as error:
         raise ValueError(f"row {number} of this insert (source {row.source!r}): {error}") from None
 
 
-def _check(buffer: ReplayBuffer, row: MemoryRow) -> _Arrival:
+def _check(buffer: ReplayBuffer, row: MemoryRow, outputs: _Outputs) -> _Arrival:
     config: MemoryConfig = buffer.config
     ids = codec.checked_ids(row.row.input_ids)
     mask = codec.checked_mask(row.row.loss_mask, len(ids))
@@ -107,13 +120,16 @@ def _check(buffer: ReplayBuffer, row: MemoryRow) -> _Arrival:
         ids, mask, teacher = codec.cut_to_prefix(ids, mask, teacher, config.prefix_tokens)
         targets = config.prefix_tokens
     form, width = codec.teacher_form(teacher, buffer.index_code)
+    if outputs.width is not None:
+        form, width, teacher = _announced(teacher, outputs, buffer.index_code)
     tags = codec.tag_bytes(row.tags)
     nbytes = codec.body_bytes(len(ids), targets, form, width, len(tags))
     if nbytes >= 2**32:
         raise ValueError(f"the row takes {nbytes:,} bytes; at most 4 GiB can be stored, keep fewer outputs of it")
     group = {"task": row.task, "source": row.source}.get(config.balance_by)
     label = (row.source, row.task, str(row.tags.get(config.balance_by, "")) if group is None else group)
-    nll = codec.prior_nll(row, ids, mask, teacher)
+    # all ranks must come to the same loss, so outputs that only one of them has cannot tell it
+    nll = float(row.prior_nll) if outputs.width is not None else codec.prior_nll(row, ids, mask, teacher)
     refused = buffer.guard.reason(nll, row.tags)
     if buffer.keeper.in_bytes and nbytes > buffer.keeper.capacity:
         refused = f"larger than the whole memory ({config.capacity})"
@@ -121,6 +137,15 @@ def _check(buffer: ReplayBuffer, row: MemoryRow) -> _Arrival:
     if not 0 <= row_id < 2**63 or not 0 <= step < 2**31:
         raise ValueError(f"row_id {row_id} and step {step} must be numbers from 0 on of 63 and 31 bits")
     return _Arrival(row_id, ids, mask, teacher, tags, label, step, len(ids), targets, form, width, nbytes, nll, refused)
+
+
+def _announced(teacher: Teacher | None, outputs: _Outputs, index_code: int) -> tuple[int, int, Teacher | None]:
+    """(form, width, outputs) of a row whose outputs only its own rank has: the size is the same on all of them."""
+    if outputs.own and (not isinstance(teacher, TeacherOutputs) or teacher.log_probs.shape[1] != outputs.width):
+        raise ValueError(f"this rank owns the row, which must bring its outputs with {outputs.width} entries per target")
+    if outputs.own and teacher.log_probs.dtype != np.float16:
+        raise ValueError(f"outputs that only one rank has must be fp16, not {teacher.log_probs.dtype}")
+    return codec.topk_form(index_code), outputs.width, teacher if outputs.own else None
 
 
 def _insert_chunk(buffer: ReplayBuffer, chunk: list[_Arrival], report: InsertReport) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
 from safecl.config import ConfigError
-from safecl.replay import ReplayBuffer
+from safecl.replay import MemoryRow, ReplayBuffer
 from safecl.replay.rows import ReplayError
 from safecl.replay.segments import scan
 from tests.replay.samples import config, rows, same_row, token_row, with_teacher
@@ -129,6 +130,28 @@ def test_a_resumed_run_replaces_what_the_killed_one_inserted_after_the_checkpoin
             assert all(same_row(again.get(40 + i), row) for i, row in enumerate(offered))
         if index is not None:
             index.unlink()  # and the same again from an older index, and from the segments alone
+
+
+@pytest.mark.parametrize("settings", [{}, {"capacity": "40KB"}, {"draw": "mix_cd", "prefix_tokens": 2}])
+def test_outputs_need_only_be_on_the_rank_that_owns_the_row(tmp_path, settings):
+    settings = {"capacity": 70, **settings}
+    offered = [MemoryRow(r.row, r.source, r.task, teacher=r.teacher, prior_nll=float(r.row.row_id % 5)) for r in offered_rows(100)]
+    alone = Ranks(1, tmp_path / "alone", **settings)
+    alone.insert(offered)
+    ranks = Ranks(3, tmp_path / "three", **settings)
+    for buffer in ranks.buffers:
+        own = buffer.ranks_of(range(100)) == buffer.rank
+        buffer.insert(
+            (row if mine else dataclasses.replace(row, teacher=None) for row, mine in zip(offered, own, strict=True)), own_outputs=8
+        )
+    assert ranks.train(range(6)) == alone.train(range(6))
+    ranks.save()
+    for key in alone.buffers[0].keys():
+        assert same_row(ranks.owner(key).get(key), alone.buffers[0].get(key))
+    with pytest.raises(ValueError, match="must bring its outputs with 8 entries"):
+        alone.buffers[0].insert(rows(1), own_outputs=8)
+    ranks.close()
+    alone.close()
 
 
 def test_ranks_count_versions_alike_in_whatever_order_they_open_the_folder(tmp_path):
