@@ -18,11 +18,16 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-SOURCES = ("flat.cpp", "thread_pool.cpp")
+SOURCES = ("flat.cpp", "parallel.cpp", "thread_pool.cpp")
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),  # no fused multiply-add: every instruction set gives the same bits
-    *("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"),  # an older libstdc++ that torch has loaded is not ours to rely on
+    *(
+        "-static-libstdc++",
+        "-static-libgcc",
+        "-Wl,--exclude-libs,ALL",
+        "-ldl",
+    ),  # an older libstdc++ that torch has loaded is not ours to rely on
 )
 
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "thread_pool.h"
+#include "parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -189,7 +189,6 @@ Sums run(Sums (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
   const int threads = num_blocks > kInlineBlocks ? num_threads.load() : 1;
   run_blocks(num_blocks, threads, [&](int64_t block) {
     partial[block] = kernel(call, block * kBlock, std::min(call.numel, (block + 1) * kBlock));
-    finish_streams();
   });
   Sums sums = {0, 0};
   for (const Sums& part : partial) {
@@ -217,6 +216,9 @@ EXPORT int safecl_use_instruction_set(const char* name) {
 }
 
 EXPORT void safecl_use_threads(int count) { num_threads.store(std::max(1, count)); }
+
+// Whether torch's OpenMP threads may be used, else a pool of our own; returns whether they are.
+EXPORT int safecl_use_openmp(int wanted) { return use_openmp(wanted != 0); }
 
 EXPORT double safecl_adamw(const AdamWCall* call) { return run(current_set().kernels->adamw, *call).penalty; }
 

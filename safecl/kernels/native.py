@@ -68,6 +68,7 @@ _SIGNATURES = {
     "safecl_instruction_set": (c_char_p, []),
     "safecl_use_instruction_set": (c_int, [c_char_p]),
     "safecl_use_threads": (None, [c_int]),
+    "safecl_use_openmp": (c_int, [c_int]),
     "safecl_adamw": (c_double, [POINTER(AdamWCall)]),
     "safecl_fisher_penalty": (c_double, [POINTER(PenaltyCall)]),
     "safecl_penalized_grad_norm": (None, [POINTER(PenaltyCall), POINTER(Sums)]),

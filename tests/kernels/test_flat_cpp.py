@@ -94,9 +94,18 @@ def test_a_copy_that_bypasses_the_cache_is_the_same_copy():
     found[0].assert_surroundings_untouched()
 
 
+@pytest.fixture(params=["openmp", "pool"])
+def threads_from(request):
+    """torch's OpenMP threads, or the library's own."""
+    if native.library().safecl_use_openmp(request.param == "openmp") != (request.param == "openmp"):
+        pytest.skip("torch has no OpenMP runtime here")
+    yield
+    native.library().safecl_use_openmp(1)
+
+
 @built
 @pytest.mark.parametrize("threads", [1, 3, 7])
-def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
+def test_the_number_of_threads_changes_no_bit(threads, threads_from, monkeypatch):
     want = all_results()
     monkeypatch.setenv("SAFECL_NUM_THREADS", str(threads))
     assert native.num_threads() == threads
@@ -104,7 +113,8 @@ def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
 
 
 @built
-def test_callers_in_several_threads_do_not_disturb_each_other():
+def test_callers_in_several_threads_do_not_disturb_each_other(threads_from, monkeypatch):
+    monkeypatch.setenv("SAFECL_NUM_THREADS", "2")
     want, found = all_results(), {}
 
     def call(i):
@@ -126,10 +136,10 @@ def _in_child(queue, tensors):
 
 @built
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads: the very thing under test
-def test_a_forked_child_can_call_the_kernels_again(monkeypatch):
+def test_a_forked_child_can_call_the_kernels_again(threads_from, monkeypatch):
     monkeypatch.setenv("SAFECL_NUM_THREADS", "2")
     ema, param = torch.zeros(NUMEL), torch.ones(NUMEL)
-    suite.ema_update_(ema, param, 0.0)  # the parent's pool has threads now
+    suite.ema_update_(ema, param, 0.0)  # the parent has a team of threads now
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue, (torch.zeros(NUMEL), param)))
@@ -142,10 +152,11 @@ def test_a_forked_child_can_call_the_kernels_again(monkeypatch):
 
 
 @built
-def test_worker_threads_take_no_signals():
+def test_the_librarys_own_threads_take_no_signals():
     script = (
         "import os, signal, threading, time, torch\n"
-        "from safecl.kernels import ema_update_\n"
+        "from safecl.kernels import ema_update_, native\n"
+        "native.library().safecl_use_openmp(0)\n"
         "ema_update_(torch.zeros(300_000), torch.ones(300_000), 0.5)\n"
         "mask = lambda tid: int(next(l.split()[1] for l in open(f'/proc/self/task/{tid}/status') if l.startswith('SigBlk')), 16)\n"
         "blocked = [mask(t) >> (signal.SIGINT - 1) & 1 for t in os.listdir('/proc/self/task')]\n"
