@@ -199,7 +199,8 @@ class ShardMap:
 class UnshardedFp32Gradients:
     """fp32 accumulation and reduction for stage 0 in bf16, which DeepSpeed only does in bf16 there.
 
-    Call `add` after each backward (none of them at an accumulation boundary), `reduce` after the last, `hand_over` inside the optimizer.
+    Call `add` after each backward (none of them at an accumulation boundary), `reduce` after the last, `hand_over` inside the optimizer
+    and `clear` after the step, which DeepSpeed may have skipped.
     """
 
     def __init__(self, shard_map: ShardMap):
@@ -221,10 +222,13 @@ class UnshardedFp32Gradients:
             p.grad = total.div_(dist.get_world_size()).to(p.dtype)
 
     def hand_over(self, masters: list[torch.Tensor]) -> None:
-        """Gives the fp32 gradients to the master weights, and starts over."""
-        for index, (master, total) in enumerate(zip(masters, self.sums, strict=True)):
+        """Gives the fp32 gradients to the master weights."""
+        for master, total in zip(masters, self.sums, strict=True):
             master.grad = total
-            self.sums[index] = torch.zeros_like(total)
+
+    def clear(self) -> None:
+        for total in self.sums:
+            total.zero_()
 
 
 def _numel(shape: tuple[int, ...]) -> int:

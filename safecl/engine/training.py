@@ -77,6 +77,8 @@ class TrainingEngine:
         finally:
             skipped = self.optimizer.action is not None  # DeepSpeed found a non-finite gradient and did not call the optimizer
             self.optimizer.action = None
+            if self.fp32_gradients is not None:
+                self.fp32_gradients.clear()
         if skipped and self.optimizer.has(UNPERTURBED):
             self._put_back()
             self.shards.publish()
@@ -215,6 +217,8 @@ class StepLosses:
         """This rank's part of the weight penalty."""
         self.num_tokens = 0
         """Tokens that went through the model on this rank."""
+        self.stop = False
+        """True where this rank was asked to stop; it travels with the sums, so that all ranks stop after the same step."""
         self._sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
 
     def add(self, batch, output: dict[str, torch.Tensor]) -> None:
@@ -233,7 +237,8 @@ class StepLosses:
         self._sums.index_add_(0, terms.to(self._sums.device), weighted / self.world_size)
 
     def totals(self) -> dict[str, float]:
-        """Loss of each term over the whole global step, coefficients included, then `penalty` and `tokens`: a collective call."""
-        extra = torch.tensor([float(self.penalty), self.num_tokens], dtype=torch.float64, device=self._sums.device)
+        """Loss of each term over the whole global step, coefficients included, then `penalty`, `tokens`, and `stop`, the number of ranks
+        that were asked to: a collective call."""
+        extra = torch.tensor([float(self.penalty), self.num_tokens, self.stop], dtype=torch.float64, device=self._sums.device)
         sums = distributed.all_reduce_sum(torch.cat([self._sums, extra]))
-        return dict(zip([*self.terms, "penalty", "tokens"], sums.tolist(), strict=True))
+        return dict(zip([*self.terms, "penalty", "tokens", "stop"], sums.tolist(), strict=True))
