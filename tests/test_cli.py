@@ -206,12 +206,22 @@ def test_a_signal_that_a_library_turned_into_an_error_is_still_a_stop(run, monke
 
 
 def test_a_rank_that_a_launcher_ends_while_rank_0_speaks_says_nothing(tmp_path):
-    command = [sys.executable, "-m", "safecl", "train", str(tmp_path / "none.yaml")]
+    program = """if True:
+        import sys, time
+        from safecl.commands import ending
+        def wait(seconds, sleep=time.sleep):
+            print("waits", flush=True)
+            sleep(600)
+        time.sleep = wait
+        from safecl.cli import main
+        main(["train", sys.argv[1]])
+    """
     others = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    rank_1 = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | others)
-    time.sleep(2)  # rank 0 would have spoken and ended by now
+    command = [sys.executable, "-c", program, str(tmp_path / "none.yaml")]
+    rank_1 = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | others)
+    assert rank_1.stdout.readline() == "waits\n"  # rank 0 has spoken meanwhile, and the launcher ends the others
     rank_1.terminate()
-    assert rank_1.communicate(timeout=60)[1] == ""
+    assert rank_1.communicate(timeout=60) == ("", "")
     assert rank_1.returncode == -signal.SIGTERM
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from safecl.config import ConfigError, RunConfig, dump_config, load_config
+from safecl.config import ConfigError, RunConfig, dump_config, load_config, parse_yaml
 from safecl.config_docs import section_of, sections
 from safecl.methods import builtin_methods, method_module
 
@@ -162,6 +162,8 @@ def test_every_mistake_is_told_at_once_each_on_a_line_that_names_the_file(load, 
 def test_a_number_in_any_notation_is_a_number(load, text):
     assert load(f"train: {{learning_rate: {text}}}").train.learning_rate == 2e-5
     assert load("", f"train.learning_rate={text}").train.learning_rate == 2e-5
+    assert parse_yaml(text) == 2e-5  # not a text that pydantic would turn into a number where one is expected
+    assert load("train: {tokens_per_batch: 1e3}").train.tokens_per_batch == 1000
 
 
 def test_text_that_looks_a_little_like_a_number_stays_text(load):
