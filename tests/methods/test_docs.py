@@ -1,0 +1,53 @@
+"""docs/methods.md speaks of the methods that there are, and its example of a method of one's own works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from safecl.config import ConfigError, RunConfig, validate_tree
+from safecl.methods import builtin_methods, method_module
+
+PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "memory": {"source": "r.jsonl"}, "output": "runs/a"}
+
+
+def test_every_method_has_a_section_a_row_and_a_config():
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## )", PAGE, re.M | re.S))
+    assert sorted(set(sections) & set(builtin_methods())) == builtin_methods()
+    assert sorted(re.findall(r"^\| \[`(\w+)`\]", PAGE, re.M)) == builtin_methods()
+    for name in builtin_methods():
+        assert re.search(rf"methods: {{{name}: {{", sections[name]), name
+
+
+def test_every_key_of_a_method_has_docs():
+    for name in builtin_methods():
+        for key, field in method_module(name).Config.model_fields.items():
+            assert field.description, f"{name}.{key}"
+
+
+def test_the_example_of_a_method_of_ones_own_is_a_method(tmp_path, monkeypatch):
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").touch()
+    (tmp_path / "my_package" / "my_method.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    config: RunConfig = validate_tree(BASE | {"methods": {"my_package.my_method": {"alpha": 2.0}}}, "run.yaml")
+    (settings,) = config.methods.values()
+    method = method_module("my_package.my_method").Method("my_package.my_method", settings)
+    assert method.replay_terms()[0].kd_weight == 2.0 and method.penalty().modules == ("*embed*",)
+
+
+@pytest.mark.parametrize("name", ["agem", "der", "derpp", "er", "ewc", "online_ewc"])
+def test_a_method_that_needs_a_memory_says_so(name):
+    with pytest.raises(ConfigError, match=rf"{name} needs `memory: "):
+        validate_tree({key: value for key, value in BASE.items() if key != "memory"} | {"methods": {name: {}}}, "run.yaml")
+
+
+@pytest.mark.parametrize("name", ["ewc", "online_ewc"])
+def test_fisher_of_fresh_adapters_is_refused_with_what_works(name):
+    model = {"path": "m", "lora": {"r": 4}}
+    with pytest.raises(ConfigError, match="l2_sp"):
+        validate_tree(BASE | {"model": model, "methods": {name: {}}}, "run.yaml")
