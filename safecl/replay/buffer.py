@@ -181,9 +181,8 @@ class ReplayBuffer:
 
     def refresh_guard(self) -> None:
         """Takes the guard's statistics of the rows held, and lets go of outliers."""
-        if self.config.guard is not None and self.config.guard.max_deviations is not None:
-            self.trim()
-            self.table.keep(~self.guard.refresh(self.table["prior_nll"]))
+        self.trim()
+        self.table.keep(~self.guard.refresh(self.table["prior_nll"]))
 
     # ------------------------------------------------------------------------------------------------------------ drawing
 

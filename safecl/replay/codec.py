@@ -210,8 +210,9 @@ def decode(body: memoryview, length: int, num_targets: int, form: int, width: in
         teacher, end = _decode_teacher(body, end, num_targets, form, width)
     num_mask = (length + 7) // 8
     mask = np.unpackbits(np.frombuffer(body, np.uint8, num_mask, end), count=length).view(np.bool_)
-    rest = bytes(body[end + num_mask :]).strip()
-    return ids, mask, teacher, json.loads(rest) if rest else {}
+    rest = body[end + num_mask :]
+    # fewer than 8 bytes are the blanks up to a multiple of 8: the shortest tags are {"a": ""}
+    return ids, mask, teacher, json.loads(bytes(rest)) if len(rest) >= 8 else {}
 
 
 def _decode_teacher(body: memoryview, start: int, num_targets: int, form: int, width: int) -> tuple[Teacher, int]:

@@ -33,6 +33,11 @@ class Guard:
         self.median = self.deviation = float("nan")
         self.kept_out: Counter[str] = Counter()
 
+    @property
+    def takes_statistics(self) -> bool:
+        """True where rows are compared with the memory's own."""
+        return self.config is not None and self.config.max_deviations is not None
+
     def reason(self, nll: float, tags: Mapping[str, str]) -> str | None:
         """Why a row stays out, None where it may come in. nll in nats per token, NaN where unknown."""
         config = self.config
@@ -46,14 +51,14 @@ class Guard:
 
     def outliers(self, nlls: np.ndarray) -> np.ndarray:
         """bool per row: further from the median than allowed. False as long as there are no statistics."""
-        if self.config is None or self.config.max_deviations is None or np.isnan(self.median):
+        if not self.takes_statistics or np.isnan(self.median):
             return np.zeros(len(nlls), bool)
         return np.abs(nlls - self.median) > self.config.max_deviations * self.deviation
 
     def refresh(self, nlls: np.ndarray) -> np.ndarray:
         """Takes the statistics of the rows held; returns which of them are outliers, bool [rows]."""
         known = nlls[~np.isnan(nlls)].astype(np.float64)
-        if self.config is None or self.config.max_deviations is None or len(known) < FIRST // 2:
+        if not self.takes_statistics or len(known) < FIRST // 2:
             return np.zeros(len(nlls), bool)
         self.median = float(np.median(known))
         # rows that are all alike still differ by rounding

@@ -66,7 +66,7 @@ def insert_rows(buffer: ReplayBuffer, rows: Iterable[MemoryRow], own_outputs: in
     report = InsertReport()
     for chunk in _chunks(buffer, rows, own_outputs):
         _insert_chunk(buffer, chunk, report)
-        if buffer.num_seen == next_refresh(buffer.num_seen - 1):
+        if buffer.guard.takes_statistics and buffer.num_seen == next_refresh(buffer.num_seen - 1):
             buffer.refresh_guard()
     return report
 
@@ -79,7 +79,8 @@ def _chunks(buffer: ReplayBuffer, rows: Iterable[MemoryRow], own_outputs: int | 
         for number, row in enumerate(rows):
             chunk.append(_checked(buffer, row, number, _Outputs(own_outputs, own[len(chunk)])))
             size += chunk[-1].nbytes
-            if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES or buffer.num_seen + len(chunk) == next_refresh(buffer.num_seen):
+            at_refresh = buffer.guard.takes_statistics and buffer.num_seen + len(chunk) == next_refresh(buffer.num_seen)
+            if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES or at_refresh:
                 yield chunk
                 chunk, size, own = [], 0, _next_own(buffer)
     except Exception:
