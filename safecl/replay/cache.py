@@ -3,9 +3,9 @@
     folder/cache.json                what the outputs were made with (CacheHeader), with its own hash
     folder/cache-...segment          outputs by row_id, in the segments of the replay buffer: append-only, every byte under a checksum
 
-At k = 64 an entry takes 64 x (2 + 4) + 4 = 388 bytes a token, and 72 more per row. Log-probabilities are stored in fp16 (0.4 % error of the
-gradient near the teacher, against 3 % in bf16 and 8 % for fp16 logits), the log of the remaining mass in fp32. Any number of ranks write
-side by side; a build that was stopped goes on where it was, on any number of ranks.
+At k = 64 an entry takes 64 x (2 + 4) + 4 = 388 bytes a token, and 56 to 63 more per row. Log-probabilities are stored in fp16 (0.4 % error
+of the gradient near the teacher, against 3 % in bf16 and 8 % for fp16 logits), the log of the remaining mass in fp32. Any number of ranks
+write side by side; a build that was stopped goes on where it was, on any number of ranks.
 """
 
 from __future__ import annotations
