@@ -27,7 +27,7 @@ def test_a_row_takes_the_bytes_of_the_formula(tmp_path, k, indices, vocab):
     offered = [token_row(i, length=64) for i in range(100)]
     buffer.insert(with_teacher(row, k=k, vocab=vocab) if k else row for row in offered)
     expected = sum(
-        64 + -(-(4 * 64 + 8 + (m * (k * (2 + index_bytes) + 4) if k else 0)) // 8) * 8 for m in (row.row.num_targets for row in offered)
+        56 + -(-(4 * 64 + 8 + (m * (k * (2 + index_bytes) + 4) if k else 0)) // 8) * 8 for m in (row.row.num_targets for row in offered)
     )
     on_disk = next(tmp_path.glob("*.segment")).stat().st_size
     assert expected < on_disk < expected + 300  # headers of the file and of its one block
