@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr int kGroup = 64;              // elements taken from one stream before the next: 4 cache lines of fp32
+constexpr int kGroup = 128;             // elements taken from one stream before the next: 8 cache lines of fp32
 constexpr int kLanes = 16;              // fp64 accumulators of a sum
 constexpr int64_t kBlock = 1 << 15;     // elements per block: the unit of work and of the fixed-order sum
 constexpr int64_t kInlineBlocks = 4;    // up to here, waking threads costs more than it saves
