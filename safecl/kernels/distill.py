@@ -79,26 +79,31 @@ def _distill_rows(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """(loss [rows], gradient of each row's own loss [rows, vocab] in the student's dtype); rows of weight 0 give 0 and 0."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    losses = student.new_zeros(student.shape[0], dtype=dtype)
+    losses = student.new_zeros(student.shape[0], dtype=torch.promote_types(student.dtype, torch.float32))
     grads = torch.zeros_like(student, memory_format=torch.contiguous_format) if needs_grad else student.new_empty(0)
     options = RowOptions(divergence, beta, temperature, kd_scale)
     rows = (weights != 0).nonzero()[:, 0]
     with torch.autocast(student.device.type, enabled=False):
-        for start, end in spans(rows.shape[0], max(1, _TILE_BYTES // (4 * student.shape[1]))):
-            _distill_chunk(student, teacher, rows[start:end], options, losses, grads if needs_grad else None)
+        if rows.shape[0] == student.shape[0] and student.is_contiguous() and teacher.is_contiguous():
+            losses.copy_(_row_losses(student, teacher, options, grads if needs_grad else None))
+        else:
+            for start, end in spans(rows.shape[0], max(1, _TILE_BYTES // (4 * student.shape[1]))):
+                _distill_chunk(student, teacher, rows[start:end], options, losses, grads if needs_grad else None)
     return losses, grads
 
 
-def _distill_chunk(student, teacher, rows, options, losses, grads) -> None:
-    logits = student.index_select(0, rows).to(losses.dtype)
-    ones = losses.new_ones(rows.shape[0])
-    dlogits = None if grads is None else logits
+def _row_losses(student: Tensor, teacher: Tensor, options: RowOptions, dlogits: Tensor | None) -> Tensor:
+    ones = student.new_ones(student.shape[0], dtype=torch.promote_types(student.dtype, torch.float32))
     kernels = backends.implementation("head", "distill_loss", student.device.type)
-    result = kernels.dense_rows(logits, teacher.index_select(0, rows), None, ones, ones, options, dlogits)
-    losses[rows] = result.kd
+    return kernels.dense_rows(student, teacher, None, ones, ones, options, dlogits).kd
+
+
+def _distill_chunk(student, teacher, rows, options, losses, grads) -> None:
+    logits = student.index_select(0, rows)
+    dlogits = None if grads is None else torch.empty_like(logits)
+    losses[rows] = _row_losses(logits, teacher.index_select(0, rows), options, dlogits)
     if grads is not None:
-        grads.index_copy_(0, rows, dlogits.to(grads.dtype))
+        grads.index_copy_(0, rows, dlogits)
 
 
 @_distill_rows.register_fake

@@ -274,7 +274,8 @@ class RowLosses(NamedTuple):
 def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOptions, dlogits=None) -> RowLosses:
     """One tile of raw logits: losses per row, and the weighted gradient of the raw logits written to ``dlogits``.
 
-    student: [rows, vocab] fp32, overwritten. teacher: [rows, teacher_vocab] or None. labels: [rows] int64, negative = none; or None.
+    student: [rows, vocab], overwritten where it is fp32 and scaled or capped. teacher: [rows, teacher_vocab] or None.
+    labels: [rows] int64, negative = none; or None.
     ce_weights, kd_weights: [rows]. dlogits: [rows, vocab] of any floating dtype (it may be ``student`` itself), or None for losses only.
     """
 
@@ -297,10 +298,11 @@ def topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights,
 def _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence) -> RowLosses:
     """A few rows at a time, so that they and their temporaries stay in the processor's cache."""
     rows, vocab = student.shape
-    losses = student.new_zeros(3, rows)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    losses = student.new_zeros(3, rows, dtype=dtype)
     for start, end in spans(rows, max(1, _BLOCK_ELEMENTS // vocab)):
         block = slice(start, end)
-        logits = shape_logits_(student[block], options.logit_scale, options.softcap)
+        logits = shape_logits_(student[block].to(dtype), options.logit_scale, options.softcap)
         grad = kd_grad = None
         if labels is not None:
             ce = cross_entropy_terms(logits, labels[block], ce_weights[block], options.z_loss, dlogits is not None)

@@ -87,30 +87,31 @@ def linear_distill_loss(
     checks.check_teacher(teacher, teacher_rows, hidden, weight, temperature)
     if tile_bytes < 1:
         raise ValueError(f"tile_bytes must be at least 1, got {tile_bytes}")
-    kind, tensors, teacher_softcap, teacher_scale, mode = _flat_teacher(teacher)
+    kind, tensors, teacher_dtype, teacher_softcap, teacher_scale, mode = _flat_teacher(teacher)
     grads = torch.is_grad_enabled()
     needs = [grads and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     outputs = _linear_distill(
         hidden, weight, bias, labels, ce_weights, kd_weights, teacher_rows, tensors, kind, divergence, float(beta), float(temperature),
         checks.kd_scale(temperature, temperature_scale), float(z_loss), softcap, logit_scale, teacher_softcap, teacher_scale, mode,
-        int(ignore_index), checks.compute_dtype(hidden, weight), int(tile_bytes), *needs,
+        int(ignore_index), checks.compute_dtype(hidden, weight), teacher_dtype, int(tile_bytes), *needs,
     )  # fmt: skip
     loss, ce, kd, logsumexp = outputs[:4]
     return LinearDistillOutput(loss, ce.detach().view(shape), kd.detach().view(shape), logsumexp.detach().view(shape))
 
 
-def _flat_teacher(teacher: Teacher | None) -> tuple[str, list[Tensor], float | None, float | None, str]:
-    """(kind, tensors, softcap, logit_scale, top-k mode): a teacher in the types that an operator's schema knows."""
+def _flat_teacher(teacher: Teacher | None) -> tuple[str, list[Tensor], torch.dtype, float | None, float | None, str]:
+    """(kind, tensors, compute dtype, softcap, logit_scale, top-k mode): a teacher in the types that an operator's schema knows."""
     if teacher is None:
-        return "none", [], None, None, "tail"
+        return "none", [], torch.float32, None, None, "tail"
     if isinstance(teacher, TopKTeacher):
-        return "topk", [teacher.log_probs.detach(), teacher.indices, teacher.log_tail.detach()], None, None, teacher.mode
+        tensors = [teacher.log_probs.detach(), teacher.indices, teacher.log_tail.detach()]
+        return "topk", tensors, torch.float32, None, None, teacher.mode
     if isinstance(teacher, LogitsTeacher):
-        return "logits", [teacher.logits.detach()], None, None, "tail"
+        return "logits", [teacher.logits.detach()], torch.float32, None, None, "tail"
     tensors = [teacher.hidden.detach(), teacher.weight.detach()]
     if teacher.bias is not None:
         tensors.append(teacher.bias.detach())
-    return "dense", tensors, teacher.softcap, teacher.logit_scale, "tail"
+    return "dense", tensors, checks.compute_dtype(teacher.weight, teacher.weight), teacher.softcap, teacher.logit_scale, "tail"
 
 
 @torch.library.custom_op("safecl::linear_distill", mutates_args=())
@@ -136,6 +137,7 @@ def _linear_distill(
     topk_mode: str,
     ignore_index: int,
     compute_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
     tile_bytes: int,
     need_hidden: bool,
     need_weight: bool,
@@ -149,7 +151,7 @@ def _linear_distill(
     scale = _gradient_scale(ce_weights, kd_weights, compute_dtype)
     call = HeadCall(
         hidden, weight, bias, labels, ce_weights / scale, kd_weights / scale, teacher_rows, teacher, teacher_kind, options, ignore_index,
-        compute_dtype, tile_bytes, need_hidden, need_weight, need_bias,
+        compute_dtype, teacher_dtype, tile_bytes, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
         result = run_head(call)
@@ -173,7 +175,7 @@ def weighted_sum(weights: Tensor, losses: Tensor) -> Tensor:
 @_linear_distill.register_fake
 def _(hidden, weight, bias, labels, ce_weights, *rest):
     need_hidden, need_weight, need_bias = rest[-3:]
-    compute_dtype = rest[-5]
+    compute_dtype = rest[-6]
     tokens = hidden.shape[0]
     per_token = [hidden.new_empty(tokens, dtype=torch.promote_types(compute_dtype, torch.float32)) for _ in range(3)]
     none = hidden.new_empty(0)
@@ -197,7 +199,7 @@ def _backward(ctx, grad_loss, *_):
         raise RuntimeError("linear_distill_loss: the gradient cannot be differentiated again (create_graph=True)")
     scale, *saved = ctx.saved_tensors
     grads = [scaled(grad, grad_loss * scale) if need else None for grad, need in zip(saved, ctx.needs, strict=True)]
-    return (*grads, *[None] * 4, [None] * ctx.num_teacher, *[None] * 17)
+    return (*grads, *[None] * 4, [None] * ctx.num_teacher, *[None] * 18)
 
 
 def scaled(grad: Tensor, factor: Tensor) -> Tensor:

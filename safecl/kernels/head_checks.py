@@ -46,7 +46,7 @@ def token_weights(name: str, value, hidden: Tensor) -> Tensor:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap, logit_scale, name: str = "") -> None:
-    """One hidden state and its head; name: "teacher " for the teacher's."""
+    """One hidden state and its head; name: "teacher " for the teacher's, whose hidden states may stay on the host."""
     if not hidden.dtype.is_floating_point:
         raise ValueError(f"{name}hidden must be floating point, got {hidden.dtype}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -55,9 +55,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap, log
         raise ValueError(f"{name}weight is {weight.dtype} and {name}hidden is {hidden.dtype}; cast one of them, or use autocast")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}bias must be [{weight.shape[0]}] to fit {name}weight, got shape {tuple(bias.shape)}")
-    for label, tensor in ((f"{name}weight", weight), (f"{name}bias", bias)):
-        if tensor is not None and not (name and label == "teacher hidden"):
-            _same_device(label, tensor, weight if name else hidden)
+    if not name:
+        _same_device("weight", weight, hidden)
+    if bias is not None:
+        _same_device(f"{name}bias", bias, weight)
     for label, value in (("softcap", softcap), ("logit_scale", logit_scale)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}{label} must be a positive number or None, got {value}")

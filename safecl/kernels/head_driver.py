@@ -47,6 +47,7 @@ class HeadCall:
     options: RowOptions
     ignore_index: int
     compute_dtype: torch.dtype
+    teacher_dtype: torch.dtype
     tile_bytes: int
     need_hidden: bool
     need_weight: bool
@@ -253,5 +254,5 @@ def teacher_tiles(call: HeadCall, segment: Segment, tiles: list[tuple[int, int]]
         return topk_tiles(call.teacher, rows, tiles, device)
     if call.teacher_kind == "logits":
         return row_tiles(call.teacher[0], rows, tiles, device)
-    buffer = call.hidden.new_empty(tile_rows, call.teacher[1].shape[0], dtype=logits_dtype(call.teacher[1].dtype))
-    return dense_tiles(call.teacher, rows, tiles, buffer)
+    buffer = call.hidden.new_empty(tile_rows, call.teacher[1].shape[0], dtype=logits_dtype(call.teacher_dtype))
+    return dense_tiles(call.teacher, call.teacher_dtype, rows, tiles, buffer)

@@ -218,7 +218,7 @@ def _ce_gradient(s, cols, label, factor, weight, lse_1):
     return tl.where(label >= 0, factor * tl.exp(s - lse_1), 0.0) - tl.where(cols == label, weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dense_rows_kernel(
     student, student_stride, teacher, teacher_stride, dlogits, dlogits_stride, labels, ce_weights, kd_weights, losses, rows,
     vocab, shared, inverse_t, beta, kd_scale, z_loss, scale, cap, t_scale, t_cap,
@@ -319,7 +319,7 @@ def _topk_events(z_top, q_top, used, lse_k, lse_rest, log_tail, beta, DIVERGENCE
     return loss, grad, rest_grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def topk_rows_kernel(
     student, student_stride, dlogits, dlogits_stride, top, top_grad, log_q, indices, log_tail, labels, ce_weights, kd_weights, losses, rows,
     vocab, k, inverse_t, beta, kd_scale, z_loss, scale, cap,
@@ -377,10 +377,10 @@ def topk_rows_kernel(
 
 def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOptions, dlogits=None) -> RowLosses:
     """``divergences.dense_rows`` on a GPU."""
-    if student.dtype != torch.float32:
+    if student.dtype == torch.float64:
         return divergences.dense_rows(student, teacher, labels, ce_weights, kd_weights, options, dlogits)
     rows, vocab = student.shape
-    losses = student.new_zeros(3, rows)
+    losses = student.new_zeros(3, rows, dtype=torch.float32)
     shared = vocab if teacher is None else min(vocab, teacher.shape[1])
     out = student if dlogits is None else dlogits
     other = student if teacher is None else teacher

@@ -27,17 +27,15 @@ def operand(tensor: Tensor, compute: torch.dtype) -> Tensor:
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """out = x @ weight.T + bias; out: [rows, vocab] fp32, whatever the dtype of the operands."""
-    if x.dtype == out.dtype:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    options = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
+    torch.mm(x, weight.t(), out=out, **options)
     return out if bias is None else out.add_(bias)
 
 
 def accumulate_(total: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
     """total += dlogits.T @ x, in total's fp32; first: ``total`` holds nothing yet."""
-    beta = 0 if first else 1
-    if x.dtype == total.dtype:
-        torch.addmm(total, dlogits.t(), x, beta=beta, out=total)
+    options = {} if x.dtype == total.dtype else {"out_dtype": total.dtype}
+    if first:
+        torch.mm(dlogits.t(), x, out=total, **options)
     else:
-        torch.addmm(total, dlogits.t(), x, out_dtype=total.dtype, beta=beta, out=total)
+        torch.addmm(total, dlogits.t(), x, out=total, **options)

@@ -21,10 +21,12 @@ def take(tensor: Tensor, rows: Tensor | None, start: int, end: int) -> Tensor:
     return tensor.index_select(0, rows[start:end].to(tensor.device))
 
 
-def dense_tiles(teacher: list[Tensor], rows: Tensor | None, tiles: list[tuple[int, int]], buffer: Tensor) -> Iterator[Tensor]:
+def dense_tiles(
+    teacher: list[Tensor], compute: torch.dtype, rows: Tensor | None, tiles: list[tuple[int, int]], buffer: Tensor
+) -> Iterator[Tensor]:
     """Logits [rows, teacher_vocab] of a hidden state and its head (hidden, weight, [bias]); every tile reuses ``buffer``."""
     hidden, weight, *bias = teacher
-    compute, device = weight.dtype, weight.device
+    device = weight.device
     weight = operand(weight, compute)
     for x in row_tiles(hidden, rows, tiles, device):
         yield project(operand(x, compute), weight, bias[0] if bias else None, buffer[: x.shape[0]])

@@ -35,7 +35,7 @@ def linear_topk(
     """The k most probable tokens of each row as a ``TopKTeacher``; [tokens, vocab] is never materialised.
 
     hidden: [rows, H], weight: [V, H], bias: [V], one floating dtype and device. k: 1..V. temperature: that of the training to come.
-    Returns log_probs [rows, k] descending, indices [rows, k] int64, log_tail [rows]; fp32 (store fp16: see ``TopKTeacher``).
+    Returns log_probs [rows, k] descending, indices [rows, k] int64, log_tail [rows]; fp32 (for what fp16 costs see ``TopKTeacher``).
     Raises ValueError for shapes, dtypes or devices that do not fit and for k outside 1..V.
     """
     if hidden.dim() != 2:

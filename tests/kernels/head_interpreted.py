@@ -20,7 +20,7 @@ BLOCK = 512  # two blocks per row of 700, the second one partial
 
 def checks() -> dict[str, Callable[[], None]]:
     """Every case of the suite on four tokens, and the edges that live in the row work."""
-    from tests.kernels import head_suite, test_head
+    from tests.kernels import head_suite, test_distill_loss, test_head
 
     found = {}
     for name, case in head_suite.CASES.items():
@@ -31,6 +31,8 @@ def checks() -> dict[str, Callable[[], None]]:
         found[f"{divergence}: p equal to q is exactly zero"] = lambda d=divergence: head_suite.check_equal(d, tokens=3)
     found["k = V equals dense"] = lambda: head_suite.check_whole_vocabulary("jsd", "tail", tokens=3)
     found["a loss below resolution is not negative"] = head_suite.check_not_negative
+    found["given logits"] = head_suite.check_given_logits
+    found["rows of weight 0"] = test_distill_loss.test_rows_of_weight_zero_are_never_read
     found["a teacher that excludes a token"] = test_head.test_a_teacher_that_excludes_a_token_pushes_it_down
     found["an infinite loss"] = test_head.test_a_student_without_mass_where_the_teacher_has_it_is_infinitely_far_with_a_finite_gradient
     found["a masked label"] = test_head.test_a_masked_label_is_infinitely_unlikely_with_a_finite_gradient

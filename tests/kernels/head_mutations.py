@@ -39,8 +39,12 @@ SPANS = {
     "last partial chunk skipped": ("def spans", "range(0, total, step)", "range(0, total - total % step if total > step else total, step)")
 }
 MATMUL = {
-    "logits rounded to bf16": ("def project", "torch.mm(x, weight.t(), out=out)", "out.copy_(torch.mm(x, weight.t()).bfloat16())"),
-    "dW zeroed": ("def accumulate_", "torch.addmm(total, dlogits.t(), x, beta=beta, out=total)", "total.zero_()"),
+    "logits rounded to bf16": (
+        "def project",
+        "torch.mm(x, weight.t(), out=out, **options)",
+        "out.copy_(torch.mm(x, weight.t()).bfloat16())",
+    ),
+    "dW zeroed": ("def accumulate_", "torch.mm(dlogits.t(), x, out=total, **options)", "total.zero_()"),
 }
 HEAD = {
     "z-loss not in the value": ("def _linear_distill", "result.ce + z_loss * result.logsumexp.square()", "result.ce"),

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from safecl.kernels import DenseTeacher, LinearDistillOutput, LogitsTeacher, TopKTeacher, linear_distill_loss, linear_topk
+from safecl.kernels import DenseTeacher, LinearDistillOutput, LogitsTeacher, TopKTeacher, distill_loss, linear_distill_loss, linear_topk
 from tests.kernels.closeness import assert_close, assert_zero
-from tests.kernels.head_oracle import Case, Inputs, make_inputs, teacher_logits, truth
+from tests.kernels.head_oracle import Case, Inputs, dense_kd, make_inputs, teacher_logits, truth
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 BOUNDS = {F64: 1e-10, F32: 5e-5, BF16: 5e-3}  # of gradients; bf16: the rounding of the returned gradient itself
@@ -167,3 +167,18 @@ def check_near(tokens: int = 6) -> None:
     assert 1e-8 < want.kd.mean() < 1e-5
     assert_close(output.kd, want.kd, 2e-2, "kd")
     assert_close(grads["hidden"], want.grads["hidden"], 2e-2, "gradient of hidden")
+
+
+def check_given_logits() -> None:
+    """distill_loss on logits without the head."""
+    case = Case(divergence="jsd", temperature=1.5)
+    g = torch.Generator().manual_seed(0)
+    student = (3 * torch.randn(3, 700, generator=g)).requires_grad_()
+    teacher = student.detach() + torch.randn(3, 700, generator=g)
+    exact = student.detach().double().requires_grad_()
+    want = dense_kd(exact, teacher.double(), case)
+    want.mean().backward()
+    loss = distill_loss(student, teacher, divergence="jsd", beta=case.beta, temperature=1.5)
+    loss.backward()
+    assert_close(loss[None], want.mean()[None], 1e-5, "loss")
+    assert_close(student.grad, exact.grad, 1e-5, "gradient")

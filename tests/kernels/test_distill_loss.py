@@ -88,6 +88,22 @@ def test_no_weighted_token_is_an_exact_zero(shape):
     assert_zero(student.grad)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_logits_themselves_stay_as_they_are(divergence):
+    student, teacher = _logits()
+    before = student.clone(), teacher.clone()
+    distill_loss(student.requires_grad_(), teacher, divergence=divergence, temperature=2.0).backward()
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
+
+
+def test_strides_do_not_matter():
+    student, teacher = _logits()
+    swapped = student.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    distill_loss(swapped, teacher).backward()
+    distill_loss(student.requires_grad_(), teacher).backward()
+    assert_close(swapped.grad, student.grad, 1e-6)
+
+
 def test_the_teacher_receives_no_gradient():
     student, teacher = (logits.requires_grad_() for logits in _logits())
     distill_loss(student, teacher).backward()

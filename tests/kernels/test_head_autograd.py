@@ -157,12 +157,29 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_tensors_own
         output, grads = run(case, inputs, teacher)
     assert output.loss.dtype == torch.float32
     rounded = make_inputs(case)
-    rounded.hidden, rounded.weight = rounded.hidden.bfloat16(), rounded.weight.bfloat16()
+    for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
+        setattr(rounded, name, getattr(rounded, name).bfloat16())
     want = truth(case, rounded)
     assert_close(output.loss[None], want.loss[None], 1e-4)
     for name, grad in grads.items():
         assert grad.dtype == torch.float32
         assert_close(grad, want.grads[name], 1e-4, name)
+
+
+def test_under_autocast_a_student_equal_to_its_teacher_still_has_a_loss_of_exactly_zero():
+    case = Case(drift=0.0, labels="none", teacher_rows="all")
+    inputs = make_inputs(case)
+    with torch.autocast("cpu", dtype=BF16):
+        output, grads = run(case, inputs, make_teacher(case, inputs))
+    assert_zero(output.kd)
+    assert_zero(grads["weight"])
+
+
+def test_in_inference_mode_there_is_a_loss_and_no_gradient(setting):
+    inputs, teacher, want = setting
+    with torch.inference_mode():
+        output, _ = _loss(inputs, teacher)
+    assert_close(output.loss[None], want.loss[None], 1e-5)
 
 
 def test_autocast_takes_bf16_hidden_states_and_an_fp32_head():

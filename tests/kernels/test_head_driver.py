@@ -41,7 +41,9 @@ def test_several_tiles_feed_one_product(gpu_arithmetic, monkeypatch):
     case = Case(dtype=BF16, tokens=40, labels="all", teacher_rows="all", tile_rows=16)
     products = []
     emulated = head_driver.accumulate_
-    monkeypatch.setattr(head_driver, "accumulate_", lambda total, dlogits, *rest: products.append(dlogits.shape[0]) or emulated(total, dlogits, *rest))
+    monkeypatch.setattr(
+        head_driver, "accumulate_", lambda total, dlogits, *rest: products.append(dlogits.shape[0]) or emulated(total, dlogits, *rest)
+    )
     inputs = make_inputs(case)
     run(case, inputs, make_teacher(case, inputs))
     assert products == [32, 8]  # budget of 16 rows: tiles of 8 rows of student and teacher, dlogits of 32
@@ -72,14 +74,16 @@ def _call(vocab: int, width: int, kind: str, teacher: list, trainable: bool = Tr
     meta = {"device": "meta", "dtype": BF16}
     tokens = torch.empty(8192, device="meta")
     call = HeadCall(torch.empty(8192, width, **meta), torch.empty(vocab, width, **meta), None, None, tokens, tokens, None, teacher, kind,
-                    RowOptions(), -100, BF16, 2**30, True, trainable, False)  # fmt: skip
+                    RowOptions(), -100, BF16, BF16, 2**30, True, trainable, False)  # fmt: skip
     return call, Segment(None, None, 8192, has_label=True, has_teacher=kind != "none")
 
 
 @pytest.mark.parametrize("vocab, width, tile, chunk", [(32000, 4096, 2048, 4096), (128256, 4096, 512, 2048), (256000, 2304, 256, 1024)])
 def test_the_budget_and_not_v_over_h_sets_the_chunks(vocab, width, tile, chunk, monkeypatch):
     monkeypatch.setattr(head_driver, "operand_dtype", lambda compute, device: compute)
-    call, segment = _call(vocab, width, "dense", [torch.empty(8192, width, device="meta"), torch.empty(vocab, width, device="meta", dtype=BF16)])
+    call, segment = _call(
+        vocab, width, "dense", [torch.empty(8192, width, device="meta"), torch.empty(vocab, width, device="meta", dtype=BF16)]
+    )
     assert plan_rows(call, segment) == (tile, chunk)
     assert tile * 8 * vocab + chunk * 2 * vocab <= 2**30
 

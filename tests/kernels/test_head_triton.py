@@ -22,7 +22,7 @@ PER_DIVERGENCE = ("a masked token is not there", "p equal to q is exactly zero")
 EDGES = [
     *(f"{divergence}: {what}" for divergence in ("forward_kl", "reverse_kl", "jsd", "mse") for what in PER_DIVERGENCE),
     *("k = V equals dense", "a loss below resolution is not negative", "a teacher that excludes a token"),
-    *("an infinite loss", "a masked label"),
+    *("an infinite loss", "a masked label", "given logits", "rows of weight 0"),
 ]
 
 
@@ -58,9 +58,11 @@ def _assert_lean(kernel, arguments: dict, arch: int) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("divergence", [0, 1, 2, 3, 4], ids=["none", "forward_kl", "reverse_kl", "jsd", "mse"])
 def test_the_dense_kernel_compiles_without_spills(divergence, arch):
-    teacher = "*fp16" if arch == 80 else "*fp32"
+    student, teacher = {80: ("*fp32", "*fp16"), 90: ("*fp32", "*fp32"), 100: ("*bf16", "*bf16")}[arch]  # tile, cached logits, distill_loss
     block = head_triton.JSD_BLOCK if divergence == 3 else head_triton.BLOCK
-    _assert_lean(head_triton.dense_rows_kernel, {**DENSE, "teacher": teacher, "DIVERGENCE": divergence, "BLOCK": block}, arch)
+    _assert_lean(
+        head_triton.dense_rows_kernel, {**DENSE, "student": student, "teacher": teacher, "DIVERGENCE": divergence, "BLOCK": block}, arch
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
