@@ -87,9 +87,9 @@ def _rate(rate: dict[str, float] | None) -> Text:
 
 
 def shown_prompt(outcomes: Sequence[Outcome]) -> str:
-    """The first prompt that the first model and the last one answer differently from the second; else the first prompt."""
+    """The first prompt that the first and the last model answer alike and the second otherwise; else the first prompt."""
     aligned, plain, kept = outcomes[0].answers, outcomes[1].answers, outcomes[-1].answers
-    return next((p for p in aligned if aligned[p] == kept[p] != plain[p]), next(iter(aligned)))
+    return next((p for p in aligned if aligned[p] == kept[p] != plain[p] and plain[p]), next(iter(aligned)))
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
