@@ -460,7 +460,7 @@ def test_eval_measures_a_model_folder_and_obeys_the_gate(run, materials, tmp_pat
     assert code == ExitCode.GATE and "safety gate failed" in out
 
 
-def test_ctrl_c_during_training_ends_with_a_message_and_keeps_the_metrics(task_config, tmp_path):
+def test_ctrl_c_during_training_saves_the_run_and_says_how_it_goes_on(task_config, tmp_path):
     config = task_config(train={"max_steps": 5000}, safety={"every": "never"})
     command = [sys.executable, "-m", "safecl", "train", str(config), "log.every=1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -469,10 +469,11 @@ def test_ctrl_c_during_training_ends_with_a_message_and_keeps_the_metrics(task_c
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == ExitCode.STOPPED
-    assert "Ctrl-C ended `safecl train`" in err and "Traceback" not in err
-    assert all(json.loads(line) for line in metrics.read_text().splitlines())
+    assert "Ctrl-C: finishing this step" in err and "Traceback" not in err and "the same command goes on from here" in out
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == f"step-{len(steps):08d}\n"
 
 
 def test_torchrun_starts_two_ranks_that_leave_one_run_folder_and_only_rank_0_speaks(task_config, tmp_path):

@@ -10,12 +10,17 @@ from safecl.commands.preflight import preflight
 from safecl.config import RunConfig
 
 
-def train_run(config: RunConfig) -> ExitCode:
-    """Trains; returns how the run ended. Raises ConfigError for what can be said before the model is loaded."""
+def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
+    """Trains, or goes on with what is in the run folder; returns how the run ended.
+
+    Raises ConfigError for what can be said before the model is loaded; with `fresh` also for a folder that holds a run.
+    """
     launcher.join_launcher()
     preflight(config)
     Ending.run_folder = Path(config.output)
     from safecl.engine.trainer import Trainer
 
-    result = Trainer(config).fit()
+    result = Trainer(config, fresh=fresh).fit()
+    if result.stopped:
+        return ExitCode.STOPPED
     return ExitCode.DONE if result.gate is None or result.gate.passed else ExitCode.GATE

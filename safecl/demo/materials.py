@@ -34,6 +34,8 @@ ARMS = [
     Arm("kept", "DER + EWC + EMA", DER | EWC | EMA),
 ]
 
+CHECKPOINT = {"every": 40, "keep": 1}
+
 ALIGN_STEPS = 200
 TASK_STEPS = 80
 
@@ -76,6 +78,7 @@ def align_config(folder: Path, seed: int) -> dict[str, Any]:
         "train": _train(seed, max_steps=ALIGN_STEPS, tokens_per_batch=512, learning_rate=3e-3),
         "deepspeed": {"stage": 2},
         "safety": _safety(folder),
+        "checkpoint": CHECKPOINT,
         "log": {"every": 50},
         "output": str(folder / "aligned"),
     }
@@ -97,6 +100,7 @@ def arm_config(folder: Path, arm: Arm, seed: int, poison_ratio: float = 0.0) -> 
         "train": _train(seed, max_steps=TASK_STEPS, tokens_per_batch=320, learning_rate=2e-3),
         "deepspeed": {"stage": 2},
         "safety": _safety(folder),
+        "checkpoint": CHECKPOINT,
         "log": {"every": 40},
         "output": str(folder / arm.name),
     }

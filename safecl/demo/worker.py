@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from safecl import launcher
-from safecl.commands.ending import Ending, errors_told
+from safecl.commands.ending import Ending, ExitCode, errors_told
 from safecl.config import load_config
 
 
 def run_arms(configs: Sequence[Path], times: Path) -> None:
     """Trains every config, one after the other; rank 0 writes {config's stem: seconds} to `times` after each."""
+    from safecl.engine.checkpoint import SaveReport
     from safecl.engine.console import Console
     from safecl.engine.trainer import Trainer
 
@@ -31,8 +31,12 @@ def run_arms(configs: Sequence[Path], times: Path) -> None:
         def show(self, make: object) -> None:
             pass
 
-        def progress(self, name: str, num_steps: int) -> AbstractContextManager:
-            return super().progress(self.arm, num_steps)
+        def progress(self, name: str, num_steps: int, done: int = 0) -> AbstractContextManager:
+            return super().progress(self.arm, num_steps, done)
+
+        def saved(self, report: SaveReport) -> None:
+            if report.problem is not None:
+                super().saved(report)
 
         def results(self, evaluations: list, gate: object, folder: Path) -> None:
             pass
@@ -42,9 +46,10 @@ def run_arms(configs: Sequence[Path], times: Path) -> None:
         trainer = Trainer(load_config(path))
         trainer.console = ArmConsole(trainer.config.log.every, launcher.rank())
         trainer.console.arm = path.stem
-        start = time.perf_counter()
-        trainer.fit()
-        seconds[path.stem] = time.perf_counter() - start
+        result = trainer.fit()
+        if result.stopped:
+            raise SystemExit(ExitCode.STOPPED)
+        seconds[path.stem] = result.results["seconds"]
         if launcher.rank() == 0:
             times.write_text(json.dumps(seconds), encoding="utf-8")
 

@@ -114,7 +114,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Gives back the process group and the buffer. Call `finish` before."""
-        if self._group is not None:
+        if self._group is not None and not self.is_writing:
             dist.destroy_process_group(self._group)
             self._group = None
         self._image = torch.zeros(0, dtype=torch.uint8)
@@ -172,6 +172,10 @@ class Checkpointer:
         if save.failure is not None:
             raise save.failure
         return save.report
+
+    def peek(self) -> SaveReport | None:
+        """How the save ended that this rank's thread is done with, without waiting and without giving it up. Not a collective call."""
+        return None if self._save is None or self.is_writing else self._save.report
 
     @property
     def is_writing(self) -> bool:

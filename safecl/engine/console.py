@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console as Terminal
 from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from safecl.engine.checkpoint import SaveReport
 
 
 class Console:
@@ -39,16 +43,20 @@ class Console:
         if not self.quiet:
             self.terminal.print(make(), soft_wrap=False)
 
+    def saved(self, report: SaveReport) -> None:
+        """How the save of a checkpoint ended."""
+        self.note(str(report))
+
     @contextmanager
-    def progress(self, name: str, num_steps: int) -> Iterator[_Steps]:
-        """A bar on a terminal, a line every so many steps elsewhere."""
+    def progress(self, name: str, num_steps: int, done: int = 0) -> Iterator[Steps]:
+        """A bar on a terminal, a line every so many steps elsewhere; `done` steps were made before."""
         if self.quiet or not self.terminal.is_terminal:
-            yield _Steps(None, None, self, name, num_steps)
+            yield Steps(None, None, self, name, num_steps, done)
             return
         name_column, state_column = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
         columns = name_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), state_column
         with Progress(*columns, console=self.terminal) as bar:
-            yield _Steps(bar, bar.add_task(name, total=num_steps, state=""), self, name, num_steps)
+            yield Steps(bar, bar.add_task(name, total=num_steps, completed=done, state=""), self, name, num_steps, done)
 
     def results(self, evaluations: list, gate, folder: Path) -> None:
         """The table of everything measured, and where it is."""
@@ -63,10 +71,12 @@ class Console:
         self.terminal.print(f"results in {folder}", markup=False)
 
 
-class _Steps:
-    def __init__(self, bar: Progress | None, task, console: Console, name: str, num_steps: int):
+class Steps:
+    """Shows a task's steps as they are made."""
+
+    def __init__(self, bar: Progress | None, task, console: Console, name: str, num_steps: int, done: int):
         self._bar, self._task, self._console, self._name, self._num_steps = bar, task, console, name, num_steps
-        self._done = 0
+        self._done = done
 
     def step(self, values: dict) -> None:
         self._done += 1

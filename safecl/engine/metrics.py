@@ -7,15 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError, RunConfig
+from safecl.engine.durable import replace_file
 
 
 class MetricsLog:
-    """Appends dicts as JSON lines and passes numbers on to the configured trackers. Without a folder (ranks above 0) it does nothing."""
+    """Appends dicts as JSON lines and passes numbers on to the configured trackers. Without a folder (ranks above 0) it does nothing.
 
-    def __init__(self, folder: Path | None, config: RunConfig):
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8") if folder is not None else None
+    `earlier` is what a resumed run has written until its checkpoint, `step` the next step; lines after that are written anew.
+    """
+
+    def __init__(self, folder: Path | None, config: RunConfig, earlier: bytes = b"", step: int = 0):
+        self._file = None
+        if folder is not None:
+            replace_file(folder / "metrics.jsonl", earlier.decode())
+            self._file = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
         names = config.log.report_to if folder is not None else []
-        self._trackers = [_TRACKERS[name](folder, folder.name, config.model_dump(mode="json")) for name in names]
+        self._trackers = [_TRACKERS[name](folder, folder.name, config.model_dump(mode="json"), step) for name in names]
+
+    def so_far(self) -> bytes:
+        """All lines until now."""
+        if self._file is None:
+            return b""
+        self._file.seek(0)
+        return self._file.read().encode()
 
     def write(self, values: dict[str, Any]) -> None:
         if self._file is None:
@@ -31,21 +45,21 @@ class MetricsLog:
             self._file.close()
 
 
-def _tensorboard(folder: Path, run_name: str, config: dict[str, Any]):
+def _tensorboard(folder: Path, run_name: str, config: dict[str, Any], step: int):
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder / "tensorboard")
+    writer = SummaryWriter(folder / "tensorboard", purge_step=step)
     return lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
 
 
-def _wandb(folder: Path, run_name: str, config: dict[str, Any]):
+def _wandb(folder: Path, run_name: str, config: dict[str, Any], step: int):
     import wandb
 
     wandb.init(project="safecl", name=run_name, config=config, dir=str(folder))
     return lambda values, step: wandb.log(values, step=step)
 
 
-def _trackio(folder: Path, run_name: str, config: dict[str, Any]):
+def _trackio(folder: Path, run_name: str, config: dict[str, Any], step: int):
     import trackio
 
     trackio.init(project="safecl", name=run_name, config=config)

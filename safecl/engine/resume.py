@@ -6,24 +6,28 @@ in the same order, and differs by the rounding of sums alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from safecl.config import ConfigError
 from safecl.engine import distributed
 from safecl.engine.checkpoint import Checkpointer, SaveReport
-from safecl.engine.checkpoint_folder import CheckpointFolder
+from safecl.engine.checkpoint_folder import CheckpointFolder, format_bytes
 from safecl.engine.checkpoint_format import Contents
 from safecl.engine.durable import DamagedCheckpoint, read_file
 from safecl.engine.memory import open_memory
-from safecl.engine.plan import RunPlan
+from safecl.engine.plan import TaskPlan
 from safecl.engine.run import Run
-from safecl.engine.run_identity import identity_of, refuse_other_run, version_notes
+from safecl.engine.run_identity import refuse_other_run, version_notes
 from safecl.replay import ReplayError
 
 STATE, MEMORY, METRICS = "state.json", "memory.index", "metrics.jsonl"
@@ -36,8 +40,8 @@ class Progress:
 
     task: int = 0
     """Index of the task under way."""
-    phase: str = ""
-    """Part of the task that comes next; empty at its beginning."""
+    parts_done: int = 0
+    """How many of the task's parts are done."""
     skipped_in_a_row: int = 0
     num_tokens: int = 0
     """Tokens that went through the model in training, over all ranks."""
@@ -60,12 +64,12 @@ class Resumed:
 class RunSaver:
     """Saves one run into its folder and restores it from there. Every call is a collective one."""
 
-    def __init__(self, run: Run, folder: Path, plan: RunPlan, frozen: str | None = None):
-        """frozen: `frozen_digest` of the model before it was sharded."""
-        self.run, self.folder, self.tasks = run, folder, plan.tasks
+    def __init__(self, run: Run, folder: Path, identity: dict[str, Any]):
+        """identity: see run_identity.identity_of."""
+        self.run, self.folder = run, folder
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         self.checkpointer = Checkpointer(run.engine.shards, run.engine.optimizer, self.checkpoints)
-        self._identity = identity_of(plan, frozen)
+        self._identity = identity
         self._memory_versions: dict[str, int] = {}
         self._saving_version: int | None = None
 
@@ -106,7 +110,7 @@ class RunSaver:
 
     # ----------------------------------------------------------------------------------------------------------- resuming
 
-    def resume(self, note: Callable[[str], None]) -> Resumed | None:
+    def resume(self, note: Callable[[str], None], tasks: Sequence[TaskPlan]) -> Resumed | None:
         """Restores the newest whole checkpoint; None where there is none. The run is as it was when that was saved.
 
         Raises ConfigError where the checkpoints are damaged without exception, or belong to another run; nothing is changed then.
@@ -129,7 +133,7 @@ class RunSaver:
         state = states[contents.folder.name]
         self.checkpointer.load(contents)
         progress = Progress(**state["progress"])
-        self.run.load_state_dict(state["run"], self.tasks[min(progress.task, len(self.tasks) - 1)])
+        self.run.load_state_dict(state["run"], tasks[min(progress.task, len(tasks) - 1)])
         self._remember_versions()
         metrics = read_file(contents.folder / METRICS, contents.manifest.files[METRICS].size)
         return Resumed(contents.folder.name, progress, metrics, version_notes(state["versions"]))
@@ -164,8 +168,33 @@ class RunSaver:
             if version is not None:
                 self._memory_versions[name] = version
 
-    def close(self) -> None:
+    def check_room(self, note: Callable[[str], None], keep: int) -> None:
+        """Raises ConfigError where not even one checkpoint fits on the disk; says so where fewer than will be kept fit."""
+        size = sum(shape_bytes(shape) for shape in self.run.engine.shards.shapes.values())
+        free = distributed.gather_objects([free_bytes(self.folder)])[0]
+        what = f"a checkpoint takes at least {format_bytes(size)}, and {format_bytes(free)} are free in {self.folder}"
+        if free < size:
+            raise ConfigError(f"output: {what}; free some, choose another folder with output=..., or set checkpoint.every: never")
+        if free < (keep + 1) * size:
+            note(f"{what}: too little for the {keep + 1} that checkpoint.keep: {keep} needs while saving")
+
+    def close(self, timeout: float | None = None) -> None:
+        """Waits for a save under way, at most `timeout` seconds, and gives everything back. Not a collective call.
+
+        A save fails where another rank has died; by then something else has been said about that.
+        """
+        with contextlib.suppress(Exception):
+            self.checkpointer.finish(timeout)
         self.checkpointer.close()
+
+
+def shape_bytes(shape: Sequence[int]) -> int:
+    """Bytes of a parameter's master weights and moments."""
+    return 12 * math.prod(shape)
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def dump_plain(state: dict[str, Any]) -> bytes:

@@ -23,8 +23,8 @@ FREE = (
 )  # fmt: skip
 
 
-def identity_of(plan: RunPlan, frozen: str | None) -> dict[str, Any]:
-    """What a checkpoint keeps of the run that it belongs to. `frozen`: see `frozen_digest`."""
+def identity_of(plan: RunPlan, frozen: str | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps of the run that it belongs to. `frozen`: see `frozen_digest`; None where it is not known yet."""
     return {
         "config": plan.config.model_dump(mode="json"),
         "rows": {task.config.name: fingerprint(task.dataset) for task in plan.tasks},
@@ -36,13 +36,15 @@ def identity_of(plan: RunPlan, frozen: str | None) -> dict[str, Any]:
 
 def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """ConfigError where two identities differ in what is trained or measured."""
+    if "config" not in saved:
+        raise ConfigError(f"{where} holds files of a run that cannot be told apart from this one (its run.json is missing); {HOW_TO_GO_ON}")
     refuse_other_config(saved["config"], now["config"], where)
     for name, rows in now["rows"].items():
         if saved["rows"].get(name) != rows:
             raise ConfigError(f"{where}: the rows of task {name} have changed since this run began; {HOW_TO_GO_ON}")
     if saved["memory_rows"] != now["memory_rows"]:
         raise ConfigError(f"{where}: the rows of memory.source have changed since this run began; {HOW_TO_GO_ON}")
-    if saved["frozen"] != now["frozen"]:
+    if None not in (saved["frozen"], now["frozen"]) and saved["frozen"] != now["frozen"]:
         raise ConfigError(f"{where}: the weights of model.path that are not trained have changed since this run began; {HOW_TO_GO_ON}")
 
 

@@ -40,7 +40,7 @@ class StopRequest:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.name is None:
-            self.name, self._since = signal.Signals(number).name, time.monotonic()
+            self.name, self._since = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name, time.monotonic()
             if self._announce:  # os.write: a signal may come in the middle of a print
                 again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
                 os.write(2, f"\nsafecl: {self.name}: finishing this step and saving{again}\n".encode())

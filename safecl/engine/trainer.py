@@ -1,6 +1,8 @@
 """The training run: tasks one after the other, measured before and after, saved as Hugging Face folders.
 
 plan (no process group yet) -> engine -> for each task: memory, anchors -> steps -> evaluation -> model folders, results.json
+
+A folder in which a run was stopped or killed is gone on with: its newest whole checkpoint says which part of which task comes next.
 """
 
 from __future__ import annotations
@@ -17,21 +19,34 @@ from safecl.config import ConfigError, RunConfig, dump_config
 from safecl.data import describe
 from safecl.engine import distributed
 from safecl.engine.batch import Layout
-from safecl.engine.console import Console
+from safecl.engine.checkpoint import SaveReport
+from safecl.engine.console import Console, Steps
 from safecl.engine.deepspeed_config import deepspeed_config
+from safecl.engine.durable import replace_file
 from safecl.engine.export import save_model
 from safecl.engine.live import evaluating
 from safecl.engine.memory import fill_memory
 from safecl.engine.metrics import MetricsLog, check_trackers
 from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention, load_model
 from safecl.engine.plan import RunPlan, TaskPlan, describe_plan, plan_run
+from safecl.engine.resume import Progress, RunSaver
 from safecl.engine.run import Run
-from safecl.engine.training import StepLosses, TrainingEngine
+from safecl.engine.run_folder import RESULTS, RunFolder
+from safecl.engine.run_identity import frozen_digest, identity_of, refuse_other_run
+from safecl.engine.stopping import StopRequest
+from safecl.engine.training import TrainingEngine
 from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate, summarise
+from safecl.evaluation.restore import evaluation_from_dict
+
+SECONDS_FOR_THE_LAST_SAVE = 60.0  # of a run that fails: longer than this it does not wait for a checkpoint that is being written
 
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the message says at which step and why. Exit code 1."""
+
+
+class _Stopped(Exception):
+    """A signal asked the run to end, and its state is being saved."""
 
 
 @dataclass
@@ -41,35 +56,59 @@ class RunResult:
     folder: Path
     results: dict = field(default_factory=dict)
     gate: GateResult | None = None
+    stopped: bool = False
+    """A signal ended the run after a step; its state is saved and the same command goes on."""
 
 
 class Trainer:
     """`Trainer(config).fit()` is the Python twin of `safecl train`; every rank calls it.
 
+    A run that was stopped in the folder goes on; one that is finished there is reported. `fresh` refuses a folder that holds a run.
     Raises ConfigError before anything is trained, TrainingFailed while running.
     """
 
-    def __init__(self, config: RunConfig, plan: RunPlan | None = None):
+    def __init__(self, config: RunConfig, plan: RunPlan | None = None, *, fresh: bool = False):
         self.config = config
         self.folder = Path(config.output)
+        self.fresh = fresh
         self.console = Console(config.log.every, rank=launcher.rank())
         check_trackers(config.log.report_to)
         self.plan = plan or plan_run(config)
+        self.progress = Progress()
+        self.evaluations: list[Evaluation] = []
+        self._metrics = MetricsLog(None, config)
+        self._saved_at: tuple[int, int, int] | None = None
+        self._said: SaveReport | None = None
 
     def fit(self) -> RunResult:
-        """Runs all tasks and returns what was measured. KeyboardInterrupt passes through after the files are closed."""
-        self._say_what_will_run()
-        distributed.init_distributed()
-        run = self._start()
-        evaluations: list[Evaluation] = []
-        with self.console:
+        """Runs all tasks and returns what was measured.
+
+        SIGTERM, SIGINT and SIGUSR1 end it after the current step, with `stopped` set; a second Ctrl-C raises KeyboardInterrupt at once.
+        """
+        self._began = time.perf_counter()
+        files = RunFolder(self.folder)
+        with self.console, StopRequest(announce=launcher.rank() == 0) as self._stop:
             try:
-                for index, task in enumerate(self.plan.tasks):
-                    self._run_task(run, index, task, evaluations)
-                result = self._finish(run, evaluations)
+                self._take_folder(files)
+                self._say_what_will_run()
+                if (finished := self._finished_before(files)) is not None:
+                    return finished
+                distributed.init_distributed()
+                return self._run(files)
             finally:
-                self._metrics.close()
-        return result
+                files.release()
+
+    def _run(self, files: RunFolder) -> RunResult:
+        run = self._start(files)
+        try:
+            self._resume(run)
+            while self.progress.task < len(self.plan.tasks):
+                self._run_task(run, self.plan.tasks[self.progress.task])
+            return self._finish(run)
+        except _Stopped:
+            return self._end_stopped(run)
+        finally:
+            self._close(run)
 
     def _say_what_will_run(self) -> None:
         for what, value in describe_plan(self.plan):
@@ -84,11 +123,30 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------------------- start
 
-    def _start(self) -> Run:
+    def _take_folder(self, files: RunFolder) -> None:
+        if launcher.rank() == 0 and (note := files.lock()) is not None:
+            self.console.note(note)
+        if self.fresh:
+            files.refuse_to_overwrite()
+        if files.holdings():
+            refuse_other_run(files.identity() or {}, identity_of(self.plan), str(self.folder))
+
+    def _finished_before(self, files: RunFolder) -> RunResult | None:
+        results = files.results()
+        if results is None:
+            return None
+        evaluations = [evaluation_from_dict(values) for values in results["evaluations"]]
+        self.console.note(f"{self.folder} holds this run, finished after {results['steps']} steps; to train again choose another folder")
+        gate = self._judge(evaluations)
+        self.console.results(evaluations, gate, self.folder)
+        return RunResult(self.folder, results, gate)
+
+    def _start(self, files: RunFolder) -> Run:
         config = self.config
         torch.manual_seed(config.train.seed)
-        self._write_run_folder()
+        self._write_run_folder(files)
         model = LanguageModel(load_model(config.model))
+        frozen = frozen_digest(model)
         attention, reason = choose_attention(config.model.attention)
         packed = config.train.packing == "packed" or (config.train.packing == "auto" and attention == "flash_attention_2")
         self.console.fact("attention", f"{attention} ({reason}), rows {'packed' if packed else 'padded'}")
@@ -99,57 +157,157 @@ class Trainer:
         layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=self.plan.tokenizer.pad_token_id or 0)
         engine = TrainingEngine(model, config, layout)
         self.console.fact("trained", f"{engine.shards.numel:,} weights on {distributed.world_size()} rank(s), {engine.device}")
-        return Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
+        run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
+        self._saver = RunSaver(run, self.folder, identity_of(self.plan, frozen))
+        return run
 
-    def _write_run_folder(self) -> None:
+    def _write_run_folder(self, files: RunFolder) -> None:
         if distributed.rank() == 0:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                files.write_identity(identity_of(self.plan))
                 (self.folder / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
                 (self.folder / "deepspeed.json").write_text(json.dumps(deepspeed_config(self.config), indent=2))
             except OSError as error:
                 raise ConfigError(f"output: {self.folder}: cannot be written: {error.strerror}") from None
         distributed.barrier()
-        self._metrics = MetricsLog(self.folder, self.config) if distributed.rank() == 0 else MetricsLog(None, self.config)
+
+    def _resume(self, run: Run) -> None:
+        """Restores what the newest checkpoint holds, or begins at the beginning."""
+        resumed = self._saver.resume(self.console.note, self.plan.tasks)
+        self.progress = resumed.progress if resumed is not None else Progress()
+        self.evaluations = [evaluation_from_dict(values) for values in self.progress.evaluations]
+        self._metrics = MetricsLog(
+            self.folder if distributed.rank() == 0 else None, self.config, resumed.metrics if resumed is not None else b"", run.global_step
+        )
+        self._began -= self.progress.seconds
+        self._saved_at = self._position(run) if resumed is not None else None
+        if resumed is not None:
+            self.console.note(f"going on from {resumed.name}, step {run.global_step}")
+            for note in resumed.notes:
+                self.console.note(note)
+        elif self.config.checkpoint.every != "never":
+            self._saver.check_room(self.console.note, self.config.checkpoint.keep)
+
+    # ------------------------------------------------------------------------------------------------------- checkpoints
+
+    def _position(self, run: Run) -> tuple[int, int, int]:
+        return self.progress.task, self.progress.parts_done, run.global_step
+
+    def _save(self, run: Run) -> None:
+        if self._saved_at == self._position(run):
+            return
+        self.progress.seconds = time.perf_counter() - self._began
+        self.progress.evaluations = [evaluation.to_dict() for evaluation in self.evaluations]
+        self._say(self._saver.save(self.progress, self._metrics.so_far(), self.config.checkpoint.keep))
+        self._saved_at = self._position(run)
+
+    def _say(self, report: SaveReport | None) -> None:
+        if report is not None and report is not self._said:
+            self.console.saved(report)
+            self._said = report
+
+    def _pause(self, run: Run, stop: bool) -> None:
+        """Ends the run here where `stop` says so, the same on all ranks."""
+        if stop:
+            self._save(run)
+            raise _Stopped
+
+    def _end_stopped(self, run: Run) -> RunResult:
+        report = self._saver.settle()
+        name, where = self._stop.name or "a signal", f"step {run.global_step}"
+        if report is not None and report.problem is not None:
+            raise TrainingFailed(f"{name} stopped the run after {where}, but {report}; the checkpoint before is untouched")
+        self._say(report)
+        self.console.note(f"{name}: stopped after {where}; the same command goes on from here")
+        return RunResult(self.folder, stopped=True)
+
+    def _close(self, run: Run) -> None:
+        self._saver.close(SECONDS_FOR_THE_LAST_SAVE)
+        if run.memory is not None:
+            run.memory.buffer.close()
+        self._metrics.close()
 
     # -------------------------------------------------------------------------------------------------------------- tasks
 
-    def _run_task(self, run: Run, index: int, task: TaskPlan, evaluations: list[Evaluation]) -> None:
-        aligned = task.config.role != "align"
-        if index == 0 or (aligned and self.plan.tasks[index - 1].config.role == "align"):
-            self._evaluate(run, "start" if index == 0 else f"before {task.config.name}", evaluations)
-        if aligned and self.plan.memory is not None and run.memory is None:
-            self._fill_memory(run)
-        run.begin_task(task, active=aligned)
-        self._train(run, task, evaluations)
-        run.end_task()
-        self._evaluate(run, f"after {task.config.name}", evaluations)
-        if run.saves_average and index + 1 < len(self.plan.tasks):
-            run.engine.shards.swap(run.engine.optimizer.tensors("ema"))  # the next task goes on from the model that this one hands over
+    def _run_task(self, run: Run, task: TaskPlan) -> None:
+        """The parts of a task in order; a resumed run begins with the first that is not done."""
+        parts = [self._measure_before, self._fill_memory, self._begin, self._train, self._measure_after, self._hand_over]
+        for part in parts[self.progress.parts_done :]:
+            part(run, task)
+            self.progress.parts_done += 1
+            if part == self._train and self.config.checkpoint.every != "never":
+                self._save(run)
+            if part == parts[-1]:
+                self.progress.task, self.progress.parts_done = self.progress.task + 1, 0
+            self._pause(run, distributed.any_rank(self._stop.requested))
 
-    def _fill_memory(self, run: Run) -> None:
+    def _is_aligned(self, task: TaskPlan) -> bool:
+        return task.config.role != "align"
+
+    def _measure_before(self, run: Run, task: TaskPlan) -> None:
+        index = self.progress.task
+        if index == 0:
+            self._evaluate(run, "start")
+        elif self._is_aligned(task) and not self._is_aligned(self.plan.tasks[index - 1]):
+            self._evaluate(run, f"before {task.config.name}")
+
+    def _fill_memory(self, run: Run, task: TaskPlan) -> None:
+        if not self._is_aligned(task) or self.plan.memory is None or run.memory is not None:
+            return
         with_teacher = any(getattr(settings, "needs_teacher", False) for settings in self.config.methods.values())
         memory = self.config.memory
         run.memory = fill_memory(
-            run.engine, self.plan.memory, memory, seed=self.config.train.seed, source=memory.source, with_teacher=with_teacher
-        )
+            run.engine, self.plan.memory, memory, seed=self.config.train.seed, source=memory.source, with_teacher=with_teacher,
+            folder=self._saver.memory_folder,
+        )  # fmt: skip
 
-    def _train(self, run: Run, task: TaskPlan, evaluations: list[Evaluation]) -> None:
-        every = self.config.safety.every if self.config.safety is not None else "never"
-        skipped_in_a_row = 0
-        with self.console.progress(task.config.name, task.num_steps) as progress:
+    def _begin(self, run: Run, task: TaskPlan) -> None:
+        run.begin_task(task, active=self._is_aligned(task))
+        self.progress.skipped_in_a_row = 0
+
+    def _measure_after(self, run: Run, task: TaskPlan) -> None:
+        run.end_task()
+        self._evaluate(run, f"after {task.config.name}")
+
+    def _hand_over(self, run: Run, task: TaskPlan) -> None:
+        """The next task goes on from the model that this one is saved as."""
+        if run.saves_average and self.progress.task + 1 < len(self.plan.tasks):
+            run.engine.shards.swap(run.engine.optimizer.tensors("ema"))
+
+    def _train(self, run: Run, task: TaskPlan) -> None:
+        every = self.config.checkpoint.every
+        with self.console.progress(task.config.name, task.num_steps, run.step) as progress:
             while run.step < task.num_steps:
-                began = time.perf_counter()
-                losses = run.train_step(task)
-                applied = run.engine.optimizer.result.applied
-                skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
-                run.skipped_steps += not applied
-                values = self._step_values(run, task, losses, time.perf_counter() - began)
-                self._metrics.write(values)
-                progress.step(values)
-                self._check_skipped(run, task, skipped_in_a_row)
-                if isinstance(every, int) and run.step % every == 0 and run.step < task.num_steps:
-                    self._evaluate(run, f"{task.config.name} step {run.step}", evaluations)
+                self._measure_between(run, task)
+                stop = self._train_step(run, task, progress)
+                self._say(self._saver.checkpointer.peek())
+                if isinstance(every, int) and run.global_step % every == 0 and run.step < task.num_steps:
+                    self._save(run)
+                self._pause(run, stop)
+
+    def _measure_between(self, run: Run, task: TaskPlan) -> None:
+        """Before the next step, so that a run resumed here measures what was still to be measured, and nothing twice."""
+        every = self.config.safety.every if self.config.safety is not None else "never"
+        when = f"{task.config.name} step {run.step}"
+        if isinstance(every, int) and run.step and run.step % every == 0 and all(done.when != when for done in self.evaluations):
+            self._evaluate(run, when)
+
+    def _train_step(self, run: Run, task: TaskPlan, progress: Steps) -> bool:
+        """One step and its line in metrics.jsonl; True where a rank was asked to stop."""
+        began = time.perf_counter()
+        losses = run.train_step(task)
+        losses.stop = self._stop.requested
+        applied = run.engine.optimizer.result.applied
+        self.progress.skipped_in_a_row = 0 if applied else self.progress.skipped_in_a_row + 1
+        run.skipped_steps += not applied
+        totals = losses.totals()
+        stop = totals.pop("stop") > 0
+        values = self._step_values(run, task, totals, time.perf_counter() - began)
+        self.progress.num_tokens += values["tokens"]
+        self._metrics.write(values)
+        progress.step(values)
+        self._check_skipped(run, task, self.progress.skipped_in_a_row)
+        return stop
 
     def _check_skipped(self, run: Run, task: TaskPlan, in_a_row: int) -> None:
         if in_a_row == 0:
@@ -162,8 +320,8 @@ class Trainer:
             raise TrainingFailed(f"{message}; {in_a_row} in a row, the run stops; try a lower train.learning_rate or dtype: fp32")
         self.console.note(message)
 
-    def _step_values(self, run: Run, task: TaskPlan, losses: StepLosses, seconds: float) -> dict:
-        totals, result = losses.totals(), run.engine.optimizer.result
+    def _step_values(self, run: Run, task: TaskPlan, totals: dict[str, float], seconds: float) -> dict:
+        result = run.engine.optimizer.result
         tokens, penalty = int(totals.pop("tokens")), totals.pop("penalty")
         values = {"step": run.global_step - 1, "task": task.config.name}
         values |= {f"loss/{term}": value for term, value in totals.items()}
@@ -179,7 +337,7 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------------- evaluation
 
-    def _evaluate(self, run: Run, when: str, evaluations: list[Evaluation]) -> None:
+    def _evaluate(self, run: Run, when: str) -> None:
         if self.config.safety is not None and self.config.safety.every == "never":
             return
         if not self.plan.prompts and not any(task.eval_rows for task in self.plan.tasks):
@@ -190,24 +348,28 @@ class Trainer:
                 model, self.plan.tokenizer, when=when, step=run.global_step, safety=self.config.safety, prompts=self.plan.prompts,
                 benign=self.plan.benign, tasks=tasks,
             )  # fmt: skip
-        evaluations.append(found)
+        self.evaluations.append(found)
         if distributed.rank() == 0:
             found.write_outputs(self.folder / "outputs", self.config.privacy.examples)
         self.console.note(found.one_line())
 
     # ------------------------------------------------------------------------------------------------------------- finish
 
-    def _finish(self, run: Run, evaluations: list[Evaluation]) -> RunResult:
+    def _finish(self, run: Run) -> RunResult:
+        self._say(self._saver.settle())
         self._save_models(run)
-        run.finish()
-        limits = self.config.safety.gate if self.config.safety is not None else None
-        gate = judge_gate(limits, evaluations[-1]) if limits is not None and evaluations else None
-        result = RunResult(self.folder, self._results(run, evaluations, gate), gate)
+        gate = self._judge(self.evaluations)
+        result = RunResult(self.folder, self._results(run, gate), gate)
         if distributed.rank() == 0:
-            (self.folder / "results.json").write_text(json.dumps(result.results, indent=2), encoding="utf-8")
+            replace_file(self.folder / RESULTS, json.dumps(result.results, indent=2))
         distributed.barrier()
-        self.console.results(evaluations, gate, self.folder)
+        run.finish()
+        self.console.results(self.evaluations, gate, self.folder)
         return result
+
+    def _judge(self, evaluations: list[Evaluation]) -> GateResult | None:
+        limits = self.config.safety.gate if self.config.safety is not None else None
+        return judge_gate(limits, evaluations[-1]) if limits is not None and evaluations else None
 
     def _save_models(self, run: Run) -> None:
         live, average = self.folder / "model", run.saves_average
@@ -219,7 +381,7 @@ class Trainer:
                 save_model(run.engine, self.plan.tokenizer, self.folder / "model")
         self.console.note(f"saved {self.folder / 'model'}" + (" (the average) and model-live (the last weights)" if average else ""))
 
-    def _results(self, run: Run, evaluations: list[Evaluation], gate: GateResult | None) -> dict:
+    def _results(self, run: Run, gate: GateResult | None) -> dict:
         import safecl
 
         return {
@@ -228,9 +390,11 @@ class Trainer:
             "world_size": distributed.world_size(),
             "steps": run.global_step,
             "skipped_steps": run.skipped_steps,
+            "tokens": self.progress.num_tokens,
+            "seconds": distributed.gather_objects([round(time.perf_counter() - self._began, 3)])[0],
             "saved": "average" if run.saves_average else "live",
-            "evaluations": [evaluation.to_dict() for evaluation in evaluations],
-            "summary": summarise(evaluations),
+            "evaluations": [evaluation.to_dict() for evaluation in self.evaluations],
+            "summary": summarise(self.evaluations),
             "gate": gate.to_dict() if gate is not None else None,
         }
 

@@ -22,11 +22,12 @@ def open_saver(folder: str, bf16: bool = False, **changes) -> Iterator:
     """(run, task, saver) of a run that has not begun; its files are closed at the end."""
     from safecl.engine.plan import RunPlan
     from safecl.engine.resume import RunSaver
+    from safecl.engine.run_identity import identity_of
 
     config = scenes.run_config(tmp=folder, **changes)
     run, task = scenes.build_run(config, scenes.tiny_model(dtype=torch.bfloat16 if bf16 else torch.float32))
     rows = scenes.random_dataset(20, seed=2) if config.memory is not None else None
-    saver = RunSaver(run, Path(folder), RunPlan(config, None, [task], run.methods, rows))
+    saver = RunSaver(run, Path(folder), identity_of(RunPlan(config, None, [task], run.methods, rows)))
     try:
         yield run, task, saver
     finally:
@@ -81,7 +82,7 @@ def resume_and_train(folder: str, steps: int, save_after: Sequence[int] = (), wa
     with open_saver(folder, **changes) as (run, task, saver):
         torch.manual_seed(999)
         notes: list[str] = []
-        resumed = saver.resume(notes.append)
+        resumed = saver.resume(notes.append, [task])
         log = json.loads(resumed.metrics)
         return *_go_on(run, task, saver, steps, save_after, watched, log, resumed.progress), notes
 
@@ -89,7 +90,7 @@ def resume_and_train(folder: str, steps: int, save_after: Sequence[int] = (), wa
 def _progress():
     from safecl.engine.resume import Progress
 
-    return Progress(phase="train")
+    return Progress(parts_done=3)
 
 
 def _go_on(run, task, saver, steps, save_after, watched, log, progress):
