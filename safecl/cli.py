@@ -98,12 +98,16 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 
 @verb
-def train(config: Config, overrides: Overrides = None) -> None:
-    """Train the tasks of a run config and measure safety before, during and after."""
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse a run folder that holds a run, instead of going on with it.")] = False,
+) -> None:
+    """Train the tasks of a run config and measure safety before, during and after. A run that was stopped goes on."""
     loaded = _load(config, overrides)
     from safecl.commands.train import train_run
 
-    raise typer.Exit(train_run(loaded))
+    raise typer.Exit(train_run(loaded, fresh=fresh))
 
 
 @verb
