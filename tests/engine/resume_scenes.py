@@ -143,3 +143,26 @@ def cut_with_a_loss(folder: str, lost: str, **changes) -> list[str]:
 
     with mock.patch.object(Checkpointer, "load", load_with_a_loss):
         return cut_at_every_step(folder, cuts=1, steps=3, **changes)
+
+
+def leg(folder: str, until: int, **changes):
+    """Begins or goes on in this layout to step `until`, and saves. Rank 0 returns (state at the start, state at the end, log)."""
+    with open_saver(folder, **changes) as (run, task, saver):
+        resumed = saver.resume(lambda message: None, [task])
+        if resumed is None:
+            scenes.begin(run, task, memory_folder=saver.memory_folder)
+        log = json.loads(resumed.metrics) if resumed is not None else []
+        start = whole_state(run)
+        while run.global_step < until:
+            step_once(run, task, log)
+        saver.save(_progress(), json.dumps(log).encode(), keep=2)
+        end = whole_state(run)
+        assert saver.settle().problem is None
+    return (start, end, log) if distributed.rank() == 0 else None
+
+
+def whole_state(run) -> dict[str, dict[str, torch.Tensor]]:
+    """Every kind of state that is saved, by parameter."""
+    shards, optimizer = run.engine.shards, run.engine.optimizer
+    kinds = {kind: optimizer.tensors(kind) for kind in optimizer.shards()[0].state if not kind.startswith("_")}
+    return {kind: {name: shards.read(name, tensors) for name in shards.shapes} for kind, tensors in ({"weights": None} | kinds).items()}

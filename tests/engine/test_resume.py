@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from safecl.methods import builtin_methods
-from tests.engine import resume_scenes
+from tests.engine import oracle, resume_scenes
 
 EWC = {"ewc": {"strength": 0.5, "sign_batches": 4, "rows_per_batch": 4}}
 EMA = {"ema": {"decay": 0.9}}
@@ -44,3 +45,38 @@ def test_the_comparison_bites_where_one_kind_of_state_does_not_come_back(rank_po
     differences = rank_pool(2).run(resume_scenes.cut_with_a_loss, folder=folder, lost=kind, **changes)[0]
     assert any(kind in difference for difference in differences)
     assert kind == "ema" or any("weights at step 2" in difference for difference in differences)
+
+
+def layout(stage: int, optimizer: str = "none", parameters: str = "none") -> dict:
+    return {"stage": stage, "offload": {"optimizer": optimizer, "parameters": parameters}}
+
+
+# 1, 2 and 4 ranks, every stage, offload on and off, each saving for the next
+LEGS = [
+    (1, layout(0)), (2, layout(3)), (4, layout(2, "cpu")), (1, layout(3, "cpu", "cpu")), (2, layout(1)),
+    (4, layout(0)), (2, layout(2, "cpu")), (1, layout(1, "cpu")), (4, layout(3, "cpu", "cpu")), (1, layout(2)),
+]  # fmt: skip
+
+
+def test_a_run_that_changes_ranks_stage_and_offload_ten_times_sees_the_same_rows_and_ends_at_the_same_weights(rank_pool, folder, tmp_path):
+    """Bitwise the same state right after each loading; after 20 steps within 1e-3 of the run that never changed."""
+    methods = EWC | EMA | {"der": {"alpha": 0.5}}
+    saved = None
+    for number, (world_size, deepspeed) in enumerate(LEGS, start=1):
+        start, end, log = rank_pool(world_size).run(
+            resume_scenes.leg, folder=folder, until=2 * number, methods=methods, deepspeed=deepspeed
+        )[0]
+        if saved is None:
+            first = start
+        else:
+            assert {kind: list(values) for kind, values in saved.items()} == {kind: list(values) for kind, values in start.items()}
+            for kind, values in saved.items():
+                assert all(torch.equal(values[name], start[kind][name]) for name in values), (number, kind)
+                assert all(values[name].dtype == start[kind][name].dtype for name in values), (number, kind)
+        saved = end
+    whole = rank_pool(1).run(resume_scenes.leg, folder=str(tmp_path / "whole"), until=20, methods=methods, deepspeed=layout(1))[0]
+    assert [line["rows"] for line in log] == [line["rows"] for line in whole[2]]
+    for kind in ("weights", "ema"):
+        assert oracle.relative_distance(end[kind], whole[1][kind], first["weights"]) <= 1e-3
+    for kind in ("exp_avg", "exp_avg_sq", "fisher", "anchor"):
+        assert oracle.relative_distance(end[kind], whole[1][kind]) <= 1e-3
