@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from safecl.config import MemoryConfig
 from safecl.replay import codec
 from safecl.replay.guard import next_refresh
 from safecl.replay.hashing import shard_of
@@ -41,6 +41,9 @@ class InsertReport:
     kept_out: Counter[str] = field(default_factory=Counter)
 
 
+_TAKEN = ("row_id", "nbytes", "length", "targets", "step", "width", "form", "prior_nll")
+
+
 @dataclass(slots=True)
 class _Arrival:
     """A checked row: what its table entry needs, and its parts for writing."""
@@ -64,25 +67,24 @@ class _Arrival:
 def insert_rows(buffer: ReplayBuffer, rows: Iterable[MemoryRow], own_outputs: int | None = None) -> InsertReport:
     """Inserts rows in chunks; each is written and indexed as a whole. See ReplayBuffer.insert."""
     report = InsertReport()
-    for chunk in _chunks(buffer, rows, own_outputs):
+    for chunk in _chunks(buffer, rows, _Checker(buffer, own_outputs)):
         _insert_chunk(buffer, chunk, report)
         if buffer.guard.takes_statistics and buffer.num_seen == next_refresh(buffer.num_seen - 1):
             buffer.refresh_guard()
     return report
 
 
-def _chunks(buffer: ReplayBuffer, rows: Iterable[MemoryRow], own_outputs: int | None) -> Iterator[list[_Arrival]]:
+def _chunks(buffer: ReplayBuffer, rows: Iterable[MemoryRow], check: _Checker) -> Iterator[list[_Arrival]]:
     """Checked rows in portions that end where the guard takes its statistics."""
     chunk: list[_Arrival] = []
-    size, own = 0, _next_own(buffer)
+    size, own, longest = 0, _next_own(buffer), _longest_chunk(buffer)
     try:
         for number, row in enumerate(rows):
-            chunk.append(_checked(buffer, row, number, _Outputs(own_outputs, own[len(chunk)])))
+            chunk.append(_told(check, row, number, own[len(chunk)]))
             size += chunk[-1].nbytes
-            at_refresh = buffer.guard.takes_statistics and buffer.num_seen + len(chunk) == next_refresh(buffer.num_seen)
-            if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES or at_refresh:
+            if len(chunk) >= longest or size >= CHUNK_BYTES:
                 yield chunk
-                chunk, size, own = [], 0, _next_own(buffer)
+                chunk, size, own, longest = [], 0, _next_own(buffer), _longest_chunk(buffer)
     except Exception:
         if chunk:  # the rows before the one that is wrong
             yield chunk
@@ -91,12 +93,10 @@ def _chunks(buffer: ReplayBuffer, rows: Iterable[MemoryRow], own_outputs: int | 
         yield chunk
 
 
-@dataclass(frozen=True, slots=True)
-class _Outputs:
-    """width: entries per target where only a row's own rank brings its outputs, None where all do. own: whether this rank is it."""
-
-    width: int | None
-    own: bool
+def _longest_chunk(buffer: ReplayBuffer) -> int:
+    if not buffer.guard.takes_statistics:
+        return CHUNK_ROWS
+    return min(CHUNK_ROWS, next_refresh(buffer.num_seen) - buffer.num_seen)
 
 
 def _next_own(buffer: ReplayBuffer) -> list[bool]:
@@ -104,49 +104,74 @@ def _next_own(buffer: ReplayBuffer) -> list[bool]:
     return (buffer.ranks_of(range(buffer.num_seen, buffer.num_seen + CHUNK_ROWS)) == buffer.rank).tolist()
 
 
-def _checked(buffer: ReplayBuffer, row: MemoryRow, number: int, outputs: _Outputs) -> _Arrival:
+def _told(check: _Checker, row: MemoryRow, number: int, own: bool) -> _Arrival:
     try:
-        return _check(buffer, row, outputs)
+        return check(row, own)
     except (ValueError, TypeError) as error:
         raise ValueError(f"row {number} of this insert (source {row.source!r}): {error}") from None
 
 
-def _check(buffer: ReplayBuffer, row: MemoryRow, outputs: _Outputs) -> _Arrival:
-    config: MemoryConfig = buffer.config
-    ids = codec.checked_ids(row.row.input_ids)
-    mask = codec.checked_mask(row.row.loss_mask, len(ids))
-    targets = int(np.count_nonzero(mask))
-    teacher = codec.checked_teacher(row.teacher, targets)
-    if config.prefix_tokens is not None and targets > config.prefix_tokens:
-        ids, mask, teacher = codec.cut_to_prefix(ids, mask, teacher, config.prefix_tokens)
-        targets = config.prefix_tokens
-    form, width = codec.teacher_form(teacher, buffer.index_code)
-    if outputs.width is not None:
-        form, width, teacher = _announced(teacher, outputs, buffer.index_code)
-    tags = codec.tag_bytes(row.tags)
-    nbytes = codec.body_bytes(len(ids), targets, form, width, len(tags))
-    if nbytes >= 2**32:
-        raise ValueError(f"the row takes {nbytes:,} bytes; at most 4 GiB can be stored, keep fewer outputs of it")
-    group = {"task": row.task, "source": row.source}.get(config.balance_by)
-    label = (row.source, row.task, str(row.tags.get(config.balance_by, "")) if group is None else group)
-    # all ranks must come to the same loss, so outputs that only one of them has cannot tell it
-    nll = float(row.prior_nll) if outputs.width is not None else codec.prior_nll(row, ids, mask, teacher)
-    refused = buffer.guard.reason(nll, row.tags)
-    if buffer.keeper.in_bytes and nbytes > buffer.keeper.capacity:
-        refused = f"larger than the whole memory ({config.capacity})"
-    row_id, step = int(row.row.row_id), int(row.step)
-    if not 0 <= row_id < 2**63 or not 0 <= step < 2**31:
-        raise ValueError(f"row_id {row_id} and step {step} must be numbers from 0 on of 63 and 31 bits")
-    return _Arrival(row_id, ids, mask, teacher, tags, label, step, len(ids), targets, form, width, nbytes, nll, refused)
+class _Checker:
+    """Checks rows and works out what they take and where they belong.
 
+    own_outputs: entries per target where only the rank that owns a row brings its outputs, None where all ranks do.
+    """
 
-def _announced(teacher: Teacher | None, outputs: _Outputs, index_code: int) -> tuple[int, int, Teacher | None]:
-    """(form, width, outputs) of a row whose outputs only its own rank has: the size is the same on all of them."""
-    if outputs.own and (not isinstance(teacher, TeacherOutputs) or teacher.log_probs.shape[1] != outputs.width):
-        raise ValueError(f"this rank owns the row, which must bring its outputs with {outputs.width} entries per target")
-    if outputs.own and teacher.log_probs.dtype != np.float16:
-        raise ValueError(f"outputs that only one rank has must be fp16, not {teacher.log_probs.dtype}")
-    return codec.topk_form(index_code), outputs.width, teacher if outputs.own else None
+    def __init__(self, buffer: ReplayBuffer, own_outputs: int | None):
+        self.own_outputs, self.index_code, self.guard = own_outputs, buffer.index_code, buffer.guard
+        self.prefix, self.balance_by = buffer.config.prefix_tokens, buffer.config.balance_by
+        self.capacity = buffer.keeper.capacity if buffer.keeper.in_bytes else None
+
+    def __call__(self, row: MemoryRow, own: bool) -> _Arrival:
+        """own: whether this rank stores the row. Raises ValueError for a row that is none."""
+        ids = codec.checked_ids(row.row.input_ids)
+        mask = codec.checked_mask(row.row.loss_mask, len(ids))
+        targets = int(np.count_nonzero(mask))
+        teacher, form, width, nll = row.teacher, 0, 0, float(row.prior_nll)
+        if teacher is not None:
+            teacher = codec.checked_teacher(teacher, targets)
+        if self.prefix is not None and targets > self.prefix:
+            ids, mask, teacher = codec.cut_to_prefix(ids, mask, teacher, self.prefix)
+            targets = self.prefix
+        if self.own_outputs is not None:
+            form, width, teacher = self._announced(teacher, own)
+        elif teacher is not None:
+            form, width = codec.teacher_form(teacher, self.index_code)
+            nll = codec.prior_nll(row, ids, mask, teacher)
+        tags = codec.tag_bytes(row.tags)
+        nbytes = codec.body_bytes(len(ids), targets, form, width, len(tags))
+        row_id, step = self._checked_numbers(row, nbytes)
+        refused = self._refused(row, nll, nbytes)
+        return _Arrival(row_id, ids, mask, teacher, tags, self._label(row), step, len(ids), targets, form, width, nbytes, nll, refused)
+
+    def _announced(self, teacher: Teacher | None, own: bool) -> tuple[int, int, Teacher | None]:
+        """
+
+        Form, width, outputs) of a row whose outputs only its own rank has: the size is the same on all of them, and so must be its loss.
+        """
+        if own and (not isinstance(teacher, TeacherOutputs) or teacher.log_probs.shape[1] != self.own_outputs):
+            raise ValueError(f"this rank owns the row, which must bring its outputs with {self.own_outputs} entries per target")
+        if own and teacher.log_probs.dtype != np.float16:
+            raise ValueError(f"outputs that only one rank has must be fp16, not {teacher.log_probs.dtype}")
+        return codec.topk_form(self.index_code), self.own_outputs, teacher if own else None
+
+    def _checked_numbers(self, row: MemoryRow, nbytes: int) -> tuple[int, int]:
+        row_id, step = int(row.row.row_id), int(row.step)
+        if not 0 <= row_id < 2**63 or not 0 <= step < 2**31:
+            raise ValueError(f"row_id {row_id} and step {step} must be numbers from 0 on of 63 and 31 bits")
+        if nbytes >= 2**32:
+            raise ValueError(f"the row takes {nbytes:,} bytes; at most 4 GiB can be stored, keep fewer outputs of it")
+        return row_id, step
+
+    def _refused(self, row: MemoryRow, nll: float, nbytes: int) -> str | None:
+        if self.capacity is not None and nbytes > self.capacity:
+            return f"larger than the whole memory of {self.capacity:,} bytes"
+        return self.guard.reason(nll, row.tags) if self.guard.config is not None else None
+
+    def _label(self, row: MemoryRow) -> tuple[str, str, str]:
+        if self.balance_by in ("task", "source"):
+            return row.source, row.task, getattr(row, self.balance_by)
+        return row.source, row.task, str(row.tags.get(self.balance_by, "")) if row.tags else ""
 
 
 def _insert_chunk(buffer: ReplayBuffer, chunk: list[_Arrival], report: InsertReport) -> None:
@@ -159,12 +184,11 @@ def _insert_chunk(buffer: ReplayBuffer, chunk: list[_Arrival], report: InsertRep
     columns = _columns(buffer, [chunk[i] for i in chosen], positions[admitted])
     _write_own(buffer, [chunk[i] for i in chosen], columns, int(positions[-1]) + 1)
     amounts = buffer.keeper.amounts(np.array([arrival.nbytes for arrival in chunk]))
-    for arrival, category, amount in zip(chunk, categories, amounts.tolist(), strict=True):
-        if arrival.refused is None:
-            buffer.keeper.count(category, amount)
-        else:
-            report.kept_out[arrival.refused] += 1
-            buffer.guard.kept_out[arrival.refused] += 1
+    for category in set(categories):
+        buffer.keeper.count(category, int(amounts[welcome & np.array([c == category for c in categories])].sum()))
+    kept_out = Counter(arrival.refused for arrival in chunk if arrival.refused is not None)
+    report.kept_out += kept_out
+    buffer.guard.kept_out += kept_out
     buffer.table.append(columns)
     buffer.num_seen += len(chunk)
     report.seen += len(chunk)
@@ -176,8 +200,8 @@ def _columns(buffer: ReplayBuffer, arrivals: list[_Arrival], positions: np.ndarr
     """Table columns of arrivals, places and checksums not yet known."""
     count = len(arrivals)
     columns = {name: np.zeros(count, dtype) for name, dtype in COLUMNS.items()}
-    for name in ("row_id", "nbytes", "length", "targets", "step", "width", "form", "prior_nll"):
-        columns[name][:] = [getattr(arrival, name) for arrival in arrivals]
+    for name, values in zip(_TAKEN, zip(*map(attrgetter(*_TAKEN), arrivals), strict=True), strict=True) if arrivals else ():
+        columns[name][:] = values
     columns["position"], columns["shard"] = positions, shard_of(positions, buffer.seed)
     columns["label"][:] = [buffer.labels.number(arrival.label) for arrival in arrivals]
     columns["segment"][:] = UNKNOWN
