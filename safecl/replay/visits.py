@@ -33,20 +33,17 @@ _SCATTER, _THINNING, _ROUNDING = (name_key(f"safecl replay {purpose}") for purpo
 class RowLayout:
     """Rows ordered for visiting.
 
-    order: int32 [rows], row numbers by (class, strip, length). strip_bits: int64 [classes], log2 of the class's number of strips.
+    sizes: int64 [classes], rows per class. order: int32 [rows], row numbers by (class, strip, length).
+    strip_bits: int64 [classes], log2 of the class's number of strips.
     first_strip: int64 [classes + 1], into starts. starts: int64 [all strips + 1], into order. largest: int64 [classes], its fullest strip.
     """
 
+    sizes: np.ndarray
     order: np.ndarray
     strip_bits: np.ndarray
     first_strip: np.ndarray
     starts: np.ndarray
     largest: np.ndarray
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """Rows per class; int64 [classes]."""
-        return np.diff(self.starts[self.first_strip])
 
     def rows_of(self, chosen: int) -> np.ndarray:
         """Row numbers of a class."""
@@ -64,7 +61,7 @@ def lay_out(classes: np.ndarray, num_classes: int, shards: np.ndarray, lengths: 
     order = np.argsort(strip * longest + lengths, kind="stable").astype(np.int32)
     counts = np.bincount(strip, minlength=first_strip[-1])
     largest = np.maximum.reduceat(counts, first_strip[:-1])
-    return RowLayout(order, bits, first_strip, np.concatenate([[0], np.cumsum(counts)]), largest)
+    return RowLayout(sizes, order, bits, first_strip, np.concatenate([[0], np.cumsum(counts)]), largest)
 
 
 def num_strips_for(num_rows: float) -> int:
@@ -99,9 +96,7 @@ def visit(layout: RowLayout, weights: np.ndarray, first: int, count: int, key: i
     x, y = points(first, count, key)
     if not net:
         x = mix(key ^ _SCATTER, np.arange(first, first + count, dtype=np.uint64)) >> np.uint64(32)
-    edges = np.cumsum(weights) / weights.sum()
-    chosen = np.searchsorted(edges, y / 2.0**32, side="right")
-    chosen = np.minimum(chosen, np.flatnonzero(weights)[-1])  # rounding may leave the last edge a hair below 1
+    chosen = _classes_at(y, weights)
     bits = layout.strip_bits[chosen].astype(np.uint64)
     strip = layout.first_strip[chosen] + (x >> (np.uint64(32) - bits)).astype(np.int64)
     start, size = layout.starts[strip], layout.starts[strip + 1] - layout.starts[strip]
@@ -109,6 +104,15 @@ def visit(layout: RowLayout, weights: np.ndarray, first: int, count: int, key: i
     place = start + ((within * size.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
     rows = layout.order[np.minimum(place, len(layout.order) - 1)].astype(np.int64)
     return chosen, np.where(_uniform(key, first, count) * layout.largest[chosen] < size, rows, -1)
+
+
+def _classes_at(y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The class of each visit: as much of y's range as its share of the weights; int64 [count]."""
+    if len(weights) == 1:
+        return np.zeros(len(y), np.int64)
+    edges = np.cumsum(weights) / weights.sum()
+    # rounding may leave the last edge a hair below 1
+    return np.minimum(np.searchsorted(edges, y / 2.0**32, side="right"), np.flatnonzero(weights)[-1])
 
 
 def _uniform(key: int, first: int, count: int) -> np.ndarray:
