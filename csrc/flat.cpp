@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <initializer_list>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -21,12 +23,25 @@
 
 namespace {
 
-constexpr int kGroup = 128;             // elements taken from one stream before the next: 8 cache lines of fp32
+constexpr int kGroup = 64;              // elements taken from one stream before the next: 4 cache lines of fp32
+constexpr int kWideGroup = 128;         // the same for kernels of two streams
 constexpr int kLanes = 16;              // fp64 accumulators of a sum
 constexpr int64_t kBlock = 1 << 15;     // elements per block: the unit of work and of the fixed-order sum
 constexpr int64_t kInlineBlocks = 4;    // up to here, waking threads costs more than it saves
 constexpr int64_t kAhead = 1024;        // bytes of software prefetch: the hardware's stops at every page end, and there are many streams
 constexpr int64_t kStream = 1 << 19;    // elements from which the bf16 copy bypasses the cache, where it would only displace other streams
+
+using Group = float[kGroup];
+
+struct Ones {
+  alignas(64) Group values = {};
+  constexpr Ones() {
+    for (float& value : values) value = 1.0f;
+  }
+};
+
+constexpr Ones kOneEach;
+constexpr const float* kOnes = kOneEach.values;  // the Fisher of a penalty without one (L2-SP)
 
 inline float from_bits(uint32_t bits) {
   float value;
@@ -71,17 +86,18 @@ inline void prefetch(const void* data, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
 }
 
-inline void prefetch(const Buffer& buffer, int64_t at) {
-  const int64_t size = buffer.is_bf16 ? 2 : 4;
-  if (buffer.data) prefetch(static_cast<const char*>(buffer.data) + at * size, kGroup * size);
+template <int kSize>
+inline void prefetch_all(std::initializer_list<Buffer> buffers, int64_t at) {
+  for (const Buffer& buffer : buffers) {
+    const int64_t size = buffer.is_bf16 ? 2 : 4;
+    if (buffer.data) prefetch(static_cast<const char*>(buffer.data) + at * size, kSize * size);
+  }
 }
 
-inline void prefetch_all(std::initializer_list<Buffer> buffers, int64_t at) {
-  for (const Buffer& buffer : buffers) prefetch(buffer, at);
-}
+inline void prefetch_penalty(const PenaltyCall& c, int64_t at) { prefetch_all<kGroup>({c.grad, c.param, c.anchor, c.fisher}, at); }
 
 inline void prefetch_step(const AdamWCall& c, int64_t at) {
-  prefetch_all({c.grad, {c.param, 0}, {c.exp_avg, 0}, {c.exp_avg_sq, 0}, c.anchor, c.fisher, {c.ema, 0}}, at);
+  prefetch_all<kGroup>({c.grad, {c.param, 0}, {c.exp_avg, 0}, {c.exp_avg_sq, 0}, c.anchor, c.fisher, {c.ema, 0}}, at);
 }
 
 // bf16(values) into a buffer that is only written.

@@ -47,12 +47,12 @@ TORCH = {
 }
 CPP = {
     "last partial group skipped": ("if (at < (end)) group<false>", "if (false) group<false>"),
-    "clip coefficient ignored": ("g[j] = c.grad_mult * raw[j]", "g[j] = raw[j]"),
-    "penalty sign": ("g[j] += pull[j]", "g[j] -= pull[j]"),
-    "second moment not squared": ("c.one_minus_beta2 * g[j] * g[j]", "c.one_minus_beta2 * g[j]"),
+    "clip coefficient ignored": ("gradient = c.grad_mult * g[j]", "gradient = g[j]"),
+    "penalty sign": ("gradient += pull", "gradient -= pull"),
+    "second moment not squared": ("c.one_minus_beta2 * gradient * gradient", "c.one_minus_beta2 * gradient"),
     "weight decay dropped": ("(decay * p[j] + update)", "update"),
     "betas swapped": ("c.beta1 * m[j] + c.one_minus_beta1", "c.beta2 * m[j] + c.one_minus_beta2"),
-    "ema stands still": ("c.ema_rate * (new_p[j] - ema[j])", "0"),
+    "ema stands still": ("c.ema_rate * (fresh - ema[j])", "0"),
     "stochastic noise of the neighbour": ("random_word(at + j, c.seed)", "random_word(0, c.seed)"),
     "fisher not squared": ("c.weight * g[j] * g[j]", "c.weight * g[j]"),
     "segment decay ignored": ("s >= 0 && c.segments.weight_decay ? c.lr * c.segments.weight_decay[s] : c.weight_decay", "c.weight_decay"),
