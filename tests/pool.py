@@ -19,10 +19,15 @@ class RankFailure(AssertionError):
 
 
 class RankPool:
-    """`world_size` processes in one gloo group."""
+    """`world_size` processes in one gloo group.
 
-    def __init__(self, world_size: int, timeout: float = 240.0):
-        context = multiprocessing.get_context("spawn")
+    `forked`: from a server that has imported everything already, so that a pool costs little where many are needed.
+    """
+
+    def __init__(self, world_size: int, timeout: float = 240.0, forked: bool = False):
+        context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        if forked:
+            context.set_forkserver_preload(["tests.preloaded"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -10,6 +10,13 @@ import numpy as np
 import torch
 
 
+def seed_generators(seed: int) -> None:
+    """Seeds torch (CPU and GPU), `random` and numpy's global generator."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def random_state() -> str:
     """State of torch's CPU and current CUDA generator, of `random`, and of numpy's global generator."""
     name, keys, *rest = np.random.get_state()

@@ -29,10 +29,12 @@ from safecl.engine.memory import fill_memory
 from safecl.engine.metrics import MetricsLog, check_trackers
 from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention, load_model
 from safecl.engine.plan import RunPlan, TaskPlan, describe_plan, plan_run
+from safecl.engine.random_state import seed_generators
 from safecl.engine.resume import Progress, RunSaver
 from safecl.engine.run import Run
 from safecl.engine.run_folder import RESULTS, RunFolder
 from safecl.engine.run_identity import frozen_digest, identity_of, refuse_other_run
+from safecl.engine.screening import screen_run
 from safecl.engine.stopping import StopRequest
 from safecl.engine.training import TrainingEngine
 from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate, summarise
@@ -143,7 +145,7 @@ class Trainer:
 
     def _start(self, files: RunFolder) -> Run:
         config = self.config
-        torch.manual_seed(config.train.seed)
+        seed_generators(config.train.seed)
         self._write_run_folder(files)
         model = LanguageModel(load_model(config.model))
         frozen = frozen_digest(model)
@@ -231,7 +233,7 @@ class Trainer:
 
     def _run_task(self, run: Run, task: TaskPlan) -> None:
         """The parts of a task in order; a resumed run begins with the first that is not done."""
-        parts = [self._measure_before, self._fill_memory, self._begin, self._train, self._measure_after, self._hand_over]
+        parts = [self._measure_before, self._screen, self._fill_memory, self._begin, self._train, self._measure_after, self._hand_over]
         for part in parts[self.progress.parts_done :]:
             part(run, task)
             self.progress.parts_done += 1
@@ -250,6 +252,11 @@ class Trainer:
             self._evaluate(run, "start")
         elif self._is_aligned(task) and not self._is_aligned(self.plan.tasks[index - 1]):
             self._evaluate(run, f"before {task.config.name}")
+
+    def _screen(self, run: Run, task: TaskPlan) -> None:
+        """Once, before the first task that methods act on: until then the weights are the aligned model's."""
+        if self.config.scan is not None and run.tasks and task is run.tasks[0]:
+            screen_run(run, self.plan.tokenizer, self.console, self.folder)
 
     def _fill_memory(self, run: Run, task: TaskPlan) -> None:
         if not self._is_aligned(task) or self.plan.memory is None or run.memory is not None:

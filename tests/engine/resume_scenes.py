@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from safecl.engine import distributed
+from safecl.engine.random_state import seed_generators
 from tests.engine import scenes
 
 KEEP_ALL = 1000
@@ -72,7 +73,7 @@ def _digest(shards, tensors) -> str:
 def train_and_save(folder: str, steps: int, save_after: Sequence[int] = (), watched: Sequence[int] = (), **changes):
     """An uninterrupted run that saves after the given steps. Returns (log, {watched step: digests})."""
     with open_saver(folder, **changes) as (run, task, saver):
-        torch.manual_seed(11 + distributed.rank())
+        seed_generators(11 + distributed.rank())
         scenes.begin(run, task, memory_folder=saver.memory_folder)
         return _go_on(run, task, saver, steps, save_after, watched, [], _progress())
 
@@ -80,7 +81,7 @@ def train_and_save(folder: str, steps: int, save_after: Sequence[int] = (), watc
 def resume_and_train(folder: str, steps: int, save_after: Sequence[int] = (), watched: Sequence[int] = (), **changes):
     """Goes on from the newest checkpoint to step `steps`. Returns (log with that before the cut, {watched step: digests}, notes)."""
     with open_saver(folder, **changes) as (run, task, saver):
-        torch.manual_seed(999)
+        seed_generators(999)
         notes: list[str] = []
         resumed = saver.resume(notes.append, [task])
         log = json.loads(resumed.metrics)
