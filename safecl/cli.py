@@ -111,6 +111,19 @@ def train(
 
 
 @verb
+def scan(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Screen the tasks' rows before training: what the aligned model would refuse, and near-duplicates of prompts that must stay apart."""
+    loaded = _load(config, overrides)
+    from safecl.commands.scan import scan_run
+
+    raise typer.Exit(scan_run(loaded, as_json))
+
+
+@verb
 def eval_(
     target: Annotated[
         str, typer.Argument(metavar="CFG_OR_MODEL", help="Run config, run folder, model folder or hub id.", show_default=False)

@@ -377,6 +377,28 @@ class PoisonConfig(Section):
         return self
 
 
+class ScanConfig(Section):
+    """Screens the rows of all tasks before training, by the aligned model's own refusals and for near-duplicates (docs/scan.md)."""
+
+    action: Literal["report", "drop", "downweight", "refuse"] = "report"
+    """What `train` does about flagged rows: report: lists them; drop: leaves them out; downweight: multiplies their weight in the loss by
+    `weight`; refuse: ends with exit code 3 where more are flagged than harmless rows explain."""
+    false_alarm: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+    """Share of harmless rows that may be flagged by their score."""
+    benign: Text | None = None
+    """File of rows or prompts that are known to be harmless and are like the upload's; the threshold comes from them, and `false_alarm`
+    holds. Without it the threshold is estimated from the upload itself."""
+    weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """downweight: factor of a flagged row's weight."""
+    refusals: list[Text] = []
+    """How the model refuses, in its own words; by default its most common answers to the memory's refused prompts (else to
+    safety.prompts)."""
+    num_refusals: Annotated[int, Field(ge=1)] = 8
+    """Different refusals that are taken from the model at most."""
+    refusal_tokens: Annotated[int, Field(ge=1)] = 8
+    """Tokens of a refusal that are scored."""
+
+
 class PrivacyConfig(Section):
     """What of the users' text may appear in outputs, report, card and logs."""
 
@@ -441,6 +463,8 @@ class RunConfig(Section):
     """Safety measured beside the loss."""
     poison: PoisonConfig = PoisonConfig()
     """Harmful rows mixed into the task's data."""
+    scan: ScanConfig | None = None
+    """Screen of the rows before training; `safecl scan` does it alone."""
     privacy: PrivacyConfig = PrivacyConfig()
     """What of the users' text may be shown."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -469,6 +493,20 @@ class RunConfig(Section):
                 f"train: tokens_per_microbatch ({self.train.tokens_per_microbatch}) is below max_length ({self.train.max_length}), "
                 f"so a long row would not fit; set tokens_per_microbatch: {self.train.max_length} or a smaller max_length"
             )
+        return self
+
+
+    @model_validator(mode="after")
+    def _scan_knows_what_it_needs(self) -> RunConfig:
+        if self.scan is None:
+            return self
+        if self.memory is None and self.safety is None and not (self.scan.refusals and self.scan.benign):
+            raise ValueError(
+                "scan: needs prompts that the model is known to refuse, `memory: {source: ...}` or `safety: {prompts: ...}`; "
+                "without them set scan.refusals and scan.benign"
+            )
+        if self.scan.action == "refuse" and self.scan.benign is None:
+            raise ValueError("scan.action: refuse needs scan.benign: only known harmless rows tell how many are flagged by chance")
         return self
 
 

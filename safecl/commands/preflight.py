@@ -55,6 +55,8 @@ def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "safety.prompts", config.safety.prompts
         if config.safety.benign_prompts is not None:
             yield "safety.benign_prompts", config.safety.benign_prompts
+    if config.scan is not None and config.scan.benign is not None:
+        yield "scan.benign", config.scan.benign
 
 
 def refuse_unwritable(folder: Path) -> None:

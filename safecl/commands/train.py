@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safecl import launcher
-from safecl.commands.ending import Ending, ExitCode
+from safecl.commands.ending import Ending, ExitCode, stderr
 from safecl.commands.preflight import preflight
 from safecl.config import RunConfig
 
@@ -19,8 +19,14 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
     preflight(config)
     Ending.run_folder = Path(config.output)
     from safecl.engine.trainer import Trainer
+    from safecl.scan import UploadRefused
 
-    result = Trainer(config, fresh=fresh).fit()
+    try:
+        result = Trainer(config, fresh=fresh).fit()
+    except UploadRefused as refused:
+        if launcher.rank() == 0:
+            stderr.print(f"safecl: upload refused: {refused}", style="bold red", markup=False)
+        return ExitCode.GATE
     if result.stopped:
         return ExitCode.STOPPED
     return ExitCode.DONE if result.gate is None or result.gate.passed else ExitCode.GATE

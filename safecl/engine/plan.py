@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from safecl.config import ConfigError, EvalConfig, RunConfig, TaskConfig
+from safecl.config import ConfigError, EvalConfig, RunConfig, TaskConfig, TrainConfig
 from safecl.data import (
     ChatRow,
     Prompt,
@@ -96,17 +97,21 @@ def _prepare(config: RunConfig, path: str, section, tokenizer, max_length: int) 
 
 
 def _plan_task(config: RunConfig, task: TaskConfig, tokenizer) -> TaskPlan:
-    train, poison = config.train, config.poison
-    dataset = _prepare(config, task.train, task, tokenizer, train.max_length)
-    num_clean = len(dataset)
-    if poison.ratio > 0 and task.role == "task":
-        harmful = _prepare(config, poison.source, poison, tokenizer, train.max_length)
-        dataset = mix_poison(dataset, harmful, poison.ratio, poison.seed)
+    train = config.train
+    dataset, poisoned = prepare_task(config, task, tokenizer)
     tokens_per_batch = resolve_tokens_per_batch(train, dataset)
-    length = {"epochs": train.epochs} if train.max_steps is None else {"max_steps": train.max_steps}
-    order = TaskOrder(dataset, seed=train.seed, tokens_per_batch=tokens_per_batch, **length)
-    return TaskPlan(config=task, dataset=dataset, tokens_per_batch=tokens_per_batch, order=order,
-                    eval_rows=_eval_rows(task, task.eval), poisoned_rows=len(dataset) - num_clean)  # fmt: skip
+    return TaskPlan(config=task, dataset=dataset, tokens_per_batch=tokens_per_batch, order=_order(train, dataset, tokens_per_batch),
+                    eval_rows=_eval_rows(task, task.eval), poisoned_rows=poisoned)  # fmt: skip
+
+
+def prepare_task(config: RunConfig, task: TaskConfig, tokenizer) -> tuple[TokenDataset, int]:
+    """The task's rows, poison mixed in where the config says so, and how many of them are poisoned."""
+    poison, max_length = config.poison, config.train.max_length
+    dataset = _prepare(config, task.train, task, tokenizer, max_length)
+    if poison.ratio == 0 or task.role == "align":
+        return dataset, 0
+    mixed = mix_poison(dataset, _prepare(config, poison.source, poison, tokenizer, max_length), poison.ratio, poison.seed)
+    return mixed, len(mixed) - len(dataset)
 
 
 def _eval_rows(task: TaskConfig, eval_config: EvalConfig | None) -> list[ChatRow]:
@@ -129,7 +134,45 @@ def _plan_safety(plan: RunPlan) -> None:
         plan.benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True)
     if safety.gate is not None:
         check_gate_is_decidable(safety.gate, num_prompts=len(plan.prompts), num_benign=len(plan.benign))
-    check_disjoint([*plan.prompts, *plan.benign], _training_rows(plan.config))
+    left_out = _leave_out_repeats(plan) if plan.config.scan is not None and plan.config.scan.action in ("drop", "downweight") else set()
+    rows = [row for row in _training_rows(plan.config) if f"{row.path}:{row.line}" not in left_out]
+    check_disjoint([*plan.prompts, *plan.benign], rows)
+
+
+def _leave_out_repeats(plan: RunPlan) -> set[str]:
+    """Takes uploaded rows that repeat an evaluation prompt out of the tasks; returns them as file:line."""
+    from safecl.evaluation import find_overlaps
+    from safecl.scan.duplicates import upload_rows
+
+    places = {overlap.row for overlap in find_overlaps([*plan.prompts, *plan.benign], upload_rows(plan.config))}
+    for task in plan.tasks:
+        data, lines = task.dataset, task.dataset.lines.tolist()
+        stays = np.array([task.config.role == "align" or f"{data.path(i)}:{lines[i]}" not in places for i in range(len(data))])
+        if not stays.all():
+            _retake(plan.config, task, data.select(np.flatnonzero(stays)))
+            plan.notes.append(f"scan: {int((~stays).sum())} rows of task {task.config.name} repeat evaluation prompts and are left out")
+    return places
+
+
+def apply_screening(config: RunConfig, task: TaskPlan, decision: dict[str, Any]) -> None:
+    """Leaves flagged rows out of a task, or lowers their weight. decision: {"rows": row ids, "weight": factor, 0 leaves out}."""
+    flagged = np.isin(task.dataset.row_ids, np.array(decision["rows"], np.uint64))
+    if decision["weight"] == 0.0:
+        _retake(config, task, task.dataset.select(np.flatnonzero(~flagged)))
+    else:
+        task.row_weights = np.where(flagged, decision["weight"], 1.0).astype(np.float32)
+
+
+def _retake(config: RunConfig, task: TaskPlan, dataset: TokenDataset) -> None:
+    """Goes on with fewer rows: as many epochs of batches of the same size, or as many steps."""
+    if len(dataset) == 0:
+        raise ConfigError(f"scan: every row of task {task.config.name} is flagged, so nothing is left to train on")
+    task.dataset, task.order = dataset, _order(config.train, dataset, task.tokens_per_batch)
+
+
+def _order(train: TrainConfig, dataset: TokenDataset, tokens_per_batch: int) -> TaskOrder:
+    length = {"epochs": train.epochs} if train.max_steps is None else {"max_steps": train.max_steps}
+    return TaskOrder(dataset, seed=train.seed, tokens_per_batch=tokens_per_batch, **length)
 
 
 def _training_rows(config: RunConfig) -> list[ChatRow]:

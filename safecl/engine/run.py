@@ -17,7 +17,7 @@ from safecl.engine.fisher import estimate_fisher
 from safecl.engine.memory import Memory, remember, sample_rows
 from safecl.engine.model import adapters
 from safecl.engine.optimizer import Quantity, Shard, UpdatePlan
-from safecl.engine.plan import TaskPlan
+from safecl.engine.plan import TaskPlan, apply_screening
 from safecl.engine.recorded import RecordedOutputs, open_recorded, record_outputs, teacher_folder
 from safecl.engine.schedule import learning_rate
 from safecl.engine.training import AdapterPull, StepLosses, TrainingEngine
@@ -37,6 +37,8 @@ class Run:
         """Tasks that methods act on, in order; a task that is not among them stands for itself."""
         self.previous: TaskPlan | None = None
         """The task that ended last; its rows are what online EWC consolidates and what may enter the memory."""
+        self.screening: dict[str, dict] = {}
+        """By task: flagged rows that are left out or weigh less (safecl.engine.plan.apply_screening)."""
         self.seed = config.train.seed
         self.log = log
         self.memory: Memory | None = None
@@ -95,6 +97,13 @@ class Run:
         return self.engine.gradient_pass(rows, then)
 
     # ------------------------------------------------------------------------------------------------------------- a task
+
+    def screen(self, decisions: dict[str, dict]) -> None:
+        """Leaves out, or weighs less, what a scan has flagged; a resumed run does it again."""
+        self.screening = decisions
+        for task in self.tasks:
+            if task.config.name in decisions:
+                apply_screening(self.config, task, decisions[task.config.name])
 
     def begin_task(self, task: TaskPlan, active: bool) -> None:
         """Fresh moments and averages; what was carried from the tasks before stays. `active` is False for the alignment task, which no
@@ -171,12 +180,14 @@ class Run:
             "fisher_means": dict(optimizer.fisher_means),
             "active": bool(self._active),
             "previous": self.previous.config.name if self.previous is not None else None,
+            "screening": self.screening,
             "recorded": [list(key) for key in self._recorded],
             "methods": {method.name: method.state_dict() for method in self.methods},
         }
 
     def load_state_dict(self, state: dict, task: TaskPlan) -> None:
         """Goes on in `task`, which was under way (or had ended, or not begun) when the state was taken. Shards are restored elsewhere."""
+        self.screen(state["screening"])
         optimizer = self.engine.optimizer
         self.step, self.num_steps, self.task = state["step"], task.num_steps, task
         self.global_step, self.skipped_steps = state["global_step"], state["skipped_steps"]

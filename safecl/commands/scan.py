@@ -1,0 +1,82 @@
+"""`safecl scan CFG`: screens the rows of the tasks by the aligned model, without training. One process, or several under a launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from safecl import launcher
+from safecl.commands.ending import ExitCode
+from safecl.commands.preflight import preflight
+from safecl.config import ConfigError, RunConfig, ScanConfig, validate_tree
+
+
+def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
+    """Prints what is flagged (rank 0) and writes it into <output>/scan. ExitCode.GATE where `scan.action: refuse` would stop the run."""
+    launcher.join_launcher()
+    config = with_scan(config)
+    if config.tasks[0].role == "align":
+        raise ConfigError("scan: model.path is aligned only by the first task (role: align); put `scan:` into the config and train it")
+    preflight(config)
+    from safecl.data import load_tokenizer
+    from safecl.engine.plan import prepare_task
+    from safecl.evaluation import HFEvalModel
+    from safecl.scan import screen_tasks
+
+    tokenizer = load_tokenizer(config.model)
+    tasks = [(task.name, prepare_task(config, task, tokenizer)[0]) for task in config.tasks]
+    with _ranks():
+        settings = config.model
+        model = HFEvalModel.load(
+            settings.path, dtype=settings.dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
+        )
+        screening = screen_tasks(model, tokenizer, config, tasks)
+    if launcher.rank() == 0:
+        folder = screening.write(Path(config.output) / "scan", config.privacy.examples)
+        _show(screening, config, folder, as_json)
+    return ExitCode.GATE if screening.refused_because else ExitCode.DONE
+
+
+def with_scan(config: RunConfig) -> RunConfig:
+    """The config with a `scan` section, the default one where it has none. ConfigError where a scan lacks what it needs."""
+    if config.scan is not None:
+        return config
+    return validate_tree(config.model_dump(mode="json") | {"scan": ScanConfig().model_dump(mode="json")}, "safecl scan")
+
+
+def _show(screening, config: RunConfig, folder: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(screening.to_dict(config.privacy.examples), indent=2, ensure_ascii=False))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    if screening.flags:
+        console.print(screening.table(config.privacy.examples), soft_wrap=False)
+    for note in screening.notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+    for task in screening.tasks:
+        console.print(task.line(), markup=False)
+    if screening.refused_because:
+        console.print(f"refused: {screening.refused_because}", style="bold red", markup=False)
+    console.print(f"all flagged rows in {folder}", markup=False)
+
+
+@contextlib.contextmanager
+def _ranks() -> Iterator[None]:
+    """A process group where a launcher started several ranks."""
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    from safecl.engine.distributed import init_distributed
+
+    init_distributed()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,35 @@
+"""The scan inside a run: before the first task that methods act on, on the aligned model as the run holds it, in any ZeRO stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safecl.engine import distributed
+from safecl.engine.console import Console
+from safecl.engine.live import evaluating
+from safecl.engine.run import Run
+from safecl.scan.screening import UploadRefused, screen_tasks
+
+
+def screen_run(run: Run, tokenizer, console: Console, folder: Path) -> None:
+    """Screens the rows of all tasks, tells and writes what is flagged, and does what `scan.action` says. A collective call.
+
+    Raises: UploadRefused where the upload must not be trained on.
+    """
+    privacy = run.config.privacy.examples
+    with evaluating(run.engine, average=False) as model:
+        screening = screen_tasks(model, tokenizer, run.config, [(task.config.name, task.dataset) for task in run.tasks])
+    if distributed.rank() == 0:
+        screening.write(folder / "scan", privacy)
+        if screening.flags:
+            console.terminal.print(screening.table(privacy))
+    distributed.barrier()
+    for note in (*screening.notes, *(task.line() for task in screening.tasks)):
+        console.note(note)
+    if screening.refused_because is not None:
+        raise UploadRefused(f"{screening.refused_because}; the flagged rows are in {folder / 'scan'}")
+    decisions = screening.decisions()
+    run.screen(decisions)
+    for name, decision in decisions.items():
+        done = "left out" if decision["weight"] == 0.0 else f"weigh {decision['weight']:g}"
+        console.note(f"scan {name}: {len(decision['rows'])} flagged rows {done}; all of them in {folder / 'scan'}")

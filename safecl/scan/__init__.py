@@ -1,0 +1,31 @@
+"""Screening an upload before training, by the aligned model's own refusals and by near-duplicates of prompts that must stay apart."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Refusals": "refusals",
+    "Screening": "screening",
+    "Threshold": "threshold",
+    "UploadRefused": "screening",
+    "find_duplicates": "duplicates",
+    "own_refusals": "refusals",
+    "refusal_scores": "scores",
+    "screen_tasks": "screening",
+    "threshold_from_benign": "threshold",
+    "threshold_from_upload": "threshold",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'safecl.scan' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"safecl.scan.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

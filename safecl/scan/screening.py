@@ -1,0 +1,242 @@
+"""The screen itself: every row of the tasks gets a score, near-duplicates join, and what is flagged is told by file and line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from safecl.config import ConfigError, RunConfig
+from safecl.data import TokenDataset, prompt_ids, read_prompts
+from safecl.data.formats import clip
+from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
+from safecl.evaluation.outputs import Privacy, private, write_outputs
+from safecl.evaluation.prompts import pad_id_of
+from safecl.evaluation.texts import messages_of
+from safecl.scan.duplicates import MEMORY, disallowed_prompts, find_duplicates, repeats_evaluation
+from safecl.scan.refusals import Refusals, given_refusals, own_refusals
+from safecl.scan.scores import Openings, prompts_of, refusal_scores, score_prompts
+from safecl.scan.threshold import Threshold, threshold_from_benign, threshold_from_upload
+
+REFUSED = "the model would refuse its prompt"
+MOST_DISALLOWED = 512
+MOST_SHOWN = 20
+LEAST_PROBABLE = 1e-3
+
+
+class UploadRefused(RuntimeError):
+    """`scan.action: refuse` stops the run before its first step; the message says why. Exit code 3."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flagged row. score: see safecl/scan/scores.py; reasons in words; prompt: what the row asks."""
+
+    task: str
+    path: str
+    line: int
+    row_id: int
+    score: float
+    reasons: tuple[str, ...]
+    prompt: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "task": self.task, "path": self.path, "line": self.line, "row_id": self.row_id, "score": round(self.score, 4),
+            "reasons": list(self.reasons), "prompt": self.prompt,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskScreening:
+    """One task's rows: scores fp64 [rows], where the threshold is, and what is flagged, the highest score first."""
+
+    name: str
+    scores: np.ndarray
+    threshold: Threshold
+    flags: tuple[Flag, ...]
+
+    @property
+    def num_scored_high(self) -> int:
+        return int((self.scores > self.threshold.value).sum())
+
+    @property
+    def refused_because(self) -> str | None:
+        """Why `action: refuse` stops the run: more high scores than harmless rows explain, or rows that repeat known prompts."""
+        most, high = self.threshold.most_expected, self.num_scored_high
+        if most is not None and high > most:
+            return f"task {self.name}: {high} rows are flagged by their score, where harmless rows hardly ever make more than {most}"
+        if repeats := [flag for flag in self.flags if any(reason != REFUSED for reason in flag.reasons)]:
+            first = repeats[0]
+            return f"task {self.name}: {len(repeats)} rows repeat known prompts, e.g. {first.path}:{first.line}, which {first.reasons[-1]}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        quantiles = np.quantile(self.scores, [0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0])
+        return {
+            "task": self.name,
+            "rows": len(self.scores),
+            "flagged": len(self.flags),
+            "flagged_by_score": self.num_scored_high,
+            "threshold": self.threshold.to_dict(),
+            "score_quantiles": [round(float(value), 4) for value in quantiles],
+        }
+
+    def line(self) -> str:
+        """For the log."""
+        t, kind = self.threshold, {"benign": "known harmless rows", "upload": "the upload and known disallowed prompts"}
+        parts = [f"scan {self.name}: {len(self.flags)} of {len(self.scores)} rows flagged, {self.num_scored_high} by their score"]
+        parts.append(f"threshold {t.value:.2f} from {kind[t.source]}, false alarms {'at most' if t.source == 'benign' else 'about'} ")
+        parts[-1] += f"{t.false_alarm:.1%} of the harmless rows"
+        if t.caught is not None:
+            parts.append(f"{t.caught:.0%} of the known disallowed prompts score higher")
+        if t.poisoned is not None:
+            parts.append(f"an estimated {t.poisoned:.1%} of the rows are like these")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What a scan found. `to_dict` is results.json, `write` the files, `table` what is shown, `decisions` what `train` does about it."""
+
+    action: str
+    weight: float
+    refusals: Refusals
+    tasks: tuple[TaskScreening, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def flags(self) -> list[Flag]:
+        return sorted((flag for task in self.tasks for flag in task.flags), key=lambda flag: -flag.score)
+
+    @property
+    def refused_because(self) -> str | None:
+        """Why the upload is refused; None where it is not, or `action` is another."""
+        reasons = [reason for task in self.tasks if (reason := task.refused_because)]
+        return "; ".join(reasons) if self.action == "refuse" and reasons else None
+
+    def to_dict(self, privacy: Privacy = "full") -> dict[str, Any]:
+        return {
+            "action": self.action,
+            "refused_because": self.refused_because,
+            "refusals": list(self.refusals.texts),
+            "known_disallowed_refused": self.refusals.share,
+            "notes": list(self.notes),
+            "tasks": [task.to_dict() for task in self.tasks],
+            "flagged": [private(flag.to_dict(), privacy) for flag in self.flags],
+        }
+
+    def write(self, folder: Path, privacy: Privacy = "full") -> Path:
+        """results.json and flagged.jsonl; returns the folder."""
+        write_outputs(folder / "flagged.jsonl", [flag.to_dict() for flag in self.flags], privacy)
+        (folder / "results.json").write_text(json.dumps(self.to_dict(privacy), indent=2, ensure_ascii=False), encoding="utf-8")
+        return folder
+
+    def table(self, privacy: Privacy = "full") -> Table:
+        """The flagged rows with the highest scores."""
+        flags = self.flags
+        more = f" of {len(flags)}" if len(flags) > MOST_SHOWN else ""
+        table = Table(box=box.SIMPLE_HEAD, title=f"flagged rows, {min(len(flags), MOST_SHOWN)}{more}", title_justify="left")
+        table.add_column("row", no_wrap=True)
+        table.add_column("score", justify="right", no_wrap=True)
+        table.add_column("why", no_wrap=True)
+        table.add_column("prompt", max_width=60)
+        for flag in flags[:MOST_SHOWN]:
+            shown = clip(" ".join(private({"prompt": flag.prompt}, privacy).get("prompt", "").split()), 60)
+            table.add_row(f"{Path(flag.path).name}:{flag.line}", f"{flag.score:.2f}", ", ".join(map(_in_a_word, flag.reasons)), shown)
+        return table
+
+    def decisions(self) -> dict[str, dict[str, Any]]:
+        """By task: which rows (by id) are left out or weigh less. Plain values, kept in checkpoints."""
+        if self.action not in ("drop", "downweight"):
+            return {}
+        chosen = {task.name: [flag.row_id for flag in task.flags] for task in self.tasks}
+        return {name: {"rows": rows, "weight": 0.0 if self.action == "drop" else self.weight} for name, rows in chosen.items() if rows}
+
+
+def _in_a_word(reason: str) -> str:
+    return "refused" if reason == REFUSED else "evaluation" if repeats_evaluation([reason]) else "memory"
+
+
+def screen_tasks(model: EvalModel, tokenizer: Any, config: RunConfig, tasks: Sequence[tuple[str, TokenDataset]]) -> Screening:
+    """Scores all rows of the tasks (name, rows) by the aligned model and finds near-duplicates. Every rank calls it.
+
+    Raises: ConfigError where it is not known how the model refuses, or there are too few known harmless rows.
+    """
+    settings = config.scan
+    disallowed = disallowed_prompts(config)
+    refusals = _refusals(model, tokenizer, config, disallowed)
+    known = _scores_of(model, tokenizer, _evenly(disallowed, MOST_DISALLOWED), refusals.openings)
+    _refuse_strange_refusals(known, refusals)
+    benign = None
+    if settings.benign is not None:
+        benign = _scores_of(model, tokenizer, read_prompts(settings.benign, only_safe=True), refusals.openings)
+    duplicates = find_duplicates(config)
+    screened, notes = [], [refusals.warning] if refusals.warning else []
+    for name, rows in tasks:
+        scores = refusal_scores(model, tokenizer, rows, refusals.openings)
+        if benign is not None:
+            threshold = threshold_from_benign(benign, len(scores), settings.false_alarm, known)
+        else:
+            threshold = threshold_from_upload(scores, known, settings.false_alarm)
+        if threshold.false_alarm > 2 * settings.false_alarm:
+            notes.append(f"task {name}: about {threshold.false_alarm:.1%} of the harmless rows are flagged, too; scan.benign would tell")
+        screened.append(TaskScreening(name, scores, threshold, _flags(tokenizer, name, rows, scores, threshold, duplicates)))
+    return Screening(settings.action, settings.weight, refusals, tuple(screened), tuple(notes))
+
+
+def _refusals(model: EvalModel, tokenizer: Any, config: RunConfig, disallowed: Sequence[Any]) -> Refusals:
+    settings = config.scan
+    if settings.refusals:
+        return given_refusals(tokenizer, settings.refusals, settings.refusal_tokens)
+    found = own_refusals(model, tokenizer, disallowed, num_tokens=settings.refusal_tokens, num_refusals=settings.num_refusals)
+    if found is None:
+        place = disallowed[0].path
+        raise ConfigError(
+            f"scan: the model refuses none of the disallowed prompts of {place}, so it cannot tell by its refusals; "
+            "perhaps it is not aligned; if it refuses in other words than the keyword lists know, set scan.refusals"
+        )
+    return found
+
+
+def _refuse_strange_refusals(known: np.ndarray, refusals: Refusals) -> None:
+    """ConfigError where the refusals hardly ever stand behind known disallowed prompts: their scores would mean nothing."""
+    if len(known) and np.median(known) < math.log(LEAST_PROBABLE):
+        probability = math.exp(np.median(known))
+        raise ConfigError(
+            f"scan: behind half of the known disallowed prompts the refusals ({refusals.texts[0]!r}, ...) are less probable than "
+            f"{probability:.1e}; this is not how the model refuses, or it is not aligned; set scan.refusals, or fewer scan.refusal_tokens"
+        )
+
+
+def _scores_of(model: EvalModel, tokenizer: Any, prompts: Sequence[Any], openings: Openings) -> np.ndarray:
+    own = [prompt_ids(tokenizer, messages_of(prompt)) for prompt in shard_of(model, prompts)]
+    return np.array(gather_in_order(model, score_prompts(model, own, openings, pad_id_of(tokenizer)).tolist()))
+
+
+def _evenly(items: Sequence[Any], most: int) -> Sequence[Any]:
+    return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
+
+
+def _flags(
+    tokenizer: Any, name: str, rows: TokenDataset, scores: np.ndarray, threshold: Threshold, duplicates: dict[str, list[str]]
+) -> tuple[Flag, ...]:
+    lines, found = rows.lines.tolist(), []
+    for index in np.argsort(-scores, kind="stable").tolist():
+        reasons = [REFUSED] if scores[index] > threshold.value else []
+        reasons += duplicates.get(f"{rows.path(index)}:{lines[index]}", [])
+        if reasons:
+            row = rows.row(index)
+            prompt = tokenizer.decode(prompts_of(tokenizer, row)[-1], skip_special_tokens=True)
+            found.append(Flag(name, rows.path(index), lines[index], row.row_id, float(scores[index]), tuple(reasons), prompt))
+    return tuple(found)
+
+
+__all__ = ["MEMORY", "Flag", "Screening", "TaskScreening", "UploadRefused", "repeats_evaluation", "screen_tasks"]
