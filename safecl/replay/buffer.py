@@ -169,8 +169,7 @@ class ReplayBuffer:
         """Lets go of the rows that the policy does not keep, once the memory holds that share of its capacity too much."""
         if self._trimmed_at == self.table.version:
             return
-        amount = int(self.keeper.amounts(self.table["nbytes"]).sum())
-        if amount > self.keeper.capacity * (1 + excess):
+        if self.keeper.total(self.table["nbytes"]) > self.keeper.capacity * (1 + excess):
             groups = self.labels.groups
             names = sorted({self.keeper.category(group) for group in groups})
             category = np.array([names.index(self.keeper.category(group)) for group in groups])[self.table["label"]]

@@ -145,9 +145,9 @@ class _Checker:
         return _Arrival(row_id, ids, mask, teacher, tags, self._label(row), step, len(ids), targets, form, width, nbytes, nll, refused)
 
     def _announced(self, teacher: Teacher | None, own: bool) -> tuple[int, int, Teacher | None]:
-        """
+        """(form, width, outputs) of a row whose outputs only its own rank has.
 
-        Form, width, outputs) of a row whose outputs only its own rank has: the size is the same on all of them, and so must be its loss.
+        All ranks reckon with the same size, and none may take the row's loss from them.
         """
         if own and (not isinstance(teacher, TeacherOutputs) or teacher.log_probs.shape[1] != self.own_outputs):
             raise ValueError(f"this rank owns the row, which must bring its outputs with {self.own_outputs} entries per target")

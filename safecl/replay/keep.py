@@ -3,9 +3,8 @@
 Every policy is one rule. Rows have a priority, rows of a category share a quota, and a category keeps, in the order of priority, as many
 rows as fit into its quota without a gap:
 
-    reservoir   one category; priority = hash(seed, position). The k smallest of n independent uniform numbers are a uniform sample of size
-    k
-                (bottom-k sampling: Cohen and Kaplan 2007, PODC)
+    reservoir   one category; priority = hash(seed, position): the k smallest of n independent uniform numbers are a uniform sample of
+                k rows (bottom-k sampling: Cohen and Kaplan 2007, PODC)
     balanced    quota = min(what the category offered, level), with the level at which the quotas fill the capacity
     fifo        one category; the latest position first
 
@@ -49,6 +48,10 @@ class Keeper:
         """uint64 per position; the smallest stay."""
         positions = np.asarray(positions, np.uint64)
         return np.uint64(_LAST - 1) - positions if self.policy == "fifo" else priority_of(positions, self.seed)
+
+    def total(self, nbytes: np.ndarray) -> int:
+        """What all rows together take of the capacity."""
+        return int(nbytes.sum(dtype=np.int64)) if self.in_bytes else len(nbytes)
 
     def amounts(self, nbytes: np.ndarray) -> np.ndarray:
         """What rows take of the capacity; int64."""

@@ -37,16 +37,15 @@ def _segment_names(buffer: ReplayBuffer) -> list[str]:
 
 
 def _segments(buffer: ReplayBuffer) -> list[list[Any]]:
-    """
+    """[name, bytes, hash] of each segment that holds rows."""
+    sizes = {name: _size(buffer, name) for name in _segment_names(buffer)}
+    return [[name, size, buffer.store.digest(name, size)] for name, size in sizes.items()]
 
-    Name, bytes, hash] of the segments that hold rows, then [name, bytes, ""] of the others in the folder that need not be read again.
-    """
-    used, result = _segment_names(buffer), []
-    for name in used:
-        size = _size(buffer, name)
-        result.append([name, size, buffer.store.digest(name, size)])
-    rest = [name for name in buffer.store.on_disk() if name not in used and name not in buffer.ignored and _is_own(buffer, name)]
-    return result + [[name, _size(buffer, name), ""] for name in rest]
+
+def _others(buffer: ReplayBuffer) -> list[list[Any]]:
+    """[name, bytes, ""] of this rank's segments that hold no rows any more and need not be read again."""
+    passed = {*_segment_names(buffer), *buffer.ignored}
+    return [[name, _size(buffer, name), ""] for name in buffer.store.on_disk() if name not in passed and _is_own(buffer, name)]
 
 
 def _size(buffer: ReplayBuffer, name: str) -> int:
@@ -60,8 +59,8 @@ def _is_own(buffer: ReplayBuffer, name: str) -> bool:
     return first <= int(name.split("-")[1]) <= last
 
 
-def dump(buffer: ReplayBuffer) -> bytes:
-    """The bytes of the buffer's index."""
+def dump(buffer: ReplayBuffer, with_folder: bool) -> bytes:
+    """The bytes of an index. `with_folder` adds what concerns this rank's folder alone: segments to pass over when it is opened."""
     segments = _segments(buffer)
     place = np.full(buffer.store.num_names + 1, UNKNOWN, np.int32)
     for number, (name, _, _) in enumerate(segments):
@@ -73,8 +72,8 @@ def dump(buffer: ReplayBuffer) -> bytes:
         "num_seen": buffer.num_seen,
         "settings": {"seed": buffer.seed, "vocab_size": buffer.vocab_size, "config": buffer.config.model_dump(mode="json")},
         "labels": buffer.labels.labels,
-        "segments": segments,
-        "ignored": [name for name in buffer.ignored if (buffer.store.folder / name).exists()],
+        "segments": segments + (_others(buffer) if with_folder else []),
+        "ignored": [name for name in buffer.ignored if (buffer.store.folder / name).exists()] if with_folder else [],
         "held": buffer.held,
         "keeper": buffer.keeper.to_dict(),
         "guard": buffer.guard.to_dict(),
@@ -83,28 +82,26 @@ def dump(buffer: ReplayBuffer) -> bytes:
     return dump_index(header, RowTable(columns))
 
 
-def write(buffer: ReplayBuffer, next_version: bool = True) -> bytes:
-    """Puts rows and index on the disk under the next version; returns the index. Raises ReplayError with the last index intact.
+def write(buffer: ReplayBuffer, next_version: bool = True) -> None:
+    """Puts rows and index on the disk under the next version. Raises ReplayError with the last index intact.
 
     Versions are counted alike on all ranks, whichever of them writes the file.
     """
     buffer.store.sync()
     buffer.version += next_version
-    data = dump(buffer)
     if buffer.writes_index and buffer.store.writable:
-        write_index(buffer.folder, buffer.version, data)
-    return data
+        write_index(buffer.folder, buffer.version, dump(buffer, with_folder=True))
 
 
 def state_dict(buffer: ReplayBuffer) -> dict[str, Any]:
     """See ReplayBuffer.state_dict."""
     buffer.held[buffer.version + 1] = _segment_names(buffer)
     try:
-        data = write(buffer)
+        write(buffer)
     except ReplayError:
         del buffer.held[buffer.version]
         raise
-    return {"version": buffer.version, "index": np.frombuffer(data, np.uint8)}
+    return {"version": buffer.version, "index": np.frombuffer(dump(buffer, with_folder=False), np.uint8)}
 
 
 def check_settings(buffer: ReplayBuffer, settings: Mapping[str, Any], where: str) -> None:
@@ -233,7 +230,12 @@ def publish(buffer: ReplayBuffer, version: int, retain: Iterable[int] = ()) -> i
 
 
 def _compact(buffer: ReplayBuffer) -> None:
-    """Moves the rows of sparse segments into the open one, so that the files can go with the next publication."""
+    """Moves the rows of sparse segments into the open one, so that the files can go with the next publication.
+
+    Only where one rank owns all shards: other ranks' indices would not know where the rows went.
+    """
+    if buffer.world_size > 1:
+        return
     for name in _segment_names(buffer):
         if not _is_own(buffer, name) or buffer.store.end_of(name) is not None or _size(buffer, name) < WORTH_BYTES:
             continue

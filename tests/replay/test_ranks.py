@@ -299,6 +299,25 @@ def test_sparse_segments_are_rewritten_so_that_a_long_stream_does_not_fill_the_d
         assert len(again) == 50 and all(same_row(again.get(key), offered[key]) for key in again.keys())
 
 
+def test_several_ranks_can_always_load_what_one_of_them_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("safecl.replay.store.SEGMENT_BYTES", 5_000)
+    monkeypatch.setattr("safecl.replay.snapshots.WORTH_BYTES", 500)
+    ranks, random = Ranks(2, tmp_path / "memory", capacity=40), np.random.default_rng(0)
+    offered = rows(1200)
+    for start in range(0, 1200, 60):
+        ranks.insert(offered[start : start + 60])
+        state = ranks.save()
+        for buffer in ranks.buffers[:: int(random.choice([-1, 1]))]:
+            buffer.publish(state["version"])
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(tmp_path / "memory", tmp_path / "copy")
+        with ReplayBuffer(config(capacity=40), tmp_path / "copy", seed=5) as alone:
+            alone.load_state_dict(state)
+            assert alone.keys() == ranks.buffers[1].keys()
+            assert all(same_row(alone.get(key), offered[key]) for key in alone.keys())
+    ranks.close()
+
+
 def test_a_version_that_was_never_saved_is_not_published():
     buffer = ReplayBuffer(config())
     with pytest.raises(ValueError, match="version 7 was not made"):
