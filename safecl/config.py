@@ -378,7 +378,7 @@ class PoisonConfig(Section):
 
 
 class ScanConfig(Section):
-    """Screens the rows of all tasks before training, by the aligned model's own refusals and for near-duplicates (docs/scan.md)."""
+    """Screens the rows of all tasks before training, by the aligned model's own refusals and for near-duplicates."""
 
     action: Literal["report", "drop", "downweight", "refuse"] = "report"
     """What `train` does about flagged rows: report: lists them; drop: leaves them out; downweight: multiplies their weight in the loss by
