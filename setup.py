@@ -19,16 +19,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SOURCES = ("flat.cpp", "parallel.cpp", "thread_pool.cpp")
-FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),  # no fused multiply-add: every instruction set gives the same bits
-    *(
-        "-static-libstdc++",
-        "-static-libgcc",
-        "-Wl,--exclude-libs,ALL",
-        "-ldl",
-    ),  # an older libstdc++ that torch has loaded is not ours to rely on
-)
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ldl", "-fvisibility=hidden", "-Wl,--exclude-libs,ALL")
+FLAGS += ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")  # no fused multiply-add: every instruction set gives the same bits
+STATIC = (
+    "-static-libstdc++",
+    "-static-libgcc",
+)  # an older libstdc++ that torch has loaded must not be ours; not all systems have the archives
 
 
 def source_hash() -> str:
@@ -46,12 +42,13 @@ def compile_library(target: Path, flags: tuple[str, ...] = FLAGS) -> str:
         return f"no C++ compiler ({compiler} is not on the PATH)"
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(f".{os.getpid()}.tmp")  # renamed into place, so that a running process keeps the file it has mapped
-    command = [compiler, *flags, f'-DSAFECL_SOURCE_HASH="{source_hash()}"', *(str(CSRC / s) for s in SOURCES), "-o", str(fresh)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return f"{compiler} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
-    fresh.replace(target)
-    return ""
+    inputs = [f'-DSAFECL_SOURCE_HASH="{source_hash()}"', *(str(CSRC / s) for s in SOURCES), "-o", str(fresh)]
+    for extra in (STATIC, ()):
+        done = subprocess.run([compiler, *inputs, *flags, *extra], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            fresh.replace(target)
+            return ""
+    return f"{compiler} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
 
 
 class BuildLibrary(build_ext):

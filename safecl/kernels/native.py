@@ -96,12 +96,26 @@ def library() -> ctypes.CDLL:
     if lib is None:
         raise RuntimeError(reason)
     lib.safecl_use_threads(num_threads())
+    if _forked:
+        lib.safecl_use_openmp(0)
     return lib
 
 
 def instruction_set() -> str:
     """The instruction set the kernels run on: "avx512", "avx2" or "baseline"."""
     return library().safecl_instruction_set().decode()
+
+
+_forked = False
+
+
+def _mark_forked() -> None:
+    """The library notices a fork itself once it is loaded; here for a parent that had used torch's OpenMP threads without it."""
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_mark_forked)
 
 
 @lru_cache(maxsize=1)
@@ -112,7 +126,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         lib = open_library(LIBRARY)
     except (OSError, AttributeError) as error:
         return None, f"the C++ library does not load ({error}); {REBUILD}"
-    if SOURCES.is_dir() and lib.safecl_source_hash().decode() != source_hash():
+    in_checkout = (SOURCES / "flat.cpp").is_file() and (SOURCES.parent / "setup.py").is_file()
+    if in_checkout and lib.safecl_source_hash().decode() != source_hash():
         return None, f"the C++ library is older than csrc/; {REBUILD}"
     return lib, ""
 
