@@ -185,30 +185,36 @@ class CrossEntropy(NamedTuple):
     grad: Tensor | None  # [rows, vocab], weighted, z-loss included
 
 
-def cross_entropy_terms(logits: Tensor, labels: Tensor, weights: Tensor, z_loss: float, needs_grad: bool) -> CrossEntropy:
-    """-log softmax(logits)[label] at temperature 1, and z_loss·logsumexp^2 in the gradient; labels < 0 and weight 0 mean "no label"."""
+def cross_entropy_terms(logits: Tensor, log_p: Tensor, labels: Tensor, weights: Tensor, z_loss: float, needs_grad: bool) -> CrossEntropy:
+    """-log softmax(logits)[label] at temperature 1, and z_loss·logsumexp^2 in the gradient; labels < 0 and weight 0 mean "no label".
+
+    log_p: log_softmax(logits).
+    """
     has_label = (labels >= 0) & (weights != 0)
     index = labels.clamp(min=0)[:, None]
-    log_p = torch.log_softmax(logits, -1)
     lse = logits.amax(-1) - log_p.amax(-1)
     loss = torch.where(has_label, -log_p.gather(-1, index)[:, 0], 0.0)
     grad = None
     if needs_grad:
         factor = torch.where(has_label, weights * (1 + 2 * z_loss * lse), 0.0)
-        grad = log_p.exp_().mul_(factor[:, None])
+        grad = log_p.exp().mul_(factor[:, None])
         grad.scatter_add_(-1, index, -torch.where(has_label, weights, 0.0)[:, None])
     return CrossEntropy(loss, torch.where(has_label, lse, 0.0), grad)
 
 
-def dense_divergence(student: Tensor, teacher: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
-    """(loss [rows], dD/d(student logits) [rows, shared vocab]) for shaped logits; the first min(V_s, V_t) tokens are compared."""
+def dense_divergence(student: Tensor, teacher: Tensor, options: RowOptions, log_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(loss [rows], dD/d(student logits) [rows, shared vocab]) for shaped logits; the first min(V_s, V_t) tokens are compared.
+
+    log_p: log_softmax(student) where it is known; it serves at T = 1 over the whole vocabulary.
+    """
     shared = min(student.shape[-1], teacher.shape[-1])
     z, y = at_temperature(student[:, :shared], options), at_temperature(teacher[:, :shared], options)
     if options.divergence == "mse":
         loss, grad = mse_terms(z, y)
     else:
-        log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(y, -1)
-        terms = event_terms(log_p, log_q, options.divergence, options.beta, normalised=True)
+        if log_p is None or options.temperature != 1 or shared != student.shape[-1]:
+            log_p = torch.log_softmax(z, -1)
+        terms = event_terms(log_p, torch.log_softmax(y, -1), options.divergence, options.beta, normalised=True)
         loss, grad = terms.loss, terms.gradient_()
     scale = options.kd_scale / options.temperature
     return loss * options.kd_scale, grad if scale == 1 else grad.mul_(scale)
@@ -279,9 +285,11 @@ def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOpt
     ce_weights, kd_weights: [rows]. dlogits: [rows, vocab] of any floating dtype (it may be ``student`` itself), or None for losses only.
     """
 
-    def divergence(logits, block):
-        shaped = shape_logits_(teacher[block].to(logits.dtype, copy=True), options.teacher_logit_scale, options.teacher_softcap)
-        return dense_divergence(logits, shaped, options)
+    shaped_in_place = options.teacher_logit_scale is not None or options.teacher_softcap is not None
+
+    def divergence(logits, log_p, block):
+        raw = teacher[block].to(logits.dtype, copy=shaped_in_place)
+        return dense_divergence(logits, shape_logits_(raw, options.teacher_logit_scale, options.teacher_softcap), options, log_p)
 
     return _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence if teacher is not None else None)
 
@@ -289,7 +297,7 @@ def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOpt
 def topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights, options: RowOptions, dlogits=None) -> RowLosses:
     """``dense_rows`` against a top-k teacher; log_q, indices: [rows, k], log_tail: [rows]."""
 
-    def divergence(logits, block):
+    def divergence(logits, log_p, block):
         return topk_divergence(logits, log_q[block].to(logits.dtype), indices[block], log_tail[block].to(logits.dtype), options)
 
     return _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence)
@@ -303,12 +311,13 @@ def _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, diver
     for start, end in spans(rows, max(1, _BLOCK_ELEMENTS // vocab)):
         block = slice(start, end)
         logits = shape_logits_(student[block].to(dtype), options.logit_scale, options.softcap)
-        grad = kd_grad = None
+        grad = kd_grad = log_p = None
         if labels is not None:
-            ce = cross_entropy_terms(logits, labels[block], ce_weights[block], options.z_loss, dlogits is not None)
+            log_p = torch.log_softmax(logits, -1)
+            ce = cross_entropy_terms(logits, log_p, labels[block], ce_weights[block], options.z_loss, dlogits is not None)
             losses[0, block], losses[2, block], grad = ce
         if divergence is not None:
-            losses[1, block], kd_grad = divergence(logits, block)
+            losses[1, block], kd_grad = divergence(logits, log_p, block)
         if dlogits is not None:
             grad = _weighted_gradient(grad, kd_grad, kd_weights, block, vocab)
             dlogits[block] = shape_backward_(grad, logits, options.logit_scale, options.softcap)
