@@ -59,7 +59,8 @@ def report(found: dict, checks: dict, seed: int) -> None:
 
     versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__}
     result = {
-        "command": "python benchmarks/first_run.py", "date": datetime.date.today().isoformat(), "device": f"CPU, {platform.machine()}, 2 ranks",
+        "command": "python benchmarks/first_run.py", "date": datetime.date.today().isoformat(),
+        "device": f"CPU, {platform.machine()}, 2 ranks",
         "versions": versions, "seed": seed, "methods": METHODS, "found": found, "checks": checks,
     }  # fmt: skip
     path = Path(__file__).parent / "results" / "first_run.json"

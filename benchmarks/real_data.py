@@ -117,7 +117,8 @@ def common(folder: Path, output: str, seed: int, **train) -> dict:
         "train": {"tokens_per_microbatch": 4096, "max_length": 128, "seed": seed, **train},
         "deepspeed": {"stage": 3},
         "safety": {
-            "prompts": str(folder / "prompts.jsonl"), "benign_prompts": str(folder / "benign.jsonl"), "max_new_tokens": 24, "batch_size": 64,
+            "prompts": str(folder / "prompts.jsonl"), "benign_prompts": str(folder / "benign.jsonl"), "max_new_tokens": 24,
+            "batch_size": 64,
         },
         "log": {"every": 50},
         "output": str(folder / output),

@@ -495,7 +495,6 @@ class RunConfig(Section):
             )
         return self
 
-
     @model_validator(mode="after")
     def _scan_knows_what_it_needs(self) -> RunConfig:
         if self.scan is None:

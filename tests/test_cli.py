@@ -138,7 +138,7 @@ def failing_verb(monkeypatch, tmp_path):
     """`failing_verb(error)`: makes `safecl train` raise `error` after its run folder is known."""
 
     def install(error: BaseException) -> Path:
-        def train_run(config):
+        def train_run(config, fresh=False):
             ending.Ending.run_folder = Path(config.output)
             raise error
 
@@ -191,7 +191,7 @@ def test_ctrl_c_is_a_message_and_code_75(run, failing_verb):
 def test_a_signal_that_a_library_turned_into_an_error_is_still_a_stop(run, monkeypatch, failing_verb):
     path = failing_verb(RuntimeError())
 
-    def swallows(config):
+    def swallows(config, fresh=False):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)

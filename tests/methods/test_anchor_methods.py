@@ -48,7 +48,8 @@ def expected_l2_sp(strength: float, patterns: tuple = (), more: float = 0.0, cli
         (2, {"l2_sp": {"strength": 3.0, "modules": PATTERNS}}, {}, dict(strength=3.0, patterns=tuple(PATTERNS))),
         (3, {"l2_sp": {"strength": 3.0, "modules": PATTERNS}}, {}, dict(strength=3.0, patterns=tuple(PATTERNS))),
         (1, {"l2_sp": {"strength": 3.0, "modules": "attention"}}, {}, dict(strength=3.0, patterns=("*.self_attn.*",))),
-        (2, {"l2_sp": {"strength": 3.0, "modules": PATTERNS}}, {"clip_scope": "total"}, dict(strength=3.0, patterns=tuple(PATTERNS), clip_all=True)),
+        (2, {"l2_sp": {"strength": 3.0, "modules": PATTERNS}}, {"clip_scope": "total"},
+         dict(strength=3.0, patterns=tuple(PATTERNS), clip_all=True)),
     ],
 )  # fmt: skip
 def test_l2_sp_equals_plain_pytorch(rank_pool, stage, methods, train, expected):
