@@ -18,6 +18,7 @@ _HOMES = {
     "ShardMap": "safecl.engine.shards",
     "UpdatePlan": "safecl.engine.optimizer",
     "ReplayBuffer": "safecl.replay",
+    "ReferenceStore": "safecl.engine.reference",
     "Method": "safecl.methods.base",
 }
 

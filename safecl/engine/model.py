@@ -70,6 +70,35 @@ def load_model(config: ModelConfig) -> nn.Module:
     return model
 
 
+def empty_model(path: str, dtype: torch.dtype, *, attention: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model's structure from its settings alone: parameters are on the meta device, buffers hold their values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
+    model.eval()
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without memory. Buffers stay real: most are in no checkpoint and made by the module itself."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
+        register(module, name, p)
+        if p is not None and not p.is_meta:  # a tied one that is there already stays the same object
+            module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
 def read_model_settings(config: ModelConfig) -> PretrainedConfig:
     """The model's own settings (transformers' config), without reading weights. Raises ConfigError for a model that cannot be tuned."""
     from transformers import AutoConfig
