@@ -31,6 +31,7 @@ from safecl.engine.checkpoint_folder import CheckpointFolder, format_bytes
 from safecl.engine.checkpoint_format import (
     Contents,
     Manifest,
+    Reference,
     Slice,
     arrange,
     check_hashes,
@@ -55,6 +56,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _WRITER_NICENESS = 10  # training comes first where both want the same core
 _LONGEST_WRITE = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a run begins with: its name in the config and a hash of its trained weights in the run's dtype."""
+
+    name: str
+    digest: str
 
 
 @dataclass
@@ -86,6 +95,7 @@ class _Save:
     random: str
     files: Mapping[str, bytes]
     kinds: dict[str, str]
+    references: dict[str, Reference]
     keep: int
     seconds_blocked: float
     report: SaveReport | None = None
@@ -100,17 +110,19 @@ class Checkpointer:
         contents = checkpointer.find(note=print)                         # the newest whole checkpoint, or None
         checkpointer.load(contents)
 
-    A kind of state whose name begins with an underscore is temporary and is not saved.
+    A kind of state whose name begins with an underscore is temporary and is not saved. With `base`, state that equals the weights with
+    which the run began is named instead of stored; a checkpoint can then be loaded only while the weights are still these.
     """
 
-    def __init__(self, shards: ShardMap, optimizer: ShardAdamW, folder: CheckpointFolder):
-        self.shards, self.optimizer, self.folder = shards, optimizer, folder
+    def __init__(self, shards: ShardMap, optimizer: ShardAdamW, folder: CheckpointFolder, base: BaseModel | None = None):
+        self.shards, self.optimizer, self.folder, self.base = shards, optimizer, folder, base
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self._fragments = list(_own_fragments(shards, self.rank, self.world_size))
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE) if self.world_size > 1 else None
         self._image = torch.zeros(0, dtype=torch.uint8)
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
+        self._loaded = False
 
     def close(self) -> None:
         """Gives back the process group and the buffer. Call `finish` before."""
@@ -129,11 +141,12 @@ class Checkpointer:
         assert self._save is None, "ask `finish` how the save before ended"
         began = time.perf_counter()
         tensors = self._tensors_by_kind()
+        references = self._take_references(tensors)
         kinds = {kind: DTYPE_NAMES[flats[0].dtype] for kind, flats in tensors.items()}
         slices = arrange(Slice(kind, f.name, f.offset, f.length, kinds[kind]) for kind in tensors for f in self._fragments)
         self._copy(slices, tensors)
         blocked = time.perf_counter() - began
-        self._save = _Save(step, slices, self._image, random_state(), dict(files), kinds, keep, blocked)
+        self._save = _Save(step, slices, self._image, random_state(), dict(files), kinds, references, keep, blocked)
         self._thread = threading.Thread(target=self._write_in_background, args=(self._save,), name="safecl-checkpoint", daemon=True)
         self._thread.start()
 
@@ -144,6 +157,13 @@ class Checkpointer:
             for shard in shards:
                 assert shard.state[kind].numel() == shard.param.numel(), f"state {kind!r} has not the layout of its shard"
         return {WEIGHTS: self.shards.flats, **{kind: self.optimizer.tensors(kind) for kind in kinds}}
+
+    def _take_references(self, tensors: dict[str, list[torch.Tensor]]) -> dict[str, Reference]:
+        """Takes out of `tensors` what equals the base model, and says so."""
+        if self.base is None:
+            return {}
+        equal = {kind: tensors.pop(kind) for kind in sorted(self.optimizer.equal_base & tensors.keys())}
+        return {kind: Reference(self.base.name, self.base.digest, DTYPE_NAMES[flats[0].dtype]) for kind, flats in equal.items()}
 
     @torch.no_grad()
     def _copy(self, slices: list[tuple[Slice, int]], tensors: dict[str, list[torch.Tensor]]) -> None:
@@ -221,7 +241,7 @@ class Checkpointer:
         return records
 
     def _publish(self, save: _Save, report: SaveReport, files: dict[str, FileRecord]) -> None:
-        manifest = Manifest(report.name, save.step, self.world_size, files, self.shards.shapes, save.kinds)
+        manifest = Manifest(report.name, save.step, self.world_size, files, self.shards.shapes, save.kinds, save.references)
         report.problem = _problem_of(lambda: self.folder.publish(manifest))
         if report.problem is not None:
             self.folder.abandon()
@@ -292,15 +312,20 @@ class Checkpointer:
         distributed.barrier()
 
     def load(self, contents: Contents) -> None:
-        """Fills masters, state and random generators from a checkpoint, and publishes the weights. Raises ConfigError for another model."""
+        """Fills masters, state and random generators from a checkpoint, and publishes the weights.
+
+        Raises ConfigError where the checkpoint is of another model, or needs another base model.
+        """
         self.check_model(contents)
+        self._restore_references(contents.manifest.references)
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open_regular(contents.folder / name)) for name in contents.manifest.files}
             for kind, dtype in contents.manifest.kinds.items():
                 tensors = self.shards.flats if kind == WEIGHTS else self.optimizer.new_state(kind, DTYPES[dtype])
                 for fragment in self.shards.fragments:
                     self._read(contents, files, kind, fragment, tensors)
-        for kind in {kind for shard in self.optimizer.shards() for kind in shard.state} - set(contents.manifest.kinds):
+        for kind in {kind for shard in self.optimizer.shards() for kind in shard.state} - self._kinds_of(contents):
+            self.optimizer.equal_base.discard(kind)
             for shard in self.optimizer.shards():
                 shard.state.pop(kind, None)
         self.shards.publish()
@@ -315,6 +340,25 @@ class Checkpointer:
             if stored.get(name) != own.get(name):
                 there, here = (str(list(shapes[name])) if name in shapes else "absent" for shapes in (stored, own))
                 raise ConfigError(f"{contents.folder}: saved from another model: {name} is {there} there and {here} in this run")
+        own_digest = self.base.digest if self.base is not None else None
+        for kind, reference in contents.manifest.references.items():
+            if reference.digest != own_digest:
+                raise ConfigError(
+                    f"{contents.folder}: its {kind} is the model {reference.model} as it was when the run began, and model.path now "
+                    "holds other weights; put that model back, or start a new run with another `output`"
+                )
+
+    @staticmethod
+    def _kinds_of(contents: Contents) -> set[str]:
+        return contents.manifest.kinds.keys() | contents.manifest.references.keys()
+
+    def _restore_references(self, references: Mapping[str, Reference]) -> None:
+        """Fills state that equals the base model, whose weights the masters hold as long as nothing has been trained or loaded."""
+        for kind, reference in references.items():
+            assert self.optimizer.num_updates == 0 and not self._loaded, f"{kind} equals the base model, whose weights are gone"
+            self.optimizer.copy_weights_to(kind, DTYPES[reference.dtype])
+            self.optimizer.equal_base.add(kind)
+        self._loaded = True
 
     @torch.no_grad()
     def _read(self, contents: Contents, files: dict[str, BinaryIO], kind: str, fragment: Fragment, tensors: list[torch.Tensor]) -> None:

@@ -1,11 +1,14 @@
 """What a checkpoint is made of: slices of state, and a manifest that hashes every file. Imports no torch.
 
     step-00000500/
-      rank-00000.safetensors    slices of weights and state that one rank wrote, whatever the layout it trained in
-      memory.safetensors        index and score log of the replay memory
+      rank-00000.safetensors    slices of weights and state that one rank wrote, whatever the layout it trained in, and its random states
+      memory.index              which rows the replay memory holds, where they lie, their hashes, and the score log
       metrics.jsonl             one line per step so far
-      state.json                counters, random states, evaluations, resolved config, versions
+      state.json                counters, place in the sequence of tasks, evaluations, methods, resolved config, versions
       manifest.json             size and XXH3-128 of every file above, shapes and dtypes; its first line is the hash of the rest
+
+A kind of state that equals the model which the run began with (the anchor of a first task) is not stored: the manifest names that model and
+its hash instead. docs/reliability.md describes the format for readers of other programs.
 
 A slice is `length` elements of parameter `name` from flat offset `offset` on, of one kind (weights, exp_avg, ema, ...). Its tensor in the
 safetensors file is called `kind|name|offset`. The slices of a kind tile each parameter without gap or overlap and padding is never stored,
@@ -63,8 +66,23 @@ class StoredSlice:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """State that is not stored because it equals a model that is at hand.
+
+    `model` as the config names it, a hash of its weights in the run's dtype, and the dtype of the state.
+    """
+
+    model: str
+    digest: str
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of. `parameters`: shapes by name; `kinds`: dtypes of the stored state by kind."""
+    """What a checkpoint consists of.
+
+    `parameters`: shapes by name; `kinds`: dtypes of the stored state by kind; `references`: kinds that equal a model instead.
+    """
 
     name: str
     step: int
@@ -72,6 +90,7 @@ class Manifest:
     files: dict[str, FileRecord]
     parameters: dict[str, tuple[int, ...]]
     kinds: dict[str, str]
+    references: dict[str, Reference] = field(default_factory=dict)
     version: int = VERSION
     format: str = FORMAT
 
@@ -167,12 +186,15 @@ def _parse_manifest(path: Path, body: bytes) -> Manifest:
             raise DamagedCheckpoint(f"{path}: {values['format']} version {values['version']}, this safecl reads {FORMAT} version {VERSION}")
         files = {name: FileRecord(int(record["size"]), str(record["xxh3_128"])) for name, record in values.pop("files").items()}
         parameters = {name: tuple(map(int, shape)) for name, shape in values.pop("parameters").items()}
-        manifest = Manifest(files=files, parameters=parameters, **values)
+        references = {kind: Reference(**reference) for kind, reference in values.pop("references", {}).items()}
+        manifest = Manifest(files=files, parameters=parameters, references=references, **values)
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise DamagedCheckpoint(f"{path}: names the file {name!r}, which no checkpoint has")
+    if both := sorted(manifest.kinds.keys() & manifest.references.keys()):
+        raise DamagedCheckpoint(f"{path}: says of {both[0]} both that it is stored and that it equals a model")
     return manifest
 
 

@@ -78,6 +78,8 @@ class ShardAdamW(torch.optim.Optimizer):
         self.num_updates = 0
         self.fisher_means: dict[str, float] = {}
         """Mean over all weights of each kind of Fisher; a penalty's strength is divided by it."""
+        self.equal_base: set[str] = set()
+        """Kinds of state that are the weights with which the run began: a checkpoint names that model instead of storing them."""
         self._shard_map = None
 
     def bind(self, shard_map) -> None:
@@ -109,6 +111,7 @@ class ShardAdamW(torch.optim.Optimizer):
 
     def new_state(self, kind: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         """Makes the state `kind` zeros of the shards' layout, and returns its tensors."""
+        self.equal_base.discard(kind)
         for shard in self._shards:
             shard.state[kind] = torch.zeros(shard.param.shape, dtype=dtype, device=shard.param.device)
         return self.tensors(kind)
@@ -116,6 +119,7 @@ class ShardAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def copy_weights_to(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
         """Makes the state `kind` a copy of the current master weights."""
+        self.equal_base.discard(kind)
         for shard in self._shards:
             if kind in shard.state and shard.state[kind].dtype == dtype:
                 shard.state[kind].copy_(shard.param)

@@ -20,7 +20,7 @@ import numpy as np
 
 from safecl.config import ConfigError
 from safecl.engine import distributed
-from safecl.engine.checkpoint import Checkpointer, SaveReport
+from safecl.engine.checkpoint import BaseModel, Checkpointer, SaveReport
 from safecl.engine.checkpoint_folder import CheckpointFolder, format_bytes
 from safecl.engine.checkpoint_format import Contents
 from safecl.engine.durable import DamagedCheckpoint, read_file
@@ -64,11 +64,11 @@ class Resumed:
 class RunSaver:
     """Saves one run into its folder and restores it from there. Every call is a collective one."""
 
-    def __init__(self, run: Run, folder: Path, identity: dict[str, Any]):
-        """identity: see run_identity.identity_of."""
+    def __init__(self, run: Run, folder: Path, identity: dict[str, Any], base: BaseModel | None = None):
+        """identity: see run_identity.identity_of; base: see Checkpointer."""
         self.run, self.folder = run, folder
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
-        self.checkpointer = Checkpointer(run.engine.shards, run.engine.optimizer, self.checkpoints)
+        self.checkpointer = Checkpointer(run.engine.shards, run.engine.optimizer, self.checkpoints, base)
         self._identity = identity
         self._memory_versions: dict[str, int] = {}
         self._saving_version: int | None = None

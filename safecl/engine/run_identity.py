@@ -9,8 +9,9 @@ import numpy as np
 import torch
 import xxhash
 
-from safecl.config import ConfigError
+from safecl.config import ConfigError, RunConfig
 from safecl.data import TokenDataset
+from safecl.engine.checkpoint import BaseModel
 from safecl.engine.plan import RunPlan
 
 HOW_TO_GO_ON = "put it back to go on, or start a new run with another `output`"
@@ -87,12 +88,22 @@ def fingerprint(dataset: TokenDataset) -> str:
 
 def frozen_digest(model: torch.nn.Module) -> str | None:
     """Hash of the parameters that are not trained (LoRA), which no checkpoint holds; None without any. Call it before sharding."""
-    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    return _weights_digest([(name, p) for name, p in model.named_parameters() if not p.requires_grad])
+
+
+def base_of(model: torch.nn.Module, config: RunConfig) -> BaseModel | None:
+    """What anchors of this run may equal; None where no method keeps one, or what is trained is no base model (LoRA). As frozen_digest."""
+    if not config.methods or config.model.lora is not None:
+        return None
+    return BaseModel(config.model.path, _weights_digest([(name, p) for name, p in model.named_parameters() if p.requires_grad]))
+
+
+def _weights_digest(weights: list[tuple[str, torch.Tensor]]) -> str | None:
     digest = xxhash.xxh3_128()
-    for name, p in frozen:
+    for name, p in weights:
         digest.update(name.encode())
         digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest() if frozen else None
+    return digest.hexdigest() if weights else None
 
 
 def versions() -> dict[str, str]:

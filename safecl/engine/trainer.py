@@ -33,7 +33,7 @@ from safecl.engine.random_state import seed_generators
 from safecl.engine.resume import Progress, RunSaver
 from safecl.engine.run import Run
 from safecl.engine.run_folder import RESULTS, RunFolder
-from safecl.engine.run_identity import frozen_digest, identity_of, refuse_other_run
+from safecl.engine.run_identity import base_of, frozen_digest, identity_of, refuse_other_run
 from safecl.engine.screening import screen_run
 from safecl.engine.stopping import StopRequest
 from safecl.engine.training import TrainingEngine
@@ -148,7 +148,7 @@ class Trainer:
         seed_generators(config.train.seed)
         self._write_run_folder(files)
         model = LanguageModel(load_model(config.model))
-        frozen = frozen_digest(model)
+        frozen, base = frozen_digest(model), base_of(model, config)
         attention, reason = choose_attention(config.model.attention)
         packed = config.train.packing == "packed" or (config.train.packing == "auto" and attention == "flash_attention_2")
         self.console.fact("attention", f"{attention} ({reason}), rows {'packed' if packed else 'padded'}")
@@ -160,7 +160,7 @@ class Trainer:
         engine = TrainingEngine(model, config, layout)
         self.console.fact("trained", f"{engine.shards.numel:,} weights on {distributed.world_size()} rank(s), {engine.device}")
         run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
-        self._saver = RunSaver(run, self.folder, identity_of(self.plan, frozen))
+        self._saver = RunSaver(run, self.folder, identity_of(self.plan, frozen), base)
         return run
 
     def _write_run_folder(self, files: RunFolder) -> None:

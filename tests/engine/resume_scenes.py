@@ -19,16 +19,20 @@ KEEP_ALL = 1000
 
 
 @contextmanager
-def open_saver(folder: str, bf16: bool = False, **changes) -> Iterator:
-    """(run, task, saver) of a run that has not begun; its files are closed at the end."""
+def open_saver(folder: str, bf16: bool = False, other_base: bool = False, **changes) -> Iterator:
+    """(run, task, saver) of a run that has not begun; its files are closed at the end. `other_base`: one weight of the model is changed."""
     from safecl.engine.plan import RunPlan
     from safecl.engine.resume import RunSaver
-    from safecl.engine.run_identity import identity_of
+    from safecl.engine.run_identity import base_of, identity_of
 
     config = scenes.run_config(tmp=folder, **changes)
-    run, task = scenes.build_run(config, scenes.tiny_model(dtype=torch.bfloat16 if bf16 else torch.float32))
+    model = scenes.tiny_model(dtype=torch.bfloat16 if bf16 else torch.float32)
+    if other_base:
+        model.model.norm.weight.data[3] *= 1.01
+    base = base_of(model, config)
+    run, task = scenes.build_run(config, model)
     rows = scenes.random_dataset(20, seed=2) if config.memory is not None else None
-    saver = RunSaver(run, Path(folder), identity_of(RunPlan(config, None, [task], run.methods, rows)))
+    saver = RunSaver(run, Path(folder), identity_of(RunPlan(config, None, [task], run.methods, rows)), base)
     try:
         yield run, task, saver
     finally:
@@ -86,6 +90,31 @@ def resume_and_train(folder: str, steps: int, save_after: Sequence[int] = (), wa
         resumed = saver.resume(notes.append, [task])
         log = json.loads(resumed.metrics)
         return *_go_on(run, task, saver, steps, save_after, watched, log, resumed.progress), notes
+
+
+def resume_on_another_base(folder: str, **changes) -> str:
+    """The message by which a run is refused whose base model has changed."""
+    from safecl.config import ConfigError
+
+    with open_saver(folder, other_base=True, **changes) as (_, task, saver):
+        try:
+            saver.resume(lambda message: None, [task])
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def train_after_a_first_task(folder: str, **changes) -> None:
+    """Two steps, then the task begins again, as a second one does, and is saved after its first step."""
+    with open_saver(folder, **changes) as (run, task, saver):
+        scenes.begin(run, task, memory_folder=saver.memory_folder)
+        for _ in range(2):
+            step_once(run, task, [])
+        run.end_task()
+        run.begin_task(task, active=True)
+        step_once(run, task, [])
+        saver.save(_progress(), b"[]", KEEP_ALL)
+        assert saver.settle().problem is None
 
 
 def _progress():

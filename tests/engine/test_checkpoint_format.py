@@ -180,6 +180,9 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(folder, name):
         lambda values: values["kinds"].pop("ema"),
         lambda values: values["files"].pop("rank-00001.safetensors"),
         lambda values: values.update(name="step-00000011"),
+        lambda values: values.update(references={"ema": {"model": "m", "digest": "0", "dtype": "F32"}}),
+        lambda values: values.update(references={"slow": {"model": "m"}}),
+        lambda values: values.update(references=7),
     ],
 )
 def test_a_manifest_that_contradicts_the_files_is_refused_even_with_a_right_hash(folder, change):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from safecl.engine.checkpoint_format import read_contents, read_manifest
 from safecl.methods import builtin_methods
 from tests.engine import oracle, resume_scenes
 
@@ -45,6 +48,25 @@ def test_the_comparison_bites_where_one_kind_of_state_does_not_come_back(rank_po
     differences = rank_pool(2).run(resume_scenes.cut_with_a_loss, folder=folder, lost=kind, **changes)[0]
     assert any(kind in difference for difference in differences)
     assert kind == "ema" or any("weights at step 2" in difference for difference in differences)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_anchor_that_is_the_base_model_is_named_and_not_stored_and_another_base_model_is_refused(rank_pool, folder, bf16):
+    changes = dict(methods={"l2_sp": {}} | EMA, deepspeed={"stage": 2}, bf16=bf16, model={"dtype": "bf16" if bf16 else "fp32"})
+    rank_pool(2).run(resume_scenes.train_and_save, folder=folder, steps=2, save_after=[2], **changes)
+    contents = read_contents(Path(folder) / "checkpoints" / "step-00000002")
+    (reference,) = contents.manifest.references.items()
+    assert reference[0] == "anchor" and reference[1].model == "unused" and reference[1].dtype == ("BF16" if bf16 else "F32")
+    assert "anchor" not in contents.manifest.kinds and not any(kind == "anchor" for kind, _ in contents.slices)
+    for message in rank_pool(2).run(resume_scenes.resume_on_another_base, folder=folder, **changes):
+        assert "its anchor is the model unused as it was when the run began, and model.path now holds other weights" in message
+
+
+def test_an_anchor_taken_after_training_is_stored(rank_pool, folder):
+    changes = dict(methods={"online_ewc": {"sign_batches": 2, "rows_per_batch": 4}}, deepspeed={"stage": 1})
+    rank_pool(2).run(resume_scenes.train_after_a_first_task, folder=folder, **changes)
+    manifest = read_manifest(Path(folder) / "checkpoints" / "step-00000003")
+    assert manifest.kinds["online_anchor"] == "F32" and not manifest.references
 
 
 def layout(stage: int, optimizer: str = "none", parameters: str = "none") -> dict:
