@@ -417,6 +417,13 @@ class CheckpointConfig(Section):
     weight, 4 more with EMA, 6 to 8 more with EWC."""
 
 
+class ArtifactsConfig(Section):
+    """What is worked out once for a base model and used by every run on it: teacher outputs, Fisher information, memory rows."""
+
+    folder: Text | None = None
+    """Folder that all runs share (and all nodes); by default $SAFECL_CACHE/artifacts or ~/.cache/safecl/artifacts."""
+
+
 class LogConfig(Section):
     """Where progress goes; metrics.jsonl is always written."""
 
@@ -469,6 +476,8 @@ class RunConfig(Section):
     """What of the users' text may be shown."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving the run's state."""
+    artifacts: ArtifactsConfig = ArtifactsConfig()
+    """What runs on the same base model share."""
     log: LogConfig = LogConfig()
     """Where progress goes."""
     output: Text
