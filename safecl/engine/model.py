@@ -47,58 +47,6 @@ def choose_attention(wanted: str) -> tuple[str, str]:
     return "flash_attention_2", "flash_attn is installed"
 
 
-def load_model(config: ModelConfig) -> nn.Module:
-    """The causal language model in the run's dtype, on the CPU, adapters added where the config says so. Raises ConfigError."""
-    from transformers import AutoModelForCausalLM
-
-    read_model_settings(config)
-    attention, _ = choose_attention(config.attention)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=DTYPES[config.dtype], attn_implementation=attention, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path: {config.path}: cannot be loaded: {_first_line(error)}") from None
-    model.config.use_cache = False
-    if config.lora is not None:
-        model = _add_adapters(model, config)
-    if config.gradient_checkpointing:
-        # Reentrant checkpointing would hide hidden states from losses on features.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.lora is not None:
-            model.enable_input_require_grads()
-    return model
-
-
-def empty_model(path: str, dtype: torch.dtype, *, attention: str | None = None, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model's structure from its settings alone: parameters are on the meta device, buffers hold their values."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
-    model.eval()
-    return model
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory. Buffers stay real: most are in no checkpoint and made by the module itself."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
-        register(module, name, p)
-        if p is not None and not p.is_meta:  # a tied one that is there already stays the same object
-            module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
 def read_model_settings(config: ModelConfig) -> PretrainedConfig:
     """The model's own settings (transformers' config), without reading weights. Raises ConfigError for a model that cannot be tuned."""
     from transformers import AutoConfig
@@ -106,12 +54,12 @@ def read_model_settings(config: ModelConfig) -> PretrainedConfig:
     try:
         settings = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {config.path}: no model can be read there: {_first_line(error)}") from None
+        raise ConfigError(f"model.path: {config.path}: no model can be read there: {first_line(error)}") from None
     _refuse_unsupported(settings, config.path)
     return settings
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
@@ -125,7 +73,7 @@ def _refuse_unsupported(settings, path: str) -> None:
         raise ConfigError(f"model.path: {path} holds quantised weights; safecl trains bf16 or fp32 weights")
 
 
-def _add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
+def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
     try:
         import peft
     except ImportError:
@@ -137,7 +85,7 @@ def _add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
     try:
         model = peft.get_peft_model(model, settings)
     except ValueError as error:
-        raise ConfigError(f"model.lora: {_first_line(error)}") from None
+        raise ConfigError(f"model.lora: {first_line(error)}") from None
     for p in model.parameters():  # one dtype per shard
         if p.requires_grad:
             p.data = p.data.to(DTYPES[config.dtype])

@@ -12,6 +12,7 @@ that all of them start from the same bytes. Where the segment does not fit and t
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import mmap
 import os
@@ -37,6 +38,14 @@ T = TypeVar("T")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BUFFER_DTYPES = DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _ALIGNMENT = 256  # of each tensor in the segment: what GPU copies and vector units like
 _CHUNK_BYTES = 16 * 2**20
 _FILLERS = 4
@@ -54,6 +63,8 @@ class Layout:
     nbytes: int
     aliases: Mapping[str, str]
     """Every name, that of a tied parameter too, to the name that it is kept under."""
+    buffers: tuple[str, ...]
+    """Names of buffers that belong to a checkpoint; few and small, so they are not in the segment."""
     embedding: str
     """Name of the input embedding, whose rows are the vocabulary."""
     prefix: str
@@ -69,7 +80,8 @@ class Layout:
             offsets[name] = end
             end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         embedding = names[id(model.get_input_embeddings().weight)]
-        return cls(dtype, shapes, offsets, max(end, 1), aliases, embedding, getattr(model, "base_model_prefix", ""))
+        buffers = tuple(sorted(set(dict(model.named_buffers())) & set(model.state_dict())))
+        return cls(dtype, shapes, offsets, max(end, 1), aliases, buffers, embedding, getattr(model, "base_model_prefix", ""))
 
     def num_bytes(self, name: str) -> int:
         return math.prod(self.shapes[name]) * self.dtype.itemsize
@@ -86,6 +98,7 @@ class _Offer:
     where: str
     address: str = ""
     digest: str = ""
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -99,6 +112,8 @@ class ReferenceStore:
     where: str
     """segment or file."""
     files: ModelFiles | None
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Buffers that the checkpoint holds, in its dtype."""
     notes: list[str] = field(default_factory=list)
     """What a user should know of how the store came about."""
     pinned: bool = False
@@ -121,26 +136,26 @@ class ReferenceStore:
         Raises UnusableWeights (a ConfigError) on all ranks: tensors missing or of a wrong shape, another vocabulary, a truncated file, too
         little memory.
         """
-        from safecl.engine.model import empty_model
+        from safecl.engine.loading import empty_model
 
         node = node or this_node()
         model = model if model is not None else empty_model(str(path), dtype, trust_remote_code=trust_remote_code)
         layout = Layout.of(model, dtype)
         _check_vocabulary(layout, vocab_size, str(path))
         files, sources = _agree(lambda: _find(str(path), layout))
+        reader = _Reader(layout, files, sources) if sources is not None else _Converter(layout, str(path), trust_remote_code)
         with contextlib.ExitStack() as stack:
-            convert = _Converted(str(path), dtype, trust_remote_code) if sources is None else None
-            work = lambda: _provide(layout, files, sources, convert, where, stack)  # noqa: E731
+            work = lambda: _provide(layout, reader, where, stack)  # noqa: E731
             offer = next(said for said in node.exchange(_agree(work if node.is_first else lambda: None)) if said is not None)
-            store = cls(layout, offer.digest, offer.where, files, list(offer.notes))
-            _agree(lambda: store._map(offer, sources, node, lambda: _fill_own(layout, sources, convert, stack)))
+            store = cls(layout, offer.digest, offer.where, files, offer.buffers, list(offer.notes))
+            _agree(lambda: store._map(offer, reader, node, stack))
         store._compare_nodes(str(path))
         store._pin()
         return store
 
-    def _map(self, offer: _Offer, sources: Sources | None, node: Node, fill_own: Callable[[], int]) -> None:
+    def _map(self, offer: _Offer, reader: _Reader | _Converter, node: Node, stack: contextlib.ExitStack) -> None:
         if offer.where == "file":
-            self._map_files(sources)
+            self._map_files(reader.sources)
             return
         writable = torch.cuda.is_available()  # CUDA registers writable memory only
         try:
@@ -150,7 +165,7 @@ class ReferenceStore:
                 f"rank {node.rank} cannot open the memory of rank {node.ranks[0]} ({error.strerror}) and keeps a copy of its own, "
                 f"{format_bytes(self.layout.nbytes)}"
             )
-            handle = os.dup(fill_own())
+            handle = os.dup(_new_segment(self.layout, reader, stack)[0])
         self._maps = [shared_memory.map_segment(handle, self.layout.nbytes, writable)]
         os.close(handle)
         self._tensors = {
@@ -305,41 +320,30 @@ def _and_more(names: list[str]) -> str:
 # --------------------------------------------------------------------------------------------------------- filling a segment
 
 
-def _provide(
-    layout: Layout, files: ModelFiles | None, sources: Sources | None, convert: _Converted | None, where: Where,
-    stack: contextlib.ExitStack,
-) -> _Offer:  # fmt: skip
+def _provide(layout: Layout, reader: _Reader | _Converter, where: Where, stack: contextlib.ExitStack) -> _Offer:
     """On the first rank of a node: makes and fills the segment, or says that the files are to be mapped."""
-    mappable = _obstacle_to_mapping(layout, sources)
+    obstacle = reader.obstacle_to_mapping()
     if where == "file":
-        if mappable is not None:
-            raise UnusableWeights(f"the model's files cannot be mapped: {mappable}")
-        return _Offer("file", digest=_digest_of_files(layout, sources))
+        if obstacle is not None:
+            raise UnusableWeights(f"the model's files cannot be mapped: {obstacle}")
+        return _Offer("file", "", reader.digest(), reader.buffers())
     try:
-        handle = shared_memory.create(layout.nbytes, "safecl-reference")
+        handle, digest = _new_segment(layout, reader, stack)
     except shared_memory.NoRoom as error:
-        if where == "segment" or mappable is not None:
-            raise UnusableWeights(f"{error}; the model's files cannot be mapped instead: {mappable or 'where=segment'}") from None
-        return _Offer("file", digest=_digest_of_files(layout, sources), notes=(f"{error}: the model's files are mapped instead",))
-    stack.callback(os.close, handle)
-    digest = _fill(handle, layout, sources, convert)
-    if files is not None:
-        files.check_unchanged()
-    return _Offer("segment", shared_memory.address(handle), digest)
+        if where == "segment" or obstacle is not None:
+            raise UnusableWeights(f"{error}; the model's files cannot be mapped instead: {obstacle or 'where=segment'}") from None
+        return _Offer("file", "", reader.digest(), reader.buffers(), (f"{error}: the model's files are mapped instead",))
+    return _Offer("segment", shared_memory.address(handle), digest, reader.buffers())
 
 
-def _fill_own(layout: Layout, sources: Sources | None, convert: _Converted | None, stack: contextlib.ExitStack) -> int:
+def _new_segment(layout: Layout, reader: _Reader | _Converter, stack: contextlib.ExitStack) -> tuple[int, str]:
+    """(handle, digest) of a segment that holds all parameters and that nobody can change; the handle is open as long as the stack."""
     handle = shared_memory.create(layout.nbytes, "safecl-reference")
     stack.callback(os.close, handle)
-    _fill(handle, layout, sources, convert)
-    return handle
-
-
-def _fill(handle: int, layout: Layout, sources: Sources | None, convert: _Converted | None) -> str:
-    """Writes all parameters and returns the digest; nobody can write afterwards."""
     memory = shared_memory.map_segment(handle, layout.nbytes, writable=True)
-    load = convert.parameters(layout) if sources is None else (lambda name, target: _load(sources[name], target))
     view = memoryview(memory)
+
+    load = reader.loader()
 
     def fill(name: str) -> bytes:
         target = view[layout.offsets[name] : layout.offsets[name] + layout.num_bytes(name)]
@@ -348,50 +352,112 @@ def _fill(handle: int, layout: Layout, sources: Sources | None, convert: _Conver
 
     with ThreadPoolExecutor(min(_FILLERS, os.cpu_count() or 1)) as pool:
         hashes = dict(zip(layout.shapes, pool.map(fill, layout.shapes), strict=True))
+    reader.check_unchanged()
     view.release()
     memory.close()
     if not torch.cuda.is_available():
         shared_memory.seal(handle)
-    return _combine(layout, hashes)
+    return handle, _combine(layout, hashes)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Parameters straight from the model's files."""
+
+    layout: Layout
+    files: ModelFiles
+    sources: Sources
+
+    def loader(self) -> Callable[[str, torch.Tensor], Any]:
+        """Fills a flat tensor with a parameter; safe to call from several threads."""
+        return lambda name, target: _load(self.sources[name], target)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        found = {name: self.files.tensors[name] for name in self.layout.buffers if name in self.files.tensors}
+        values = {name: torch.empty(source[1].shape, dtype=_BUFFER_DTYPES[source[1].dtype]) for name, source in found.items()}
+        for name, source in found.items():
+            _load(source, values[name].view(-1))
+        return values
+
+    def check_unchanged(self) -> None:
+        self.files.check_unchanged()
+
+    def obstacle_to_mapping(self) -> str | None:
+        """Why the files cannot stand for the segment; None where they can."""
+        if torch.cuda.is_available():
+            return "a GPU needs pinned memory"
+        for name, (file, tensor) in self.sources.items():
+            if DTYPES[tensor.dtype] != self.layout.dtype:
+                return f"{file} holds {name} as {tensor.dtype}, the run needs {_NAMES[self.layout.dtype]}"
+            if tensor.position % self.layout.dtype.itemsize:
+                return f"{file} is not aligned"
+        return None
+
+    def digest(self) -> str:
+        """That of a segment with the same values, where the files are mapped."""
+        hashes = {}
+        for name, (path, tensor) in self.sources.items():
+            digest, block = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
+            with open_regular(path.resolve()) as file:
+                for start in range(0, tensor.nbytes, _CHUNK_BYTES):
+                    part = memoryview(block)[: min(_CHUNK_BYTES, tensor.nbytes - start)]
+                    read_into(file, tensor.position + start, part)
+                    digest.update(part)
+            hashes[name] = digest.digest()
+        return _combine(self.layout, hashes)
 
 
 @torch.no_grad()
 def _load(source: tuple[Path, Tensor], target: torch.Tensor) -> None:
     """Reads one tensor in chunks, rounding each to the target's dtype."""
     path, tensor = source
-    stored = DTYPES[tensor.dtype]
+    stored = _BUFFER_DTYPES[tensor.dtype]
     chunk = _CHUNK_BYTES // stored.itemsize
-    buffer = None if stored == target.dtype else torch.empty(min(chunk, target.numel()), dtype=stored)
+    scratch = None if stored == target.dtype else torch.empty(min(chunk, target.numel()), dtype=stored)
     with open_regular(path.resolve()) as file:
         for start in range(0, target.numel(), chunk):
             part = target[start : start + chunk]
-            read = part if buffer is None else buffer[: part.numel()]
+            read = part if scratch is None else scratch[: part.numel()]
             read_into(file, tensor.position + start * stored.itemsize, memoryview(read.view(torch.uint8).numpy()))
-            if buffer is not None:
+            if scratch is not None:
                 part.copy_(read)
 
 
 @dataclass(frozen=True)
-class _Converted:
+class _Converter:
     """Parameters of a checkpoint whose names or tensors transformers converts while it loads: it does, once per node."""
 
+    layout: Layout
     path: str
-    dtype: torch.dtype
     trust_remote_code: bool
+    sources = None
 
-    def parameters(self, layout: Layout) -> Callable[[str, torch.Tensor], Any]:
+    @functools.cached_property
+    def _state(self) -> dict[str, torch.Tensor]:
         from transformers import AutoModelForCausalLM
 
         try:
             model, said = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code, output_loading_info=True
+                self.path, dtype=self.layout.dtype, trust_remote_code=self.trust_remote_code, output_loading_info=True
             )
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise UnusableWeights(f"model.path: {self.path}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}") from None
         if missing := sorted(said["missing_keys"]):
             raise UnusableWeights(f"model.path: {self.path}: tensor {missing[0]} is missing" + _and_more(missing))
-        parameters = dict(model.named_parameters())
-        return lambda name, target: target.copy_(parameters[name].detach().view(-1))
+        return model.state_dict()
+
+    def loader(self) -> Callable[[str, torch.Tensor], Any]:
+        state = self._state
+        return lambda name, target: target.copy_(state[name].view(-1))
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {name: self._state[name] for name in self.layout.buffers}
+
+    def check_unchanged(self) -> None:
+        """What transformers has read is in memory."""
+
+    def obstacle_to_mapping(self) -> str | None:
+        return "their tensors must be converted"
 
 
 def _combine(layout: Layout, hashes: Mapping[str, bytes]) -> str:
@@ -399,36 +465,6 @@ def _combine(layout: Layout, hashes: Mapping[str, bytes]) -> str:
     for name in sorted(hashes):
         digest.update(name.encode() + hashes[name])
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------- mapping the files
-
-
-def _obstacle_to_mapping(layout: Layout, sources: Sources | None) -> str | None:
-    """Why the files cannot stand for the segment; None where they can."""
-    if torch.cuda.is_available():
-        return "a GPU needs pinned memory"
-    if sources is None:
-        return "their tensors must be converted"
-    for name, (file, tensor) in sources.items():
-        if DTYPES[tensor.dtype] != layout.dtype:
-            return f"{file} holds {name} as {tensor.dtype}, the run needs {_NAMES[layout.dtype]}"
-        if tensor.position % layout.dtype.itemsize:
-            return f"{file} is not aligned"
-    return None
-
-
-def _digest_of_files(layout: Layout, sources: Sources) -> str:
-    hashes = {}
-    for name, (path, tensor) in sources.items():
-        digest, block = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
-        with open_regular(path.resolve()) as file:
-            for start in range(0, tensor.nbytes, _CHUNK_BYTES):
-                part = memoryview(block)[: min(_CHUNK_BYTES, tensor.nbytes - start)]
-                read_into(file, tensor.position + start, part)
-                digest.update(part)
-        hashes[name] = digest.digest()
-    return _combine(layout, hashes)
 
 
 def _view(memory: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

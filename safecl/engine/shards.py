@@ -10,8 +10,9 @@ Layouts of DeepSpeed 0.19.8 (other versions are refused):
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,42 @@ def check_deepspeed_version() -> None:
         raise RuntimeError(
             f"DeepSpeed {deepspeed.__version__} is not supported: safecl reads its shards' layout, which it knows for >= 0.19.8, < 0.20"
         )
+
+
+def initialize(model: torch.nn.Module, optimizer, config: dict, alike: Collection[torch.nn.Parameter] = ()):
+    """deepspeed.initialize; returns the engine. Parameters in `alike` have the same values on all ranks already: views of a store that must
+    not be written to, so DeepSpeed's broadcast from rank 0 leaves them out."""
+    import deepspeed
+
+    with _broadcasting_all_but({id(p) for p in alike}):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+@contextlib.contextmanager
+def _broadcasting_all_but(alike: set[int]) -> Iterator[None]:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    replicate, partition = DeepSpeedEngine._broadcast_model, Init._zero_init_param
+
+    def broadcast_model(engine) -> None:  # stages 0 to 2
+        for p in engine.module.parameters():
+            if id(p) not in alike and not hasattr(p, "ds_id"):
+                dist.broadcast(p.data, 0)
+
+    def partition_one(init, p) -> None:  # stage 3
+        init._convert_to_deepspeed_param(p)
+        if id(p) not in alike:
+            dist.broadcast(p.data, 0)
+        p.partition()
+
+    if alike:
+        DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast_model, partition_one
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model, Init._zero_init_param = replicate, partition
 
 
 class ShardMap:
@@ -191,8 +228,6 @@ class ShardMap:
             import deepspeed
 
             return deepspeed.zero.GatheredParameters([p])
-        import contextlib
-
         return contextlib.nullcontext()
 
 

@@ -25,9 +25,10 @@ from safecl.engine.deepspeed_config import deepspeed_config
 from safecl.engine.durable import replace_file
 from safecl.engine.export import save_model
 from safecl.engine.live import evaluating
+from safecl.engine.loading import load_model
 from safecl.engine.memory import fill_memory
 from safecl.engine.metrics import MetricsLog, check_trackers
-from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention, load_model
+from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention
 from safecl.engine.plan import RunPlan, TaskPlan, describe_plan, plan_run
 from safecl.engine.random_state import seed_generators
 from safecl.engine.resume import Progress, RunSaver
@@ -147,7 +148,10 @@ class Trainer:
         config = self.config
         seed_generators(config.train.seed)
         self._write_run_folder(files)
-        model = LanguageModel(load_model(config.model))
+        loaded, store = load_model(config.model)
+        for note in store.notes:
+            self.console.note(note)
+        model = LanguageModel(loaded)
         frozen, base = frozen_digest(model), base_of(model, config)
         attention, reason = choose_attention(config.model.attention)
         packed = config.train.packing == "packed" or (config.train.packing == "auto" and attention == "flash_attention_2")
@@ -157,7 +161,7 @@ class Trainer:
         if packed:
             check_packing(model)
         layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=self.plan.tokenizer.pad_token_id or 0)
-        engine = TrainingEngine(model, config, layout)
+        engine = TrainingEngine(model, config, layout, store)
         self.console.fact("trained", f"{engine.shards.numel:,} weights on {distributed.world_size()} rank(s), {engine.device}")
         run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
         self._saver = RunSaver(run, self.folder, identity_of(self.plan, frozen), base)

@@ -22,7 +22,8 @@ from safecl.engine.batch import Layout, StepRow, micro_batches, terms_of, to_dev
 from safecl.engine.deepspeed_config import deepspeed_config
 from safecl.engine.model import LanguageModel
 from safecl.engine.optimizer import Quantity, Shard, ShardAdamW, UpdateResult
-from safecl.engine.shards import ShardMap, UnshardedFp32Gradients
+from safecl.engine.reference import ReferenceStore
+from safecl.engine.shards import ShardMap, UnshardedFp32Gradients, initialize
 from safecl.kernels import fisher_accumulate_
 
 Action = Callable[[list[Shard]], None]
@@ -41,16 +42,19 @@ class NonFiniteGradient(RuntimeError):
 class TrainingEngine:
     """A model under DeepSpeed, its flat shards and its optimizer. All methods are collective calls."""
 
-    def __init__(self, model: LanguageModel, config: RunConfig, layout: Layout):
-        import deepspeed
-
+    def __init__(self, model: LanguageModel, config: RunConfig, layout: Layout, store: ReferenceStore | None = None):
+        """`store`: what the model's weights are views of (safecl.engine.loading), where they are."""
         train = config.train
         self.layout = layout
         self.rank = distributed.rank()
         model.zero_grad(set_to_none=True)  # a gradient that a caller left behind would join the first step
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = ShardAdamW(trained, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config))
+        viewed = [p for p in model.parameters() if store is not None and store.holds(p)]
+        if config.deepspeed.stage == 0:  # the other stages make a flat copy of what is trained
+            for p in viewed:
+                p.data = p.data.clone() if p.requires_grad else p.data
+        self.deepspeed = initialize(model, self.optimizer, deepspeed_config(config), alike=viewed)
         self.shards = ShardMap(self.deepspeed, prefix="model.")
         self.optimizer.bind(self.shards)
         unsharded_bf16 = self.shards.stage == 0 and config.model.dtype == "bf16"

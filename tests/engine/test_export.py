@@ -24,9 +24,9 @@ def train_and_save(folder: str, tied: bool = False, family: str = "llama", lora:
     config = scenes.run_config(**changes)
     model = scenes.tiny_model(tied, family=family)
     if lora:
-        from safecl.engine.model import _add_adapters
+        from safecl.engine.model import add_adapters
 
-        model = _add_adapters(model, config.model)
+        model = add_adapters(model, config.model)
     run, task = scenes.make_run(config, model)
     for _ in range(2):
         run.train_step(task)

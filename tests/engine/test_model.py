@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from safecl.config import ConfigError, ModelConfig
+from safecl.engine import loading
 from safecl.engine import model as engine_model
 from tests.engine import oracle, scenes
 
@@ -121,9 +122,9 @@ def test_models_that_are_not_supported_are_refused_by_name(tmp_path):
 
     transformers.MixtralConfig(num_local_experts=4).save_pretrained(tmp_path / "moe")
     with pytest.raises(ConfigError, match="mixture of experts"):
-        engine_model.load_model(ModelConfig(path=str(tmp_path / "moe")))
+        loading.load_model(ModelConfig(path=str(tmp_path / "moe")))
     with pytest.raises(ConfigError, match=r"model\.path"):
-        engine_model.load_model(ModelConfig(path=str(tmp_path / "nothing")))
+        loading.load_model(ModelConfig(path=str(tmp_path / "nothing")))
 
 
 def test_attention_is_chosen_by_what_is_there_and_says_why():

@@ -86,9 +86,9 @@ def make_run(config, model, task_rows: list, memory_rows=None):
 
 
 def with_adapters(model, config):
-    from safecl.engine.model import _add_adapters
+    from safecl.engine.model import add_adapters
 
-    model = _add_adapters(model, config.model)
+    model = add_adapters(model, config.model)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
