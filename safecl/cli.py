@@ -75,6 +75,19 @@ def demo(
 
 
 @verb
+def proof(
+    folder: Annotated[Path, typer.Argument(help="Where the numbers and the checkpoints are written.")] = Path("runs/proof"),
+) -> None:
+    """Measure known silent failures of continual fine-tuning beside safecl, in about a minute; needs no model."""
+    from safecl.commands.preflight import refuse_unwritable
+    from safecl.proof.run import run_proof
+
+    refuse_unwritable(folder)
+    Ending.run_folder = folder
+    raise typer.Exit(run_proof(folder))
+
+
+@verb
 def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write; an existing one is never overwritten.")] = Path("run.yaml"),
     model: Annotated[str | None, typer.Option(help="Model: a Hugging Face folder or hub id.")] = None,

@@ -120,7 +120,7 @@ def test_a_mistyped_verb_option_or_file_ends_with_code_2_and_a_hint(run, argumen
 def test_help_lists_every_verb_and_the_exit_codes(run):
     code, out, _ = run("--help")
     assert code == ExitCode.DONE
-    for verb in ("demo", "init", "check", "train", "eval", "env"):
+    for verb in ("demo", "proof", "init", "check", "train", "eval", "env"):
         assert verb in out
     assert all(f"{int(code)} " in out for code in ExitCode)
 

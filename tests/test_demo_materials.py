@@ -22,9 +22,9 @@ from safecl.demo.materials import ARMS, arm_config, write_materials
 from safecl.demo.model import random_llama
 from safecl.demo.outcome import Outcome, read_outcomes, verdict
 from safecl.demo.run import run_demo
-from safecl.demo.spawn import run_ranks
 from safecl.evaluation import check_disjoint
 from safecl.evaluation.scorers import opens_affirmatively, refused
+from safecl.spawn import run_ranks
 
 SEEDS = (0, 1, 2)
 
@@ -165,7 +165,7 @@ def test_ctrl_c_ends_all_ranks_with_one_message(tmp_path):
     code = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nopen(sys.argv[1] + str(rank), 'w').close()\ntime.sleep(600)"
     environment = os.environ | write_module(tmp_path, code)
     program = (
-        "import sys; from safecl.commands.ending import told_as_messages; from safecl.demo.spawn import run_ranks\n"
+        "import sys; from safecl.commands.ending import told_as_messages; from safecl.spawn import run_ranks\n"
         "with told_as_messages('demo'): run_ranks('rank_module', [sys.argv[1]], 2)"
     )
     environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent.parent)

@@ -51,7 +51,7 @@ def test_every_safecl_command_parses(page, words):
     if verb.startswith("-"):
         return
     assert verb in root.commands, f"{page}: there is no verb {verb}"
-    if any(not argument.startswith("-") for argument in rest) or verb in ("init", "env", "demo"):
+    if any(not argument.startswith("-") for argument in rest) or verb in ("init", "env", "demo", "proof"):
         root.commands[verb].make_context(verb, list(rest))  # raises for an option that does not exist
 
 

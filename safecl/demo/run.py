@@ -12,7 +12,7 @@ from rich.console import Console
 from safecl.commands.ending import ExitCode
 from safecl.demo.materials import ARMS, Arm, Materials, write_materials
 from safecl.demo.outcome import print_outcomes, read_outcomes
-from safecl.demo.spawn import run_ranks
+from safecl.spawn import run_ranks
 
 NUM_RANKS = 2
 

@@ -1,4 +1,4 @@
-"""One rank of the demonstration: alignment, then every arm, in one process group. Started by safecl/demo/spawn.py."""
+"""One rank of the demonstration: alignment, then every arm, in one process group. Started by safecl/spawn.py."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from safecl import launcher
 
@@ -15,15 +15,19 @@ _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 
 
-def run_ranks(module: str, arguments: Sequence[str], num_ranks: int) -> int:
-    """Runs `python -m module arguments` in `num_ranks` processes and waits. Returns 0, or the exit code of the first rank that failed.
+def run_ranks(
+    module: str, arguments: Sequence[str], num_ranks: int, *, watch: Callable[[], object] = lambda: None, patience: float = 0.0
+) -> int:
+    """Runs `python -m module arguments` in `num_ranks` processes and waits. Returns 0, or the exit code of the first rank that failed
+    (minus the signal's number for one that was killed).
 
-    Every rank gets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, and its share of the cores as OMP_NUM_THREADS.
+    Every rank gets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, and its share of the cores as OMP_NUM_THREADS. `watch` is called
+    while they run; `patience`: seconds that the other ranks get to end by themselves when one has failed.
     """
     port = launcher.free_port()
     ranks = [_start(module, arguments, rank, num_ranks, port) for rank in range(num_ranks)]
     try:
-        return _wait(ranks)
+        return _wait(ranks, watch, patience)
     finally:
         _end(ranks)
 
@@ -42,13 +46,15 @@ def _start(module: str, arguments: Sequence[str], rank: int, num_ranks: int, por
     return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
+def _wait(ranks: list[subprocess.Popen], watch: Callable[[], object], patience: float) -> int:
+    failure, failed_at = 0, 0.0
     while True:
+        watch()
         codes = [rank.poll() for rank in ranks]
-        if failed := [code for code in codes if code]:
-            return failed[0]
-        if all(code == 0 for code in codes):
-            return 0
+        if not failure and (failed := [code for code in codes if code]):
+            failure, failed_at = failed[0], time.monotonic()
+        if None not in codes or (failure and time.monotonic() - failed_at >= patience):
+            return failure
         time.sleep(_POLL_SECONDS)
 
 

@@ -1,0 +1,59 @@
+"""One rank of `safecl proof`: `python -m safecl.proof.worker FOLDER WORK`. Started by run.py, in sets of two.
+
+WORK is `measure` (all that needs no death), `save-usual` or `save-safecl` (which do not return), or `load` (what two new ranks find).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from safecl import launcher
+from safecl.commands.ending import Ending, errors_told
+from safecl.proof.finding import Finding
+
+USUAL, SAFECL = "saved-in-place", "saved-by-safecl"
+
+
+def work(folder: Path, what: str) -> None:
+    """Every rank calls it; rank 0 writes what was found."""
+    from safecl.engine.distributed import init_distributed
+    from safecl.proof import torn_save
+
+    init_distributed()
+    if what == "measure":
+        _measure_all(folder)
+    elif what == "save-usual":
+        torn_save.save_usual(folder / USUAL)
+    elif what == "save-safecl":
+        torn_save.save_safecl(folder / SAFECL)
+    else:
+        logging.disable(logging.CRITICAL)  # DeepSpeed logs the torn file once more
+        _write(folder, lambda: torn_save.finding(torn_save.load_usual(folder / USUAL), torn_save.load_safecl(folder / SAFECL)))
+
+
+def _measure_all(folder: Path) -> None:
+    from safecl.proof import gathered_ema, lost_tail, rounded_logits, two_backwards
+
+    for proof in (gathered_ema, two_backwards, rounded_logits, lost_tail):
+        _write(folder, proof.measure)
+
+
+def _write(folder: Path, measure: Callable[[], Finding]) -> None:
+    began = time.perf_counter()
+    finding = measure()
+    if launcher.rank() == 0:
+        replace(finding, seconds=round(time.perf_counter() - began, 2)).write(folder)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends all ranks
+    folder, what = Path(sys.argv[1]), sys.argv[2]
+    Ending.run_folder = folder
+    with errors_told("proof"):
+        work(folder, what)
