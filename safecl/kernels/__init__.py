@@ -11,7 +11,9 @@ from safecl.kernels.flat import fisher_penalty_ as fisher_penalty_
 from safecl.kernels.flat import penalized_grad_norm as penalized_grad_norm
 from safecl.kernels.head import LinearDistillOutput as LinearDistillOutput
 from safecl.kernels.head import linear_distill_loss as linear_distill_loss
+from safecl.kernels.lowrank import lowrank_fisher_penalty as lowrank_fisher_penalty
 from safecl.kernels.teachers import DenseTeacher as DenseTeacher
 from safecl.kernels.teachers import LogitsTeacher as LogitsTeacher
 from safecl.kernels.teachers import TopKTeacher as TopKTeacher
+from safecl.kernels.topk import SlicedTopK as SlicedTopK
 from safecl.kernels.topk import linear_topk as linear_topk
