@@ -137,6 +137,23 @@ def scan(
 
 
 @verb
+def fisher(
+    config: Config,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write; fisher.safetensors in the run folder by default.", show_default=False),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Each row's own gradient, one pass a row: slow, to check the estimate.")] = False,
+) -> None:
+    """Estimate the diagonal Fisher of the aligned model on the memory's rows, once, for ewc in all runs on that model."""
+    loaded = _load(config, overrides)
+    from safecl.commands.fisher import fisher_run
+
+    raise typer.Exit(fisher_run(loaded, output, exact=exact))
+
+
+@verb
 def eval_(
     target: Annotated[
         str, typer.Argument(metavar="CFG_OR_MODEL", help="Run config, run folder, model folder or hub id.", show_default=False)

@@ -25,6 +25,11 @@ def refuse_missing_files(config: RunConfig) -> None:
         _collect(mistakes, lambda key=key, name=name: refuse_missing_folder(key, name))
     for key, path in _data_files(config):
         _collect(mistakes, lambda path=path: refuse_missing(path), f"{key}: ")
+    for name, settings in config.methods.items():
+        if (path := getattr(settings, "fisher", None)) is not None and not Path(path).is_file():
+            mistakes.append(
+                f"methods.{name}.fisher: {path}: no such file; `safecl fisher CFG` estimates the Fisher information and writes one"
+            )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
+from safecl.engine.adapters import base_model as base_model
 from safecl.kernels import DenseTeacher, TopKTeacher, linear_distill_loss, linear_topk
 from safecl.kernels.logits_head import logits_distill_loss
 
@@ -92,11 +92,6 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
     return model
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """The causal language model under peft's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def head_scaling(model: nn.Module) -> HeadScaling:
     """Softcap and scale of the logits, read from the settings that dense architectures of transformers use."""
     settings = base_model(model).config.get_text_config()
@@ -165,7 +160,7 @@ class LanguageModel(nn.Module):
         features: dicts with positions (int64 [m], flat indices), weights fp32 [m], and the teacher's last hidden states `hidden` [m, H];
         without these, of the model with its adapters off. The distance is the mean over H of the squared difference, formed in fp32.
         reference: whether a forward pass with the adapters off is needed, alike on all ranks.
-        adapter_pull: (strength, patterns) of 0.5 * strength * sum ||(alpha / r) B A||^2 over the adapters of the matching weights.
+        adapter_pull: a penalty of LoRA's products, a function of the model (safecl.engine.adapters).
         Returns loss (0-dim), ce [n], kd0, kd1, ... [n], feature0, ... [m], adapters (0-dim), detached and unweighted but for the last.
         """
         teacher = self._reference(input_ids, position_ids) if reference else None
@@ -183,7 +178,7 @@ class LanguageModel(nn.Module):
             distance = (hidden[where].float() - target.float()).square().mean(-1)  # [m]
             loss, result[f"feature{index}"] = loss + (feature["weights"] * distance).sum(), distance.detach()
         if adapter_pull is not None:
-            pull = self._adapter_pull(*adapter_pull)
+            pull = adapter_pull(self.model)
             loss, result["adapters"] = loss + pull, pull.detach()
         return {"loss": loss, **result}
 
@@ -224,14 +219,6 @@ class LanguageModel(nn.Module):
                 return self._hidden(input_ids, position_ids), None
             return self._own_outputs(input_ids, position_ids, need_hidden=True)
 
-    def _adapter_pull(self, strength: float, patterns: tuple[str, ...]) -> torch.Tensor:
-        """0.5 * strength * sum ||(alpha / r) B A||_F^2, 0-dim fp32, from r x r products: ||B A||_F^2 = <B^T B, A A^T>."""
-        total = torch.zeros((), device=self.head.weight.device)
-        for _, a, b, scaling in adapters(self.model, patterns):
-            a, b = a.weight.float(), b.weight.float()
-            total = total + scaling**2 * ((b.T @ b) * (a @ a.T)).sum()
-        return 0.5 * strength * total
-
     def _teacher_arguments(self, distillation: dict | None, live: torch.Tensor | None) -> dict:
         """`live` [n, H or vocab]: what the model with its adapters off says at all positions."""
         if distillation is None:
@@ -268,15 +255,6 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def adapters(model: nn.Module, patterns: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module, nn.Module, float]]:
-    """(name of the adapted weight, A, B, alpha / r) where the name matches one of the patterns; all without patterns."""
-    for module_name, module in base_model(model).named_modules():
-        name = f"{module_name}.weight"
-        for adapter, a in getattr(module, "lora_A", {}).items():
-            if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns):
-                yield name, a, module.lora_B[adapter], module.scaling[adapter]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from safecl import launcher
 from safecl.config import ConfigError, EvalConfig, RunConfig, TaskConfig, TrainConfig
 from safecl.data import (
     ChatRow,
@@ -75,11 +76,11 @@ def plan_run(config: RunConfig) -> RunPlan:
     tokenizer = load_tokenizer(config.model)
     plan = RunPlan(config, tokenizer, [_plan_task(config, task, tokenizer) for task in config.tasks], build_methods(config))
     if config.memory is not None:
-        memory = config.memory
-        plan.memory = _prepare(config, memory.source, memory, tokenizer, max_length=min(memory.max_tokens, config.train.max_length))
+        plan.memory = prepare_memory(config, tokenizer)
     _plan_safety(plan)
     _check_sizes(plan)
     _check_vocabulary(plan)
+    _check_fisher(config)
     return plan
 
 
@@ -94,6 +95,12 @@ def _prepare(config: RunConfig, path: str, section, tokenizer, max_length: int) 
         max_rows=getattr(section, "max_rows", None), max_bad_rows=config.train.max_bad_rows, tokenizer=tokenizer, max_length=max_length,
         cache_dir=data_cache(),
     )  # fmt: skip
+
+
+def prepare_memory(config: RunConfig, tokenizer) -> TokenDataset:
+    """The rows of memory.source. Raises ConfigError (DataError for rows)."""
+    memory = config.memory
+    return _prepare(config, memory.source, memory, tokenizer, max_length=min(memory.max_tokens, config.train.max_length))
 
 
 def _plan_task(config: RunConfig, task: TaskConfig, tokenizer) -> TaskPlan:
@@ -201,6 +208,21 @@ def _check_vocabulary(plan: RunPlan) -> None:
                 f"model.tokenizer: token id {data.max_token_id} occurs in {data.path(0)}, but the model knows only {vocabulary:,} tokens; "
                 "use the model's own tokenizer"
             )
+
+
+def _check_fisher(config: RunConfig) -> None:
+    """A Fisher of another model would hold still the wrong weights, silently."""
+    from safecl.engine.fisher_file import open_fisher, refuse_other_model
+    from safecl.engine.model_hash import model_hash
+
+    for name, settings in config.methods.items():
+        if (path := getattr(settings, "fisher", None)) is None:
+            continue
+        if config.tasks[0].role == "align":
+            raise ConfigError(f"methods.{name}.fisher: the aligned model is what the first task (role: align) makes; leave `fisher` out")
+        fisher = open_fisher(path)
+        if launcher.rank() == 0:  # it reads the whole model; where it fails the launcher ends all ranks
+            refuse_other_model(fisher, config.model.path, model_hash(config.model.path))
 
 
 def _check_sizes(plan: RunPlan) -> None:

@@ -12,15 +12,16 @@ import torch
 
 from safecl.config import RunConfig
 from safecl.data import TokenDataset
+from safecl.engine.adapters import AdapterPull, EvenPull, adapters, read_fisher_pull
 from safecl.engine.batch import HIDDEN, Distillation, StepRow
 from safecl.engine.fisher import estimate_fisher
+from safecl.engine.fisher_file import load_fisher, open_fisher
 from safecl.engine.memory import Memory, remember, sample_rows
-from safecl.engine.model import adapters
 from safecl.engine.optimizer import Quantity, Shard, UpdatePlan
 from safecl.engine.plan import TaskPlan, apply_screening
 from safecl.engine.recorded import RecordedOutputs, open_recorded, record_outputs, teacher_folder
 from safecl.engine.schedule import learning_rate
-from safecl.engine.training import AdapterPull, StepLosses, TrainingEngine
+from safecl.engine.training import StepLosses, TrainingEngine
 from safecl.methods.base import Method, Penalty, ReplayTerm, TaskTerm
 
 TASK = "task"
@@ -47,7 +48,8 @@ class Run:
         self.last_learning_rate = 0.0
         self._active: list[Method] = []
         self._recorded: dict[tuple[str, str], RecordedOutputs] = {}
-        self._has_adapters = next(adapters(engine.module.model), None) is not None
+        self._pulls: dict[Penalty, AdapterPull] = {}
+        self.has_adapters = next(adapters(engine.module.model), None) is not None
 
     # ---------------------------------------------------------------------------------------------------- for the methods
 
@@ -86,6 +88,10 @@ class Run:
         return estimate_fisher(
             self.engine, chosen, row_ids, seed=self.seed, sign_batches=sign_batches, rows_per_batch=rows_per_batch, kind=kind
         )
+
+    def load_fisher(self, path: str, kind: str = "fisher") -> float:
+        load_fisher(open_fisher(path), self.engine.shards, self.engine.optimizer, kind)
+        return self.engine.optimizer.fisher_means[kind]
 
     def memory_gradient(self, kind: str, stream: str) -> bool:
         rows = self._replay_rows(stream, [ReplayTerm(stream, ce_weight=1.0)])
@@ -152,7 +158,7 @@ class Run:
 
     def _is_live(self, term: TaskTerm) -> bool:
         """With adapters, theta_0 is the model without them."""
-        return self._has_adapters and term.teacher == "aligned"
+        return self.has_adapters and term.teacher == "aligned"
 
     def _record_teachers(self, task: TaskPlan) -> None:
         """Before the first task theta_0 is asked about all tasks' rows: it will not be there again."""
@@ -255,9 +261,22 @@ class Run:
 
     def _adapter_pull(self) -> AdapterPull | None:
         """With LoRA a penalty of the merged weights is part of the loss."""
-        pulls = [penalty for penalty in self._penalties() if penalty.product] if self._has_adapters else []
-        assert len(pulls) <= 1, "one method pulls the adapters' products"
-        return (pulls[0].strength, pulls[0].modules) if pulls else None
+        penalties = [penalty for penalty in self._penalties() if penalty.product] if self.has_adapters else []
+        pulls = [self._pull_of(penalty) for penalty in penalties]
+        return (lambda model: sum(pull(model) for pull in pulls)) if pulls else None
+
+    def _pull_of(self, penalty: Penalty) -> AdapterPull:
+        """Made once: a Fisher is read from its file, this rank's share of it."""
+        if penalty not in self._pulls:
+            if penalty.fisher_file is None:
+                self._pulls[penalty] = EvenPull(penalty.strength, penalty.modules)
+            else:
+                on_host = self.config.deepspeed.offload.optimizer == "cpu"
+                self._pulls[penalty] = read_fisher_pull(
+                    open_fisher(penalty.fisher_file), self.engine.module.model, penalty.strength, rank=self.engine.rank,
+                    world_size=self.engine.layout.world_size, device=torch.device("cpu") if on_host else self.engine.device,
+                )  # fmt: skip
+        return self._pulls[penalty]
 
     def _penalties(self) -> list[Penalty]:
         return [penalty for method in self._active if (penalty := method.penalty()) is not None]
@@ -270,7 +289,7 @@ class Run:
             lr=self.last_learning_rate,
             clip_norm=train.clip_norm,
             clip_scope=train.clip_scope,
-            penalties=[penalty for penalty in self._penalties() if not (penalty.product and self._has_adapters)],
+            penalties=[penalty for penalty in self._penalties() if not (penalty.product and self.has_adapters)],
             ema_decay=decays[0] if decays else None,
             transforms=self._hooks("transform_gradient"),
             after_update=self._hooks("after_update"),

@@ -18,6 +18,7 @@ import torch
 
 from safecl.config import RunConfig
 from safecl.engine import distributed
+from safecl.engine.adapters import AdapterPull
 from safecl.engine.batch import Layout, StepRow, micro_batches, terms_of, to_device
 from safecl.engine.deepspeed_config import deepspeed_config
 from safecl.engine.model import LanguageModel
@@ -27,7 +28,6 @@ from safecl.engine.shards import ShardMap, UnshardedFp32Gradients, initialize
 from safecl.kernels import fisher_accumulate_
 
 Action = Callable[[list[Shard]], None]
-AdapterPull = tuple[float, tuple[str, ...]]
 
 UNPERTURBED = "_unperturbed"
 """State that holds the weights while they are perturbed."""
@@ -70,7 +70,7 @@ class TrainingEngine:
     def gradient_pass(self, rows: Sequence[StepRow], then: Action, adapter_pull: AdapterPull | None = None) -> StepLosses:
         """One forward and backward over `rows` (the whole global step, the same list on every rank), then `then` on the reduced gradient.
 
-        `adapter_pull`: (strength, patterns) of a pull of LoRA's products to 0 that joins the loss.
+        `adapter_pull`: a penalty of LoRA's products that joins the loss, once a step.
         """
         self.deepspeed.train()
         losses = self._forward_backward(rows, adapter_pull)
@@ -94,10 +94,10 @@ class TrainingEngine:
         terms = terms_of(rows)
         losses = StepLosses(terms + [ADAPTERS] * (adapter_pull is not None), self.device, self.layout.world_size)
         batches = micro_batches(rows, terms, self.layout, self.rank)
-        share = {} if adapter_pull is None else {"adapter_pull": (adapter_pull[0] / len(batches), adapter_pull[1])}
         for index, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1 and self.fp32_gradients is None)
-            output = self.deepspeed(task="loss", **to_device(batch.inputs, self.device), **share)
+            once = {} if adapter_pull is None or index < len(batches) - 1 else {"adapter_pull": adapter_pull}
+            output = self.deepspeed(task="loss", **to_device(batch.inputs, self.device), **once)
             # A new tensor: DeepSpeed divides the gradient of the very tensor that forward returned by its accumulation steps.
             self.deepspeed.backward(output["loss"] * 1.0, scale_wrt_gas=False)
             losses.add(batch, output)

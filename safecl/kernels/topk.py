@@ -3,7 +3,7 @@
     log p_v = z_v - lse(z),   log tail = lse(z without its k largest) - lse(z),   z = logits / temperature
 
 The k largest are taken out before the rest is summed, so the tail is right to fp32 even at a mass of 1e-14, where 1 - sum would be noise.
-`linear_topk` has the whole head at hand; `SlicedTopK` sees it slice by slice, and keeps the k largest so far and the log-mass of the others.
+`linear_topk` has the whole head at hand; `SlicedTopK` sees it slice by slice, and keeps the k largest so far and the others' log-mass.
 """
 
 from __future__ import annotations

@@ -77,6 +77,8 @@ class Penalty:
     product: bool = False
     """With LoRA, pull the products (alpha / r) B A to 0, which is the merged weights to their start, instead of the factors. It is then
     part of the loss, and clipped with it."""
+    fisher_file: str | None = None
+    """With `product`: file of the dense Fisher that weighs the products; without one they are pulled evenly."""
 
 
 C = TypeVar("C", bound=MethodConfig)
@@ -90,6 +92,8 @@ class Run(Protocol):
     num_steps: int
     """Optimizer steps of the current task."""
     seed: int
+    has_adapters: bool
+    """True with LoRA: the trained weights are the factors of updates."""
 
     def shards(self) -> list[Shard]:
         """This rank's part of the trained weights with its state tensors (fp32, flat)."""
@@ -110,6 +114,9 @@ class Run(Protocol):
         self, *, sign_batches: int, rows_per_batch: int, kind: str = "fisher", rows: Literal["memory", "previous_task"] = "memory"
     ) -> float:
         """Estimates the diagonal Fisher on these rows into the state `kind`; returns its mean over all weights."""
+
+    def load_fisher(self, path: str, kind: str = "fisher") -> float:
+        """Loads what `safecl fisher` has written into the state `kind`; returns its mean over all weights."""
 
     def memory_gradient(self, kind: str, stream: str) -> bool:
         """Gradient of the mean cross-entropy of a draw from the memory, at the current weights, into the state `kind`; weights stay.

@@ -26,7 +26,7 @@ class Config(MethodConfig):
     """Online elastic weight consolidation."""
 
     needs_memory: ClassVar[bool] = True
-    refuses_lora: ClassVar[str] = ewc.Config.refuses_lora
+    refuses_lora: ClassVar[str] = ewc.LORA_REFUSED
 
     strength: Annotated[float, Field(ge=0)] = 0.1
     """Factor of the penalty; F of the first task has mean 1."""

@@ -1,0 +1,38 @@
+"""`safecl fisher CFG`: estimates the diagonal Fisher of the aligned model on the memory's rows, once for all runs on that model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from safecl import launcher
+from safecl.commands.ending import ExitCode
+from safecl.commands.preflight import preflight, refuse_unwritable
+from safecl.config import ConfigError, RunConfig
+
+
+def fisher_run(config: RunConfig, output: Path | None, *, exact: bool) -> ExitCode:
+    """Writes the Fisher file and says how to use it. Raises ConfigError for what can be said before the model is loaded."""
+    launcher.join_launcher()
+    if config.memory is None:
+        raise ConfigError("safecl fisher: needs `memory: {source: ...}`, the rows whose behaviour must be kept")
+    if config.tasks[0].role == "align":
+        raise ConfigError(
+            "safecl fisher: model.path is aligned only by the first task (role: align); train that first, then name its model"
+        )
+    path = output or Path(next(_named_files(config), Path(config.output) / "fisher.safetensors"))
+    # The file that the methods name is what this verb writes, so it need not be there.
+    methods = {
+        name: settings.model_copy(update={"fisher": None}) for name, settings in config.methods.items() if hasattr(settings, "fisher")
+    }
+    config = config.model_copy(update={"methods": {**config.methods, **methods}})
+    preflight(config)
+    refuse_unwritable(path.parent)
+    from safecl.engine.fisher_run import estimate_to_file
+
+    estimate_to_file(config, path, exact=exact)
+    return ExitCode.DONE
+
+
+def _named_files(config: RunConfig) -> Iterator[str]:
+    return (path for settings in config.methods.values() if (path := getattr(settings, "fisher", None)) is not None)
