@@ -8,13 +8,13 @@ from safecl import launcher
 from safecl.config import ConfigError, RunConfig
 from safecl.data import load_tokenizer
 from safecl.engine import distributed
+from safecl.engine.artifacts import ArtifactStore, model_hash
 from safecl.engine.batch import Layout
 from safecl.engine.console import Console
 from safecl.engine.fisher import estimate_fisher
 from safecl.engine.fisher_file import FisherHeader, open_fisher, write_fisher
 from safecl.engine.memory import fill_memory
 from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention, load_model
-from safecl.engine.model_hash import model_hash
 from safecl.engine.plan import prepare_memory
 from safecl.engine.random_state import seed_generators
 from safecl.engine.run_identity import fingerprint, versions
@@ -52,7 +52,7 @@ def estimate_to_file(config: RunConfig, path: Path, *, exact: bool) -> None:
 
 
 def _header(config: RunConfig, settings: ewc.Config, rows: str, num_rows: int, exact: bool) -> FisherHeader:
-    digest = distributed.gather_objects([model_hash(config.model.path) if distributed.rank() == 0 else ""])[0]
+    digest = distributed.gather_objects([model_hash(config.model.path, ArtifactStore.of(config)) if distributed.rank() == 0 else ""])[0]
     return FisherHeader(
         mean=0.0, num_weights=0, estimator="exact" if exact else "random signs", sign_batches=0 if exact else settings.sign_batches,
         rows_per_batch=1 if exact else settings.rows_per_batch, seed=config.train.seed, num_rows=num_rows, rows=rows,

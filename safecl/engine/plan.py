@@ -212,8 +212,8 @@ def _check_vocabulary(plan: RunPlan) -> None:
 
 def _check_fisher(config: RunConfig) -> None:
     """A Fisher of another model would hold still the wrong weights, silently."""
+    from safecl.engine.artifacts import ArtifactStore, model_hash
     from safecl.engine.fisher_file import open_fisher, refuse_other_model
-    from safecl.engine.model_hash import model_hash
 
     for name, settings in config.methods.items():
         if (path := getattr(settings, "fisher", None)) is None:
@@ -222,7 +222,7 @@ def _check_fisher(config: RunConfig) -> None:
             raise ConfigError(f"methods.{name}.fisher: the aligned model is what the first task (role: align) makes; leave `fisher` out")
         fisher = open_fisher(path)
         if launcher.rank() == 0:  # it reads the whole model; where it fails the launcher ends all ranks
-            refuse_other_model(fisher, config.model.path, model_hash(config.model.path))
+            refuse_other_model(fisher, config.model.path, model_hash(config.model.path, ArtifactStore.of(config)))
 
 
 def _check_sizes(plan: RunPlan) -> None:
