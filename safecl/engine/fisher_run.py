@@ -13,8 +13,9 @@ from safecl.engine.batch import Layout
 from safecl.engine.console import Console
 from safecl.engine.fisher import estimate_fisher
 from safecl.engine.fisher_file import FisherHeader, open_fisher, write_fisher
+from safecl.engine.loading import load_model
 from safecl.engine.memory import fill_memory
-from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention, load_model
+from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention
 from safecl.engine.plan import prepare_memory
 from safecl.engine.random_state import seed_generators
 from safecl.engine.run_identity import fingerprint, versions
@@ -73,11 +74,12 @@ def _is_there(path: Path, wanted: FisherHeader, console: Console) -> bool:
 
 def _build(config: RunConfig, pad_id: int) -> TrainingEngine:
     seed_generators(config.train.seed)
-    model = LanguageModel(load_model(config.model))
+    loaded, store = load_model(config.model)
+    model = LanguageModel(loaded)
     check_head(model)
     attention, _ = choose_attention(config.model.attention)
     packed = config.train.packing == "packed" or (config.train.packing == "auto" and attention == "flash_attention_2")
     if packed:
         check_packing(model)
     layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=pad_id)
-    return TrainingEngine(model, config, layout)
+    return TrainingEngine(model, config, layout, store)
