@@ -41,6 +41,11 @@ class Section(BaseModel):
 class MethodConfig(Section):
     """Base of every method's config (`methods: {name: {...}}`)."""
 
+    @property
+    def online_teacher(self) -> str | None:
+        """The model that the method asks in every step: aligned, previous, ema, or a folder; None where it asks none."""
+        return None
+
 
 class FieldMap(Section):
     """How to read rows whose columns are none of the known formats: templates over the row's own columns."""
@@ -139,16 +144,26 @@ class TaskConfig(Section):
 
 
 class TeacherConfig(Section):
-    """What is stored of the aligned model's outputs for each memory row."""
+    """What replayed rows are compared with: outputs that are stored with each row, or those of a model that is asked in every step."""
 
-    kind: Literal["topk"] = "topk"
-    """topk: log-probabilities of the k likeliest tokens and the log of the remaining mass, per supervised token."""
+    kind: Literal["topk", "online"] = "topk"
+    """topk: stored log-probabilities of the k likeliest tokens and the log of the remaining mass, per supervised token; online: the same of
+    the model `source`, worked out in every step."""
+    source: Text = "aligned"
+    """online only. aligned: theta_0; previous: the model that the task before has handed over; ema: the average that the method `ema`
+    keeps; else folder or hub id of any model with the same tokenizer."""
     k: Annotated[int, Field(ge=1)] = 64
-    """Stored entries per token; 6 bytes each."""
+    """Entries per token; 6 bytes each where they are stored."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of the stored distribution; training uses the same."""
+    """Temperature of the distribution; training uses the same."""
     indices: Literal["int32", "packed"] = "int32"
     """int32: 4 bytes per token id, read without a copy; packed: 2 bytes below 65,536 tokens of vocabulary, else 3."""
+
+    @model_validator(mode="after")
+    def _stored_are_those_of_the_aligned_model(self) -> TeacherConfig:
+        if self.kind == "topk" and self.source != "aligned":
+            raise ValueError(f"source: {self.source} needs kind: online; stored are the outputs of the model at a row's insertion")
+        return self
 
 
 class GuardConfig(Section):
@@ -462,6 +477,9 @@ class RunConfig(Section):
     """Rows whose behaviour must be kept."""
     methods: Annotated[dict[str, SerializeAsAny[MethodConfig]], BeforeValidator(_load_methods)] = {}
     """Continual-learning methods, freely combined; none is plain fine-tuning."""
+    teacher: Literal["streamed", "resident"] = "streamed"
+    """Weights of a teacher that is asked in every step (methods.lwf.outputs, memory.teacher.kind: online). streamed: in host memory, once a
+    node, and through two buffers of a layer's size on each device; resident: on each device."""
     train: TrainConfig = TrainConfig()
     """Optimization."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -502,6 +520,27 @@ class RunConfig(Section):
                 f"train: tokens_per_microbatch ({self.train.tokens_per_microbatch}) is below max_length ({self.train.max_length}), "
                 f"so a long row would not fit; set tokens_per_microbatch: {self.train.max_length} or a smaller max_length"
             )
+        return self
+
+    @property
+    def online_teachers(self) -> dict[str, str]:
+        """Of each key that names a teacher which is asked in every step, which one: aligned, previous, ema, or a folder."""
+        found = {f"methods.{name}.teacher": source for name, settings in self.methods.items() if (source := settings.online_teacher)}
+        replayed = any(getattr(settings, "needs_teacher", False) for settings in self.methods.values())
+        if self.memory is not None and self.memory.teacher.kind == "online" and replayed:
+            found["memory.teacher.source"] = self.memory.teacher.source
+        return found
+
+    @model_validator(mode="after")
+    def _teachers_exist(self) -> RunConfig:
+        for key, source in self.online_teachers.items():
+            if source == "ema" and not any(getattr(settings, "keeps_average", False) for settings in self.methods.values()):
+                raise ValueError(f"{key}: ema needs the method ema (write_back: never), which keeps the average")
+            if source == "previous" and self.model.lora is not None:
+                raise ValueError(
+                    f"{key}: previous cannot be asked in every step with model.lora, whose adapters have moved on; use recorded or stored "
+                    "outputs (methods.lwf.outputs: recorded, memory.teacher.kind: topk), or the aligned model"
+                )
         return self
 
     @model_validator(mode="after")

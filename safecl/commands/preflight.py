@@ -45,6 +45,7 @@ def _model_folders(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "model.path", config.model.path
     if config.model.tokenizer is not None:
         yield "model.tokenizer", config.model.tokenizer
+    yield from ((key, source) for key, source in config.online_teachers.items() if source not in ("aligned", "previous", "ema"))
 
 
 def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -9,14 +9,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 
 from safecl.data import MicroBatch, Row, assign, collate
+from safecl.kernels import TopKTeacher
 from safecl.replay import TeacherOutputs
 
 HIDDEN = "hidden"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a teacher about some tokens: their last hidden states, or the k likeliest next tokens and the mass of the others."""
+
+    form: Literal["hidden", "topk"]
+    all_tokens: bool = False
+    """`hidden`: every token of a row, not only those that predict a supervised target."""
+    k: int = 0
+    temperature: float = 1.0
+
+
+Answer = torch.Tensor | TopKTeacher
+"""Hidden states [tokens, H] in the teacher's dtype, or top-k outputs; on the device."""
+
+
+@dataclass(eq=False)
+class Asked:
+    """A question about one row to an online teacher, and its answer once the teacher was there, on the rank that computes the row."""
+
+    source: str
+    question: Question
+    said: Answer | None = None
+
+    def answer(self) -> Answer:
+        assert self.said is not None, "the teacher is asked before the step's forward pass"
+        return self.said
 
 
 @dataclass(frozen=True)
@@ -27,9 +57,10 @@ class Distillation:
     weight: float
     temperature: float = 1.0
     term: str | None = None  # term of the loss that it is counted in; None: the row's own
-    load: Callable[[], TeacherOutputs | torch.Tensor] | None = None  # outputs or hidden states [tokens, H]; None: the row's own
+    load: Callable[[], TeacherOutputs | Answer] | None = None  # outputs or hidden states [tokens, H]; None: the row's own
     live: bool = False  # the teacher is the model with its adapters off, in the same step
     all_tokens: bool = False  # hidden only: every token of the row, not only the supervised ones
+    asked: Asked | None = None  # what `load` gives is asked of an online teacher before the step
 
 
 @dataclass(frozen=True)
@@ -144,7 +175,7 @@ def _distillations(
     return result, term_ids
 
 
-def _stacked(teachers: list[TeacherOutputs | None]) -> dict[str, torch.Tensor]:
+def _stacked(teachers: list[TeacherOutputs | TopKTeacher | None]) -> dict[str, torch.Tensor]:
     if teachers[0] is None:  # the adapters are switched off instead
         return {}
     return dict(
@@ -176,6 +207,8 @@ def _features(
 
 
 def _stack(arrays) -> torch.Tensor:
+    if isinstance(arrays[0], torch.Tensor):
+        return torch.cat(arrays)
     return torch.from_numpy(np.ascontiguousarray(np.concatenate(arrays)))
 
 

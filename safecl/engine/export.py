@@ -36,6 +36,16 @@ def save_model(engine: TrainingEngine, tokenizer, folder: Path, max_file_bytes: 
     distributed.barrier()
 
 
+def save_plain(engine: TrainingEngine, folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    """The live weights and the model's settings, nothing else: a folder for a teacher. Not for LoRA. A collective call."""
+    if distributed.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    _save_weights(engine, folder, max_file_bytes)
+    if distributed.rank() == 0:
+        engine.module.model.config.save_pretrained(folder)
+    distributed.barrier()
+
+
 def _full_tensors(engine: TrainingEngine):
     """(name, whole tensor on the CPU) of every parameter, gathered one at a time; the tensor is None on ranks other than 0."""
     for name, p in engine.module.model.named_parameters():

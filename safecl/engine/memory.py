@@ -79,7 +79,7 @@ def remember(engine: TrainingEngine, memory: Memory, dataset: TokenDataset, conf
 
     origin: source, task and step of the rows, see MemoryRow.
     """
-    outputs = teacher_outputs(engine, dataset, config) if with_teacher else {}
+    outputs = teacher_outputs(engine, dataset, config) if with_teacher and config.teacher.kind == "topk" else {}
     memory.buffer.insert(MemoryRow(dataset.row(i), tags=dataset.tags(i), teacher=outputs.get(i), **origin) for i in range(len(dataset)))
 
 

@@ -8,7 +8,7 @@ are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -122,6 +122,11 @@ class LanguageModel(nn.Module):
     def head(self) -> nn.Module:
         return base_model(self.model).get_output_embeddings()
 
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits, padding included."""
+        return getattr(self.head.weight, "ds_shape", self.head.weight.shape)[0]
+
     def forward(self, *, task: str, **inputs) -> dict[str, torch.Tensor]:
         return {"loss": self.losses, "logits": self.logits, "topk": self.topk, "hidden": self.hidden}[task](**inputs)
 
@@ -133,12 +138,20 @@ class LanguageModel(nn.Module):
         )  # fmt: skip
         return {"logits": output.logits}
 
-    def hidden(self, input_ids, position_ids, positions) -> dict[str, torch.Tensor]:
-        """Last hidden states (behind the final norm, before the head) at flat positions [n]: {"hidden": [n, hidden size]}."""
-        return {"hidden": self._hidden(input_ids, position_ids)[positions]}
+    def hidden(self, input_ids, position_ids, positions, reference=False) -> dict[str, torch.Tensor]:
+        """Last hidden states (behind the final norm, before the head) at flat positions [n]: {"hidden": [n, hidden size]}.
 
-    def topk(self, input_ids, position_ids, positions, k: int, temperature: float) -> dict[str, torch.Tensor]:
-        """What a teacher stores of chosen positions [n]: log_probs [n, k], indices [n, k], log_tail [n]."""
+        reference: of the model with its adapters off.
+        """
+        with _adapters_off(self.model) if reference else nullcontext():
+            return {"hidden": self._hidden(input_ids, position_ids)[positions]}
+
+    def topk(self, input_ids, position_ids, positions, k: int, temperature: float, reference=False) -> dict[str, torch.Tensor]:
+        """What a teacher stores of chosen positions [n]: log_probs [n, k], indices [n, k], log_tail [n]; reference: as in `hidden`."""
+        with _adapters_off(self.model) if reference else nullcontext():
+            return self._topk(input_ids, position_ids, positions, k, temperature)
+
+    def _topk(self, input_ids, position_ids, positions, k: int, temperature: float) -> dict[str, torch.Tensor]:
         if self.fused:
             hidden = self._hidden(input_ids, position_ids)[positions]
             stored = linear_topk(hidden, self.head.weight, k, bias=self.head.bias, temperature=temperature, **asdict(self.scaling))
@@ -224,10 +237,9 @@ class LanguageModel(nn.Module):
         if distillation is None:
             return {}
         temperature, rows = distillation["temperature"], distillation["rows"]
-        vocab_size = getattr(self.head.weight, "ds_shape", self.head.weight.shape)[0]
         if "log_probs" in distillation:
             stored = [distillation[key] for key in ("log_probs", "indices", "log_tail")]
-            teacher = TopKTeacher(*stored, temperature, vocab_size)
+            teacher = TopKTeacher(*stored, temperature, self.vocab_size)
         elif self.fused:
             teacher = DenseTeacher(live[rows], self.head.weight, self.head.bias, **asdict(self.scaling))
         else:

@@ -13,10 +13,11 @@ import torch
 from safecl.config import RunConfig
 from safecl.data import TokenDataset
 from safecl.engine.adapters import AdapterPull, EvenPull, adapters, read_fisher_pull
-from safecl.engine.batch import HIDDEN, Distillation, StepRow
+from safecl.engine.batch import HIDDEN, Asked, Distillation, Question, StepRow
 from safecl.engine.fisher import estimate_fisher
 from safecl.engine.fisher_file import load_fisher, open_fisher
 from safecl.engine.memory import Memory, remember, sample_rows
+from safecl.engine.online import OnlineTeachers
 from safecl.engine.optimizer import Quantity, Shard, UpdatePlan
 from safecl.engine.plan import TaskPlan, apply_screening
 from safecl.engine.recorded import RecordedOutputs, open_recorded, record_outputs, teacher_folder
@@ -49,6 +50,7 @@ class Run:
         self._active: list[Method] = []
         self._recorded: dict[tuple[str, str], RecordedOutputs] = {}
         self._pulls: dict[Penalty, AdapterPull] = {}
+        self._teachers = OnlineTeachers(config, engine, log=lambda message: self.log(message))
         self.has_adapters = next(adapters(engine.module.model), None) is not None
 
     # ---------------------------------------------------------------------------------------------------- for the methods
@@ -101,9 +103,12 @@ class Run:
     def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
         return self.engine.dots(shards, pairs)
 
-    def gradient_pass(self, rows: list[StepRow], then: Callable[[list[Shard]], None]) -> StepLosses:
+    def gradient_pass(
+        self, rows: list[StepRow], then: Callable[[list[Shard]], None], adapter_pull: AdapterPull | None = None
+    ) -> StepLosses:
         """One gradient over `rows` and what is done with it; see safecl.engine.training."""
-        return self.engine.gradient_pass(rows, then)
+        self._teachers.ask(rows)
+        return self.engine.gradient_pass(rows, then, adapter_pull)
 
     # ------------------------------------------------------------------------------------------------------------- a task
 
@@ -123,6 +128,7 @@ class Run:
         if active:
             self._remember_previous()
             self._record_teachers(task)
+            self._teachers.begin_task(task.config.name)
         for method in self._active:
             method.start_task(self)
         if any(method.ema_decay(self) is not None for method in self._active):
@@ -138,6 +144,11 @@ class Run:
         """Removes what only a run under way needs; an older checkpoint might ask for recorded outputs until then. A collective call."""
         for key in list(self._recorded):
             self._recorded.pop(key).discard()
+        self._teachers.close(discard=True)
+
+    def close(self) -> None:
+        """Gives back the memory of teachers, however the run ends. Not a collective call."""
+        self._teachers.close()
 
     def _remember_previous(self) -> None:
         """Rows of the finished task enter the memory, with the outputs of the model that it has handed over."""
@@ -163,7 +174,7 @@ class Run:
     def _record_teachers(self, task: TaskPlan) -> None:
         """Before the first task theta_0 is asked about all tasks' rows: it will not be there again."""
         for term in self._terms():
-            if self._is_live(term) or (task.config.name, term.name) in self._recorded:
+            if self._is_live(term) or term.online or (task.config.name, term.name) in self._recorded:
                 continue
             for each in (self.tasks or [task]) if term.teacher == "aligned" else [task]:
                 folder = teacher_folder(self.config.output, each.config.name, term.name)
@@ -202,6 +213,7 @@ class Run:
         self.global_step, self.skipped_steps = state["global_step"], state["skipped_steps"]
         optimizer.num_updates, optimizer.fisher_means = state["num_updates"], dict(state["fisher_means"])
         self._active = self.methods if state["active"] else []
+        self._teachers.resume(task.config.name)
         self.previous = next((each for each in self.tasks if each.config.name == state["previous"]), None)
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
@@ -217,7 +229,7 @@ class Run:
         """One optimizer step of the task: task rows and replay rows in one forward pass, one backward, one pass over the shard."""
         for method in self._active:
             method.before_step(self)
-        losses = self.engine.gradient_pass(self.step_rows(task), self.engine.update(self._update_plan()), self._adapter_pull())
+        losses = self.gradient_pass(self.step_rows(task), self.engine.update(self._update_plan()), self._adapter_pull())
         self.step += 1
         self.global_step += 1
         return losses
@@ -240,11 +252,21 @@ class Run:
         ]
 
     def _distance(self, task: TaskPlan, index: int, term: TaskTerm, total: int) -> Distillation:
-        live = self._is_live(term)
-        load = None if live else functools.partial(self._recorded[task.config.name, term.name].load, index)
+        live, asked, load = self._is_live(term), None, None
+        if term.online and not live:
+            asked = self._asked(term.teacher, term.divergence, term.tokens == "all", term.k, term.temperature)
+            load = asked.answer
+        elif not live:
+            load = functools.partial(self._recorded[task.config.name, term.name].load, index)
         return Distillation(
-            term.divergence, term.weight / total, term.temperature, term=term.name, load=load, live=live, all_tokens=term.tokens == "all"
-        )
+            term.divergence, term.weight / total, term.temperature, term=term.name, load=load, live=live, all_tokens=term.tokens == "all",
+            asked=asked,
+        )  # fmt: skip
+
+    def _asked(self, source: str, divergence: str, all_tokens: bool, k: int, temperature: float) -> Asked:
+        if divergence == HIDDEN:
+            return Asked(source, Question("hidden", all_tokens))
+        return Asked(source, Question("topk", k=min(k, self.engine.module.vocab_size), temperature=temperature))
 
     def _replay_rows(self, stream: str, terms: list[ReplayTerm]) -> list[StepRow]:
         memory = self.config.memory
@@ -256,8 +278,17 @@ class Run:
         for term in terms:
             if term.kd_weight > 0:
                 kd_weights[term.divergence] += term.kd_weight / total
-        distances = tuple(Distillation(divergence, weight, memory.teacher.temperature) for divergence, weight in kd_weights.items())
-        return [row.weighted(stream, ce_weight, distances) for row in drawn]
+        return [row.weighted(stream, ce_weight, self._replayed_distances(kd_weights)) for row in drawn]
+
+    def _replayed_distances(self, weights: dict[str, float]) -> tuple[Distillation, ...]:
+        """Of one row, to what is stored with it or to what the online teacher says."""
+        teacher = self.config.memory.teacher
+        if teacher.kind == "topk" or not weights:
+            return tuple(Distillation(divergence, weight, teacher.temperature) for divergence, weight in weights.items())
+        asked = self._asked(teacher.source, "topk", False, teacher.k, teacher.temperature)
+        return tuple(
+            Distillation(divergence, weight, teacher.temperature, load=asked.answer, asked=asked) for divergence, weight in weights.items()
+        )
 
     def _adapter_pull(self) -> AdapterPull | None:
         """With LoRA a penalty of the merged weights is part of the loss."""

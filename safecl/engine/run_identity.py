@@ -18,9 +18,9 @@ HOW_TO_GO_ON = "put it back to go on, or start a new run with another `output`"
 
 # What may change between a stop and the resume: where things are, how they are computed, what is shown. Rows are compared by content.
 FREE = (
-    "output", "deepspeed", "artifacts", "log", "checkpoint", "privacy", "model.path", "model.attention", "model.gradient_checkpointing",
-    "tasks.*.train", "memory.source", "poison.source", "train.tokens_per_microbatch", "train.packing", "train.max_bad_rows",
-    "train.max_skipped_steps", "train.allow_few_steps", "safety.batch_size", "safety.gate",
+    "output", "deepspeed", "teacher", "artifacts", "log", "checkpoint", "privacy", "model.path", "model.attention",
+    "model.gradient_checkpointing", "tasks.*.train", "memory.source", "poison.source", "train.tokens_per_microbatch", "train.packing",
+    "train.max_bad_rows", "train.max_skipped_steps", "train.allow_few_steps", "safety.batch_size", "safety.gate",
 )  # fmt: skip
 
 

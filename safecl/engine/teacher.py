@@ -18,31 +18,17 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from safecl.config import ConfigError
+from safecl.engine.batch import Answer, Question
 from safecl.engine.model import head_scaling
 from safecl.engine.streaming import Placement, Unit, WeightStream, unit_bytes
-from safecl.kernels import SlicedTopK, TopKTeacher
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of a teacher about some tokens: their last hidden states, or the k likeliest next tokens and the mass of the others."""
-
-    form: Literal["hidden", "topk"]
-    all_tokens: bool = False
-    """`hidden`: every token of a row, not only those that predict a supervised target."""
-    k: int = 0
-    temperature: float = 1.0
-
-
-Answer = torch.Tensor | TopKTeacher
-"""Hidden states [tokens, H] in the teacher's dtype, or top-k outputs; on the device."""
+from safecl.kernels import SlicedTopK
 
 
 @dataclass
@@ -108,6 +94,10 @@ class StreamedTeacher:
     @property
     def hidden_size(self) -> int:
         return self._table.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._table.dtype
 
     def _unit(self, layer: nn.Module, source: WeightSource) -> Unit:
         return {name: source.tensor(self._keys[id(p)]) for name, p in layer.named_parameters()}

@@ -229,6 +229,7 @@ class Trainer:
 
     def _close(self, run: Run) -> None:
         self._saver.close(SECONDS_FOR_THE_LAST_SAVE)
+        run.close()
         if run.memory is not None:
             run.memory.buffer.close()
         self._metrics.close()

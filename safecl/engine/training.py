@@ -45,7 +45,7 @@ class TrainingEngine:
     def __init__(self, model: LanguageModel, config: RunConfig, layout: Layout, store: ReferenceStore | None = None):
         """`store`: what the model's weights are views of (safecl.engine.loading), where they are."""
         train = config.train
-        self.layout = layout
+        self.layout, self.store = layout, store
         self.rank = distributed.rank()
         model.zero_grad(set_to_none=True)  # a gradient that a caller left behind would join the first step
         trained = [p for p in model.parameters() if p.requires_grad]

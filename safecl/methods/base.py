@@ -42,8 +42,8 @@ class ReplayTerm:
 class TaskTerm:
     """What the task's own rows are worth beside their cross-entropy: weight * distance(teacher, student) on them.
 
-    A mean over the tokens concerned of the whole step. The teacher needs no second model: with LoRA it is the student with its adapters
-    off, in the same step; else its outputs are recorded before training, row by row, in the run folder.
+    A mean over the tokens concerned of the whole step. With LoRA the aligned model is the student with its adapters off, in the same step;
+    else a teacher's outputs are recorded before training, row by row, in the run folder, or it is asked in every step (`online`).
     """
 
     name: str
@@ -57,8 +57,11 @@ class TaskTerm:
     """Of the compared distributions."""
     k: int = 64
     """Recorded entries per token; 6 bytes each."""
-    teacher: Literal["aligned", "previous"] = "aligned"
-    """aligned: theta_0; previous: the model that the task before has handed over."""
+    teacher: str = "aligned"
+    """aligned: theta_0; previous: the model that the task before has handed over; ema: the average of the weights; else a model's folder or
+    hub id. The last two only `online`."""
+    online: bool = False
+    """Ask the teacher in every step instead of recording its outputs before."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ class Config(MethodConfig):
             raise ValueError(f"write_back: {self.write_back} needs decay, e.g. {'0.5' if self.write_back == 'slow' else '0.05'}")
         return self
 
+    @property
+    def keeps_average(self) -> bool:
+        """True where the shards hold an average of the weights, which may be a teacher."""
+        return self.write_back == "never"
+
     def decay_for(self, num_steps: int) -> float:
         """eta of a task of `num_steps` optimizer steps."""
         if self.decay is not None:

@@ -1,0 +1,67 @@
+"""When a streamed teacher costs no time: copying a layer must take no longer than computing with it.
+
+    copy      bytes per weight / link rate                      per weight
+    compute   2 FLOP * tokens / FLOP rate                       per weight
+    hidden from   tokens >= bytes per weight * FLOP rate / (2 * link rate)          in one forward pass of one device
+
+For bf16 weights that is FLOP rate / link rate. Below it a pass takes as long as the copy, whatever the tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device attains: FLOP per second of a large product in the run's dtype, bytes per second from pinned host memory to it."""
+
+    flop: float
+    link: float
+    what: str
+    """Which device, and whether it was measured."""
+
+    def break_even(self, bytes_per_weight: int) -> int:
+        """Tokens of one forward pass of one device above which the copies are hidden."""
+        return round(bytes_per_weight * self.flop / (2 * self.link))
+
+
+ASSUMED = Rates(flop=530e12, link=50e9, what="assumed, not measured: 530 TFLOP/s in bf16 and 50 GB/s, as of an H200")
+
+
+def measure(device: torch.device, dtype: torch.dtype, size: int = 8192) -> Rates:
+    """Measures both on a GPU, in well under a second."""
+    name = torch.cuda.get_device_name(device)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(host, device=device)
+    flop = 2 * size**3 / _seconds(lambda: torch.mm(a, b), device)
+    link = host.numel() / _seconds(lambda: target.copy_(host, non_blocking=True), device)
+    return Rates(flop, link, f"measured on this {name}: {flop / 1e12:.0f} TFLOP/s, {link / 1e9:.0f} GB/s")
+
+
+def _seconds(work, device: torch.device, repeats: int = 5) -> float:
+    work()
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def rates_here(dtype: torch.dtype) -> Rates:
+    """Measured where this machine has a GPU, else assumed."""
+    return measure(torch.device("cuda", torch.cuda.current_device()), dtype) if torch.cuda.is_available() else ASSUMED
+
+
+def advice(tokens: int, bytes_per_weight: int, rates: Rates) -> str:
+    """One line for `safecl check` and the run: tokens that a device's teacher pass has, and whether they hide its copies."""
+    limit = rates.break_even(bytes_per_weight)
+    line = f"about {tokens:,} tokens per pass and device; copies are hidden from {limit:,} on ({rates.what})"
+    if tokens >= limit:
+        return line
+    return f"{line}: too few, so recorded or stored outputs are faster (outputs: recorded, teacher.kind: topk)"

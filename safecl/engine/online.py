@@ -1,0 +1,257 @@
+"""Teachers that are asked in every step: which model they are, where it comes from, and who asks what.
+
+    aligned     theta_0, streamed from the node's reference store; with LoRA the student with its adapters off
+    previous    the model that the task before has handed over, kept as a folder in the run and streamed from a store of its own
+    ema         the average that the shards hold, in the place of the weights for the time of the pass
+    a folder    any model with the same tokenizer, streamed
+
+A teacher is asked once per step about all rows of this rank, before the step's own forward passes. Its answers stay on the device.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from safecl.config import ConfigError, RunConfig
+from safecl.data import collate
+from safecl.engine import distributed
+from safecl.engine.batch import Answer, Question, StepRow, split_step, target_positions, to_device
+from safecl.engine.break_even import advice, rates_here
+from safecl.engine.export import save_plain
+from safecl.engine.live import evaluating
+from safecl.engine.loading import empty_model
+from safecl.engine.model import DTYPES, choose_attention
+from safecl.engine.reference import ReferenceStore
+from safecl.engine.streaming import Placement
+from safecl.engine.teacher import StreamedTeacher, Teacher, TeacherBatch
+from safecl.engine.training import TrainingEngine
+from safecl.kernels import TopKTeacher
+
+ALIGNED, PREVIOUS, EMA = "aligned", "previous", "ema"
+
+
+class EngineTeacher:
+    """The trained model itself as a teacher: with its adapters off, or with the average as its weights. Every call is a collective one."""
+
+    def __init__(self, engine: TrainingEngine, *, average: bool):
+        self.engine, self.average = engine, average
+
+    @torch.no_grad()
+    def answer(self, batches: Sequence[TeacherBatch]) -> list[list[Answer]]:
+        """Of each batch, the answers in the order of its questions; all ranks bring as many batches and questions."""
+        engine = self.engine
+        with evaluating(engine, average=True) if self.average else nullcontext():
+            engine.deepspeed.eval()
+            try:
+                return [[self._ask(batch, question, positions) for question, positions in batch.asked] for batch in batches]
+            finally:
+                engine.deepspeed.train()
+
+    def _ask(self, batch: TeacherBatch, question: Question, positions: torch.Tensor) -> Answer:
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "positions": positions}
+        settings = {"k": question.k, "temperature": question.temperature} if question.form == "topk" else {}
+        output = self.engine.deepspeed(
+            task=question.form, **to_device(inputs, self.engine.device), **settings, reference=not self.average
+        )  # fmt: skip
+        if question.form == "hidden":
+            return output["hidden"]
+        return TopKTeacher(
+            output["log_probs"], output["indices"], output["log_tail"], question.temperature, self.engine.module.vocab_size
+        )  # fmt: skip
+
+
+class OnlineTeachers:
+    """All teachers of a run that are asked in every step. Every method is a collective call."""
+
+    def __init__(self, config: RunConfig, engine: TrainingEngine, log: Callable[[str], None]):
+        self.config, self.engine, self.log = config, engine, log
+        self.sources = sorted(set(config.online_teachers.values()))
+        self._teachers: dict[str, Teacher] = {}
+        self._stores: dict[str, ReferenceStore] = {}
+        self._task = ""
+        self._is_start = False
+
+    # ---------------------------------------------------------------------------------------------------- around tasks
+
+    @property
+    def _first_task(self) -> str:
+        return next(task.name for task in self.config.tasks if task.role != "align")
+
+    @property
+    def _has_align_task(self) -> bool:
+        return self.config.tasks[0].role == "align"
+
+    def begin_task(self, name: str) -> None:
+        """Keeps the current model as a folder where it will be a teacher and is nowhere else."""
+        self.resume(name)
+        self._is_start = name == self._first_task and not self._has_align_task
+        if self._is_start or self.config.model.lora is not None:
+            return
+        if PREVIOUS in self.sources or (ALIGNED in self.sources and name == self._first_task):
+            folder = Path(self._path(PREVIOUS))
+            save_plain(self.engine, folder)
+            self.log(f"teacher: the model before {name} is kept in {folder}")
+
+    def resume(self, name: str) -> None:
+        """Goes on in a task; the model before it is another than the one before the last task, whose memory is given back."""
+        self._task, self._is_start = name, False
+        self._release(PREVIOUS)
+
+    def close(self, *, discard: bool = False) -> None:
+        """Gives all memory back; `discard` removes the folders that only this run needed."""
+        for source in list(self._teachers):
+            self._release(source)
+        if discard:
+            distributed.barrier()
+            if distributed.rank() == 0:
+                for folder in (Path(self.config.output) / "teacher").glob("model-*"):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _release(self, source: str) -> None:
+        self._teachers.pop(source, None)
+        if source in self._stores:
+            self._stores.pop(source).close()
+
+    def _path(self, source: str) -> str:
+        """Folder or hub id of a teacher's weights."""
+        kept = Path(self.config.output) / "teacher"
+        if source == ALIGNED or (source == PREVIOUS and self._task == self._first_task):
+            return str(kept / "model-aligned") if self._has_align_task else self.config.model.path
+        return str(kept / re.sub(r"[^\w.-]+", "-", f"model-before-{self._task}")) if source == PREVIOUS else source
+
+    # ----------------------------------------------------------------------------------------------------------- asking
+
+    def ask(self, rows: Sequence[StepRow]) -> None:
+        """Puts the answers about this rank's rows into their distillations."""
+        for source in self.sources:
+            asked = [number for number, row in enumerate(rows) if any(_is_of(d, source) for d in row.distillations)]
+            if asked:
+                self._ask(source, self._owned(rows, asked))
+
+    def _owned(self, rows: Sequence[StepRow], asked: list[int]) -> list[StepRow]:
+        """These rows, pinned to the ranks that compute them in the step."""
+        owner = {i: rank for rank, parts in enumerate(split_step(rows, self.engine.layout)) for part in parts for i in part}
+        return [replace(rows[number], rank=owner[number]) for number in asked]
+
+    def _ask(self, source: str, rows: list[StepRow]) -> None:
+        questions = list(dict.fromkeys(d.asked.question for row in rows for d in row.distillations if _is_of(d, source)))
+        parts = [[rows[i] for i in part] for part in split_step(rows, self.engine.layout)[self.engine.rank]]
+        teacher = self._teacher(source, rows)
+        if isinstance(teacher, StreamedTeacher):  # it needs no other rank, and no empty pass
+            parts = [part for part in parts if part]
+        built = [self._batch(part, source, questions) for part in parts]
+        if not built:
+            return
+        for (_, cells), said in zip(built, teacher.answer([batch for batch, _ in built]), strict=True):
+            for answers, (asked, lengths) in zip(said, cells, strict=True):
+                bounds = np.cumsum([0, *lengths])
+                for number, cell in enumerate(asked):
+                    cell.said = answers[bounds[number] : bounds[number + 1]]
+
+    def _batch(self, rows: list[StepRow], source: str, questions: list[Question]):
+        """A micro-batch, and per question the cells of its answers with their lengths."""
+        loaded = [row.load()[0] for row in rows]
+        batch = collate(loaded, packed=self.engine.layout.packed, pad_id=self.engine.layout.pad_id)
+        asked, cells = [], []
+        for question in questions:
+            found = [(d.asked, n) for n, row in enumerate(rows) for d in _once(row, source, question)]
+            places = [
+                batch.starts[n] + np.arange(batch.lengths[n]) if question.all_tokens else target_positions(batch, n, loaded[n])
+                for _, n in found
+            ]
+            asked.append((question, torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64))))
+            cells.append(([cell for cell, _ in found], [len(place) for place in places]))
+        return TeacherBatch(batch.input_ids, batch.position_ids, asked), cells
+
+    # ---------------------------------------------------------------------------------------------------------- opening
+
+    def _teacher(self, source: str, rows: list[StepRow]) -> Teacher:
+        if source not in self._teachers:
+            self._teachers[source] = self._open(source, rows)
+        return self._teachers[source]
+
+    def _open(self, source: str, rows: list[StepRow]) -> Teacher:
+        if source == EMA:
+            self.log("teacher: the average of the weights, through the live model")
+            return EngineTeacher(self.engine, average=True)
+        if source == ALIGNED and self.config.model.lora is not None:
+            self.log("teacher: the model with its adapters off")
+            return EngineTeacher(self.engine, average=False)
+        teacher = self._stream(source)
+        self._compare(teacher, source)
+        self.log(f"teacher: {source}, {self._described(teacher, sum(row.length for row in rows) // self.engine.layout.world_size)}")
+        return teacher
+
+    def _described(self, teacher: StreamedTeacher, num_tokens: int) -> str:
+        size = f"{teacher.stream.buffer_bytes / 2**20:,.0f} MiB on the device"
+        if teacher.stream.placement == "in place":
+            return "its weights read in host memory, where they are"
+        if teacher.stream.placement == "resident":
+            return f"resident, {size}"
+        return f"streamed, {size}; {advice(num_tokens, teacher.dtype.itemsize, rates_here(teacher.dtype))}"
+
+    def _stream(self, source: str) -> StreamedTeacher:
+        settings, path = self.config.model, self._path(source)
+        if source in (ALIGNED, PREVIOUS) and path != settings.path and not Path(path).is_dir():
+            raise ConfigError(f"{path}: the teacher's weights are not there, so the run cannot go on; start it anew")
+        model = teacher_model(self.config, path)
+        store = self.engine.store
+        if path != settings.path or store is None:
+            dtype = DTYPES[settings.dtype]
+            store = ReferenceStore.open(path, dtype=dtype, model=model, trust_remote_code=settings.trust_remote_code)
+            self._stores[source] = store
+        return StreamedTeacher(model, store, self.engine.device, self._placement(), vocab_size=self.engine.module.vocab_size)
+
+    def _placement(self) -> Placement:
+        if self.config.teacher == "resident":
+            return "resident"
+        return "streamed" if self.engine.device.type == "cuda" else "in place"
+
+    def _compare(self, teacher: StreamedTeacher, source: str) -> None:
+        """At the start theta_0 is the live model: the streamed pass must say the same. Elsewhere it must at least run."""
+        ids = torch.arange(2, 10)[None]
+        positions = torch.arange(ids.shape[1])[None]
+        try:
+            found = teacher.logits(TeacherBatch(ids, positions))
+        except (IndexError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"teacher: {source}: this architecture cannot be streamed ({error}); use recorded or stored outputs"
+            ) from None
+        if not self._is_start or source not in (ALIGNED, PREVIOUS):
+            return
+        expected = self.engine.logits(ids.to(self.engine.device), None, positions.to(self.engine.device)).float()
+        error = float((found - expected).norm() / expected.norm().clamp_min(1e-20))
+        if error > (1e-4 if self.config.model.dtype == "fp32" else 2.0**-5):
+            raise ConfigError(
+                f"teacher: streamed, this model's logits differ by {error:.1%} from its own; use recorded or stored outputs "
+                "(methods.lwf.outputs: recorded, memory.teacher.kind: topk)"
+            )
+
+
+def teacher_model(config: RunConfig, path: str) -> torch.nn.Module:
+    """The structure of a teacher, without weights. Raises ConfigError."""
+    settings = config.model
+    attention, _ = choose_attention(settings.attention)
+    chosen = None if settings.attention == "auto" and attention == "sdpa" else attention
+    try:
+        return empty_model(path, DTYPES[settings.dtype], attention=chosen, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"teacher: {path}: no model can be read there: {str(error).strip().splitlines()[0][:300]}") from None
+
+
+def _is_of(distillation, source: str) -> bool:
+    return distillation.asked is not None and distillation.asked.source == source
+
+
+def _once(row: StepRow, source: str, question: Question) -> list:
+    """The row's distillations that ask this; several of them may share one cell."""
+    found = {id(d.asked): d for d in row.distillations if _is_of(d, source) and d.asked.question == question}
+    return list(found.values())

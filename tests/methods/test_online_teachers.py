@@ -1,0 +1,150 @@
+"""Teachers that are asked in every step train what stored outputs of the same model train."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from safecl.config import ConfigError, validate_tree
+from tests.engine import oracle
+from tests.engine.scenes import random_dataset, run_config, tiny_model
+from tests.methods import scenes, test_lwf
+from tests.methods.test_lwf import HIDDEN, LORA, OUTPUT
+from tests.methods.test_replay_methods import expected_derpp
+
+STEPS = 6
+ONLINE = {"memory": {"source": "unused", "replay_ratio": 0.25, "teacher": {"kind": "online", "k": 8}}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(path)
+    return str(path)
+
+
+def model_at(folder: str) -> dict:
+    return {"path": folder, "dtype": "fp32", "gradient_checkpointing": False}
+
+
+@pytest.mark.parametrize(("form", "stage"), [(HIDDEN, 0), (HIDDEN | {"tokens": "supervised"}, 2), (HIDDEN, 3), (OUTPUT, 1), (OUTPUT, 3)])
+def test_lwf_online_equals_a_frozen_copy(rank_pool, folder, tmp_path, form, stage):
+    methods = {"lwf": form | {"outputs": "online"}}
+    arguments = dict(model=model_at(folder), memory=None, methods=methods, deepspeed={"stage": stage}, output=str(tmp_path))
+    found = rank_pool(2).run(scenes.train, steps=STEPS, **arguments)[0]
+    assert test_lwf.error(found, form) <= 1e-3
+    terms = [losses["lwf"] for losses in found["losses"]]
+    assert abs(terms[0]) < 1e-6 < min(terms[1:]), terms
+    assert not (tmp_path / "teacher").exists()  # nothing is recorded
+
+
+@pytest.mark.parametrize("teacher", ["streamed", "resident"])
+def test_der_online_equals_stored_outputs(rank_pool, folder, teacher):
+    start = {name: p.detach() for name, p in tiny_model().named_parameters()}
+    methods = {"derpp": {"alpha": 2.0, "beta": 0.5}}
+    arguments = dict(model=model_at(folder), methods=methods, deepspeed={"stage": 3}, teacher=teacher, train={"packing": "padded"})
+    found = rank_pool(2).run(scenes.train, steps=8, **arguments, **ONLINE)[0]["weights"]
+    assert oracle.relative_distance(found, expected_derpp(2.0, 0.5, k=8), start) <= 1e-3
+
+
+def lora_twice(folder: str) -> list[dict]:
+    """DER with LoRA, its teacher asked in every step and stored."""
+    found = []
+    for kind in ("online", "topk"):
+        memory = {"source": "unused", "replay_ratio": 0.25, "teacher": {"kind": kind, "k": 8}}
+        torch.manual_seed(1)
+        found.append(scenes.train(STEPS, model=LORA, methods={"der": {"alpha": 5.0}}, deepspeed={"stage": 3}, memory=memory))
+    return found
+
+
+def test_der_online_with_lora_asks_the_model_with_its_adapters_off(rank_pool, folder):
+    online, stored = rank_pool(2).run(lora_twice, folder=folder)[0]
+    trained = {name: value for name, value in stored["weights"].items() if "lora_" in name}
+    start = {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in trained.items()}
+    moved = {name: value for name, value in trained.items() if "lora_B" in name}
+    assert moved and oracle.relative_distance(online["weights"], moved, start) <= 1e-2  # stored log-probabilities are fp16
+    assert online["losses"][0]["replay"] == pytest.approx(0.0, abs=1e-6) and online["losses"][-1]["replay"] > 1e-4
+
+
+def terms_of_a_sequence(folder: str, output: str, source: str) -> tuple[list[float], list[str], bool]:
+    """The LwF term at the first and second step of each of two tasks, what was said, and whether folders are left."""
+    methods = {"lwf": {"weight": 1.0, "teacher": source, "outputs": "online"}, "ema": {"decay": 0.5}}
+    config = run_config(tasks=scenes.SEQUENCE, memory=None, methods=methods, output=output, model=model_at(folder), deepspeed={"stage": 2})
+    run, tasks = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)])
+    terms, said = [], []
+    run.log = said.append
+    for task in tasks:
+        run.begin_task(task, active=True)
+        terms += [run.train_step(task).totals()["lwf"] for _ in range(3)]
+        run.end_task()
+    run.finish()
+    return terms, said, any((Path(output) / "teacher").glob("*"))
+
+
+def test_the_teacher_is_the_aligned_model_the_one_before_or_the_average(rank_pool, folder, tmp_path):
+    found = {
+        source: rank_pool(2).run(terms_of_a_sequence, folder=folder, output=str(tmp_path / source), source=source)[0]
+        for source in ("aligned", "previous", "ema")
+    }
+    assert not any(left for *_, left in found.values())
+    aligned, previous, ema = (found[source][0] for source in ("aligned", "previous", "ema"))
+    assert aligned[0] < 1e-10 and aligned[3] > 1e-4
+    assert previous[:3] == pytest.approx(aligned[:3], rel=1e-5) and previous[3] < 1e-10 < previous[4]
+    assert ema[0] < 1e-10 and ema[3] < 1e-10 and 1e-6 < ema[2] < 0.9 * aligned[2]
+    assert any("kept in" in line for line in found["previous"][1])
+
+
+def distances_to_another_model(folder: str, other: str) -> list[float]:
+    methods = {"lwf": {"weight": 1.0, "teacher": other, "outputs": "online"}}
+    config = run_config(memory=None, methods=methods, model=model_at(folder), deepspeed={"stage": 1})
+    run, (task,) = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1)])
+    run.begin_task(task, active=True)
+    found = [run.train_step(task).totals()["lwf"]]
+    run.close()
+    return found
+
+
+def test_any_folder_may_be_the_teacher(rank_pool, folder, tmp_path):
+    other = tiny_model()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.1)
+    other.save_pretrained(tmp_path)
+    (found,) = rank_pool(2).run(distances_to_another_model, folder=folder, other=str(tmp_path))[0]
+    rows = test_lwf.task_rows(random_dataset(60, seed=1), 1)[0]
+    expected = test_lwf.distance({"form": "hidden", "weight": 1.0}, tiny_model(), copy.deepcopy(other), rows)
+    assert found == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------- configs
+
+BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "memory": {"source": "r.jsonl"}, "output": "runs/a"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {"lwf": {"teacher": "ema"}}}, "teacher: ema needs outputs: online"),
+        ({"methods": {"lwf": {"teacher": "ema", "outputs": "online"}}}, "methods.lwf.teacher: ema needs the method ema"),
+        (
+            {"methods": {"lwf": {"teacher": "previous", "outputs": "online"}}, "model": {"path": "m", "lora": {}}},
+            "previous cannot be asked in every step with model.lora",
+        ),
+        ({"memory": {"source": "r", "teacher": {"source": "elsewhere"}}}, "source: elsewhere needs kind: online"),
+        ({"memory": {"source": "r", "teacher": {"kind": "onlin"}}}, "'topk' or 'online'"),
+        ({"teacher": "gpu"}, "'streamed' or 'resident'"),
+    ],
+)
+def test_teachers_that_cannot_be_are_refused_with_what_works(changes, message):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        validate_tree(BASE | changes, "run.yaml")
+
+
+def test_only_teachers_that_somebody_asks_are_opened():
+    tree = BASE | {"memory": {"source": "r", "teacher": {"kind": "online"}}}
+    assert validate_tree(tree | {"methods": {"er": {}}}, "run.yaml").online_teachers == {}
+    assert validate_tree(tree | {"methods": {"der": {}}}, "run.yaml").online_teachers == {"memory.teacher.source": "aligned"}
+    assert validate_tree(BASE | {"methods": {"lwf": {}, "der": {}}}, "run.yaml").online_teachers == {}
