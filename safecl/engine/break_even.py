@@ -29,7 +29,7 @@ class Rates:
         return round(bytes_per_weight * self.flop / (2 * self.link))
 
 
-ASSUMED = Rates(flop=530e12, link=50e9, what="assumed, not measured: 530 TFLOP/s in bf16 and 50 GB/s, as of an H200")
+ASSUMED = Rates(flop=530e12, link=50e9, what="assumed 530 TFLOP/s and 50 GB/s, there is no GPU to measure")
 
 
 def measure(device: torch.device, dtype: torch.dtype, size: int = 8192) -> Rates:
@@ -53,15 +53,15 @@ def _seconds(work, device: torch.device, repeats: int = 5) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def rates_here(dtype: torch.dtype) -> Rates:
-    """Measured where this machine has a GPU, else assumed."""
-    return measure(torch.device("cuda", torch.cuda.current_device()), dtype) if torch.cuda.is_available() else ASSUMED
+def rates_here(dtype: torch.dtype) -> Rates | None:
+    """Measured where this machine has a GPU; else assumed for bf16, and not known for other dtypes."""
+    if torch.cuda.is_available():
+        return measure(torch.device("cuda", torch.cuda.current_device()), dtype)
+    return ASSUMED if dtype == torch.bfloat16 else None
 
 
 def advice(tokens: int, bytes_per_weight: int, rates: Rates) -> str:
-    """One line for `safecl check` and the run: tokens that a device's teacher pass has, and whether they hide its copies."""
+    """For `safecl check` and the run: whether a pass of so many tokens on one device hides its copies, and what else to do."""
     limit = rates.break_even(bytes_per_weight)
-    line = f"about {tokens:,} tokens per pass and device; copies are hidden from {limit:,} on ({rates.what})"
-    if tokens >= limit:
-        return line
-    return f"{line}: too few, so recorded or stored outputs are faster (outputs: recorded, teacher.kind: topk)"
+    line = f"hidden from {limit:,} tokens per pass and rank on ({rates.what}); here about {tokens:,}"
+    return line if tokens >= limit else f"{line}: too few, recorded or stored outputs (outputs: recorded, teacher.kind: topk) are faster"

@@ -196,7 +196,8 @@ class OnlineTeachers:
             return "its weights read in host memory, where they are"
         if teacher.stream.placement == "resident":
             return f"resident, {size}"
-        return f"streamed, {size}; {advice(num_tokens, teacher.dtype.itemsize, rates_here(teacher.dtype))}"
+        rates = rates_here(teacher.dtype)
+        return f"streamed, {size}" + ("" if rates is None else f"; copies {advice(num_tokens, teacher.dtype.itemsize, rates)}")
 
     def _stream(self, source: str) -> StreamedTeacher:
         settings, path = self.config.model, self._path(source)

@@ -26,6 +26,7 @@ from safecl.data import (
     read_rows,
     resolve_tokens_per_batch,
 )
+from safecl.engine.plan_teachers import check_teachers, teacher_lines
 from safecl.methods import method_module
 from safecl.methods.base import Method
 
@@ -81,6 +82,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     _check_sizes(plan)
     _check_vocabulary(plan)
     _check_fisher(config)
+    check_teachers(config, tokenizer)
     return plan
 
 
@@ -265,6 +267,7 @@ def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
     if plan.memory is not None:
         tokens = int(plan.memory.lengths.sum())
         lines.append(("memory", f"{len(plan.memory):,} rows, {tokens:,} tokens, ratio {config.memory.replay_ratio:g} per draw"))
+    lines += teacher_lines(config, max(task.tokens_per_batch for task in plan.tasks))
     if plan.prompts:
         lines.append(("safety", f"{len(plan.prompts)} disallowed, {len(plan.benign)} benign prompts, every {config.safety.every}"))
     optimizer, weights = _place(config.deepspeed.offload.optimizer), _place(config.deepspeed.offload.parameters)
