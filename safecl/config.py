@@ -39,7 +39,11 @@ class Section(BaseModel):
 
 
 class MethodConfig(Section):
-    """Base of every method's config (`methods: {name: {...}}`)."""
+    """Base of every method's config (`methods: {name: {...}}`).
+
+    A method says what it needs by class variables or properties: `needs_memory`; `needs_teacher`, stored outputs in the memory;
+    `needs_reference`, theta_0 as an anchor; `refuses_lora`, why it cannot be combined with adapters.
+    """
 
     @property
     def online_teacher(self) -> str | None:
@@ -294,12 +298,19 @@ class TrainConfig(Section):
 
 
 class OffloadConfig(Section):
-    """What lives in host memory."""
+    """What lives in host memory. State that is not offloaded lives beside the master weights."""
 
     optimizer: Literal["none", "cpu"] = "none"
     """Master weights, moments, and the optimizer step."""
     parameters: Literal["none", "cpu"] = "none"
     """The weights themselves between uses (stage 3 only)."""
+    reference: Literal["none", "cpu"] = "cpu"
+    """Anchors of weight penalties. cpu: theta_0 is read from the node's one copy of the reference weights, later anchors from pinned host
+    memory; none: a copy beside each shard, 2 bytes per weight in bf16 (4 in fp32 and for later anchors), sharded."""
+    fisher: Literal["none", "cpu"] = "none"
+    """Fisher information, 2 bytes per weight in bf16 (4 in fp32), sharded."""
+    ema: Literal["none", "cpu"] = "none"
+    """The average of the weights, 4 bytes per weight, sharded."""
 
 
 class DeepSpeedConfig(Section):

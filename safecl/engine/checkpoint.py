@@ -152,8 +152,10 @@ class Checkpointer:
 
     def _tensors_by_kind(self) -> dict[str, list[torch.Tensor]]:
         shards = self.optimizer.shards()
-        kinds = sorted({kind for shard in shards for kind in shard.state if not kind.startswith("_")})
-        for kind in kinds:
+        kept = {kind for shard in shards for kind in shard.state if not kind.startswith("_")}
+        served = {kind for shard in shards for kind in shard.served} if self.base is None else set()
+        kinds = sorted(kept | served)
+        for kind in kept:
             for shard in shards:
                 assert shard.state[kind].numel() == shard.param.numel(), f"state {kind!r} has not the layout of its shard"
         return {WEIGHTS: self.shards.flats, **{kind: self.optimizer.tensors(kind) for kind in kinds}}
@@ -162,8 +164,10 @@ class Checkpointer:
         """Takes out of `tensors` what equals the base model, and says so."""
         if self.base is None:
             return {}
-        equal = {kind: tensors.pop(kind) for kind in sorted(self.optimizer.equal_base & tensors.keys())}
-        return {kind: Reference(self.base.name, self.base.digest, DTYPE_NAMES[flats[0].dtype]) for kind, flats in equal.items()}
+        equal = {kind: self.optimizer.dtype_of(kind) for kind in sorted(self.optimizer.equal_base)}
+        for kind in equal:
+            tensors.pop(kind, None)
+        return {kind: Reference(self.base.name, self.base.digest, DTYPE_NAMES[dtype]) for kind, dtype in equal.items()}
 
     @torch.no_grad()
     def _copy(self, slices: list[tuple[Slice, int]], tensors: dict[str, list[torch.Tensor]]) -> None:
@@ -324,10 +328,8 @@ class Checkpointer:
                 tensors = self.shards.flats if kind == WEIGHTS else self.optimizer.new_state(kind, DTYPES[dtype])
                 for fragment in self.shards.fragments:
                     self._read(contents, files, kind, fragment, tensors)
-        for kind in {kind for shard in self.optimizer.shards() for kind in shard.state} - self._kinds_of(contents):
-            self.optimizer.equal_base.discard(kind)
-            for shard in self.optimizer.shards():
-                shard.state.pop(kind, None)
+        for kind in {kind for shard in self.optimizer.shards() for kind in (*shard.state, *shard.served)} - self._kinds_of(contents):
+            self.optimizer.drop(kind)
         self.shards.publish()
         writers = contents.manifest.world_size
         _, metadata = read_header(contents.folder / rank_file(self.rank % writers))
@@ -356,8 +358,7 @@ class Checkpointer:
         """Fills state that equals the base model, whose weights the masters hold as long as nothing has been trained or loaded."""
         for kind, reference in references.items():
             assert self.optimizer.num_updates == 0 and not self._loaded, f"{kind} equals the base model, whose weights are gone"
-            self.optimizer.copy_weights_to(kind, DTYPES[reference.dtype])
-            self.optimizer.equal_base.add(kind)
+            self.optimizer.take_base(kind, DTYPES[reference.dtype])
         self._loaded = True
 
     @torch.no_grad()

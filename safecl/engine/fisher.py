@@ -19,27 +19,31 @@ from safecl.data.order import keyed_hash
 from safecl.engine.batch import StepRow
 from safecl.engine.training import NonFiniteGradient, TrainingEngine
 
+_SUM = "_fisher_sum"  # bf16 would lose what many small squares add up to
+
 
 def estimate_fisher(
     engine: TrainingEngine, rows: Sequence[StepRow], row_ids: Sequence[int], *, seed: int, sign_batches: int, rows_per_batch: int, kind: str
 ) -> float:
-    """Adds up the estimate in state `kind` (fp32, the layout of the shards) and returns its mean over all trained weights.
+    """Adds up the estimate in fp32, keeps it as state `kind`, and returns its mean over all trained weights.
 
     `rows` are all memory rows (weights in them are ignored), `row_ids` their keys; both alike on every rank.
     """
     for shard in engine.optimizer.shards():
-        shard.state[kind] = torch.zeros_like(shard.param)
+        shard.state[_SUM] = torch.zeros_like(shard.param)
     batch_size = min(rows_per_batch, len(rows))
     for number, (indices, signs) in enumerate(sign_batches_of(row_ids, seed, sign_batches, batch_size)):
         # Each row's loss is its own mean over tokens: with the batch's token mean the estimate would not converge.
         chosen = [(rows[index], sign) for index, sign in zip(indices, signs, strict=True)]
         batch = [row.weighted("fisher", sign / (max(1, row.num_targets) * batch_size)) for row, sign in chosen]
-        engine.gradient_pass(batch, engine.accumulate_fisher(kind, batch_size / sign_batches))
+        engine.gradient_pass(batch, engine.accumulate_fisher(_SUM, batch_size / sign_batches))
         if not engine.optimizer.result.applied:
             raise NonFiniteGradient(f"Fisher estimate: the gradient of sign batch {number} is not finite; the model cannot be anchored")
-    mean = fisher_mean(engine, kind)
+    mean = fisher_mean(engine, _SUM)
     if mean <= 0:
         raise NonFiniteGradient("Fisher estimate: all entries are zero; the memory's rows have no gradient")
+    for shard in engine.optimizer.shards():
+        shard.keep(kind, shard.state.pop(_SUM))
     engine.optimizer.fisher_means[kind] = mean
     return mean
 

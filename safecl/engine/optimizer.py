@@ -9,14 +9,20 @@ DeepSpeed calls `step()` also for passes that do not update, and once inside `in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 
+from safecl.engine.placement import Piece, Placement, Served, Stream, allocate, pieces
 from safecl.kernels import Segments, adamw_step_, fisher_penalty_, penalized_grad_norm
 from safecl.methods.base import Penalty
+
+if TYPE_CHECKING:
+    from safecl.engine.reference import ReferenceStore
 
 
 @dataclass
@@ -27,10 +33,31 @@ class Shard:
     state: dict[str, torch.Tensor]
     segments: Segments | None = None
     """Stretches whose weight decay (or penalty strength) differs from the group's."""
+    placement: Placement = field(default_factory=Placement)
+    served: dict[str, Served] = field(default_factory=dict)
+    """Kinds of state that equal the reference weights and are read from their store."""
 
     @property
     def grad(self) -> torch.Tensor:
         return self.param.grad
+
+    @functools.cached_property
+    def stream(self) -> Stream:
+        return Stream(self.param.device)
+
+    def pieces(self, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
+        """The shard in pieces with its state of these kinds, wherever that lives; the pieces' tensors are on the shard's device, and what
+        is changed in those of `written` is kept. Slices refer to the flat shard, `param.view(-1)`."""
+        return pieces(self, kinds, written)
+
+    def keep(self, kind: str, values: torch.Tensor) -> None:
+        """Makes `values` (the shard's layout) the state `kind`, in the place and dtype where that kind is kept."""
+        place, dtype = self.placement.of(kind), self.placement.dtype(kind, values.dtype)
+        self.served.pop(kind, None)
+        known = self.state.get(kind)
+        if known is None or known.dtype != dtype:
+            known = self.state[kind] = allocate(self.param, dtype, place)
+        known.copy_(values)
 
 
 Quantity = Callable[[Shard], torch.Tensor]
@@ -80,13 +107,18 @@ class ShardAdamW(torch.optim.Optimizer):
         """Mean over all weights of each kind of Fisher; a penalty's strength is divided by it."""
         self.equal_base: set[str] = set()
         """Kinds of state that are the weights with which the run began: a checkpoint names that model instead of storing them."""
+        self.placement = Placement()
+        """Where state lives; set it before `bind`."""
+        self.store: ReferenceStore | None = None
+        """The weights with which the run begins; an anchor that equals them is read from here where `placement.reference` is cpu."""
         self._shard_map = None
 
     def bind(self, shard_map) -> None:
         """Connects the optimizer with the layout of its shards."""
         self._shard_map = shard_map
         tables = self._tables()
-        self._shards = [Shard(flat, self.state[flat], table) for flat, table in zip(shard_map.flats, tables, strict=True)]
+        self._shards = [Shard(flat, self.state[flat], table, self.placement) for flat, table in zip(shard_map.flats, tables, strict=True)]
+        self._fragments = [[fragment for fragment in shard_map.fragments if fragment.flat == i] for i in range(len(shard_map.flats))]
         self._restricted: dict[tuple[str, ...], list[Segments | None]] = {}
 
     def _tables(self, modules: tuple[str, ...] = ()) -> list[Segments | None]:
@@ -100,31 +132,69 @@ class ShardAdamW(torch.optim.Optimizer):
 
     def shards(self) -> list[Shard]:
         """All flat shards of this rank with their state; usable outside of steps as well."""
+        for shard in self._shards:
+            shard.stream.settle()
         return self._shards
 
     def tensors(self, kind: str) -> list[torch.Tensor]:
-        """State of one kind over all shards, in the order of the shard map's flats."""
-        return [shard.state[kind] for shard in self._shards]
+        """State of one kind over all shards, in the order of the shard map's flats; copies of what the reference store serves."""
+        return [self._copy_of_served(shard, kind) if kind in shard.served else shard.state[kind] for shard in self.shards()]
+
+    @staticmethod
+    def _copy_of_served(shard: Shard, kind: str) -> torch.Tensor:
+        served = shard.served[kind]
+        copy = torch.empty(shard.param.shape, dtype=served.store.dtype, device=shard.param.device)
+        served.copy_to(copy.view(-1), 0)
+        return copy
 
     def has(self, kind: str) -> bool:
-        return bool(self._shards) and kind in self._shards[0].state
+        return bool(self._shards) and (kind in self._shards[0].state or kind in self._shards[0].served)
+
+    def dtype_of(self, kind: str) -> torch.dtype:
+        shard = self._shards[0]
+        return shard.served[kind].store.dtype if kind in shard.served else shard.state[kind].dtype
+
+    def drop(self, kind: str) -> None:
+        """Forgets the state `kind`."""
+        self.equal_base.discard(kind)
+        for shard in self._shards:
+            shard.state.pop(kind, None)
+            shard.served.pop(kind, None)
 
     def new_state(self, kind: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         """Makes the state `kind` zeros of the shards' layout, and returns its tensors."""
-        self.equal_base.discard(kind)
+        self.drop(kind)
         for shard in self._shards:
-            shard.state[kind] = torch.zeros(shard.param.shape, dtype=dtype, device=shard.param.device)
+            shard.state[kind] = allocate(shard.param, dtype, self.placement.of(kind))
         return self.tensors(kind)
 
     @torch.no_grad()
     def copy_weights_to(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
         """Makes the state `kind` a copy of the current master weights."""
+        if not self.has(kind) or any(kind in shard.served or shard.state[kind].dtype != dtype for shard in self._shards):
+            self.new_state(kind, dtype)
         self.equal_base.discard(kind)
-        for shard in self._shards:
-            if kind in shard.state and shard.state[kind].dtype == dtype:
-                shard.state[kind].copy_(shard.param)
-            else:
-                shard.state[kind] = shard.param.detach().to(dtype, copy=True)
+        for state, shard in zip(self.tensors(kind), self._shards, strict=True):
+            state.copy_(shard.param)
+
+    def take_base(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
+        """Makes the state `kind` the weights with which the run began, which must still be the current ones.
+
+        They are not copied where the reference store holds them and anchors live on the CPU; then they have the store's dtype.
+        """
+        if self._is_served():
+            self.drop(kind)
+            for index, shard in enumerate(self._shards):
+                shard.served[kind] = Served(self.store, self._fragments[index])
+        else:
+            self.copy_weights_to(kind, dtype)
+        self.equal_base.add(kind)
+
+    def _is_served(self) -> bool:
+        """With LoRA the store holds other weights than those that are trained."""
+        if self.store is None or self.placement.reference != "cpu":
+            return False
+        return self._shard_map.shapes.keys() <= set(self.store.names())
 
     def reset_moments(self) -> None:
         """A new task starts AdamW afresh."""
@@ -167,9 +237,9 @@ class ShardAdamW(torch.optim.Optimizer):
     def _norm_and_penalty(self, shards: list[Shard], penalty: Penalty | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Global norm of the gradient with the penalty's gradient in it (one small all-reduce), and this shard's part of the penalty."""
         squares, loss = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for shard in shards:
-            arguments = {key: value for key, value in self._penalty_arguments(shard, penalty).items() if key != "proximal"}
-            more = penalized_grad_norm(shard.grad, shard.param.detach(), **arguments)
+        for shard, piece in _pieces(shards, _kinds_of(penalty)):
+            arguments = {key: value for key, value in self._penalty_arguments(shard, piece, penalty).items() if key != "proximal"}
+            more = penalized_grad_norm(_flat(shard.grad, piece), _flat(shard.param, piece), **arguments)
             squares, loss = squares.to(more[0].device) + more[0], loss.to(more[1].device) + more[1]
         return self._shard_map.reduce_sum(squares).sqrt().float(), loss.float()
 
@@ -182,7 +252,7 @@ class ShardAdamW(torch.optim.Optimizer):
             norm, loss = self._norm_and_penalty(shards, first)
             clip = _clip_coefficient(plan, norm)
             for shard in shards:
-                self._step_shard(shard, plan, clip, self._penalty_arguments(shard, first, clip))
+                self._step_shard(shard, plan, clip, first, factor=clip)
             self.result.penalty = sum(losses, loss)
             return
         clip = _clip_coefficient(plan, norm)
@@ -191,48 +261,74 @@ class ShardAdamW(torch.optim.Optimizer):
                 shard.grad.mul_(clip)
             clip = None
         losses = self._add_penalties(shards, others)
-        losses += [self._step_shard(shard, plan, clip, self._penalty_arguments(shard, first)) for shard in shards]
+        losses += [loss for shard in shards for loss in self._step_shard(shard, plan, clip, first)]
         self.result.penalty = sum(losses, torch.zeros(())) if first is not None else None
 
     def _add_penalties(self, shards: list[Shard], penalties: Sequence[Penalty]) -> list[torch.Tensor]:
         return [self._add_penalty(shard, penalty) for shard in shards for penalty in penalties]
 
-    def _step_shard(self, shard: Shard, plan: UpdatePlan, clip: torch.Tensor | None, penalty: dict) -> torch.Tensor | None:
+    def _step_shard(
+        self, shard: Shard, plan: UpdatePlan, clip: torch.Tensor | None, penalty: Penalty | None, factor: torch.Tensor | None = None
+    ) -> list[torch.Tensor | None]:
+        """AdamW over the shard, piece by piece; the pieces' penalty losses."""
         for kind in ("exp_avg", "exp_avg_sq"):
             if kind not in shard.state:
                 shard.state[kind] = torch.zeros_like(shard.param)
+        average = ["ema"] if plan.ema_decay is not None else []
         group = self.param_groups[0]
-        return adamw_step_(
-            shard.param.detach(), shard.grad, shard.state["exp_avg"], shard.state["exp_avg_sq"],
-            step=self.num_updates, lr=plan.lr, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-            ema=shard.state["ema"] if plan.ema_decay is not None else None, ema_decay=plan.ema_decay,
-            clip_coef=None if clip is None else clip.to(shard.param.device), **({"segments": shard.segments} | penalty),
-        )  # fmt: skip
+        hyper = {key: group[key] for key in ("betas", "eps", "weight_decay")} | {"step": self.num_updates, "lr": plan.lr}
+        hyper |= {"clip_coef": None if clip is None else clip.to(shard.param.device), "ema_decay": plan.ema_decay}
+        losses = []
+        for piece in shard.pieces([*_kinds_of(penalty), *average], written=average):
+            tensors = [_flat(tensor, piece) for tensor in (shard.param, shard.grad, shard.state["exp_avg"], shard.state["exp_avg_sq"])]
+            state = {"segments": _cut(shard.segments, piece), "ema": piece.state["ema"] if average else None}
+            losses.append(adamw_step_(*tensors, **hyper, **(state | self._penalty_arguments(shard, piece, penalty, factor))))
+        return losses
 
-    def _penalty_arguments(self, shard: Shard, penalty: Penalty | None, factor: torch.Tensor | None = None) -> dict:
+    def _penalty_arguments(self, shard: Shard, piece: Piece, penalty: Penalty | None, factor: torch.Tensor | None = None) -> dict:
         """Arguments of the kernels; `factor` scales the penalty's gradient where it is clipped together with the loss's."""
         if penalty is None:
             return {}
-        fisher = shard.state[penalty.fisher] if penalty.fisher else None
+        fisher = piece.state[penalty.fisher] if penalty.fisher else None
         strength = self._strength(penalty) if factor is None else self._strength(penalty) * factor
-        arguments = dict(anchor=shard.state[penalty.anchor], fisher=fisher, strength=strength, proximal=penalty.proximal)
+        arguments = dict(anchor=piece.state[penalty.anchor], fisher=fisher, strength=strength, proximal=penalty.proximal)
         if penalty.modules:
-            table = self._restriction(shard, penalty.modules)
+            table = _cut(self._restriction(shard, penalty.modules), piece)
             device = strength.device if isinstance(strength, torch.Tensor) else table.strength.device
             arguments["segments"] = table._replace(strength=table.strength.to(device) * strength)
         return arguments
 
     def _add_penalty(self, shard: Shard, penalty: Penalty) -> torch.Tensor:
-        tensors = [shard.grad, shard.param.detach(), shard.state[penalty.anchor], shard.state[penalty.fisher] if penalty.fisher else None]
-        stretches = _matching(self._restriction(shard, penalty.modules)) if penalty.modules else [slice(None)]
+        stretches = _matching(self._restriction(shard, penalty.modules)) if penalty.modules else [slice(0, shard.param.numel())]
         losses = []
-        for stretch in stretches:
-            parts = [None if tensor is None else tensor.view(-1)[stretch] for tensor in tensors]
-            losses.append(fisher_penalty_(*parts, self._strength(penalty)))
+        for piece in shard.pieces(_kinds_of(penalty)):
+            for stretch in stretches:
+                low, high = max(stretch.start, piece.where.start), min(stretch.stop, piece.where.stop)
+                if low < high:
+                    here = slice(low - piece.where.start, high - piece.where.start)
+                    fisher = piece.state[penalty.fisher][here] if penalty.fisher else None
+                    tensors = [tensor.detach().view(-1)[low:high] for tensor in (shard.grad, shard.param)]
+                    losses.append(fisher_penalty_(*tensors, piece.state[penalty.anchor][here], fisher, self._strength(penalty)))
         return sum(losses, torch.zeros((), device=shard.param.device))
 
     def _strength(self, penalty: Penalty) -> float:
         return penalty.strength / self.fisher_means.get(penalty.fisher, 1.0) if penalty.fisher else penalty.strength
+
+
+def _kinds_of(penalty: Penalty | None) -> list[str]:
+    return [kind for kind in (penalty.anchor, penalty.fisher) if kind is not None] if penalty is not None else []
+
+
+def _pieces(shards: list[Shard], kinds: Sequence[str]) -> Iterator[tuple[Shard, Piece]]:
+    return ((shard, piece) for shard in shards for piece in shard.pieces(kinds))
+
+
+def _flat(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return tensor.detach().view(-1)[piece.where]
+
+
+def _cut(table: Segments | None, piece: Piece) -> Segments | None:
+    return None if table is None else table.slice(piece.where.start, piece.where.stop)
 
 
 def _clip_coefficient(plan: UpdatePlan, norm: torch.Tensor) -> torch.Tensor | None:

@@ -73,11 +73,10 @@ class Run:
 
     def set_anchor(self, kind: str = "anchor", *, moving: bool = False) -> None:
         """theta_0 in a bf16 run is bf16 numbers, so a bf16 anchor is exact before the first update; later anchors are fp32."""
-        is_base = self.global_step == 0 and not moving
-        exact = is_base and self.config.model.dtype == "bf16"
-        self.engine.optimizer.copy_weights_to(kind, torch.bfloat16 if exact else torch.float32)
-        if is_base:
-            self.engine.optimizer.equal_base.add(kind)
+        if self.global_step > 0 or moving:
+            self.engine.optimizer.copy_weights_to(kind)
+        else:
+            self.engine.optimizer.take_base(kind, torch.bfloat16 if self.config.model.dtype == "bf16" else torch.float32)
 
     def estimate_fisher(
         self, *, sign_batches: int, rows_per_batch: int, kind: str = "fisher", rows: Literal["memory", "previous_task"] = "memory"

@@ -37,7 +37,7 @@ from safecl.engine.run_folder import RESULTS, RunFolder
 from safecl.engine.run_identity import base_of, frozen_digest, identity_of, refuse_other_run
 from safecl.engine.screening import screen_run
 from safecl.engine.stopping import StopRequest
-from safecl.engine.training import TrainingEngine
+from safecl.engine.training import TrainingEngine, needs_reference
 from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate, summarise
 from safecl.evaluation.restore import evaluation_from_dict
 
@@ -163,6 +163,9 @@ class Trainer:
         layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=self.plan.tokenizer.pad_token_id or 0)
         engine = TrainingEngine(model, config, layout, store)
         self.console.fact("trained", f"{engine.shards.numel:,} weights on {distributed.world_size()} rank(s), {engine.device}")
+        if not needs_reference(config):
+            engine.optimizer.store = None
+            store.close()
         run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
         self._saver = RunSaver(run, self.folder, identity_of(self.plan, frozen), base)
         return run

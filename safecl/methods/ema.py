@@ -49,6 +49,10 @@ class Config(MethodConfig):
         """True where the shards hold an average of the weights, which may be a teacher."""
         return self.write_back == "never"
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.write_back == "anchor"
+
     def decay_for(self, num_steps: int) -> float:
         """eta of a task of `num_steps` optimizer steps."""
         if self.decay is not None:
@@ -83,4 +87,6 @@ class Method(base.Method[Config]):
                 shard.state["slow"].lerp_(shard.param, 1.0 - eta)
                 shard.param.copy_(shard.state["slow"])
             else:
-                shard.param.lerp_(shard.state["anchor"].to(shard.param.dtype), eta)
+                for piece in shard.pieces(["anchor"]):
+                    param = shard.param.view(-1)[piece.where]
+                    param.lerp_(piece.state["anchor"].to(param.dtype), eta)

@@ -17,7 +17,7 @@ formed by row blocks, so that D never exists whole; each rank sums its share of 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -33,6 +33,8 @@ LORA_REFUSED = (
 
 class Config(MethodConfig):
     """Elastic weight consolidation."""
+
+    needs_reference: ClassVar[bool] = True
 
     strength: Annotated[float, Field(ge=0)] = 0.1
     """Factor of the penalty; multiplies F / mean(F)."""

@@ -13,7 +13,7 @@ It costs r x r products and no state, and is clipped together with the loss.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,8 @@ ATTENTION = ("*.self_attn.*", "*.attn.*", "*.attention.*", "*.self_attention.*")
 
 class Config(MethodConfig):
     """L2-SP: a pull of the weights to the aligned model."""
+
+    needs_reference: ClassVar[bool] = True
 
     strength: Annotated[float, Field(ge=0)] = 0.01
     """Factor of the penalty; in AdamW's terms, the pull is added to the clipped gradient."""

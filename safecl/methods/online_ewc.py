@@ -26,6 +26,7 @@ class Config(MethodConfig):
     """Online elastic weight consolidation."""
 
     needs_memory: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
     refuses_lora: ClassVar[str] = ewc.LORA_REFUSED
 
     strength: Annotated[float, Field(ge=0)] = 0.1
@@ -51,7 +52,7 @@ class Method(base.Method[Config]):
         mean = run.estimate_fisher(sign_batches=self.config.sign_batches, rows_per_batch=self.config.rows_per_batch, kind=NEW, rows=rows)
         for shard in run.shards():
             new = shard.state.pop(NEW).div_(mean)
-            shard.state[FISHER] = shard.state[FISHER].mul_(self.config.gamma).add_(new) if again else new
+            shard.keep(FISHER, new.add_(shard.state[FISHER].to(new), alpha=self.config.gamma) if again else new)
         run.set_anchor(ANCHOR)
         run.log(f"online_ewc: Fisher of {self.config.sign_batches} sign batches on the rows of {rows.replace('_', ' ')}, mean {mean:.3g}")
 
