@@ -82,4 +82,6 @@ def _build(config: RunConfig, pad_id: int) -> TrainingEngine:
     if packed:
         check_packing(model)
     layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=pad_id)
-    return TrainingEngine(model, config, layout, store)
+    engine = TrainingEngine(model, config, layout, store)
+    engine.release_store()
+    return engine

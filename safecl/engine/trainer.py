@@ -164,8 +164,7 @@ class Trainer:
         engine = TrainingEngine(model, config, layout, store)
         self.console.fact("trained", f"{engine.shards.numel:,} weights on {distributed.world_size()} rank(s), {engine.device}")
         if not needs_reference(config):
-            engine.optimizer.store = None
-            store.close()
+            engine.release_store()
         run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
         self._saver = RunSaver(run, self.folder, identity_of(self.plan, frozen), base)
         return run

@@ -63,6 +63,12 @@ class TrainingEngine:
         self.fp32_gradients = UnshardedFp32Gradients(self.shards) if unsharded_bf16 else None
         self.device = self.deepspeed.device
 
+    def release_store(self) -> None:
+        """Gives the reference weights back where nothing will read them; weights that are views of them keep what they need."""
+        if self.store is not None:
+            self.store.close()
+        self.store = self.optimizer.store = None
+
     @property
     def module(self) -> LanguageModel:
         return self.deepspeed.module
@@ -220,9 +226,10 @@ def placement_of(config: RunConfig) -> Placement:
 
 
 def needs_reference(config: RunConfig) -> bool:
-    """True where the reference store stays open for anchors. With LoRA the trained weights are not in it."""
-    anchored = any(getattr(settings, "needs_reference", False) for settings in config.methods.values())
-    return anchored and config.model.lora is None and config.deepspeed.offload.reference == "cpu"
+    """True where the reference store stays open: anchors or a streamed teacher read it. With LoRA neither does."""
+    anchors = any(getattr(settings, "needs_reference", False) for settings in config.methods.values())
+    teachers = not {"aligned", "previous"}.isdisjoint(config.online_teachers.values())
+    return config.model.lora is None and (teachers or (anchors and config.deepspeed.offload.reference == "cpu"))
 
 
 class StepLosses:
