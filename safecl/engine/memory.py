@@ -31,6 +31,10 @@ class Memory:
     def all_rows(self) -> list[StepRow]:
         return [self._step_row(key) for key in self.buffer.keys()]
 
+    def num_bytes(self) -> dict[str, int]:
+        """Rows held, and the bytes of their tokens and outputs on the disk."""
+        return {"rows": len(self.buffer), "bytes": int(self.buffer.table["nbytes"].sum())}
+
     def row_ids(self) -> list[int]:
         return list(self.buffer.keys())
 

@@ -12,6 +12,7 @@ import torch
 
 from safecl.config import RunConfig
 from safecl.data import TokenDataset
+from safecl.engine import distributed
 from safecl.engine.adapters import AdapterPull, EvenPull, adapters, read_fisher_pull
 from safecl.engine.batch import HIDDEN, Asked, Distillation, Question, StepRow
 from safecl.engine.fisher import estimate_fisher
@@ -185,6 +186,17 @@ class Run:
     def saves_average(self) -> bool:
         """True where the model to evaluate and to save is the EMA."""
         return any(method.saves_average for method in self._active) and self.engine.optimizer.has("ema")
+
+    def kept_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes that the methods keep beside weights and moments, over all ranks: state by kind, recorded outputs of task rows, memory."""
+        kinds = [(kind, value.nbytes) for shard in self.shards() for kind, value in shard.state.items() if not kind.startswith("exp_avg")]
+        state: dict[str, int] = {}
+        for kind, num_bytes in distributed.gather_objects(kinds):
+            state[kind.lstrip("_")] = state.get(kind.lstrip("_"), 0) + num_bytes
+        recorded = {name: 0 for _, name in self._recorded}
+        for (_, name), outputs in self._recorded.items():
+            recorded[name] += outputs.num_bytes
+        return {"state": state, "recorded": recorded, "memory": self.memory.num_bytes() if self.memory is not None else {}}
 
     # ------------------------------------------------------------------------------------------------------------- resume
 

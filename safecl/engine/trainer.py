@@ -407,6 +407,7 @@ class Trainer:
             "tokens": self.progress.num_tokens,
             "seconds": distributed.gather_objects([round(time.perf_counter() - self._began, 3)])[0],
             "saved": "average" if run.saves_average else "live",
+            "kept_bytes": run.kept_bytes(),
             "evaluations": [evaluation.to_dict() for evaluation in self.evaluations],
             "summary": summarise(self.evaluations),
             "gate": gate.to_dict() if gate is not None else None,

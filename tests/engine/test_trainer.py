@@ -100,6 +100,17 @@ def test_the_saved_model_is_the_average_and_the_live_weights_stand_beside_it(fin
     assert (a - b).norm() > 1e-4 * b.norm()
 
 
+def test_the_results_say_what_the_methods_keep_in_bytes(finished):
+    """ZeRO-3 on two ranks: one fp32 value per weight for each of EMA, Fisher and anchor, beside padding; tokens and outputs of 24 rows."""
+    folder, results = finished
+    kept, numel = results["kept_bytes"], sum(p.numel() for p in _weights(folder / "model").values())
+    assert set(kept["state"]) == {"ema", "fisher", "anchor"}
+    for num_bytes in kept["state"].values():
+        assert 4 * numel <= num_bytes <= 4.1 * numel
+    assert kept["memory"]["rows"] == 24 and kept["memory"]["bytes"] > 24 * 8 * 6
+    assert kept["recorded"] == {}
+
+
 def test_one_rank_and_two_ranks_and_another_stage_give_the_same_run(rank_pool, materials, finished, tmp_path):
     _, two = finished
     alone = rank_pool(1).run(fit, tree=tree(materials, tmp_path / "one", deepspeed={"stage": 2}), cache=str(materials / "cache"))[0]
