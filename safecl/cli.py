@@ -92,13 +92,16 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write; an existing one is never overwritten.")] = Path("run.yaml"),
     model: Annotated[str | None, typer.Option(help="Model: a Hugging Face folder or hub id.")] = None,
     train_file: Annotated[str | None, typer.Option("--train", help="Training rows: .jsonl, .json, .csv, .parquet or a hub id.")] = None,
+    memory_file: Annotated[
+        str | None, typer.Option("--memory", help="Disallowed prompts with the refusals to keep: a file, or `none`.")
+    ] = None,
     safety_prompts: Annotated[str | None, typer.Option("--safety", help="Disallowed prompts to measure safety with, or `none`.")] = None,
     every_key: Annotated[bool, typer.Option("--all", help="Write every key there is, not only the usual ones.")] = False,
 ) -> None:
-    """Write a commented starter config; asks three questions on a terminal."""
+    """Write a commented starter config; asks four questions on a terminal."""
     from safecl.commands.init import init_config
 
-    init_config(output, model=model, train_file=train_file, safety_prompts=safety_prompts, every_key=every_key)
+    init_config(output, model=model, train_file=train_file, memory=memory_file, safety_prompts=safety_prompts, every_key=every_key)
 
 
 @verb

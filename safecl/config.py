@@ -19,6 +19,7 @@ from safecl.config_errors import explain
 from safecl.config_yaml import apply_overrides as apply_overrides
 from safecl.config_yaml import parse_yaml as parse_yaml
 from safecl.config_yaml import read_tree
+from safecl.methods.presets import preset_methods
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -462,8 +463,13 @@ class LogConfig(Section):
 def _load_methods(value: Any) -> dict[str, MethodConfig]:
     if value is None:
         return {}
+    if isinstance(value, str):
+        value = preset_methods(value)
     if not isinstance(value, Mapping):
-        raise ValueError("must be a mapping from method names to their settings, e.g. `methods: {ewc: {strength: 0.1}, ema: {}}`")
+        raise ValueError(
+            "must be a mapping from method names to their settings, e.g. `methods: {ewc: {strength: 0.1}, ema: {}}`, or a preset, "
+            "e.g. `methods: balanced`"
+        )
     return {str(name): _load_method_config(str(name), settings) for name, settings in value.items()}
 
 
@@ -487,7 +493,8 @@ class RunConfig(Section):
     memory: MemoryConfig | None = None
     """Rows whose behaviour must be kept."""
     methods: Annotated[dict[str, SerializeAsAny[MethodConfig]], BeforeValidator(_load_methods)] = {}
-    """Continual-learning methods, freely combined; none is plain fine-tuning."""
+    """Continual-learning methods, freely combined; none is plain fine-tuning. Or a preset: `balanced` with safety data in `memory`,
+    `no-data` without."""
     teacher: Literal["streamed", "resident"] = "streamed"
     """Weights of a teacher that is asked in every step (methods.lwf.outputs, memory.teacher.kind: online). streamed: in host memory, once a
     node, and through two buffers of a layer's size on each device; resident: on each device."""
@@ -578,7 +585,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises: ConfigError with one line per mistake: section, key, what is wrong, the nearest key that exists.
     """
     path = Path(path)
-    return validate_tree(apply_overrides(read_tree(path), overrides), str(path))
+    tree = read_tree(path)
+    for override in overrides:
+        apply_overrides(_expand_preset(tree, str(path)), [override])
+    return validate_tree(tree, str(path))
+
+
+def _expand_preset(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """So that an override can change one setting of a preset: `methods.der.alpha=2` behind `methods: balanced`."""
+    if isinstance(tree.get("methods"), str):
+        try:
+            tree["methods"] = preset_methods(tree["methods"])
+        except ValueError as error:
+            raise ConfigError(f"{source}: methods: {error}") from None
+    return tree
 
 
 def validate_tree(tree: dict[str, Any], source: str) -> RunConfig:

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from safecl.config import RunConfig
 from safecl.methods import builtin_methods, method_module
+from safecl.methods.presets import PRESETS
 
 WIDTH = 110
 
@@ -106,7 +107,13 @@ def _value(field: FieldInfo, values: Mapping[str, Any], path: str) -> str:
     return inline(values[name] if name in values else default_of(field) if default_of(field) is not None else example_of(path))
 
 
-def _methods(chosen: Mapping[str, Any]) -> Iterator[str]:
+def _methods(chosen: Mapping[str, Any] | str) -> Iterator[str]:
+    if isinstance(chosen, str):
+        yield f"methods: {chosen}"
+        yield f"# {PRESETS[chosen].summary} Stands for {inline(PRESETS[chosen].methods)}"
+        yield "# Or, in its place, methods of your own choice:"
+        yield from (f"# {line}" for line in _methods({}))
+        return
     yield "methods:"
     for name in builtin_methods():
         config = method_module(name).Config
@@ -133,9 +140,15 @@ def reference_page() -> str:
     """docs/config.md: every key with its type, default and meaning, section by section."""
     parts = [INTRODUCTION, _table("The whole", RunConfig)]
     parts += [_table(f"`{path}`", section) for path, section in sections()]
-    parts += ["## Methods\n\nAny combination, under `methods:`. Without one it is plain fine-tuning.\n"]
+    parts += ["## Methods\n\nAny combination, under `methods:`. Without one it is plain fine-tuning.\n", _presets()]
     parts += [_table(f"`methods.{name}`", method_module(name).Config, level=3) for name in builtin_methods()]
     return "\n".join(parts)
+
+
+def _presets() -> str:
+    """What each preset of `methods:` stands for."""
+    rows = [f"| `methods: {name}` | {preset.summary} | `{inline(preset.methods)}` |" for name, preset in PRESETS.items()]
+    return "\n".join(["### Presets", "", "| preset | for whom | stands for |", "|---|---|---|", *rows, ""])
 
 
 def sections(model: type[BaseModel] = RunConfig, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:

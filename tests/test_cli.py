@@ -17,7 +17,7 @@ import safecl
 from safecl import cli, launcher
 from safecl.commands import ending
 from safecl.commands.ending import ExitCode
-from safecl.config import ConfigError, load_config
+from safecl.config import ConfigError, RunConfig, load_config
 from safecl.config_docs import EXAMPLES, USUAL, section_of
 from safecl.demo.materials import write_materials
 
@@ -271,7 +271,15 @@ def test_init_writes_a_config_that_loads_and_holds_the_answers(run, tmp_path):
     assert code == ExitCode.DONE and str(path) in out
     config = load_config(path)
     assert (config.model.path, config.tasks[0].train, config.safety.prompts) == ("models/m: 7b", "up/my rows.jsonl", "p.jsonl")
-    assert (config.tasks[0].name, config.output, list(config.methods)) == ("my-rows", "runs/my-rows", ["ema"])
+    assert (config.tasks[0].name, config.output) == ("my-rows", "runs/my-rows")
+    assert config.methods == RunConfig.model_validate(config.model_dump() | {"methods": "no-data"}).methods
+
+
+def test_init_with_refusals_to_keep_takes_the_preset_for_them_and_screens_the_upload(run, tmp_path):
+    assert run("init", "-o", tmp_path / "run.yaml", "--memory", "refusals.jsonl")[0] == ExitCode.DONE
+    config = load_config(tmp_path / "run.yaml")
+    assert config.memory.source == "refusals.jsonl" and config.scan.action == "drop"
+    assert config.methods == RunConfig.model_validate(config.model_dump() | {"methods": "balanced"}).methods
 
 
 def test_init_never_overwrites(run, tmp_path):
@@ -282,15 +290,16 @@ def test_init_never_overwrites(run, tmp_path):
     assert path.read_text() == "mine"
 
 
-def test_init_asks_three_questions_on_a_terminal(run, tmp_path, monkeypatch):
-    answers = iter(["models/m", "rows.jsonl", "none"])
+def test_init_asks_four_questions_on_a_terminal(run, tmp_path, monkeypatch):
+    answers = iter(["models/m", "rows.jsonl", "kept.jsonl", "none"])
     asked = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("typer.prompt", lambda question, default: asked.append(question) or next(answers))
     assert run("init", "-o", tmp_path / "run.yaml")[0] == ExitCode.DONE
     config = load_config(tmp_path / "run.yaml")
-    assert len(asked) == 3 and (config.model.path, config.tasks[0].train, config.safety) == ("models/m", "rows.jsonl", None)
+    assert len(asked) == 4 and (config.model.path, config.tasks[0].train, config.safety) == ("models/m", "rows.jsonl", None)
+    assert config.memory.source == "kept.jsonl"
 
 
 def test_a_section_of_the_starter_works_when_its_comment_signs_are_taken_away(run, tmp_path):
@@ -308,7 +317,6 @@ def test_a_section_of_the_starter_works_when_its_comment_signs_are_taken_away(ru
 
 
 def test_init_all_names_every_key_there_is(run, tmp_path):
-    from safecl.config import RunConfig
     from safecl.config_docs import sections
 
     run("init", "-o", tmp_path / "run.yaml", "--all")
@@ -319,8 +327,6 @@ def test_init_all_names_every_key_there_is(run, tmp_path):
 
 
 def test_the_starters_keys_exist():
-    from safecl.config import RunConfig
-
     for path, names in USUAL.items():
         model = RunConfig
         for part in filter(None, path.split(".")):

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from safecl.config import ConfigError, RunConfig, dump_config, load_config, parse_yaml
 from safecl.config_docs import section_of, sections
 from safecl.methods import builtin_methods, method_module
+from safecl.methods.presets import PRESETS
 
 BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "output": "runs/a"}
 MEMORY = {"source": "r.jsonl"}
@@ -294,3 +295,41 @@ def test_loading_a_config_with_every_method_imports_neither_torch_nor_transforme
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_methods_that_it_stands_for_and_is_written_out_as_these(load, tmp_path, name):
+    config = load({"memory": MEMORY, "methods": name})
+    assert config.methods == load({"memory": MEMORY, "methods": PRESETS[name].methods}).methods != {}
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert yaml.safe_load(dump_config(config))["methods"].keys() == PRESETS[name].methods.keys()
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_one_setting_of_a_preset_can_be_overridden_and_presets_do_not_change_by_it(load):
+    first = load({"memory": MEMORY, "methods": "balanced"}, "methods.der.alpha=7")
+    again = load({"memory": MEMORY}, "methods=balanced")
+    assert first.methods["der"].alpha == 7 != again.methods["der"].alpha
+    assert first.methods["der"].beta == again.methods["der"].beta == PRESETS["balanced"].methods["der"]["beta"]
+    assert "der" not in load({"memory": MEMORY, "methods": "balanced"}, "methods=no-data").methods
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("balancd", "no preset is named 'balancd'; did you mean `balanced`?"),
+        ("everything", "no preset is named 'everything'; known presets: balanced, no-data"),
+        ("ewc", "'ewc' is a method, not a preset; write `methods: {ewc: {}}`"),
+    ],
+)
+def test_an_unknown_preset_is_told_with_what_works(load, given, message):
+    for found in (message_of(load, {"memory": MEMORY, "methods": given}), message_of(load, {"memory": MEMORY}, f"methods={given}")):
+        assert f"methods: {message}" in found and "run.yaml" in found
+
+
+def test_the_preset_without_data_needs_no_memory_and_the_other_one_says_so(load):
+    assert load({"methods": "no-data"}).memory is None
+    assert "methods: der needs `memory: {source: ...}`" in message_of(load, {"methods": "balanced"})

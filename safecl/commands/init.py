@@ -1,4 +1,4 @@
-"""`safecl init`: three questions, one commented config. The text comes from the config's own docs (safecl/config_docs.py)."""
+"""`safecl init`: four questions, one commented config. The text comes from the config's own docs (safecl/config_docs.py)."""
 
 from __future__ import annotations
 
@@ -22,33 +22,43 @@ HEADER = """\
 """
 
 
-def init_config(output: Path, *, model: str | None, train_file: str | None, safety_prompts: str | None, every_key: bool) -> None:
+def init_config(
+    output: Path, *, model: str | None, train_file: str | None, memory: str | None, safety_prompts: str | None, every_key: bool
+) -> None:
     """Asks for what is not given (on a terminal), and writes `output`. Raises ConfigError where the file exists or cannot be written."""
     if output.exists():
         raise ConfigError(f"{output}: exists and is not overwritten; write another file with --output, or remove it")
     model = model or _ask("Model (a Hugging Face folder or hub id)", EXAMPLES["model.path"])
     train_file = train_file or _ask("Training rows (.jsonl, .json, .csv, .parquet or a hub id)", EXAMPLES["tasks.train"])
-    safety_prompts = safety_prompts or _ask("Disallowed prompts to measure safety with (a file, or none)", "none")
-    values = starter_values(model, train_file, None if safety_prompts == "none" else safety_prompts)
+    memory = memory or _ask("Disallowed prompts with the refusals to keep (a file, or none)", "none")
+    safety_prompts = safety_prompts or _ask("Other disallowed prompts to measure safety with (a file, or none)", "none")
+    values = starter_values(model, train_file, *(None if name == "none" else name for name in (memory, safety_prompts)))
     text = HEADER.format(file=output) + starter_yaml(values, every_key)
     assert parse_yaml(text)["model"]["path"] == model
     _write(output, text)
     Console(highlight=False, soft_wrap=True).print(f"wrote {output}; next: safecl check {output}", markup=False)
 
 
-def starter_values(model: str, train_file: str, safety_prompts: str | None) -> dict[str, Any]:
-    """The live keys of a starter: what was asked, the EMA (which needs no further data), and the sizes that people change first."""
+def starter_values(model: str, train_file: str, memory: str | None, safety_prompts: str | None) -> dict[str, Any]:
+    """The live keys of a starter: what was asked, the preset that fits, and the sizes that people change first.
+
+    With prompts that the model is known to refuse, rows of the upload that it would refuse are left out.
+    """
     name = re.sub(r"[^\w.-]+", "-", Path(train_file).stem).strip("-.") or EXAMPLES["tasks.name"]
     values: dict[str, Any] = {
         "model": {"path": model},
         "tasks": [{"name": name, "train": train_file}],
-        "methods": {"ema": {"horizon": 0.3}},
+        "methods": "balanced" if memory else "no-data",
         "train": {"epochs": 3.0, "learning_rate": 2e-5},
         "deepspeed": {"stage": 2},
         "output": f"runs/{name}",
     }
+    if memory:
+        values["memory"] = {"source": memory, "replay_ratio": 0.25}
     if safety_prompts:
         values["safety"] = {"prompts": safety_prompts}
+    if memory or safety_prompts:
+        values["scan"] = {"action": "drop"}
     return values
 
 

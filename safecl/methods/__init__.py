@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-_NOT_METHODS = {"base"}
+_NOT_METHODS = {"base", "presets"}
 
 
 def builtin_methods() -> list[str]:
