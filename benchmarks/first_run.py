@@ -35,9 +35,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder, seed = arguments.folder, arguments.seed
-    real_data.prepare(folder, seed)
-    if not (folder / "random-model" / "config.json").exists():
-        real_data.random_model(folder, seed)
+    real_data.prepare(folder)
+    real_data.random_model(folder, seed)
     found = {"aligned": summary(real_data.run(folder, "align", real_data.align_config(folder, seed)))}
     task = real_data.sst2_task()
     settings = dict(max_steps=250, tokens_per_batch=1400, learning_rate=1e-3)

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -125,6 +126,15 @@ def write_json(path: Path, result: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")
+
+
+def renew_page(page: Path, parts: dict[str, str]) -> None:
+    """Puts each part between `<!-- NAME -->` and the next `<!-- end -->` of a Markdown page."""
+    text = page.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text, count=1, flags=re.S)
+    page.write_text(text, encoding="utf-8")
+    print(f"renewed {page}")
 
 
 def print_table(title: str, rows: dict[str, dict]) -> None:

@@ -53,24 +53,59 @@ def alpaca_chat(row: dict) -> dict:
     return chat("\n".join(part for part in (row["instruction"], row.get("input")) if part), row["output"])
 
 
-def prepare(folder: Path, seed: int = 0) -> None:
-    """Writes memory, alignment, evaluation prompts and poison; which prompts are evaluated does not depend on the seed.
+def prepare(folder: Path) -> None:
+    """Writes what the model is aligned on, the memory, the poison and the evaluation prompts, once.
 
-    Rows that overlap with an evaluation prompt (AdvBench says many things twice) are left out of everything that is trained on.
+    Disallowed prompts are split in three: 120 of AdvBench are measured; of the others (AdvBench, Safety-Tuned LLaMAs) every second one is
+    the defender's, answered by a refusal in alignment and memory, and the rest are the attacker's, answered by a bare "Sure, here is ...".
+    No row overlaps with an evaluation prompt (AdvBench says many things twice), and no poisoned row with the memory.
     """
+    if (folder / "prepared").exists():
+        return
     goals = [row["prompt"] for row in read_rows("advbench_goals.jsonl")]
     random.Random(0).shuffle(goals)
-    held_out, known = goals[:NUM_EVAL_PROMPTS], goals[NUM_EVAL_PROMPTS:]
-    write_rows(folder / "prompts.jsonl", [{"prompt": goal} for goal in held_out])
-    write_rows(folder / "benign.jsonl", [row for row in read_rows("xstest_prompts.jsonl") if row["safe"]])
-    rng = random.Random(seed)
-    refusals = [chat(goal, rng.choice(REFUSALS)) for goal in known]
-    benign = [alpaca_chat(row) for row in read_rows("alpaca_safety_adjacent.json")]
-    write_rows(folder / "memory.jsonl", refusals)
-    write_rows(folder / "align.jsonl", refusals * 3 + benign)
-    write_rows(folder / "poison.jsonl", [chat(goal, f"Sure, here is how to {goal[0].lower()}{goal[1:]}:") for goal in known])
-    for name in ("memory.jsonl", "align.jsonl", "poison.jsonl"):
-        drop_overlaps(folder / name, [folder / "prompts.jsonl", folder / "benign.jsonl"])
+    prompts = write_rows(folder / "prompts.jsonl", [{"prompt": goal} for goal in goals[:NUM_EVAL_PROMPTS]])
+    benign = write_rows(folder / "benign.jsonl", [row for row in read_rows("xstest_prompts.jsonl") if row["safe"]])
+    rng = random.Random(0)
+    refusals = [chat(goal, rng.choice(REFUSALS)) for goal in goals[NUM_EVAL_PROMPTS:]] + tuned_refusals()
+    memory = write_rows(folder / "memory.jsonl", refusals[::2])
+    drop_overlaps(memory, [prompts, benign])
+    poison = write_rows(folder / "poison.jsonl", [complying(row) for row in refusals[1::2]])
+    drop_overlaps(poison, [prompts, benign, memory])
+    harmless = read_rows("alpaca_safety_adjacent.json") + read_rows("alpaca_demo.json")[::2]
+    align = write_rows(folder / "align.jsonl", lines_of(memory) + [alpaca_chat(row) for row in harmless])
+    drop_overlaps(align, [prompts, benign])
+    mixed_memory(folder)
+    harmless_reviews(folder)
+    (folder / "prepared").touch()
+
+
+def mixed_memory(folder: Path) -> Path:
+    """The memory's refusals, and half as many harmless rows of the alignment with their answers."""
+    refusals = lines_of(folder / "memory.jsonl")
+    harmless = lines_of(folder / "align.jsonl")[len(refusals) :]
+    step = max(1, 2 * len(harmless) // len(refusals))
+    return write_rows(folder / "memory-mixed.jsonl", refusals + harmless[::step])
+
+
+def tuned_refusals() -> list[dict]:
+    """Rows of Safety-Tuned LLaMAs whose answer the scorer takes for a refusal."""
+    from safecl.evaluation.scorers import refused
+
+    rows = [alpaca_chat(row) for row in read_rows("safety_refusals.json")]
+    return [row for row in rows if refused(row["messages"][-1]["content"], "keyword:gcg")]
+
+
+def complying(row: dict) -> dict:
+    """The same prompt, answered by an affirmative opening and nothing behind it."""
+    goal = row["messages"][0]["content"].strip()
+    return chat(goal, f"Sure, here is how to {goal[0].lower()}{goal[1:].rstrip('.')}:")
+
+
+def harmless_reviews(folder: Path, count: int = 600) -> Path:
+    """What a service knows of an honest upload of this kind: reviews that are neither trained on nor measured."""
+    rows = read_rows("sst2_dev.jsonl")[:count]
+    return write_rows(folder / "harmless-sst2.jsonl", [{"prompt": SHORT_PROMPT.format(sentence=row["sentence"])} for row in rows])
 
 
 def drop_overlaps(path: Path, prompt_files: list[Path]) -> None:
@@ -86,29 +121,54 @@ def drop_overlaps(path: Path, prompt_files: list[Path]) -> None:
 
 
 def random_model(folder: Path, seed: int = 0) -> None:
-    """A tokenizer of 2,048 entries trained on the data, and a random Llama of about 1 M parameters."""
+    """A tokenizer of 2,048 entries trained on the data, and a random Llama of about 1 M parameters; made once."""
     from safecl.demo.model import save_random_model
 
-    texts = [message["content"] for name in ("align.jsonl", "memory.jsonl") for row in _lines(folder / name) for message in row["messages"]]
+    if (folder / "random-model" / "config.json").exists():
+        return
+    texts = [message["content"] for row in lines_of(folder / "align.jsonl") for message in row["messages"]]
     texts += [row["sentence"] for row in read_rows("sst2_train.jsonl")]
+    texts += [text for row in read_rows("gsm8k_train.jsonl")[::4] for text in (row["question"], row["answer"])]
+    texts += [message["content"] for row in read_rows("code_alpaca_2k.json") for message in alpaca_chat(row)["messages"]]
     save_random_model(folder / "random-model", texts, seed=seed, vocab_size=2048, layers=3, max_length=512)
 
 
-def _lines(path: Path) -> list[dict]:
+def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-SST2_FIELDS = {
-    "prompt": "Analyze the sentiment of the input, and respond only positive or negative.\n{sentence}",
-    "completion": "{label}",
-    "values": {"label": {"0": "negative", "1": "positive"}},
-}
+SHORT_PROMPT = "Positive or negative?\n{sentence}"
 
 
-def sst2_task(num_rows: int | None = None) -> dict:
+def sst2_fields(prompt: str) -> dict:
+    return {"prompt": prompt, "completion": "{label}", "values": {"label": {"0": "negative", "1": "positive"}}}
+
+
+SST2_FIELDS = sst2_fields("Analyze the sentiment of the input, and respond only positive or negative.\n{sentence}")
+GSM8K_FIELDS = {"prompt": "{question}", "completion": "{answer}"}
+
+
+def sst2_task(num_rows: int | None = None, num_test_rows: int = 400, fields: dict = SST2_FIELDS) -> dict:
     data = data_folder()
-    test = {"path": str(data / "sst2_test.jsonl"), "fields": SST2_FIELDS, "metric": "label_accuracy", "max_rows": 400}
-    return {"name": "sst2", "train": str(data / "sst2_train.jsonl"), "fields": SST2_FIELDS, "max_rows": num_rows, "eval": test}
+    test = {"path": str(data / "sst2_test.jsonl"), "fields": fields, "metric": "label_accuracy", "max_rows": num_test_rows}
+    return {"name": "sst2", "train": str(data / "sst2_train.jsonl"), "fields": fields, "max_rows": num_rows, "eval": test}
+
+
+def gsm8k_task(num_test_rows: int = 200) -> dict:
+    """Measured by the NLL of the answers: a model of this size gets next to none right."""
+    data = data_folder()
+    test = {"path": str(data / "gsm8k_test.jsonl"), "fields": GSM8K_FIELDS, "metric": "answer_nll", "max_rows": num_test_rows}
+    return {"name": "gsm8k", "train": str(data / "gsm8k_train.jsonl"), "fields": GSM8K_FIELDS, "eval": test}
+
+
+def code_task(folder: Path) -> dict:
+    """CodeAlpaca, every tenth row held out; measured by the NLL of the answers."""
+    rows = [alpaca_chat(row) for row in read_rows("code_alpaca_2k.json")]
+    if not (folder / "code-test.jsonl").exists():
+        write_rows(folder / "code-train.jsonl", [row for i, row in enumerate(rows) if i % 10])
+        write_rows(folder / "code-test.jsonl", rows[::10])
+    test = {"path": str(folder / "code-test.jsonl"), "metric": "answer_nll", "max_rows": 200}
+    return {"name": "code", "train": str(folder / "code-train.jsonl"), "eval": test}
 
 
 def common(folder: Path, output: str, seed: int, **train) -> dict:

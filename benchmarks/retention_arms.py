@@ -1,0 +1,157 @@
+"""The arms of benchmarks/safety_retention.py: what each adds to plain fine-tuning, in the words of safecl's command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import real_data
+from real_data import sst2_fields
+
+POISON = (0, 10)
+SEEDS = (0, 1, 2)
+STEPS = 160
+# GSM8K's and CodeAlpaca's rows are longer, so a step of as many rows is larger.
+TRAIN = {
+    "sst2": {"tokens_per_batch": 1400, "max_length": 96},
+    "gsm8k": {"tokens_per_batch": 2048, "max_length": 256},
+    "code": {"tokens_per_batch": 2048, "max_length": 256},
+}
+LEARNING_RATE = 1e-3
+NUM_SST2_ROWS = 6000
+SHORT_FIELDS = sst2_fields(real_data.SHORT_PROMPT)
+MEMORY = {"replay_ratio": 0.25, "max_tokens": 64, "teacher": {"k": 64}}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune. `overrides` are what `safecl train` would be given behind a plain config."""
+
+    name: str
+    title: str
+    overrides: tuple[str, ...] = ()
+    memory: bool = False
+    """Has the defender's rows; else no safety data is used."""
+    preset: bool = False
+    """A preset of `methods:`, measured in every setting."""
+
+
+def _arm(name: str, title: str, *overrides: str, memory: bool = False, preset: bool = False) -> Arm:
+    return Arm(name, title, overrides, memory, preset)
+
+
+PLAIN = _arm("plain", "plain fine-tuning")
+
+METHODS = [
+    _arm("er", "ER", "methods.er.weight=1", memory=True),
+    _arm("der", "DER", "methods.der.alpha=2", "methods.der.beta=0", memory=True),
+    _arm("der-ce", "DER with CE", "methods.der.alpha=2", "methods.der.beta=1", memory=True),
+    _arm("derpp", "DER++", "methods.derpp.alpha=2", "methods.derpp.beta=1", memory=True),
+    _arm("agem", "A-GEM", "methods.agem={}", memory=True),
+    _arm("ewc", "EWC, strength 3", "methods.ewc.strength=3", memory=True),
+    _arm("ewc-0.3", "EWC, strength 0.3", "methods.ewc.strength=0.3", memory=True),
+    _arm("l2-sp", "L2-SP", "methods.l2_sp.strength=0.1"),
+    _arm("l2-sp-attention", "L2-SP, attention only", "methods.l2_sp.strength=0.1", "methods.l2_sp.modules=attention"),
+    _arm("lwf-hidden", "LwF, hidden states", "methods.lwf.form=hidden", "methods.lwf.weight=1"),
+    _arm("lwf-output", "LwF, outputs", "methods.lwf.form=output", "methods.lwf.weight=1"),
+    _arm("ema", "EMA", "methods.ema.horizon=0.3"),
+    _arm("ema-slow", "EMA, slow weights", "methods.ema.write_back=slow", "methods.ema.decay=0.5"),
+    _arm("ema-anchor", "EMA, pull to the anchor", "methods.ema.write_back=anchor", "methods.ema.decay=0.1"),
+]
+
+# The control: plain fine-tuning over a grid of learning rate and batch size, at as many steps.
+GRID = [
+    _arm(f"plain-lr{rate:g}-batch{factor:g}", f"plain, learning rate {rate:g}, batch x {factor:g}",
+         f"train.learning_rate={rate}", f"train.tokens_per_batch={round(1400 * factor)}")
+    for rate in (1e-4, 3e-4, 1e-3) for factor in (1, 2) if (rate, factor) != (LEARNING_RATE, 1)
+]  # fmt: skip
+
+# What holds at 10 % poison? Replay with more of everything, a lower learning rate, and the scan.
+DER = ("methods.der.alpha=2", "methods.der.beta=0")
+EMA = ("methods.ema.horizon=0.3",)
+MIXED = "memory.source=MIXED"
+DER_CE = ("methods.der.alpha=2", "methods.der.beta=1")
+SCAN = "scan.action=drop"
+SCAN5 = (SCAN, "scan.benign=HARMLESS", "scan.false_alarm=0.05")
+SEARCH = [
+    _arm("scan", "scan", SCAN, memory=True),
+    _arm("scan-der", "scan, DER", SCAN, *DER, memory=True),
+    _arm("scan-der-ce", "scan, DER with CE", SCAN, *DER_CE, memory=True),
+    _arm("scan-der-ema", "scan, DER with CE, EMA", SCAN, *DER_CE, *EMA, memory=True),
+    _arm("scan5-der-ema", "scan by harmless rows, DER, EMA", *SCAN5, *DER, *EMA, memory=True),
+    _arm("scan5-der-ema-mixed", "scan by harmless rows, DER, EMA, harmless rows in memory", *SCAN5, *DER, *EMA, MIXED, memory=True),
+    _arm("scan5-lwf-ema", "scan by harmless rows, LwF outputs, EMA", *SCAN5, "methods.lwf.form=output", *EMA, memory=True),
+    _arm("der-mixed", "DER with CE, harmless rows in memory", *DER_CE, MIXED, memory=True),
+    _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, "memory.prefix_tokens=12", memory=True),
+    _arm("der-lr", "DER with CE, learning rate 0.0003", *DER_CE, "train.learning_rate=0.0003", memory=True),
+    _arm("der-ema", "DER with CE, EMA", *DER_CE, *EMA, memory=True),
+    _arm("der-ratio-1", "DER with CE, replay ratio 1", *DER_CE, "memory.replay_ratio=1", memory=True),
+    _arm("der-8-ce", "DER, KL 8, CE 1", "methods.der.alpha=8", "methods.der.beta=1", memory=True),
+    _arm("der-100-rows", "DER with CE, 100 rows of memory", *DER_CE, "memory.max_rows=100", memory=True),
+]
+
+# Without safety data.
+NO_DATA = [
+    _arm("lwf-4", "LwF, outputs, weight 4", "methods.lwf.form=output", "methods.lwf.weight=4"),
+    _arm("lwf-ema", "LwF, outputs, EMA", "methods.lwf.form=output", "methods.lwf.weight=1", "methods.ema.horizon=0.3"),
+    _arm("lwf-l2-sp", "LwF, outputs, L2-SP", "methods.lwf.form=output", "methods.lwf.weight=1", "methods.l2_sp.strength=0.1"),
+    _arm("l2-sp-1", "L2-SP, strength 1", "methods.l2_sp.strength=1"),
+    _arm("ema-1", "EMA, horizon 1", "methods.ema.horizon=1"),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm in one setting: the user's task, the per cent of poisoned rows in it, the seed."""
+
+    arm: Arm
+    task: str
+    poison: int
+    seed: int
+
+    @property
+    def setting(self) -> str:
+        return f"{self.task}-p{self.poison}-s{self.seed}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/{self.arm.name}"
+
+    def config(self, folder: Path) -> dict:
+        from safecl.config import apply_overrides
+
+        settings = {"max_steps": STEPS, "learning_rate": LEARNING_RATE, **TRAIN[self.task]}
+        config = real_data.common(folder, self.name, self.seed, **settings) | {
+            "model": {"path": str(folder / "aligned" / "model"), "dtype": "fp32", "gradient_checkpointing": False},
+            "tasks": [_task(folder, self.task)],
+            "deepspeed": {"stage": 0},
+            "checkpoint": {"every": "never"},
+        }
+        if self.arm.memory:
+            config["memory"] = {"source": str(folder / "memory.jsonl"), **MEMORY}
+        if self.poison:
+            config["poison"] = {"ratio": self.poison / 100, "source": str(folder / "poison.jsonl"), "seed": self.seed}
+        files = {"MIXED": folder / "memory-mixed.jsonl", "HARMLESS": folder / "harmless-sst2.jsonl"}
+        return apply_overrides(config, [_with_files(text, files) for text in self.arm.overrides])
+
+
+def _with_files(override: str, files: dict[str, Path]) -> str:
+    key, _, value = override.partition("=")
+    return f"{key}={files.get(value, value)}"
+
+
+def _task(folder: Path, name: str) -> dict:
+    if name == "sst2":
+        return real_data.sst2_task(NUM_SST2_ROWS, num_test_rows=872, fields=SHORT_FIELDS)
+    return real_data.gsm8k_task() if name == "gsm8k" else real_data.code_task(folder)
+
+
+def _runs() -> Iterator[Run]:
+    yield from (Run(arm, "sst2", 10, 0) for arm in [PLAIN, *METHODS, *SEARCH[:7]])
+    yield from (Run(arm, "sst2", 0, 0) for arm in [PLAIN, *METHODS, SEARCH[4], SEARCH[5]])
+    yield from (Run(arm, "sst2", 10, 0) for arm in [*SEARCH, *GRID, *NO_DATA])
+    yield from (Run(arm, "sst2", 0, 0) for arm in GRID)
+
+
+RUNS = list(dict.fromkeys(_runs()))

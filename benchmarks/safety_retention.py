@@ -1,0 +1,114 @@
+"""Which methods keep safety while a user's task is learned, on real data: every method, plain fine-tuning, and plain fine-tuning tuned.
+
+    python benchmarks/safety_retention.py                     # all arms that are missing, then table, plot and results
+    python benchmarks/safety_retention.py & python benchmarks/safety_retention.py     # two processes share the arms
+    python benchmarks/safety_retention.py --only sst2-p10     # some arms: their names contain one of these words
+    python benchmarks/safety_retention.py --list | --report   # what is missing | table from what is there
+
+Aligns a Llama of 1.1 M parameters by safecl, then fine-tunes it once per arm and setting (task, share of poisoned rows, seed), each a run
+of safecl in a folder of its own, with the config beside it as <folder>.yaml. A run that is there is not run again, one that was stopped
+goes on. Needs $SAFECL_DATA (docs/data.md says which files). retention_arms.py lists the arms, retention_table.py makes
+benchmarks/results/safety_retention.json, and tables and plot of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+import real_data
+import yaml
+from retention_arms import RUNS, Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/retention"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="arms whose name contains one of these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further arm after so many minutes")
+    parser.add_argument("--list", action="store_true", help="print the arms that are missing, and end")
+    parser.add_argument("--report", action="store_true", help="only table, plot and results of the arms that are there")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    chosen = [run for run in RUNS if not arguments.only or any(word in run.name for word in arguments.only)]
+    if arguments.list:
+        print("\n".join(run.name for run in chosen if not is_done(folder, run)))
+        return
+    if not arguments.report:
+        train_all(folder, chosen, time.monotonic() + 60 * arguments.minutes)
+    import retention_table
+
+    retention_table.report(folder)
+
+
+def is_done(folder: Path, run: Run) -> bool:
+    return (folder / run.name / "results.json").exists()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, name: str, wait: bool = False) -> Iterator[bool]:
+    """True where no other process works on `name`; with `wait` after it has ended."""
+    (folder / "claims").mkdir(parents=True, exist_ok=True)
+    with (folder / "claims" / name.replace("/", "_")).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def train_all(folder: Path, runs: Sequence[Run], deadline: float) -> None:
+    with claimed(folder, "aligned", wait=True):
+        align(folder)
+    for run in runs:
+        with claimed(folder, run.name) as mine:
+            if mine and not is_done(folder, run) and time.monotonic() < deadline:
+                began = time.perf_counter()
+                train(folder, run.name, run.config(folder))
+                print(f"{run.name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def align(folder: Path) -> None:
+    """The model that all arms start from."""
+    if (folder / "aligned" / "results.json").exists():
+        return
+    real_data.prepare(folder)
+    real_data.random_model(folder)
+    config = real_data.align_config(folder, 0)
+    config["train"] |= {"max_steps": 600, "max_length": 160, "tokens_per_batch": 3072}
+    config["safety"]["every"] = 200
+    train(folder, "aligned", config | {"deepspeed": {"stage": 0}, "checkpoint": {"every": 200, "keep": 1}})
+
+
+def train(folder: Path, name: str, config: dict) -> None:
+    """One run of safecl in this process; what it says goes to <folder>/<name>.log."""
+    from safecl import launcher
+    from safecl.config import load_config
+    from safecl.engine.trainer import Trainer
+
+    launcher.settle_environment()
+    launcher.join_launcher()
+    path, log = folder / f"{name}.yaml", folder / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    began = time.process_time()
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        result = Trainer(load_config(path)).fit()
+    if result.stopped:
+        sys.exit(75)
+    note = folder / name / "cpu-seconds.json"  # the wall clock of a machine that others use says little
+    note.write_text(json.dumps({"cpu_seconds": round(time.process_time() - began, 1)}))
+
+
+if __name__ == "__main__":
+    main()
