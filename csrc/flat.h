@@ -29,8 +29,9 @@ struct AdamWCall {
   float *param, *exp_avg, *exp_avg_sq, *ema;
   uint16_t* param_out;
   Segments segments;
-  int64_t proximal;
-  float grad_mult, lr, step_size, inv_sqrt_correction2, weight_decay, strength, ema_rate;
+  int64_t proximal, ema_by_fisher;
+  float grad_mult, lr, step_size, inv_sqrt_correction2, weight_decay, strength;
+  float ema_rate, ema_threshold, ema_rate_above;  // the last where fisher is above the threshold
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
 };
 

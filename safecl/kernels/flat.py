@@ -144,6 +144,8 @@ def adamw_step_(
     proximal: bool = False,
     ema: Tensor | None = None,
     ema_decay: Scalar | None = None,
+    ema_threshold: Scalar | None = None,
+    ema_decay_above: Scalar | None = None,
     param_out: Tensor | None = None,
     clip_coef: Scalar | None = None,
     grad_scale: Scalar | None = None,
@@ -158,19 +160,22 @@ def adamw_step_(
         m   = beta1 m + (1 - beta1) g;    v = beta2 v + (1 - beta2) g^2
         p   = p - (lr weight_decay p + lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps))
         p   = p - w (p - anchor),  w = lr strength F / (1 + lr strength F)      if proximal: stable for any strength and lr
-        ema = ema + (1 - ema_decay) (p - ema);    param_out = bf16(p)
+        ema = ema + (1 - eta) (p - ema),  eta = ema_decay_above where F > ema_threshold, else ema_decay;    param_out = bf16(p)
 
     param, exp_avg, exp_avg_sq, ema: fp32. grad, anchor, fisher: fp32 or bf16. param_out: bf16, rounded to nearest. One numel and device.
-    step, lr, weight_decay, strength, ema_decay, clip_coef, grad_scale, found_inf: numbers or one-element tensors. A non-zero found_inf
-    leaves every buffer bitwise as it was (the loss is still returned); the caller must then not advance `step`.
+    step, lr, weight_decay, strength, ema_decay, ema_threshold, ema_decay_above, clip_coef, grad_scale, found_inf: numbers or one-element
+    tensors. A non-zero found_inf leaves every buffer bitwise as it was (the loss is still returned): do not advance `step` then.
+    ema_threshold, ema_decay_above: both or neither; a Fisher-masked average, e.g. with a quantile of `fisher` as the threshold. Needs
+    `ema` and `fisher`, and lets `fisher` stand without an anchor. A NaN in `fisher` counts as below.
     segments: (offsets, strength, weight_decay), see `Segments`; an entry replaces the scalar of the same name for its stretch.
     Returns 1/2 sum strength F d^2 at the old p, 0-dim fp32 (summed in a fixed order: repeats bitwise), or None without an anchor.
     Raises ValueError naming the argument on a wrong dtype, device, length, layout, overlap or value; nothing is written then.
     """
     states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, **_given(ema=ema)}
     _check_step_tensors(param, grad, states, anchor, fisher, param_out)
-    if (ema is None) != (ema_decay is None):
-        raise ValueError("ema and ema_decay belong together: pass both or neither")
+    if fisher is not None and anchor is None and ema_threshold is None:
+        raise ValueError("fisher needs an anchor: the penalty is strength * fisher * (param - anchor)")
+    _check_average(ema, ema_decay, ema_threshold, ema_decay_above, fisher)
     device = param.device
     coef = adamw_coefficients(
         device,
@@ -181,6 +186,8 @@ def adamw_step_(
         weight_decay=weight_decay,
         strength=strength,
         ema_decay=ema_decay,
+        ema_threshold=ema_threshold,
+        ema_decay_above=ema_decay_above,
         clip_coef=clip_coef,
         grad_scale=grad_scale,
     )
@@ -193,6 +200,7 @@ def adamw_step_(
         fisher=fisher,
         proximal=bool(proximal),
         ema=ema,
+        ema_by_fisher=ema_threshold is not None,
         param_out=param_out,
         found_inf=skip if isinstance(skip, Tensor) else None,
         frozen=skip is True,
@@ -210,8 +218,6 @@ def _check_step_tensors(
     check_tensor("grad", grad, param, FLOAT32_OR_BF16, "param")
     for name, state in states.items():
         check_tensor(name, state, param, FLOAT32, "param")
-    if fisher is not None and anchor is None:
-        raise ValueError("fisher needs an anchor: the penalty is strength * fisher * (param - anchor)")
     read = _given(anchor=anchor, fisher=fisher)
     for name, tensor in read.items():
         check_tensor(name, tensor, param, FLOAT32_OR_BF16, "param")
@@ -219,6 +225,15 @@ def _check_step_tensors(
     for name, tensor in copies.items():
         check_tensor(name, tensor, param, BF16, "param")
     check_overlap({"param": param, **states, **copies}, {"grad": grad, **read})
+
+
+def _check_average(ema: object, decay: object, threshold: object, decay_above: object, fisher: object) -> None:
+    if (ema is None) != (decay is None):
+        raise ValueError("ema and ema_decay belong together: pass both or neither")
+    if (threshold is None) != (decay_above is None):
+        raise ValueError("ema_threshold and ema_decay_above belong together: pass both or neither")
+    if threshold is not None and (ema is None or fisher is None):
+        raise ValueError(f"ema_threshold needs {'an ema' if ema is None else 'a fisher'}: the decay of each element follows its Fisher")
 
 
 def _check_penalty(grad: Tensor, param: Tensor | None, anchor: Tensor, fisher: Tensor | None) -> None:

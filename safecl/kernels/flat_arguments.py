@@ -49,6 +49,8 @@ class Coefficients:
     weight_decay: Scalar  # lr * weight_decay: per element it is lr * segments.weight_decay[s] instead
     strength: Scalar
     ema_rate: Scalar  # 1 - ema_decay
+    ema_threshold: Scalar  # where fisher is above it the rate is the next
+    ema_rate_above: Scalar  # 1 - ema_decay_above
     beta1: float
     beta2: float
     eps: float
@@ -67,6 +69,7 @@ class AdamWArguments:
     fisher: Tensor | None = None
     proximal: bool = False
     ema: Tensor | None = None
+    ema_by_fisher: bool = False  # two rates, chosen per element
     param_out: Tensor | None = None
     found_inf: Tensor | None = None  # a device scalar; a host scalar has already been acted upon
     frozen: bool = False  # found_inf on the host: compute the penalty loss, write nothing
@@ -206,6 +209,8 @@ def adamw_coefficients(
     weight_decay: float,
     strength: Scalar,
     ema_decay: Scalar | None,
+    ema_threshold: Scalar | None,
+    ema_decay_above: Scalar | None,
     clip_coef: Scalar | None,
     grad_scale: Scalar | None,
 ) -> Coefficients:
@@ -217,7 +222,10 @@ def adamw_coefficients(
     scale = 1.0 if grad_scale is None else check_scalar("grad_scale", grad_scale, device)
     if not isinstance(scale, Tensor) and scale == 0:
         raise ValueError("grad_scale must be > 0: gradients are divided by it")
-    rate = 0.0 if ema_decay is None else 1.0 - check_scalar("ema_decay", ema_decay, device, high=1.0)
+    rates = {
+        name: 0.0 if decay is None else 1.0 - check_scalar(name, decay, device, high=1.0)
+        for name, decay in (("ema_decay", ema_decay), ("ema_decay_above", ema_decay_above))
+    }
     return Coefficients(
         grad=single(clip / scale),
         lr=single(lr),
@@ -225,7 +233,9 @@ def adamw_coefficients(
         inv_sqrt_correction2=single((1.0 - beta2**step) ** -0.5),
         weight_decay=single(lr * check_scalar("weight_decay", weight_decay, device)),
         strength=single(check_scalar("strength", strength, device)),
-        ema_rate=single(rate),
+        ema_rate=single(rates["ema_decay"]),
+        ema_threshold=single(check_scalar("ema_threshold", 0.0 if ema_threshold is None else ema_threshold, device)),
+        ema_rate_above=single(rates["ema_decay_above"]),
         beta1=beta1,
         beta2=beta2,
         eps=float(check_scalar("eps", eps, device)),

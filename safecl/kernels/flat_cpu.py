@@ -52,6 +52,7 @@ def adamw_step(call: AdamWArguments) -> Tensor | None:
         fisher=_buffer(call.fisher),
         segments=_segments(call.segments),
         proximal=call.proximal,
+        ema_by_fisher=call.ema_by_fisher,
         **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
         **_coefficients(call.coef),
     )
@@ -60,7 +61,7 @@ def adamw_step(call: AdamWArguments) -> Tensor | None:
 
 
 def _coefficients(c: Coefficients) -> dict[str, float]:
-    scalars = ("lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength", "ema_rate")
+    scalars = ("lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength", "ema_rate", "ema_threshold", "ema_rate_above")
     betas = {"beta1": c.beta1, "one_minus_beta1": 1.0 - c.beta1, "beta2": c.beta2, "one_minus_beta2": 1.0 - c.beta2}
     return {"grad_mult": float(c.grad), "eps": c.eps, **betas, **{name: float(getattr(c, name)) for name in scalars}}
 

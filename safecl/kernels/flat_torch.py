@@ -127,7 +127,7 @@ def _step_chunk(
     if anchor is not None and call.proximal:
         new_p = _proximal(new_p, anchor.float(), c.lr * stiffness)
     if not call.frozen:
-        new_ema = None if ema is None else ema + c.ema_rate * (new_p - ema)
+        new_ema = None if ema is None else ema + _ema_rate(call, fisher) * (new_p - ema)
         for old, new in ((p, new_p), (m, new_m), (v, new_v), (ema, new_ema), (out, new_p)):
             _write(old, new, call.found_inf)
     return twice_loss
@@ -136,6 +136,16 @@ def _step_chunk(
 def _stiffness(fisher: Tensor | None, strength: Scalar) -> Tensor:
     """strength F, the penalty's spring constant at each element (0-dim where it is the same at all)."""
     return torch.as_tensor(strength, dtype=torch.float32) if fisher is None else strength * fisher.float()
+
+
+def _ema_rate(call: AdamWArguments, fisher: Tensor | None) -> Scalar:
+    """1 - decay of the average: one for all elements, or one of two by the element's Fisher."""
+    c = call.coef
+    if not call.ema_by_fisher:
+        return c.ema_rate
+    above, below = (torch.as_tensor(rate, dtype=torch.float32, device=fisher.device) for rate in (c.ema_rate_above, c.ema_rate))
+    threshold = torch.as_tensor(c.ema_threshold, dtype=torch.float32, device=fisher.device)
+    return torch.where(fisher.float() > threshold, above, below)
 
 
 def _proximal(p: Tensor, anchor: Tensor, weight: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from safecl.kernels.flat_arguments import AdamWArguments, Coefficients, Scalar, 
 
 BLOCK = 2048  # elements per program: 8 per thread and stream, one 16-byte access in bf16, two in fp32
 NUM_WARPS = 8
+MAX_REGISTERS = 96  # per thread: two programs on a multiprocessor
 LANES = 4096  # partial sums added per round by the final program
-SCALARS = ("grad", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength", "ema_rate")  # those that may live on the device
+SCALARS = ("grad", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength")
+SCALARS += ("ema_rate", "ema_threshold", "ema_rate_above")  # those that may live on the device
 
 
 @triton.jit
@@ -161,15 +163,15 @@ def norm_kernel(
 @triton.jit(
     do_not_specialize=[
         "n", "first_block", "grad_mult", "lr", "step_size", "inv_sqrt_correction2", "decay", "strength", "ema_rate",
-        "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps",
+        "ema_threshold", "ema_rate_above", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps",
     ]
 )  # fmt: skip
 def adamw_kernel(
     param, grad, exp_avg, exp_avg_sq, anchor, fisher, ema, param_out, partial, found_inf, scalars,
     starts, first_segment, segment_strength, segment_decay,
     n, first_block, grad_mult, lr, step_size, inv_sqrt_correction2, decay, strength, ema_rate,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps,
-    PROXIMAL: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    ema_threshold, ema_rate_above, beta1, one_minus_beta1, beta2, one_minus_beta2, eps,
+    PROXIMAL: tl.constexpr, EMA_BY_FISHER: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, offsets = _block(first_block, BLOCK)
     mask = offsets < n
@@ -177,16 +179,20 @@ def adamw_kernel(
         grad_mult, lr, step_size = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
         inv_sqrt_correction2, decay = tl.load(scalars + 3), tl.load(scalars + 4)
         strength, ema_rate = tl.load(scalars + 5), tl.load(scalars + 6)
+        ema_threshold, ema_rate_above = tl.load(scalars + 7), tl.load(scalars + 8)
     p = _load(param, offsets, mask, MASKED)
     g = grad_mult * _load(grad, offsets, mask, MASKED)
     if segment_decay is not None:
         decays = lr * _spread(segment_decay, 0.0, starts, first_segment, block, offsets, BLOCK)
     else:
         decays = decay
+    f = 1.0
+    if fisher is not None:
+        f = _load(fisher, offsets, mask, MASKED)
     if anchor is not None:
         strengths = _spread(segment_strength, strength, starts, first_segment, block, offsets, BLOCK)
         a = _load(anchor, offsets, mask, MASKED)
-        stiffness = _stiffness(fisher, strengths, offsets, mask, MASKED)
+        stiffness = strengths * f
         pull = stiffness * (p - a)
         tl.store(partial + block, tl.sum(pull * (p - a), 0))
         if not PROXIMAL:
@@ -209,7 +215,11 @@ def adamw_kernel(
         _store(param, offsets, new_p, mask, MASKED)
         if ema is not None:
             e = _load(ema, offsets, mask, MASKED)
-            _store(ema, offsets, e + ema_rate * (new_p - e), mask, MASKED)
+            if EMA_BY_FISHER:
+                rate = tl.where(f > ema_threshold, ema_rate_above, ema_rate)
+            else:
+                rate = ema_rate
+            _store(ema, offsets, e + rate * (new_p - e), mask, MASKED)
         if param_out is not None:
             _store(param_out, offsets, new_p, mask, MASKED)
 
@@ -269,16 +279,16 @@ def adamw_step(call: AdamWArguments) -> Tensor | None:
     starts, first, segment_strength, segment_decay = _segment_table(call.segments, call.param)
     states = (call.param, call.grad, call.exp_avg, call.exp_avg_sq, call.anchor, call.fisher, call.ema, call.param_out)
     tensors = (*states, partial, call.found_inf, on_device, starts, first, segment_strength, segment_decay)
-    _launch(adamw_kernel, call.param.numel(), *tensors, **values, PROXIMAL=call.proximal)
+    _launch(adamw_kernel, call.param.numel(), *tensors, **values, PROXIMAL=call.proximal, EMA_BY_FISHER=call.ema_by_fisher)
     return None if partial is None else _sum(partial, 0.5, torch.float32)
 
 
 def _coefficients(c: Coefficients) -> tuple[dict[str, float], Tensor | None]:
-    """(floats for the kernel's arguments, all seven scalars in one device vector if any lives on the device)."""
+    """(floats for the kernel's arguments, all nine scalars in one device vector if any lives on the device)."""
     values = {"beta1": c.beta1, "one_minus_beta1": 1.0 - c.beta1, "beta2": c.beta2, "one_minus_beta2": 1.0 - c.beta2, "eps": c.eps}
     scalars = [getattr(c, name) for name in SCALARS]
     device = next((s.device for s in scalars if isinstance(s, Tensor)), None)
-    names = ("grad_mult", "lr", "step_size", "inv_sqrt_correction2", "decay", "strength", "ema_rate")
+    names = ("grad_mult", "lr", "step_size", "inv_sqrt_correction2", "decay", "strength", "ema_rate", "ema_threshold", "ema_rate_above")
     if device is None:
         return values | dict(zip(names, scalars, strict=True)), None
     vector = torch.stack([s if isinstance(s, Tensor) else torch.full((), s, dtype=torch.float32, device=device) for s in scalars])
@@ -315,12 +325,20 @@ def _sum(partial: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def options(masked: bool) -> dict[str, int | bool]:
+    """How the elementwise kernels are compiled.
+
+    Left alone, the assembler spills a word rather than use more than 64 or 80 registers; with the limit named it takes what it needs. The
+    masked program, whose accesses are narrow, needs twice as many; it runs alone, so it may have them.
+    """
+    return {"num_warps": NUM_WARPS, "enable_fp_fusion": False} | ({} if masked else {"maxnreg": MAX_REGISTERS})
+
+
 def _launch(kernel: triton.JITFunction, numel: int, *tensors: Tensor | None, **arguments: float | bool) -> None:
     """Whole blocks without a mask, then the rest of the buffer in one masked program."""
     whole, rest = divmod(numel, BLOCK)
-    options = {"BLOCK": BLOCK, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(tensors[0]):
         if whole:
-            kernel[(whole,)](*tensors, n=numel, first_block=0, **arguments, MASKED=False, **options)
+            kernel[(whole,)](*tensors, n=numel, first_block=0, **arguments, MASKED=False, BLOCK=BLOCK, **options(masked=False))
         if rest:
-            kernel[(1,)](*tensors, n=numel, first_block=whole, **arguments, MASKED=True, **options)
+            kernel[(1,)](*tensors, n=numel, first_block=whole, **arguments, MASKED=True, BLOCK=BLOCK, **options(masked=True))

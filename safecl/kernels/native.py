@@ -45,8 +45,9 @@ class AdamWCall(ctypes.Structure):
         *((name, Buffer) for name in ("grad", "anchor", "fisher")),
         *((name, c_void_p) for name in ("param", "exp_avg", "exp_avg_sq", "ema", "param_out")),
         ("segments", Segments),
-        ("proximal", c_int64),
-        *((name, c_float) for name in ("grad_mult", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength", "ema_rate")),
+        *((name, c_int64) for name in ("proximal", "ema_by_fisher")),
+        *((name, c_float) for name in ("grad_mult", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength")),
+        *((name, c_float) for name in ("ema_rate", "ema_threshold", "ema_rate_above")),
         *((name, c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps")),
     ]
 

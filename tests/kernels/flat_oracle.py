@@ -27,6 +27,8 @@ class Case:
     strength: float = 0.7
     proximal: bool = False
     ema_decay: float | None = None
+    ema_threshold: float | None = None
+    ema_decay_above: float | None = None
     out: bool = False
     clip: float | None = None
     scale: float | None = None
@@ -95,7 +97,8 @@ def oracle_steps(case: Case, inputs: Inputs) -> tuple[dict[str, Tensor], list[fl
             _oracle_proximal(case, inputs, params, bounds, strengths)
         if ema is not None:
             now = torch.cat([p.detach() for p in params])
-            ema = case.ema_decay * ema + (1 - case.ema_decay) * now
+            decay = _oracle_decay(case, inputs)
+            ema = decay * ema + (1 - decay) * now
     joined = {"param": torch.cat([p.detach() for p in params])}
     joined |= {kind: torch.cat([optimizer.state[p][kind] for p in params]) for kind in ("exp_avg", "exp_avg_sq")}
     return joined | ({} if ema is None else {"ema": ema}), losses
@@ -113,6 +116,14 @@ def _oracle_gradients(case: Case, inputs: Inputs, params: list, bounds: list, st
     for p, (a, b) in zip(params, bounds, strict=True):
         p.grad = task[a:b].clone() if p.grad is None else p.grad + task[a:b]
     return float(penalty.detach())
+
+
+def _oracle_decay(case: Case, inputs: Inputs) -> Tensor:
+    """The decay of each element: another one where its Fisher is above the threshold."""
+    decay = torch.full((inputs.param.numel(),), case.ema_decay, dtype=torch.float64)
+    if case.ema_threshold is not None:
+        decay[inputs.fisher.double() > case.ema_threshold] = case.ema_decay_above
+    return decay
 
 
 def _oracle_proximal(case: Case, inputs: Inputs, params: list, bounds: list, strengths: list) -> None:

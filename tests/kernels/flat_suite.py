@@ -25,8 +25,25 @@ CASES = {
     "ema": Case(ema_decay=0.9),
     "bf16 copy": Case(out=True),
     "segments": Case(anchor=BF16, fisher=BF16, segmented=True),
-    "everything": Case(BF16, BF16, BF16, 0.9, False, 0.95, True, 0.5, 8.0, True, first_step=3),
-    "everything proximal": Case(F32, BF16, F32, 0.9, True, 0.95, True, 0.5, 8.0, True, first_step=1000, betas=(0.8, 0.95), eps=1e-3),
+    "ema by fisher, no penalty": Case(fisher=BF16, ema_decay=0.5, ema_threshold=0.1, ema_decay_above=0.97),
+    "everything": Case(BF16, BF16, BF16, 0.9, False, 0.95, out=True, clip=0.5, scale=8.0, segmented=True, first_step=3),
+    "everything proximal": Case(
+        F32,
+        BF16,
+        F32,
+        0.9,
+        True,
+        0.95,
+        0.2,
+        0.6,
+        out=True,
+        clip=0.5,
+        scale=8.0,
+        segmented=True,
+        first_step=1000,
+        betas=(0.8, 0.95),
+        eps=1e-3,
+    ),
 }
 
 
@@ -64,7 +81,7 @@ def arguments(case: Case, inputs: Inputs, buffers: dict[str, Guarded], step: int
     """Keyword arguments of `adamw_step_` beside the four tensors."""
     given = {n: buffers[n].inner for n in ("anchor", "fisher", "ema") if n in buffers}
     out = {"param_out": buffers["out"].inner} if "out" in buffers else {}
-    ema = {"ema_decay": case.ema_decay} if "ema" in given else {}
+    ema = {k: getattr(case, k) for k in ("ema_decay", "ema_threshold", "ema_decay_above")} if "ema" in given else {}
     return dict(
         step=step, lr=case.lr, betas=case.betas, eps=case.eps, weight_decay=case.weight_decay, strength=case.strength,
         proximal=case.proximal, clip_coef=case.clip, grad_scale=case.scale, segments=inputs.segments, **given, **out, **ema,
@@ -80,7 +97,7 @@ def run_case(
     for i, grad in enumerate(inputs.grads):
         kwargs = arguments(case, inputs, buffers, case.first_step + i)
         if wrap:
-            scalars = ("step", "lr", "weight_decay", "strength", "clip_coef", "grad_scale", "ema_decay")
+            scalars = ("step", "lr", "weight_decay", "strength", "clip_coef", "grad_scale", "ema_decay", "ema_threshold", "ema_decay_above")
             kwargs |= {k: wrap(k, kwargs[k]) for k in scalars if kwargs.get(k) is not None}
         g = Guarded(grad, 1, device)
         states = [buffers[n].inner for n in ("param", "exp_avg", "exp_avg_sq")]
@@ -144,6 +161,17 @@ def check_ema(param_dtype: torch.dtype, numel: int, device: str = "cpu", wrap=la
     assert error <= 1e-6, f"ema is off by {error:.1e} of the distance it moved"
     ema.assert_surroundings_untouched()
     source.assert_untouched()
+
+
+def check_fisher_masked_ema(device: str = "cpu") -> None:
+    """Above the threshold one decay, below, at it and where Fisher is NaN the other; thresholds of 0 and beyond the largest are no edge."""
+    fisher = torch.tensor([0.0, 0.25, 0.5, 1.0, float("nan")], device=device)
+    for threshold, above in ((0.0, [1, 2, 3]), (0.25, [2, 3]), (0.5, [3]), (3e38, [])):
+        p, g, m, v, ema = (torch.zeros(5, device=device) for _ in range(5))
+        p += 1.0
+        average = dict(ema=ema, ema_decay=0.75, ema_threshold=threshold, ema_decay_above=0.25)
+        adamw_step_(p, g, m, v, step=1, lr=0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, fisher=fisher, **average)
+        assert ema.tolist() == [0.75 if i in above else 0.25 for i in range(5)], f"threshold {threshold}"
 
 
 def check_ema_drift(device: str = "cpu", steps: int = 1000, numel: int = 257) -> None:
@@ -356,6 +384,7 @@ def quick_checks(sizes: tuple[int, ...], device: str = "cpu", triton: bool = Fal
         ("stochastic rounding", lambda: check_stochastic_rounding(device)),
         ("stochastic specials", lambda: check_stochastic_specials(device)),
         ("nan", lambda: check_nan_is_not_hidden(device)),
+        ("ema by fisher", lambda: check_fisher_masked_ema(device)),
         ("proximal", lambda: check_proximal_is_stable(device)),
     ]
     checks += [("partial sums", lambda: check_partial_sums(device))] if triton else []

@@ -50,6 +50,10 @@ def test_ema_moves_towards_the_weights_at_the_decay(dtype, numel):
     suite.check_ema(dtype, numel)
 
 
+def test_each_element_of_a_fisher_masked_average_has_the_decay_of_its_fisher():
+    suite.check_fisher_masked_ema()
+
+
 def test_a_thousand_ema_updates_do_not_drift():
     suite.check_ema_drift()
 
