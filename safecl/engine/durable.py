@@ -100,10 +100,12 @@ def read_into(file: BinaryIO, position: int, target: memoryview) -> None:
         target, position = target[count:], position + count
 
 
-def hash_file(path: Path) -> str:
-    """XXH3-128 of a file, read in blocks."""
+def hash_file(path: Path, *, from_disk: bool = False) -> str:
+    """XXH3-128 of a file, read in blocks; `from_disk`: what is on the disk, not what the system still has in memory of it."""
     digest, block = xxhash.xxh3_128(), bytearray(BLOCK_BYTES)
     with open_regular(path) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while count := file.readinto(block):
             digest.update(memoryview(block)[:count])
     return digest.hexdigest()

@@ -1,67 +1,155 @@
-"""A Hugging Face model folder from the live model, parameter by parameter: no rank ever holds more than one file's worth of weights."""
+"""A Hugging Face model folder from the live model, streamed parameter by parameter, read back and compared, and published by rename.
+
+Memory: while a parameter is written every rank holds it whole once (where it is sharded), and rank 0 a copy on the CPU beside it. Nothing
+else is gathered, whatever the size of the model and of its files.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from safecl.engine import distributed
+from safecl.engine.checkpoint import DTYPE_NAMES
+from safecl.engine.checkpoint_folder import format_bytes
+from safecl.engine.durable import DamagedCheckpoint, FileRecord, hash_file, sync_folder, write_file
 from safecl.engine.model import base_model
+from safecl.engine.tensor_file import header_bytes, num_bytes, read_header
 from safecl.engine.training import TrainingEngine
 
 MAX_FILE_BYTES = 2 * 2**30
+INDEX = "model.safetensors.index.json"
 
 
-def save_model(engine: TrainingEngine, tokenizer, folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+class ExportFailed(RuntimeError):
+    """A model folder could not be written, or is not what was meant to be written. An older folder of the name is untouched."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a model folder holds: tensors, weight files, their bytes. All were read back and had the hashes of what was written."""
+
+    num_tensors: int
+    num_files: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        files = f"{self.num_files} file{'s' * (self.num_files != 1)}"
+        return f"{self.num_tensors} tensors in {files}, {format_bytes(self.num_bytes)}, read back and verified"
+
+
+def save_model(engine: TrainingEngine, tokenizer, folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> Exported:
     """Writes the live weights in the model's dtype, config, generation config, tokenizer and chat template. A collective call.
 
-    With LoRA the folder holds the adapter only. `AutoModelForCausalLM.from_pretrained(folder)` (or peft) loads it.
+    With LoRA the folder holds the adapter only. `AutoModelForCausalLM.from_pretrained(folder)` (or peft) loads it. The folder appears when
+    everything in it is on the disk and verified; an older one of the name is replaced. Raises ExportFailed on all ranks.
     """
-    model = engine.module.model
-    if distributed.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "peft_config"):
-        _save_adapter(engine, folder)
+    model, partial = engine.module.model, folder.with_name(f".{folder.name}.partial")
+    is_adapter = hasattr(model, "peft_config")
+    tensors = _Tensors(engine, trained_only=is_adapter)
+    _agree(lambda: _begin(partial, tensors.num_bytes))
+    if is_adapter:
+        exported = _agree(_save_adapter(engine, tensors, partial))
     else:
-        _save_weights(engine, folder, max_file_bytes)
-        if distributed.rank() == 0:
-            model.config.save_pretrained(folder)
-            if model.can_generate():
-                model.generation_config.save_pretrained(folder)
-    if distributed.rank() == 0:
-        tokenizer.save_pretrained(folder)
-    distributed.barrier()
+        exported = _agree(_save_weights(tensors, partial, max_file_bytes))
+        _agree(lambda: _save_settings(model, partial))
+    if tokenizer is not None:
+        _agree(lambda: tokenizer.save_pretrained(partial))
+    _agree(lambda: _publish(partial, folder))
+    return exported
 
 
-def save_plain(engine: TrainingEngine, folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+def save_plain(engine: TrainingEngine, folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> Exported:
     """The live weights and the model's settings, nothing else: a folder for a teacher. Not for LoRA. A collective call."""
+    return save_model(engine, None, folder, max_file_bytes)
+
+
+def _agree(work: Callable[[], object]) -> object:
+    """What the work gives on rank 0, on all ranks; where it fails there, ExportFailed on all of them."""
+    value, problem = None, None
     if distributed.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    _save_weights(engine, folder, max_file_bytes)
-    if distributed.rank() == 0:
-        engine.module.model.config.save_pretrained(folder)
-    distributed.barrier()
+        try:
+            value = work()
+        except (OSError, ValueError) as error:  # DamagedCheckpoint is one
+            problem = f"the model could not be saved: {error}; training is in the last checkpoint, and the same command goes on from there"
+    value, problem = distributed.gather_objects([(value, problem)])[0]
+    if problem is not None:
+        raise ExportFailed(problem)
+    return value
 
 
-def _full_tensors(engine: TrainingEngine):
-    """(name, whole tensor on the CPU) of every parameter, gathered one at a time; the tensor is None on ranks other than 0."""
-    for name, p in engine.module.model.named_parameters():
-        with engine.shards.full_parameter(p):
-            yield name, p.detach().to("cpu", copy=True).contiguous() if distributed.rank() == 0 else None
+def _begin(partial: Path, size: int) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if (free := shutil.disk_usage(partial).free) < size:
+        partial.rmdir()
+        raise OSError(f"{partial.parent}: it takes {format_bytes(size)} and {format_bytes(free)} are free")
 
 
-def _save_weights(engine: TrainingEngine, folder: Path, max_file_bytes: int) -> None:
-    writer = _Writer(folder, max_file_bytes)
-    for name, tensor in _full_tensors(engine):
-        if tensor is not None:
-            writer.add(name, tensor)
-    if distributed.rank() == 0:
-        for name, buffer in _saved_buffers(base_model(engine.module.model)):
-            writer.add(name, buffer.detach().cpu().contiguous())
-        writer.finish()
+def _save_settings(model: torch.nn.Module, partial: Path) -> None:
+    model.config.save_pretrained(partial)
+    if model.can_generate():
+        model.generation_config.save_pretrained(partial)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Puts the folder in the place of an older one; where a process dies between the two renames the older one is still there, hidden."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(partial)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(partial, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------- tensors
+
+
+class _Tensors:
+    """Parameters, then buffers that a checkpoint holds: first their shapes, then their values, one at a time."""
+
+    def __init__(self, engine: TrainingEngine, trained_only: bool):
+        self.engine = engine
+        named = engine.module.model.named_parameters()
+        self.parameters = {name: p for name, p in named if p.requires_grad or not trained_only}
+        self.buffers = {} if trained_only else dict(_saved_buffers(base_model(engine.module.model)))
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()}
+        self.shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
+
+    def kind(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """dtype as safetensors names it, and shape."""
+        tensor = self.parameters[name] if name in self.parameters else self.buffers[name]
+        return DTYPE_NAMES[tensor.dtype], self.shapes[name]
+
+    def size(self, name: str) -> int:
+        return num_bytes(*self.kind(name))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(self.size, self.shapes))
+
+    def values(self, names: list[str]) -> Iterator[torch.Tensor | None]:
+        """Whole tensors on the CPU on rank 0, None elsewhere; every rank must take all of them."""
+        for name in names:
+            if name in self.buffers:
+                yield self.buffers[name].detach().cpu().contiguous()
+                continue
+            with self.engine.shards.full_parameter(self.parameters[name]):
+                # A copy: ZeRO-3 takes the gathered one away again.
+                value = self.parameters[name].detach().to("cpu", copy=True).contiguous() if distributed.rank() == 0 else None
+            yield value
 
 
 def _saved_buffers(model: torch.nn.Module):
@@ -69,53 +157,87 @@ def _saved_buffers(model: torch.nn.Module):
     return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
 
 
-class _Writer:
-    """safetensors files of bounded size with an index, in the layout of transformers."""
-
-    def __init__(self, folder: Path, max_file_bytes: int):
-        self.folder, self.max_file_bytes = folder, max_file_bytes
-        self.files: list[dict[str, torch.Tensor]] = [{}]
-        self.names: list[list[str]] = []
-        self.pending_bytes = self.total_bytes = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.pending_bytes and self.pending_bytes + size > self.max_file_bytes:
-            self._flush()
-        self.files[-1][name] = tensor
-        self.pending_bytes += size
-        self.total_bytes += size
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f".model-{number:05d}.safetensors"
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        tensors = self.files.pop()
-        self.names.append(list(tensors))
-        save_file(tensors, self._path(len(self.names)), metadata={"format": "pt"})
-        self.files.append({})
-        self.pending_bytes = 0
-
-    def finish(self) -> None:
-        """Final names are known only when the number of files is."""
-        self._flush()
-        count = len(self.names)
-        final = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        for number, name in enumerate(final):
-            os.replace(self._path(number + 1), self.folder / name)
-        for stale in self.folder.glob("model*.safetensors*"):
-            if stale.name not in final:
-                stale.unlink()
-        if count > 1:
-            weight_map = {name: final[number] for number, names in enumerate(self.names) for name in names}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+# ----------------------------------------------------------------------------------------------------------------------- files
 
 
-def _save_adapter(engine: TrainingEngine, folder: Path) -> None:
-    trained = {name for name, p in engine.module.model.named_parameters() if p.requires_grad}
-    state = {name: tensor for name, tensor in _full_tensors(engine) if tensor is not None and name in trained}
-    if distributed.rank() == 0:
-        engine.module.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+def plan_files(tensors: _Tensors, max_file_bytes: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors, in the layout of transformers: files of at most `max_file_bytes`, or of one larger tensor."""
+    groups: list[list[str]] = [[]]
+    pending = 0
+    for name in tensors.shapes:
+        if groups[-1] and pending + tensors.size(name) > max_file_bytes:
+            groups.append([])
+            pending = 0
+        groups[-1].append(name)
+        pending += tensors.size(name)
+    count = len(groups)
+    if count == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": names for i, names in enumerate(groups)}
+
+
+def _save_weights(tensors: _Tensors, partial: Path, max_file_bytes: int) -> Callable[[], Exported]:
+    """Writes the files on rank 0 with the help of all; what it returns verifies them there, or raises what went wrong."""
+    files = plan_files(tensors, max_file_bytes)
+    records: dict[str, FileRecord] = {}
+    problem: OSError | None = None
+    for file, names in files.items():
+        values = tensors.values(names)
+        if distributed.rank() == 0 and problem is None:
+            try:
+                records[file] = write_file(partial / file, _parts(tensors, names, values))
+            except OSError as error:
+                problem = error
+        for _ in values:  # every rank takes part in gathering what is left, also when the disk is full
+            pass
+
+    def finish() -> Exported:
+        if problem is not None:
+            raise problem
+        if len(files) > 1:
+            _write_index(partial, files, tensors)
+        return _verify(partial, files, records, tensors)
+
+    return finish
+
+
+def _parts(tensors: _Tensors, names: list[str], values: Iterator[torch.Tensor | None]) -> Iterator[bytes | memoryview]:
+    yield header_bytes({name: tensors.kind(name) for name in names}, {"format": "pt"})
+    for value in values:
+        yield memoryview(value.reshape(-1).view(torch.uint8).numpy())
+
+
+def _write_index(partial: Path, files: dict[str, list[str]], tensors: _Tensors) -> None:
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": tensors.num_bytes}, "weight_map": weight_map}
+    (partial / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _verify(partial: Path, files: dict[str, list[str]], records: dict[str, FileRecord], tensors: _Tensors) -> Exported:
+    """Reads everything back. DamagedCheckpoint where tensors are missing, have another shape or dtype, or other bytes than were written."""
+    for file, names in files.items():
+        found, _ = read_header(partial / file)
+        if {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} != {name: tensors.kind(name) for name in names}:
+            raise DamagedCheckpoint(f"{partial / file}: holds other tensors than were written")
+        if hash_file(partial / file, from_disk=True) != records[file].xxh3_128:
+            raise DamagedCheckpoint(f"{partial / file}: read back, its bytes are not those that were written")
+    return Exported(len(tensors.shapes), len(files), sum(record.size for record in records.values()))
+
+
+def _save_adapter(engine: TrainingEngine, tensors: _Tensors, partial: Path) -> Callable[[], Exported]:
+    """Adapters are small: rank 0 gathers them whole, peft writes them, and each is compared with what was gathered."""
+    names = list(tensors.shapes)
+    state = dict(zip(names, tensors.values(names), strict=True))
+
+    def finish() -> Exported:
+        from safetensors.torch import load_file
+
+        engine.module.model.save_pretrained(partial, state_dict=state, safe_serialization=True)
+        path = partial / "adapter_model.safetensors"
+        found = load_file(path)
+        bare = {name.replace(".default.", "."): value for name, value in state.items()}
+        if found.keys() != bare.keys() or not all(torch.equal(found[name], value) for name, value in bare.items()):
+            raise DamagedCheckpoint(f"{path}: read back, it is not what was written")
+        return Exported(len(found), 1, path.stat().st_size)
+
+    return finish

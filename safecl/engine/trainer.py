@@ -127,8 +127,10 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------------------- start
 
     def _take_folder(self, files: RunFolder) -> None:
-        if launcher.rank() == 0 and (note := files.lock()) is not None:
-            self.console.note(note)
+        if launcher.rank() == 0:
+            if (note := files.lock()) is not None:
+                self.console.note(note)
+            files.forget_exit_code()
         if self.fresh:
             files.refuse_to_overwrite()
         if files.holdings():
@@ -389,11 +391,12 @@ class Trainer:
         live, average = self.folder / "model", run.saves_average
         if average:
             live = self.folder / "model-live"
-        save_model(run.engine, self.plan.tokenizer, live)
+        saved = save_model(run.engine, self.plan.tokenizer, live)
         if average:
             with evaluating(run.engine, average=True):
-                save_model(run.engine, self.plan.tokenizer, self.folder / "model")
-        self.console.note(f"saved {self.folder / 'model'}" + (" (the average) and model-live (the last weights)" if average else ""))
+                saved = save_model(run.engine, self.plan.tokenizer, self.folder / "model")
+        both = " (the average) and model-live (the last weights)" if average else ""
+        self.console.note(f"saved {self.folder / 'model'}{both}: {saved}")
 
     def _results(self, run: Run, gate: GateResult | None) -> dict:
         import safecl
