@@ -52,6 +52,7 @@ class Ending:
     stopped: Stopped | None = None
     stopped_at: float = 0.0
     said: bool = False
+    undisturbed: bool = False
 
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -70,7 +71,7 @@ _HINTS = {
 @contextlib.contextmanager
 def told_as_messages(verb: str) -> Iterator[None]:
     """Runs a verb's body; every way it can end becomes an exit code and, where something is wrong, a message."""
-    Ending.verb, Ending.stopped, Ending.said = verb, None, False
+    Ending.verb, Ending.stopped, Ending.said, Ending.undisturbed = verb, None, False, False
     before = {number: _on_signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with errors_told(verb):
@@ -80,7 +81,8 @@ def told_as_messages(verb: str) -> Iterator[None]:
         raise SystemExit(ExitCode.STOPPED) from None
     finally:
         for number, handler in before.items():
-            _on_signal(number, handler)
+            if not (Ending.undisturbed and number == signal.SIGTERM):
+                _on_signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -98,6 +100,12 @@ def errors_told(verb: str) -> Iterator[None]:
         is_usage = isinstance(error, ConfigError)
         _say("error" if is_usage else "failed", str(error) if is_usage else _describe(verb, error))
         raise SystemExit(ExitCode.USAGE if is_usage else ExitCode.FAILED) from None
+
+
+def end_undisturbed() -> None:
+    """Lets a verb that is done end with its own exit code, though a launcher sends SIGTERM to all ranks as soon as the first has ended."""
+    _on_signal(signal.SIGTERM, signal.SIG_IGN)
+    Ending.undisturbed = True
 
 
 def _stop(number: int, _frame: object) -> None:

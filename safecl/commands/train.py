@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from safecl import launcher
-from safecl.commands.ending import Ending, ExitCode, stderr
+from safecl.commands.ending import Ending, ExitCode, end_undisturbed, stderr
 from safecl.commands.preflight import preflight
 from safecl.config import RunConfig
 
@@ -18,6 +19,16 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
     launcher.join_launcher()
     preflight(config)
     Ending.run_folder = Path(config.output)
+    from safecl.engine.run_folder import RunFolder
+
+    code = _train(config, fresh)
+    if launcher.rank() == 0:
+        with contextlib.suppress(OSError):
+            RunFolder(Path(config.output)).write_exit_code(code)
+    return code
+
+
+def _train(config: RunConfig, fresh: bool) -> ExitCode:
     from safecl.engine.trainer import Trainer
     from safecl.scan import UploadRefused
 
@@ -28,5 +39,6 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
             stderr.print(f"safecl: upload refused: {refused}", style="bold red", markup=False)
         return ExitCode.GATE
     if result.stopped:
+        end_undisturbed()
         return ExitCode.STOPPED
     return ExitCode.DONE if result.gate is None or result.gate.passed else ExitCode.GATE

@@ -2,6 +2,8 @@
 
 run.json      which run it is: resolved config, fingerprints of the rows, versions
 run.lock      held while a run is under way; the system gives it back when the process ends, however it ends
+exit_code     how the last `safecl train` here ended (0, 3 or 75), for launchers that have exit codes of their own; absent while a run is
+              under way and after one that failed or was killed
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 from safecl.config import ConfigError
 from safecl.engine.durable import replace_file
 
-IDENTITY, LOCK, RESULTS = "run.json", "run.lock", "results.json"
+IDENTITY, LOCK, RESULTS, EXIT_CODE = "run.json", "run.lock", "results.json", "exit_code"
 
 
 class RunFolder:
@@ -53,6 +55,13 @@ class RunFolder:
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._lock = handle
         return None
+
+    def forget_exit_code(self) -> None:
+        """Call it with the lock held: what the run before has left is no longer true."""
+        (self.path / EXIT_CODE).unlink(missing_ok=True)
+
+    def write_exit_code(self, code: int) -> None:
+        replace_file(self.path / EXIT_CODE, f"{code}\n")
 
     def release(self) -> None:
         """Gives the folder back."""

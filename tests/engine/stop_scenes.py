@@ -36,6 +36,22 @@ def fit(tree: dict, cache: str, stop: dict | None = None, fresh: bool = False) -
     return {"results": result.results, "stopped": result.stopped, "said": said.getvalue()}
 
 
+def exit_codes_of(tree: dict, cache: str, stop: dict) -> list[tuple[int, str]]:
+    """(exit code, what the run folder says of it) of `safecl train`, first stopped, then not."""
+    from safecl.commands.train import train_run
+    from safecl.config import RunConfig
+
+    os.environ["SAFECL_CACHE"] = cache
+    config, found, before = RunConfig.model_validate(tree), [], signal.getsignal(signal.SIGTERM)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for stopping in (_stopping(**stop), contextlib.nullcontext()):
+            with stopping:
+                code = train_run(config)
+            found.append((int(code), (Path(tree["output"]) / "exit_code").read_text()))
+            signal.signal(signal.SIGTERM, before)
+    return found
+
+
 @contextlib.contextmanager
 def _stopping(rank: int, name: str, step: int | None = None, evaluation: int | None = None):
     from safecl.engine import trainer

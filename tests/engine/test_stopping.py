@@ -109,8 +109,15 @@ def test_a_run_killed_in_its_second_task_and_moved_to_one_rank_finishes(material
     assert left["results"]["steps"] == 10 and left["models"].keys() == expected["models"].keys()
 
 
+def test_the_run_folder_keeps_the_exit_code_that_a_launcher_may_swallow(rank_pool, materials, tmp_path):
+    config = tree(materials, tmp_path / "run", methods={}, memory=None, safety=None)
+    stop = dict(rank=0, name="SIGUSR1", step=3)
+    codes = rank_pool(1).run(stop_scenes.exit_codes_of, tree=config, cache=str(materials / "cache"), stop=stop)[0]
+    assert codes == [(75, "75\n"), (0, "0\n")]
+
+
 def test_a_finished_run_is_reported_and_not_trained_again(rank_pool, materials, whole):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != "run.lock"}
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name not in ("run.lock", "exit_code")}
     again = rank_pool(1).run(stop_scenes.fit, tree=tree(materials, whole), cache=str(materials / "cache"))[0]
     assert "finished after 10 steps" in again["said"] and again["results"] == json.loads((whole / "results.json").read_text())
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != "run.lock"}
