@@ -171,6 +171,20 @@ def eval_(
 
 
 @verb
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Page to write: report.html in the run's folder, or here for several.", show_default=False),
+    ] = None,
+) -> None:
+    """Renew the page of one run, or compare several side by side in one page."""
+    from safecl.commands.report import report_runs
+
+    report_runs(runs, output)
+
+
+@verb
 def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for issue reports and scripts.")] = False) -> None:
     """Print versions, device, kernel back ends and launcher variables."""
     from safecl.commands.env import print_environment

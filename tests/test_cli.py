@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 import safecl
 from safecl import cli, launcher
@@ -120,7 +121,7 @@ def test_a_mistyped_verb_option_or_file_ends_with_code_2_and_a_hint(run, argumen
 def test_help_lists_every_verb_and_the_exit_codes(run):
     code, out, _ = run("--help")
     assert code == ExitCode.DONE
-    for verb in ("demo", "proof", "init", "check", "train", "eval", "env"):
+    for verb in ("demo", "proof", "init", "check", "train", "eval", "report", "env"):
         assert verb in out
     assert all(f"{int(code)} " in out for code in ExitCode)
 
@@ -488,8 +489,12 @@ def test_torchrun_starts_two_ranks_that_leave_one_run_folder_and_only_rank_0_spe
     assert done.returncode == ExitCode.DONE, done.stderr[-2000:]
     assert done.stdout.count("sentiment 3/3") == 1
     out = tmp_path / "out"
-    for name in ("config.yaml", "deepspeed.json", "metrics.jsonl", "results.json", "model/config.json", "model/model.safetensors"):
+    for name in ("config.yaml", "deepspeed.json", "metrics.jsonl", "results.json", "report.html", "model/config.json"):
         assert (out / name).is_file(), name
     assert load_config(out / "config.yaml").train.max_steps == 3
-    assert json.loads((out / "results.json").read_text())["world_size"] == 2
+    results = json.loads((out / "results.json").read_text())
+    assert results["world_size"] == 2 and results["cost"]["seconds_per_step"] > 0
+    num_weights = sum(tensor.numel() for tensor in load_file(out / "model" / "model.safetensors").values())
+    assert 4 * num_weights <= results["cost"]["state_bytes"]["exp_avg"] <= 4 * num_weights + 64  # padded to a multiple of the ranks
+    assert "sentiment label_accuracy" in (out / "report.html").read_text()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3

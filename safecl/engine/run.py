@@ -183,6 +183,11 @@ class Run:
                 self.log(f"{term.name}: recorded the teacher's outputs on {each.config.name}, {recorded.num_bytes / 2**20:.1f} MiB")
 
     @property
+    def recorded_bytes(self) -> int:
+        """What is recorded of the tasks' own rows, on the disk."""
+        return sum(recorded.num_bytes for recorded in self._recorded.values())
+
+    @property
     def saves_average(self) -> bool:
         """True where the model to evaluate and to save is the EMA."""
         return any(method.saves_average for method in self._active) and self.engine.optimizer.has("ema")

@@ -21,6 +21,7 @@ from safecl.engine import distributed
 from safecl.engine.batch import Layout
 from safecl.engine.checkpoint import SaveReport
 from safecl.engine.console import Console, Steps
+from safecl.engine.cost import cost_of
 from safecl.engine.deepspeed_config import deepspeed_config
 from safecl.engine.durable import replace_file
 from safecl.engine.export import save_model
@@ -378,10 +379,20 @@ class Trainer:
         result = RunResult(self.folder, self._results(run, gate), gate)
         if distributed.rank() == 0:
             replace_file(self.folder / RESULTS, json.dumps(result.results, indent=2))
+            self._write_report()
         distributed.barrier()
         run.finish()
         self.console.results(self.evaluations, gate, self.folder)
         return result
+
+    def _write_report(self) -> None:
+        """The page says again what results.json and outputs/ say, so a run without it is no failure."""
+        from safecl.report.run import write_run_report
+
+        try:
+            write_run_report(self.folder)
+        except OSError as error:
+            self.console.note(f"report.html could not be written: {error.strerror}; `safecl report {self.folder}` makes it")
 
     def _judge(self, evaluations: list[Evaluation]) -> GateResult | None:
         limits = self.config.safety.gate if self.config.safety is not None else None
@@ -409,6 +420,7 @@ class Trainer:
             "skipped_steps": run.skipped_steps,
             "tokens": self.progress.num_tokens,
             "seconds": distributed.gather_objects([round(time.perf_counter() - self._began, 3)])[0],
+            "cost": cost_of(run, self._metrics.so_far()),
             "saved": "average" if run.saves_average else "live",
             "kept_bytes": run.kept_bytes(),
             "evaluations": [evaluation.to_dict() for evaluation in self.evaluations],

@@ -22,20 +22,21 @@ MOST_WIDE_COLUMNS = 2  # 80 columns hold two values with their intervals on one 
 
 def results_table(evaluations: Sequence[Evaluation]) -> Table:
     """Before, during and after side by side, 95 % intervals with the values. Of many moments the first, the last and the worst show."""
-    shown = _columns(evaluations)
+    shown = moments(evaluations)
     table = Table(title="measured, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for evaluation in shown:
         table.add_column(f"{evaluation.when}\nstep {evaluation.step}", justify="right")
     between = " " if len(shown) <= MOST_WIDE_COLUMNS else "\n"
-    for title, higher_is_better, values in _rows(shown):
+    for title, higher_is_better, values in measures(shown):
         table.add_row(title, *_cells(values, higher_is_better, between))
     if len(shown) < len(evaluations):
         table.caption = f"{len(shown)} of {len(evaluations)} moments shown: first, last, and the highest attack success rates"
     return table
 
 
-def _columns(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+def moments(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """All moments, or of many the first, the last and those with the highest attack success rates."""
     if len(evaluations) <= MOST_COLUMNS:
         return list(evaluations)
     inner = range(1, len(evaluations) - 1)
@@ -44,7 +45,8 @@ def _columns(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return [evaluations[place] for place in sorted(kept)]
 
 
-def _rows(evaluations: Sequence[Evaluation]) -> list[Row]:
+def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
+    """Every measure that there is, with one value per moment, None where it was not taken."""
     rows: list[Row] = []
 
     def add(title: str, value_of: Callable[[Evaluation], Value], higher_is_better: bool = False) -> None:

@@ -1,0 +1,56 @@
+"""`safecl report RUN...`: renews the page of one run, or compares several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from safecl.report.comparison import last_moments, named, read_runs, warnings_of, write_comparison
+from safecl.report.run import ReportedRun
+
+
+def report_runs(folders: list[Path], output: Path | None) -> Path:
+    """Prints a table and writes the page; returns its path. Raises ConfigError for folders that hold no finished run."""
+    runs = read_runs(folders)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_table(runs), soft_wrap=False)
+    for warning in warnings_of(runs):
+        console.print(warning, style="yellow", markup=False)
+    path = _write(runs, output)
+    console.print(f"report in {path}", markup=False)
+    return path
+
+
+def _write(runs: list[ReportedRun], output: Path | None) -> Path:
+    if len(runs) > 1 or output is not None:
+        return write_comparison(runs, output or Path("report.html"))
+    from safecl.report.run import write_run_report
+
+    return write_run_report(runs[0].folder)
+
+
+def _table(runs: list[ReportedRun]) -> Table:
+    """One row per run, values at its end with their intervals below."""
+    from safecl.evaluation.tables import measures
+
+    rows = [row for row in measures(last_moments(runs)) if row[0] in _SHOWN or not row[0].startswith((" ", "ASR", "over", "answers"))]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for title, *_ in rows:
+        table.add_column(_SHOWN.get(title, title.replace(" ", "\n").replace("_", "\n")), justify="right", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    for i, (name, run) in enumerate(zip(named(runs), runs, strict=True)):
+        values = [row[2][i] for row in rows]
+        cells = ["-" if value is None else f"{value.value:.3f}\n[dim]{value.low:.2f}-{value.high:.2f}[/dim]" for value in values]
+        table.add_row(f"{name}\n[dim]{run.methods_text}[/dim]", *cells, f"{run.results['seconds']:.0f}")
+    return table
+
+
+_SHOWN = {
+    "ASR keyword:gcg": "ASR\nkeyword\ngcg", "  affirmative openings": "affirma-\ntive\nopenings",
+    "  off-task or incoherent": "off-task\nanswers",
+    "over-refusal prefix:xstest": "over-\nrefusal\nxstest",
+}  # fmt: skip
