@@ -145,7 +145,9 @@ def fisher(
     overrides: Overrides = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write; fisher.safetensors in the run folder by default.", show_default=False),
+        typer.Option(
+            "--output", "-o", help="File to write; the one that methods.ewc.fisher names, else the store of artifacts.", show_default=False
+        ),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Each row's own gradient, one pass a row: slow, to check the estimate.")] = False,
 ) -> None:

@@ -20,14 +20,16 @@ def fisher_run(config: RunConfig, output: Path | None, *, exact: bool) -> ExitCo
         raise ConfigError(
             "safecl fisher: model.path is aligned only by the first task (role: align); train that first, then name its model"
         )
-    path = output or Path(next(_named_files(config), Path(config.output) / "fisher.safetensors"))
+    named = next(_named_files(config), None)
+    path = output or (Path(named) if named is not None else None)
     # The file that the methods name is what this verb writes, so it need not be there.
     methods = {
         name: settings.model_copy(update={"fisher": None}) for name, settings in config.methods.items() if hasattr(settings, "fisher")
     }
     config = config.model_copy(update={"methods": {**config.methods, **methods}})
     preflight(config)
-    refuse_unwritable(path.parent)
+    if path is not None:
+        refuse_unwritable(path.parent)
     from safecl.engine.fisher_run import estimate_to_file
 
     estimate_to_file(config, path, exact=exact)

@@ -10,7 +10,8 @@ for any micro-batch, accumulation and world size, without communication beyond t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,16 +20,20 @@ from safecl.data.order import keyed_hash
 from safecl.engine.batch import StepRow
 from safecl.engine.training import NonFiniteGradient, TrainingEngine
 
+SECONDS_BETWEEN_NOTES = 15.0
 _SUM = "_fisher_sum"  # bf16 would lose what many small squares add up to
 
 
 def estimate_fisher(
-    engine: TrainingEngine, rows: Sequence[StepRow], row_ids: Sequence[int], *, seed: int, sign_batches: int, rows_per_batch: int, kind: str
-) -> float:
+    engine: TrainingEngine, rows: Sequence[StepRow], row_ids: Sequence[int], *, seed: int, sign_batches: int, rows_per_batch: int,
+    kind: str, note: Callable[[str], None] = lambda message: None,
+) -> float:  # fmt: skip
     """Adds up the estimate in fp32, keeps it as state `kind`, and returns its mean over all trained weights.
 
-    `rows` are all memory rows (weights in them are ignored), `row_ids` their keys; both alike on every rank.
+    `rows` are all memory rows (weights in them are ignored), `row_ids` their keys; both alike on every rank. `note` hears now and then how
+    far it is. One row a batch, and as many batches as rows, is the exact Fisher: the sign does not survive the square.
     """
+    told = time.monotonic()
     for shard in engine.optimizer.shards():
         shard.state[_SUM] = torch.zeros_like(shard.param)
     batch_size = min(rows_per_batch, len(rows))
@@ -37,6 +42,9 @@ def estimate_fisher(
         chosen = [(rows[index], sign) for index, sign in zip(indices, signs, strict=True)]
         batch = [row.weighted("fisher", sign / (max(1, row.num_targets) * batch_size)) for row, sign in chosen]
         engine.gradient_pass(batch, engine.accumulate_fisher(_SUM, batch_size / sign_batches))
+        if time.monotonic() - told > SECONDS_BETWEEN_NOTES:
+            told = time.monotonic()
+            note(f"Fisher: {number + 1} of {sign_batches} batches")
         if not engine.optimizer.result.applied:
             raise NonFiniteGradient(f"Fisher estimate: the gradient of sign batch {number} is not finite; the model cannot be anchored")
     mean = fisher_mean(engine, _SUM)

@@ -35,7 +35,8 @@ class FisherHeader:
     """What a Fisher was made with.
 
     mean: over all weights; a penalty's strength is divided by it. estimator: `random signs`, or `exact` (each row's own gradient).
-    rows: fingerprint of the memory's rows, which are `num_rows`. model: its path, for people; model_hash: of its weights.
+    rows: fingerprint of the rows of memory.source, which are `num_rows`; memory: settings that decide which of them are held. model: its
+    path, for people; model_hash, tokenizer: hashes.
     """
 
     mean: float
@@ -49,15 +50,20 @@ class FisherHeader:
     model: str
     model_hash: str
     dtype: str
+    tokenizer: str = ""
+    memory: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    def key(self) -> dict[str, str | int]:
+        """What the numbers depend on."""
+        settings = ("estimator", "sign_batches", "rows_per_batch", "seed", "format_version")
+        return {name: getattr(self, name) for name in ("model_hash", "tokenizer", "dtype", "rows", "memory", *settings)}
+
     def differences(self, other: FisherHeader) -> list[str]:
         """What differs of what the numbers depend on, in words."""
-        keys = ("model_hash", "rows", "estimator", "sign_batches", "rows_per_batch", "seed", "dtype")
-        return [
-            f"{key} {getattr(self, key)} there, {getattr(other, key)} here" for key in keys if getattr(self, key) != getattr(other, key)
-        ]
+        mine, theirs = self.key(), other.key()
+        return [f"{name} {mine[name]} there, {theirs[name]} here" for name in mine if mine[name] != theirs[name]]
 
 
 @dataclass(frozen=True)

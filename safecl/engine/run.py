@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,11 +17,12 @@ from safecl.engine import distributed
 from safecl.engine.adapters import AdapterPull, EvenPull, adapters, read_fisher_pull
 from safecl.engine.batch import HIDDEN, Asked, Distillation, Question, StepRow
 from safecl.engine.fisher import estimate_fisher
+from safecl.engine.fisher_artifact import estimate_into, has_room, header_of, shared_fisher
 from safecl.engine.fisher_file import load_fisher, open_fisher
 from safecl.engine.memory import Memory, remember, sample_rows
 from safecl.engine.online import OnlineTeachers
 from safecl.engine.optimizer import Quantity, Shard, UpdatePlan
-from safecl.engine.plan import TaskPlan, apply_screening
+from safecl.engine.plan import RunPlan, TaskPlan, apply_screening
 from safecl.engine.recorded import RecordedOutputs, open_recorded, record_outputs, teacher_folder
 from safecl.engine.schedule import learning_rate
 from safecl.engine.training import StepLosses, TrainingEngine
@@ -40,6 +42,8 @@ class Run:
         """Tasks that methods act on, in order; a task that is not among them stands for itself."""
         self.previous: TaskPlan | None = None
         """The task that ended last; its rows are what online EWC consolidates and what may enter the memory."""
+        self.plan: RunPlan | None = None
+        """What the run was made of; with it the Fisher of the base model is shared between runs."""
         self.screening: dict[str, dict] = {}
         """By task: flagged rows that are left out or weigh less (safecl.engine.plan.apply_screening)."""
         self.seed = config.train.seed
@@ -82,6 +86,8 @@ class Run:
     def estimate_fisher(
         self, *, sign_batches: int, rows_per_batch: int, kind: str = "fisher", rows: Literal["memory", "previous_task"] = "memory"
     ) -> float:
+        if rows == "memory" and kind == "fisher" and self._shares_fisher():
+            return self._shared_fisher(sign_batches=sign_batches, rows_per_batch=rows_per_batch)
         if rows == "memory":
             chosen, row_ids = self.memory.all_rows(), self.memory.row_ids()
         else:
@@ -90,6 +96,23 @@ class Run:
         return estimate_fisher(
             self.engine, chosen, row_ids, seed=self.seed, sign_batches=sign_batches, rows_per_batch=rows_per_batch, kind=kind
         )
+
+    def _shares_fisher(self) -> bool:
+        """The Fisher is that of the base model and its memory, and there is room to keep it for other runs."""
+        if self.plan is None or self.global_step > 0 or self.config.tasks[0].role == "align":
+            return False
+        if not (room := has_room(self.config, self.engine.shards.numel)):
+            self.log("fisher: too little room in the store of artifacts to keep it for other runs")
+        return room
+
+    def _shared_fisher(self, **settings: int) -> float:
+        header = header_of(self.config, self.plan.tokenizer, self.plan.memory, **settings)
+        rows = self.memory.all_rows(), self.memory.row_ids()
+
+        def build(path: Path) -> None:
+            estimate_into(path, header, self.engine, rows, "fisher", self.log)
+
+        return self.load_fisher(str(shared_fisher(self.config, header, build, self.log)))
 
     def load_fisher(self, path: str, kind: str = "fisher") -> float:
         load_fisher(open_fisher(path), self.engine.shards, self.engine.optimizer, kind)

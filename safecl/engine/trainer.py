@@ -169,6 +169,7 @@ class Trainer:
         if not needs_reference(config):
             engine.release_store()
         run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
+        run.plan = self.plan
         self._saver = RunSaver(run, self.folder, identity_of(self.plan, frozen), base)
         return run
 

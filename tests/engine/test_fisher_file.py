@@ -187,3 +187,31 @@ def test_a_header_of_absurd_length_is_a_message(tmp_path):
     path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(ConfigError, match="not a safetensors file"):
         open_fisher(path)
+
+
+def notes_of_runs(tree: dict, cache: str) -> list[list[str]]:
+    """What two runs of one config say, in two folders."""
+    import os
+
+    from safecl.engine.trainer import Trainer
+
+    os.environ["SAFECL_CACHE"] = cache
+    said = []
+    for number in range(2):
+        trainer = Trainer(RunConfig.model_validate(tree | {"output": f"{tree['output']}-{number}"}))
+        lines: list[str] = []
+        trainer.console.note = lines.append
+        trainer.fit()
+        said.append(lines)
+    return said
+
+
+def test_a_second_run_loads_the_fisher_that_the_first_has_kept(rank_pool, materials, tmp_path):
+    methods = {"ewc": {"strength": 1.0, "sign_batches": 4, "rows_per_batch": 4}}
+    run = tree(materials, tmp_path / "run", methods=methods, train={"max_steps": 2}) | {"safety": None}
+    first, second = rank_pool(2).run(notes_of_runs, tree=run, cache=str(tmp_path / "cache"))[0]
+    assert any(line.startswith("fisher: built in") for line in first)
+    assert any(line.startswith("fisher: reused from") for line in second)
+    lines = [(tmp_path / f"run-{number}" / "metrics.jsonl").read_text().splitlines() for number in range(2)]
+    penalties = [[json.loads(line)["loss/penalty"] for line in each] for each in lines]
+    assert penalties[0] == penalties[1] and penalties[0][0] == 0.0 < penalties[0][1]
