@@ -123,12 +123,13 @@ def refuse_other_model(fisher: FisherFile, model: str, model_hash: str) -> None:
 
 
 def load_fisher(fisher: FisherFile, shards: ShardMap, optimizer: ShardAdamW, kind: str) -> None:
-    """Puts this rank's part of the file into the state `kind` (bf16, the layout of the shards). Raises ConfigError."""
+    """Puts this rank's part of the file into the state `kind`, where and as that is kept. Raises ConfigError."""
     fisher.check_weights(shards.shapes)
-    tensors = optimizer.new_state(kind, torch.bfloat16)
+    values = [torch.zeros(flat.shape, dtype=torch.bfloat16) for flat in shards.flats]
     for fragment in shards.fragments:
-        values = fisher.read(fragment.name, fragment.offset, fragment.offset + fragment.length)
-        shards.view(fragment, tensors).copy_(values)
+        shards.view(fragment, values).copy_(fisher.read(fragment.name, fragment.offset, fragment.offset + fragment.length))
+    for shard, own in zip(optimizer.shards(), values, strict=True):
+        shard.keep(kind, own)
     optimizer.fisher_means[kind] = fisher.header.mean
 
 

@@ -341,7 +341,7 @@ class Run:
             if penalty.fisher_file is None:
                 self._pulls[penalty] = EvenPull(penalty.strength, penalty.modules)
             else:
-                on_host = self.config.deepspeed.offload.optimizer == "cpu"
+                on_host = self.config.deepspeed.offload.fisher == "cpu"
                 self._pulls[penalty] = read_fisher_pull(
                     open_fisher(penalty.fisher_file), self.engine.module.model, penalty.strength, rank=self.engine.rank,
                     world_size=self.engine.layout.world_size, device=torch.device("cpu") if on_host else self.engine.device,

@@ -54,7 +54,7 @@ def expected(weights: dict[str, torch.Tensor] | None):
 )
 def test_ewc_with_lora_equals_plain_pytorch_with_whole_products(rank_pool, fisher, ranks, stage, optimizer, model):
     path, weights = fisher
-    deepspeed = {"stage": stage, "offload": {"optimizer": optimizer}}
+    deepspeed = {"stage": stage, "offload": {"optimizer": optimizer, "fisher": optimizer}}
     methods = {"ewc": {"strength": STRENGTH, "fisher": path}}
     found = rank_pool(ranks).run(scenes.train, steps=STEPS, memory=None, methods=methods, deepspeed=deepspeed, model=model)[0]
     start, end = expected(weights)
