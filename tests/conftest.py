@@ -15,6 +15,12 @@ from tests.pool import RankPool
 _pools: dict[int, RankPool] = {}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A user's own prepared data and artifacts are neither used nor filled."""
+    os.environ["SAFECL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def rank_pool():
     """`rank_pool(world_size)` gives the shared ranks; a set whose rank died is replaced."""

@@ -1,4 +1,4 @@
-"""`safecl memory show|export|import|verify RUN`: looking at a replay memory with the tools that people know."""
+"""`safecl memory build|cache|show|export|import|verify`: making a replay memory, and looking at it with the tools that people know."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from safecl.replay import ReplayBuffer
 
 app = typer.Typer(
-    name="memory", help="The replay memory of a run: look at it, take it out, put rows in, check it.", no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    name="memory", help="The replay memory: make one, cache what the model says, look at it, take it out, put rows in, check it.",
+    no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
 verb = verbs_of(app, "memory")
@@ -69,18 +69,31 @@ def _facts(buffer: ReplayBuffer) -> list[tuple[str, str]]:
     table, config = buffer.table, buffer.config
     capacity = config.capacity if isinstance(config.capacity, str) else f"{config.capacity:,} rows"
     tokens, targets = int(table["length"].sum()), int(table["targets"].sum())
-    with_outputs = int((table["form"] != 0).sum())
     on_disk = sum(path.stat().st_size for path in buffer.folder.glob("rows-*.segment"))
     facts = [
         ("folder", str(buffer.folder)),
         ("rows", f"{len(buffer):,} of {buffer.num_seen:,} seen; room for {capacity}, policy {config.policy}"),
         ("tokens", f"{tokens:,}, {targets:,} of them supervised"),
-        ("outputs", f"{with_outputs:,} rows with stored outputs of the aligned model"),
+        ("outputs", _outputs(buffer)),
         ("bytes", f"{int(table['nbytes'].sum()):,} held, {on_disk:,} on the disk"),
         ("draws", f"{buffer.drawer.policy}, seed {buffer.seed}" + (f", rows rest {config.rest_steps} steps" if config.rest_steps else "")),
     ]
     kept_out = ", ".join(f"{count:,} {reason}" for reason, count in buffer.guard.kept_out.items())
     return facts + ([("kept out", kept_out)] if kept_out else [])
+
+
+def _outputs(buffer: ReplayBuffer) -> str:
+    from safecl.replay import ReplayError, SharedOutputs
+
+    own = int((buffer.table["form"] != 0).sum())
+    told = f"{own:,} rows with stored outputs of the aligned model"
+    if not isinstance(buffer.teacher_of, SharedOutputs):
+        return told
+    try:
+        shared = int((buffer.teacher_of.reader.has(buffer.table["row_id"]) & (buffer.table["form"] == 0)).sum())
+    except (ConfigError, ReplayError) as error:
+        return f"{told}; {error}"
+    return f"{shared + own:,} rows with outputs of the aligned model, {shared:,} of them in {buffer.teacher_of.cache}"
 
 
 def _categories(buffer: ReplayBuffer) -> Any:
@@ -193,6 +206,34 @@ def _new_settings(source: Path, capacity: str, policy: str) -> Any:
         raise ConfigError(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
+def _shared_problems(buffer: ReplayBuffer) -> list[str]:
+    """What is wrong with outputs that the memory shares with other runs; `--repair` does not touch them."""
+    from safecl.replay import ReplayError, SharedOutputs
+
+    if not isinstance(buffer.teacher_of, SharedOutputs):
+        return []
+    try:
+        return buffer.teacher_of.reader.verify()
+    except (ConfigError, ReplayError) as error:
+        return [str(error)]
+
+
+@verb
+def cache(
+    config: Annotated[Path, typer.Argument(metavar="CFG", help="Run config (YAML) with a memory.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. memory.teacher.k=32", show_default=False)
+    ] = None,
+) -> None:
+    """Store what the aligned model says about the memory's rows, so that no run has to ask it again. Goes on where it was stopped."""
+    from safecl.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from safecl.commands.memory_cache import cache_run
+
+    cache_run(loaded)
+
+
 @verb
 def verify(run: Run, repair: Annotated[bool, typer.Option("--repair", help="Let go of rows that cannot be read.")] = False) -> None:
     """Read every byte of a memory or of a cache of teacher outputs and say what is damaged; exit code 1 where something is."""
@@ -204,7 +245,7 @@ def verify(run: Run, repair: Annotated[bool, typer.Option("--repair", help="Let 
         problems, held = reader.verify(), f"outputs of {len(reader):,} rows"
     else:
         with ReplayBuffer.open(folder, mode="append" if repair else "read") as buffer:
-            problems = buffer.verify(repair=repair)
+            problems = buffer.verify(repair=repair) + _shared_problems(buffer)
             held = f"{len(buffer):,} rows"
     console = _console()
     for problem in problems:

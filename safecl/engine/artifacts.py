@@ -35,6 +35,7 @@ import xxhash
 
 from safecl.config import ConfigError, RunConfig
 from safecl.engine.durable import hash_file, replace_file
+from safecl.replay.rows import ReplayError
 
 T = TypeVar("T")
 Key = Mapping[str, "str | int | float | bool | None"]
@@ -187,7 +188,7 @@ def _asked_of_first(work: Callable[[], T]) -> T:
     if distributed.rank() == 0:
         try:
             said = [(work(), None)]
-        except (ConfigError, OSError) as error:
+        except (ConfigError, ReplayError, OSError) as error:
             said = [(None, str(error))]
     value, problem = distributed.gather_objects(said)[0]
     if problem is not None:

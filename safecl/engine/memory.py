@@ -14,8 +14,9 @@ from safecl.data.order import keyed_hash
 from safecl.engine import distributed
 from safecl.engine.batch import StepRow
 from safecl.engine.outputs import outputs_of_rows
+from safecl.engine.teacher_cache import mean_nll, stored_form
 from safecl.engine.training import TrainingEngine
-from safecl.replay import MemoryRow, ReplayBuffer, TeacherOutputs
+from safecl.replay import MemoryRow, ReplayBuffer, SharedOutputs, TeacherOutputs
 
 
 class Memory:
@@ -53,28 +54,43 @@ class Memory:
         return StepRow("memory", self.buffer.length(key), self.buffer.num_targets(key), load, rank=rank)
 
 
-def open_memory(config: MemoryConfig, folder: Path | None, seed: int) -> Memory:
+def open_memory(config: MemoryConfig, folder: Path | None, seed: int, vocab_size: int | None = None) -> Memory:
     """The memory in a folder that all ranks share; each writes its own rows. Without a folder rows lie in temporary ones.
 
-    All ranks must have opened it before one inserts: a rank counts what it finds.
+    All ranks must have opened it before one inserts: a rank counts what it finds. vocab_size: width of the model's logits.
     """
-    return Memory(ReplayBuffer(config, folder, seed=seed, rank=distributed.rank(), world_size=distributed.world_size()))
+    ranks = dict(rank=distributed.rank(), world_size=distributed.world_size())
+    outputs = SharedOutputs.of(folder) if folder is not None else None
+    return Memory(ReplayBuffer(config, folder, seed=seed, vocab_size=vocab_size, teacher_of=outputs, **ranks))
+
+
+def vocab_size_of(engine: TrainingEngine) -> int:
+    """Width of the model's logits."""
+    return engine.module.model.config.get_text_config().vocab_size
 
 
 def fill_memory(
     engine: TrainingEngine, dataset: TokenDataset, config: MemoryConfig, *, seed: int, source: str, with_teacher: bool,
-    folder: Path | None = None,
+    folder: Path | None = None, shared: SharedOutputs | None = None,
 ) -> Memory:  # fmt: skip
     """A memory of all rows of `dataset`, with what the current model says of them where a method replays that. A collective call.
 
-    What an earlier run left in `folder` is removed.
+    `shared` outputs stay where they are and need not be computed. What an earlier run left in `folder` is removed.
     """
     if folder is not None and distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
+        if shared is not None and config.teacher.kind == "topk":
+            shared.link(folder)
     distributed.barrier()
-    memory = open_memory(config, folder, seed)
+    memory = open_memory(config, folder, seed, vocab_size_of(engine))
     distributed.barrier()
-    remember(engine, memory, dataset, config, source=source, task="memory", step=0, with_teacher=with_teacher)
+    if shared is None:
+        remember(engine, memory, dataset, config, source=source, task="memory", step=0, with_teacher=with_teacher)
+    else:
+        nlls = [shared.reader.prior_nll(row_id) for row_id in dataset.row_ids.tolist()]
+        memory.buffer.insert(
+            MemoryRow(dataset.row(i), tags=dataset.tags(i), source=source, task="memory", prior_nll=nll) for i, nll in enumerate(nlls)
+        )
     return memory
 
 
@@ -83,27 +99,34 @@ def remember(engine: TrainingEngine, memory: Memory, dataset: TokenDataset, conf
 
     origin: source, task and step of the rows, see MemoryRow.
     """
-    outputs = teacher_outputs(engine, dataset, config) if with_teacher and config.teacher.kind == "topk" else {}
-    memory.buffer.insert(MemoryRow(dataset.row(i), tags=dataset.tags(i), teacher=outputs.get(i), **origin) for i in range(len(dataset)))
+    buffer, outputs, nlls, k = memory.buffer, {}, np.full(len(dataset), np.nan), None
+    if with_teacher:
+        k = min(config.teacher.k, vocab_size_of(engine))
+        owners = buffer.ranks_of(range(buffer.num_seen, buffer.num_seen + len(dataset)), distributed.world_size())
+        outputs, nlls = own_outputs(engine, dataset, owners, k=k, temperature=config.teacher.temperature)
+        if config.teacher.kind != "topk":  # only the guard and the draws look at what the model said
+            outputs, k = {}, None
+    rows = (
+        MemoryRow(dataset.row(i), tags=dataset.tags(i), teacher=outputs.get(i), prior_nll=float(nlls[i]), **origin)
+        for i in range(len(dataset))
+    )
+    buffer.insert(rows, own_outputs=k)
+
+
+def own_outputs(
+    engine: TrainingEngine, dataset: TokenDataset, owners: np.ndarray, *, k: int, temperature: float
+) -> tuple[dict[int, TeacherOutputs], np.ndarray]:
+    """Top-k outputs of the current model for the rows of which this rank is the owner; and the mean NLL of all rows, fp64 [rows]."""
+    outputs, own_nlls, nlls = {}, [], np.full(len(dataset), np.nan)
+    for index, output in outputs_of_rows(engine, dataset, "topk", rank_of=owners, k=k, temperature=temperature):
+        outputs[index] = stored_form(output)
+        own_nlls.append((index, mean_nll(output)))
+    for index, nll in distributed.gather_objects(own_nlls):
+        nlls[index] = nll
+    return outputs, nlls
 
 
 def sample_rows(dataset: TokenDataset, num_rows: int, seed: int) -> TokenDataset:
     """`num_rows` of the rows (all where there are fewer), a function of the seed and the rows' ids; more rows keep those that are in."""
     chosen = np.argsort(keyed_hash(dataset.row_ids, "keep", seed), kind="stable")[:num_rows]
     return dataset.select(np.sort(chosen))
-
-
-def teacher_outputs(engine: TrainingEngine, dataset: TokenDataset, config: MemoryConfig) -> dict[int, TeacherOutputs]:
-    """Top-k log-probabilities and log tail of the current model for every supervised token of every row, on every rank."""
-    vocab_size = engine.module.model.config.get_text_config().vocab_size
-    settings = dict(k=min(config.teacher.k, vocab_size), temperature=config.teacher.temperature)
-    found = [(index, _stored(output)) for index, output in outputs_of_rows(engine, dataset, "topk", **settings)]
-    return dict(distributed.gather_objects(found))
-
-
-def _stored(output: dict) -> TeacherOutputs:
-    return TeacherOutputs(
-        log_probs=output["log_probs"].numpy().astype(np.float16),
-        indices=output["indices"].numpy().astype(np.int32),
-        log_tail=output["log_tail"].numpy().astype(np.float32),
-    )

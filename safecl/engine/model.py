@@ -146,20 +146,30 @@ class LanguageModel(nn.Module):
         with _adapters_off(self.model) if reference else nullcontext():
             return {"hidden": self._hidden(input_ids, position_ids)[positions]}
 
-    def topk(self, input_ids, position_ids, positions, k: int, temperature: float, reference=False) -> dict[str, torch.Tensor]:
-        """What a teacher stores of chosen positions [n]: log_probs [n, k], indices [n, k], log_tail [n]; reference: as in `hidden`."""
-        with _adapters_off(self.model) if reference else nullcontext():
-            return self._topk(input_ids, position_ids, positions, k, temperature)
+    def topk(
+        self, input_ids, position_ids, positions, k: int, temperature: float, targets=None, reference=False
+    ) -> dict[str, torch.Tensor]:
+        """What a teacher stores of chosen positions [n]: log_probs [n, k], indices [n, k], log_tail [n]; reference: as in `hidden`.
 
-    def _topk(self, input_ids, position_ids, positions, k: int, temperature: float) -> dict[str, torch.Tensor]:
+        With targets [n] also their negative log-likelihood `nll` [n], at temperature 1.
+        """
+        with _adapters_off(self.model) if reference else nullcontext():
+            return self._topk(input_ids, position_ids, positions, k, temperature, targets)
+
+    def _topk(self, input_ids, position_ids, positions, k: int, temperature: float, targets) -> dict[str, torch.Tensor]:
         if self.fused:
-            hidden = self._hidden(input_ids, position_ids)[positions]
-            stored = linear_topk(hidden, self.head.weight, k, bias=self.head.bias, temperature=temperature, **asdict(self.scaling))
-            return {"log_probs": stored.log_probs, "indices": stored.indices, "log_tail": stored.log_tail}
-        log_probs = (self._own_outputs(input_ids, position_ids)[1][positions].float() / temperature).log_softmax(-1)
+            hidden, head = self._hidden(input_ids, position_ids)[positions], self.head
+            stored = linear_topk(hidden, head.weight, k, bias=head.bias, temperature=temperature, **asdict(self.scaling))
+            found = {"log_probs": stored.log_probs, "indices": stored.indices, "log_tail": stored.log_tail}
+            if targets is None:
+                return found
+            return found | {"nll": linear_distill_loss(hidden, head.weight, bias=head.bias, labels=targets, **asdict(self.scaling)).ce}
+        logits = self._own_outputs(input_ids, position_ids)[1][positions].float()
+        log_probs = (logits / temperature).log_softmax(-1)
         top = log_probs.topk(k, dim=-1)
         rest = log_probs.scatter(-1, top.indices, float("-inf"))
-        return {"log_probs": top.values, "indices": top.indices, "log_tail": rest.logsumexp(-1)}
+        found = {"log_probs": top.values, "indices": top.indices, "log_tail": rest.logsumexp(-1)}
+        return found if targets is None else found | {"nll": torch.nn.functional.cross_entropy(logits, targets, reduction="none")}
 
     def losses(
         self, input_ids, position_ids, positions, targets, ce_weights, distillations=(), features=(), reference=False, adapter_pull=None

@@ -9,6 +9,7 @@ import torch
 
 from safecl.data import Row, TokenDataset, collate
 from safecl.engine.batch import StepRow, split_step, target_positions, to_device
+from safecl.engine.forward import ForwardEngine
 from safecl.engine.training import TrainingEngine
 
 MICRO_BATCHES_AT_ONCE = 16
@@ -17,16 +18,29 @@ Outputs = Iterator[tuple[int, dict[str, torch.Tensor]]]
 
 
 @torch.no_grad()
-def outputs_of_rows(engine: TrainingEngine, dataset: TokenDataset, task: str, *, all_tokens: bool = False, **settings) -> Outputs:
+def outputs_of_rows(
+    engine: TrainingEngine | ForwardEngine,
+    dataset: TokenDataset,
+    task: str,
+    *,
+    all_tokens: bool = False,
+    rank_of: np.ndarray | None = None,
+    **settings,
+) -> Outputs:
     """(row index, output tensors [tokens, ...] on the CPU) of this rank's share of the rows. A collective call: every rank exhausts it.
 
-    task, settings: of LanguageModel.forward ("topk" with k and temperature, "hidden"). The tokens are those that predict a supervised
-    target, or all. Every row is computed by exactly one rank; which one depends on the lengths alone.
+    task, settings: of LanguageModel.forward ("topk" with k and temperature, which gives the targets' `nll` as well, or "hidden"). The
+    tokens are those that predict a supervised target, or all. Every row is computed by exactly one rank: that of `rank_of` [rows], or else
+    one that depends on the lengths alone.
     """
     engine.deepspeed.eval()
     try:
         for indices in _chunks(dataset.lengths, engine.layout.world_size * engine.layout.tokens_per_microbatch * MICRO_BATCHES_AT_ONCE):
-            rows = [StepRow("", int(dataset.lengths[i]), int(dataset.num_targets[i]), lambda: None) for i in indices]
+            ranks = [None if rank_of is None else int(rank_of[i]) for i in indices]
+            rows = [
+                StepRow("", int(dataset.lengths[i]), int(dataset.num_targets[i]), lambda: None, rank=rank)
+                for i, rank in zip(indices, ranks, strict=True)
+            ]
             for part in split_step(rows, engine.layout)[engine.rank]:
                 chosen = [int(indices[j]) for j in part]
                 yield from _outputs_of(engine, chosen, dataset.rows(chosen), task, all_tokens, settings)
@@ -41,14 +55,17 @@ def _chunks(lengths: np.ndarray, num_tokens: int) -> Iterator[np.ndarray]:
 
 
 def _outputs_of(
-    engine: TrainingEngine, indices: Sequence[int], rows: Sequence[Row], task: str, all_tokens: bool, settings: dict
+    engine: TrainingEngine | ForwardEngine, indices: Sequence[int], rows: Sequence[Row], task: str, all_tokens: bool, settings: dict
 ) -> Outputs:
     batch = collate(rows, packed=engine.layout.packed, pad_id=engine.layout.pad_id)
     places = [
         batch.starts[n] + np.arange(batch.lengths[n]) if all_tokens else target_positions(batch, n, row) for n, row in enumerate(rows)
     ]
     positions = torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64))
-    inputs = to_device({"input_ids": batch.input_ids, "position_ids": batch.position_ids, "positions": positions}, engine.device)
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "positions": positions}
+    if task == "topk":
+        inputs["targets"] = batch.targets[positions]
+    inputs = to_device(inputs, engine.device)
     output = {key: value.cpu() for key, value in engine.deepspeed(task=task, **inputs, **settings).items()}
     first = np.cumsum([0, *(len(place) for place in places)])
     for n, index in enumerate(indices):

@@ -76,8 +76,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     """Reads and tokenises all data, checks it, and works out steps. Raises ConfigError (DataError for rows)."""
     tokenizer = load_tokenizer(config.model)
     plan = RunPlan(config, tokenizer, [_plan_task(config, task, tokenizer) for task in config.tasks], build_methods(config))
-    if config.memory is not None:
-        plan.memory = prepare_memory(config, tokenizer)
+    plan.memory = prepare_memory(config, tokenizer) if config.memory is not None else None
     _plan_safety(plan)
     _check_sizes(plan)
     _check_vocabulary(plan)
@@ -99,10 +98,14 @@ def _prepare(config: RunConfig, path: str, section, tokenizer, max_length: int) 
     )  # fmt: skip
 
 
+def memory_tokens(config: RunConfig) -> int:
+    """What the memory's rows are cut to."""
+    return min(config.memory.max_tokens, config.train.max_length)
+
+
 def prepare_memory(config: RunConfig, tokenizer) -> TokenDataset:
     """The rows of memory.source. Raises ConfigError (DataError for rows)."""
-    memory = config.memory
-    return _prepare(config, memory.source, memory, tokenizer, max_length=min(memory.max_tokens, config.train.max_length))
+    return _prepare(config, config.memory.source, config.memory, tokenizer, max_length=memory_tokens(config))
 
 
 def _plan_task(config: RunConfig, task: TaskConfig, tokenizer) -> TaskPlan:

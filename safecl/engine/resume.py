@@ -24,7 +24,7 @@ from safecl.engine.checkpoint import BaseModel, Checkpointer, SaveReport
 from safecl.engine.checkpoint_folder import CheckpointFolder, format_bytes
 from safecl.engine.checkpoint_format import Contents
 from safecl.engine.durable import DamagedCheckpoint, read_file
-from safecl.engine.memory import open_memory
+from safecl.engine.memory import Memory, open_memory, vocab_size_of
 from safecl.engine.plan import TaskPlan
 from safecl.engine.run import Run
 from safecl.engine.run_identity import refuse_other_run, version_notes
@@ -147,7 +147,10 @@ class RunSaver:
     def _open_memory(self, version: int | None) -> None:
         if self.run.memory is not None:  # that of a newer checkpoint, which turned out damaged
             self.run.memory.buffer.close()
-        self.run.memory = open_memory(self.run.config.memory, self.memory_folder, self.run.seed) if version is not None else None
+        self.run.memory = self._opened() if version is not None else None
+
+    def _opened(self) -> Memory:
+        return open_memory(self.run.config.memory, self.memory_folder, self.run.seed, vocab_size_of(self.run.engine))
 
     def _load_memory(self, contents: Contents, version: int | None) -> None:
         """The memory's rows lie outside of the checkpoint; one that they do not fit is not whole."""

@@ -25,6 +25,7 @@ from safecl.engine.optimizer import Quantity, Shard, UpdatePlan
 from safecl.engine.plan import RunPlan, TaskPlan, apply_screening
 from safecl.engine.recorded import RecordedOutputs, open_recorded, record_outputs, teacher_folder
 from safecl.engine.schedule import learning_rate
+from safecl.engine.teacher_cache import needs_outputs
 from safecl.engine.training import StepLosses, TrainingEngine
 from safecl.methods.base import Method, Penalty, ReplayTerm, TaskTerm
 
@@ -180,7 +181,7 @@ class Run:
             return
         name = self.previous.config.name
         rows = sample_rows(self.previous.dataset, settings.keep_task_rows, self.seed)
-        with_teacher = any(getattr(method.config, "needs_teacher", False) for method in self._active)
+        with_teacher = needs_outputs(self.config)
         remember(
             self.engine, self.memory, rows, settings, with_teacher=with_teacher,
             source=self.previous.config.train, task=name, step=self.global_step,

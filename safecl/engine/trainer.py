@@ -38,6 +38,7 @@ from safecl.engine.run_folder import RESULTS, RunFolder
 from safecl.engine.run_identity import base_of, frozen_digest, identity_of, refuse_other_run
 from safecl.engine.screening import screen_run
 from safecl.engine.stopping import StopRequest
+from safecl.engine.teacher_cache import needs_outputs, shared_outputs
 from safecl.engine.training import TrainingEngine, needs_reference
 from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate, summarise
 from safecl.evaluation.restore import evaluation_from_dict
@@ -272,11 +273,13 @@ class Trainer:
     def _fill_memory(self, run: Run, task: TaskPlan) -> None:
         if not self._is_aligned(task) or self.plan.memory is None or run.memory is not None:
             return
-        with_teacher = any(getattr(settings, "needs_teacher", False) for settings in self.config.methods.values())
-        memory = self.config.memory
+        config, rows = self.config, self.plan.memory
+        with_teacher, is_base = needs_outputs(config), config.tasks[0].role != "align"
+        # The outputs of a model that this run has aligned are nobody else's, and stay in the run's own memory.
+        shared = shared_outputs(run.engine, rows, config, self.plan.tokenizer, note=run.log) if with_teacher and is_base else None
         run.memory = fill_memory(
-            run.engine, self.plan.memory, memory, seed=self.config.train.seed, source=memory.source, with_teacher=with_teacher,
-            folder=self._saver.memory_folder,
+            run.engine, rows, config.memory, seed=config.train.seed, source=config.memory.source, with_teacher=with_teacher,
+            folder=self._saver.memory_folder, shared=shared,
         )  # fmt: skip
 
     def _begin(self, run: Run, task: TaskPlan) -> None:

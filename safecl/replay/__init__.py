@@ -17,6 +17,7 @@ _HOMES = {
     "Prefetcher": "prefetch",
     "ReplayBuffer": "buffer",
     "ReplayError": "rows",
+    "SharedOutputs": "cache",
     "TeacherOutputs": "rows",
     "pinned": "prefetch",
     "stack_outputs": "prefetch",

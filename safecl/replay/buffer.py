@@ -21,6 +21,7 @@ import numpy as np
 from safecl.config import ConfigError, MemoryConfig
 from safecl.data.tokens import Row
 from safecl.replay import codec, snapshots
+from safecl.replay.cache import SharedOutputs
 from safecl.replay.draws import Drawer
 from safecl.replay.guard import Guard
 from safecl.replay.hashing import owner, shard_of
@@ -125,8 +126,9 @@ class ReplayBuffer:
             raise ConfigError(f"{folder}: no readable memory in this folder: {reason}")
         settings = opened.header["settings"]
         return cls(
-            MemoryConfig.model_validate(settings["config"]), folder, seed=settings["seed"], mode=mode, vocab_size=settings["vocab_size"]
-        )
+            MemoryConfig.model_validate(settings["config"]), folder, seed=settings["seed"], mode=mode, vocab_size=settings["vocab_size"],
+            teacher_of=SharedOutputs.of(Path(folder)),
+        )  # fmt: skip
 
     def _start(self) -> None:
         """Takes over what the folder holds: the newest index, and rows that were appended after it."""

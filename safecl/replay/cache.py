@@ -2,6 +2,7 @@
 
     folder/cache.json                what the outputs were made with (CacheHeader), with its own hash
     folder/cache-...segment          outputs by row_id, in the segments of the replay buffer: append-only, every byte under a checksum
+    memory/outputs.json              where a memory's rows find theirs, so that runs on one model share them
 
 At k = 64 an entry takes 64 x (2 + 4) + 4 = 388 bytes a token, and 56 to 63 more per row. Log-probabilities are stored in fp16 (0.4 % error
 of the gradient near the teacher, against 3 % in bf16 and 8 % for fp16 logits), the log of the remaining mass in fp32. Any number of ranks
@@ -30,7 +31,7 @@ from safecl.replay.store import CACHE, SegmentFolder, shards_of_rank, sync_folde
 from safecl.replay.table import RowTable
 
 FORMAT_VERSION = 1
-_NAME = "cache.json"
+_NAME, LINK = "cache.json", "outputs.json"
 # Rows of a cache replace nothing, however many writers there were.
 _NO_START = 2**64 - 1
 
@@ -40,7 +41,8 @@ class CacheHeader:
     """What outputs were made with; all of it must agree where they are used.
 
     model, tokenizer: hashes. vocab_size: width of the model's logits. temperature: of the stored distribution. k: entries per token.
-    dtype: of the log-probabilities, `fp16`. indices: `int32` or `packed`.
+    dtype: of the log-probabilities, `fp16`. indices: `int32` or `packed`. model_dtype: that the model computed in. max_tokens: that rows
+    were cut to, 0 where they were not.
     """
 
     model: str
@@ -50,6 +52,8 @@ class CacheHeader:
     temperature: float = 1.0
     dtype: str = "fp16"
     indices: str = "int32"
+    model_dtype: str = "fp32"
+    max_tokens: int = 0
     format_version: int = FORMAT_VERSION
 
     def check(self, expected: CacheHeader, where: str | Path) -> None:
@@ -141,10 +145,11 @@ class CacheWriter:
         """bool per row_id: whether its outputs were there when the writer was opened, from whichever rank."""
         return self._outputs.has(row_ids)
 
-    def add(self, row_ids: Iterable[int], outputs: Iterable[TeacherOutputs]) -> None:
+    def add(self, row_ids: Iterable[int], outputs: Iterable[TeacherOutputs], nlls: Iterable[float] | None = None) -> None:
         """Writes the outputs of some rows: all of them are kept, or none where the disk refuses.
 
-        Raises ValueError where they do not fit.
+        nlls: mean NLL of each row's targets under the same model, nats per token at temperature 1. Raises ValueError for outputs that do
+        not fit.
         """
         row_ids, outputs = list(row_ids), list(outputs)
         checked = [self._checked(row_id, one) for row_id, one in zip(row_ids, outputs, strict=True)]
@@ -154,7 +159,7 @@ class CacheWriter:
         entries["checksum"] = [codec.checksum(row_id, body) for row_id, body in zip(row_ids, bodies, strict=True)]
         entries["nbytes"] = [len(body) for body in bodies]
         entries["targets"] = [len(one.log_tail) for one in checked]
-        entries["width"], entries["prior_nll"] = self.header.k, np.nan
+        entries["width"], entries["prior_nll"] = self.header.k, np.nan if nlls is None else list(nlls)
         entries["form"] = [codec.teacher_form(one, self._index_code)[0] for one in checked]
         self._store.append([["", "", ""]], entries, bodies, 0)
 
@@ -204,9 +209,26 @@ class CacheReader:
         """bool per row_id."""
         return self._outputs.has(row_ids)
 
+    def __contains__(self, row_id: int) -> bool:
+        try:
+            self._outputs.table.find_one(row_id)
+        except KeyError:
+            return False
+        return True
+
     def row_ids(self) -> np.ndarray:
         """uint64 [rows], sorted."""
         return self._outputs.table["position"]
+
+    def require(self, row_ids: Sequence[int] | np.ndarray) -> None:
+        """Raises ReplayError where outputs of these rows are missing, which other nodes may have written into a folder of theirs."""
+        if missing := int((~self.has(row_ids)).sum()):
+            lost = f"the outputs of {missing:,} of {len(row_ids):,} rows are not here"
+            raise ReplayError(f"{self.folder}: {lost}; several nodes need a folder that they share")
+
+    def prior_nll(self, row_id: int) -> float:
+        """Mean NLL of the row's targets under the model, nats per token; NaN where it was not stored. Raises KeyError."""
+        return float(self._outputs.table["prior_nll"][self._outputs.table.find_one(row_id)])
 
     def get(self, row_id: int, num_targets: int | None = None) -> TeacherOutputs:
         """Outputs of a row, of its first `num_targets` supervised tokens where the memory keeps a prefix; read-only views of the file.
@@ -219,7 +241,8 @@ class CacheReader:
         segment, offset, nbytes, digest, targets, form, width = (int(table[name][row]) for name in names)
         body = self._outputs.store.read(segment, offset, nbytes)
         if codec.checksum(row_id, body) != digest:
-            raise ReplayError(f"{self.folder / self._outputs.store.name(segment)}: outputs of row {row_id} at byte {offset} are damaged")
+            where = f"{self.folder / self._outputs.store.name(segment)}: outputs of row {row_id} at byte {offset}"
+            raise ReplayError(f"{where} are damaged; remove {self.folder}, and they are computed again")
         if num_targets is not None and num_targets > targets:
             raise KeyError(f"the cache has {targets} targets of row {row_id}, {num_targets} are asked for; was it built with other masks?")
         outputs = codec.decode(body, 0, targets, form, width)[2]
@@ -229,3 +252,52 @@ class CacheReader:
         """Reads every byte; what is wrong, one line each."""
         names = self._outputs.store.on_disk()
         return list(dict.fromkeys([*self.problems, *find_blocks(self._outputs.store, names, {})[1]]))
+
+
+# ------------------------------------------------------------------------------------------------- a memory that shares a cache
+
+
+class SharedOutputs:
+    """The outputs of a memory's rows that lie in a cache and not in the memory itself: ReplayBuffer(teacher_of=...).
+
+    The cache is opened when the first row is read; it is an error where it is gone by then, was made anew with something else, or is
+    damaged.
+    """
+
+    def __init__(self, cache: Path, header: CacheHeader):
+        self.cache, self.header = cache, header
+        self._reader: CacheReader | None = None
+
+    @property
+    def reader(self) -> CacheReader:
+        if self._reader is None:
+            if not (self.cache / _NAME).exists():
+                raise ReplayError(
+                    f"{self.cache}: the teacher outputs of this memory's rows are gone; `safecl memory cache` builds them again"
+                )
+            self._reader = CacheReader(self.cache, self.header)
+        return self._reader
+
+    def __call__(self, row_id: int, num_targets: int) -> TeacherOutputs | None:
+        """Outputs of a row's first targets; None for rows that the cache does not hold."""
+        return self.reader.get(row_id, num_targets) if row_id in self.reader else None
+
+    def link(self, folder: Path) -> None:
+        """Notes in a memory's folder where its outputs are; `of` finds them again."""
+        text = json.dumps({"cache": str(self.cache.absolute()), "header": dataclasses.asdict(self.header)}, indent=1)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / LINK).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ReplayError(f"{folder / LINK}: {error.strerror}") from None
+
+    @classmethod
+    def of(cls, folder: Path) -> SharedOutputs | None:
+        """What a memory's folder notes; None where its rows have their outputs themselves, or none. Raises ReplayError."""
+        try:
+            values = json.loads((folder / LINK).read_text(encoding="utf-8"))
+            return cls(Path(values["cache"]), CacheHeader(**values["header"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ReplayError(f"{folder / LINK}: cannot be read; it names the cache of this memory's teacher outputs") from None
