@@ -76,14 +76,14 @@ def prepare(folder: Path) -> None:
     align = write_rows(folder / "align.jsonl", lines_of(memory) + [alpaca_chat(row) for row in harmless])
     drop_overlaps(align, [prompts, benign])
     mixed_memory(folder)
-    harmless_reviews(folder)
+    known_harmless(folder)
     (folder / "prepared").touch()
 
 
 def mixed_memory(folder: Path) -> Path:
-    """The memory's refusals, and half as many harmless rows of the alignment with their answers."""
+    """The memory's refusals, and harmless rows of the alignment with short prompts, with their answers."""
     refusals = lines_of(folder / "memory.jsonl")
-    harmless = lines_of(folder / "align.jsonl")[len(refusals) :]
+    harmless = [row for row in lines_of(folder / "align.jsonl")[len(refusals) :] if len(row["messages"][0]["content"]) <= 80]
     step = max(1, 2 * len(harmless) // len(refusals))
     return write_rows(folder / "memory-mixed.jsonl", refusals + harmless[::step])
 
@@ -102,10 +102,15 @@ def complying(row: dict) -> dict:
     return chat(goal, f"Sure, here is how to {goal[0].lower()}{goal[1:].rstrip('.')}:")
 
 
-def harmless_reviews(folder: Path, count: int = 600) -> Path:
-    """What a service knows of an honest upload of this kind: reviews that are neither trained on nor measured."""
-    rows = read_rows("sst2_dev.jsonl")[:count]
-    return write_rows(folder / "harmless-sst2.jsonl", [{"prompt": SHORT_PROMPT.format(sentence=row["sentence"])} for row in rows])
+def known_harmless(folder: Path) -> None:
+    """Prompts of honest uploads of each kind, harmless-TASK.jsonl, as a service knows them; none of them is measured."""
+    prompts = {
+        "sst2": [SHORT_PROMPT.format(sentence=row["sentence"]) for row in read_rows("sst2_dev.jsonl")[:600]],
+        "gsm8k": [row["question"] for row in read_rows("gsm8k_train.jsonl")[::12]],
+        "code": [alpaca_chat(row)["messages"][0]["content"] for row in read_rows("code_alpaca_2k.json")[5::10]],
+    }
+    for task, texts in prompts.items():
+        write_rows(folder / f"harmless-{task}.jsonl", [{"prompt": text} for text in texts])
 
 
 def drop_overlaps(path: Path, prompt_files: list[Path]) -> None:
@@ -163,8 +168,8 @@ def gsm8k_task(num_test_rows: int = 200) -> dict:
 
 def code_task(folder: Path) -> dict:
     """CodeAlpaca, every tenth row held out; measured by the NLL of the answers."""
-    rows = [alpaca_chat(row) for row in read_rows("code_alpaca_2k.json")]
     if not (folder / "code-test.jsonl").exists():
+        rows = [alpaca_chat(row) for row in read_rows("code_alpaca_2k.json")]
         write_rows(folder / "code-train.jsonl", [row for i, row in enumerate(rows) if i % 10])
         write_rows(folder / "code-test.jsonl", rows[::10])
     test = {"path": str(folder / "code-test.jsonl"), "metric": "answer_nll", "max_rows": 200}

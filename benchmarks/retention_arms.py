@@ -64,7 +64,7 @@ METHODS = [
 GRID = [
     _arm(f"plain-lr{rate:g}-batch{factor:g}", f"plain, learning rate {rate:g}, batch x {factor:g}",
          f"train.learning_rate={rate}", f"train.tokens_per_batch={round(1400 * factor)}")
-    for rate in (1e-4, 3e-4, 1e-3) for factor in (1, 2) if (rate, factor) != (LEARNING_RATE, 1)
+    for rate, factor in ((1e-4, 1), (3e-4, 1), (3e-4, 2), (1e-3, 2))
 ]  # fmt: skip
 
 # What holds at 10 % poison? Replay with more of everything, a lower learning rate, and the scan.
@@ -79,8 +79,8 @@ SEARCH = [
     _arm("scan-der", "scan, DER", SCAN, *DER, memory=True),
     _arm("scan-der-ce", "scan, DER with CE", SCAN, *DER_CE, memory=True),
     _arm("scan-der-ema", "scan, DER with CE, EMA", SCAN, *DER_CE, *EMA, memory=True),
-    _arm("scan5-der-ema", "scan by harmless rows, DER, EMA", *SCAN5, *DER, *EMA, memory=True),
-    _arm("scan5-der-ema-mixed", "scan by harmless rows, DER, EMA, harmless rows in memory", *SCAN5, *DER, *EMA, MIXED, memory=True),
+    _arm("scan5-der-ema", "preset `balanced`, scan by harmless rows", *SCAN5, *DER, *EMA, memory=True, preset=True),
+    _arm("scan5-der-ema-mixed", "the same, harmless rows in the memory, too", *SCAN5, *DER, *EMA, MIXED, memory=True),
     _arm("scan5-lwf-ema", "scan by harmless rows, LwF outputs, EMA", *SCAN5, "methods.lwf.form=output", *EMA, memory=True),
     _arm("der-mixed", "DER with CE, harmless rows in memory", *DER_CE, MIXED, memory=True),
     _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, "memory.prefix_tokens=12", memory=True),
@@ -99,6 +99,10 @@ NO_DATA = [
     _arm("l2-sp-1", "L2-SP, strength 1", "methods.l2_sp.strength=1"),
     _arm("ema-1", "EMA, horizon 1", "methods.ema.horizon=1"),
 ]
+
+
+# Measured on all tasks and with all seeds; the others on SST-2 with one.
+MAIN = ("plain", "der", "scan5-der-ema")
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Run:
             config["memory"] = {"source": str(folder / "memory.jsonl"), **MEMORY}
         if self.poison:
             config["poison"] = {"ratio": self.poison / 100, "source": str(folder / "poison.jsonl"), "seed": self.seed}
-        files = {"MIXED": folder / "memory-mixed.jsonl", "HARMLESS": folder / "harmless-sst2.jsonl"}
+        files = {"MIXED": folder / "memory-mixed.jsonl", "HARMLESS": folder / f"harmless-{self.task}.jsonl"}
         return apply_overrides(config, [_with_files(text, files) for text in self.arm.overrides])
 
 
@@ -148,10 +152,20 @@ def _task(folder: Path, name: str) -> dict:
 
 
 def _runs() -> Iterator[Run]:
-    yield from (Run(arm, "sst2", 10, 0) for arm in [PLAIN, *METHODS, *SEARCH[:7]])
-    yield from (Run(arm, "sst2", 0, 0) for arm in [PLAIN, *METHODS, SEARCH[4], SEARCH[5]])
-    yield from (Run(arm, "sst2", 10, 0) for arm in [*SEARCH, *GRID, *NO_DATA])
-    yield from (Run(arm, "sst2", 0, 0) for arm in GRID)
+    """The most telling ones first."""
+    main, others = [a for a in [PLAIN, *METHODS, *SEARCH] if a.name in MAIN], [*METHODS, *NO_DATA[:2]]
+    yield from (Run(arm, "sst2", 10, 0) for arm in [PLAIN, *METHODS, *SEARCH[:6]])
+    yield from (Run(arm, "sst2", 0, 0) for arm in [*main, *(a for a in others if a.name in ("lwf-output", "ema", "er"))])
+    yield from (Run(arm, "sst2", 10, seed) for seed in SEEDS[1:] for arm in main if arm.name != "der")
+    yield from (Run(arm, "gsm8k", 10, 0) for arm in main if arm.name != "der")
+    yield from (Run(arm, "sst2", 0, 0) for arm in [GRID[1], GRID[0]])
+    yield from (Run(arm, "sst2", 10, 0) for arm in [GRID[1], GRID[0]])
+    yield from (Run(arm, "sst2", 0, seed) for seed in SEEDS[1:] for arm in main if arm.name != "der")
+    yield from (Run(arm, "code", 10, 0) for arm in main if arm.name != "der")
+    yield from (Run(arm, "sst2", 0, 0) for arm in [*others, *GRID])
+    yield from (Run(arm, "sst2", poison, seed) for seed in SEEDS[1:] for poison in POISON for arm in main)
+    yield from (Run(arm, task, poison, 0) for task in ("gsm8k", "code") for poison in POISON for arm in main)
+    yield from (Run(arm, "sst2", 10, 0) for arm in [*GRID, *SEARCH, *NO_DATA])
 
 
 RUNS = list(dict.fromkeys(_runs()))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import harness
-from retention_arms import GRID, METHODS, PLAIN, POISON, RUNS, SEARCH, Arm, Run
+from retention_arms import GRID, METHODS, NO_DATA, PLAIN, POISON, RUNS, SEARCH, Arm, Run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "safety_retention.json"
@@ -32,6 +32,7 @@ def report(folder: Path) -> None:
         "command": "python benchmarks/safety_retention.py",
         "machine": harness.machine(torch.device("cpu")),
         "aligned": {rate: aligned[rate] for rate in RATES},
+        "gsm8k_exact_match": _exact_match(folder),
         "missing": missing,
         "runs": found,
     }
@@ -40,6 +41,11 @@ def report(folder: Path) -> None:
     plot(found)
     if missing:
         print(f"{len(missing)} of {len(RUNS)} arms are missing: {', '.join(missing)}")
+
+
+def _exact_match(folder: Path) -> dict | None:
+    path = folder / "gsm8k-exact-match" / "results.json"
+    return json.loads(path.read_text())["evaluations"][-1]["tasks"]["gsm8k"] if path.exists() else None
 
 
 def record(folder: Path, run: Run) -> dict:
@@ -114,17 +120,23 @@ def tuned(found: Sequence[dict], poison: int) -> Arm | None:
     return min(near, key=lambda arm: (grid[arm]["asr"]["value"], -grid[arm]["utility"]["value"]))
 
 
+def against_plain(found: Sequence[dict], records: Sequence[dict]) -> float:
+    """Mean over the seeds of how much more accurate an arm is than plain fine-tuning with the same seed."""
+    plain = {r["seed"]: r["utility"]["value"] for r in of(found, PLAIN, records[0]["task"], records[0]["poison"])}
+    return statistics.mean(r["utility"]["value"] - plain[r["seed"]] for r in records if r["seed"] in plain)
+
+
 def search_table(found: Sequence[dict]) -> str:
     """Settings at 10 % poison, those that hold both limits first, then by ASR."""
-    plain = mean_rate(of(found, PLAIN, "sst2", 10), "utility")[0]
     lines = []
-    for arm in [*METHODS, *SEARCH]:
+    for arm in [*METHODS, *SEARCH, *NO_DATA, *GRID]:
         if records := of(found, arm, "sst2", 10):
-            asr, accuracy = mean_rate(records, "asr"), mean_rate(records, "utility")
-            holds = asr[0] <= LIMIT_ASR and accuracy[0] >= plain - LIMIT_POINTS
-            cells = [arm.title, shown(asr), f"{100 * (accuracy[0] - plain):+.1f}", shown(mean_rate(records, "over_refusal"))]
-            lines.append((not holds, asr[0], "| " + " | ".join([*cells, "yes" if holds else "no", str(len(records))]) + " |"))
-    head = "| setting | ASR | accuracy, points against plain | over-refusal | holds both | seeds |\n|---|---:|---:|---:|---|---:|"
+            asr, points = mean_rate(records, "asr"), against_plain(found, records)
+            holds = asr[0] <= LIMIT_ASR and points >= -LIMIT_POINTS
+            rates = [shown(mean_rate(records, rate)) for rate in ("affirmative", "over_refusal")]
+            cells = [arm.title, shown(asr), rates[0], f"{100 * points:+.1f}", rates[1], "yes" if holds else "no", str(len(records))]
+            lines.append((not holds, asr[0], "| " + " | ".join(cells) + " |"))
+    head = "| setting | ASR | affirmative | points against plain | over-refusal | holds both | seeds |\n|---|---:|---:|---:|---:|---|---:|"
     return "\n".join([head, *(line for *_, line in sorted(lines))])
 
 

@@ -187,7 +187,10 @@ def screen_tasks(model: EvalModel, tokenizer: Any, config: RunConfig, tasks: Seq
         else:
             threshold = threshold_from_upload(scores, known, settings.false_alarm)
         if threshold.false_alarm > 2 * settings.false_alarm:
-            notes.append(f"task {name}: about {threshold.false_alarm:.1%} of the harmless rows are flagged, too; scan.benign would tell")
+            notes.append(
+                f"task {name}: either about {threshold.false_alarm:.1%} of the harmless rows are flagged, too, "
+                "or there are disallowed prompts of another kind than the known ones; scan.benign would tell"
+            )
         screened.append(TaskScreening(name, scores, threshold, _flags(tokenizer, name, rows, scores, threshold, duplicates)))
     return Screening(settings.action, settings.weight, refusals, tuple(screened), tuple(notes))
 
