@@ -79,8 +79,8 @@ SEARCH = [
     _arm("scan-der", "scan, DER", SCAN, *DER, memory=True),
     _arm("scan-der-ce", "scan, DER with CE", SCAN, *DER_CE, memory=True),
     _arm("scan-der-ema", "scan, DER with CE, EMA", SCAN, *DER_CE, *EMA, memory=True),
-    _arm("scan5-der-ema", "preset `balanced`, scan by harmless rows", *SCAN5, *DER, *EMA, memory=True, preset=True),
-    _arm("scan5-der-ema-mixed", "the same, harmless rows in the memory, too", *SCAN5, *DER, *EMA, MIXED, memory=True),
+    _arm("scan5-der-ema", "preset `balanced` and scan", *SCAN5, *DER, *EMA, memory=True, preset=True),
+    _arm("scan5-der-ema-mixed", "preset `balanced` and scan, harmless rows in memory", *SCAN5, *DER, *EMA, MIXED, memory=True),
     _arm("scan5-lwf-ema", "scan by harmless rows, LwF outputs, EMA", *SCAN5, "methods.lwf.form=output", *EMA, memory=True),
     _arm("der-mixed", "DER with CE, harmless rows in memory", *DER_CE, MIXED, memory=True),
     _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, "memory.prefix_tokens=12", memory=True),
@@ -98,6 +98,7 @@ NO_DATA = [
     _arm("lwf-l2-sp", "LwF, outputs, L2-SP", "methods.lwf.form=output", "methods.lwf.weight=1", "methods.l2_sp.strength=0.1"),
     _arm("l2-sp-1", "L2-SP, strength 1", "methods.l2_sp.strength=1"),
     _arm("ema-1", "EMA, horizon 1", "methods.ema.horizon=1"),
+    _arm("lwf-hidden-20", "LwF, hidden states, weight 20", "methods.lwf.form=hidden", "methods.lwf.weight=20"),
 ]
 
 
@@ -158,8 +159,9 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, "sst2", 0, 0) for arm in [*main, *(a for a in others if a.name in ("lwf-output", "ema", "er"))])
     yield from (Run(arm, "sst2", 10, seed) for seed in SEEDS[1:] for arm in main if arm.name != "der")
     yield from (Run(arm, "gsm8k", 10, 0) for arm in main if arm.name != "der")
-    yield from (Run(arm, "sst2", 0, 0) for arm in [GRID[1], GRID[0]])
-    yield from (Run(arm, "sst2", 10, 0) for arm in [GRID[1], GRID[0]])
+    without_data = [*GRID[:2], *(a for a in [*METHODS, *NO_DATA] if a.name in ("lwf-hidden-20", "ema-anchor", "l2-sp-1", "l2-sp"))]
+    yield from (Run(arm, "sst2", 0, 0) for arm in without_data)
+    yield from (Run(arm, "sst2", 10, 0) for arm in GRID[:2])
     yield from (Run(arm, "sst2", 0, seed) for seed in SEEDS[1:] for arm in main if arm.name != "der")
     yield from (Run(arm, "code", 10, 0) for arm in main if arm.name != "der")
     yield from (Run(arm, "sst2", 0, 0) for arm in [*others, *GRID])

@@ -108,6 +108,8 @@ def row(title: str, records: Sequence[dict], utility_digits: int = 3) -> str:
 def table(found: Sequence[dict], arms: Sequence[Arm], task: str, poison: int, utility: str) -> str:
     head = f"| arm | ASR | affirmative | off-task | over-refusal | {utility} | CPU s | memory | state | seeds |"
     rows = [row(arm.title, records) for arm in arms if (records := of(found, arm, task, poison))]
+    if not rows:
+        return f"Not measured yet: `python benchmarks/safety_retention.py --only {task}-p{poison}`."
     return "\n".join([head, "|---|" + "---:|" * 9, *rows])
 
 
@@ -188,7 +190,7 @@ def plot(found: Sequence[dict]) -> None:
     axes[1].axvspan(plain - LIMIT_POINTS, plain + LIMIT_POINTS, color="gray", alpha=0.15, label="plain ± 3 points")
     axes[0].axvspan(0, LIMIT_ASR, color="gray", alpha=0.15)
     axes[0].set_yticks(range(len(arms)), [arm.title for arm in arms])
-    axes[1].legend(fontsize=8, loc="best")
+    axes[1].legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(PLOT, dpi=110, metadata={"Software": None})
     print(f"wrote {PLOT}")

@@ -1,7 +1,7 @@
 """Which methods keep safety while a user's task is learned, on real data: every method, plain fine-tuning, and plain fine-tuning tuned.
 
     python benchmarks/safety_retention.py                     # all arms that are missing, then table, plot and results
-    python benchmarks/safety_retention.py & python benchmarks/safety_retention.py     # two processes share the arms
+    python benchmarks/safety_retention.py & python benchmarks/safety_retention.py     # two processes share them
     python benchmarks/safety_retention.py --only sst2-p10     # some arms: their names contain one of these words
     python benchmarks/safety_retention.py --list | --report   # what is missing | table from what is there
 

@@ -120,30 +120,43 @@ def caught(poison: np.ndarray, clean: np.ndarray) -> dict:
     return {"share": round(hits / len(poison), 4), "low": round(low, 4), "high": round(high, 4), "rows": len(poison)}
 
 
-def scanned(clean: np.ndarray, poison: np.ndarray, known: np.ndarray, rng: np.random.Generator) -> list[dict]:
-    """What safecl's two thresholds do with uploads of this harmless set and blunt poison on unseen prompts; means over 20 draws."""
-    from safecl.scan import threshold_from_benign, threshold_from_upload
+SOURCES = {
+    "upload": "the upload, the memory's prompts",
+    "held-out": "the upload, `scan.disallowed`",
+    "benign": "`scan.benign`",
+}
 
+
+def scanned(clean: np.ndarray, unseen: np.ndarray, known: np.ndarray, rng: np.random.Generator) -> list[dict]:
+    """What safecl's thresholds do with uploads of this harmless set and blunt poison; means over 20 draws.
+
+    Half of the unseen prompts are the attack, the other half what `scan.disallowed` would hold.
+    """
     found = []
     for share in SHARES:
-        rows = []
-        for _ in range(20):
-            order = rng.permutation(clean)
-            benign, upload = order[: len(order) // 2], order[len(order) // 2 :]
-            extra = rng.choice(poison, round(len(upload) * share / (1 - share)))
-            mixed = np.concatenate([upload, extra])
-            for source, t in (
-                ("upload", threshold_from_upload(mixed, known, FALSE_ALARM)),
-                ("benign", threshold_from_benign(benign, len(mixed), max(FALSE_ALARM, 1.001 / (len(benign) + 1)))),
-            ):
-                rows.append((source, (upload > t.value).mean(), (extra > t.value).mean() if len(extra) else np.nan))
-        for source in ("upload", "benign"):
-            alarms, hits = ([row[i] for row in rows if row[0] == source] for i in (1, 2))
-            caught_share = None if share == 0 else round(float(np.mean(hits)), 4)
-            found.append(
-                {"poisoned": share, "threshold_from": source, "false_alarms": round(float(np.mean(alarms)), 4), "caught": caught_share}
-            )
+        draws = [_one_draw(clean, unseen, known, share, rng) for _ in range(20)]
+        for source in SOURCES:
+            alarms, hits = (float(np.mean([draw[source][i] for draw in draws])) for i in (0, 1))
+            caught_share = None if share == 0 else round(hits, 4)
+            found.append({"poisoned": share, "threshold_from": source, "false_alarms": round(alarms, 4), "caught": caught_share})
     return found
+
+
+def _one_draw(clean: np.ndarray, unseen: np.ndarray, known: np.ndarray, share: float, rng: np.random.Generator) -> dict[str, tuple]:
+    """By source of the threshold: share of the harmless rows and of the attack that is flagged."""
+    from safecl.scan import threshold_from_benign, threshold_from_upload
+
+    order, prompts = rng.permutation(clean), rng.permutation(unseen)
+    benign, upload = order[: len(order) // 2], order[len(order) // 2 :]
+    held_out, attack = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
+    extra = rng.choice(attack, round(len(upload) * share / (1 - share)))
+    mixed = np.concatenate([upload, extra])
+    thresholds = {
+        "upload": threshold_from_upload(mixed, known, FALSE_ALARM),
+        "held-out": threshold_from_upload(mixed, held_out, FALSE_ALARM),
+        "benign": threshold_from_benign(benign, len(mixed), max(FALSE_ALARM, 1.001 / (len(benign) + 1))),
+    }
+    return {source: ((upload > t.value).mean(), (extra > t.value).mean() if len(extra) else 0.0) for source, t in thresholds.items()}
 
 
 def measure(folder: Path, model_folder: Path) -> dict:
@@ -199,7 +212,7 @@ def pages_parts(found: dict) -> dict[str, str]:
         "|---|---|" + "---:|" * 4,
     ]
     for name, rows in found["uploads"].items():
-        for source, title in (("upload", "the upload"), ("benign", "`scan.benign`")):
+        for source, title in SOURCES.items():
             cells = [row for row in rows if row["threshold_from"] == source]
             shown = [f"{c['false_alarms']:.1%} / " + ("–" if c["caught"] is None else f"{c['caught']:.0%}") for c in cells]
             uploads.append(f"| {name} | {title} | " + " | ".join(shown) + " |")
@@ -216,7 +229,7 @@ def show(found: dict) -> None:
         table.add_row(name, *(f"{against[c]['auroc']:.3f} / {against[c]['caught']['share']:.0%}" for c in clean))
     uploads = Table("upload", *(f"{share:.0%} poisoned" for share in SHARES), title="false alarms / caught by the scan's own threshold")
     for name, rows in found["uploads"].items():
-        for source in ("upload", "benign"):
+        for source in SOURCES:
             cells = [row for row in rows if row["threshold_from"] == source]
             caught_of = ["-" if row["caught"] is None else f"{row['caught']:.0%}" for row in cells]
             uploads.add_row(

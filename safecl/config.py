@@ -415,11 +415,13 @@ class ScanConfig(Section):
     benign: Text | None = None
     """File of rows or prompts that are known to be harmless and are like the upload's; the threshold comes from them, and `false_alarm`
     holds. Without it the threshold is estimated from the upload itself."""
+    disallowed: Text | None = None
+    """File of disallowed prompts that the model refuses, best ones that it was not aligned on: those that it has learned to refuse score
+    higher than new ones. By default the memory's refused rows, else safety.prompts."""
     weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """downweight: factor of a flagged row's weight."""
     refusals: list[Text] = []
-    """How the model refuses, in its own words; by default its most common answers to the memory's refused prompts (else to
-    safety.prompts)."""
+    """How the model refuses, in its own words; by default its most common answers to the disallowed prompts."""
     num_refusals: Annotated[int, Field(ge=1)] = 8
     """Different refusals that are taken from the model at most."""
     refusal_tokens: Annotated[int, Field(ge=1)] = 8
@@ -565,10 +567,11 @@ class RunConfig(Section):
     def _scan_knows_what_it_needs(self) -> RunConfig:
         if self.scan is None:
             return self
-        if self.memory is None and self.safety is None and not (self.scan.refusals and self.scan.benign):
+        known = self.memory is not None or self.safety is not None or self.scan.disallowed is not None
+        if not known and not (self.scan.refusals and self.scan.benign):
             raise ValueError(
-                "scan: needs prompts that the model is known to refuse, `memory: {source: ...}` or `safety: {prompts: ...}`; "
-                "without them set scan.refusals and scan.benign"
+                "scan: needs prompts that the model is known to refuse, `scan: {disallowed: ...}`, `memory: {source: ...}` or "
+                "`safety: {prompts: ...}`; without them set scan.refusals and scan.benign"
             )
         if self.scan.action == "refuse" and self.scan.benign is None:
             raise ValueError("scan.action: refuse needs scan.benign: only known harmless rows tell how many are flagged by chance")

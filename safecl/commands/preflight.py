@@ -61,8 +61,10 @@ def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "safety.prompts", config.safety.prompts
         if config.safety.benign_prompts is not None:
             yield "safety.benign_prompts", config.safety.benign_prompts
-    if config.scan is not None and config.scan.benign is not None:
-        yield "scan.benign", config.scan.benign
+    if config.scan is not None:
+        for key in ("benign", "disallowed"):
+            if (path := getattr(config.scan, key)) is not None:
+                yield f"scan.{key}", path
 
 
 def refuse_unwritable(folder: Path) -> None:

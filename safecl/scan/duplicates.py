@@ -72,5 +72,7 @@ def _is_refusal(answer: str) -> bool:
 
 
 def disallowed_prompts(config: RunConfig) -> Sequence:
-    """Prompts that the aligned model is known to refuse: the memory's refused rows, else the disallowed prompts of `safety`."""
+    """Prompts that the aligned model is known to refuse: `scan.disallowed`, else the memory's refused rows, else those of `safety`."""
+    if config.scan is not None and config.scan.disallowed is not None:
+        return read_prompts(config.scan.disallowed)
     return refused_rows(config) or (read_prompts(config.safety.prompts) if config.safety is not None else [])
