@@ -530,7 +530,9 @@ class RunConfig(Section):
             raise ValueError(f"tasks: only the first task can have role `align`, not {late[0]!r}")
         for name, config in self.methods.items():
             if getattr(config, "needs_memory", False) and self.memory is None:
-                raise ValueError(f"methods: {name} needs `memory: {{source: ...}}`, the rows whose behaviour must be kept")
+                raise ValueError(
+                    f"methods: {name} needs `memory: {{source: ...}}`, the rows whose behaviour must be kept; or `methods: no-data`"
+                )
             if self.train.clip_scope == "total" and getattr(config, "proximal", False):
                 raise ValueError(f"methods: {name}.proximal is a step of its own, so train.clip_scope: total cannot contain it; use task")
             if self.model.lora is not None and (reason := getattr(config, "refuses_lora", None)):
