@@ -42,14 +42,18 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     with console:
         if path is None:
             path = shared_fisher(config, header, build, console.note)
-        elif not _is_there(path, header):
+        elif _is_there(path, header):
+            console.note(f"{path} is there already")
+        else:
             build(path)
         console.note(f"{path}: {header.estimator}, mean {open_fisher(path).header.mean:.3g}; use it with methods.ewc.fisher={path}")
 
 
 def _estimate(config: RunConfig, dataset: TokenDataset, header: FisherHeader, path: Path, console: Console, pad_id: int) -> None:
     engine = _build_engine(config, pad_id)
-    memory = fill_memory(engine, dataset, config.memory, seed=config.train.seed, source=config.memory.source, with_teacher=False)
+    memory = fill_memory(
+        engine, dataset, config.memory, seed=config.train.seed, source=config.memory.source, with_teacher=config.memory.guard is not None
+    )
     rows = memory.all_rows(), memory.row_ids()
     console.note(f"{len(rows[0]):,} rows, {engine.shards.numel:,} weights, {distributed.world_size()} rank(s) on {engine.device}")
     try:

@@ -160,6 +160,17 @@ def test_units_come_in_any_order_and_the_next_one_is_fetched_while_one_is_used()
     given.close()
 
 
+def test_the_example_in_the_docs_runs(tmp_path):
+    import re
+    from pathlib import Path
+
+    built("llama", tmp_path, torch.bfloat16)
+    (example,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "teachers.md").read_text(), re.S)
+    scope: dict = {}
+    exec(compile(example.replace("path/of/model", str(tmp_path)), "docs/teachers.md", "exec"), scope)
+    assert scope["topk"].indices.shape == (2, 8) and scope["hidden"].shape == (4, 32)
+
+
 def test_break_even_is_the_flop_rate_over_the_link_rate():
     from safecl.engine.break_even import ASSUMED, Rates, advice
 

@@ -69,8 +69,9 @@ def test_der_online_with_lora_asks_the_model_with_its_adapters_off(rank_pool, fo
     assert online["losses"][0]["replay"] == pytest.approx(0.0, abs=1e-6) and online["losses"][-1]["replay"] > 1e-4
 
 
-def terms_of_a_sequence(folder: str, output: str, source: str) -> tuple[list[float], list[str], bool]:
-    """The LwF term at the first and second step of each of two tasks, what was said, and whether folders are left."""
+def terms_of_a_sequence(folder: str, output: str, source: str, reload: bool = False) -> tuple[list[float], list[str], bool]:
+    """The LwF term at three steps of each of two tasks, what was said, and whether folders are left. reload: as a resumed run does, in
+    the middle of each task."""
     methods = {"lwf": {"weight": 1.0, "teacher": source, "outputs": "online"}, "ema": {"decay": 0.5}}
     config = run_config(tasks=scenes.SEQUENCE, memory=None, methods=methods, output=output, model=model_at(folder), deepspeed={"stage": 2})
     run, tasks = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)])
@@ -78,7 +79,10 @@ def terms_of_a_sequence(folder: str, output: str, source: str) -> tuple[list[flo
     run.log = said.append
     for task in tasks:
         run.begin_task(task, active=True)
-        terms += [run.train_step(task).totals()["lwf"] for _ in range(3)]
+        terms += [run.train_step(task).totals()["lwf"] for _ in range(2)]
+        if reload:
+            run.load_state_dict(run.state_dict(), task)
+        terms.append(run.train_step(task).totals()["lwf"])
         run.end_task()
     run.finish()
     return terms, said, any((Path(output) / "teacher").glob("*"))
@@ -95,6 +99,41 @@ def test_the_teacher_is_the_aligned_model_the_one_before_or_the_average(rank_poo
     assert previous[:3] == pytest.approx(aligned[:3], rel=1e-5) and previous[3] < 1e-10 < previous[4]
     assert ema[0] < 1e-10 and ema[3] < 1e-10 and 1e-6 < ema[2] < 0.9 * aligned[2]
     assert any("kept in" in line for line in found["previous"][1])
+
+
+def test_a_resumed_run_asks_the_teacher_that_it_asked_before(rank_pool, folder, tmp_path):
+    arguments = dict(folder=folder, source="previous")
+    plain, resumed = (
+        rank_pool(2).run(terms_of_a_sequence, output=str(tmp_path / str(reload)), reload=reload, **arguments)[0] for reload in (False, True)
+    )
+    assert resumed[0] == plain[0]
+    assert len([line for line in resumed[1] if line.startswith("teacher: previous")]) == 4
+
+
+def lose_the_teacher(folder: str, output: str) -> str:
+    import shutil
+
+    from safecl.engine.online import OnlineTeachers
+
+    methods = {"lwf": {"teacher": "previous", "outputs": "online"}}
+    config = run_config(tasks=scenes.SEQUENCE, memory=None, methods=methods, output=output, model=model_at(folder))
+    run, tasks = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)])
+    teachers = OnlineTeachers(config, run.engine, lambda message: None)
+    teachers.begin_task("second")
+    torch.distributed.barrier()
+    shutil.rmtree(output, ignore_errors=True)
+    teachers.resume("second")
+    run.task, run._active = tasks[1], run.methods
+    try:
+        teachers.ask(run.step_rows(tasks[1]))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_teacher_that_is_gone_is_told(rank_pool, folder, tmp_path):
+    for said in rank_pool(2).run(lose_the_teacher, folder=folder, output=str(tmp_path / "run")):
+        assert "model-before-second" in said and "start it anew" in said
 
 
 def distances_to_another_model(folder: str, other: str) -> list[float]:
