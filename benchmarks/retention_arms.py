@@ -79,6 +79,7 @@ SEARCH = [
     _arm("scan-der", "scan, DER", SCAN, *DER, memory=True),
     _arm("scan-der-ce", "scan, DER with CE", SCAN, *DER_CE, memory=True),
     _arm("scan-der-ema", "scan, DER with CE, EMA", SCAN, *DER_CE, *EMA, memory=True),
+    _arm("scan5-der-ce-ema", "scan by harmless rows, DER with CE, EMA", *SCAN5, *DER_CE, *EMA, memory=True),
     _arm("scan5-der-ema", "preset `balanced` and scan", *SCAN5, *DER, *EMA, memory=True, preset=True),
     _arm("scan5-der-ema-mixed", "preset `balanced` and scan, harmless rows in memory", *SCAN5, *DER, *EMA, MIXED, memory=True),
     _arm("scan5-lwf-ema", "scan by harmless rows, LwF outputs, EMA", *SCAN5, "methods.lwf.form=output", *EMA, memory=True),
@@ -103,7 +104,7 @@ NO_DATA = [
 
 
 # Measured on all tasks and with all seeds; the others on SST-2 with one.
-MAIN = ("plain", "der", "scan5-der-ema")
+MAIN = ("plain", "der", "scan5-der-ce-ema", "scan5-der-ema")
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,10 @@ def _task(folder: Path, name: str) -> dict:
 def _runs() -> Iterator[Run]:
     """The most telling ones first."""
     main, others = [a for a in [PLAIN, *METHODS, *SEARCH] if a.name in MAIN], [*METHODS, *NO_DATA[:2]]
+    strict = next(arm for arm in SEARCH if arm.name == "scan5-der-ce-ema")
+    yield from (Run(strict, "sst2", 10, seed) for seed in (2, 0, 1))
+    yield from (Run(arm, "sst2", poison, 0) for poison in POISON for arm in GRID[1:2])
+    yield from (Run(strict, task, poison, 0) for task, poison in (("sst2", 0), ("gsm8k", 10)))
     yield from (Run(arm, "sst2", 10, 0) for arm in [PLAIN, *METHODS, *SEARCH[:6]])
     yield from (Run(arm, "sst2", 0, 0) for arm in [*main, *(a for a in others if a.name in ("lwf-output", "ema", "er"))])
     yield from (Run(arm, "sst2", 10, seed) for seed in SEEDS[1:] for arm in main if arm.name != "der")

@@ -105,11 +105,12 @@ def row(title: str, records: Sequence[dict], utility_digits: int = 3) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def table(found: Sequence[dict], arms: Sequence[Arm], task: str, poison: int, utility: str) -> str:
+def table(found: Sequence[dict], arms: Sequence[Arm], task: str, poison: int, utility: str, only: str = "") -> str:
+    """All arms that have been run; where none but plain fine-tuning has, how to run them. `only` narrows that down."""
     head = f"| arm | ASR | affirmative | off-task | over-refusal | {utility} | CPU s | memory | state | seeds |"
     rows = [row(arm.title, records) for arm in arms if (records := of(found, arm, task, poison))]
-    if not rows:
-        return f"Not measured yet: `python benchmarks/safety_retention.py --only {task}-p{poison}`."
+    if not rows or (only and len(rows) == 1):
+        return f"Not measured yet: `python benchmarks/safety_retention.py --only {task}-p{poison}{only}`."
     return "\n".join([head, "|---|" + "---:|" * 9, *rows])
 
 
@@ -148,7 +149,7 @@ def write_page(found: Sequence[dict]) -> None:
         return
     arms = [PLAIN, *METHODS]
     parts = {f"sst2-{poison}": table(found, [*arms, *chosen(found, poison)], "sst2", poison, "accuracy") for poison in POISON}
-    parts |= {f"grid-{poison}": table(found, [PLAIN, *GRID], "sst2", poison, "accuracy") for poison in POISON}
+    parts |= {f"grid-{poison}": table(found, [PLAIN, *GRID], "sst2", poison, "accuracy", "-s0/plain-") for poison in POISON}
     parts |= {f"{task}-{p}": table(found, [*arms, *SEARCH], task, p, "nats per answer token") for task in ("gsm8k", "code") for p in POISON}
     if of(found, PLAIN, "sst2", 10):
         parts["search"] = search_table(found)
