@@ -48,6 +48,31 @@ class RowOptions(NamedTuple):
     topk_mode: str = "tail"
 
 
+class Scratch:
+    """Named buffers that are used again for every few rows: a fresh megabyte costs more in page faults than the arithmetic on it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor) -> Tensor:
+        """An uninitialised buffer of the shape and dtype of ``like`` [rows, ...]; the same memory under the same name."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[0] < like.shape[0] or buffer.shape[1:] != like.shape[1:]:
+            buffer = self._buffers[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
+        return buffer[: like.shape[0]]
+
+
+class Softmax(NamedTuple):
+    log_p: Tensor  # [rows, events]
+    p: Tensor
+
+
+def softmax(logits: Tensor, scratch: Scratch, name: str = "p") -> Softmax:
+    """Over the last dimension, in buffers of ``name``."""
+    log_p = torch.log_softmax(logits, -1, out=scratch(f"log {name}", logits))
+    return Softmax(log_p, torch.exp(log_p, out=scratch(name, logits)))
+
+
 class EventTerms(NamedTuple):
     loss: Tensor  # [rows]
     p: Tensor  # [rows, events], the student's probabilities
@@ -59,39 +84,34 @@ class EventTerms(NamedTuple):
         return self.p_grad if self.total is None else self.p_grad.addcmul_(self.p, self.total, value=-1)
 
 
-def event_terms(log_p: Tensor, log_q: Tensor, divergence: str, beta: float, normalised: bool) -> EventTerms:
-    """Loss and gradient terms of one divergence over the last dimension; log_p, log_q: [rows, events].
+def event_terms(student: Softmax, log_q: Tensor, divergence: str, beta: float, normalised: bool, scratch: Scratch) -> EventTerms:
+    """Loss and gradient terms of one divergence over the last dimension; log_q: [rows, events].
 
     normalised: p and q each sum to one (a softmax), so that p == q gives a gradient of exactly zero.
     """
-    ratio = log_q - log_p
+    ratio = torch.sub(log_q, student.log_p, out=scratch("ratio", log_q))
     low, high = ratio.aminmax() if ratio.numel() else (ratio.new_zeros(()), ratio.new_zeros(()))
     if normalised and low > _NEAR_LOW and high < _NEAR_HIGH:
-        return _near_terms(log_p.exp(), ratio, divergence, beta)
-    return _far_terms(log_p.exp(), log_q.exp(), ratio, divergence, beta, normalised)
+        return _near_terms(student.p, ratio, divergence, beta, scratch)
+    return _far_terms(student.p, log_q.exp(), ratio, divergence, beta, normalised)
 
 
-def _near_terms(p: Tensor, r: Tensor, divergence: str, beta: float) -> EventTerms:
+def _near_terms(p: Tensor, r: Tensor, divergence: str, beta: float, scratch: Scratch) -> EventTerms:
     """With e = e^r - 1, so that q - p = p e: no term but p and r carries a rounding error of first order."""
-    e = torch.expm1(r)
+    e = torch.expm1(r, out=scratch("expm1", r))
+    terms, p_grad = scratch("terms", r), scratch("p_grad", r)
     if divergence == "forward_kl":
-        difference = p * e
-        loss = row_dot(difference, r) + row_dot(p, r.sub_(e))  # p (e r + r - e)
-        return EventTerms(loss.clamp_(min=0), p, difference.neg_(), None)
+        loss = torch.sub(r, e, out=terms).addcmul_(e, r).mul_(p).sum(-1)  # p (e r + r - e)
+        return EventTerms(loss.clamp_(min=0), p, torch.mul(p, e, out=p_grad).neg_(), None)
     if divergence == "reverse_kl":
-        loss = row_dot(p, e.sub_(r))  # p (e - r)
-        p_grad = r.mul_(p).neg_()
-        return EventTerms(loss.clamp_(min=0), p, p_grad, p_grad.sum(-1, keepdim=True))
-    u = torch.log1p(e * beta)  # log m / p
-    p_grad = u.mul(p).mul_(beta - 1)
-    to_teacher = e.add_(1).mul_(r.sub_(u))  # e^r log q / m
-    loss = p_grad.sum(-1) + beta * row_dot(p, to_teacher)
+        loss = torch.sub(e, r, out=terms).mul_(p).sum(-1)  # p (e - r)
+        torch.mul(r, p, out=p_grad).neg_()
+    else:
+        u = torch.mul(e, beta, out=terms).log1p_()  # log m / p
+        torch.mul(u, p, out=p_grad).mul_(beta - 1)
+        to_teacher = e.add_(1).mul_(r.sub_(u)).mul_(p)  # q log q / m
+        loss = p_grad.sum(-1) + beta * to_teacher.sum(-1)
     return EventTerms(loss.clamp_(min=0), p, p_grad, p_grad.sum(-1, keepdim=True))
-
-
-def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """sum_v a_v b_v per row."""
-    return torch.linalg.vecdot(a, b)
 
 
 def _far_terms(p: Tensor, q: Tensor, r: Tensor, divergence: str, beta: float, normalised: bool) -> EventTerms:
@@ -185,54 +205,61 @@ class CrossEntropy(NamedTuple):
     grad: Tensor | None  # [rows, vocab], weighted, z-loss included
 
 
-def cross_entropy_terms(logits: Tensor, log_p: Tensor, labels: Tensor, weights: Tensor, z_loss: float, needs_grad: bool) -> CrossEntropy:
+def cross_entropy_terms(
+    logits: Tensor, student: Softmax, labels: Tensor, weights: Tensor, z_loss: float, grad: Tensor | None
+) -> CrossEntropy:
     """-log softmax(logits)[label] at temperature 1, and z_loss·logsumexp^2 in the gradient; labels < 0 and weight 0 mean "no label".
 
-    log_p: log_softmax(logits).
+    grad: a buffer for the gradient, or None.
     """
     has_label = (labels >= 0) & (weights != 0)
     index = labels.clamp(min=0)[:, None]
-    lse = logits.amax(-1) - log_p.amax(-1)
-    loss = torch.where(has_label, -log_p.gather(-1, index)[:, 0], 0.0)
-    grad = None
-    if needs_grad:
+    lse = logits.amax(-1) - student.log_p.amax(-1)
+    loss = torch.where(has_label, -student.log_p.gather(-1, index)[:, 0], 0.0)
+    if grad is not None:
         factor = torch.where(has_label, weights * (1 + 2 * z_loss * lse), 0.0)
-        grad = log_p.exp().mul_(factor[:, None])
+        torch.mul(student.p, factor[:, None], out=grad)
         grad.scatter_add_(-1, index, -torch.where(has_label, weights, 0.0)[:, None])
     return CrossEntropy(loss, torch.where(has_label, lse, 0.0), grad)
 
 
-def dense_divergence(student: Tensor, teacher: Tensor, options: RowOptions, log_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def dense_divergence(
+    student: Tensor, teacher: Tensor, options: RowOptions, scratch: Scratch, known: Softmax | None = None
+) -> tuple[Tensor, Tensor]:
     """(loss [rows], dD/d(student logits) [rows, shared vocab]) for shaped logits; the first min(V_s, V_t) tokens are compared.
 
-    log_p: log_softmax(student) where it is known; it serves at T = 1 over the whole vocabulary.
+    known: the softmax of ``student`` where there is one; it serves at T = 1 over the whole vocabulary.
     """
     shared = min(student.shape[-1], teacher.shape[-1])
-    z, y = at_temperature(student[:, :shared], options), at_temperature(teacher[:, :shared], options)
+    z = at_temperature(student[:, :shared], options, scratch, "student at T")
+    y = at_temperature(teacher[:, :shared], options, scratch, "teacher at T")
     if options.divergence == "mse":
         loss, grad = mse_terms(z, y)
     else:
-        if log_p is None or options.temperature != 1 or shared != student.shape[-1]:
-            log_p = torch.log_softmax(z, -1)
-        terms = event_terms(log_p, torch.log_softmax(y, -1), options.divergence, options.beta, normalised=True)
+        if known is None or options.temperature != 1 or shared != student.shape[-1]:
+            known = softmax(z, scratch, "p at T")
+        log_q = torch.log_softmax(y, -1, out=scratch("log teacher", y))
+        terms = event_terms(known, log_q, options.divergence, options.beta, True, scratch)
         loss, grad = terms.loss, terms.gradient_()
     scale = options.kd_scale / options.temperature
     return loss * options.kd_scale, grad if scale == 1 else grad.mul_(scale)
 
 
-def at_temperature(logits: Tensor, options: RowOptions) -> Tensor:
+def at_temperature(logits: Tensor, options: RowOptions, scratch: Scratch, name: str) -> Tensor:
     """logits / T, the logits themselves at T = 1."""
-    return logits if options.temperature == 1 else logits / options.temperature
+    return logits if options.temperature == 1 else torch.div(logits, options.temperature, out=scratch(name, logits))
 
 
-def topk_divergence(student: Tensor, log_q: Tensor, indices: Tensor, log_tail: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
+def topk_divergence(
+    student: Tensor, log_q: Tensor, indices: Tensor, log_tail: Tensor, options: RowOptions, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """(loss [rows], dD/d(student logits) [rows, vocab]) against a top-k teacher; student: shaped logits [rows, vocab]."""
     if options.topk_mode == "uniform_tail" and options.divergence != "mse":
         spread = spread_tail(log_q, indices, log_tail, student.shape[-1])
-        return dense_divergence(student, spread * options.temperature, options)
-    z = at_temperature(student, options)
+        return dense_divergence(student, spread * options.temperature, options, scratch)
+    z = at_temperature(student, options, scratch, "student at T")
     top = z.gather(-1, indices)  # [rows, k]
-    rest = z.scatter(-1, indices, -math.inf)
+    rest = scratch("rest", z).copy_(z).scatter_(-1, indices, -math.inf)
     log_rest = torch.logsumexp(rest, -1, keepdim=True)
     loss, top_grad, rest_grad = topk_event_gradients(top, log_rest, log_q, log_tail, options)
     # p_v / p_tail; where no token is left, rest and log_rest are both -inf
@@ -249,7 +276,7 @@ def topk_event_gradients(top: Tensor, log_rest: Tensor | None, log_q: Tensor, lo
     if divergence == "mse":
         loss, grad = mse_terms(top, log_q)
     elif options.topk_mode == "renormalised":
-        terms = event_terms(torch.log_softmax(top, -1), torch.log_softmax(log_q, -1), divergence, beta, normalised=True)
+        terms = event_terms(softmax(top, Scratch()), torch.log_softmax(log_q, -1), divergence, beta, True, Scratch())
         loss, grad = terms.loss, terms.gradient_()
     else:
         log_p = torch.cat([top, log_rest], -1)
@@ -258,7 +285,8 @@ def topk_event_gradients(top: Tensor, log_rest: Tensor | None, log_q: Tensor, lo
             terms = truncated_terms(log_p[:, :k], log_q, divergence, beta)
             terms = terms._replace(p=log_p.exp(), p_grad=torch.nn.functional.pad(terms.p_grad, (0, 1)))
         else:
-            terms = event_terms(log_p, torch.cat([log_q, log_tail[:, None]], -1), divergence, beta, normalised=False)
+            student = Softmax(log_p, log_p.exp())
+            terms = event_terms(student, torch.cat([log_q, log_tail[:, None]], -1), divergence, beta, False, Scratch())
         loss, grad = terms.loss, terms.gradient_()
     grad = grad * (options.kd_scale / options.temperature)
     return loss * options.kd_scale, grad[:, :k], grad[:, k:] if grad.shape[-1] > k else torch.zeros_like(grad[:, :1])
@@ -284,12 +312,12 @@ def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOpt
     labels: [rows] int64, negative = none; or None.
     ce_weights, kd_weights: [rows]. dlogits: [rows, vocab] of any floating dtype (it may be ``student`` itself), or None for losses only.
     """
-
     shaped_in_place = options.teacher_logit_scale is not None or options.teacher_softcap is not None
 
-    def divergence(logits, log_p, block):
+    def divergence(logits, known, block, scratch):
         raw = teacher[block].to(logits.dtype, copy=shaped_in_place)
-        return dense_divergence(logits, shape_logits_(raw, options.teacher_logit_scale, options.teacher_softcap), options, log_p)
+        shaped = shape_logits_(raw, options.teacher_logit_scale, options.teacher_softcap)
+        return dense_divergence(logits, shaped, options, scratch, known)
 
     return _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence if teacher is not None else None)
 
@@ -297,8 +325,8 @@ def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOpt
 def topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights, options: RowOptions, dlogits=None) -> RowLosses:
     """``dense_rows`` against a top-k teacher; log_q, indices: [rows, k], log_tail: [rows]."""
 
-    def divergence(logits, log_p, block):
-        return topk_divergence(logits, log_q[block].to(logits.dtype), indices[block], log_tail[block].to(logits.dtype), options)
+    def divergence(logits, known, block, scratch):
+        return topk_divergence(logits, log_q[block].to(logits.dtype), indices[block], log_tail[block].to(logits.dtype), options, scratch)
 
     return _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence)
 
@@ -308,16 +336,18 @@ def _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, diver
     rows, vocab = student.shape
     dtype = torch.promote_types(student.dtype, torch.float32)
     losses = student.new_zeros(3, rows, dtype=dtype)
+    scratch = Scratch()
     for start, end in spans(rows, max(1, _BLOCK_ELEMENTS // vocab)):
         block = slice(start, end)
         logits = shape_logits_(student[block].to(dtype), options.logit_scale, options.softcap)
-        grad = kd_grad = log_p = None
+        grad = kd_grad = known = None
         if labels is not None:
-            log_p = torch.log_softmax(logits, -1)
-            ce = cross_entropy_terms(logits, log_p, labels[block], ce_weights[block], options.z_loss, dlogits is not None)
+            known = softmax(logits, scratch)
+            grad = None if dlogits is None else scratch("grad", logits)
+            ce = cross_entropy_terms(logits, known, labels[block], ce_weights[block], options.z_loss, grad)
             losses[0, block], losses[2, block], grad = ce
         if divergence is not None:
-            losses[1, block], kd_grad = divergence(logits, log_p, block)
+            losses[1, block], kd_grad = divergence(logits, known, block, scratch)
         if dlogits is not None:
             grad = _weighted_gradient(grad, kd_grad, kd_weights, block, vocab)
             dlogits[block] = shape_backward_(grad, logits, options.logit_scale, options.softcap)

@@ -70,10 +70,10 @@ DIVERGENCES = {
     "logit scale dropped in the gradient": ("def shape_backward_", "grad.mul_(logit_scale)", "grad"),
     "z-loss not in the gradient": ("def cross_entropy_terms", "2 * z_loss", "0"),
     "label's -1 missing": ("def cross_entropy_terms", "-torch.where(has_label", "0 * torch.where(has_label"),
-    "beta swapped": ("def _near_terms", "torch.log1p(e * beta)", "torch.log1p(e * (1 - beta))"),
-    "JSD without E": ("to_teacher = ", "p_grad.sum(-1, keepdim=True)", "None"),
+    "beta swapped": ("def _near_terms", "torch.mul(e, beta, out=terms)", "torch.mul(e, 1 - beta, out=terms)"),
+    "JSD without E": ("def _near_terms", "p_grad, p_grad.sum(-1, keepdim=True)", "p_grad, None"),
     "kd weights ignored": ("def _weighted_gradient", "addcmul_(kd_grad, weights)", "add_(kd_grad)"),
-    "plain sum for the loss": ("def _near_terms", "row_dot(difference, r) + row_dot(p, r.sub_(e))", "row_dot(p + difference, r)"),
+    "plain sum for the loss": ("def _near_terms", "torch.sub(r, e, out=terms).addcmul_(e, r)", "torch.addcmul(r, e, r, out=terms)"),
 }
 GATHER = {
     "gathered dW dropped": ("def _store_gradients", "index_add_", "index_add"),
