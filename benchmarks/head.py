@@ -192,7 +192,9 @@ def hidden_error(objective: str, loss: Loss, p: Problem) -> float | None:
         return None
     few = slice(0, ERROR_TOKENS)
     if p.hidden.device.type == "cpu":  # the whole problem takes long there
-        p = replace(p, hidden=p.hidden.detach()[few].requires_grad_(), teacher_hidden=p.teacher_hidden[few], labels=p.labels[few], stored=None)
+        p = replace(
+            p, hidden=p.hidden.detach()[few].requires_grad_(), teacher_hidden=p.teacher_hidden[few], labels=p.labels[few], stored=None
+        )
     p.forget_gradients()
     loss(p).backward()
     got = p.hidden.grad[few].double()

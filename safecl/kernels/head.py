@@ -144,7 +144,6 @@ def _linear_distill(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, ce, kd, logsumexp, scale, d_hidden, d_weight, d_bias); the gradients are those of loss / scale."""
-    checks.check_values(labels, ignore_index, weight.shape[0], teacher_rows, hidden.shape[0], teacher, teacher_kind)
     options = RowOptions(
         divergence, beta, temperature, kd_scale, z_loss, softcap, logit_scale, teacher_softcap, teacher_logit_scale, topk_mode
     )

@@ -166,8 +166,10 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def check_values(labels, ignore_index: int, vocab: int, teacher_rows, tokens: int, teacher: list[Tensor], kind: str) -> None:
-    """Index ranges and repetitions. All answers travel in one transfer, so a GPU is synchronised once."""
+def value_questions(
+    labels, ignore_index: int, vocab: int, teacher_rows, tokens: int, teacher: list[Tensor], kind: str
+) -> dict[str, Tensor]:
+    """Index ranges and repetitions: message -> 0-dim bool, on the device of the tensors, whether it is wrong."""
     questions = {}
     if labels is not None and labels.numel():
         outside = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
@@ -180,9 +182,11 @@ def check_values(labels, ignore_index: int, vocab: int, teacher_rows, tokens: in
         ordered = teacher[1].long().sort(-1).values
         questions[f"teacher indices must lie in 0..{vocab - 1}"] = (ordered < 0).any() | (ordered >= vocab).any()
         questions["teacher indices name a token twice in one row"] = (ordered[:, 1:] == ordered[:, :-1]).any()
-    if not questions:
-        return
-    device = next(iter(questions.values())).device
-    for message, wrong in zip(questions, torch.stack([answer.to(device) for answer in questions.values()]).tolist(), strict=True):
+    return questions
+
+
+def raise_first(questions: dict[str, Tensor], answers: list[int]) -> None:
+    """ValueError of the first question whose answer, read back from the device, is yes."""
+    for message, wrong in zip(questions, answers, strict=True):
         if wrong:
             raise ValueError(message)

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from . import backends
 from .divergences import RowOptions
+from .head_checks import raise_first, value_questions
 from .head_gather import can_gather, run_gathered
-from .matmul import accumulate_, logits_dtype, operand, operand_dtype, project
+from .matmul import accumulate_, logits_dtype, new_tile, operand, operand_dtype, project
 from .spans import spans
 from .teacher_tiles import dense_tiles, row_tiles, take, topk_tiles
 
@@ -147,7 +148,7 @@ def run_head(call: HeadCall) -> HeadResult:
 
 
 def split_rows(call: HeadCall) -> list[Segment]:
-    """Segments by work: label only, teacher only, both. One host synchronisation on a GPU."""
+    """Segments by work: label only, teacher only, both. Their sizes and what is wrong with the values cost a GPU one synchronisation."""
     tokens, device = call.hidden.shape[0], call.hidden.device
     teacher_position = _teacher_positions(call, tokens, device)
     work = torch.zeros(tokens, dtype=torch.int64, device=device)
@@ -156,7 +157,11 @@ def split_rows(call: HeadCall) -> list[Segment]:
     if teacher_position is not None:
         work += 2 * ((teacher_position >= 0) & (call.kd_weights != 0))
     order = torch.argsort(work, stable=True)
-    counts = torch.bincount(work, minlength=4).tolist()
+    questions = value_questions(call.labels, call.ignore_index, call.vocab, call.teacher_rows, tokens, call.teacher, call.teacher_kind)
+    sizes = (work == torch.arange(4, device=device)[:, None]).sum(1)
+    *answers, a, b, c, d = torch.cat([*(answer.to(sizes)[None] for answer in questions.values()), sizes]).tolist()
+    raise_first(questions, answers)
+    counts = (a, b, c, d)
     segments, start = [], counts[0]
     for kind in (1, 2, 3):
         if counts[kind]:
@@ -181,7 +186,8 @@ def _teacher_positions(call: HeadCall, tokens: int, device) -> Tensor | None:
     if call.teacher_rows is None:
         return torch.arange(tokens, device=device)
     positions = torch.full((tokens,), -1, dtype=torch.int64, device=device)
-    positions[call.teacher_rows] = torch.arange(call.teacher_rows.shape[0], device=device)
+    if tokens:  # clamped, for a GPU could not report an index outside; it is refused before the positions are used
+        positions[call.teacher_rows.clamp(0, tokens - 1)] = torch.arange(call.teacher_rows.shape[0], device=device)
     return positions
 
 
@@ -219,8 +225,9 @@ def run_tiles(call: HeadCall, segment: Segment, result: HeadResult) -> None:
     chunks = list(spans(segment.count, chunk_rows))
     tiles = [(start + a, start + b) for start, end in chunks for a, b in spans(end - start, tile_rows)]
     weight = operand(call.weight, call.compute_dtype)
-    tile = call.hidden.new_empty(min(tile_rows, segment.count), call.vocab, dtype=call.logits_dtype)
-    collected = call.hidden.new_empty(min(chunk_rows, segment.count), call.vocab, dtype=weight.dtype) if call.separate_dlogits else None
+    device = call.hidden.device
+    tile = new_tile(min(tile_rows, segment.count), call.vocab, call.logits_dtype, device)
+    collected = new_tile(min(chunk_rows, segment.count), call.vocab, weight.dtype, device) if call.separate_dlogits else None
     teacher = teacher_tiles(call, segment, tiles, tile.shape[0])
     for start, end in chunks:
         x = operand(take(call.hidden, segment.rows, start, end), call.compute_dtype)
@@ -254,5 +261,5 @@ def teacher_tiles(call: HeadCall, segment: Segment, tiles: list[tuple[int, int]]
         return topk_tiles(call.teacher, rows, tiles, device)
     if call.teacher_kind == "logits":
         return row_tiles(call.teacher[0], rows, tiles, device)
-    buffer = call.hidden.new_empty(tile_rows, call.teacher[1].shape[0], dtype=logits_dtype(call.teacher_dtype))
+    buffer = new_tile(tile_rows, call.teacher[1].shape[0], logits_dtype(call.teacher_dtype), device)
     return dense_tiles(call.teacher, call.teacher_dtype, rows, tiles, buffer)

@@ -25,6 +25,16 @@ def operand(tensor: Tensor, compute: torch.dtype) -> Tensor:
     return tensor.to(compute).to(operand_dtype(compute, tensor.device))
 
 
+def new_tile(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised [rows, vocab]. Rows start at multiples of 16 on a GPU: any vocabulary then has aligned loads and operands."""
+    step = row_multiple(device)
+    return torch.empty(rows, -(-vocab // step) * step, dtype=dtype, device=device)[:, :vocab]
+
+
+def row_multiple(device: torch.device) -> int:
+    return 16 if device.type == "cuda" else 1
+
+
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """out = x @ weight.T + bias; out: [rows, vocab] fp32, whatever the dtype of the operands."""
     options = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
@@ -37,5 +47,8 @@ def accumulate_(total: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
     options = {} if x.dtype == total.dtype else {"out_dtype": total.dtype}
     if first:
         torch.mm(dlogits.t(), x, out=total, **options)
-    else:
-        torch.addmm(total, dlogits.t(), x, out=total, **options)
+    elif not options:
+        torch.addmm(total, dlogits.t(), x, out=total)
+    else:  # a batch of one is the same cuBLAS call as addmm, whose out_dtype form takes no fp32 summand in torch 2.8
+        batch = total[None]
+        torch.baddbmm(batch, dlogits.t()[None], x[None], out=batch, **options)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import head_checks as checks
 from .divergences import shape_logits_
-from .matmul import logits_dtype, operand, project
+from .matmul import logits_dtype, new_tile, operand, project
 from .spans import spans
 from .teachers import TopKTeacher
 
@@ -54,7 +54,7 @@ def linear_topk(
     with torch.autocast(device.type, enabled=False):
         head = operand(weight, compute)
         step = _tile_rows(dtype, vocab, device)
-        tile = hidden.new_empty(min(step, hidden.shape[0]), vocab, dtype=dtype)
+        tile = new_tile(min(step, hidden.shape[0]), vocab, dtype, device)
         for start, end in spans(hidden.shape[0], step):
             raw = project(operand(hidden[start:end], compute), head, bias, tile[: end - start])
             logits = shape_logits_(raw, logit_scale, softcap).div_(temperature)

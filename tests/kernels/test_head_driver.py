@@ -16,7 +16,7 @@ from tests.kernels.test_head_near_teacher import at_distance
 
 @pytest.fixture
 def gpu_arithmetic(monkeypatch):
-    """cuBLAS's mm(out_dtype=fp32) by widened operands; everything else takes the GPU's path."""
+    """cuBLAS's mm(out_dtype=fp32) by widened operands; everything else, padded rows too, takes the GPU's path."""
 
     def project(x, weight, bias, out):
         torch.mm(x.float(), weight.float().t(), out=out)
@@ -25,6 +25,7 @@ def gpu_arithmetic(monkeypatch):
     def accumulate_(total, dlogits, x, first):
         torch.addmm(total, dlogits.float().t(), x.float(), beta=0 if first else 1, out=total)
 
+    monkeypatch.setattr(matmul, "row_multiple", lambda device: 16)
     for module in (matmul, head_driver):
         monkeypatch.setattr(module, "operand_dtype", lambda compute, device: compute)
         monkeypatch.setattr(module, "accumulate_", accumulate_)
@@ -32,9 +33,11 @@ def gpu_arithmetic(monkeypatch):
         monkeypatch.setattr(module, "project", project)
 
 
-@pytest.mark.parametrize("name", ["bf16", "top-k tail", "cross-entropy", "bias, scale and softcap"])
-def test_collected_16_bit_gradients_match_the_oracle(name, gpu_arithmetic):
-    check(CASES[name].but(dtype=BF16, tokens=29, labels="all", tile_rows=12), 8e-3)
+@pytest.mark.parametrize("name", CASES)
+def test_collected_16_bit_gradients_in_padded_rows_match_the_oracle(name, gpu_arithmetic):
+    case = CASES[name]
+    wider = case.teacher_vocab and case.teacher_vocab + 3
+    check(case.but(dtype=BF16, tokens=29, vocab=1003, teacher_vocab=wider, tile_rows=12), 8e-3)
 
 
 def test_several_tiles_feed_one_product(gpu_arithmetic, monkeypatch):
