@@ -143,7 +143,7 @@ def _linear_distill(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, ce, kd, logsumexp, scale, d_hidden, d_weight, d_bias); the gradients are those of loss / scale."""
+    """(loss, ce, kd, logsumexp, scale, d_hidden, d_weight, d_bias): gradients of loss / scale, those of the head in fp32."""
     options = RowOptions(
         divergence, beta, temperature, kd_scale, z_loss, softcap, logit_scale, teacher_softcap, teacher_logit_scale, topk_mode
     )
@@ -175,21 +175,22 @@ def weighted_sum(weights: Tensor, losses: Tensor) -> Tensor:
 def _(hidden, weight, bias, labels, ce_weights, *rest):
     need_hidden, need_weight, need_bias = rest[-3:]
     compute_dtype = rest[-6]
-    tokens = hidden.shape[0]
-    per_token = [hidden.new_empty(tokens, dtype=torch.promote_types(compute_dtype, torch.float32)) for _ in range(3)]
+    tokens, wide = hidden.shape[0], torch.promote_types(compute_dtype, torch.float32)
+    per_token = [hidden.new_empty(tokens, dtype=wide) for _ in range(3)]
     none = hidden.new_empty(0)
     return (
         per_token[0].new_empty(()),
         *per_token,
         ce_weights.new_empty(()),
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else none,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else none.clone(),
-        torch.empty_like(bias) if need_bias else none.clone(),
+        weight.new_empty(weight.shape, dtype=wide) if need_weight else none.clone(),
+        weight.new_empty(weight.shape[0], dtype=wide) if need_bias else none.clone(),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.needs, ctx.num_teacher = inputs[-3:], len(inputs[7])
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.save_for_backward(*output[4:])
 
 
@@ -197,13 +198,15 @@ def _backward(ctx, grad_loss, *_):
     if torch.is_grad_enabled():
         raise RuntimeError("linear_distill_loss: the gradient cannot be differentiated again (create_graph=True)")
     scale, *saved = ctx.saved_tensors
-    grads = [scaled(grad, grad_loss * scale) if need else None for grad, need in zip(saved, ctx.needs, strict=True)]
+    grads = [
+        scaled(grad, grad_loss * scale, dtype) if need else None for grad, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True)
+    ]
     return (*grads, *[None] * 4, [None] * ctx.num_teacher, *[None] * 18)
 
 
-def scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad·factor for a 0-dim fp32 factor, which a product with a 0-dim tensor would first round to the gradient's bf16."""
-    return torch.mul(grad, factor.reshape([1] * grad.dim()), out=torch.empty_like(grad))
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad·factor, rounded once, for a 0-dim fp32 factor, which a product with a 0-dim tensor would first round to the gradient's bf16."""
+    return torch.mul(grad, factor.reshape([1] * grad.dim()), out=torch.empty_like(grad, dtype=dtype))
 
 
 _linear_distill.register_autograd(_backward, setup_context=_setup_context)

@@ -9,7 +9,7 @@ For each chunk of C rows, sized by ``tile_bytes`` and never by V / H:
     dW += dL^T X          fp32, skipped for a frozen head            2 M H V
 
 Peak memory beside inputs and returned gradients: tile_bytes + 4 V H (dW while it accumulates) + small change. On a GPU half of the budget
-holds fp32 tiles and half holds dL for several of them, so that the read-modify-write of dW (8 V H bytes per chunk) hides behind its GEMM.
+holds fp32 tiles and the rest holds dL for several of them, because every product into dW reads and writes 8 V H bytes.
 Rows without a label and without a teacher, or with weight 0, are never read.
 """
 
@@ -29,7 +29,8 @@ from .matmul import accumulate_, logits_dtype, new_tile, operand, operand_dtype,
 from .spans import spans
 from .teacher_tiles import dense_tiles, row_tiles, take, topk_tiles
 
-_MAX_ROWS = {"cpu": 512, "cuda": 4096}  # beyond it a GEMM gains nothing; on a CPU the tile would only leave the cache
+_MAX_ROWS = {"cpu": 512, "cuda": 4096}  # of a tile; beyond it a GEMM gains nothing, and on a CPU the tile would only leave the cache
+_MAX_COLLECTED = 16384
 
 
 @dataclass
@@ -128,13 +129,13 @@ class HeadResult:
         return self.weight
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the dtypes of their tensors: exact zeros where no row took part, empty where none is needed."""
+        """Exact zeros where no row took part, empty where none is needed. Those of the head are fp32: the backward rounds them once."""
         call = self.call
         none = call.hidden.new_empty(0)
         return (
             self.hidden if call.need_hidden else none,
-            self.weight_to_add_to().to(call.weight.dtype) if call.need_weight else none.clone(),
-            self.bias.to(call.bias.dtype) if call.need_bias else none.clone(),
+            self.weight_to_add_to() if call.need_weight else none.clone(),
+            self.bias if call.need_bias else none.clone(),
         )
 
 
@@ -199,7 +200,8 @@ def plan_rows(call: HeadCall, segment: Segment) -> tuple[int, int]:
         rows = round_rows(call.tile_bytes // tile, limit)
         return rows, rows
     tile_rows = round_rows(call.tile_bytes // 2 // tile, limit)
-    return tile_rows, max(tile_rows, round_rows(call.tile_bytes // 2 // (call.compute_dtype.itemsize * call.vocab), limit))
+    collected = min((call.tile_bytes - tile_rows * tile) // (call.compute_dtype.itemsize * call.vocab), _MAX_COLLECTED)
+    return tile_rows, max(1, collected // tile_rows) * tile_rows
 
 
 def _teacher_bytes(call: HeadCall, segment: Segment) -> int:

@@ -81,7 +81,7 @@ def _call(vocab: int, width: int, kind: str, teacher: list, trainable: bool = Tr
     return call, Segment(None, None, 8192, has_label=True, has_teacher=kind != "none")
 
 
-@pytest.mark.parametrize("vocab, width, tile, chunk", [(32000, 4096, 2048, 4096), (128256, 4096, 512, 2048), (256000, 2304, 256, 1024)])
+@pytest.mark.parametrize("vocab, width, tile, chunk", [(32000, 4096, 2048, 8192), (128256, 4096, 512, 2048), (256000, 2304, 256, 1024)])
 def test_the_budget_and_not_v_over_h_sets_the_chunks(vocab, width, tile, chunk, monkeypatch):
     monkeypatch.setattr(head_driver, "operand_dtype", lambda compute, device: compute)
     call, segment = _call(
