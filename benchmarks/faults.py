@@ -1,0 +1,347 @@
+"""The long counts behind docs/reliability.md: kills, damage, cuts, changes of layout, memory, and what saving costs.
+
+    python benchmarks/faults.py                      # all sections, one after the other
+    python benchmarks/faults.py forks damage         # only these
+    python benchmarks/faults.py layouts              # again: goes on with the layouts that are not done yet
+
+    forks      a process dies at every labelled point of a save, 20 seeds each (fork and immediate exit)
+    damage     1,000 flips, truncations, deletions, renames, ... of a checkpoint's files
+    ranks      kill -9 of each of two real ranks at every labelled point of a save of a run with replay and EMA
+    cuts       every method alone, cut and resumed at 10 steps, compared bitwise with the uninterrupted run
+    layouts    21 layouts (1, 2, 4 ranks x ZeRO 0 to 3 x offload) write, each of the 21 reads: equal when loaded, near after 20 steps
+    memory     what loading a checkpoint and writing a model folder take beyond what stays, at 100 M weights
+    cost       a run of 100 M weights on CPU that saves every 10th step, against the same without
+    demo       `safecl demo` killed (its whole process group) at random moments, then started once more
+
+Results go into benchmarks/results/faults.json, section by section. Ends with code 1 where something was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+RESULTS = Path(__file__).parent / "results" / "faults.json"
+SEEDS = 20
+LARGE = dict(hidden=640, layers=12, vocabulary=32000)
+EWC = {"ewc": {"strength": 0.5, "sign_batches": 4, "rows_per_batch": 4}}
+
+
+def read_results() -> dict:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(RESULTS.read_text())
+    return {}
+
+
+def write_section(name: str, found: dict) -> None:
+    """Replaces one section, with the machine's facts of its own run."""
+    import torch
+    from harness import machine
+
+    results = read_results()
+    results[name] = found | {"command": f"python benchmarks/faults.py {name}", "machine": machine(torch.device("cpu"))}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def scratch(in_memory: bool = True) -> Iterator[Path]:
+    """A folder for thousands of fsyncs, in memory where that is possible."""
+    where = "/dev/shm" if in_memory and os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=where, prefix="safecl-faults-") as path:
+        yield Path(path)
+
+
+@contextlib.contextmanager
+def ranks(world_size: int) -> Iterator:
+    from tests.pool import RankPool
+
+    pool = RankPool(world_size, timeout=600)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+
+def forks() -> dict:
+    from safecl.engine.checkpoint_folder import CheckpointFolder
+    from tests.engine import checkpoint_files as files
+
+    with scratch() as folder:
+        points = files.points_of(lambda: files.write_checkpoint(CheckpointFolder(folder / "dry"), step=10, world_size=3))
+        killed, wrong = 0, []
+        for number in range(len(points) + 6):  # deletions of older checkpoints add points
+            for seed in range(SEEDS):
+                code, problem = files.survives_a_kill(folder / "run", number, seed)
+                killed += code == files.EXIT_AT_POINT
+                wrong += [f"point {number}, seed {seed}: {problem}"] if problem else []
+                shutil.rmtree(folder / "run")
+    return {"points": list(dict.fromkeys(points)), "seeds": SEEDS, "killed": killed, "wrong": wrong}
+
+
+def damage() -> dict:
+    from safecl.engine.checkpoint_folder import CheckpointFolder
+    from tests.engine import checkpoint_files as files
+    from tests.engine.mutations import MUTATIONS, mutate
+
+    undetected, count = [], 0
+    with scratch() as folder:
+        original = CheckpointFolder(folder / "original")
+        for step in (10, 20):
+            files.write_checkpoint(original, step=step, seed=5)
+        for kind in MUTATIONS:
+            for seed in range(1000 // len(MUTATIONS)):
+                copy = CheckpointFolder(shutil.copytree(original.path, folder / "copy"))
+                what = mutate(copy.path / "step-00000020", kind, 10_000 + seed)
+                contents, problems = files.newest_whole(copy)
+                good = problems and contents.manifest.step == 10 and files.holds(contents, seed=5, step=10)
+                undetected += [] if good else [what]
+                count += 1
+                shutil.rmtree(copy.path)
+    return {"kinds": list(MUTATIONS), "mutations": count, "wrong": undetected}
+
+
+# ------------------------------------------------------------------------------------------------------------------- ranks
+
+
+def real_ranks() -> dict:
+    from tests.engine import kill_scenes
+    from tests.engine.test_kills import RUN
+
+    with scratch(in_memory=False) as folder:
+        with ranks(2) as pool:
+            labels = pool.run(kill_scenes.labels_of_a_save, folder=str(folder / "labels"), **RUN)
+            points = [(label, rank) for rank, own in enumerate(labels) for label in own]
+            random.Random(0).shuffle(points)
+            expected = pool.run(kill_scenes.reference, folder=str(folder / "whole"), steps=len(points), **RUN)[0]
+        (folder / "killed").mkdir()
+        wrong = kill_scenes.kill_at_every(points, folder / "killed", expected, **RUN)
+    return {"points": [f"{label} (rank {rank})" for label, rank in sorted(points)], "killed": len(points), "wrong": wrong}
+
+
+def cuts() -> dict:
+    from safecl.methods import builtin_methods
+    from tests.engine import resume_scenes
+
+    found, wrong = {}, []
+    settings = {"ewc": EWC["ewc"], "online_ewc": {"sign_batches": 4, "rows_per_batch": 4}, "ema": {"decay": 0.9}}
+    with scratch() as folder, ranks(2) as pool:
+        for number, name in enumerate(builtin_methods()):
+            changes = dict(methods={name: settings.get(name, {})}, deepspeed={"stage": number % 4})
+            differences = pool.run(resume_scenes.cut_at_every_step, folder=str(folder / name), steps=11, cuts=10, **changes)
+            found[name] = {"cuts": 10, "stage": number % 4}
+            wrong += [f"{name}: {difference}" for rank in differences for difference in rank]
+            print(f"  {name}: {len(wrong)} differences", flush=True)
+    return {"methods": found, "wrong": wrong}
+
+
+# ----------------------------------------------------------------------------------------------------------------- layouts
+
+
+def all_layouts() -> dict[str, tuple[int, dict]]:
+    """Name -> (ranks, the config's section `deepspeed`)."""
+    kinds = {f"stage {stage}": {"stage": stage} for stage in range(4)}
+    kinds |= {f"stage {stage} offload": {"stage": stage, "offload": {"optimizer": "cpu"}} for stage in (1, 2)}
+    kinds["stage 3 offload"] = {"stage": 3, "offload": {"optimizer": "cpu", "parameters": "cpu"}}
+    return {f"{world_size} x {name}": (world_size, kind) for world_size in (1, 2, 4) for name, kind in kinds.items()}
+
+
+def layouts() -> dict:
+    """Every layout writes after 10 steps; every layout reads that and goes on to step 20. Goes on where it was stopped."""
+    from tests.engine import resume_scenes
+
+    done = read_results().get("layouts", {}).get("writers", {})
+    methods = EWC | {"ema": {"decay": 0.9}, "der": {"alpha": 0.5}}
+    with scratch() as folder, contextlib.ExitStack() as stack:
+        pools = {world_size: stack.enter_context(ranks(world_size)) for world_size in (1, 2, 4)}
+
+        def leg(name: str, where: Path, until: int) -> tuple:
+            world_size, deepspeed = all_layouts()[name]
+            return pools[world_size].run(resume_scenes.leg, folder=str(where), until=until, methods=methods, deepspeed=deepspeed)[0]
+
+        first, whole, rows = leg("1 x stage 1", folder / "whole", 20)
+        rows = [line["rows"] for line in rows]
+        for writer in all_layouts():
+            if writer in done:
+                continue
+            _, saved, _ = leg(writer, folder / "written", 10)
+            distances = {reader: _compare(leg, reader, folder, saved, first, whole, rows) for reader in all_layouts()}
+            shutil.rmtree(folder / "written")
+            done[writer] = {
+                "readers": len(distances),
+                "largest_distance": max(found[0] for found in distances.values()),
+                "wrong": [f"{writer} -> {reader}: {problem}" for reader, found in distances.items() for problem in found[1]],
+            }
+            print(f"  {writer}: {done[writer]}", flush=True)
+            write_section("layouts", _layout_summary(done))
+    return _layout_summary(done)
+
+
+def _layout_summary(done: dict) -> dict:
+    return {
+        "pairs": sum(found["readers"] for found in done.values()),
+        "largest_distance_after_20_steps": max(found["largest_distance"] for found in done.values()),
+        "wrong": [problem for found in done.values() for problem in found["wrong"]],
+        "writers": done,
+    }
+
+
+def _compare(leg: Callable, reader: str, folder: Path, saved: dict, first: dict, whole: dict, rows: list) -> tuple[float, list[str]]:
+    import torch
+
+    from tests.engine import oracle
+
+    where = shutil.copytree(folder / "written", folder / "read")
+    start, end, log = leg(reader, where, 20)
+    shutil.rmtree(where)
+    problems = [
+        f"{kind} of {name} is not what was saved"
+        for kind, values in saved.items()
+        for name, value in values.items()
+        if value.dtype != start[kind][name].dtype or not torch.equal(value, start[kind][name])
+    ]
+    problems += ["other rows"] if [line["rows"] for line in log] != rows else []
+    distance = max(float(oracle.relative_distance(end[kind], whole[kind], first["weights"])) for kind in ("weights", "ema"))
+    distance = max([distance, *(float(oracle.relative_distance(end[k], whole[k])) for k in ("exp_avg", "exp_avg_sq", "fisher", "anchor"))])
+    return distance, problems + ([f"{distance:.1e} away after 20 steps"] if distance > 1e-3 else [])
+
+
+# -------------------------------------------------------------------------------------------------------------- memory, cost
+
+
+def memory() -> dict:
+    from tests.engine import memory_scenes
+
+    found, wrong = {}, []
+    with scratch(in_memory=False) as folder:
+        with ranks(1) as pool:
+            weights = pool.run(memory_scenes.save_once, folder=str(folder), size=LARGE, stage=1)[0]
+        with ranks(2) as pool:
+            for stage in (2, 3):
+                loading = pool.run(memory_scenes.peak_of_loading, folder=str(folder), size=LARGE, stage=stage)
+                found[f"loading, stage {stage}"] = [one | {"beyond_share_mb": (one["peak"] - one["stays"]) / 1e6} for one in loading]
+                wrong += [f"stage {stage}: {one}" for one in loading if one["peak"] > one["stays"] + 64e6]
+            exporting = pool.run(memory_scenes.peak_of_exporting, folder=str(folder), size=LARGE, stage=3)
+            found["model folder, stage 3"] = exporting
+            wrong += [f"rank {r}: {one}" for r, one in enumerate(exporting) if one["peak"] > (2 - r) * one["largest"] + 24e6]
+    return {"weights": weights, "found": found, "wrong": wrong}
+
+
+ROUNDS, STEPS_BETWEEN = 3, 10
+
+
+def cost() -> dict:
+    """Blocks of 10 steps that begin with a save, and blocks without, in turn; a block with a save ends when it is on the disk."""
+    with scratch(in_memory=False) as folder, ranks(2) as pool:
+        found = pool.run(time_blocks, folder=str(folder))[0]
+    ratio = statistics.median(found["with"]) / statistics.median(found["without"])
+    found |= {"ratio": round(ratio, 4), "limit": 1.05}
+    return found | {"wrong": [] if ratio <= 1.05 else [f"saving every 10th step costs {ratio - 1:.1%}"]}
+
+
+def time_blocks(folder: str) -> dict:
+    from safecl.engine import distributed
+    from tests.engine import memory_scenes
+
+    run, task, checkpointer = memory_scenes.build(
+        folder, LARGE, 2, methods={}, tokens_per_batch=512, tokens_per_microbatch=256, max_steps=1000
+    )
+    run.train_step(task)
+    times: dict[str, list[float]] = {"without": [], "with": []}
+    blocked, written, size = [], [], 0
+    for block in range(2 * ROUNDS):
+        saves = block % 2 == 1
+        distributed.barrier()
+        began = time.perf_counter()
+        if saves:
+            checkpointer.save(run.global_step, keep=1, files={})
+        for _ in range(STEPS_BETWEEN):
+            run.train_step(task)
+        if saves:
+            report = checkpointer.finish()
+            assert report.problem is None, report
+            blocked.append(round(report.seconds_blocked, 3))
+            written.append(round(report.seconds_written, 2))
+            size = report.num_bytes
+        distributed.barrier()
+        times["with" if saves else "without"].append(round(time.perf_counter() - began, 2))
+    checkpointer.close()
+    facts = {"weights": run.engine.shards.numel, "ranks": 2, "tokens_per_step": 512, "checkpoint_bytes": size}
+    return {**facts, **times, "seconds_blocked": blocked, "seconds_written": written}
+
+
+# -------------------------------------------------------------------------------------------------------------------- demo
+
+
+def demo(kills: int = 3) -> dict:
+    """Every kill comes later in the demonstration's time than the one before could reach from scratch."""
+    chance, moments = random.Random(4), []
+    with scratch(in_memory=False) as folder:
+        began = time.perf_counter()
+        for _ in range(kills):
+            moment = chance.uniform(10, 60)
+            moments.append(round(moment, 1))
+            if _demo(folder, moment) is not None:
+                break
+        code = _demo(folder, None)
+    found = {"killed_after_seconds": moments, "seconds": round(time.perf_counter() - began), "exit_code": code}
+    return found | {"wrong": [f"ended with exit code {code}"] if code else []}
+
+
+def _demo(folder: Path, seconds: float | None) -> int | None:
+    """Exit code of the demonstration, or None where it was killed after some seconds."""
+    environment = {**os.environ, "SAFECL_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "safecl", "demo", str(folder / "demo")]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=environment, cwd=ROOT)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+SECTIONS = {
+    "forks": forks, "damage": damage, "ranks": real_ranks, "cuts": cuts, "layouts": layouts, "memory": memory, "cost": cost, "demo": demo,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; all by default")
+    names = parser.parse_args().sections or list(SECTIONS)
+    if unknown := [name for name in names if name not in SECTIONS]:
+        parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    bad = False
+    for name in names:
+        began = time.perf_counter()
+        found = SECTIONS[name]()
+        found["seconds"] = round(time.perf_counter() - began)
+        write_section(name, found)
+        bad |= bool(found["wrong"])
+        print(f"{name}: {'WRONG: ' + str(found['wrong'][:5]) if found['wrong'] else 'all right'}, {found['seconds']} s", flush=True)
+    sys.exit(int(bad))
+
+
+if __name__ == "__main__":
+    main()
