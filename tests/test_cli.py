@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -175,6 +176,14 @@ def test_running_out_of_memory_says_what_helps(run, failing_verb):
 
     _, _, err = run("train", failing_verb(torch.OutOfMemoryError("CUDA out of memory")))
     assert "train.tokens_per_microbatch" in err
+
+
+def test_a_full_disk_is_a_message_with_the_files_name(run, failing_verb, tmp_path):
+    code, _, err = run("train", failing_verb(OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")))
+    assert (
+        code == ExitCode.FAILED and "runs/a/metrics.jsonl: No space left on device; where that is mended, the same command goes on" in err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_config_error_found_late_still_ends_with_code_2_without_a_traceback(run, failing_verb, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import signal
 import tempfile
@@ -66,6 +67,9 @@ _HINTS = {
     "OutOfMemoryError": "less memory: a smaller train.tokens_per_microbatch, a higher deepspeed.stage, or deepspeed.offload.optimizer=cpu",
     "MemoryError": "less host memory: fewer ranks on this machine, or a smaller train.tokens_per_microbatch",
 }
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -150,6 +154,8 @@ def _say(kind: str, message: str) -> None:
 
 
 def _describe(verb: str, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return f"{error.filename or 'the disk'}: {error.strerror}; where that is mended, the same command goes on"
     first_line = (str(error).strip() or "no message").splitlines()[0]
     lines = [f"`safecl {verb}` ended with {type(error).__name__}: {first_line}"]
     if hint := _HINTS.get(type(error).__name__):

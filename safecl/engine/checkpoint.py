@@ -60,7 +60,7 @@ _LONGEST_WRITE = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that a run begins with: its name in the config and a hash of its trained weights in the run's dtype."""
+    """The model that a run begins with: its name in the config and a hash of its weights in the run's dtype."""
 
     name: str
     digest: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,19 @@ class MetricsLog:
     def write(self, values: dict[str, Any]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from None
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
         for log in self._trackers:
             log(numbers, values["step"])
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been told
+                self._file.close()
 
 
 def _tensorboard(folder: Path, run_name: str, config: dict[str, Any], step: int):

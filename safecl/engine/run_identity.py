@@ -1,4 +1,4 @@
-"""Is this the run that the folder holds? Compares configs, rows and frozen weights; what changes nothing that is trained may differ."""
+"""Is this the run that the folder holds? Compares configs, rows and the base model; what changes nothing that is trained may differ."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FREE = (
 )  # fmt: skip
 
 
-def identity_of(plan: RunPlan, frozen: str | None = None) -> dict[str, Any]:
-    """What a checkpoint keeps of the run that it belongs to. `frozen`: see `frozen_digest`; None where it is not known yet."""
+def identity_of(plan: RunPlan, base: str | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps of the run that it belongs to. `base`: hash of the base model's weights; None where it is not known yet."""
     return {
         "config": plan.config.model_dump(mode="json"),
         "rows": {task.config.name: fingerprint(task.dataset) for task in plan.tasks},
         "memory_rows": fingerprint(plan.memory) if plan.memory is not None else None,
-        "frozen": frozen,
+        "base": base,
         "versions": versions(),
     }
 
@@ -45,8 +45,8 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
             raise ConfigError(f"{where}: the rows of task {name} have changed since this run began; {HOW_TO_GO_ON}")
     if saved["memory_rows"] != now["memory_rows"]:
         raise ConfigError(f"{where}: the rows of memory.source have changed since this run began; {HOW_TO_GO_ON}")
-    if None not in (saved["frozen"], now["frozen"]) and saved["frozen"] != now["frozen"]:
-        raise ConfigError(f"{where}: the weights of model.path that are not trained have changed since this run began; {HOW_TO_GO_ON}")
+    if None not in (saved["base"], now["base"]) and saved["base"] != now["base"]:
+        raise ConfigError(f"{where}: the weights of model.path have changed since this run began; {HOW_TO_GO_ON}")
 
 
 def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
@@ -86,24 +86,9 @@ def fingerprint(dataset: TokenDataset) -> str:
     return digest.hexdigest()
 
 
-def frozen_digest(model: torch.nn.Module) -> str | None:
-    """Hash of the parameters that are not trained (LoRA), which no checkpoint holds; None without any. Call it before sharding."""
-    return _weights_digest([(name, p) for name, p in model.named_parameters() if not p.requires_grad])
-
-
-def base_of(model: torch.nn.Module, config: RunConfig) -> BaseModel | None:
-    """What anchors of this run may equal; None where no method keeps one, or what is trained is no base model (LoRA). As frozen_digest."""
-    if not config.methods or config.model.lora is not None:
-        return None
-    return BaseModel(config.model.path, _weights_digest([(name, p) for name, p in model.named_parameters() if p.requires_grad]))
-
-
-def _weights_digest(weights: list[tuple[str, torch.Tensor]]) -> str | None:
-    digest = xxhash.xxh3_128()
-    for name, p in weights:
-        digest.update(name.encode())
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest() if weights else None
+def base_of(config: RunConfig, digest: str) -> BaseModel | None:
+    """What anchors of this run may equal; None where what is trained is no base model (LoRA). `digest`: of the model's weights."""
+    return BaseModel(config.model.path, digest) if config.model.lora is None else None
 
 
 def versions() -> dict[str, str]:

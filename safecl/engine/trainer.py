@@ -35,7 +35,7 @@ from safecl.engine.random_state import seed_generators
 from safecl.engine.resume import Progress, RunSaver
 from safecl.engine.run import Run
 from safecl.engine.run_folder import RESULTS, RunFolder
-from safecl.engine.run_identity import base_of, frozen_digest, identity_of, refuse_other_run
+from safecl.engine.run_identity import base_of, identity_of, refuse_other_run
 from safecl.engine.screening import screen_run
 from safecl.engine.stopping import StopRequest
 from safecl.engine.teacher_cache import needs_outputs, shared_outputs
@@ -156,7 +156,6 @@ class Trainer:
         for note in store.notes:
             self.console.note(note)
         model = LanguageModel(loaded)
-        frozen, base = frozen_digest(model), base_of(model, config)
         attention, reason = choose_attention(config.model.attention)
         packed = config.train.packing == "packed" or (config.train.packing == "auto" and attention == "flash_attention_2")
         self.console.fact("attention", f"{attention} ({reason}), rows {'packed' if packed else 'padded'}")
@@ -171,7 +170,7 @@ class Trainer:
             engine.release_store()
         run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
         run.plan = self.plan
-        self._saver = RunSaver(run, self.folder, identity_of(self.plan, frozen), base)
+        self._saver = RunSaver(run, self.folder, identity_of(self.plan, store.digest), base_of(config, store.digest))
         return run
 
     def _write_run_folder(self, files: RunFolder) -> None:

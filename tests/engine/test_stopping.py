@@ -163,6 +163,18 @@ def test_rows_that_changed_since_the_run_began_are_refused(rank_pool, materials,
     assert "the rows of task sentiment have changed" in message
 
 
+def test_another_base_model_than_before_the_stop_is_refused(rank_pool, materials, tmp_path):
+    config = tree(materials, tmp_path / "run", methods={}, memory=None, safety=None)
+    rank_pool(1).run(stop_scenes.fit, tree=config, cache=str(materials / "cache"), stop=dict(rank=0, name="SIGTERM", step=2))
+    model = Path(shutil.copytree(materials / "random-model", tmp_path / "model"))
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+    config["model"] = config["model"] | {"path": str(model)}
+    message = rank_pool(1).run(stop_scenes.refused, tree=config, cache=str(materials / "cache"))[0]
+    assert "the weights of model.path have changed since this run began" in message
+
+
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_taken(rank_pool, materials, tmp_path):
     config, cache = tree(materials, tmp_path / "run"), str(materials / "cache")
     pool, checkpoints = rank_pool(1), tmp_path / "run" / "checkpoints"
