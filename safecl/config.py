@@ -443,7 +443,7 @@ class CheckpointConfig(Section):
     signal stops the run."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Checkpoints that stay; older ones are deleted when a newer one is on the disk, so one more needs room. One takes 12 bytes per trained
-    weight, 4 more with EMA, 6 to 8 more with EWC."""
+    weight, 4 more with EMA, 4 with a Fisher (2 in bf16), 4 with an anchor that is not the base model."""
 
 
 class ArtifactsConfig(Section):

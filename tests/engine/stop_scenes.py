@@ -78,9 +78,9 @@ def _stopping(rank: int, name: str, step: int | None = None, evaluation: int | N
         yield
 
 
-def fit_in_pieces(tree: dict, cache: str, stops: list[dict]) -> list[dict]:
-    """Starts the run again and again, each time stopped as said; the last time it may finish."""
-    return [fit(tree, cache, stop) for stop in [*stops, None]]
+def fit_in_pieces(tree: dict, cache: str, stops: list[dict | None]) -> list[dict]:
+    """Starts the run again and again, each time stopped as said; with None it may finish."""
+    return [fit(tree, cache, stop) for stop in stops]
 
 
 def refused(tree: dict, cache: str, fresh: bool = False) -> str:

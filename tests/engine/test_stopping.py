@@ -83,12 +83,18 @@ STOPS = [
 
 
 def test_a_run_stopped_by_seven_signals_leaves_exactly_what_the_undisturbed_one_leaves(rank_pool, materials, whole, tmp_path):
-    """Two tasks, two ranks, one of which gets the signal: metrics, results, answers, and both models bit for bit."""
-    config = tree(materials, tmp_path / "run")
-    pieces = rank_pool(2).run(stop_scenes.fit_in_pieces, tree=config, cache=str(materials / "cache"), stops=STOPS)
-    for rank in pieces:
-        assert [piece["stopped"] for piece in rank] == [True] * len(STOPS) + [False]
-    assert what_is_left(tmp_path / "run") == what_is_left(whole)
+    """Two tasks, two ranks, one of which gets the signal: metrics, results, answers, and both models bit for bit.
+
+    In between the run folder is moved, and loses `latest`.
+    """
+    cache, pool = str(materials / "cache"), rank_pool(2)
+    pieces = pool.run(stop_scenes.fit_in_pieces, tree=tree(materials, tmp_path / "run"), cache=cache, stops=STOPS[:5])
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    (tmp_path / "moved" / "checkpoints" / "latest").unlink()
+    moved = pool.run(stop_scenes.fit_in_pieces, tree=tree(materials, tmp_path / "moved"), cache=cache, stops=[*STOPS[5:], None])
+    for first, second in zip(pieces, moved, strict=True):
+        assert [piece["stopped"] for piece in first + second] == [True] * len(STOPS) + [False]
+    assert what_is_left(tmp_path / "moved") == what_is_left(whole)
     assert "a signal: stopped after step 0" in pieces[0][0]["said"]  # rank 0 speaks, rank 1 had the signal
     assert "going on from step-00000002, step 2" in pieces[0][2]["said"]
 
@@ -177,7 +183,7 @@ def test_another_base_model_than_before_the_stop_is_refused(rank_pool, materials
 
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_taken(rank_pool, materials, tmp_path):
     config, cache = tree(materials, tmp_path / "run"), str(materials / "cache")
-    pool, checkpoints = rank_pool(1), tmp_path / "run" / "checkpoints"
+    pool, checkpoints = rank_pool(2), tmp_path / "run" / "checkpoints"  # the hashes of a file are compared by one of them
     pool.run(stop_scenes.fit, tree=config, cache=cache, stop=dict(rank=0, name="SIGTERM", step=4))
     newest, before = sorted(checkpoints.glob("step-*"), reverse=True)
     data = bytearray((newest / "rank-00000.safetensors").read_bytes())
