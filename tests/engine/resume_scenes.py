@@ -29,7 +29,7 @@ def open_saver(folder: str, bf16: bool = False, other_base: bool = False, **chan
     model = scenes.tiny_model(dtype=torch.bfloat16 if bf16 else torch.float32)
     if other_base:
         model.model.norm.weight.data[3] *= 1.01
-    base = base_of(config, str(sum(float(p.double().sum()) for p in model.parameters())))
+    base = base_of(config, str(sum(float(p.detach().double().sum()) for p in model.parameters())))
     run, task = scenes.build_run(config, model)
     rows = scenes.random_dataset(20, seed=2) if config.memory is not None else None
     saver = RunSaver(run, Path(folder), identity_of(RunPlan(config, None, [task], run.methods, rows)), base)
