@@ -247,11 +247,11 @@ def memory() -> dict:
     return {"weights": weights, "found": found, "wrong": wrong}
 
 
-ROUNDS, STEPS_BETWEEN = 3, 10
+STEPS_BETWEEN, SECONDS_FOR_BLOCKS = 10, 200
 
 
 def cost() -> dict:
-    """Blocks of 10 steps that begin with a save, and blocks without, in turn; a block with a save ends when it is on the disk."""
+    """Pairs of 10 steps without a save and 10 that begin with one, for 200 seconds; the latter end when it is on the disk."""
     with scratch(in_memory=False) as folder, ranks(2) as pool:
         found = pool.run(time_blocks, folder=str(folder))[0]
     ratio = statistics.median(found["with"]) / statistics.median(found["without"])
@@ -269,9 +269,12 @@ def time_blocks(folder: str) -> dict:
     run.train_step(task)
     times: dict[str, list[float]] = {"without": [], "with": []}
     blocked, written, size = [], [], 0
-    for block in range(2 * ROUNDS):
-        saves = block % 2 == 1
-        distributed.barrier()
+    end = time.perf_counter() + SECONDS_FOR_BLOCKS
+    while True:
+        saves = len(times["with"]) < len(times["without"])
+        pair = times["with"][-1] + times["without"][-1] if times["with"] else 0.0
+        if not saves and distributed.any_rank(time.perf_counter() + pair > end) and times["with"]:
+            break
         began = time.perf_counter()
         if saves:
             checkpointer.save(run.global_step, keep=1, files={})
