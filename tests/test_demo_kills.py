@@ -46,9 +46,8 @@ def kill_when(process: subprocess.Popen, there: Path, lines: int) -> None:
     process.wait()
 
 
-def test_a_demonstration_killed_in_its_alignment_and_in_an_arm_finishes_when_it_is_started_again(tmp_path):
+def test_a_demonstration_killed_in_an_arm_finishes_when_it_is_started_again(tmp_path):
     demo = tmp_path / "demo"
-    kill_when(start(tmp_path), demo / "aligned" / "metrics.jsonl", lines=3)
     kill_when(start(tmp_path), demo / "kept" / "metrics.jsonl", lines=5)
     again = start(tmp_path)
     said, _ = again.communicate(timeout=SECONDS_TO_GET_THERE)

@@ -12,7 +12,7 @@ import pytest
 from tests.engine import stop_scenes
 from tests.pool import RankPool
 
-WALL_CLOCK = {"tokens_per_second", "memory_bytes", "seconds"}
+WALL_CLOCK = {"tokens_per_second", "memory_bytes", "seconds", "cost"}
 
 
 @pytest.fixture(scope="module")
