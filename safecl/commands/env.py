@@ -130,11 +130,21 @@ def _host_memory() -> str:
 def _kernels() -> Facts:
     import torch
 
-    from safecl.kernels import backends
+    from safecl.kernels import backends, native
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    choices = [choice for choice in backends.table() if choice.device == device]
-    return {choice.kernel: choice.backend + (f" ({choice.note})" if choice.note else "") for choice in choices}
+    rows = {}
+    for choice in backends.table():
+        notes = [choice.note] if choice.note else []
+        if choice.backend == "cpp":
+            threads = native.num_threads()
+            notes += [native.instruction_set(), f"{threads} thread{'s' * (threads != 1)}"]
+        backend = choice.backend + (f" ({', '.join(notes)})" if notes else "")
+        if choice.device == device:
+            rows[choice.kernel] = backend
+        elif choice.device == "cpu" and choice.family == "flat":  # what an offloaded optimizer runs on
+            rows[f"{choice.kernel} on cpu"] = backend
+    return rows
 
 
 def _launcher() -> Facts:

@@ -35,8 +35,9 @@ _forced: str | None = None
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of the table: `kernel` on `device` runs on `backend`; `note` says why a faster one is not used, if so."""
+    """One line of the table: `kernel` of `family` on `device` runs on `backend`; `note` says why a faster one is not used, if so."""
 
+    family: str
     kernel: str
     device: str
     backend: str
@@ -67,7 +68,7 @@ def table() -> list[Choice]:
     for family, kernels in KERNELS.items():
         for device in PREFERENCE:
             backend, note = _choose(family, device, forced)
-            rows += [Choice(kernel, device, backend, note) for kernel in kernels]
+            rows += [Choice(family, kernel, device, backend, note) for kernel in kernels]
     return rows
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safecl.engine.optimizer import Shard
-from safecl.engine.placement import Hosted, Served, Stream, role_of
+from safecl.engine.placement import Hosted, Served, Stream, allocate, role_of
 from tests.engine import scenes
 
 STAGES = [(0, "none"), (1, "none"), (1, "cpu"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
@@ -154,3 +154,21 @@ def test_kinds_of_state_have_roles_by_their_names():
         "anchor": "reference", "online_anchor": "reference", "fisher": "fisher", "online_fisher": "fisher", "ema": "ema",
         "exp_avg": None, "_new_fisher": None, "slow": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "gpu"), [("none", True), ("cpu", True), ("none", False)])
+def test_state_in_host_memory_is_page_locked_where_there_is_a_gpu(monkeypatch, place, gpu):
+    seen = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **given: seen.append(pin_memory) or zeros(*shape, **given))
+    assert allocate(zeros(5), torch.bfloat16, place).dtype == torch.bfloat16
+    assert seen == [gpu]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("shard", "place"), [("cpu", "none"), ("cpu", "cpu"), ("cuda", "cpu")])
+def test_offloaded_state_is_page_locked_host_memory(shard, place):
+    state = allocate(torch.zeros(1000, device=shard), torch.float32, place)
+    assert state.device.type == "cpu" and state.is_pinned() and not state.any()

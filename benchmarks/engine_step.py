@@ -1,0 +1,185 @@
+"""What continual learning adds to a step in the engine: ZeRO-2 with the optimizer offloaded, on a CPU.
+
+    python benchmarks/engine_step.py                 one part: builds both engines, then takes turns for at most --seconds
+    python benchmarks/engine_step.py                 again: adds its rounds to those in benchmarks/results/engine-step-cpu.json
+
+Two DeepSpeed engines in one process, of one model, one configuration and the same tokens, take turns:
+
+    plain    DeepSpeedCPUAdam, no continual learning
+    safecl   ShardAdamW with an EWC penalty (anchor and Fisher in bf16) and an fp32 EMA of the weights
+
+Timed are `engine.step()` and the whole step (forward, backward, step). The error column says that both do the same work: at the first
+step the penalty is zero, so both must reach the same weights (relative to the distance moved), and the EMA what fp64 says. `--fresh`
+forgets earlier rounds; rounds of another setting are never mixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parent.parent / ".torch_ext"))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+from harness import machine, write_json
+
+LR, CLIP, DECAY, STRENGTH = 1e-3, 1.0, 0.99, 0.1  # steps and averages large enough to be compared in fp32
+ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+LIMITS = {"engine.step()": 1.6, "whole step": 1.10}
+
+
+@dataclass
+class Side:
+    """One engine; `prepare` is called before each step, `masters` are its flat fp32 weights."""
+
+    engine: object
+    prepare: Callable[[], None]
+    masters: list[torch.Tensor]
+    optimizer: object = None
+
+
+def build_model(layers: int) -> torch.nn.Module:
+    """A Llama of about 100 M parameters at 12 layers, in bf16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=12)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, use_cache=False)).bfloat16()
+
+
+def deepspeed_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> object:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": clip,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "overlap_comm": False, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def plain_side(layers: int) -> Side:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    model = build_model(layers)
+    engine = deepspeed_engine(model, DeepSpeedCPUAdam(model.parameters(), lr=LR, adamw_mode=True, **ADAM), CLIP)
+    return Side(engine, lambda: None, engine.optimizer.single_partition_of_fp32_groups)
+
+
+def safecl_side(layers: int) -> Side:
+    from safecl import ShardAdamW, ShardMap, UpdatePlan
+    from safecl.methods.base import Penalty
+
+    model = build_model(layers)
+    optimizer = ShardAdamW(model.parameters(), **ADAM)
+    engine = deepspeed_engine(model, optimizer, 0.0)
+    shards = ShardMap(engine)
+    optimizer.bind(shards)
+    optimizer.copy_weights_to("anchor", torch.bfloat16)
+    optimizer.copy_weights_to("ema")
+    for fisher in optimizer.new_state("fisher", torch.bfloat16):
+        fisher.copy_(torch.rand(fisher.shape, generator=torch.Generator().manual_seed(1)))
+    plan = UpdatePlan(lr=LR, clip_norm=CLIP, ema_decay=DECAY, penalties=[Penalty(strength=STRENGTH, anchor="anchor", fisher="fisher")])
+
+    def prepare() -> None:
+        optimizer.action = optimizer.update(plan)
+
+    return Side(engine, prepare, shards.flats, optimizer)
+
+
+def one_step(side: Side, tokens: torch.Tensor) -> dict[str, float]:
+    """Seconds of one step: forward and backward, engine.step()."""
+    began = time.perf_counter()
+    side.engine.backward(side.engine(input_ids=tokens, labels=tokens).loss)
+    side.prepare()
+    middle = time.perf_counter()
+    side.engine.step()
+    return {"forward, backward": middle - began, "engine.step()": time.perf_counter() - middle}
+
+
+def first_step_errors(sides: dict[str, Side], tokens: torch.Tensor) -> dict[str, float]:
+    """Relative to the distance moved: weights of one side against the other's, the EMA against fp64."""
+    start = [flat.detach().clone() for flat in sides["safecl"].masters]
+    for side in sides.values():
+        one_step(side, tokens)
+    plain, ours = (torch.cat([flat.detach().view(-1) for flat in side.masters]).double() for side in sides.values())
+    start = torch.cat([flat.view(-1) for flat in start]).double()
+    ema = torch.cat([t.view(-1) for t in sides["safecl"].optimizer.tensors("ema")]).double()
+    moved = (1 - DECAY) * (ours - start)
+    return {
+        "weights": float((ours - plain).norm() / (plain - start).norm()),
+        "ema": float((ema - start - moved).norm() / moved.norm()),
+    }
+
+
+def known_rounds(path: Path, setting: dict) -> list[dict]:
+    if not path.is_file():
+        return []
+    known = json.loads(path.read_text())
+    return known["rounds"] if known.get("setting") == setting else []
+
+
+def summary(rounds: list[dict]) -> dict:
+    """Medians in ms of each side, and their ratio beside its limit."""
+    found = {}
+    for what, limit in LIMITS.items():
+        times = {side: [r[side][what] if what in r[side] else sum(r[side].values()) for r in rounds] for side in ("plain", "safecl")}
+        medians = {side: statistics.median(values) for side, values in times.items()}
+        ratio = medians["safecl"] / medians["plain"]
+        found[what] = {f"{side} ms": round(1e3 * value, 1) for side, value in medians.items()}
+        found[what] |= {"ratio": round(ratio, 3), "at_most": limit, "met": ratio <= limit}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=12, help="12 make about 110 M parameters")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15, help="rounds wanted in all")
+    parser.add_argument("--seconds", type=float, default=150.0, help="at most this long for the rounds of one part")
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine-step-cpu.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["SAFECL_NUM_THREADS"] = str(options.threads)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}.items():
+        os.environ.setdefault(name, value)
+    measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    sides = {"plain": plain_side(options.layers), "safecl": safecl_side(options.layers)}
+    tokens = torch.randint(0, 32000, (1, options.tokens), generator=torch.Generator().manual_seed(2))
+    numel = sum(flat.numel() for flat in sides["safecl"].masters)
+    setting = {"zero": 2, "offload": "optimizer", "ranks": 1, "threads": options.threads, "tokens": options.tokens, "parameters": numel}
+    errors = first_step_errors(sides, tokens)
+    rounds = [] if options.fresh else known_rounds(options.out, setting)
+    deadline, order = time.monotonic() + options.seconds, list(sides)
+    while len(rounds) < options.rounds and time.monotonic() < deadline:
+        times = {name: one_step(sides[name], tokens) for name in order}
+        rounds.append(times)
+        order.reverse()  # whom one follows must not matter
+    found = summary(rounds)
+    for what, row in found.items():
+        print(f"{what}: {row['plain ms']} ms plain, {row['safecl ms']} ms with EWC and EMA: {row['ratio']}x (at most {row['at_most']}x)")
+    print(f"errors of the first step: {errors}; {len(rounds)} of {options.rounds} rounds")
+    write_json(
+        options.out, {"machine": machine(torch.device("cpu")), "setting": setting, "summary": found, "errors": errors, "rounds": rounds}
+    )
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
