@@ -55,6 +55,12 @@ inline uint32_t to_bits(float value) {
   return bits;
 }
 
+struct Bf16 {  // a run of bf16, read as fp32
+  const uint16_t* bits;
+  Bf16(const Buffer& source, int64_t at) : bits(static_cast<const uint16_t*>(source.data) + at) {}
+  float operator[](int j) const { return from_bits(uint32_t{bits[j]} << 16); }
+};
+
 inline uint16_t to_bf16(float value) {  // to nearest, ties to even
   const uint32_t bits = to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
