@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -88,3 +89,12 @@ def test_every_link_between_the_pages_leads_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_tables_of_the_kernels_page_are_those_of_the_committed_measurements():
+    path = ROOT / "benchmarks" / "flat_table.py"
+    spec = importlib.util.spec_from_file_location("flat_table", path)
+    flat_table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flat_table)
+    page = flat_table.PAGE.read_text()
+    assert flat_table.filled(page) == page, "python benchmarks/flat_table.py renews them"
