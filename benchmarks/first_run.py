@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import platform
+import random
 import sys
 from pathlib import Path
 
@@ -19,6 +20,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import real_data
 
 METHODS = {"der": {"alpha": 4.0, "beta": 1.0}, "ewc": {"strength": 0.1, "sign_batches": 64}, "ema": {"horizon": 0.1}}
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """Writes memory, alignment and evaluation prompts. All of AdvBench that is not measured stands in memory and alignment."""
+    goals = [row["prompt"] for row in real_data.read_rows("advbench_goals.jsonl")]
+    random.Random(0).shuffle(goals)
+    held_out, known = goals[: real_data.NUM_EVAL_PROMPTS], goals[real_data.NUM_EVAL_PROMPTS :]
+    prompts = real_data.write_rows(folder / "prompts.jsonl", [{"prompt": goal} for goal in held_out])
+    benign = real_data.write_rows(folder / "benign.jsonl", [row for row in real_data.read_rows("xstest_prompts.jsonl") if row["safe"]])
+    rng = random.Random(seed)
+    refusals = [real_data.chat(goal, rng.choice(real_data.REFUSALS)) for goal in known]
+    harmless = [real_data.alpaca_chat(row) for row in real_data.read_rows("alpaca_safety_adjacent.json")]
+    for name, rows in {"memory.jsonl": refusals, "align.jsonl": refusals * 3 + harmless}.items():
+        real_data.drop_overlaps(real_data.write_rows(folder / name, rows), [prompts, benign])
 
 
 def summary(results: dict) -> dict:
@@ -35,8 +50,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder, seed = arguments.folder, arguments.seed
-    real_data.prepare(folder)
-    real_data.random_model(folder, seed)
+    prepare(folder, seed)
+    real_data.random_model(folder, seed, of_all_tasks=False)
     found = {"aligned": summary(real_data.run(folder, "align", real_data.align_config(folder, seed)))}
     task = real_data.sst2_task()
     settings = dict(max_steps=250, tokens_per_batch=1400, learning_rate=1e-3)

@@ -125,16 +125,19 @@ def drop_overlaps(path: Path, prompt_files: list[Path]) -> None:
     path.write_text("".join(line for number, line in enumerate(lines, 1) if f"{path}:{number}" not in dropped), encoding="utf-8")
 
 
-def random_model(folder: Path, seed: int = 0) -> None:
-    """A tokenizer of 2,048 entries trained on the data, and a random Llama of about 1 M parameters; made once."""
+def random_model(folder: Path, seed: int = 0, of_all_tasks: bool = True) -> None:
+    """A tokenizer of 2,048 entries trained on the data (of all tasks, or of alignment, memory and SST-2), and a random Llama of about 1 M
+    parameters; made once."""
     from safecl.demo.model import save_random_model
 
     if (folder / "random-model" / "config.json").exists():
         return
-    texts = [message["content"] for row in lines_of(folder / "align.jsonl") for message in row["messages"]]
+    known = ("align.jsonl",) if of_all_tasks else ("align.jsonl", "memory.jsonl")
+    texts = [message["content"] for name in known for row in lines_of(folder / name) for message in row["messages"]]
     texts += [row["sentence"] for row in read_rows("sst2_train.jsonl")]
-    texts += [text for row in read_rows("gsm8k_train.jsonl")[::4] for text in (row["question"], row["answer"])]
-    texts += [message["content"] for row in read_rows("code_alpaca_2k.json") for message in alpaca_chat(row)["messages"]]
+    if of_all_tasks:
+        texts += [text for row in read_rows("gsm8k_train.jsonl")[::4] for text in (row["question"], row["answer"])]
+        texts += [message["content"] for row in read_rows("code_alpaca_2k.json") for message in alpaca_chat(row)["messages"]]
     save_random_model(folder / "random-model", texts, seed=seed, vocab_size=2048, layers=3, max_length=512)
 
 
