@@ -92,7 +92,7 @@ def cpu_batches(num: int = 4, rows: int = 4, length: int = 256):
 
 
 def cpu_arm(arm: str, folder: str) -> dict:
-    """Peak of one arm, its seconds, and its outputs' head for comparison."""
+    """Peak of one arm, and the head of its outputs for comparison."""
     batches = cpu_batches()
     if arm == "plain":
         return _plain_arm(folder, batches)
@@ -105,13 +105,11 @@ def cpu_arm(arm: str, folder: str) -> dict:
     with ReferenceStore.open(folder, dtype=torch.float32, model=empty) as store:
         with PeakOfPrivateMemory() as memory:
             teacher = StreamedTeacher(empty, store, torch.device("cpu"), arm)
-            began = time.perf_counter()
             said = teacher.answer(batches)
-            seconds = time.perf_counter() - began
         sizes = sorted(map(unit_bytes, teacher.stream.units[: len(teacher.layers)]))
         slice_bytes = max(map(unit_bytes, teacher.stream.units[len(teacher.layers) :]))
         found = dict(layers_bytes=sum(sizes[-2:]), slice_bytes=slice_bytes, store_bytes=store.nbytes, where=store.where)
-        return found | dict(peak_bytes=memory.above, seconds=seconds, log_probs=said[0][0].log_probs[:8, :4].tolist())
+        return found | dict(peak_bytes=memory.above, log_probs=said[0][0].log_probs[:8, :4].tolist())
 
 
 @torch.no_grad()
@@ -122,15 +120,14 @@ def _plain_arm(folder: str, batches) -> dict:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with PeakOfPrivateMemory() as memory:
-        began, said = time.perf_counter(), []
+        said = []
         for batch in batches:
             inputs = dict(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False)
             hidden = model.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)
             said.append(linear_topk(hidden[batch.asked[0][1]], model.lm_head.weight, K))
-        seconds = time.perf_counter() - began
     # How much of the loaded weights is private depends on how the file was read; a teacher on a device holds them all.
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return dict(peak_bytes=weights + memory.above, seconds=seconds, weights_bytes=weights, log_probs=said[0].log_probs[:8, :4].tolist())
+    return dict(peak_bytes=weights + memory.above, weights_bytes=weights, log_probs=said[0].log_probs[:8, :4].tolist())
 
 
 def measure_cpu() -> dict:
@@ -154,7 +151,7 @@ def show_cpu(found: dict) -> None:
     print(f"{found['tokens']:,} tokens, top-{K} of every {TOPK_EVERY}th; private memory above the start, MB")
     for arm, values in found["arms"].items():
         error = found["error_to_plain"][arm]
-        print(f"{arm:10s} {values['peak_bytes'] / 1e6:8.1f} MB   {values['seconds']:6.2f} s   error to plain {error:.1e}")
+        print(f"{arm:10s} {values['peak_bytes'] / 1e6:8.1f} MB   error to plain {error:.1e}")
     print(f"bound      {found['bound_bytes'] / 1e6:8.1f} MB   streamed / bound {found['peak_of_bound']:.3f}")
 
 

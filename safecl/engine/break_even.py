@@ -32,11 +32,11 @@ class Rates:
 ASSUMED = Rates(flop=530e12, link=50e9, what="assumed 530 TFLOP/s and 50 GB/s, there is no GPU to measure")
 
 
-def measure(device: torch.device, dtype: torch.dtype, size: int = 8192) -> Rates:
-    """Measures both on a GPU, in well under a second."""
+def measure(device: torch.device, dtype: torch.dtype, size: int = 4096) -> Rates:
+    """Measures both on a GPU, in well under a second and 200 MB."""
     name = torch.cuda.get_device_name(device)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(host, device=device)
     flop = 2 * size**3 / _seconds(lambda: torch.mm(a, b), device)
     link = host.numel() / _seconds(lambda: target.copy_(host, non_blocking=True), device)
@@ -60,8 +60,14 @@ def rates_here(dtype: torch.dtype) -> Rates | None:
     return ASSUMED if dtype == torch.bfloat16 else None
 
 
-def advice(tokens: int, bytes_per_weight: int, rates: Rates) -> str:
-    """For `safecl check` and the run: whether a pass of so many tokens on one device hides its copies, and what else to do."""
+def advice(tokens: int, bytes_per_weight: int, rates: Rates, *, otherwise: str = "") -> str:
+    """For `safecl check` and the run: whether a pass of so many tokens on one device hides its copies; `otherwise`, what else to do."""
     limit = rates.break_even(bytes_per_weight)
     line = f"hidden from {limit:,} tokens per pass and rank on ({rates.what}); here about {tokens:,}"
-    return line if tokens >= limit else f"{line}: too few, recorded or stored outputs (outputs: recorded, teacher.kind: topk) are faster"
+    return line if tokens >= limit else f"{line}, too few: a pass takes as long as the copy{otherwise}"
+
+
+def alternative(source: str) -> str:
+    """What is faster than a pass that waits for its copies: nothing for teachers whose outputs cannot be taken beforehand."""
+    cached = source in ("aligned", "previous")
+    return "; recorded or stored outputs are faster (methods.lwf.outputs: recorded, memory.teacher.kind: topk)" if cached else ""

@@ -24,7 +24,7 @@ from safecl.config import ConfigError, RunConfig
 from safecl.data import collate
 from safecl.engine import distributed
 from safecl.engine.batch import Answer, Question, StepRow, split_step, target_positions, to_device
-from safecl.engine.break_even import advice, rates_here
+from safecl.engine.break_even import advice, alternative, rates_here
 from safecl.engine.export import save_plain
 from safecl.engine.live import evaluating
 from safecl.engine.loading import empty_model
@@ -187,17 +187,18 @@ class OnlineTeachers:
             return EngineTeacher(self.engine, average=False)
         teacher = self._stream(source)
         self._compare(teacher, source)
-        self.log(f"teacher: {source}, {self._described(teacher, sum(row.length for row in rows) // self.engine.layout.world_size)}")
+        self.log(f"teacher: {source}, {self._described(teacher, source, sum(row.length for row in rows) // self.engine.layout.world_size)}")
         return teacher
 
-    def _described(self, teacher: StreamedTeacher, num_tokens: int) -> str:
+    def _described(self, teacher: StreamedTeacher, source: str, num_tokens: int) -> str:
         size = f"{teacher.stream.buffer_bytes / 2**20:,.0f} MiB on the device"
         if teacher.stream.placement == "in place":
             return "its weights read in host memory, where they are"
         if teacher.stream.placement == "resident":
             return f"resident, {size}"
         rates = rates_here(teacher.dtype)
-        return f"streamed, {size}" + ("" if rates is None else f"; copies {advice(num_tokens, teacher.dtype.itemsize, rates)}")
+        copies = "" if rates is None else advice(num_tokens, teacher.dtype.itemsize, rates, otherwise=alternative(source))
+        return f"streamed, {size}" + (f"; copies {copies}" if copies else "")
 
     def _stream(self, source: str) -> StreamedTeacher:
         settings, path = self.config.model, self._path(source)
@@ -214,7 +215,7 @@ class OnlineTeachers:
     def _placement(self) -> Placement:
         if self.config.teacher == "resident":
             return "resident"
-        return "streamed" if self.engine.device.type == "cuda" else "in place"
+        return "in place" if self.engine.device.type == "cpu" else "streamed"
 
     def _compare(self, teacher: StreamedTeacher, source: str) -> None:
         """At the start theta_0 is the live model: the streamed pass must say the same. Elsewhere it must at least run."""
@@ -228,7 +229,8 @@ class OnlineTeachers:
             ) from None
         if not self._is_start or source not in (ALIGNED, PREVIOUS):
             return
-        expected = self.engine.logits(ids.to(self.engine.device), None, positions.to(self.engine.device)).float()
+        with evaluating(self.engine, average=False):
+            expected = self.engine.logits(ids.to(self.engine.device), None, positions.to(self.engine.device)).float()
         error = float((found - expected).norm() / expected.norm().clamp_min(1e-20))
         if error > (1e-4 if self.config.model.dtype == "fp32" else 2.0**-5):
             raise ConfigError(

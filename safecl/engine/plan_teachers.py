@@ -50,7 +50,7 @@ def teacher_lines(config: RunConfig, tokens_per_batch: int) -> list[tuple[str, s
         keys = ", ".join(key for key, named in config.online_teachers.items() if named == source)
         lines.append(("teacher", f"{source}, asked in every step ({keys}), {_where(config, source)}"))
         if _is_streamed(config, source):
-            lines.append(("  copies", _copies(config, _tokens_per_pass(config, source, tokens_per_batch))))
+            lines.append(("  copies", _copies(config, source, _tokens_per_pass(config, source, tokens_per_batch))))
     return lines
 
 
@@ -78,12 +78,12 @@ def _num_ranks() -> int:
     return max(1, int(os.environ.get("WORLD_SIZE") or 1))
 
 
-def _copies(config: RunConfig, tokens: int) -> str:
-    from safecl.engine.break_even import advice, rates_here
+def _copies(config: RunConfig, source: str, tokens: int) -> str:
+    from safecl.engine.break_even import advice, alternative, rates_here
     from safecl.engine.model import DTYPES
 
     dtype = DTYPES[config.model.dtype]
     rates = rates_here(dtype)
     if rates is None:
         return "none: without a GPU the weights are read where they are"
-    return advice(tokens, dtype.itemsize, rates) + f", on {_num_ranks()} rank{'s' * (_num_ranks() > 1)}"
+    return advice(tokens, dtype.itemsize, rates, otherwise=alternative(source))

@@ -172,9 +172,10 @@ def test_the_example_in_the_docs_runs(tmp_path):
 
 
 def test_break_even_is_the_flop_rate_over_the_link_rate():
-    from safecl.engine.break_even import ASSUMED, Rates, advice
+    from safecl.engine.break_even import ASSUMED, Rates, advice, alternative
 
     assert ASSUMED.break_even(2) == 10_600
     rates = Rates(flop=1e12, link=1e9, what="here")
     assert rates.break_even(2) == 1000 and rates.break_even(4) == 2000
     assert "too few" in advice(999, 2, rates) and "too few" not in advice(1000, 2, rates)
+    assert "recorded" in advice(999, 2, rates, otherwise=alternative("aligned")) and alternative("ema") == ""
