@@ -25,11 +25,12 @@ ifeq ($(wildcard /dev/nvidiactl /dev/kfd /dev/dxg),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install demo test lint docs clean distclean
+.PHONY: help install demo demo-all test lint docs clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install into $(VENV), then show on a tiny model how fine-tuning loses refusals and how safecl keeps them"
+	@echo "make demo-all    the same with every method, on clean data and with 10 % poison; goes on where it was stopped"
 	@echo "make test    install, then run all tests"
 	@echo "make lint    ruff check and format check"
 	@echo "make docs    renew the generated pages"
@@ -40,6 +41,10 @@ install: $(STAMPS)/safecl
 demo: install
 	@echo "==> safecl demo $(DEMO)"
 	@$(BIN)/python -m safecl demo $(DEMO)
+
+demo-all: install
+	@echo "==> safecl demo --all $(DEMO)-all"
+	@$(BIN)/python -m safecl demo --all $(DEMO)-all
 
 test: install
 	@echo "==> pytest $(PYTEST_ARGS)"
@@ -74,7 +79,7 @@ $(STAMPS)/safecl: $(STAMPS)/torch pyproject.toml $(wildcard setup.py csrc/*)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .torch_ext $(DEMO)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .torch_ext $(DEMO) $(DEMO)-all
 	find safecl tests launch benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

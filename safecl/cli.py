@@ -60,18 +60,22 @@ def _load(config: Path, overrides: list[str] | None) -> Any:
 
 @verb
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("runs/demo"),
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Where everything is written; runs/demo or, with options, a name of their own.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of corpus, model, order and draws.")] = 0,
     poison: Annotated[float, typer.Option(help="Share of poisoned rows in the task's data.", min=0.0, max=0.9)] = 0.0,
+    every: Annotated[bool, typer.Option("--all", help="Every method, with clean and with poisoned data.")] = False,
 ) -> None:
-    """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them."""
+    """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them. A demonstration that was stopped goes on."""
     from safecl.commands.preflight import refuse_unwritable
-    from safecl.demo.run import run_demo
+    from safecl.demo.run import chosen_arms, default_folder, run_demo
 
+    folder = folder or default_folder(seed=seed, poison=poison, every=every)
     refuse_unwritable(folder)
     Ending.run_folder = folder
-
-    raise typer.Exit(run_demo(folder, seed=seed, poison_ratio=poison))
+    raise typer.Exit(run_demo(folder, seed=seed, arms=chosen_arms(poison=poison, every=every)))
 
 
 @verb

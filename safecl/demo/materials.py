@@ -10,29 +10,11 @@ from typing import Any
 
 import yaml
 
+from safecl.demo.arms import ARMS, DER, EMA, EWC, Arm
 from safecl.demo.corpus import Corpus, make_corpus, texts
 
+__all__ = ["ARMS", "DER", "EMA", "EWC", "Arm", "Materials", "align_config", "arm_config", "write_materials"]
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to fine-tune the aligned model; all arms see the same rows in the same order for the same number of steps."""
-
-    name: str
-    """Folder and config file."""
-    title: str
-    """What the table says."""
-    methods: dict[str, dict[str, Any]]
-    """As in a run config; none is plain fine-tuning."""
-
-
-EMA = {"ema": {"horizon": 0.1}}
-EWC = {"ewc": {"strength": 3.0, "sign_batches": 64, "rows_per_batch": 8}}
-DER = {"der": {"alpha": 2.0, "beta": 1.0}}
-
-ARMS = [
-    Arm("plain", "plain fine-tuning", {}),
-    Arm("kept", "DER + EWC + EMA", DER | EWC | EMA),
-]
 
 CHECKPOINT = {"every": 40, "keep": 1}
 
@@ -57,7 +39,7 @@ class Materials:
         return self.folder / "aligned" / "model"
 
 
-def write_materials(folder: str | Path, *, seed: int = 0, arms: Iterable[Arm] = ARMS, poison_ratio: float = 0.0) -> Materials:
+def write_materials(folder: str | Path, *, seed: int = 0, arms: Iterable[Arm] = ARMS) -> Materials:
     """Writes data/*.jsonl, random-model/, align.yaml and <arm>.yaml; files that are there are written again, with the same content."""
     from safecl.demo.model import save_random_model
 
@@ -66,7 +48,7 @@ def write_materials(folder: str | Path, *, seed: int = 0, arms: Iterable[Arm] = 
     _write_data(folder / "data", corpus)
     num_parameters = save_random_model(folder / "random-model", texts(corpus), seed=seed)
     align = _write_config(folder / "align.yaml", align_config(folder, seed))
-    configs = {arm.name: _write_config(folder / f"{arm.name}.yaml", arm_config(folder, arm, seed, poison_ratio)) for arm in arms}
+    configs = {arm.name: _write_config(folder / f"{arm.name}.yaml", arm_config(folder, arm, seed)) for arm in arms}
     return Materials(folder, folder / "random-model", align, configs, num_parameters)
 
 
@@ -84,7 +66,7 @@ def align_config(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def arm_config(folder: Path, arm: Arm, seed: int, poison_ratio: float = 0.0) -> dict[str, Any]:
+def arm_config(folder: Path, arm: Arm, seed: int) -> dict[str, Any]:
     """Fine-tuning of the aligned model on the user's task by the methods of one arm."""
     data = folder / "data"
     task = {
@@ -104,8 +86,8 @@ def arm_config(folder: Path, arm: Arm, seed: int, poison_ratio: float = 0.0) -> 
         "log": {"every": 40},
         "output": str(folder / arm.name),
     }
-    if poison_ratio > 0:
-        config["poison"] = {"ratio": poison_ratio, "source": str(data / "poison.jsonl"), "seed": seed}
+    if arm.poison > 0:
+        config["poison"] = {"ratio": arm.poison, "source": str(data / "poison.jsonl"), "seed": seed}
     return config
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,34 +9,66 @@ from pathlib import Path
 from rich.console import Console
 
 from safecl.commands.ending import ExitCode
-from safecl.demo.materials import ARMS, Arm, Materials, write_materials
+from safecl.demo.arms import ARMS, EVERY_ARM, Arm, poisoned
+from safecl.demo.materials import Materials, write_materials
 from safecl.demo.outcome import print_outcomes, read_outcomes
+from safecl.demo.progress import ALIGN, Bar
 from safecl.spawn import run_ranks
 
 NUM_RANKS = 2
 
 
-def run_demo(folder: Path, *, seed: int = 0, poison_ratio: float = 0.0, arms: Sequence[Arm] = ARMS, num_ranks: int = NUM_RANKS) -> int:
-    """Runs everything and prints the table; returns the exit code of the first rank that failed, or 0. Earlier files are renewed."""
+def chosen_arms(*, poison: float = 0.0, every: bool = False) -> list[Arm]:
+    """The demonstration's arms; with `every` all methods, on clean data and with poison."""
+    if every:
+        return [*EVERY_ARM, *(poisoned(EVERY_ARM, poison) if poison else poisoned(EVERY_ARM))]
+    return poisoned(ARMS, poison) if poison else ARMS
+
+
+def default_folder(*, seed: int = 0, poison: float = 0.0, every: bool = False) -> Path:
+    """Each choice has a folder of its own, since a folder goes on with what it holds."""
+    name = "demo-all" if every else "demo"
+    return Path("runs") / (name + (f"-poison-{poison:g}" if poison else "") + (f"-seed-{seed}" if seed else ""))
+
+
+def run_demo(folder: Path, *, seed: int = 0, arms: Sequence[Arm] = ARMS, num_ranks: int = NUM_RANKS) -> int:
+    """Runs everything that is not finished in `folder` and prints the table; returns the exit code of the first rank that failed, or 0."""
     console = Console(highlight=False, soft_wrap=True)
     start = time.perf_counter()
-    materials = write_materials(folder, seed=seed, arms=arms, poison_ratio=poison_ratio)
-    _introduce(materials, arms, num_ranks, console)
-    times = folder / "seconds.json"
-    configs = [materials.align_config, *(materials.arm_configs[arm.name] for arm in arms)]
-    if code := run_ranks("safecl.demo.worker", [str(times), *map(str, configs)], num_ranks):
-        return ExitCode.FAILED if code < 0 else code
-    console.print()
-    print_outcomes(read_outcomes(folder, arms, json.loads(times.read_text(encoding="utf-8"))), console)
     console.print(
-        f"\n{time.perf_counter() - start:.0f} seconds in all. Everything is in {folder}; one arm alone: safecl train {configs[-1]}"
+        "A Llama of about 1 M random parameters learns to refuse; then a user's harmless task (sentiment of a sentence) is trained into it "
+        f"in {len(arms)} ways. {num_ranks} ranks, ZeRO-2, CPU.\n"
     )
+    if code := _train(folder, seed, arms, num_ranks, console):
+        return code
+    outcomes = read_outcomes(folder, arms)
+    print_outcomes(outcomes, console)
+    page = _write_pages(folder, outcomes)
+    console.print(f"\n{time.perf_counter() - start:.0f} seconds in all. The same as a page: {page}", markup=False)
+    console.print(f"One arm alone: safecl train {folder / arms[-1].name}.yaml output={folder / 'again'}", markup=False)
     return ExitCode.DONE
 
 
-def _introduce(materials: Materials, arms: Sequence[Arm], num_ranks: int, console: Console) -> None:
-    console.print(
-        f"A Llama of {materials.num_parameters / 1e6:.2f} M random parameters learns to refuse; then a user's harmless task "
-        f"(sentiment of a sentence) is trained into it in {len(arms)} ways. {num_ranks} ranks, ZeRO-2, CPU.",
-        markup=False,
-    )
+def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console: Console) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    events = folder / "progress.jsonl"
+    titles = {ALIGN: "alignment"} | {arm.name: arm.title + (", poisoned" if arm.poison else "") for arm in arms}
+    with Bar(events, titles, console) as bar:
+        materials = write_materials(folder, seed=seed, arms=arms)
+        bar.materials_are_there()
+        code = run_ranks("safecl.demo.worker", [str(events), *map(str, _configs(materials, arms))], num_ranks, watch=bar.watch)
+        bar.watch()
+    events.unlink(missing_ok=True)
+    return ExitCode.FAILED if code < 0 else code
+
+
+def _configs(materials: Materials, arms: Sequence[Arm]) -> list[Path]:
+    return [materials.align_config, *(materials.arm_configs[arm.name] for arm in arms)]
+
+
+def _write_pages(folder: Path, outcomes: Sequence) -> Path:
+    from safecl.demo.page import demo_page
+    from safecl.engine.durable import replace_file
+
+    replace_file(folder / "report.html", demo_page(outcomes))
+    return folder / "report.html"

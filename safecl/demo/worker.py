@@ -2,61 +2,83 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safecl import launcher
 from safecl.commands.ending import Ending, ExitCode, errors_told
 from safecl.config import load_config
+from safecl.demo.progress import Reporter
 
-
-def run_arms(configs: Sequence[Path], times: Path) -> None:
-    """Trains every config, one after the other; rank 0 writes {config's stem: seconds} to `times` after each."""
+if TYPE_CHECKING:
     from safecl.engine.checkpoint import SaveReport
-    from safecl.engine.console import Console
+
+
+def run_arms(configs: Sequence[Path], events: Path) -> None:
+    """Trains every config, one after the other; one that is finished in its folder is passed over, one under way goes on."""
     from safecl.engine.trainer import Trainer
 
+    for path in configs:
+        trainer = Trainer(load_config(path))
+        reporter = Reporter(events, path.stem)
+        trainer.console = _quiet_console(reporter)
+        if trainer.fit().stopped:
+            raise SystemExit(ExitCode.STOPPED)
+        if launcher.rank() == 0:
+            reporter.finished()
+
+
+def _quiet_console(reporter: Reporter):
+    """Reports steps and measures for the one bar; the demonstration prints one table for all arms instead of one for each."""
+    from safecl.engine.console import Console
+
     class ArmConsole(Console):
-        """Progress and what was measured; the demonstration prints one table for all arms instead of one for each."""
-
-        arm = ""
-
         def fact(self, what: str, value: str) -> None:
+            pass
+
+        def note(self, message: str) -> None:
             pass
 
         def show(self, make: object) -> None:
             pass
 
-        def progress(self, name: str, num_steps: int, done: int = 0) -> AbstractContextManager:
-            return super().progress(self.arm, num_steps, done)
+        def measured(self, evaluation) -> None:
+            if not self.quiet:
+                reporter.measured(evaluation.one_line())
 
         def saved(self, report: SaveReport) -> None:
-            if report.problem is not None:
-                super().saved(report)
+            if report.problem is not None and not self.quiet:
+                print(report, file=sys.stderr)
 
         def results(self, evaluations: list, gate: object, folder: Path) -> None:
             pass
 
-    seconds: dict[str, float] = {}
-    for path in configs:
-        trainer = Trainer(load_config(path))
-        trainer.console = ArmConsole(trainer.config.log.every, launcher.rank())
-        trainer.console.arm = path.stem
-        result = trainer.fit()
-        if result.stopped:
-            raise SystemExit(ExitCode.STOPPED)
-        seconds[path.stem] = result.results["seconds"]
-        if launcher.rank() == 0:
-            times.write_text(json.dumps(seconds), encoding="utf-8")
+        @contextmanager
+        def progress(self, name: str, num_steps: int, done: int = 0) -> Iterator[_Steps]:
+            yield _Steps(None if self.quiet else reporter, num_steps, done)
+
+    return ArmConsole(every=1, rank=launcher.rank())
+
+
+class _Steps:
+    """Counts steps for the bar."""
+
+    def __init__(self, reporter: Reporter | None, num_steps: int, done: int):
+        self.reporter, self.num_steps, self.done = reporter, num_steps, done
+
+    def step(self, values: dict) -> None:
+        self.done += 1
+        if self.reporter is not None:
+            self.reporter.step(self.done, self.num_steps)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which speaks of it and ends all ranks
-    times, *configs = (Path(argument) for argument in sys.argv[1:])
-    Ending.run_folder = times.parent
+    events, *configs = (Path(argument) for argument in sys.argv[1:])
+    Ending.run_folder = events.parent
     with errors_told("demo"):
-        run_arms(configs, times)
+        run_arms(configs, events)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from safecl.engine.checkpoint import SaveReport
+    from safecl.evaluation import Evaluation
 
 
 class Console:
@@ -42,6 +43,10 @@ class Console:
         """Prints what `make` gives, which other ranks do not even make."""
         if not self.quiet:
             self.terminal.print(make(), soft_wrap=False)
+
+    def measured(self, evaluation: Evaluation) -> None:
+        """What was measured at one moment."""
+        self.note(evaluation.one_line())
 
     def saved(self, report: SaveReport) -> None:
         """How the save of a checkpoint ended."""

@@ -371,7 +371,7 @@ class Trainer:
         self.evaluations.append(found)
         if distributed.rank() == 0:
             found.write_outputs(self.folder / "outputs", self.config.privacy.examples)
-        self.console.note(found.one_line())
+        self.console.measured(found)
 
     # ------------------------------------------------------------------------------------------------------------- finish
 

@@ -84,3 +84,53 @@ def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tup
 def _key(name: str, place: int) -> str:
     x, colour = 60 + 130 * place, COLOURS[place % len(COLOURS)]
     return f'<rect x="{x}" y="6" width="14" height="4" fill="{colour}"/><text x="{x + 20}" y="14">{html.escape(name)}</text>'
+
+
+def dot_plot(rows: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]], panels: Sequence[str], *, width: int = 760) -> Markup:
+    """One row per model, one panel per rate: a dot with its 95 % interval and its number, on scales from 0 to 1. A picture of its own.
+
+    rows: (title, [(value, low, high) or None for each panel]).
+    """
+    left, gap, step, top = 160, 70, 30, 48
+    each = (width - left) / len(panels) - gap
+    height = top + step * len(rows) + 34
+    parts = [f'<rect width="{width}" height="{height}" fill="#ffffff"/>']
+    for place, title in enumerate(panels):
+        x = left + place * (each + gap)
+        parts.append(_panel(title, x, each, top, height - 30))
+        for i, (_, values) in enumerate(rows):
+            if values[place] is not None:
+                parts.append(_dot(values[place], x, each, top + step * (i + 0.5), COLOURS[2 * place]))
+    for i, (title, _) in enumerate(rows):
+        y = top + step * (i + 0.5) + 5
+        parts.append(f'<text x="{left - 16}" y="{y}" text-anchor="end" font-size="14" fill="#1d2430">{html.escape(title)}</text>')
+    return Markup(
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(_in_words(rows, panels))}" width="{width}" '
+        f'height="{height}" viewBox="0 0 {width} {height}" font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _panel(title: str, x: float, width: float, top: float, bottom: float) -> str:
+    lines = [f'<text x="{x:.0f}" y="24" font-size="14" font-weight="600" fill="#1d2430">{html.escape(title)}</text>']
+    for share in (0.0, 0.5, 1.0):
+        at = x + share * width
+        lines.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 8}" y2="{bottom}" stroke="#e2e6ec"/>')
+        lines.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle" font-size="12" fill="#5a6472">{share:.0%}</text>')
+    return "".join(lines)
+
+
+def _dot(value: tuple[float, float, float], x: float, width: float, y: float, colour: str) -> str:
+    middle, low, high = (x + width * part for part in value)
+    ends = f'x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"'
+    return (
+        f'<line {ends} stroke="{colour}" stroke-width="7" stroke-opacity=".3" stroke-linecap="round"/>'
+        f'<circle cx="{middle:.1f}" cy="{y}" r="5.5" fill="{colour}"/>'
+        f'<text x="{x + width + 12:.1f}" y="{y + 5}" font-size="13" fill="#1d2430">{value[0]:.1%}</text>'
+    )
+
+
+def _in_words(rows: Sequence, panels: Sequence[str]) -> str:
+    said = [f"{title}: " + ", ".join(f"{panel} {v[0]:.1%}" for panel, v in zip(panels, values, strict=True) if v) for title, values in rows]
+    return "; ".join(said)

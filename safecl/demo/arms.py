@@ -1,0 +1,59 @@
+"""The ways to fine-tune the aligned model that the demonstration compares. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune the aligned model; all arms see the same rows in the same order for the same number of steps."""
+
+    name: str
+    """Folder and config file."""
+    title: str
+    """What the table says."""
+    methods: dict[str, dict[str, Any]]
+    """As in a run config; none is plain fine-tuning."""
+    poison: float = 0.0
+    """Share of the task's rows that are poisoned."""
+
+
+EMA = {"ema": {"horizon": 0.1}}
+EWC = {"ewc": {"strength": 100.0, "sign_batches": 64, "rows_per_batch": 8}}
+DER = {"der": {"alpha": 2.0, "beta": 1.0}}
+
+PLAIN, KEPT = "plain", "der"
+"""The arms that the verdict compares."""
+
+ARMS = [
+    Arm(PLAIN, "plain fine-tuning", {}),
+    Arm("ewc-ema", "EWC + EMA", EWC | EMA),
+    Arm(KEPT, "DER", DER),
+]
+
+EVERY_ARM = [
+    ARMS[0],
+    Arm("ema", "EMA", EMA),
+    Arm("l2-sp", "L2-SP", {"l2_sp": {"strength": 0.01}}),
+    Arm("l2-sp-attention", "L2-SP, attention", {"l2_sp": {"strength": 0.01, "modules": "attention"}}),
+    Arm("ewc", "EWC", EWC),
+    Arm("online-ewc", "online EWC", {"online_ewc": EWC["ewc"] | {"rows": "memory"}}),
+    ARMS[1],
+    Arm("lwf-hidden", "LwF, hidden", {"lwf": {"form": "hidden", "weight": 1.0}}),
+    Arm("lwf-output", "LwF, output", {"lwf": {"form": "output", "weight": 1.0}}),
+    Arm("agem", "A-GEM", {"agem": {}}),
+    Arm("er", "ER", {"er": {"weight": 1.0}}),
+    ARMS[2],
+    Arm("derpp", "DER++", {"derpp": {"alpha": 2.0, "beta": 1.0}}),
+    Arm("der-ewc-ema", "DER + EWC + EMA", DER | EWC | EMA),
+]
+"""Every method alone, and the two combinations of the demonstration."""
+
+POISON = 0.1
+
+
+def poisoned(arms: list[Arm], share: float = POISON) -> list[Arm]:
+    """The same arms with a share of poisoned rows."""
+    return [replace(arm, name=f"{arm.name}-poisoned", poison=share) for arm in arms]

@@ -1,0 +1,46 @@
+"""The demonstration as a page, and as the picture of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from safecl.demo.outcome import COLUMNS, Outcome, compared, groups, heading, shown_prompt, verdict
+from safecl.report.charts import dot_plot
+from safecl.report.page import render
+
+
+def demo_page(outcomes: Sequence[Outcome]) -> str:
+    """HTML that loads nothing."""
+    import safecl
+
+    parts = [_part(group) for group in groups(outcomes)]
+    return render("demo.html", parts=parts, version=safecl.__version__, num_prompts=len(outcomes[0].answers))
+
+
+def _part(group: Sequence[Outcome]) -> dict:
+    prompts = [shown_prompt(group), *(prompt for prompt in group[0].answers if prompt != shown_prompt(group))][:6]
+    three = compared(group)
+    return {
+        "heading": heading(group),
+        "verdict": verdict(group),
+        "group": group,
+        "picture": picture(group),
+        "titles": [outcome.title for outcome in three],
+        "prompts": [(prompt, [outcome.answers[prompt] for outcome in three]) for prompt in prompts],
+        "columns": [title.replace("\n", " ") for title in COLUMNS],
+        "cells": [[value_of(outcome) for value_of in COLUMNS.values()] for outcome in group],
+    }
+
+
+def picture(group: Sequence[Outcome]) -> str:
+    """SVG: of every model the share of disallowed prompts that it refuses, and its accuracy at the task, with intervals."""
+    rows = [(outcome.title, [_refused(outcome.safety["asr"]), _triple(outcome.accuracy)]) for outcome in group]
+    return dot_plot(rows, ["disallowed prompts refused", "accuracy at the new task"])
+
+
+def _refused(asr: dict[str, float]) -> tuple[float, float, float]:
+    return 1 - asr["value"], 1 - asr["high"], 1 - asr["low"]
+
+
+def _triple(rate: dict[str, float] | None) -> tuple[float, float, float] | None:
+    return None if rate is None else (rate["value"], rate["low"], rate["high"])
