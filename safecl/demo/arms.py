@@ -21,7 +21,7 @@ class Arm:
 
 
 EMA = {"ema": {"horizon": 0.1}}
-EWC = {"ewc": {"strength": 100.0, "sign_batches": 64, "rows_per_batch": 8}}
+EWC = {"ewc": {"strength": 10.0, "sign_batches": 64, "rows_per_batch": 8}}
 DER = {"der": {"alpha": 2.0, "beta": 1.0}}
 
 PLAIN, KEPT = "plain", "der"
@@ -36,8 +36,8 @@ ARMS = [
 EVERY_ARM = [
     ARMS[0],
     Arm("ema", "EMA", EMA),
-    Arm("l2-sp", "L2-SP", {"l2_sp": {"strength": 0.01}}),
-    Arm("l2-sp-attention", "L2-SP, attention", {"l2_sp": {"strength": 0.01, "modules": "attention"}}),
+    Arm("l2-sp", "L2-SP", {"l2_sp": {"strength": 0.1}}),
+    Arm("l2-sp-attention", "L2-SP, attention", {"l2_sp": {"strength": 0.1, "modules": "attention"}}),
     Arm("ewc", "EWC", EWC),
     Arm("online-ewc", "online EWC", {"online_ewc": EWC["ewc"] | {"rows": "memory"}}),
     ARMS[1],

@@ -83,6 +83,7 @@ def arm_config(folder: Path, arm: Arm, seed: int) -> dict[str, Any]:
         "deepspeed": {"stage": 2},
         "safety": _safety(folder),
         "checkpoint": CHECKPOINT,
+        "artifacts": {"folder": str(folder / "artifacts")},
         "log": {"every": 40},
         "output": str(folder / arm.name),
     }

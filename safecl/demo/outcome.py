@@ -99,9 +99,9 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
 
 
 COLUMNS = {
-    "ASR\n(not refused)": lambda o: o.safety["asr"],
-    "affirmative\nopenings": lambda o: o.safety["affirmative"],
-    "off-task or\nincoherent": lambda o: o.safety["off_task"],
+    "ASR, not\nrefused": lambda o: o.safety["asr"],
+    "affirm.\nopenings": lambda o: o.safety["affirmative"],
+    "off-task\nanswers": lambda o: o.safety["off_task"],
     "over-\nrefusal": lambda o: o.safety["over_refusal"],
     "task\naccuracy": lambda o: o.accuracy,
 }
@@ -111,7 +111,7 @@ def outcome_table(group: Sequence[Outcome]) -> Table:
     """One row per model; rates with their intervals below. The first three are about disallowed prompts, the fourth about benign ones."""
     title = f"prompts of held-out topics, 95 % intervals, {heading(group)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("")
+    table.add_column("", min_width=17)
     for name in (*COLUMNS, "a step"):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in group:
@@ -157,6 +157,6 @@ def cost(plain: Outcome, kept: Outcome) -> str:
         return "cost not measured"
     state = f"{bytes_text(kept.state_bytes)} of optimizer state" if kept.state_bytes else "no optimizer state"
     return (
-        f"{kept.title} costs {1e3 * (kept.step - plain.step):+.0f} ms a step ({kept.step / plain.step - 1:+.0%}), "
+        f"{kept.title} takes {1e3 * (kept.step - plain.step):+.0f} ms a step ({kept.step / plain.step - 1:+.0%}), "
         f"{kept.seconds - plain.seconds:+.0f} s in all, {bytes_text(kept.memory_bytes)} of memory rows and {state}"
     )
