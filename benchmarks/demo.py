@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from safecl.demo.arms import ARMS
-from safecl.demo.outcome import COLUMNS, Outcome, compared, read_outcomes, verdict
+from safecl.demo.outcome import COLUMNS, Outcome, column_title, compared, read_outcomes, verdict
 from safecl.demo.page import picture
 from safecl.report.page import bytes_text
 
@@ -43,15 +43,15 @@ def main() -> None:
 
 
 def measure(seed: int, folder: Path) -> dict:
-    began, had_results = time.perf_counter(), (folder / ARMS[-1].name / "results.json").exists()
-    subprocess.run([sys.executable, "-m", "safecl", "demo", str(folder), "--seed", str(seed)], check=True)
-    seconds, log = time.perf_counter() - began, folder / "seconds.txt"
-    if not had_results:
-        log.write_text(f"{seconds:.0f}")
+    log = folder / "seconds.txt"  # appears when all arms are finished
+    if not log.exists():
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "safecl", "demo", str(folder), "--seed", str(seed)], check=True)
+        log.write_text(f"{time.perf_counter() - began:.0f}")
     outcomes = read_outcomes(folder, ARMS)
     return {
         "seed": seed,
-        "seconds": int(log.read_text()) if log.exists() else None,
+        "seconds": int(log.read_text()),
         "checks": checks(outcomes),
         "verdict": verdict(outcomes),
         "arms": [row(outcome) for outcome in outcomes],
@@ -69,7 +69,7 @@ def checks(outcomes: list[Outcome]) -> dict[str, bool]:
 
 
 def row(outcome: Outcome) -> dict:
-    rates = {title.replace("\n", " "): value_of(outcome) for title, value_of in COLUMNS.items()}
+    rates = {column_title(title): value_of(outcome) for title, value_of in COLUMNS.items()}
     return {
         "title": outcome.title, "rates": rates, "seconds_per_step": outcome.step, "seconds": outcome.seconds,
         "state_bytes": outcome.state_bytes, "memory_bytes": outcome.memory_bytes,

@@ -222,7 +222,7 @@ def test_the_verdict_says_lost_kept_or_in_part_as_the_numbers_do():
     assert "Plain: refusal lost (0% of disallowed prompts refused, 95 % interval 0% to 5%)" in kept
     assert "Der: refusal kept (90% of disallowed prompts refused, 95 % interval 85% to 95%)" in kept
     assert (
-        "Task accuracy 0.880 against 0.900; der takes +50 ms a step (+50%), +5 s in all, 2.0 MB of memory rows and 1.0 kB of optimizer"
+        "Task accuracy 0.880 against 0.900; der takes 50 ms a step more (+50%), +5 s in all, 2.0 MB of memory rows and 1.0 kB of optimizer"
         in kept
     )
     assert "Der: refusal kept in part" in verdict([ALIGNED, PLAIN, outcome("der", 0.5)])

@@ -37,7 +37,7 @@ class Outcome:
     seconds: float | None = None
     """Of the whole arm, measuring included."""
     step: float | None = None
-    """Median seconds of a step."""
+    """Seconds of a step: the lower quartile, which a busy machine disturbs least."""
     state_bytes: int = 0
     """State that the methods keep beside weights and moments, on all ranks."""
     memory_bytes: int = 0
@@ -63,8 +63,14 @@ def _read(run: Path, arm: Arm) -> Outcome:
     memory = cost["memory_bytes"] + cost["recorded_bytes"] if arm.methods else 0
     return Outcome(
         arm.name, arm.title, end["safety"], end["tasks"]["sentiment"], _answers(run, end["step"]), arm.poison, results["seconds"],
-        cost["seconds_per_step"], state, memory,
+        _seconds_per_step(run), state, memory,
     )  # fmt: skip
+
+
+def _seconds_per_step(run: Path) -> float | None:
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    times = sorted(step["tokens"] / step["tokens_per_second"] for step in steps if step["tokens_per_second"])
+    return times[len(times) // 4] if times else None
 
 
 def _answers(run: Path, step: int) -> dict[str, str]:
@@ -156,7 +162,15 @@ def cost(plain: Outcome, kept: Outcome) -> str:
     if not plain.step or not kept.step:
         return "cost not measured"
     state = f"{bytes_text(kept.state_bytes)} of optimizer state" if kept.state_bytes else "no optimizer state"
+    memory = f"{bytes_text(kept.memory_bytes)} of memory rows and {state}"
+    if kept.step <= plain.step:  # the machine was busy with something else
+        return f"the time that {kept.title} takes could not be told from the machine's noise; it keeps {memory}"
     return (
-        f"{kept.title} takes {1e3 * (kept.step - plain.step):+.0f} ms a step ({kept.step / plain.step - 1:+.0%}), "
-        f"{kept.seconds - plain.seconds:+.0f} s in all, {bytes_text(kept.memory_bytes)} of memory rows and {state}"
+        f"{kept.title} takes {1e3 * (kept.step - plain.step):.0f} ms a step more ({kept.step / plain.step - 1:+.0%}), "
+        f"{kept.seconds - plain.seconds:+.0f} s in all, {memory}"
     )
+
+
+def column_title(title: str) -> str:
+    """A heading on one line."""
+    return title.replace("-\n", "-").replace("\n", " ")

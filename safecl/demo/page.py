@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safecl.demo.outcome import COLUMNS, Outcome, compared, groups, heading, shown_prompt, verdict
+from safecl.demo.outcome import COLUMNS, Outcome, column_title, compared, groups, heading, shown_prompt, verdict
 from safecl.report.charts import dot_plot
 from safecl.report.page import render
 
@@ -27,7 +27,7 @@ def _part(group: Sequence[Outcome]) -> dict:
         "picture": picture(group),
         "titles": [outcome.title for outcome in three],
         "prompts": [(prompt, [outcome.answers[prompt] for outcome in three]) for prompt in prompts],
-        "columns": [title.replace("\n", " ") for title in COLUMNS],
+        "columns": [column_title(title) for title in COLUMNS],
         "cells": [[value_of(outcome) for value_of in COLUMNS.values()] for outcome in group],
     }
 

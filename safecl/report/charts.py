@@ -91,7 +91,7 @@ def dot_plot(rows: Sequence[tuple[str, Sequence[tuple[float, float, float] | Non
 
     rows: (title, [(value, low, high) or None for each panel]).
     """
-    left, gap, step, top = 160, 70, 30, 48
+    left, gap, step, top = 160, 84, 30, 48
     each = (width - left) / len(panels) - gap
     height = top + step * len(rows) + 34
     parts = [f'<rect width="{width}" height="{height}" fill="#ffffff"/>']
