@@ -299,7 +299,7 @@ def test_the_demonstration_loses_refusal_by_plain_tuning_and_keeps_it_at_equal_a
 
 def test_a_demonstration_that_was_stopped_goes_on_and_ends_with_table_verdict_and_page(demonstration):
     folder, printed = demonstration
-    assert "alignment: " not in printed  # it was finished before
+    assert re.search(r"alignment: .* finished after 200 steps", printed)
     assert all(title in printed for title in ("the aligned model", "plain fine-tuning", "EWC + EMA", "DER"))
     assert "refusal lost" in printed and "refusal kept" in printed and "ms a step" in printed
     assert "refusal lost" in (folder / "report.html").read_text() and not (folder / "progress.jsonl").exists()

@@ -26,6 +26,9 @@ class Reporter:
     def measured(self, line: str) -> None:
         self._write(measured=line)
 
+    def note(self, message: str) -> None:
+        self._write(note=message)
+
     def finished(self) -> None:
         self._write(finished=True)
 
@@ -61,10 +64,18 @@ class Bar:
         """Reads what is new."""
         for event in self._events():
             name = event["run"]
+            if "note" in event:
+                self._tell(name, event["note"])
+                continue
             self._seen[name] = max(self._seen[name], self._part(event, self._seen[name]))
             self._bar.update(self._task, completed=self._parts + sum(self._seen.values()), description=self._says(event))
-            if "measured" in event and not self.console.is_terminal:
-                self.console.print(f"{self.titles[name]}: {event['measured']}", markup=False)
+            if "measured" in event:
+                self._tell(name, event["measured"])
+
+    def _tell(self, name: str, message: str) -> None:
+        """A line where there is no bar."""
+        if not self.console.is_terminal:
+            self.console.print(f"{self.titles[name]}: {message}", markup=False)
 
     def _events(self) -> Sequence[dict]:
         if not self.path.exists():

@@ -41,7 +41,8 @@ def _quiet_console(reporter: Reporter):
             pass
 
         def note(self, message: str) -> None:
-            pass
+            if not self.quiet:
+                reporter.note(message)
 
         def show(self, make: object) -> None:
             pass
