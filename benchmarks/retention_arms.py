@@ -67,7 +67,8 @@ GRID = [
     for rate, factor in ((1e-4, 1), (3e-4, 1), (3e-4, 2), (1e-3, 2))
 ]  # fmt: skip
 
-# What holds at 10 % poison? Replay with more of everything, a lower learning rate, and the scan.
+# What holds at 10 % poison? Replay with more of everything, a lower learning rate, and the scan: with a threshold estimated from the upload,
+# or from known harmless rows of the task. MIXED and HARMLESS are files that stand in the benchmark's folder.
 DER = ("methods.der.alpha=2", "methods.der.beta=0")
 EMA = ("methods.ema.horizon=0.3",)
 MIXED = "memory.source=MIXED"
@@ -79,6 +80,7 @@ SEARCH = [
     _arm("scan-der", "scan, DER", SCAN, *DER, memory=True),
     _arm("scan-der-ce", "scan, DER with CE", SCAN, *DER_CE, memory=True),
     _arm("scan-der-ema", "scan, DER with CE, EMA", SCAN, *DER_CE, *EMA, memory=True),
+    _arm("scan5", "scan by harmless rows", *SCAN5, memory=True),
     _arm("scan5-der-ce-ema", "scan by harmless rows, DER with CE, EMA", *SCAN5, *DER_CE, *EMA, memory=True),
     _arm("scan5-der-ema", "preset `balanced` and scan", *SCAN5, *DER, *EMA, memory=True, preset=True),
     _arm("scan5-der-ema-mixed", "preset `balanced` and scan, harmless rows in memory", *SCAN5, *DER, *EMA, MIXED, memory=True),
@@ -101,7 +103,6 @@ NO_DATA = [
     _arm("ema-1", "EMA, horizon 1", "methods.ema.horizon=1"),
     _arm("lwf-hidden-20", "LwF, hidden states, weight 20", "methods.lwf.form=hidden", "methods.lwf.weight=20"),
 ]
-
 
 # Measured on all tasks and with all seeds; the others on SST-2 with one.
 MAIN = ("plain", "der", "scan5-der-ce-ema", "scan5-der-ema")
@@ -154,27 +155,15 @@ def _task(folder: Path, name: str) -> dict:
 
 
 def _runs() -> Iterator[Run]:
-    """The most telling ones first."""
-    main, others = [a for a in [PLAIN, *METHODS, *SEARCH] if a.name in MAIN], [*METHODS, *NO_DATA[:2]]
-    strict = next(arm for arm in SEARCH if arm.name == "scan5-der-ce-ema")
-    yield from (Run(strict, "sst2", 10, seed) for seed in (2, 0, 1))
-    pulled = [arm for arm in METHODS if arm.name in ("ema-anchor", "l2-sp")]
-    yield from (Run(arm, "sst2", 0, 0) for arm in [*pulled, GRID[1]])
-    yield Run(GRID[1], "sst2", 10, 0)
-    yield from (Run(strict, task, poison, 0) for task, poison in (("sst2", 0), ("gsm8k", 10)))
-    yield from (Run(arm, "sst2", 10, 0) for arm in [PLAIN, *METHODS, *SEARCH[:6]])
-    yield from (Run(arm, "sst2", 0, 0) for arm in [*main, *(a for a in others if a.name in ("lwf-output", "ema", "er"))])
-    yield from (Run(arm, "sst2", 10, seed) for seed in SEEDS[1:] for arm in main if arm.name != "der")
-    yield from (Run(arm, "gsm8k", 10, 0) for arm in main if arm.name != "der")
-    without_data = [*GRID[:2], *(a for a in [*METHODS, *NO_DATA] if a.name in ("lwf-hidden-20", "ema-anchor", "l2-sp-1", "l2-sp"))]
-    yield from (Run(arm, "sst2", 0, 0) for arm in without_data)
-    yield from (Run(arm, "sst2", 10, 0) for arm in GRID[:2])
-    yield from (Run(arm, "sst2", 0, seed) for seed in SEEDS[1:] for arm in main if arm.name != "der")
-    yield from (Run(arm, "code", 10, 0) for arm in main if arm.name != "der")
-    yield from (Run(arm, "sst2", 0, 0) for arm in [*others, *GRID])
-    yield from (Run(arm, "sst2", poison, seed) for seed in SEEDS[1:] for poison in POISON for arm in main)
-    yield from (Run(arm, task, poison, 0) for task in ("gsm8k", "code") for poison in POISON for arm in main)
-    yield from (Run(arm, "sst2", 10, 0) for arm in [*GRID, *SEARCH, *NO_DATA])
+    """The most telling ones first. An arm of one setting that is named twice is run once."""
+    main = [arm for arm in [PLAIN, *METHODS, *SEARCH] if arm.name in MAIN]
+    yield from (Run(arm, "sst2", 10, 0) for arm in [PLAIN, *METHODS, *main])
+    yield from (Run(arm, "sst2", 0, 0) for arm in [*main, *METHODS])
+    yield from (Run(arm, "sst2", poison, seed) for poison in (10, 0) for seed in SEEDS[1:] for arm in main)
+    yield from (Run(arm, "sst2", poison, 0) for poison in POISON for arm in GRID)
+    yield from (Run(arm, task, poison, 0) for task in ("gsm8k", "code") for poison in (10, 0) for arm in main)
+    yield from (Run(arm, "sst2", 10, 0) for arm in [*SEARCH, *NO_DATA])
+    yield from (Run(arm, "sst2", 0, 0) for arm in NO_DATA)
 
 
 RUNS = list(dict.fromkeys(_runs()))
