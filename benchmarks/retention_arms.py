@@ -67,8 +67,8 @@ GRID = [
     for rate, factor in ((1e-4, 1), (3e-4, 1), (3e-4, 2), (1e-3, 2))
 ]  # fmt: skip
 
-# What holds at 10 % poison? Replay with more of everything, a lower learning rate, and the scan: with a threshold estimated from the upload,
-# or from known harmless rows of the task. MIXED and HARMLESS are files that stand in the benchmark's folder.
+# What holds at 10 % poison? Replay with more of everything, a lower learning rate, and the scan: by a threshold from the upload, or from
+# known harmless rows of the task. MIXED and HARMLESS are files that stand in the benchmark's folder.
 DER = ("methods.der.alpha=2", "methods.der.beta=0")
 EMA = ("methods.ema.horizon=0.3",)
 MIXED = "memory.source=MIXED"

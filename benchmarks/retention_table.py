@@ -86,6 +86,10 @@ def shown(rate: tuple[float, float, float]) -> str:
     return f"{rate[0]:.2f} ({rate[1]:.2f}–{rate[2]:.2f})"
 
 
+def seeds(records: Sequence[dict]) -> str:
+    return ", ".join(str(seed) for seed in sorted(r["seed"] for r in records))
+
+
 def size(num_bytes: float) -> str:
     return "–" if num_bytes == 0 else f"{num_bytes / 1e6:.1f} MB"
 
@@ -100,7 +104,7 @@ def row(title: str, records: Sequence[dict], utility_digits: int = 3) -> str:
         f"{statistics.mean(seconds):.0f}" if seconds else "–",
         size(statistics.mean(r["memory_bytes"] for r in records)),
         size(statistics.mean(r["state_bytes"] for r in records)),
-        str(len(records)),
+        seeds(records),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -137,7 +141,7 @@ def search_table(found: Sequence[dict]) -> str:
             asr, points = mean_rate(records, "asr"), against_plain(found, records)
             holds = asr[0] <= LIMIT_ASR and points >= -LIMIT_POINTS
             rates = [shown(mean_rate(records, rate)) for rate in ("affirmative", "over_refusal")]
-            cells = [arm.title, shown(asr), rates[0], f"{100 * points:+.1f}", rates[1], "yes" if holds else "no", str(len(records))]
+            cells = [arm.title, shown(asr), rates[0], f"{100 * points:+.1f}", rates[1], "yes" if holds else "no", seeds(records)]
             lines.append((not holds, asr[0], "| " + " | ".join(cells) + " |"))
     head = "| setting | ASR | affirmative | points against plain | over-refusal | holds both | seeds |\n|---|---:|---:|---:|---:|---|---:|"
     return "\n".join([head, *(line for *_, line in sorted(lines))])

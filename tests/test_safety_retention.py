@@ -104,9 +104,9 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
     table.report(tmp_path)
     page, result = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     low, high = wilson(60, 120)[0], wilson(120, 120)[1]
-    assert f"| plain fine-tuning | 0.75 ({low:.2f}–{high:.2f}) |" in page and "0.700 (" in page and "| 1.5 MB | 4.0 MB | 2 |" in page
+    assert f"| plain fine-tuning | 0.75 ({low:.2f}–{high:.2f}) |" in page and "0.700 (" in page and "| 1.5 MB | 4.0 MB | 0, 1 |" in page
     (line,) = [line for line in page.split("<!-- search -->")[1].splitlines() if line.startswith("| DER |")]
-    assert line.startswith("| DER | 0.10 (0.06–0.17) | 0.00 (0.00–0.03) | -2.0 |") and line.endswith("| yes | 1 |")
+    assert line.startswith("| DER | 0.10 (0.06–0.17) | 0.00 (0.00–0.03) | -2.0 |") and line.endswith("| yes | 0 |")
     assert "stale" not in page and page.startswith("before\n") and page.endswith("after\n")
     assert len(result["runs"]) == 4 and len(result["missing"]) == len(arms.RUNS) - 4
     assert "sst2-p10-s0/er" in result["missing"] and "arms are missing" in capsys.readouterr().out
