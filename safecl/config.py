@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
@@ -43,8 +43,11 @@ class MethodConfig(Section):
     """Base of every method's config (`methods: {name: {...}}`).
 
     A method says what it needs by class variables or properties: `needs_memory`; `needs_teacher`, stored outputs in the memory;
-    `needs_reference`, theta_0 as an anchor; `refuses_lora`, why it cannot be combined with adapters.
+    `state_kinds`, what it keeps with one value per weight; `refuses_lora`, why it cannot be combined with adapters.
     """
+
+    state_kinds: ClassVar[tuple[str, ...]] = ()
+    """Kinds of state in the shards. By the ends of their names, `anchor`, `fisher` and `ema` live where deepspeed.offload says."""
 
     @property
     def online_teacher(self) -> str | None:

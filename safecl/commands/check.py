@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from safecl.commands.preflight import preflight
 from safecl.config import ConfigError, RunConfig
 
+if TYPE_CHECKING:
+    import torch
+
 
 def check_run(config: RunConfig) -> None:
     """Prints the plan and one decoded example per task. Raises ConfigError for whatever would stop the run, with file and line for rows."""
     preflight(config)
     from safecl.data import describe
+    from safecl.engine.memory_plan import ModelShape, memory_lines
     from safecl.engine.plan import describe_plan, plan_run
 
     console = Console(highlight=False, soft_wrap=True)
     plan = plan_run(config)
     facts = describe_plan(plan)
-    facts[1:1] = model_facts(config, len(plan.tokenizer))
+    model = model_structure(config)
+    facts[1:1] = model_facts(model, config, len(plan.tokenizer))
+    facts += memory_lines(ModelShape.of(model, config.model.lora), config)
     for what, value in facts:
         console.print(f"[bold]{what:<18}[/bold]", end="")
         console.print(value, markup=False)
@@ -32,17 +39,23 @@ def check_run(config: RunConfig) -> None:
     console.print(f"ready: safecl train would write {config.output}", style="green", markup=False)
 
 
-def model_facts(config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
-    """(what, value) lines about the model, from its settings alone; no weights are read. ConfigError for one that cannot be tuned."""
+def model_structure(config: RunConfig) -> torch.nn.Module:
+    """The model without its weights. ConfigError for one that cannot be tuned."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from safecl.engine.model import choose_attention, read_model_settings
+    from safecl.engine.model import read_model_settings
 
     settings = read_model_settings(config.model)
     refuse_without_weights(config.model.path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
+
+
+def model_facts(model: torch.nn.Module, config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
+    """(what, value) lines about the model. ConfigError where its vocabulary is smaller than the tokenizer's."""
+    from safecl.engine.model import choose_attention
+
     vocabulary = model.get_input_embeddings().num_embeddings
     if num_tokens > vocabulary:
         raise ConfigError(
@@ -50,7 +63,7 @@ def model_facts(config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
         )
     attention, reason = choose_attention(config.model.attention)
     return [
-        ("  parameters", f"{model.num_parameters():,} ({settings.model_type}), vocabulary {vocabulary:,}"),
+        ("  parameters", f"{model.num_parameters():,} ({model.config.model_type}), vocabulary {vocabulary:,}"),
         ("  attention", f"{attention} ({reason})"),
     ]
 

@@ -50,13 +50,13 @@ def empty_model(path: str, dtype: torch.dtype, *, attention: str | None = None, 
 
     settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     chosen = {} if attention is None else {"attn_implementation": attention}
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
     return model.eval()
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Modules made inside have parameters without memory. Buffers stay real: most are in no checkpoint and made by the module itself."""
     register = nn.Module.register_parameter
 

@@ -225,7 +225,9 @@ class Run:
         recorded = {name: 0 for _, name in self._recorded}
         for (_, name), outputs in self._recorded.items():
             recorded[name] += outputs.num_bytes
-        return {"state": state, "recorded": recorded, "memory": self.memory.num_bytes() if self.memory is not None else {}}
+        reference = self.engine.store.nbytes if self.engine.store is not None else 0  # on each node
+        memory = self.memory.num_bytes() if self.memory is not None else {}
+        return {"state": state, "recorded": recorded, "memory": memory, "reference": reference}
 
     # ------------------------------------------------------------------------------------------------------------- resume
 

@@ -23,7 +23,7 @@ from safecl.engine.batch import Layout, StepRow, micro_batches, terms_of, to_dev
 from safecl.engine.deepspeed_config import deepspeed_config
 from safecl.engine.model import LanguageModel
 from safecl.engine.optimizer import Quantity, Shard, ShardAdamW, UpdateResult
-from safecl.engine.placement import Placement
+from safecl.engine.placement import Placement, role_of
 from safecl.engine.reference import ReferenceStore
 from safecl.engine.shards import ShardMap, UnshardedFp32Gradients, initialize
 from safecl.kernels import fisher_accumulate_
@@ -227,7 +227,7 @@ def placement_of(config: RunConfig) -> Placement:
 
 def needs_reference(config: RunConfig) -> bool:
     """True where the reference store stays open: anchors or a streamed teacher read it. With LoRA neither does."""
-    anchors = any(getattr(settings, "needs_reference", False) for settings in config.methods.values())
+    anchors = any(role_of(kind) == "reference" for settings in config.methods.values() for kind in settings.state_kinds)
     teachers = not {"aligned", "previous"}.isdisjoint(config.online_teachers.values())
     return config.model.lora is None and (teachers or (anchors and config.deepspeed.offload.reference == "cpu"))
 

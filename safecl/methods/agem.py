@@ -29,6 +29,7 @@ class Config(MethodConfig):
     """A-GEM: gradients that conflict with the memory's are projected."""
 
     needs_memory: ClassVar[bool] = True
+    state_kinds: ClassVar[tuple[str, ...]] = (MEMORY_GRADIENT,)
 
     margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """Project where the cosine of both gradients is below this, then to orthogonality; 0 is the paper's, 1 projects at every step."""

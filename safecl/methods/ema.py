@@ -50,8 +50,8 @@ class Config(MethodConfig):
         return self.write_back == "never"
 
     @property
-    def needs_reference(self) -> bool:
-        return self.write_back == "anchor"
+    def state_kinds(self) -> tuple[str, ...]:
+        return ({"never": "ema", "slow": "slow", "anchor": "anchor"}[self.write_back],)
 
     def decay_for(self, num_steps: int) -> float:
         """eta of a task of `num_steps` optimizer steps."""

@@ -34,7 +34,7 @@ LORA_REFUSED = (
 class Config(MethodConfig):
     """Elastic weight consolidation."""
 
-    needs_reference: ClassVar[bool] = True
+    state_kinds: ClassVar[tuple[str, ...]] = ("anchor", "fisher")
 
     strength: Annotated[float, Field(ge=0)] = 0.1
     """Factor of the penalty; multiplies F / mean(F)."""

@@ -26,7 +26,7 @@ ATTENTION = ("*.self_attn.*", "*.attn.*", "*.attention.*", "*.self_attention.*")
 class Config(MethodConfig):
     """L2-SP: a pull of the weights to the aligned model."""
 
-    needs_reference: ClassVar[bool] = True
+    state_kinds: ClassVar[tuple[str, ...]] = ("anchor",)
 
     strength: Annotated[float, Field(ge=0)] = 0.01
     """Factor of the penalty; in AdamW's terms, the pull is added to the clipped gradient."""

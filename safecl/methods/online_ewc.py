@@ -26,7 +26,7 @@ class Config(MethodConfig):
     """Online elastic weight consolidation."""
 
     needs_memory: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = True
+    state_kinds: ClassVar[tuple[str, ...]] = (ANCHOR, FISHER, NEW)
     refuses_lora: ClassVar[str] = ewc.LORA_REFUSED
 
     strength: Annotated[float, Field(ge=0)] = 0.1

@@ -1,0 +1,340 @@
+"""Memory of the reference weights: what ranks share, what starting a run takes, what a run keeps beside what was planned.
+
+    python benchmarks/reference.py                         # all figures of the CPU; a few GB of memory and of disk in /tmp
+    python benchmarks/reference.py --only sharing
+    python benchmarks/reference.py --only offload --device cuda
+
+sharing    ranks that read and lock every byte of one store: proportional set sizes, added up, against one copy
+loading    the peak over all ranks together while ZeRO-3 starts from a checkpoint, beyond what training keeps, against one model
+planned    what a run keeps after two steps of EWC and EMA, in every stage, against safecl.engine.memory_plan
+offload    the optimizer's pass with anchor, Fisher and EMA in host memory, against the same beside the shard (GPU)
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from benchmarks.harness import machine, seconds_of, write_json
+from tests.pool import RankPool
+
+RESULT = Path(__file__).parent / "results" / "reference.json"
+
+
+def save_model(folder: str, megabytes: int, layers: int = 8) -> int:
+    """A bf16 Llama of about that size; bytes of its weights."""
+    import transformers
+
+    hidden = 64 * max(1, round((megabytes * 1e6 / 2 / (layers * 12)) ** 0.5 / 64))
+    config = transformers.LlamaConfig(
+        vocab_size=1024, hidden_size=hidden, intermediate_size=8 * hidden // 3, num_hidden_layers=layers, num_attention_heads=hidden // 64
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    return sum(p.nbytes for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------------ measuring
+
+
+def proportional_bytes(pid: int | str = "self") -> int:
+    """Proportional set size of a process: its own pages, and its share of those that it shares."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+class Peak:
+    """The largest sum of proportional set sizes of some processes while the block runs, asked for every 20 ms."""
+
+    def __init__(self, pids: list[int]):
+        self.pids, self.bytes = pids, 0
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Peak:
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.bytes = max(self.bytes, sum(map(proportional_bytes, self.pids)))
+
+
+def on_ranks(world_size: int, work: Callable[[RankPool, list[int]], dict]) -> dict:
+    pool = RankPool(world_size)
+    try:
+        return work(pool, [process.pid for process in pool.processes])
+    finally:
+        pool.close()
+
+
+_kept: dict = {}
+
+
+def open_and_lock(path: str) -> dict:
+    """Opens the store, reads every byte and locks it in memory."""
+    from safecl import ReferenceStore
+
+    before = proportional_bytes()
+    store = _kept["store"] = ReferenceStore.open(path, dtype=torch.bfloat16)
+    total = sum(float(store.tensor(name).view(-1).view(torch.int16).sum()) for name in store.names())
+    libc = ctypes.CDLL(None, use_errno=True)
+    start = min(store.tensor(name).data_ptr() for name in store.names())
+    locked = libc.mlock(ctypes.c_void_p(start), ctypes.c_size_t(store.nbytes)) == 0
+    return {"before": before, "sum": total, "locked": locked, "nbytes": store.nbytes}
+
+
+def proportional_bytes_now() -> int:
+    return proportional_bytes()
+
+
+def sharing(world_size: int = 4, megabytes: int = 400) -> dict:
+    def work(pool: RankPool, pids: list[int]) -> dict:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(folder, megabytes)
+            ranks = pool.run(open_and_lock, path=folder)
+            after = pool.run(proportional_bytes_now)
+        one = ranks[0]["nbytes"]
+        grown = sum(after) - sum(rank["before"] for rank in ranks)
+        return {
+            "ranks": world_size, "store_bytes": one, "locked": all(rank["locked"] for rank in ranks),
+            "grown_bytes": grown, "copies": round(grown / one, 4), "limit": 1.1,
+        }  # fmt: skip
+
+    return on_ranks(world_size, work)
+
+
+# -------------------------------------------------------------------------------------------------------------------- loading
+
+
+def configure(path: str, stage: int, methods: dict | None = None):
+    from tests.engine.scenes import run_config
+
+    model = {"path": path, "dtype": "bf16", "gradient_checkpointing": True}
+    offload = {"reference": "cpu"}
+    return run_config(model=model, methods=methods or {}, deepspeed={"stage": stage, "offload": offload})
+
+
+def warm_up() -> None:
+    """Imports and first allocations, which are no part of any model."""
+    import deepspeed  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import safecl.engine.trainer  # noqa: F401
+
+    trim()
+
+
+def trim() -> int:
+    """Gives free memory back to the system; what is left is in use."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return proportional_bytes()
+
+
+def start_engine(path: str, stage: int) -> None:
+    from safecl.engine import distributed
+    from safecl.engine.batch import Layout
+    from safecl.engine.loading import load_model
+    from safecl.engine.model import LanguageModel
+    from safecl.engine.training import TrainingEngine
+
+    config = configure(path, stage)
+    loaded, store = load_model(config.model)
+    engine = _kept["engine"] = TrainingEngine(LanguageModel(loaded), config, Layout(distributed.world_size(), 64, True), store)
+    engine.release_store()
+
+
+def start_engine_as_usual(path: str, stage: int) -> None:
+    """What a script does: every rank loads the whole model, then DeepSpeed shards it."""
+    import transformers
+
+    from safecl.engine import distributed
+    from safecl.engine.batch import Layout
+    from safecl.engine.model import LanguageModel
+    from safecl.engine.training import TrainingEngine
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(torch.bfloat16)
+    config = configure(path, stage)
+    _kept["engine"] = TrainingEngine(LanguageModel(loaded), config, Layout(distributed.world_size(), 64, True))
+
+
+def loading(world_size: int = 2, megabytes: int = 1500, stage: int = 3) -> dict:
+    found: dict = {"ranks": world_size, "stage": stage, "limit": 1.3}
+    with tempfile.TemporaryDirectory() as folder:
+        found["model_bytes"] = save_model(folder, megabytes)
+        for name, start in (("safecl", start_engine), ("every rank loads the model", start_engine_as_usual)):
+
+            def work(pool: RankPool, pids: list[int], start=start) -> dict:
+                pool.run(warm_up)
+                before = sum(pool.run(trim))
+                with Peak(pids) as peak:
+                    pool.run(start, path=folder, stage=stage)
+                kept = sum(pool.run(trim)) - before
+                beyond = peak.bytes - before - kept
+                return {
+                    "kept_bytes": kept,
+                    "peak_bytes": peak.bytes - before,
+                    "beyond_kept_in_models": round(beyond / found["model_bytes"], 3),
+                }
+
+            found[name] = on_ranks(world_size, work)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------------- planned
+
+
+def train_two_steps(path: str, stage: int) -> dict:
+    from safecl.engine.loading import load_model
+    from safecl.engine.memory_plan import ModelShape, plan_memory
+    from tests.engine import scenes
+
+    methods = {"ewc": {"sign_batches": 2, "rows_per_batch": 2}, "ema": {"decay": 0.9}}
+    config = configure(path, stage, methods)
+    loaded, store = load_model(config.model)
+    shape = ModelShape.of(loaded)
+    run, task = scenes.build_run(config, loaded, store)
+    scenes.begin(run, task)
+    for _ in range(2):
+        run.train_step(task)
+    _kept["run"] = run
+    plan = plan_memory(shape, config, run.engine.layout.world_size)
+    transient = ("activations", "communication buckets", "gathered weights")
+    per_rank = sum(item.nbytes for item in plan.items if not item.per_node and item.what not in transient)
+    shared = sum(item.nbytes for item in plan.items if item.per_node)
+    return {"planned": per_rank * plan.world_size + shared}
+
+
+def planned(world_size: int = 2, megabytes: int = 120) -> dict:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        size = save_model(folder, megabytes, layers=4)
+        for stage in range(4):
+
+            def work(pool: RankPool, pids: list[int], stage=stage) -> dict:
+                pool.run(warm_up)
+                before = sum(pool.run(trim))
+                with Peak(pids) as peak:
+                    plan = pool.run(train_two_steps, path=folder, stage=stage)[0]["planned"]
+                kept = sum(pool.run(trim)) - before
+                return {
+                    "planned_bytes": plan, "peak_bytes": peak.bytes - before, "kept_bytes": kept,
+                    "peak_of_planned": round((peak.bytes - before) / plan, 3),
+                }  # fmt: skip
+
+            found[f"stage {stage}"] = on_ranks(world_size, work)
+    return {"ranks": world_size, "model_bytes": size, "stages": found}
+
+
+# -------------------------------------------------------------------------------------------------------------------- offload
+
+
+class _OneShard:
+    """A shard map of a single parameter, for an optimizer without DeepSpeed."""
+
+    def __init__(self, flat: torch.Tensor):
+        from safecl.engine.shards import Fragment
+
+        self.flats, self.fragments = [flat], [Fragment("weight", 0, flat.numel(), 0, 0)]
+        self.shapes, self.numel, self.replicated = {"weight": (flat.numel(),)}, flat.numel(), True
+
+    def grad_norm(self) -> torch.Tensor:
+        return torch.ones((), device=self.flats[0].device)
+
+    def reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+def optimizer_pass(device: torch.device, numel: int, place: str) -> Callable[[], None]:
+    """One update of a shard with anchor, Fisher and EMA beside it (`none`) or in host memory (`cpu`)."""
+    from safecl.engine.optimizer import ShardAdamW, UpdatePlan
+    from safecl.engine.placement import Placement
+    from safecl.methods.base import Penalty
+
+    flat = torch.randn(numel, device=device)
+    optimizer = ShardAdamW([flat])
+    optimizer.placement = Placement(place, place, place, torch.bfloat16)
+    optimizer.bind(_OneShard(flat))
+    optimizer.copy_weights_to("anchor", torch.bfloat16)
+    optimizer.copy_weights_to("ema")
+    for shard in optimizer.shards():
+        shard.keep("fisher", torch.rand(numel, device=device))
+    flat.grad = torch.randn(numel, device=device)
+    plan = UpdatePlan(lr=1e-4, clip_norm=1.0, penalties=[Penalty(0.1, fisher="fisher")], ema_decay=0.99)
+
+    def run() -> None:
+        optimizer.action = optimizer.update(plan)
+        optimizer.step()
+
+    return run
+
+
+def offload(device: torch.device, numel: int, repeats: int = 10) -> dict:
+    seconds = {}
+    for place in ("none", "cpu"):
+        run = optimizer_pass(device, numel, place)
+        run()
+        seconds[place] = statistics.median(seconds_of(run, device) for _ in range(repeats))
+        del run
+        gc.collect()
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    matmul = statistics.median(seconds_of(lambda: a @ b, device) for _ in range(repeats))
+    rate = 2 * 8192**3 / matmul
+    added = seconds["cpu"] - seconds["none"]
+    # A step of `tokens` tokens of a model of `numel` weights takes at least 8 flops per weight and token with checkpointing.
+    shares = {str(tokens): round(added / (8 * numel * tokens / rate + seconds["none"]), 4) for tokens in (65536, 262144)}
+    return {
+        "weights": numel, "seconds_beside": seconds["none"], "seconds_offloaded": seconds["cpu"], "matmul_flops_per_s": rate,
+        "added_share_of_a_step_at_tokens": shares, "limits": {"65536": 0.15, "262144": 0.04},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["sharing", "loading", "planned", "offload"], action="append")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--weights", type=int, default=10**9, help="of the shard in `offload`")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    works = {"sharing": sharing, "loading": loading, "planned": planned}
+    if device.type == "cuda":
+        works = {"offload": lambda: offload(device, options.weights)}
+    elif "offload" in (options.only or ()):
+        works["offload"] = lambda: offload(device, options.weights)
+    result: dict = {"machine": machine(device), "command": "python " + " ".join(sys.argv)}
+    for name, work in works.items():
+        if options.only is None or name in options.only:
+            began = time.perf_counter()
+            result[name] = work() | {"seconds": round(time.perf_counter() - began, 1)}
+            print(name, result[name], flush=True)
+    write_json(options.out, result)
+
+
+if __name__ == "__main__":
+    main()
