@@ -99,25 +99,25 @@ def open_and_lock(path: str) -> dict:
     """Opens the store, reads every byte and locks it in memory."""
     from safecl import ReferenceStore
 
-    before = proportional_bytes()
+    _kept.clear()
+    before = trim()
     store = _kept["store"] = ReferenceStore.open(path, dtype=torch.bfloat16)
-    total = sum(float(store.tensor(name).view(-1).view(torch.int16).sum()) for name in store.names())
+    total = sum(int(store.tensor(name).view(-1).view(torch.int16).max()) for name in store.names())
     libc = ctypes.CDLL(None, use_errno=True)
     start = min(store.tensor(name).data_ptr() for name in store.names())
     locked = libc.mlock(ctypes.c_void_p(start), ctypes.c_size_t(store.nbytes)) == 0
-    return {"before": before, "sum": total, "locked": locked, "nbytes": store.nbytes}
-
-
-def proportional_bytes_now() -> int:
-    return proportional_bytes()
+    return {"before": before, "largest": total, "locked": locked, "nbytes": store.nbytes}
 
 
 def sharing(world_size: int = 4, megabytes: int = 400) -> dict:
     def work(pool: RankPool, pids: list[int]) -> dict:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as small:
+            save_model(small, 1)
+            pool.run(open_and_lock, path=small)  # imports, and the structure of a model
+            pool.run(warm_up)
             save_model(folder, megabytes)
             ranks = pool.run(open_and_lock, path=folder)
-            after = pool.run(proportional_bytes_now)
+            after = pool.run(trim)
         one = ranks[0]["nbytes"]
         grown = sum(after) - sum(rank["before"] for rank in ranks)
         return {

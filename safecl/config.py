@@ -557,6 +557,24 @@ class RunConfig(Section):
         return found
 
     @model_validator(mode="after")
+    def _one_average(self) -> RunConfig:
+        averages = [name for name, settings in self.methods.items() if getattr(settings, "keeps_average", False)]
+        if len(averages) > 1:
+            raise ValueError(f"methods: {' and '.join(averages)} each keep an average of the weights, and one can be saved; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_proximal_step(self) -> RunConfig:
+        """It is the last thing in the optimizer's pass, which has room for one penalty, on the Fisher that a masked average reads."""
+        penalties = {name: settings for name, settings in self.methods.items() if hasattr(settings, "proximal")}
+        for name, settings in penalties.items():
+            masked = "psmt" in self.methods and "fisher" not in settings.state_kinds
+            if settings.proximal and (len(penalties) > 1 or masked):
+                others = ", ".join(other for other in [*penalties, *(["psmt"] if masked else [])] if other != name)
+                raise ValueError(f"methods: {name}.proximal cannot be combined with {others}; use proximal: false")
+        return self
+
+    @model_validator(mode="after")
     def _teachers_exist(self) -> RunConfig:
         for key, source in self.online_teachers.items():
             if source == "ema" and not any(getattr(settings, "keeps_average", False) for settings in self.methods.values()):

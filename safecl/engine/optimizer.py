@@ -19,7 +19,7 @@ import torch
 
 from safecl.engine.placement import Piece, Placement, Served, Stream, allocate, pieces
 from safecl.kernels import Segments, adamw_step_, fisher_penalty_, penalized_grad_norm
-from safecl.methods.base import Penalty
+from safecl.methods.base import AverageMask, Penalty
 
 if TYPE_CHECKING:
     from safecl.engine.reference import ReferenceStore
@@ -73,6 +73,7 @@ class UpdatePlan:
     clip_scope: str = "task"
     penalties: Sequence[Penalty] = ()
     ema_decay: float | None = None
+    ema_mask: AverageMask | None = None
     transforms: Sequence[Callable[[list[Shard]], None]] = ()
     after_update: Sequence[Callable[[list[Shard]], None]] = ()
 
@@ -246,8 +247,8 @@ class ShardAdamW(torch.optim.Optimizer):
     def _update(self, shards: list[Shard], plan: UpdatePlan, norm: torch.Tensor) -> None:
         """Clip coefficient, then one pass over each shard. One penalty fits into the pass; further ones join the gradient before it."""
         self.num_updates += 1
-        first, *others = plan.penalties or [None]
-        if plan.clip_scope == "total" and first is not None:
+        first, *others = _in_the_pass(plan)
+        if plan.clip_scope == "total" and plan.penalties:
             losses = self._add_penalties(shards, others)
             norm, loss = self._norm_and_penalty(shards, first)
             clip = _clip_coefficient(plan, norm)
@@ -262,7 +263,7 @@ class ShardAdamW(torch.optim.Optimizer):
             clip = None
         losses = self._add_penalties(shards, others)
         losses += [loss for shard in shards for loss in self._step_shard(shard, plan, clip, first)]
-        self.result.penalty = sum(losses, torch.zeros(())) if first is not None else None
+        self.result.penalty = sum((loss for loss in losses if loss is not None), torch.zeros(())) if plan.penalties else None
 
     def _add_penalties(self, shards: list[Shard], penalties: Sequence[Penalty]) -> list[torch.Tensor]:
         return [self._add_penalty(shard, penalty) for shard in shards for penalty in penalties]
@@ -278,10 +279,14 @@ class ShardAdamW(torch.optim.Optimizer):
         group = self.param_groups[0]
         hyper = {key: group[key] for key in ("betas", "eps", "weight_decay")} | {"step": self.num_updates, "lr": plan.lr}
         hyper |= {"clip_coef": None if clip is None else clip.to(shard.param.device), "ema_decay": plan.ema_decay}
-        losses = []
-        for piece in shard.pieces([*_kinds_of(penalty), *average], written=average):
+        mask = plan.ema_mask
+        if mask is not None:
+            hyper |= {"ema_threshold": mask.threshold, "ema_decay_above": mask.decay}
+        losses, kinds = [], dict.fromkeys([*_kinds_of(penalty), *average, *([mask.fisher] if mask is not None else [])])
+        for piece in shard.pieces(list(kinds), written=average):
             tensors = [_flat(tensor, piece) for tensor in (shard.param, shard.grad, shard.state["exp_avg"], shard.state["exp_avg_sq"])]
             state = {"segments": _cut(shard.segments, piece), "ema": piece.state["ema"] if average else None}
+            state |= {"fisher": piece.state[mask.fisher]} if mask is not None else {}
             losses.append(adamw_step_(*tensors, **hyper, **(state | self._penalty_arguments(shard, piece, penalty, factor))))
         return losses
 
@@ -313,6 +318,15 @@ class ShardAdamW(torch.optim.Optimizer):
 
     def _strength(self, penalty: Penalty) -> float:
         return penalty.strength / self.fisher_means.get(penalty.fisher, 1.0) if penalty.fisher else penalty.strength
+
+
+def _in_the_pass(plan: UpdatePlan) -> list[Penalty | None]:
+    """The penalties, that of the fused pass first. The pass holds one Fisher: beside a masked average, a penalty with another comes before
+    it."""
+    if plan.ema_mask is None:
+        return list(plan.penalties) or [None]
+    fitting = [penalty for penalty in plan.penalties if penalty.fisher == plan.ema_mask.fisher]
+    return [*(fitting or [None]), *(penalty for penalty in plan.penalties if penalty not in fitting)]
 
 
 def _kinds_of(penalty: Penalty | None) -> list[str]:

@@ -16,7 +16,7 @@ from safecl.data import TokenDataset
 from safecl.engine import distributed
 from safecl.engine.adapters import AdapterPull, EvenPull, adapters, read_fisher_pull
 from safecl.engine.batch import HIDDEN, Asked, Distillation, Question, StepRow
-from safecl.engine.fisher import estimate_fisher
+from safecl.engine.fisher import estimate_fisher, upper_threshold
 from safecl.engine.fisher_artifact import estimate_into, has_room, header_of, shared_fisher
 from safecl.engine.fisher_file import load_fisher, open_fisher
 from safecl.engine.memory import Memory, remember, sample_rows
@@ -118,6 +118,9 @@ class Run:
     def load_fisher(self, path: str, kind: str = "fisher") -> float:
         load_fisher(open_fisher(path), self.engine.shards, self.engine.optimizer, kind)
         return self.engine.optimizer.fisher_means[kind]
+
+    def upper_threshold(self, kind: str, share: float) -> float:
+        return upper_threshold(self.engine, kind, share)
 
     def memory_gradient(self, kind: str, stream: str) -> bool:
         rows = self._replay_rows(stream, [ReplayTerm(stream, ce_weight=1.0)])
@@ -364,6 +367,7 @@ class Run:
             clip_scope=train.clip_scope,
             penalties=[penalty for penalty in self._penalties() if not (penalty.product and self.has_adapters)],
             ema_decay=decays[0] if decays else None,
+            ema_mask=next((mask for method in self._active if (mask := method.ema_mask()) is not None), None),
             transforms=self._hooks("transform_gradient"),
             after_update=self._hooks("after_update"),
         )

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-_NOT_METHODS = {"base", "presets"}
+_NOT_METHODS = {"base", "presets", "scope"}
 
 
 def builtin_methods() -> list[str]:

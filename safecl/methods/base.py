@@ -84,6 +84,17 @@ class Penalty:
     """With `product`: file of the dense Fisher that weighs the products; without one they are pulled evenly."""
 
 
+@dataclass(frozen=True)
+class AverageMask:
+    """Another decay of the average where the Fisher information exceeds a threshold."""
+
+    fisher: str
+    """Kind of state that holds F."""
+    threshold: float
+    decay: float
+    """Of elements with F above the threshold."""
+
+
 C = TypeVar("C", bound=MethodConfig)
 
 
@@ -120,6 +131,9 @@ class Run(Protocol):
 
     def load_fisher(self, path: str, kind: str = "fisher") -> float:
         """Loads what `safecl fisher` has written into the state `kind`; returns its mean over all weights."""
+
+    def upper_threshold(self, kind: str, share: float) -> float:
+        """The smallest value of the state `kind` (not negative) that at most this share of all weights exceeds. Two small all-reduces."""
 
     def memory_gradient(self, kind: str, stream: str) -> bool:
         """Gradient of the mean cross-entropy of a draw from the memory, at the current weights, into the state `kind`; weights stay.
@@ -161,6 +175,10 @@ class Method(Generic[C]):
 
     def ema_decay(self, run: Run) -> float | None:
         """Decay of the average that follows the weights in this step; None where the method keeps none."""
+        return None
+
+    def ema_mask(self) -> AverageMask | None:
+        """Elements whose average has another decay than `ema_decay`."""
         return None
 
     def transform_gradient(self, run: Run, shards: list[Shard]) -> None:

@@ -24,22 +24,41 @@ if TYPE_CHECKING:
     from safecl.engine.optimizer import Shard
 
 
-class Config(MethodConfig):
-    """EMA of the weights."""
+class AverageConfig(MethodConfig):
+    """How fast an average follows the weights."""
 
     decay: Annotated[float, Field(ge=0, le=1)] | None = None
     """eta. With `write_back: anchor` it is the share of theta_0 that is mixed in."""
     horizon: Annotated[float, Field(gt=0)] | None = None
     """Instead of decay: the average's memory 1 / (1 - eta) as a fraction of the task's steps. 0.3 leaves 4 % on the start. Default 0.3."""
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> AverageConfig:
+        if self.decay is not None and self.horizon is not None:
+            raise ValueError("give decay or horizon, not both")
+        return self
+
+    def decay_for(self, num_steps: int) -> float:
+        """eta of a task of `num_steps` optimizer steps."""
+        if self.decay is not None:
+            return self.decay
+        return max(0.0, 1.0 - 1.0 / max(1.0, (self.horizon or 0.3) * num_steps))
+
+    def weight_on_start(self, num_steps: int) -> float:
+        """Share of theta_0 in the saved average after `num_steps` steps: eta^T."""
+        return self.decay_for(num_steps) ** num_steps
+
+
+class Config(AverageConfig):
+    """EMA of the weights."""
+
     write_back: Literal["never", "slow", "anchor"] = "never"
     """never: evaluate and save the average; slow: weights take the average every `every` steps; anchor: weights are pulled to theta_0."""
     every: Annotated[int, Field(ge=1)] = 10
     """Steps between write-backs; unused with `never`."""
 
     @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> Config:
-        if self.decay is not None and self.horizon is not None:
-            raise ValueError("give decay or horizon, not both")
+    def _a_write_back_says_how_much(self) -> Config:
         if self.write_back != "never" and self.decay is None:
             raise ValueError(f"write_back: {self.write_back} needs decay, e.g. {'0.5' if self.write_back == 'slow' else '0.05'}")
         return self
@@ -53,15 +72,9 @@ class Config(MethodConfig):
     def state_kinds(self) -> tuple[str, ...]:
         return ({"never": "ema", "slow": "slow", "anchor": "anchor"}[self.write_back],)
 
-    def decay_for(self, num_steps: int) -> float:
-        """eta of a task of `num_steps` optimizer steps."""
-        if self.decay is not None:
-            return self.decay
-        return max(0.0, 1.0 - 1.0 / max(1.0, (self.horizon or 0.3) * num_steps))
-
     def weight_on_start(self, num_steps: int) -> float:
         """Share of theta_0 in the saved average after `num_steps` steps: eta^T. 0 where the live weights are saved."""
-        return self.decay_for(num_steps) ** num_steps if self.write_back == "never" else 0.0
+        return super().weight_on_start(num_steps) if self.write_back == "never" else 0.0
 
 
 class Method(base.Method[Config]):

@@ -21,8 +21,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from safecl.config import MethodConfig
-from safecl.methods import base
+from safecl.methods import base, scope
 
 LORA_REFUSED = (
     "the Fisher of fresh adapters is degenerate, because B = 0 makes the gradient of A vanish; weigh their product with the dense Fisher "
@@ -31,7 +30,7 @@ LORA_REFUSED = (
 )
 
 
-class Config(MethodConfig):
+class Config(scope.ScopedConfig):
     """Elastic weight consolidation."""
 
     state_kinds: ClassVar[tuple[str, ...]] = ("anchor", "fisher")
@@ -55,12 +54,15 @@ class Config(MethodConfig):
     def refuses_lora(self) -> str | None:
         if self.fisher is None:
             return LORA_REFUSED
+        if self.modules != "all":
+            return "the penalty of the adapters' product is of all adapted weights; choose them with model.lora.target_modules instead"
         return "the penalty of the adapters' product is part of the loss; set proximal: false" if self.proximal else None
 
 
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
         config = self.config
+        config.check_patterns(self.name, run.weight_names())
         if config.fisher is not None and run.has_adapters:  # the product's own term reads the file
             return
         if not run.has_state("anchor"):
@@ -78,5 +80,10 @@ class Method(base.Method[Config]):
         if config.strength == 0:
             return None
         return base.Penalty(
-            config.strength, fisher="fisher", proximal=config.proximal, product=config.fisher is not None, fisher_file=config.fisher
+            config.strength,
+            fisher="fisher",
+            proximal=config.proximal,
+            modules=config.patterns,
+            product=config.fisher is not None,
+            fisher_file=config.fisher,
         )

@@ -12,38 +12,27 @@ It costs r x r products and no state, and is clipped together with the loss.
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from safecl.config import ConfigError, MethodConfig
-from safecl.methods import base
-
-ATTENTION = ("*.self_attn.*", "*.attn.*", "*.attention.*", "*.self_attention.*")
+from safecl.methods import base, scope
 
 
-class Config(MethodConfig):
+class Config(scope.ScopedConfig):
     """L2-SP: a pull of the weights to the aligned model."""
 
     state_kinds: ClassVar[tuple[str, ...]] = ("anchor",)
 
     strength: Annotated[float, Field(ge=0)] = 0.01
     """Factor of the penalty; in AdamW's terms, the pull is added to the clipped gradient."""
-    modules: Literal["all", "attention"] | list[str] = "all"
-    """Which weights: all, attention, or patterns of parameter names with shell wildcards, e.g. ["*.self_attn.v_proj.*", "*.layers.0.*"]."""
     proximal: bool = False
     """Apply it as a proximal step after AdamW: stable for any strength times learning rate."""
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """Empty for all weights."""
-        return {"all": (), "attention": ATTENTION}[self.modules] if isinstance(self.modules, str) else tuple(self.modules)
 
 
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
-        _check_patterns(self.config.patterns, run.weight_names())
+        self.config.check_patterns(self.name, run.weight_names())
         if not run.has_state("anchor"):
             run.set_anchor()
 
@@ -51,10 +40,3 @@ class Method(base.Method[Config]):
         if self.config.strength == 0:
             return None
         return base.Penalty(self.config.strength, proximal=self.config.proximal, modules=self.config.patterns, product=True)
-
-
-def _check_patterns(patterns: tuple[str, ...], names: list[str]) -> None:
-    """Raises ConfigError where no weight is meant."""
-    if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns for name in names):
-        examples = ", ".join(names[len(names) // 2 :][:3])
-        raise ConfigError(f"methods.l2_sp.modules: no trained weight is named like {', '.join(patterns)}; there are {examples}, ...")

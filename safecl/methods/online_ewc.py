@@ -16,13 +16,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from safecl.config import MethodConfig
-from safecl.methods import base, ewc
+from safecl.methods import base, ewc, scope
 
 FISHER, ANCHOR, NEW = "online_fisher", "online_anchor", "_new_fisher"
 
 
-class Config(MethodConfig):
+class Config(scope.ScopedConfig):
     """Online elastic weight consolidation."""
 
     needs_memory: ClassVar[bool] = True
@@ -45,6 +44,7 @@ class Config(MethodConfig):
 
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
+        self.config.check_patterns(self.name, run.weight_names())
         if self.config.strength == 0:
             return
         again = run.has_state(FISHER)
@@ -59,4 +59,4 @@ class Method(base.Method[Config]):
     def penalty(self) -> base.Penalty | None:
         if self.config.strength == 0:
             return None
-        return base.Penalty(self.config.strength, anchor=ANCHOR, fisher=FISHER, proximal=self.config.proximal)
+        return base.Penalty(self.config.strength, anchor=ANCHOR, fisher=FISHER, proximal=self.config.proximal, modules=self.config.patterns)
