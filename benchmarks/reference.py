@@ -270,12 +270,13 @@ class _OneShard:
         return values
 
 
-def optimizer_pass(device: torch.device, numel: int, place: str) -> Callable[[], None]:
-    """One update of a shard with anchor, Fisher and EMA beside it (`none`) or in host memory (`cpu`)."""
+def optimizer_of(device: torch.device, numel: int, place: str):
+    """(optimizer, one update) of a shard with anchor, Fisher and EMA beside it (`none`) or in host memory (`cpu`)."""
     from safecl.engine.optimizer import ShardAdamW, UpdatePlan
     from safecl.engine.placement import Placement
     from safecl.methods.base import Penalty
 
+    torch.manual_seed(0)
     flat = torch.randn(numel, device=device)
     optimizer = ShardAdamW([flat])
     optimizer.placement = Placement(place, place, place, torch.bfloat16)
@@ -291,16 +292,16 @@ def optimizer_pass(device: torch.device, numel: int, place: str) -> Callable[[],
         optimizer.action = optimizer.update(plan)
         optimizer.step()
 
-    return run
+    return optimizer, run
 
 
 def offload(device: torch.device, numel: int, repeats: int = 10) -> dict:
     seconds = {}
     for place in ("none", "cpu"):
-        run = optimizer_pass(device, numel, place)
+        optimizer, run = optimizer_of(device, numel, place)
         run()
         seconds[place] = statistics.median(seconds_of(run, device) for _ in range(repeats))
-        del run
+        del optimizer, run
         gc.collect()
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     matmul = statistics.median(seconds_of(lambda: a @ b, device) for _ in range(repeats))

@@ -26,6 +26,8 @@ head-tests 300 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/kernels/tes
 head-bench 420 $PYTHON benchmarks/head.py --device cuda --repeats 10 --seconds 8 --tokens 1024 8192 --out $OUT/head-cuda.json
 teacher-tests 180 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/engine/test_teacher_gpu.py
 teacher-bench 300 $PYTHON benchmarks/teacher.py --device cuda --out $OUT/teacher-cuda.json
+placement-tests 120 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/engine/test_placement_gpu.py
+reference-bench 300 $PYTHON benchmarks/reference.py --device cuda --only offload --out $OUT/reference-cuda.json
 SECTIONS
 }
 

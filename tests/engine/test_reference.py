@@ -278,3 +278,11 @@ def test_no_index_at_all_is_no_traceback(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps([1, 2]))
     with pytest.raises(UnusableWeights, match="not an index of safetensors files"):
         ReferenceStore.open(path)
+
+
+def test_the_example_of_the_documentation_runs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "embedding.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "ReferenceStore" in block)
+    names: dict = {}
+    exec(compile(code.replace("path/to/model", save(tmp_path)), "docs/embedding.md", "exec"), names)
+    assert torch.equal(names["part"], names["weight"].view(-1)[:16].float())
