@@ -36,6 +36,7 @@ ARMS = [
 EVERY_ARM = [
     ARMS[0],
     Arm("ema", "EMA", EMA),
+    Arm("psmt", "PSMT", {"psmt": {"horizon": 0.1, "protected": 0.1, "sign_batches": 64, "rows_per_batch": 8}}),
     Arm("l2-sp", "L2-SP", {"l2_sp": {"strength": 0.1}}),
     Arm("l2-sp-attention", "L2-SP, attention", {"l2_sp": {"strength": 0.1, "modules": "attention"}}),
     Arm("ewc", "EWC", EWC),
