@@ -74,6 +74,7 @@ class StepRow:
     ce_weight: float = 0.0  # per supervised token, normaliser included
     distillations: tuple[Distillation, ...] = ()
     rank: int | None = None  # the rank that holds it; None where any rank can read it
+    key: int | None = None  # in the memory, where its loss is logged
 
     def weighted(self, term: str, ce_weight: float, distillations: tuple[Distillation, ...] = ()) -> StepRow:
         """The same row as part of another term of the loss."""
@@ -95,6 +96,8 @@ class StepBatch:
     num_tokens: int
     kd_terms: list[torch.Tensor]  # the same for each distillation [n]
     feature_terms: list[torch.Tensor]  # and for each of the features [m]
+    row_of: torch.Tensor  # int64 [n], which row of the micro-batch a target belongs to
+    keys: list[int | None]  # of the rows, in the memory
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: Layout, live: bool
         reference=live,
     )
     num_tokens = sum(len(row.input_ids) for row, _ in loaded)
-    return StepBatch(inputs, torch.from_numpy(term_ids), num_tokens, kd_terms, feature_terms)
+    row_of = torch.from_numpy(np.repeat(np.arange(len(rows)), counts))
+    return StepBatch(inputs, torch.from_numpy(term_ids), num_tokens, kd_terms, feature_terms, row_of, [row.key for row in rows])
 
 
 def target_positions(batch: MicroBatch, index: int, row: Row) -> np.ndarray:

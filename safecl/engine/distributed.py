@@ -79,6 +79,15 @@ def gather_objects(items: list) -> list:
     return [item for part in parts for item in part]
 
 
+def gather_tensors(values: torch.Tensor) -> torch.Tensor:
+    """All ranks' tensors of one shape, stacked: [ranks, ...]."""
+    if world_size() == 1:
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts)
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

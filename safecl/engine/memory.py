@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from safecl.config import MemoryConfig
 from safecl.data import TokenDataset
@@ -28,6 +30,23 @@ class Memory:
     def draw(self, step: int, num_tokens: int, stream: str) -> list[StepRow]:
         """Rows of about `num_tokens` tokens for global step `step`; the same list on every rank, a function of (seed, step, stream)."""
         return [self._step_row(key) for key in self.buffer.draw(step, num_tokens, stream)]
+
+    @property
+    def follows_losses(self) -> bool:
+        """True where draws depend on the losses of rows that were replayed before."""
+        return self.buffer.drawer.uses_scores
+
+    def log_losses(self, step: int, rows: Sequence[StepRow], own: dict[int, float]) -> None:
+        """Logs the mean NLL of a step's replayed rows, 16 bytes a row between ranks. A collective call, once a step.
+
+        rows: of the whole step, alike on all ranks. own: by key, of those that this rank computed.
+        """
+        most = max(np.bincount([row.rank for row in rows if row.key is not None], minlength=1).tolist())
+        values = torch.full((most, 2), float("nan"), dtype=torch.float64, device=distributed.device())
+        values[: len(own)] = torch.tensor(list(own.items()), dtype=torch.float64).view(-1, 2)
+        found = distributed.gather_tensors(values).view(-1, 2).cpu().numpy()
+        found = found[~np.isnan(found[:, 0])]
+        self.buffer.log_scores(step, found[:, 0].astype(np.uint64), found[:, 1])
 
     def all_rows(self) -> list[StepRow]:
         return [self._step_row(key) for key in self.buffer.keys()]
@@ -51,7 +70,7 @@ class Memory:
             return row.row, row.teacher
 
         rank = self.buffer.rank_of(key, distributed.world_size())
-        return StepRow("memory", self.buffer.length(key), self.buffer.num_targets(key), load, rank=rank)
+        return StepRow("memory", self.buffer.length(key), self.buffer.num_targets(key), load, rank=rank, key=key)
 
 
 def open_memory(config: MemoryConfig, folder: Path | None, seed: int, vocab_size: int | None = None) -> Memory:

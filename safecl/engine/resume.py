@@ -82,6 +82,7 @@ class RunSaver:
     def save(self, progress: Progress, metrics: bytes, keep: int) -> SaveReport | None:
         """Starts saving the run as it is now. Returns how the save before ended, where one had not been asked about."""
         before = self.settle()
+        self.run.settle()
         memory = self.run.memory.state_dict() if self.run.memory is not None else None
         self._saving_version = memory["version"] if memory is not None else None
         state = {

@@ -15,6 +15,7 @@ from safecl.config import RunConfig
 from safecl.data import TokenDataset
 from safecl.engine import distributed
 from safecl.engine.adapters import AdapterPull, EvenPull, adapters, read_fisher_pull
+from safecl.engine.ahead import Ahead, Ready
 from safecl.engine.batch import HIDDEN, Asked, Distillation, Question, StepRow
 from safecl.engine.fisher import estimate_fisher, upper_threshold
 from safecl.engine.fisher_artifact import estimate_into, has_room, header_of, shared_fisher
@@ -30,6 +31,7 @@ from safecl.engine.training import StepLosses, TrainingEngine
 from safecl.methods.base import Method, Penalty, ReplayTerm, TaskTerm
 
 TASK = "task"
+TOO_SMALL_TO_COUNT = 1e-30
 
 
 class Run:
@@ -52,9 +54,15 @@ class Run:
         self.memory: Memory | None = None
         self.step = self.num_steps = 0
         self.global_step = self.skipped_steps = 0
+        self.first_step = 0
+        """The current task's first step, counted over all tasks."""
+        self.waited = 0.0
         self.last_learning_rate = 0.0
         self._active: list[Method] = []
         self._recorded: dict[tuple[str, str], RecordedOutputs] = {}
+        self._ahead: Ahead | None = None
+        self._ready: dict[str, Ready] = {}
+        self._replayed: list[tuple[list[StepRow], StepLosses]] = []
         self._pulls: dict[Penalty, AdapterPull] = {}
         self._teachers = OnlineTeachers(config, engine, log=lambda message: self.log(message))
         self.has_adapters = next(adapters(engine.module.model), None) is not None
@@ -123,8 +131,9 @@ class Run:
         return upper_threshold(self.engine, kind, share)
 
     def memory_gradient(self, kind: str, stream: str) -> bool:
-        rows = self._replay_rows(stream, [ReplayTerm(stream, ce_weight=1.0)])
-        self.engine.gradient_pass(rows, self.engine.stash(kind))
+        ready = self._ready.pop(stream, None) or Ready(self._gradient_rows(stream, self.step), None)
+        losses = self.engine.gradient_pass(ready.rows, self.engine.stash(kind), batches=ready.batches)
+        self._replayed.append((ready.rows, losses))
         return self.engine.optimizer.result.applied
 
     def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
@@ -141,6 +150,7 @@ class Run:
 
     def screen(self, decisions: dict[str, dict]) -> None:
         """Leaves out, or weighs less, what a scan has flagged; a resumed run does it again."""
+        self._read_no_further()
         self.screening = decisions
         for task in self.tasks:
             if task.config.name in decisions:
@@ -149,7 +159,9 @@ class Run:
     def begin_task(self, task: TaskPlan, active: bool) -> None:
         """Fresh moments and averages; what was carried from the tasks before stays. `active` is False for the alignment task, which no
         method constrains."""
+        self._read_no_further()
         self.step, self.num_steps, self.task = 0, task.num_steps, task
+        self.first_step = self.global_step
         self._active = self.methods if active else []
         self.engine.optimizer.reset_moments()
         if active:
@@ -162,6 +174,7 @@ class Run:
             self.engine.optimizer.copy_weights_to("ema")
 
     def end_task(self) -> None:
+        self._read_no_further()
         for method in self._active:
             method.end_task(self)
         if self._active:
@@ -174,7 +187,8 @@ class Run:
         self._teachers.close(discard=True)
 
     def close(self) -> None:
-        """Gives back the memory of teachers, however the run ends. Not a collective call."""
+        """Stops reading ahead and gives back the memory of teachers, however the run ends. Not a collective call."""
+        self._read_no_further()
         self._teachers.close()
 
     def _remember_previous(self) -> None:
@@ -252,10 +266,12 @@ class Run:
 
     def load_state_dict(self, state: dict, task: TaskPlan) -> None:
         """Goes on in `task`, which was under way (or had ended, or not begun) when the state was taken. Shards are restored elsewhere."""
+        self._read_no_further()
         self.screen(state["screening"])
         optimizer = self.engine.optimizer
         self.step, self.num_steps, self.task = state["step"], task.num_steps, task
         self.global_step, self.skipped_steps = state["global_step"], state["skipped_steps"]
+        self.first_step = self.global_step - self.step
         optimizer.num_updates, optimizer.fisher_means = state["num_updates"], dict(state["fisher_means"])
         self._active = self.methods if state["active"] else []
         self._teachers.resume(task.config.name)
@@ -272,22 +288,65 @@ class Run:
 
     def train_step(self, task: TaskPlan) -> StepLosses:
         """One optimizer step of the task: task rows and replay rows in one forward pass, one backward, one pass over the shard."""
+        self._ready, self._replayed = self._take_ready(task), []
         for method in self._active:
             method.before_step(self)
-        losses = self.gradient_pass(self.step_rows(task), self.engine.update(self._update_plan()), self._adapter_pull())
+        ready = self._ready.pop(TASK)
+        self._teachers.ask(ready.rows)
+        losses = self.engine.gradient_pass(ready.rows, self.engine.update(self._update_plan()), self._adapter_pull(), ready.batches)
+        self._replayed.append((ready.rows, losses))
+        self._log_replayed()
         self.step += 1
         self.global_step += 1
         return losses
 
-    def step_rows(self, task: TaskPlan) -> list[StepRow]:
-        """All rows of the current global step with their weights, the same list on every rank."""
-        rows = self._task_rows(task)
+    def _take_ready(self, task: TaskPlan) -> dict[str, Ready]:
+        """What the current step needs, read while the step before computed."""
+        if self._ahead is None:
+            self._ahead = Ahead(self.engine, functools.partial(self._rows_by_gradient, task), stop=task.num_steps)
+        return self._ahead.get(self.step)
+
+    def _rows_by_gradient(self, task: TaskPlan, step: int) -> dict[str, list[StepRow]]:
+        streams = [stream for method in self._active for stream in method.gradient_streams()]
+        return {stream: self._gradient_rows(stream, step) for stream in streams} | {TASK: self.step_rows(task, step)}
+
+    def _gradient_rows(self, stream: str, step: int) -> list[StepRow]:
+        return self._replay_rows(stream, [ReplayTerm(stream, ce_weight=1.0)], step)
+
+    def _read_no_further(self) -> None:
+        if self._ahead is not None:
+            self.waited += self._ahead.wait_seconds
+            self._ahead.close()
+            self._ahead = None
+
+    def settle(self) -> None:
+        """Before the memory's state is taken."""
+        if self._ahead is not None:
+            self._ahead.settle()
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long steps have waited for their rows in all, the first ones of tasks included."""
+        return self.waited + (self._ahead.wait_seconds if self._ahead is not None else 0.0)
+
+    def _log_replayed(self) -> None:
+        """What the step's passes say of the memory's rows, for draws that follow it."""
+        if self.memory is None or not self.memory.follows_losses or not self._active:
+            return
+        rows = [row for rows, _ in self._replayed for row in rows]
+        own = {key: loss for _, losses in self._replayed for key, loss in losses.of_replayed_rows().items()}
+        self.memory.log_losses(self.global_step, rows, own)
+
+    def step_rows(self, task: TaskPlan, step: int | None = None) -> list[StepRow]:
+        """All rows of a step of the current task (by default the next one) with their weights, the same list on every rank."""
+        step = self.step if step is None else step
+        rows = self._task_rows(task, step)
         for stream, terms in _by_stream(self._active).items():
-            rows += self._replay_rows(stream, terms)
+            rows += self._replay_rows(stream, terms, step)
         return rows
 
-    def _task_rows(self, task: TaskPlan) -> list[StepRow]:
-        data, indices, terms = task.dataset, task.order.rows_of_step(self.step), self._terms()
+    def _task_rows(self, task: TaskPlan, step: int) -> list[StepRow]:
+        data, indices, terms = task.dataset, task.order.rows_of_step(step), self._terms()
         num_targets, num_tokens = max(1, int(data.num_targets[indices].sum())), max(1, int(data.lengths[indices].sum()))
         rows = dataset_rows(data, indices, 1.0 / num_targets, task.row_weights)
         totals = [num_tokens if term.divergence == HIDDEN and term.tokens == "all" else num_targets for term in terms]
@@ -313,12 +372,14 @@ class Run:
             return Asked(source, Question("hidden", all_tokens))
         return Asked(source, Question("topk", k=min(k, self.engine.module.vocab_size), temperature=temperature))
 
-    def _replay_rows(self, stream: str, terms: list[ReplayTerm]) -> list[StepRow]:
+    def _replay_rows(self, stream: str, terms: list[ReplayTerm], step: int) -> list[StepRow]:
         memory = self.config.memory
         wanted = max(1, round(memory.replay_ratio * self.task.tokens_per_batch))
-        drawn = self.memory.draw(self.global_step, wanted, stream)
+        drawn = self.memory.draw(self.first_step + step, wanted, stream)
         total = max(1, sum(row.num_targets for row in drawn))
         ce_weight = sum(term.ce_weight for term in terms) / total
+        if ce_weight == 0 and self.memory.follows_losses:
+            ce_weight = TOO_SMALL_TO_COUNT  # the head works out the cross-entropy of what has a weight
         kd_weights = {term.divergence: 0.0 for term in terms if term.kd_weight > 0}
         for term in terms:
             if term.kd_weight > 0:

@@ -19,7 +19,7 @@ import torch
 from safecl.config import RunConfig
 from safecl.engine import distributed
 from safecl.engine.adapters import AdapterPull
-from safecl.engine.batch import Layout, StepRow, micro_batches, terms_of, to_device
+from safecl.engine.batch import Layout, StepBatch, StepRow, micro_batches, terms_of, to_device
 from safecl.engine.deepspeed_config import deepspeed_config
 from safecl.engine.model import LanguageModel
 from safecl.engine.optimizer import Quantity, Shard, ShardAdamW, UpdateResult
@@ -27,6 +27,7 @@ from safecl.engine.placement import Placement, role_of
 from safecl.engine.reference import ReferenceStore
 from safecl.engine.shards import ShardMap, UnshardedFp32Gradients, initialize
 from safecl.kernels import fisher_accumulate_
+from safecl.replay import pinned
 
 Action = Callable[[list[Shard]], None]
 
@@ -75,13 +76,15 @@ class TrainingEngine:
 
     # ------------------------------------------------------------------------------------------------------------- passes
 
-    def gradient_pass(self, rows: Sequence[StepRow], then: Action, adapter_pull: AdapterPull | None = None) -> StepLosses:
+    def gradient_pass(
+        self, rows: Sequence[StepRow], then: Action, adapter_pull: AdapterPull | None = None, batches: list[StepBatch] | None = None
+    ) -> StepLosses:
         """One forward and backward over `rows` (the whole global step, the same list on every rank), then `then` on the reduced gradient.
 
-        `adapter_pull`: a penalty of LoRA's products that joins the loss, once a step.
+        `adapter_pull`: a penalty of LoRA's products that joins the loss, once a step. `batches`: what `prepare` made of the rows before.
         """
         self.deepspeed.train()
-        losses = self._forward_backward(rows, adapter_pull)
+        losses = self._forward_backward(rows, adapter_pull, batches)
         self.optimizer.result = UpdateResult()
         self.optimizer.action = then if self.fp32_gradients is None else self._with_fp32_gradients(then)
         try:
@@ -98,10 +101,14 @@ class TrainingEngine:
             losses.penalty = self.optimizer.result.penalty / (self.layout.world_size if self.shards.replicated else 1)
         return losses
 
-    def _forward_backward(self, rows: Sequence[StepRow], adapter_pull: AdapterPull | None) -> StepLosses:
+    def prepare(self, rows: Sequence[StepRow]) -> list[StepBatch]:
+        """This rank's micro-batches, read, stacked and pinned. Not a collective call: a thread may do it while a step computes."""
+        return pinned(micro_batches(rows, terms_of(rows), self.layout, self.rank))
+
+    def _forward_backward(self, rows: Sequence[StepRow], adapter_pull: AdapterPull | None, batches: list[StepBatch] | None) -> StepLosses:
         terms = terms_of(rows)
         losses = StepLosses(terms + [ADAPTERS] * (adapter_pull is not None), self.device, self.layout.world_size)
-        batches = micro_batches(rows, terms, self.layout, self.rank)
+        batches = self.prepare(rows) if batches is None else batches
         for index, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1 and self.fp32_gradients is None)
             once = {} if adapter_pull is None or index < len(batches) - 1 else {"adapter_pull": adapter_pull}
@@ -245,6 +252,7 @@ class StepLosses:
         self.stop = False
         """True where this rank was asked to stop; it travels with the sums, so that all ranks stop after the same step."""
         self._sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
+        self._replayed: list[tuple[list[int], torch.Tensor]] = []
 
     def add(self, batch, output: dict[str, torch.Tensor]) -> None:
         """Weighted per-token losses of one micro-batch; the weights already hold 1 / N_term and the world size."""
@@ -256,6 +264,20 @@ class StepLosses:
         if "adapters" in output:
             self._sums[self.terms.index(ADAPTERS)] += output["adapters"].double() / self.world_size
         self.num_tokens += batch.num_tokens
+        self._keep_rows(batch, output["ce"])
+
+    def _keep_rows(self, batch: StepBatch, ce: torch.Tensor) -> None:
+        """Mean NLL of each row of the memory; still on the device."""
+        rows = [number for number, key in enumerate(batch.keys) if key is not None]
+        if rows:
+            of_target = batch.row_of.to(ce.device)
+            sums = torch.zeros(len(batch.keys), dtype=torch.float64, device=ce.device).index_add_(0, of_target, ce.double())
+            counts = torch.bincount(of_target, minlength=len(batch.keys))
+            self._replayed.append(([batch.keys[number] for number in rows], (sums / counts)[rows]))
+
+    def of_replayed_rows(self) -> dict[int, float]:
+        """Mean NLL by key of the memory's rows that this rank computed; NaN for a row without targets."""
+        return {key: loss for keys, losses in self._replayed for key, loss in zip(keys, losses.tolist(), strict=True)}
 
     def _add(self, terms: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor) -> None:
         weighted = losses.double() * weights.to(self._sums.device)

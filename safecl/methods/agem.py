@@ -22,7 +22,7 @@ from safecl.methods import base
 if TYPE_CHECKING:
     from safecl.engine.optimizer import Shard
 
-MEMORY_GRADIENT = "_memory_grad"
+MEMORY_GRADIENT, STREAM = "_memory_grad", "agem"
 
 
 class Config(MethodConfig):
@@ -40,8 +40,11 @@ class Method(base.Method[Config]):
         self._known = False
         self._num_projected = 0
 
+    def gradient_streams(self) -> list[str]:
+        return [STREAM]
+
     def before_step(self, run: base.Run) -> None:
-        self._known = run.memory_gradient(MEMORY_GRADIENT, stream="agem")
+        self._known = run.memory_gradient(MEMORY_GRADIENT, stream=STREAM)
         if not self._known:
             run.log(f"agem: step {run.step}: the memory's gradient is not finite, this step is not projected")
 

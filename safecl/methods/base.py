@@ -161,6 +161,10 @@ class Method(Generic[C]):
     def before_step(self, run: Run) -> None:
         """Further gradients, before the step's own; see Run.memory_gradient."""
 
+    def gradient_streams(self) -> list[str]:
+        """Streams of draws that `before_step` takes gradients of; their rows are read while the step before computes."""
+        return []
+
     def replay_terms(self) -> list[ReplayTerm]:
         """Draws from the memory that enter every step's forward pass."""
         return []

@@ -57,6 +57,12 @@ class Prefetcher(Generic[T]):
             ahead[1].exception()  # it runs already: wait, so that `load` never runs twice at once
         return self._thread.submit(self.load, step)
 
+    def settle(self) -> None:
+        """Returns when nothing is being loaded; what was loaded stays ready, and errors wait for their step."""
+        with self._lock:
+            if self._ahead is not None:
+                self._ahead[1].exception()
+
     def close(self) -> None:
         """Waits for the load under way, if any, and drops it."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -16,13 +16,13 @@ EMA = {"ema": {"decay": 0.9}}
 
 # Methods beside each other where they can be, so that every one is cut at ten points in few runs.
 SETS = {
-    "der, er, ewc, ema": dict(methods={"der": {"alpha": 0.5}, "er": {}, **EWC, **EMA}, deepspeed={"stage": 2}),
+    "der, er, ewc, ema": dict(methods={"der": {"alpha": 0.5}, "er": {}, **EWC, **EMA}, memory={"draw": "mix_cd"}, deepspeed={"stage": 2}),
     "derpp, lwf, l2_sp, slow ema": dict(
         methods={"derpp": {}, "lwf": {}, "l2_sp": {}, "ema": {"decay": 0.5, "write_back": "slow", "every": 3}}, deepspeed={"stage": 3}
     ),
     "agem, online_ewc, ema to the anchor, in bf16 with offload": dict(
         methods={"agem": {}, "online_ewc": {}, "ema": {"decay": 0.05, "write_back": "anchor", "every": 3}},
-        model={"dtype": "bf16"}, bf16=True, deepspeed={"stage": 1, "offload": {"optimizer": "cpu"}},
+        memory={"draw": "loss_aware"}, model={"dtype": "bf16"}, bf16=True, deepspeed={"stage": 1, "offload": {"optimizer": "cpu"}},
     ),
 }  # fmt: skip
 for _name in builtin_methods():
