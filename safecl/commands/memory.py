@@ -26,6 +26,10 @@ app = typer.Typer(
 verb = verbs_of(app, "memory")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the folder of a memory itself.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. memory.teacher.k=32 deepspeed.stage=3", show_default=False),
+]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer that turns ids into text; the run's own by default.", show_default=False)]
 
 
@@ -219,11 +223,35 @@ def _shared_problems(buffer: ReplayBuffer) -> list[str]:
 
 
 @verb
+def build(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The aligned model: a Hugging Face folder or hub id.", show_default=False)],
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="File of disallowed prompts; further columns become tags.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    benign: Annotated[str | None, typer.Option(help="File of benign prompts, whose answers are kept as well.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Copy the rows to this .jsonl file; they stay in the store.", show_default=False)
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Prompts used of each file, taken evenly.", min=1, show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longer answers are cut off, and left out.", min=1)] = 256,
+    scorer: Annotated[str, typer.Option(help="Says what a refusal is: keyword:gcg, keyword:wei, or a judge to import.")] = "keyword:gcg",
+    batch_size: Annotated[int, typer.Option(help="Prompts answered together on one rank.", min=1)] = 32,
+) -> None:
+    """Let the aligned model write its own memory: refusals to disallowed prompts, answers to benign ones, its outputs cached.
+
+    Goes on where it was stopped.
+    """
+    from safecl.commands.memory_build import build_rows
+
+    settings = {"scorer": scorer, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    build_rows(model, prompts, benign, output, max_prompts, settings, overrides or [])
+
+
+@verb
 def cache(
     config: Annotated[Path, typer.Argument(metavar="CFG", help="Run config (YAML) with a memory.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. memory.teacher.k=32", show_default=False)
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Store what the aligned model says about the memory's rows, so that no run has to ask it again. Goes on where it was stopped."""
     from safecl.config import load_config
