@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from safecl.evaluation.texts import text_of
 KIND, ROWS, ANSWERS, LEFT_OUT = "memory-rows", "rows.jsonl", "answers.jsonl", "left-out.json"
 BATCHES_AT_ONCE = 4
 REFUSAL, ANSWER, BENIGN = "refusal", "answer", "benign"
+BROKEN = ("empty", "repetition")  # "42." may answer a benign prompt
+INCOHERENT = (*BROKEN, "not_language")
 
 Note = Callable[[str], None]
 
@@ -136,8 +138,8 @@ def _write_rows(
     """Writes rows and reasons; what is wrong where nothing is left."""
     refusals, helpful = answers[: len(prompts)], answers[len(prompts) :]
     succeeded = load_scorer(settings.scorer)([text_of(prompt) for prompt in prompts], [answer["text"] for answer in refusals])
-    reasons = [_reason(answer, "not refused" if won else None) for answer, won in zip(refusals, succeeded, strict=True)]
-    reasons += [_reason(answer, "refused" if refused(answer["text"], OVER_REFUSAL_SCORER) else None) for answer in helpful]
+    reasons = [_reason(answer, "not refused" if won else None, INCOHERENT) for answer, won in zip(refusals, succeeded, strict=True)]
+    reasons += [_reason(answer, "refused" if refused(answer["text"], OVER_REFUSAL_SCORER) else None, BROKEN) for answer in helpful]
     kinds = [REFUSAL] * len(prompts) + [ANSWER] * len(benign)
     kept = [
         _row(prompt, answer["text"], kind)
@@ -154,12 +156,12 @@ def _write_rows(
     return None
 
 
-def _reason(answer: dict[str, Any], by_scorer: str | None) -> str | None:
-    """Why an answer stays out. A short one may be a good one ("42.")."""
+def _reason(answer: dict[str, Any], by_scorer: str | None, bad: Collection[str]) -> str | None:
+    """Why an answer stays out; None where it enters. bad: of `off_task_reason`."""
     if not answer["finished"]:
         return "cut off"
     off_task = off_task_reason(answer["text"])
-    return by_scorer or (off_task if off_task != "short" else None)
+    return by_scorer or (off_task if off_task in bad else None)
 
 
 def _row(prompt: Prompt, answer: str, kind: str) -> dict[str, Any]:
