@@ -110,10 +110,10 @@ def test_l2_sp_with_lora_pulls_the_merged_weights(rank_pool, stage, modules, mod
 
 def test_l2_sp_names_a_selector_that_means_no_weight():
     from safecl.config import ConfigError
-    from safecl.methods.l2_sp import _check_patterns
+    from safecl.methods.l2_sp import Config
 
     with pytest.raises(ConfigError, match=r"no trained weight is named like \*\.attnetion\.\*; there are"):
-        _check_patterns(("*.attnetion.*",), [name for name, _ in tiny_model().named_parameters()])
+        Config(modules=["*.attnetion.*"]).check_patterns("l2_sp", [name for name, _ in tiny_model().named_parameters()])
 
 
 # -------------------------------------------------------------------------------------------------------------- sequences
