@@ -21,7 +21,7 @@ sections() {
 env 60 $PYTHON launch/gpu_environment.py $OUT/env.json
 build 120 $PYTHON setup.py -q build_ext --inplace
 flat-tests 240 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_flat_gpu.py tests/engine/test_placement.py
-flat-bench 240 $PYTHON benchmarks/flat.py --device cuda --repeats 20 --seconds 30 --out $OUT/flat-cuda.json
+flat-bench 300 $PYTHON benchmarks/flat.py --device cuda --repeats 20 --seconds 30 --out $OUT/flat-cuda.json
 head-tests 300 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_head_gpu.py
 head-bench 420 $PYTHON benchmarks/head.py --device cuda --repeats 10 --seconds 8 --tokens 1024 8192 --out $OUT/head-cuda.json
 teacher-tests 180 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/engine/test_teacher_gpu.py
