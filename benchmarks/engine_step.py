@@ -28,7 +28,7 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parent.parent /
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from harness import machine, write_json
+from harness import machine
 
 LR, CLIP, DECAY, STRENGTH = 1e-3, 1.0, 0.99, 0.1  # steps and averages large enough to be compared in fp32
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
@@ -164,20 +164,18 @@ def measure(options: argparse.Namespace) -> None:
     tokens = torch.randint(0, 32000, (1, options.tokens), generator=torch.Generator().manual_seed(2))
     numel = sum(flat.numel() for flat in sides["safecl"].masters)
     setting = {"zero": 2, "offload": "optimizer", "ranks": 1, "threads": options.threads, "tokens": options.tokens, "parameters": numel}
-    errors = first_step_errors(sides, tokens)
+    report = {"machine": machine(torch.device("cpu")), "setting": setting, "errors": first_step_errors(sides, tokens)}
     rounds = [] if options.fresh else known_rounds(options.out, setting)
     deadline, order = time.monotonic() + options.seconds, list(sides)
     while len(rounds) < options.rounds and time.monotonic() < deadline:
-        times = {name: one_step(sides[name], tokens) for name in order}
-        rounds.append(times)
+        rounds.append({name: one_step(sides[name], tokens) for name in order})
         order.reverse()  # whom one follows must not matter
-    found = summary(rounds)
-    for what, row in found.items():
+        report |= {"summary": summary(rounds), "rounds": rounds}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=2) + "\n")  # each time, so that a part that is cut off is not lost
+    print(f"{len(rounds)} of {options.rounds} rounds in {options.out}; errors of the first step: {report['errors']}")
+    for what, row in summary(rounds).items():
         print(f"{what}: {row['plain ms']} ms plain, {row['safecl ms']} ms with EWC and EMA: {row['ratio']}x (at most {row['at_most']}x)")
-    print(f"errors of the first step: {errors}; {len(rounds)} of {options.rounds} rounds")
-    write_json(
-        options.out, {"machine": machine(torch.device("cpu")), "setting": setting, "summary": found, "errors": errors, "rounds": rounds}
-    )
     torch.distributed.destroy_process_group()
 
 
