@@ -142,6 +142,9 @@ def test_wrong_usage_is_told_with_exit_code_2(tmp_path, run_folder):
         (("export", run_folder, tmp_path / "rows.csv"), "must be one of"),
         (("import", tmp_path / "no.parquet", run_folder), "no such file"),
         (("import", tmp_path / "no.parquet", tmp_path / "new", "--capacity", "many"), "capacity"),
+        (("cache", tmp_path / "none.yaml"), "no such file"),
+        (("build", tmp_path / "model", tmp_path / "prompts.jsonl"), "no such model folder"),
+        (("build", tmp_path, tmp_path / "prompts.jsonl"), "there is no config.json in it"),
     ):
         code, text = run(*arguments)
         assert code == 2 and message in text.replace("\n", " "), (arguments, text)
