@@ -198,12 +198,13 @@ def test_ctrl_c_is_a_message_and_code_75(run, failing_verb):
     assert "Ctrl-C ended `safecl train`" in err and "Traceback" not in err
 
 
-def test_a_signal_that_a_library_turned_into_an_error_is_still_a_stop(run, monkeypatch, failing_verb):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_that_a_library_turned_into_an_error_is_still_a_stop(run, monkeypatch, failing_verb, name):
     path = failing_verb(RuntimeError())
 
     def swallows(config, fresh=False):
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, name))
             time.sleep(5)
         except KeyboardInterrupt:
             raise ImportError("could not import it") from None
@@ -212,7 +213,7 @@ def test_a_signal_that_a_library_turned_into_an_error_is_still_a_stop(run, monke
     monkeypatch.setattr(ending, "SECONDS_TO_END", 3600)
     code, _, err = run("train", path)
     assert code == ExitCode.STOPPED
-    assert "SIGTERM ended `safecl train`" in err and "import" not in err
+    assert f"{name} ended `safecl train`" in err and "import" not in err
 
 
 def test_a_rank_that_a_launcher_ends_while_rank_0_speaks_says_nothing(tmp_path):

@@ -76,7 +76,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 def told_as_messages(verb: str) -> Iterator[None]:
     """Runs a verb's body; every way it can end becomes an exit code and, where something is wrong, a message."""
     Ending.verb, Ending.stopped, Ending.said, Ending.undisturbed = verb, None, False, False
-    before = {number: _on_signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: _on_signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         with errors_told(verb):
             yield

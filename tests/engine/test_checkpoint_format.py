@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import safecl
 from safecl.engine import checkpoint_folder, durable
 from safecl.engine.checkpoint_folder import CheckpointFolder, superseded
 from safecl.engine.checkpoint_format import MANIFEST, read_contents, read_manifest
@@ -133,6 +135,12 @@ def test_a_wrong_latest_changes_nothing(folder):
     for text in ("step-00000099\n", "../../etc", ""):
         (folder.path / "latest").write_text(text)
         assert files.newest_whole(folder)[0].manifest.step == 10
+
+
+def test_nothing_in_safecl_unpickles_a_file():
+    sources = {path: path.read_text(encoding="utf-8") for path in Path(safecl.__file__).parent.rglob("*.py")}
+    found = re.compile(r"torch\.load\(|\bpickle\.|import pickle|allow_pickle=True|joblib")
+    assert len(sources) > 50 and not [path for path, text in sources.items() if found.search(text)]
 
 
 def test_links_are_refused_in_a_checkpoint(folder, tmp_path):
