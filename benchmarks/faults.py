@@ -243,7 +243,7 @@ def memory() -> dict:
                 wrong += [f"stage {stage}: {one}" for one in loading if one["peak"] > one["stays"] + 64e6]
             exporting = pool.run(memory_scenes.peak_of_exporting, folder=str(folder), size=LARGE, stage=3)
             found["model folder, stage 3"] = exporting
-            wrong += [f"rank {r}: {one}" for r, one in enumerate(exporting) if one["peak"] > (2 - r) * one["largest"] + 24e6]
+            wrong += [f"model folder: {one}" for one in exporting if one["peak"] > 2 * one["largest"] + 32e6]
     return {"weights": weights, "found": found, "wrong": wrong}
 
 

@@ -1,7 +1,7 @@
 """A Hugging Face model folder from the live model, streamed parameter by parameter, read back and compared, and published by rename.
 
-Memory: while a parameter is written every rank holds it whole once (where it is sharded), and rank 0 a copy on the CPU beside it. Nothing
-else is gathered, whatever the size of the model and of its files.
+Memory: where parameters are sharded every rank gathers one at a time, and rank 0 keeps a copy of it while it is written: at most two of the
+largest parameters and 32 MB (the blocks that are read back), whatever the size of the model and of its files.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def test_a_rank_that_loads_holds_its_own_share_and_at_most_64_mb(rank_pool, tmp_
         assert found["peak"] <= found["stays"] + 64 * MB
 
 
-def test_writing_a_model_folder_takes_two_of_the_largest_parameters_on_rank_0_and_one_elsewhere(rank_pool, tmp_path):
-    for rank, found in enumerate(rank_pool(2).run(memory_scenes.peak_of_exporting, folder=str(tmp_path), size=SIZE, stage=3)):
+def test_writing_a_model_folder_takes_two_of_the_largest_parameters_and_32_mb(rank_pool, tmp_path):
+    for found in rank_pool(2).run(memory_scenes.peak_of_exporting, folder=str(tmp_path), size=SIZE, stage=3):
         assert found["model"] > 5 * found["largest"]
-        assert found["peak"] <= (2 - rank) * found["largest"] + 24 * MB  # blocks of 16 MiB are read back
+        assert found["peak"] <= 2 * found["largest"] + 32 * MB
