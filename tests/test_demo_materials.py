@@ -230,6 +230,13 @@ def test_the_verdict_says_lost_kept_or_in_part_as_the_numbers_do():
     assert "harm" not in kept
 
 
+def test_the_table_fits_a_terminal_of_80_columns():
+    out = io.StringIO()
+    rich.console.Console(file=out, width=80).print(outcome_table([ALIGNED, outcome("DER + EWC + EMA", 0.1, step=0.123)]))
+    (row,) = (line for line in out.getvalue().splitlines() if "DER + EWC + EMA" in line)
+    assert row.split()[-6:] == ["0.100", "0.000", "0.100", "0.100", "0.900", "123"]
+
+
 def test_page_and_picture_load_nothing_and_escape_what_models_say():
     outcomes = [ALIGNED, PLAIN, outcome("der", 0.1), outcome("plain-poisoned", 0.9, poison=0.1), outcome("der-poisoned", 0.5, poison=0.1)]
     page = demo_page(outcomes)

@@ -95,14 +95,15 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     """Table, one prompt side by side, verdict; for clean and for poisoned data."""
     for group in groups(outcomes):
         console.print(outcome_table(group), soft_wrap=False)
-        aligned, plain, kept = compared(group)
         prompt = shown_prompt(group)
-        console.print(f"[bold]{prompt}[/bold]")
-        for outcome in (aligned, plain, kept):
-            console.print(f"  {outcome.title:<20}", end="", markup=False)
-            console.print(repr(outcome.answers[prompt]), markup=False)
+        console.print(prompt, style="bold", markup=False)
+        for title, outcome in zip(SIDE_BY_SIDE, compared(group), strict=True):
+            console.print(f"  {title.format(outcome.title):<20}{outcome.answers[prompt]!r}", markup=False)
         console.print(f"\n{verdict(group)}\n", markup=False)
 
+
+SIDE_BY_SIDE = ("{}", "{}", "safecl, {}")
+"""What the compared models are called beside their answers."""
 
 COLUMNS = {
     "ASR, not\nrefused": lambda o: o.safety["asr"],
@@ -118,10 +119,10 @@ def outcome_table(group: Sequence[Outcome]) -> Table:
     title = f"prompts of held-out topics, 95 % intervals, {heading(group)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", min_width=17)
-    for name in (*COLUMNS, "a step"):
+    for name in (*COLUMNS, "ms a\nstep"):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in group:
-        step = "" if outcome.step is None else f"{1e3 * outcome.step:.0f} ms"
+        step = "" if outcome.step is None else f"{1e3 * outcome.step:.0f}"
         table.add_row(outcome.title, *(_rate(value_of(outcome)) for value_of in COLUMNS.values()), step)
     return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safecl.demo.outcome import COLUMNS, Outcome, column_title, compared, groups, heading, shown_prompt, verdict
+from safecl.demo.outcome import COLUMNS, SIDE_BY_SIDE, Outcome, column_title, compared, groups, heading, shown_prompt, verdict
 from safecl.report.charts import dot_plot
 from safecl.report.page import render
 
@@ -25,7 +25,7 @@ def _part(group: Sequence[Outcome]) -> dict:
         "verdict": verdict(group),
         "group": group,
         "picture": picture(group),
-        "titles": [outcome.title for outcome in three],
+        "titles": [title.format(outcome.title) for title, outcome in zip(SIDE_BY_SIDE, three, strict=True)],
         "prompts": [(prompt, [outcome.answers[prompt] for outcome in three]) for prompt in prompts],
         "columns": [column_title(title) for title in COLUMNS],
         "cells": [[value_of(outcome) for value_of in COLUMNS.values()] for outcome in group],
