@@ -25,7 +25,7 @@ from safecl.demo.arms import ARMS, poisoned
 from safecl.demo.corpus import BENIGN, DISALLOWED, make_corpus
 from safecl.demo.materials import arm_config, write_materials
 from safecl.demo.model import random_llama
-from safecl.demo.outcome import Outcome, read_outcomes, verdict
+from safecl.demo.outcome import Outcome, outcome_table, read_outcomes, verdict
 from safecl.demo.page import demo_page, picture
 from safecl.demo.progress import ALIGN, Bar, Reporter
 from safecl.demo.run import chosen_arms, default_folder
