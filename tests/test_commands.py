@@ -25,6 +25,7 @@ from tests.test_docs import ROOT, arguments_of_safecl, commands
 
 IN_FULL_ELSEWHERE = {"demo": "tests/test_demo_materials.py", "proof": "tests/proof/test_proof.py"}
 OF_THE_SHELL = (".", "cd", "pip", "sbatch", "kubectl")  # pip is what `make test` begins with; the last two need a cluster
+UNALIGNED = "it is not aligned"  # what the scan says of a random model; tests/scan has an aligned one
 DONE = (ExitCode.DONE, ExitCode.GATE)
 
 
@@ -103,10 +104,11 @@ def _in_process(arguments: list[str]) -> int:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    """What a verb sets in os.environ goes away again."""
-    monkeypatch.setattr(os, "environ", os.environ.copy() | {"PYTHONPATH": str(ROOT)})
+    """No launcher is at work, and what a verb says of one goes away again."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name in launcher.VARIABLES:
-        os.environ.pop(name, None)
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards whatever a verb makes of it
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize("words", [w for w in lines() if arguments_of_safecl(list(w)) is not None], ids=" ".join)
@@ -122,7 +124,8 @@ def test_every_safecl_command_of_the_pages_does_its_work(words, sandbox, tmp_pat
     if verb != "init":
         _provide(tuple(rest))
     code = _in_process(given) if words[0] == "safecl" else _by_launcher(words)
-    assert code in DONE, capfd.readouterr()
+    told = capfd.readouterr()
+    assert code in DONE or (verb == "scan" and UNALIGNED in told.err), told
 
 
 def _started(verb: str, given: list[str], folder: Path, monkeypatch) -> bool:
