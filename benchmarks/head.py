@@ -5,8 +5,8 @@
 
 Forward and backward together, contenders taking turns in one process (harness.take_turns). TFLOP/s are at the algorithm's own count,
 8 M H V with an online teacher and 6 without, for every contender alike. Peak memory is beside inputs and returned gradients. The error is
-that of the hidden states' gradient on 256 tokens, relative to fp64. Rivals (pip install liger-kernel trl) are skipped where they cannot
-be imported. Writes benchmarks/results/head-<device>.json.
+that of the hidden states' gradient on 256 tokens, relative to fp64. Rivals (pip install 'safecl[bench]') are skipped where they cannot
+be imported or run out of memory. Writes benchmarks/results/head-<device>.json.
 """
 
 from __future__ import annotations
@@ -174,7 +174,13 @@ def contenders(objective: str, p: Problem) -> tuple[list[Contender], dict[str, s
             skipped[name] = f"cannot be imported: {error}"
             print(f"skipped: {name} {skipped[name]}")
             continue
-        found.append(Contender(name, _step(loss, p), 0, hidden_error(objective, loss, p)))
+        try:
+            found.append(Contender(name, _step(loss, p), 0, hidden_error(objective, loss, p)))
+        except torch.OutOfMemoryError:
+            skipped[name] = "out of memory"
+            print(f"skipped: {name} is out of memory")
+            p.forget_gradients()
+            torch.cuda.empty_cache()
     return found, skipped
 
 
