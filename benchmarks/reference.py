@@ -165,8 +165,8 @@ def start_engine(path: str, stage: int) -> None:
 
     config = configure(path, stage)
     loaded, store = load_model(config.model)
-    engine = _kept["engine"] = TrainingEngine(LanguageModel(loaded), config, Layout(distributed.world_size(), 64, True), store)
-    engine.release_store()
+    layout = Layout(distributed.world_size(), 64, True)
+    _kept["engine"] = TrainingEngine(LanguageModel(loaded), config, layout, store, keep_store=False)
 
 
 def start_engine_as_usual(path: str, stage: int) -> None:

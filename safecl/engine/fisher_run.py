@@ -81,6 +81,4 @@ def _build_engine(config: RunConfig, pad_id: int) -> TrainingEngine:
     if packed:
         check_packing(model)
     layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=pad_id)
-    engine = TrainingEngine(model, config, layout, store)
-    engine.release_store()
-    return engine
+    return TrainingEngine(model, config, layout, store, keep_store=False)

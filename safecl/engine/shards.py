@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,22 +43,26 @@ def check_deepspeed_version() -> None:
         )
 
 
-def initialize(model: torch.nn.Module, optimizer, config: dict, alike: Collection[torch.nn.Parameter] = ()):
+def initialize(
+    model: torch.nn.Module, optimizer, config: dict, alike: Collection[torch.nn.Parameter] = (),
+    when_partitioned: Callable[[], None] = lambda: None,
+):  # fmt: skip
     """deepspeed.initialize; returns the engine. Parameters in `alike` have the same values on all ranks already: views of a store that must
-    not be written to, so DeepSpeed's broadcast from rank 0 leaves them out."""
+    not be written to, so DeepSpeed's broadcast from rank 0 leaves them out. `when_partitioned` is called on stage 3 as soon as none of them
+    is a view any more, before DeepSpeed makes the master weights."""
     import deepspeed
 
-    with _broadcasting_all_but({id(p) for p in alike}):
+    with _broadcasting_all_but({id(p) for p in alike}, when_partitioned):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
 @contextlib.contextmanager
-def _broadcasting_all_but(alike: set[int]) -> Iterator[None]:
+def _broadcasting_all_but(alike: set[int], when_partitioned: Callable[[], None]) -> Iterator[None]:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    replicate, partition = DeepSpeedEngine._broadcast_model, Init._zero_init_param
+    replicate, partition, views = DeepSpeedEngine._broadcast_model, Init._zero_init_param, set(alike)
 
     def broadcast_model(engine) -> None:  # stages 0 to 2
         for p in engine.module.parameters():
@@ -70,6 +74,10 @@ def _broadcasting_all_but(alike: set[int]) -> Iterator[None]:
         if id(p) not in alike:
             dist.broadcast(p.data, 0)
         p.partition()
+        if id(p) in views:
+            views.remove(id(p))
+            if not views:
+                when_partitioned()
 
     if alike:
         DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast_model, partition_one

@@ -44,8 +44,11 @@ class NonFiniteGradient(RuntimeError):
 class TrainingEngine:
     """A model under DeepSpeed, its flat shards and its optimizer. All methods are collective calls."""
 
-    def __init__(self, model: LanguageModel, config: RunConfig, layout: Layout, store: ReferenceStore | None = None):
-        """`store`: what the model's weights are views of (safecl.engine.loading), where they are."""
+    def __init__(
+        self, model: LanguageModel, config: RunConfig, layout: Layout, store: ReferenceStore | None = None, *, keep_store: bool = True
+    ):
+        """`store`: what the model's weights are views of (safecl.engine.loading), where they are; given back as soon as no weight is a view
+        any more, unless `keep_store` (see needs_reference)."""
         train = config.train
         self.layout, self.store = layout, store
         self.rank = distributed.rank()
@@ -56,9 +59,11 @@ class TrainingEngine:
         if config.deepspeed.stage == 0:  # the other stages make a flat copy of what is trained
             for p in viewed:
                 p.data = p.data.clone() if p.requires_grad else p.data
-        self.deepspeed = initialize(model, self.optimizer, deepspeed_config(config), alike=viewed)
-        self.shards = ShardMap(self.deepspeed, prefix="model.")
         self.optimizer.placement, self.optimizer.store = placement_of(config), store
+        release = (lambda: None) if keep_store else self.release_store
+        self.deepspeed = initialize(model, self.optimizer, deepspeed_config(config), alike=viewed, when_partitioned=release)
+        release()  # stages 0 to 2
+        self.shards = ShardMap(self.deepspeed, prefix="model.")
         self.optimizer.bind(self.shards)
         unsharded_bf16 = self.shards.stage == 0 and config.model.dtype == "bf16"
         self.fp32_gradients = UnshardedFp32Gradients(self.shards) if unsharded_bf16 else None
