@@ -172,15 +172,8 @@ class Run:
             self.engine.store.check_unchanged()  # a mapped file changes under the run
         for method in self._active:
             method.start_task(self)
-        self._release_reference()
         if any(method.ema_decay(self) is not None for method in self._active):
             self.engine.optimizer.copy_weights_to("ema")
-
-    def _release_reference(self) -> None:
-        """Where anchors have moved on from theta_0 nobody reads it any more."""
-        served = any(shard.served for shard in self.shards())
-        if self.global_step > 0 and not served and {"aligned", "previous"}.isdisjoint(self._teachers.sources):
-            self.engine.release_store()
 
     def end_task(self) -> None:
         self._read_no_further()

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import signal
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -100,8 +101,9 @@ def fit_on_a_full_disk(tree: dict, cache: str, stop: dict | None = None) -> dict
     from safecl.engine.trainer import TrainingFailed
 
     usage = shutil.disk_usage("/")._replace(free=10_000)
+    full = types.SimpleNamespace(**vars(shutil) | {"disk_usage": lambda path: usage})
     with (
-        mock.patch.object(checkpoint_folder.shutil, "disk_usage", lambda path: usage),
+        mock.patch.object(checkpoint_folder, "shutil", full),
         mock.patch("safecl.engine.resume.free_bytes", lambda path: 10**12),
     ):
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -15,8 +17,13 @@ ROW_WORK = 10 * 2**20  # its buffers of a few rows, 1 MiB each whatever the shap
 def peak_of(run) -> int:
     """Largest number of bytes alive at once beside what was alive before; what ``run`` returns counts."""
     run()  # what is allocated once
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        kept = run()
+    gc.collect()
+    gc.disable()  # what earlier tests have left must not be released in between
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            kept = run()
+    finally:
+        gc.enable()
     changes = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert changes, "the profiler saw no allocation"
     del kept
