@@ -22,7 +22,7 @@ def cost_of(run: Run, metrics: bytes) -> dict:
     recorded_bytes: of teacher outputs on the tasks' own rows.
     """
     return {
-        "seconds_per_step": _seconds_per_step(metrics),
+        "seconds_per_step": distributed.gather_objects([_seconds_per_step(metrics)])[0],  # only rank 0 writes metrics
         "state_bytes": _state_bytes(run),
         "memory_bytes": _memory_bytes(run) if run.memory is not None else 0,
         "recorded_bytes": run.recorded_bytes,

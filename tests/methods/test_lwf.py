@@ -63,7 +63,10 @@ def error(found: dict, form: dict, model: str = "full") -> float:
     return oracle.relative_distance({name: found["weights"][name] for name in end}, end, start)
 
 
-@pytest.mark.parametrize(("form", "stage"), [(HIDDEN, 2), (HIDDEN, 3), (HIDDEN | {"tokens": "supervised"}, 0), (OUTPUT, 1), (OUTPUT, 3)])
+@pytest.mark.parametrize(
+    ("form", "stage"),
+    [(HIDDEN, 2), (HIDDEN, 3), (HIDDEN | {"tokens": "supervised"}, 0), *((OUTPUT, stage) for stage in (0, 1, 2, 3))],
+)
 def test_lwf_with_recorded_outputs_equals_a_frozen_copy(rank_pool, tmp_path, form, stage):
     arguments = dict(steps=STEPS, memory=None, methods={"lwf": form}, deepspeed={"stage": stage}, output=str(tmp_path))
     found = rank_pool(2).run(scenes.train, **arguments)[0]

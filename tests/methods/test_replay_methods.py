@@ -50,7 +50,7 @@ def expected_derpp(alpha: float, beta: float, k: int, second: str = "replay2"):
     return reference.train(model, losses)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_derpp_equals_plain_pytorch(rank_pool, stage):
     start = {name: p.detach() for name, p in tiny_model().named_parameters()}
     methods = {"derpp": {"alpha": 2.0, "beta": 0.5}}
