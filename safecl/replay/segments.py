@@ -166,6 +166,8 @@ def scan(data: memoryview, path: Path, start: int = HEADER_BYTES, check_bodies: 
         block = _read_block(data, offset)
         whole = block.offsets + block.entries["nbytes"] <= len(data)
         torn = not whole.all() or block.end > len(data)
+        if not whole.all():  # the writer died in the middle: the stream goes on with the first row that is not in
+            block.seen = min(block.seen, int(block.entries["position"][~whole].min()))
         good = whole & _bodies_hold(data, block, whole) if check_bodies or torn else whole
         for i in np.flatnonzero(whole & ~good):
             found.problems.append(f"{path.name}: row {block.entries['position'][i]} at byte {block.offsets[i]} does not have its checksum")

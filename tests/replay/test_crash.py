@@ -69,7 +69,7 @@ def test_kill_9_at_200_random_instants_loses_nothing_but_the_rows_in_flight(tmp_
         with ReplayBuffer(config(capacity=10_000), folder, mode="read") as buffer:
             keys = buffer.keys()
             assert buffer.problems == []
-            assert keys == list(range(len(keys)))
+            assert keys == list(range(len(keys))) and buffer.num_seen == len(keys)
             assert max(reached, acknowledged) <= len(keys) <= max(reached, acknowledged) + 8
             checked = keys if kill % 10 == 0 else keys[-40:]
             assert all(same_row(row, offered[key]) for key, row in zip(checked, buffer.get_many(checked), strict=True))
