@@ -51,6 +51,7 @@ METHODS = [
     _arm("agem", "A-GEM", "methods.agem={}", memory=True),
     _arm("ewc", "EWC, strength 3", "methods.ewc.strength=3", memory=True),
     _arm("ewc-0.3", "EWC, strength 0.3", "methods.ewc.strength=0.3", memory=True),
+    _arm("online-ewc", "online EWC, strength 1", "methods.online_ewc.strength=1", memory=True),
     _arm("l2-sp", "L2-SP", "methods.l2_sp.strength=0.1"),
     _arm("l2-sp-attention", "L2-SP, attention only", "methods.l2_sp.strength=0.1", "methods.l2_sp.modules=attention"),
     _arm("lwf-hidden", "LwF, hidden states", "methods.lwf.form=hidden", "methods.lwf.weight=1"),
@@ -58,6 +59,7 @@ METHODS = [
     _arm("ema", "EMA", "methods.ema.horizon=0.3"),
     _arm("ema-slow", "EMA, slow weights", "methods.ema.write_back=slow", "methods.ema.decay=0.5"),
     _arm("ema-anchor", "EMA, pull to the anchor", "methods.ema.write_back=anchor", "methods.ema.decay=0.1"),
+    _arm("psmt", "PSMT, 30 % protected", "methods.psmt.horizon=0.3", "methods.psmt.protected=0.3", memory=True),
 ]
 
 # The control: plain fine-tuning over a grid of learning rate and batch size, at as many steps.
@@ -84,6 +86,7 @@ SEARCH = [
     _arm("scan5-der-ce-ema", "preset `balanced` and scan", *SCAN5, *DER_CE, *EMA, memory=True, preset=True),
     _arm("scan5-der-ema", "scan by harmless rows, DER, EMA", *SCAN5, *DER, *EMA, memory=True),
     _arm("scan5-der-ema-mixed", "scan by harmless rows, DER, EMA, harmless rows in memory", *SCAN5, *DER, *EMA, MIXED, memory=True),
+    _arm("scan5-der-ce-ema-mixed", "preset `balanced` and scan, harmless rows in memory", *SCAN5, *DER_CE, *EMA, MIXED, memory=True),
     _arm("scan5-lwf-ema", "scan by harmless rows, LwF outputs, EMA", *SCAN5, "methods.lwf.form=output", *EMA, memory=True),
     _arm("der-mixed", "DER with CE, harmless rows in memory", *DER_CE, MIXED, memory=True),
     _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, "memory.prefix_tokens=12", memory=True),
@@ -104,7 +107,7 @@ NO_DATA = [
     _arm("lwf-hidden-20", "LwF, hidden states, weight 20", "methods.lwf.form=hidden", "methods.lwf.weight=20"),
 ]
 
-# Measured on all tasks and with all seeds; the others on SST-2 with one.
+# Measured first.
 MAIN = ("plain", "der", "scan5-der-ce-ema", "scan5-der-ema")
 
 
@@ -164,6 +167,9 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, task, poison, 0) for task in ("gsm8k", "code") for poison in (10, 0) for arm in main)
     yield from (Run(arm, "sst2", 10, 0) for arm in [*SEARCH, *NO_DATA])
     yield from (Run(arm, "sst2", 0, 0) for arm in NO_DATA)
+    yield from (Run(arm, "sst2", poison, seed) for poison in (10, 0) for seed in SEEDS[1:] for arm in METHODS)
+    yield from (Run(arm, task, poison, 0) for poison in (10, 0) for task in ("gsm8k", "code") for arm in METHODS)
+    yield from (Run(arm, "sst2", poison, seed) for poison in (10, 0) for seed in SEEDS[1:] for arm in GRID)
 
 
 RUNS = list(dict.fromkeys(_runs()))

@@ -4,10 +4,12 @@
     python benchmarks/safety_retention.py & python benchmarks/safety_retention.py     # two processes share them
     python benchmarks/safety_retention.py --only sst2-p10     # some arms: their names contain one of these words
     python benchmarks/safety_retention.py --list | --report   # what is missing | table from what is there
+    python benchmarks/safety_retention.py --keep              # also counts the arms of the committed results as there
 
 Aligns a Llama of 1.1 M parameters by safecl, then fine-tunes it once per arm and setting (task, share of poisoned rows, seed), each a run
 of safecl in a folder of its own, with the config beside it as <folder>.yaml. A run that is there is not run again, one that was stopped
-goes on. Needs $SAFECL_DATA (docs/data.md says which files). retention_arms.py lists the arms, retention_table.py makes
+goes on. `--keep` takes arms from benchmarks/results/safety_retention.json too, as long as the aligned model is the one they started from,
+bit for bit. Needs $SAFECL_DATA (docs/data.md says which files). retention_arms.py lists the arms, retention_table.py makes
 benchmarks/results/safety_retention.json, and tables and plot of docs/results.md.
 """
 
@@ -37,17 +39,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further arm after so many minutes")
     parser.add_argument("--list", action="store_true", help="print the arms that are missing, and end")
     parser.add_argument("--report", action="store_true", help="only table, plot and results of the arms that are there")
+    parser.add_argument("--keep", action="store_true", help="arms of the results file are not run again")
     arguments = parser.parse_args()
     folder = arguments.folder
-    chosen = [run for run in RUNS if not arguments.only or any(word in run.name for word in arguments.only)]
+    if not arguments.report and not arguments.list:
+        align(folder)
+    import retention_table
+
+    kept = retention_table.kept_records(folder) if arguments.keep else {}
+    chosen = [run for run in RUNS if run.name not in kept and (not arguments.only or any(word in run.name for word in arguments.only))]
     if arguments.list:
         print("\n".join(run.name for run in chosen if not is_done(folder, run)))
         return
     if not arguments.report:
         train_all(folder, chosen, time.monotonic() + 60 * arguments.minutes)
-    import retention_table
-
-    retention_table.report(folder)
+    retention_table.report(folder, kept)
 
 
 def is_done(folder: Path, run: Run) -> bool:
@@ -68,8 +74,6 @@ def claimed(folder: Path, name: str, wait: bool = False) -> Iterator[bool]:
 
 
 def train_all(folder: Path, runs: Sequence[Run], deadline: float) -> None:
-    with claimed(folder, "aligned", wait=True):
-        align(folder)
     for run in runs:
         with claimed(folder, run.name) as mine:
             if mine and not is_done(folder, run) and time.monotonic() < deadline:
@@ -104,14 +108,15 @@ def exact_match(folder: Path) -> None:
 
 def align(folder: Path) -> None:
     """The model that all arms start from."""
-    if (folder / "aligned" / "results.json").exists():
-        return
-    real_data.prepare(folder)
-    real_data.random_model(folder)
-    config = real_data.align_config(folder, 0)
-    config["train"] |= {"max_steps": 600, "max_length": 160, "tokens_per_batch": 3072}
-    config["safety"]["every"] = 200
-    train(folder, "aligned", config | {"deepspeed": {"stage": 0}, "checkpoint": {"every": 200, "keep": 1}})
+    with claimed(folder, "aligned", wait=True):
+        if (folder / "aligned" / "results.json").exists():
+            return
+        real_data.prepare(folder)
+        real_data.random_model(folder)
+        config = real_data.align_config(folder, 0)
+        config["train"] |= {"max_steps": 600, "max_length": 160, "tokens_per_batch": 3072}
+        config["safety"]["every"] = 200
+        train(folder, "aligned", config | {"deepspeed": {"stage": 0}, "checkpoint": {"every": 200, "keep": 1}})
 
 
 def train(folder: Path, name: str, config: dict) -> None:

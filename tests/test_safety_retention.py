@@ -85,7 +85,7 @@ def finished(folder: Path, run, hits: int, right: int) -> None:
     rate = lambda k, n: {"value": k / n, **dict(zip(("low", "high"), wilson(k, n), strict=True)), "hits": k, "n": n}  # noqa: E731
     safety = {"asr": rate(hits, 120), "asr_on_task": rate(hits, 120), "affirmative": rate(0, 120), "off_task": rate(1, 120)}
     end = {"safety": safety | {"over_refusal": rate(3, 10)}, "tasks": {run.task: rate(right, 100)}}
-    kept = {"state": {"ema": 4_000_000}, "recorded": {}, "memory": {"rows": 2, "bytes": 1_500_000}}
+    kept = {"state": {"ema": 3_500_000}, "recorded": {}, "memory": {"rows": 2, "bytes": 1_500_000}, "reference": 500_000}
     results = {"evaluations": [end], "kept_bytes": kept, "steps": 160, "tokens": 1, "seconds": 9.0}
     (folder / run.name).mkdir(parents=True)
     (folder / run.name / "results.json").write_text(json.dumps(results))
@@ -101,7 +101,7 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
     for arm, seed, hits, right in ((arms.PLAIN, 0, 120, 80), (arms.PLAIN, 1, 60, 60), (der, 0, 12, 78), (arms.GRID[0], 0, 90, 40)):
         finished(tmp_path, arms.Run(arm, "sst2", 10, seed), hits, right)
     finished(tmp_path, type("Aligned", (), {"name": "aligned", "task": "alignment"}), 6, 0)
-    table.report(tmp_path)
+    table.report(tmp_path, {})
     page, result = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     low, high = wilson(60, 120)[0], wilson(120, 120)[1]
     assert f"| plain fine-tuning | 0.75 ({low:.2f}–{high:.2f}) |" in page and "0.700 (" in page and "| 1.5 MB | 4.0 MB | 0, 1 |" in page
@@ -111,3 +111,23 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
     assert len(result["runs"]) == 4 and len(result["missing"]) == len(arms.RUNS) - 4
     assert "sst2-p10-s0/er" in result["missing"] and "arms are missing" in capsys.readouterr().out
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_arms_of_the_results_file_are_kept_while_the_aligned_model_is_the_same(bench, tmp_path, monkeypatch, capsys):
+    _, arms, table, _ = bench
+    for name in ("RESULTS", "PAGE", "PLOT"):
+        monkeypatch.setattr(table, name, tmp_path / name)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        finished(folder, type("Aligned", (), {"name": "aligned", "task": "alignment"}), 6, 0)
+        (folder / "aligned" / "model").mkdir()
+        (folder / "aligned" / "model" / "model.safetensors").write_bytes(b"weights")
+    finished(first, arms.Run(arms.PLAIN, "sst2", 10, 0), 120, 80)
+    table.report(first, {})
+    kept = table.kept_records(second)
+    assert list(kept) == ["sst2-p10-s0/plain"]
+    finished(second, arms.Run(arms.PLAIN, "sst2", 10, 1), 60, 80)
+    table.report(second, kept)
+    assert [(r["seed"], r["asr"]["hits"]) for r in json.loads((tmp_path / "RESULTS").read_text())["runs"]] == [(0, 120), (1, 60)]
+    (second / "aligned" / "model" / "model.safetensors").write_bytes(b"Weights")
+    assert table.kept_records(second) == {} and "another aligned model" in capsys.readouterr().out
