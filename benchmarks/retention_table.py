@@ -44,7 +44,7 @@ def report(folder: Path, kept: Mapping[str, dict]) -> None:
     write_page(found)
     plot(found)
     if missing:
-        print(f"{len(missing)} of {len(RUNS)} arms are missing: {', '.join(missing)}")
+        print(f"{len(missing)} of {len(RUNS)} arms are missing; --list names them")
 
 
 def kept_records(folder: Path) -> dict[str, dict]:
