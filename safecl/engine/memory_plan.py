@@ -19,7 +19,7 @@ from torch import nn
 
 from safecl.config import LoraConfig, RunConfig
 from safecl.engine.placement import CHUNK, Placement, role_of
-from safecl.engine.training import needs_reference, placement_of
+from safecl.engine.training import needs_reference, placement_of, streams_theta_0
 
 FP32 = 4
 RANKS_PER_NODE = 8
@@ -172,15 +172,17 @@ def _method_state(shape: ModelShape, config: RunConfig, world_size: int) -> Iter
 
 
 def _element_bytes(kind: str, config: RunConfig, placement: Placement) -> int:
-    return {"fisher": placement.fisher_dtype.itemsize, "reference": _weight_bytes(config)}.get(role_of(kind), FP32)
+    """theta_0 has the run's dtype; what a first task with `role: align` has made of it is kept in fp32."""
+    anchor = FP32 if config.tasks[0].role == "align" else _weight_bytes(config)
+    return {"fisher": placement.fisher_dtype.itemsize, "reference": anchor}.get(role_of(kind), FP32)
 
 
 def _reference(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
     """theta_0 once per node. A teacher's layers pass through two device buffers."""
     size = _weight_bytes(config)
-    if needs_reference(config):
+    if needs_reference(config) or streams_theta_0(config):
         yield Item("reference weights", "host", shape.weights * size, per_node=True)
-    if config.model.lora is None and not {"aligned", "previous"}.isdisjoint(config.online_teachers.values()):
+    if streams_theta_0(config):
         resident = config.teacher == "resident"
         yield Item("teacher", "device", (shape.weights if resident else 2 * shape.largest_layer) * size)
 

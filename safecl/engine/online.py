@@ -105,6 +105,11 @@ class OnlineTeachers:
         self._task, self._is_start = name, False
         self._release(PREVIOUS)
 
+    @property
+    def read_run_store(self) -> bool:
+        """True where a teacher of this task or of a later one is streamed from the store that the run began with."""
+        return any(self._path(source) == self.config.model.path for source in self.sources if source != EMA)
+
     def close(self, *, discard: bool = False) -> None:
         """Gives all memory back; `discard` removes the folders that only this run needed."""
         for source in list(self._teachers):

@@ -151,6 +151,11 @@ class ShardAdamW(torch.optim.Optimizer):
     def has(self, kind: str) -> bool:
         return bool(self._shards) and (kind in self._shards[0].state or kind in self._shards[0].served)
 
+    @property
+    def reads_store(self) -> bool:
+        """True where state of some kind is served by the reference store."""
+        return any(shard.served for shard in self._shards)
+
     def dtype_of(self, kind: str) -> torch.dtype:
         shard = self._shards[0]
         return shard.served[kind].store.dtype if kind in shard.served else shard.state[kind].dtype

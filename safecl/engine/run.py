@@ -174,6 +174,14 @@ class Run:
             method.start_task(self)
         if any(method.ema_decay(self) is not None for method in self._active):
             self.engine.optimizer.copy_weights_to("ema")
+        self._release_reference()
+
+    def _release_reference(self) -> None:
+        """Gives the reference weights back where nothing reads them any more: the anchor has moved, the teacher is another model. The run's
+        state alone says so, and a resumed run holds what the uninterrupted one holds."""
+        methods_have_begun = bool(self._active) or self.global_step > 0
+        if methods_have_begun and not self.engine.optimizer.reads_store and not self._teachers.read_run_store:
+            self.engine.release_store()
 
     def end_task(self) -> None:
         self._read_no_further()
@@ -285,6 +293,7 @@ class Run:
             dataset = next(each.dataset for each in [*self.tasks, task] if each.config.name == task_name)
             folder = teacher_folder(self.config.output, task_name, name)
             self._recorded[task_name, name] = open_recorded(self.engine, dataset, terms[name], folder)
+        self._release_reference()
 
     # ------------------------------------------------------------------------------------------------------------- a step
 

@@ -238,10 +238,17 @@ def placement_of(config: RunConfig) -> Placement:
 
 
 def needs_reference(config: RunConfig) -> bool:
-    """True where the reference store stays open: anchors or a streamed teacher read it. With LoRA neither does."""
+    """True where the reference store stays open when the first task begins: anchors or a streamed teacher read it. With LoRA neither does,
+    and a first task with `role: align` makes another model to pull to."""
+    if config.model.lora is not None or config.tasks[0].role == "align":
+        return False
     anchors = any(role_of(kind) == "reference" for settings in config.methods.values() for kind in settings.state_kinds)
-    teachers = not {"aligned", "previous"}.isdisjoint(config.online_teachers.values())
-    return config.model.lora is None and (teachers or (anchors and config.deepspeed.offload.reference == "cpu"))
+    return streams_theta_0(config) or (anchors and config.deepspeed.offload.reference == "cpu")
+
+
+def streams_theta_0(config: RunConfig) -> bool:
+    """True where a teacher of the first task that methods act on is the aligned model, streamed from host memory."""
+    return config.model.lora is None and not {"aligned", "previous"}.isdisjoint(config.online_teachers.values())
 
 
 class StepLosses:

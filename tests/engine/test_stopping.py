@@ -66,7 +66,7 @@ def what_is_left(folder: Path) -> dict:
     return {
         "metrics": [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in metrics],
         "results": {key: value for key, value in results.items() if key not in WALL_CLOCK},
-        "outputs": {path.name: path.read_text() for path in (folder / "outputs").iterdir()},
+        "outputs": {path.name: path.read_text() for path in (folder / "outputs").glob("*")},
         "models": {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("model*/*.safetensors")},
     }
 
