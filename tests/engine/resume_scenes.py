@@ -175,8 +175,11 @@ def cut_with_a_loss(folder: str, lost: str, **changes) -> list[str]:
         return cut_at_every_step(folder, cuts=1, steps=3, **changes)
 
 
-def leg(folder: str, until: int, **changes):
-    """Begins or goes on in this layout to step `until`, and saves. Rank 0 returns (state at the start, state at the end, log)."""
+def leg(folder: str, until: int, begins_again_at: int | None = None, **changes):
+    """Begins or goes on in this layout to step `until`, and saves. Rank 0 returns (state at the start, state at the end, log).
+
+    `begins_again_at`: the step before which the task begins again as a second one does, with a new anchor.
+    """
     with open_saver(folder, **changes) as (run, task, saver):
         resumed = saver.resume(lambda message: None, [task])
         if resumed is None:
@@ -184,6 +187,9 @@ def leg(folder: str, until: int, **changes):
         log = json.loads(resumed.metrics) if resumed is not None else []
         start = whole_state(run)
         while run.global_step < until:
+            if run.global_step == begins_again_at:
+                run.end_task()
+                run.begin_task(task, active=True)
             step_once(run, task, log)
         saver.save(_progress(), json.dumps(log).encode(), keep=2)
         end = whole_state(run)

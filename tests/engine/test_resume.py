@@ -82,12 +82,11 @@ LEGS = [
 
 def test_a_run_that_changes_ranks_stage_and_offload_ten_times_sees_the_same_rows_and_ends_at_the_same_weights(rank_pool, folder, tmp_path):
     """Bitwise the same state right after each loading; after 20 steps within 1e-3 of the run that never changed."""
-    methods = EWC | EMA | {"der": {"alpha": 0.5}}
+    online = {"online_ewc": {"sign_batches": 4, "rows_per_batch": 4}}
+    settings = dict(methods=EWC | online | EMA | {"der": {"alpha": 0.5}}, begins_again_at=3)  # from then on one anchor is stored
     saved = None
     for number, (world_size, deepspeed) in enumerate(LEGS, start=1):
-        start, end, log = rank_pool(world_size).run(
-            resume_scenes.leg, folder=folder, until=2 * number, methods=methods, deepspeed=deepspeed
-        )[0]
+        start, end, log = rank_pool(world_size).run(resume_scenes.leg, folder=folder, until=2 * number, deepspeed=deepspeed, **settings)[0]
         if saved is None:
             first = start
         else:
@@ -96,9 +95,11 @@ def test_a_run_that_changes_ranks_stage_and_offload_ten_times_sees_the_same_rows
                 assert all(torch.equal(values[name], start[kind][name]) for name in values), (number, kind)
                 assert all(values[name].dtype == start[kind][name].dtype for name in values), (number, kind)
         saved = end
-    whole = rank_pool(1).run(resume_scenes.leg, folder=str(tmp_path / "whole"), until=20, methods=methods, deepspeed=layout(1))[0]
+    whole = rank_pool(1).run(resume_scenes.leg, folder=str(tmp_path / "whole"), until=20, deepspeed=layout(1), **settings)[0]
     assert [line["rows"] for line in log] == [line["rows"] for line in whole[2]]
     for kind in ("weights", "ema"):
         assert oracle.relative_distance(end[kind], whole[1][kind], first["weights"]) <= 1e-3
-    for kind in ("exp_avg", "exp_avg_sq", "fisher", "anchor"):
+    others = {"exp_avg", "exp_avg_sq", "fisher", "anchor", "online_fisher", "online_anchor"}
+    assert end.keys() == whole[1].keys() == others | {"weights", "ema"}
+    for kind in others:
         assert oracle.relative_distance(end[kind], whole[1][kind]) <= 1e-3
