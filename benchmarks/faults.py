@@ -11,7 +11,7 @@
     layouts    21 layouts (1, 2, 4 ranks x ZeRO 0 to 3 x offload) write, each of the 21 reads: equal when loaded, near after 20 steps
     memory     what loading a checkpoint and writing a model folder take beyond what stays, at 100 M weights
     cost       a run of 100 M weights on CPU that saves every 10th step, against the same without
-    demo       `safecl demo` killed (its whole process group) at random moments, then started once more
+    demo       `safecl demo` killed in each of its 28 phases and started again, compared with one that was never killed
 
 Results go into benchmarks/results/faults.json, section by section. Ends with code 1 where something was wrong.
 """
@@ -26,9 +26,7 @@ import json
 import os
 import random
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -312,32 +310,11 @@ def time_blocks(folder: str) -> dict:
 # -------------------------------------------------------------------------------------------------------------------- demo
 
 
-def demo(kills: int = 3) -> dict:
-    """Every kill comes later in the demonstration's time than the one before could reach from scratch."""
-    chance, moments = random.Random(4), []
+def demo() -> dict:
+    from fault_demo import kill_in_every_phase
+
     with scratch(in_memory=False) as folder:
-        began = time.perf_counter()
-        for _ in range(kills):
-            moment = chance.uniform(10, 60)
-            moments.append(round(moment, 1))
-            if _demo(folder, moment) is not None:
-                break
-        code = _demo(folder, None)
-    found = {"killed_after_seconds": moments, "seconds": round(time.perf_counter() - began), "exit_code": code}
-    return found | {"wrong": [f"ended with exit code {code}"] if code else []}
-
-
-def _demo(folder: Path, seconds: float | None) -> int | None:
-    """Exit code of the demonstration, or None where it was killed after some seconds."""
-    environment = {**os.environ, "SAFECL_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "safecl", "demo", str(folder / "demo")]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=environment, cwd=ROOT)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return None
+        return kill_in_every_phase(folder, seed=4)
 
 
 SECTIONS = {

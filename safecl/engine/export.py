@@ -1,12 +1,13 @@
 """A Hugging Face model folder from the live model, streamed parameter by parameter, read back and compared, and published by rename.
 
-Memory: where parameters are sharded every rank gathers one at a time, and rank 0 keeps a copy of it while it is written: about two of the
-largest parameters and 32 MB (the blocks that are read back; 37 MB were seen at 100 M weights), whatever the size of the model and its
-files.
+Memory: where parameters are sharded every rank gathers one at a time, and rank 0 writes it from where it lies, in blocks of 16 MiB. Beyond
+what training keeps no rank holds more than two of the largest parameters (gloo gathers through a second buffer) and 32 MB: the buffers that
+were freed since the allocator last gave them back (two of 8 MiB in all), and a block. Size and number of files do not matter.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -19,12 +20,13 @@ import torch
 from safecl.engine import distributed
 from safecl.engine.checkpoint import DTYPE_NAMES
 from safecl.engine.checkpoint_folder import format_bytes
-from safecl.engine.durable import DamagedCheckpoint, FileRecord, hash_file, sync_folder, write_file
+from safecl.engine.durable import BLOCK_BYTES, DamagedCheckpoint, FileRecord, hash_file, sync_folder, write_file
 from safecl.engine.model import base_model
 from safecl.engine.tensor_file import header_bytes, num_bytes, read_header
 from safecl.engine.training import TrainingEngine
 
 MAX_FILE_BYTES = 2 * 2**30
+FREED_BYTES = 8 * 2**20
 INDEX = "model.safetensors.index.json"
 
 
@@ -142,15 +144,25 @@ class _Tensors:
         return sum(map(self.size, self.shapes))
 
     def values(self, names: list[str]) -> Iterator[torch.Tensor | None]:
-        """Whole tensors on the CPU on rank 0, None elsewhere; every rank must take all of them."""
+        """Whole tensors on rank 0, None elsewhere, each until the next is taken; every rank must take all of them."""
+        freed = 0
         for name in names:
+            freed += self.size(name)
+            if freed > FREED_BYTES:
+                give_back_freed_memory()
+                freed = self.size(name)
             if name in self.buffers:
-                yield self.buffers[name].detach().cpu().contiguous()
+                yield self.buffers[name].detach() if distributed.rank() == 0 else None
                 continue
             with self.engine.shards.full_parameter(self.parameters[name]):
-                # A copy: ZeRO-3 takes the gathered one away again.
-                value = self.parameters[name].detach().to("cpu", copy=True).contiguous() if distributed.rank() == 0 else None
-            yield value
+                yield self.parameters[name].detach() if distributed.rank() == 0 else None
+
+
+def give_back_freed_memory() -> None:
+    """Hands what this process has freed back to the system. glibc keeps buffers of some MB, and as long as anything small that lives lies
+    between them it takes new memory for the next ones."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _saved_buffers(model: torch.nn.Module):
@@ -205,7 +217,8 @@ def _save_weights(tensors: _Tensors, partial: Path, max_file_bytes: int) -> Call
 def _parts(tensors: _Tensors, names: list[str], values: Iterator[torch.Tensor | None]) -> Iterator[bytes | memoryview]:
     yield header_bytes({name: tensors.kind(name) for name in names}, {"format": "pt"})
     for value in values:
-        yield memoryview(value.reshape(-1).view(torch.uint8).numpy())
+        for block in value.reshape(-1).view(torch.uint8).split(BLOCK_BYTES):
+            yield memoryview(block.cpu().numpy())
 
 
 def _write_index(partial: Path, files: dict[str, list[str]], tensors: _Tensors) -> None:
@@ -228,7 +241,8 @@ def _verify(partial: Path, files: dict[str, list[str]], records: dict[str, FileR
 def _save_adapter(engine: TrainingEngine, tensors: _Tensors, partial: Path) -> Callable[[], Exported]:
     """Adapters are small: rank 0 gathers them whole, peft writes them, and each is compared with what was gathered."""
     names = list(tensors.shapes)
-    state = dict(zip(names, tensors.values(names), strict=True))
+    copies = (value.to("cpu", copy=True).contiguous() if value is not None else None for value in tensors.values(names))
+    state = dict(zip(names, copies, strict=True))
 
     def finish() -> Exported:
         from safetensors.torch import load_file

@@ -1,0 +1,127 @@
+"""Section `demo` of benchmarks/faults.py: the demonstration is killed in every phase, and started again until it is through.
+
+The whole process group gets SIGKILL as soon as the phase has begun and a random moment has passed. After the last kill the demonstration
+must end by itself, and its models, metrics and answers must be those of one that was never killed, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OF_THE_MACHINE = ("tokens_per_second", "memory_bytes")
+
+
+Condition = Callable[[float], bool]
+"""Whether something is so since a time; what is left from before that does not count."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the demonstration: it is killed up to `within` seconds after it has begun."""
+
+    name: str
+    begun: Condition
+    within: float = 0.0
+
+
+def kill_in_every_phase(folder: Path, seed: int) -> dict:
+    """Kills and results: `killed` phases in order, `missed` those that ended before the kill came, `wrong` what differs."""
+    whole, demo = folder / "whole", folder / "demo"
+    codes = [start(whole).wait()]
+    chance, killed, missed = random.Random(seed), [], []
+    for phase in phases(demo):
+        (killed if _kill_in(phase, demo, chance) else missed).append(phase.name)
+        print(f"  {phase.name}: {'killed' if killed[-1:] == [phase.name] else 'missed'}", flush=True)
+    codes.append(start(demo).wait())
+    wrong = [f"exit codes {codes}"] if any(codes) else list(_differences(whole, demo))
+    return {"kills": len(killed), "killed": killed, "missed": missed, "wrong": wrong}
+
+
+def start(folder: Path) -> subprocess.Popen:
+    """The demonstration in a process group of its own."""
+    environment = {**os.environ, "SAFECL_CACHE": str(folder.with_name(f"{folder.name}-cache")), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "safecl", "demo", str(folder)]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=environment, cwd=ROOT)
+
+
+def phases(demo: Path) -> Iterator[Phase]:
+    """From the first file to the last page."""
+    from safecl.demo.arms import ARMS
+
+    runs = ["aligned", *(arm.name for arm in ARMS)]
+    yield Phase("writing data", _is_there(demo / "data"))
+    yield Phase("tokenizer and random model", _is_there(demo / "random-model"))
+    yield Phase("starting ranks", _is_there(demo / f"{ARMS[-1].name}.yaml"), within=8)
+    for run in runs:
+        yield from _phases_of_a_run(demo / run)
+    yield Phase("demonstration's page", _has(demo / "progress.jsonl", len(runs), b'"finished"'), within=0.5)
+
+
+def _phases_of_a_run(folder: Path) -> Iterator[Phase]:
+    steps, metrics = 200 if folder.name == "aligned" else 80, folder / "metrics.jsonl"
+    yield Phase(f"{folder.name}: loading, memory, first measures", _is_there(folder / "run.json"), within=4)
+    yield Phase(f"{folder.name}: training", _has(metrics, 1), within=4)
+    yield Phase(f"{folder.name}: saving a checkpoint", _is_there(folder / "checkpoints" / ".partial"))
+    yield Phase(f"{folder.name}: measuring at the end", _has(metrics, steps), within=1)
+    yield Phase(f"{folder.name}: writing the model folder", _is_there(folder / ".model.partial"))
+    yield Phase(f"{folder.name}: results and page", _is_there(folder / "results.json"))
+
+
+def _is_there(path: Path) -> Condition:
+    return lambda since: path.exists() and path.stat().st_mtime >= since
+
+
+def _has(path: Path, count: int, text: bytes = b"\n") -> Condition:
+    return lambda since: _is_there(path)(since) and path.read_bytes().count(text) >= count
+
+
+def _kill_in(phase: Phase, demo: Path, chance: random.Random) -> bool:
+    """True where the demonstration was killed, False where it was through before."""
+    process, since, moment = start(demo), time.time() - 0.01, None
+    while process.poll() is None:
+        if moment is None and _now(phase.begun, since):
+            moment = time.monotonic() + chance.uniform(0, phase.within)
+        if moment is not None and time.monotonic() >= moment:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def _now(condition: Condition, since: float) -> bool:
+    try:
+        return condition(since)
+    except OSError:  # gone between two looks
+        return False
+
+
+def _differences(whole: Path, demo: Path) -> Iterator[str]:
+    """What is not as in the demonstration that was never killed, or is left from a kill."""
+    for path in sorted(whole.rglob("*")):
+        other = demo / path.relative_to(whole)
+        if path.is_file() and "checkpoints" not in path.parts and not other.exists():
+            yield f"{other.relative_to(demo)} is missing"
+        elif path.suffix == ".safetensors" and "artifacts" not in path.parts and "checkpoints" not in path.parts:
+            yield from [] if path.read_bytes() == other.read_bytes() else [f"{other.relative_to(demo)} has other bytes"]
+        elif path.parent.name == "outputs" and path.read_bytes() != other.read_bytes():
+            yield f"{other.relative_to(demo)} has other answers"
+        elif path.name == "metrics.jsonl" and "checkpoints" not in path.parts and _measured(path) != _measured(other):
+            yield f"{other.relative_to(demo)} has other numbers"
+    for left in sorted(path for path in demo.rglob("*") if ".partial" in path.name or path.name.endswith(".old")):
+        yield f"{left.relative_to(demo)} is left over"
+
+
+def _measured(metrics: Path) -> list[dict]:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in lines]
