@@ -69,11 +69,11 @@ def demo(
     every: Annotated[bool, typer.Option("--all", help="Every method, with clean and with poisoned data.")] = False,
 ) -> None:
     """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them. A demonstration that was stopped goes on."""
-    from safecl.commands.preflight import refuse_unwritable
+    from safecl.commands.preflight import make_folder
     from safecl.demo.run import chosen_arms, default_folder, run_demo
 
     folder = folder or default_folder(seed=seed, poison=poison, every=every)
-    refuse_unwritable(folder)
+    make_folder(folder)
     Ending.run_folder = folder
     raise typer.Exit(run_demo(folder, seed=seed, arms=chosen_arms(poison=poison, every=every)))
 
@@ -83,10 +83,10 @@ def proof(
     folder: Annotated[Path, typer.Argument(help="Where the numbers and the checkpoints are written.")] = Path("runs/proof"),
 ) -> None:
     """Measure known silent failures of continual fine-tuning beside safecl, in about a minute; needs no model."""
-    from safecl.commands.preflight import refuse_unwritable
+    from safecl.commands.preflight import make_folder
     from safecl.proof.run import run_proof
 
-    refuse_unwritable(folder)
+    make_folder(folder)
     Ending.run_folder = folder
     raise typer.Exit(run_proof(folder))
 

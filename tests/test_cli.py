@@ -289,7 +289,7 @@ def test_init_writes_a_config_that_loads_and_holds_the_answers(run, tmp_path):
 def test_init_with_refusals_to_keep_takes_the_preset_for_them_and_screens_the_upload(run, tmp_path):
     assert run("init", "-o", tmp_path / "run.yaml", "--memory", "refusals.jsonl")[0] == ExitCode.DONE
     config = load_config(tmp_path / "run.yaml")
-    assert config.memory.source == "refusals.jsonl" and config.scan.action == "drop"
+    assert config.memory.source == "refusals.jsonl" and config.scan.action == "report"
     assert config.methods == RunConfig.model_validate(config.model_dump() | {"methods": "balanced"}).methods
 
 
@@ -508,3 +508,32 @@ def test_torchrun_starts_two_ranks_that_leave_one_run_folder_and_only_rank_0_spe
     assert 4 * num_weights <= results["cost"]["state_bytes"]["exp_avg"] <= 4 * num_weights + 64  # padded to a multiple of the ranks
     assert "sentiment label_accuracy" in (out / "report.html").read_text()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_without_a_network_a_hub_id_is_told_at_once(run, tmp_path, monkeypatch):
+    from safecl.commands.preflight import settle_hub
+
+    def no_network(*_):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    settle_hub([str(tmp_path)])
+    assert "HF_HUB_OFFLINE" not in os.environ
+    settle_hub([str(tmp_path), "owner/model"])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize("verb", ["demo", "proof"])
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(run, verb):
+    code, _, err = run(verb, "/proc/nothing")
+    assert code == ExitCode.USAGE and "/proc/nothing cannot be made" in err
+
+
+def test_a_folder_that_is_no_model_is_told_by_its_key(run, tmp_path, task_config):
+    (tmp_path / "elsewhere").mkdir()
+    code, _, err = run("check", task_config(), f"model.path={tmp_path / 'elsewhere'}")
+    assert code == ExitCode.USAGE and "is not a model folder" in err and "model.path" in err

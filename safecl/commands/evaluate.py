@@ -8,7 +8,7 @@ from rich.console import Console
 
 from safecl import launcher
 from safecl.commands.ending import ExitCode
-from safecl.commands.preflight import refuse_unwritable
+from safecl.commands.preflight import refuse_unwritable, settle_hub
 from safecl.config import load_config
 
 
@@ -16,6 +16,7 @@ def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -
     """Measures, prints the table on rank 0, and says where results.json is. ExitCode.GATE where a gate is not passed."""
     launcher.join_launcher()
     refuse_unwritable(output or _default_output(target, overrides))
+    settle_hub([target])
     from safecl.evaluation import evaluate_target, results_table
 
     result = evaluate_target(target, overrides, output=output)

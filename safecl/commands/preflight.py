@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from safecl.config import ConfigError, RunConfig
 
@@ -13,6 +15,7 @@ def preflight(config: RunConfig) -> None:
     """Raises ConfigError with one line for each missing file, or for a run folder that cannot be made. Makes nothing."""
     refuse_missing_files(config)
     refuse_unwritable(Path(config.output))
+    settle_hub([name for _, name in (*_model_folders(config), *_data_files(config))])
 
 
 def refuse_missing_files(config: RunConfig) -> None:
@@ -65,6 +68,29 @@ def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:
         for key in ("benign", "disallowed"):
             if (path := getattr(config.scan, key)) is not None:
                 yield f"scan.{key}", path
+
+
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+
+
+def settle_hub(names: Iterable[str]) -> None:
+    """Where one of the names is of the hub and there is no network, only what was downloaded counts; the library would try on."""
+    if all(Path(name).expanduser().exists() for name in names) or any(os.environ.get(name) for name in _PROXIES):
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder that a verb writes into. Raises ConfigError where that cannot be."""
+    refuse_unwritable(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error.strerror}") from None
 
 
 def refuse_unwritable(folder: Path) -> None:

@@ -59,11 +59,16 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return tokenizer
 
 
+_ONE_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "config.json")
+
+
 def refuse_missing_folder(key: str, name: str) -> None:
     """Raises ConfigError where `name` cannot be a hub id and is no folder. Asks no hub."""
     local = Path(name).expanduser()
     if not local.is_dir() and (local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ConfigError(f"{key}: there is no folder {name}")
+    if local.is_dir() and not any((local / file).is_file() for file in _ONE_OF_A_TOKENIZER):
+        raise ConfigError(f"{key}: {name} is not a model folder: there is no tokenizer and no config.json in it")
 
 
 def _from_pretrained(model: ModelConfig) -> Any:

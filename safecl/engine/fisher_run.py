@@ -55,7 +55,7 @@ def _estimate(config: RunConfig, dataset: TokenDataset, header: FisherHeader, pa
         engine, dataset, config.memory, seed=config.train.seed, source=config.memory.source, with_teacher=config.memory.guard is not None
     )
     rows = memory.all_rows(), memory.row_ids()
-    console.note(f"{len(rows[0]):,} rows, {engine.shards.numel:,} weights, {distributed.world_size()} rank(s) on {engine.device}")
+    console.note(f"{len(rows[0]):,} rows, {engine.shards.numel:,} weights, {distributed.world_size()} ranks on {engine.device}")
     try:
         estimate_into(path, header, engine, rows, KIND, console.note)
     finally:

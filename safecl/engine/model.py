@@ -17,6 +17,7 @@ from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.engine.adapters import base_model as base_model
+from safecl.evaluation.model import cache_name
 from safecl.kernels import DenseTeacher, TopKTeacher, linear_distill_loss, linear_topk
 from safecl.kernels.logits_head import logits_distill_loss
 
@@ -133,8 +134,8 @@ class LanguageModel(nn.Module):
     def logits(self, input_ids, position_ids, attention_mask=None, past=None, use_cache=False, last_only=False) -> dict[str, torch.Tensor]:
         """The model's own logits, [batch, length or 1, vocab]."""
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past, use_cache=use_cache,
-            logits_to_keep=1 if last_only else 0,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+            logits_to_keep=1 if last_only else 0, **{cache_name(base_model(self.model)): past},
         )  # fmt: skip
         return {"logits": output.logits}
 

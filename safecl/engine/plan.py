@@ -272,7 +272,8 @@ def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
         lines.append(("memory", f"{len(plan.memory):,} rows, {tokens:,} tokens, ratio {config.memory.replay_ratio:g} per draw"))
     lines += teacher_lines(config, max(task.tokens_per_batch for task in plan.tasks))
     if (scan := config.scan) is not None:
-        lines.append(("scan", f"{scan.action}, {scan.false_alarm:.2%} false alarms by {scan.benign or 'an estimate from the upload'}"))
+        source = f"by {scan.benign}" if scan.benign else "wanted, as far as the upload itself tells (scan.benign would tell)"
+        lines.append(("scan", f"{scan.action}, {scan.false_alarm:.2%} false alarms {source}"))
     if plan.prompts:
         lines.append(("safety", f"{len(plan.prompts)} disallowed, {len(plan.benign)} benign prompts, every {config.safety.every}"))
     optimizer, weights = _place(config.deepspeed.offload.optimizer), _place(config.deepspeed.offload.parameters)

@@ -165,7 +165,8 @@ class Trainer:
             check_packing(model)
         layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=self.plan.tokenizer.pad_token_id or 0)
         engine = TrainingEngine(model, config, layout, store, keep_store=needs_reference(config))
-        self.console.fact("trained", f"{engine.shards.numel:,} weights on {distributed.world_size()} rank(s), {engine.device}")
+        ranks = f"{distributed.world_size()} rank{'s' if distributed.world_size() > 1 else ''}"
+        self.console.fact("trained", f"{engine.shards.numel:,} weights on {ranks}, {engine.device}")
         run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
         run.plan = self.plan
         self._saver = RunSaver(run, self.folder, identity_of(self.plan, store.digest), base_of(config, store.digest))

@@ -77,6 +77,7 @@ class HFEvalModel:
         self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.eos_ids = eos_ids_of(model)
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._cache = cache_name(model)
 
     @classmethod
     def load(
@@ -112,16 +113,11 @@ class HFEvalModel:
 
     @torch.no_grad()
     def logits(self, input_ids, attention_mask, position_ids, past=None, use_cache=False, last_only=False):
-        keep = {"logits_to_keep": 1} if last_only and self._keeps_last else {}
+        more = {self._cache: past} | ({"logits_to_keep": 1} if last_only and self._keeps_last else {})
         output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past,
-            use_cache=use_cache,
-            **keep,
-        )
-        return (output.logits[:, -1:] if last_only else output.logits), (output.past_key_values if use_cache else None)
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **more
+        )  # fmt: skip
+        return (output.logits[:, -1:] if last_only else output.logits), (getattr(output, self._cache) if use_cache else None)
 
     def any(self, flag: bool) -> bool:
         if self.world_size == 1:
@@ -139,6 +135,11 @@ class HFEvalModel:
 
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def cache_name(model: torch.nn.Module) -> str:
+    """What this version of transformers calls the key-value cache, in `forward` and in its output."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def eos_ids_of(model: torch.nn.Module) -> tuple[int, ...]:

@@ -187,8 +187,9 @@ def _measure(
     folder: Path,
 ) -> StandaloneResult:
     if not prompts and not tasks:
+        missing = "" if Path(settings.path).exists() else f"{settings.path} is no folder here, so it is taken for a hub id, and there is "
         raise ConfigError(
-            "nothing to measure: give disallowed prompts, safety.prompts=FILE, or a task, eval.path=FILE eval.metric=exact_match"
+            f"{missing}nothing to measure: give disallowed prompts, safety.prompts=FILE, or a task, eval.path=FILE eval.metric=exact_match"
         )
     from safecl.data import load_tokenizer
     from safecl.evaluation.evaluation import evaluate, judge_gate

@@ -26,7 +26,8 @@ def results_table(evaluations: Sequence[Evaluation]) -> Table:
     table = Table(title="measured, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for evaluation in shown:
-        table.add_column(f"{evaluation.when}\nstep {evaluation.step}", justify="right")
+        step = f"\nstep {evaluation.step}" if len(shown) > 1 else ""  # a model that is measured alone has no steps
+        table.add_column(f"{evaluation.when}{step}", justify="right")
     between = " " if len(shown) <= MOST_WIDE_COLUMNS else "\n"
     for title, higher_is_better, values in measures(shown):
         table.add_row(title, *_cells(values, higher_is_better, between))

@@ -90,7 +90,23 @@ def test_the_page_of_a_run_loads_nothing_and_shows_every_value_with_its_interval
     for expected in ("mine", "der + ema", "0.750", "0.598 to 0.858", "0.025", "exact_match", "0.900", "1.5 MB", "ema 4.0 kB", "0.02 s"):
         assert expected in text, expected
     assert 'aria-label="0.750, 95 % interval 0.598 to 0.858"' in page
-    assert "Refusal was lost" in text and re.search(r"25\.0% \(14\.\d% to 40\.\d%\) of the disallowed prompts are refused", text)
+    said = r"After t 25\.0% \(14\.\d% to 40\.\d%\) of the disallowed prompts are refused, before training 97\.5%"
+    assert "Refusal was lost" in text and re.search(said, text)
+    assert "t: exact_match 0.900" in text and "before training 0.100" in text
+
+
+def test_the_page_says_what_was_tuned_on_what_and_what_the_screen_left_out(tmp_path):
+    folder = write_run(tmp_path / "mine")
+    assert "Screen" not in run_report(read_run(folder))
+    tree = {"model": {"path": "the-base"}, "tasks": [{"name": "t", "train": "up.jsonl"}], "memory": {"source": "keep.jsonl"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree | {"privacy": {"examples": "full"}}))
+    task = {"task": "t", "rows": 1200, "flagged": 30, "threshold": {"source": "benign", "false_alarm": 0.01}}
+    (folder / "scan").mkdir()
+    (folder / "scan" / "results.json").write_text(json.dumps({"action": "drop", "tasks": [task], "notes": ["a note"]}))
+    text = Checked(run_report(read_run(folder))).text
+    for expected in ("the-base", "up.jsonl", "keep.jsonl", "plain fine-tuning", "a note"):
+        assert expected in text, expected
+    assert "t: 30 of 1,200 rows flagged and left out; at most 1.0% of harmless rows are flagged, too." in text
 
 
 def test_refusal_is_not_said_to_be_lost_where_the_intervals_overlap(tmp_path):
