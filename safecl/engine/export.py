@@ -26,6 +26,7 @@ from safecl.engine.tensor_file import header_bytes, num_bytes, read_header
 from safecl.engine.training import TrainingEngine
 
 MAX_FILE_BYTES = 2 * 2**30
+CARD = "README.md"
 FREED_BYTES = 8 * 2**20
 INDEX = "model.safetensors.index.json"
 
@@ -47,8 +48,12 @@ class Exported:
         return f"{self.num_tensors} tensors in {files}, {format_bytes(self.num_bytes)}, read back and verified"
 
 
-def save_model(engine: TrainingEngine, tokenizer, folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> Exported:
+def save_model(
+    engine: TrainingEngine, tokenizer, folder: Path, max_file_bytes: int = MAX_FILE_BYTES, *, card: str | None = None
+) -> Exported:
     """Writes the live weights in the model's dtype, config, generation config, tokenizer and chat template. A collective call.
+
+    `card` is the text of the folder's README.md.
 
     With LoRA the folder holds the adapter only. `AutoModelForCausalLM.from_pretrained(folder)` (or peft) loads it. The folder appears when
     everything in it is on the disk and verified; an older one of the name is replaced. Raises ExportFailed on all ranks.
@@ -64,6 +69,8 @@ def save_model(engine: TrainingEngine, tokenizer, folder: Path, max_file_bytes: 
         _agree(lambda: _save_settings(model, partial))
     if tokenizer is not None:
         _agree(lambda: tokenizer.save_pretrained(partial))
+    if card is not None:
+        _agree(lambda: (partial / CARD).write_text(card, encoding="utf-8") and None)
     _agree(lambda: _publish(partial, folder))
     return exported
 

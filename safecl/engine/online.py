@@ -29,6 +29,7 @@ from safecl.engine.export import save_plain
 from safecl.engine.live import evaluating
 from safecl.engine.loading import empty_model
 from safecl.engine.model import DTYPES, choose_attention
+from safecl.engine.recorded import TEACHER
 from safecl.engine.reference import ReferenceStore
 from safecl.engine.streaming import Placement
 from safecl.engine.teacher import StreamedTeacher, Teacher, TeacherBatch
@@ -117,7 +118,7 @@ class OnlineTeachers:
         if discard:
             distributed.barrier()
             if distributed.rank() == 0:
-                for folder in (Path(self.config.output) / "teacher").glob("model-*"):
+                for folder in (Path(self.config.output) / TEACHER).glob("model-*"):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _release(self, source: str) -> None:
@@ -127,7 +128,7 @@ class OnlineTeachers:
 
     def _path(self, source: str) -> str:
         """Folder or hub id of a teacher's weights."""
-        kept = Path(self.config.output) / "teacher"
+        kept = Path(self.config.output) / TEACHER
         if source == ALIGNED or (source == PREVIOUS and self._task == self._first_task):
             return str(kept / "model-aligned") if self._has_align_task else self.config.model.path
         return str(kept / re.sub(r"[^\w.-]+", "-", f"model-before-{self._task}")) if source == PREVIOUS else source

@@ -30,6 +30,9 @@ from safecl.engine.training import TrainingEngine
 from safecl.methods.base import TaskTerm
 from safecl.replay import TeacherOutputs
 
+TEACHER = "teacher"
+"""Folder in a run's folder for what only the run under way needs of teachers."""
+
 
 @dataclass(frozen=True)
 class Form:
@@ -96,7 +99,7 @@ class RecordedOutputs:
 
 def teacher_folder(output: str, task: str, term: str) -> Path:
     """Where a run keeps what the teacher says about a task's rows."""
-    return Path(output) / "teacher" / re.sub(r"[^\w.-]+", "-", f"{task}-{term}")
+    return Path(output) / TEACHER / re.sub(r"[^\w.-]+", "-", f"{task}-{term}")
 
 
 def _data_path(folder: Path, rank: int) -> Path:

@@ -8,8 +8,9 @@ A folder in which a run was stopped or killed is gone on with: its newest whole 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from safecl.config import ConfigError, RunConfig, dump_config
 from safecl.data import describe
 from safecl.engine import distributed
 from safecl.engine.batch import Layout
+from safecl.engine.card import card_of
 from safecl.engine.checkpoint import SaveReport
 from safecl.engine.console import Console, Steps
 from safecl.engine.cost import cost_of
@@ -32,6 +34,7 @@ from safecl.engine.metrics import MetricsLog, check_trackers
 from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention
 from safecl.engine.plan import RunPlan, TaskPlan, describe_plan, plan_run
 from safecl.engine.random_state import seed_generators
+from safecl.engine.recorded import TEACHER
 from safecl.engine.resume import Progress, RunSaver
 from safecl.engine.run import Run
 from safecl.engine.run_folder import RESULTS, RunFolder
@@ -42,6 +45,7 @@ from safecl.engine.teacher_cache import needs_outputs, shared_outputs
 from safecl.engine.training import TrainingEngine, needs_reference
 from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate, summarise
 from safecl.evaluation.restore import evaluation_from_dict
+from safecl.report.run import REPORT, write_run_report
 
 SECONDS_FOR_THE_LAST_SAVE = 60.0  # of a run that fails: longer than this it does not wait for a checkpoint that is being written
 
@@ -144,9 +148,17 @@ class Trainer:
             return None
         evaluations = [evaluation_from_dict(values) for values in results["evaluations"]]
         self.console.note(f"{self.folder} holds this run, finished after {results['steps']} steps; to train again choose another folder")
+        if launcher.rank() == 0:
+            self._do_what_was_left()
         gate = self._judge(evaluations)
         self.console.results(evaluations, gate, self.folder)
         return RunResult(self.folder, results, gate)
+
+    def _do_what_was_left(self) -> None:
+        """Of a run that was killed when its results were there already."""
+        if not (self.folder / REPORT).exists():
+            self._write_report()
+        shutil.rmtree(self.folder / TEACHER, ignore_errors=True)
 
     def _start(self, files: RunFolder) -> Run:
         config = self.config
@@ -169,7 +181,8 @@ class Trainer:
         self.console.fact("trained", f"{engine.shards.numel:,} weights on {ranks}, {engine.device}")
         run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
         run.plan = self.plan
-        self._saver = RunSaver(run, self.folder, identity_of(self.plan, store.digest), base_of(config, store.digest))
+        self._identity = identity_of(self.plan, store.digest)
+        self._saver = RunSaver(run, self.folder, self._identity, base_of(config, store.digest))
         return run
 
     def _write_run_folder(self, files: RunFolder) -> None:
@@ -376,8 +389,8 @@ class Trainer:
 
     def _finish(self, run: Run) -> RunResult:
         self._say(self._saver.settle())
-        self._save_models(run)
         gate = self._judge(self.evaluations)
+        self._save_models(run, gate)
         result = RunResult(self.folder, self._results(run, gate), gate)
         if distributed.rank() == 0:
             replace_file(self.folder / RESULTS, json.dumps(result.results, indent=2))
@@ -389,8 +402,6 @@ class Trainer:
 
     def _write_report(self) -> None:
         """The page says again what results.json and outputs/ say, so a run without it is no failure."""
-        from safecl.report.run import write_run_report
-
         try:
             write_run_report(self.folder)
         except OSError as error:
@@ -400,14 +411,18 @@ class Trainer:
         limits = self.config.safety.gate if self.config.safety is not None else None
         return judge_gate(limits, evaluations[-1]) if limits is not None and evaluations else None
 
-    def _save_models(self, run: Run) -> None:
+    def _save_models(self, run: Run, gate: GateResult | None) -> None:
+        """Last, so that the cards say what was measured; a run that is killed here does this again."""
         live, average = self.folder / "model", run.saves_average
+        card = card_of(run, self.folder.resolve().name, self._identity, self.progress.num_tokens, self.evaluations, gate)
         if average:
             live = self.folder / "model-live"
-        saved = save_model(run.engine, self.plan.tokenizer, live)
+        own = replace(card, measured=not average)
+        saved = save_model(run.engine, self.plan.tokenizer, live, card=own.text())
         if average:
             with evaluating(run.engine, average=True):
-                saved = save_model(run.engine, self.plan.tokenizer, self.folder / "model")
+                own = replace(card, average=True)
+                saved = save_model(run.engine, self.plan.tokenizer, self.folder / "model", card=own.text())
         both = " (the average) and model-live (the last weights)" if average else ""
         self.console.note(f"saved {self.folder / 'model'}{both}: {saved}")
 

@@ -100,6 +100,23 @@ def test_the_saved_model_is_the_average_and_the_live_weights_stand_beside_it(fin
     assert (a - b).norm() > 1e-4 * b.norm()
 
 
+def test_each_model_folder_has_a_card_and_the_average_s_card_says_what_was_measured(finished):
+    folder, results = finished
+    average, live = ((folder / name / "README.md").read_text() for name in ("model", "model-live"))
+    asr = results["evaluations"][-1]["safety"]["asr"]
+    assert f"{asr['value']:.3f} [{asr['low']:.3f}, {asr['high']:.3f}]" in average and "the average over the steps" in average
+    assert json.loads((folder / "run.json").read_text())["memory_rows"] in average
+    assert "lies in `../model`" in live and "those after the last step" in live
+
+
+def test_a_run_that_was_killed_after_its_results_is_given_its_report_and_rid_of_what_it_needed(rank_pool, materials, finished):
+    folder, results = finished
+    (folder / "report.html").unlink()
+    (folder / "teacher" / "sentiment-lwf").mkdir(parents=True)
+    assert rank_pool(2).run(fit, tree=tree(materials, folder), cache=str(materials / "cache")) == [results, results]
+    assert "after sentiment" in (folder / "report.html").read_text() and not (folder / "teacher").exists()
+
+
 def test_the_results_say_what_the_methods_keep_in_bytes(finished):
     """ZeRO-3 on two ranks: one fp32 value per weight for EMA and Fisher, beside padding, and for theta_0; tokens and outputs of 24 rows."""
     folder, results = finished
