@@ -22,15 +22,19 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "memory": {"source": "r.jsonl"}, "output": "runs/a"}
 
 
+PROGRAMS = r"safecl|python3?|torchrun|deepspeed|make|bash|launch/\S+"
+INLINE = r"(?<!`)`((?:safecl|python|make|launch/\S+\.sh) [^`<]*)`(?!`)"
+
+
 def blocks(language: str) -> list[tuple[str, str]]:
     """(page, text) of every fenced block of a language."""
     return [(page.name, text) for page in PAGES for text in re.findall(rf"^```(?:{language})\n(.*?)^```", page.read_text(), re.M | re.S)]
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every command line in a shell block, and of every inline `safecl ...`."""
+    """(page, words) of every command line in a shell block, and of every inline one, `safecl ...` or `python benchmarks/...`."""
     lines = [(page, line) for page, text in blocks("sh|bash") for line in text.replace("\\\n", " ").splitlines()]
-    inline = [(page.name, found) for page in PAGES for found in re.findall(r"`(safecl [^`<]*)`", page.read_text())]
+    inline = [(page.name, found) for page in PAGES for found in re.findall(INLINE, page.read_text())]
     split = [(page, shlex.split(line, comments=True)) for page, line in lines + inline]
     return [(page, words) for page, words in split if words]
 
@@ -42,6 +46,13 @@ def arguments_of_safecl(words: list[str]) -> list[str] | None:
     if words[0] in ("torchrun", "deepspeed", "python", "python3") and "safecl" in words:
         return words[words.index("safecl") + 1 :]
     return None
+
+
+def test_commands_stand_in_blocks_that_are_executed():
+    """A block without its language would be passed over."""
+    everything, shell = blocks(r"\w*"), blocks("sh|bash")
+    lines = [(page, line) for page, text in everything if (page, text) not in shell for line in text.splitlines()]
+    assert not [(page, line) for page, line in lines if re.match(rf"({PROGRAMS}) [\w./-]", line)]
 
 
 @pytest.mark.parametrize(
