@@ -89,6 +89,12 @@ def fused_step(b: Buffers, anchor: Tensor, fisher: Tensor) -> Callable[[], objec
     return fused_adamw(b, **penalty, ema=b.ema, ema_decay=DECAY, param_out=b.out)
 
 
+def fused_step_then_copy(b: Buffers) -> Callable[[], object]:
+    """The copy in a pass of its own, as DeepSpeed makes it after every step."""
+    penalty = {"anchor": b.anchor, "fisher": b.fisher, "strength": STRENGTH}
+    return in_order(fused_adamw(b, **penalty, ema=b.ema, ema_decay=DECAY), lambda: b.out.copy_(b.param))
+
+
 def fused_step_low(b: Buffers) -> Callable[[], object]:
     low = replace(b, grad=b.grad.bfloat16())
     return fused_step(low, b.anchor, b.fisher)
@@ -185,6 +191,7 @@ def step_runs(b: Buffers, cuda: bool) -> Runs:
         FUSED: (fused_step(b, b.anchor, b.fisher), 42),
         "fused, bf16 gradient": (fused_step_low(b), 40),
         "fused, fp32 anchor and Fisher": (fused_step(b, b.anchor32, b.fisher32), 46),
+        "fused, then copied by torch": (fused_step_then_copy(b), 42),
     }
     if cuda:
         return runs | {"separate: our kernels + torch fused AdamW": (separate_kernels(b), 42), "torch.compile": (compiled_step(b), 42)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -74,7 +74,6 @@ class AdamWArguments:
     found_inf: Tensor | None = None  # a device scalar; a host scalar has already been acted upon
     frozen: bool = False  # found_inf on the host: compute the penalty loss, write nothing
     segments: Segments | None = None
-    written: tuple[Tensor, ...] = field(default=(), repr=False)
 
 
 def check_tensor(name: str, tensor: Tensor, like: Tensor, dtypes: Sequence[torch.dtype], like_name: str) -> None:
