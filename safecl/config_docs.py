@@ -34,6 +34,7 @@ USUAL = {
     "deepspeed.offload": ("optimizer", "parameters"),
     "safety": ("prompts", "benign_prompts", "gate"),
     "safety.gate": ("max_asr", "max_over_refusal"),
+    "scan": ("action", "benign"),
 }
 
 # Values of keys without a default, and of keys whose default says nothing about their form.
@@ -49,6 +50,7 @@ EXAMPLES = {
     "safety.benign_prompts": "benign.jsonl",
     "safety.gate.max_asr": 0.05,
     "safety.gate.max_over_refusal": 0.15,
+    "scan.benign": "known-harmless.jsonl",
     "poison.source": "poison.jsonl",
     "output": "runs/my-task",
 }

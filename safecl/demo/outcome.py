@@ -14,10 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from safecl.demo.arms import KEPT, PLAIN, Arm
-from safecl.report.page import bytes_text
+from safecl.report.page import PLAIN_STATE, bytes_text
 
 REFUSED, LOST = 0.2, 0.8
-PLAIN_STATE = ("exp_avg", "exp_avg_sq")
 ALIGNED = "aligned"
 
 
@@ -99,7 +98,7 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
         console.print(prompt, style="bold", markup=False)
         for title, outcome in zip(SIDE_BY_SIDE, compared(group), strict=True):
             console.print(f"  {title.format(outcome.title):<20}{outcome.answers[prompt]!r}", markup=False)
-        console.print(f"\n{verdict(group)}\n", markup=False)
+        console.print(f"\n{verdict(group)}", markup=False)
 
 
 SIDE_BY_SIDE = ("{}", "{}", "safecl, {}")

@@ -8,6 +8,9 @@ import jinja2
 
 from safecl.report import charts
 
+PLAIN_STATE = ("exp_avg", "exp_avg_sq")
+"""AdamW's own moments, which plain fine-tuning has too: not what a method costs."""
+
 
 def bytes_text(count: float) -> str:
     """1,234,567 -> 1.2 MB."""

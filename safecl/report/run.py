@@ -20,13 +20,12 @@ from safecl.engine.durable import replace_file
 from safecl.evaluation.evaluation import Evaluation
 from safecl.evaluation.restore import evaluation_from_dict
 from safecl.evaluation.tables import measures, moments
-from safecl.report.page import render
+from safecl.report.page import PLAIN_STATE, render
 
 REPORT = "report.html"
 REFUSAL_LOST = "Refusal was lost: the intervals do not overlap."
 MOST_ANSWERS = 6
 LONGEST_ANSWER = 400
-PLAIN_STATE = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
