@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console as Terminal
 from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 if TYPE_CHECKING:
     from safecl.engine.checkpoint import SaveReport
     from safecl.evaluation import Evaluation
+
+
+BAR_WIDTH = 20
 
 
 class Console:
@@ -58,9 +62,11 @@ class Console:
         if self.quiet or not self.terminal.is_terminal:
             yield Steps(None, None, self, name, num_steps, done)
             return
-        name_column, state_column = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
-        columns = name_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), state_column
-        with Progress(*columns, console=self.terminal) as bar:
+        # Of a narrow terminal the losses get what the count and the time leave, not the other way round.
+        rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        name_column, state_column = TextColumn("{task.description}"), TextColumn("{task.fields[state]}", table_column=rest)
+        columns = name_column, BarColumn(bar_width=BAR_WIDTH), MofNCompleteColumn(), TimeRemainingColumn(), state_column
+        with Progress(*columns, console=self.terminal, expand=True) as bar:
             yield Steps(bar, bar.add_task(name, total=num_steps, completed=done, state=""), self, name, num_steps, done)
 
     def results(self, evaluations: list, gate, folder: Path) -> None:
