@@ -9,6 +9,7 @@ from rich.console import Console
 from safecl import launcher
 from safecl.commands.ending import ExitCode
 from safecl.commands.preflight import refuse_unwritable, settle_hub
+from safecl.commands.working import working
 from safecl.config import load_config
 
 
@@ -17,9 +18,10 @@ def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -
     launcher.join_launcher()
     refuse_unwritable(output or _default_output(target, overrides))
     settle_hub([target])
-    from safecl.evaluation import evaluate_target, results_table
+    with working(f"measuring {target}"):
+        from safecl.evaluation import evaluate_target, results_table
 
-    result = evaluate_target(target, overrides, output=output)
+        result = evaluate_target(target, overrides, output=output)
     if launcher.rank() == 0:
         console = Console(highlight=False, soft_wrap=True)
         console.print(f"measured {result.model}", markup=False)

@@ -13,6 +13,7 @@ from rich.console import Console
 from safecl import launcher
 from safecl.commands.ending import ExitCode
 from safecl.commands.preflight import preflight
+from safecl.commands.working import working
 from safecl.config import ConfigError, RunConfig, ScanConfig, validate_tree
 
 
@@ -30,7 +31,7 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
 
     tokenizer = load_tokenizer(config.model)
     tasks = [(task.name, prepare_task(config, task, tokenizer)[0]) for task in config.tasks]
-    with _ranks():
+    with working("screening the rows"), _ranks():
         settings = config.model
         model = HFEvalModel.load(
             settings.path, dtype=settings.dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,9 @@ def _quiet_console(reporter: Reporter):
         def saved(self, report: SaveReport) -> None:
             if report.problem is not None and not self.quiet:
                 print(report, file=sys.stderr)
+
+        def working(self, what: str) -> nullcontext:
+            return nullcontext()
 
         def results(self, evaluations: list, gate: object, folder: Path) -> None:
             pass

@@ -66,8 +66,19 @@ class Console:
         rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         name_column, state_column = TextColumn("{task.description}"), TextColumn("{task.fields[state]}", table_column=rest)
         columns = name_column, BarColumn(bar_width=BAR_WIDTH), MofNCompleteColumn(), TimeRemainingColumn(), state_column
-        with Progress(*columns, console=self.terminal, expand=True) as bar:
-            yield Steps(bar, bar.add_task(name, total=num_steps, completed=done, state=""), self, name, num_steps, done)
+        with Progress(*columns, console=self.terminal, expand=True) as self._bar:
+            task = self._bar.add_task(name, total=num_steps, completed=done, state="")
+            yield Steps(self._bar, task, self, name, num_steps, done)
+        self._bar = None
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """A sign of life on a terminal while something takes long; beside a bar there is none."""
+        if self.quiet or self._bar is not None or not self.terminal.is_terminal:
+            yield
+            return
+        with self.terminal.status(what):
+            yield
 
     def results(self, evaluations: list, gate, folder: Path) -> None:
         """The table of everything measured, and where it is."""

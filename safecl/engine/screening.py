@@ -17,7 +17,7 @@ def screen_run(run: Run, tokenizer, console: Console, folder: Path) -> None:
     Raises: UploadRefused where the upload must not be trained on.
     """
     privacy = run.config.privacy.examples
-    with evaluating(run.engine, average=False) as model:
+    with console.working("screening the rows"), evaluating(run.engine, average=False) as model:
         screening = screen_tasks(model, tokenizer, run.config, [(task.config.name, task.dataset) for task in run.tasks])
     if distributed.rank() == 0:
         screening.write(folder / "scan", privacy)

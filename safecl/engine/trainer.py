@@ -375,7 +375,7 @@ class Trainer:
         if not self.plan.prompts and not any(task.eval_rows for task in self.plan.tasks):
             return
         tasks = [(task.config.name, task.config.eval, task.eval_rows) for task in self.plan.tasks if task.eval_rows]
-        with evaluating(run.engine, average=run.saves_average) as model:
+        with self.console.working(f"{when}: measuring"), evaluating(run.engine, average=run.saves_average) as model:
             found = evaluate(
                 model, self.plan.tokenizer, when=when, step=run.global_step, safety=self.config.safety, prompts=self.plan.prompts,
                 benign=self.plan.benign, tasks=tasks,

@@ -22,4 +22,10 @@ def test_the_count_of_steps_shows_on_any_terminal_and_the_losses_as_far_as_there
     shown = out.getvalue().replace("\r", "\n")
     assert "341/1200" in shown and "task 2.8689" in shown and "my-first-task" in shown
     assert ("tok/s" in shown) == (width == 160)
+    console = Console(every=1, rank=0, terminal=terminal)
+    with console.progress("t", 2) as steps, console.working("measuring"):  # a second display would spoil the first
+        steps.step(VALUES)
+    with console.working("measuring after"):
+        pass
+    assert "measuring after" in out.getvalue() and "measuring\n" not in out.getvalue()
     assert all(len(line) <= width for line in shown.split("\n") if "\x1b" not in line)
