@@ -209,7 +209,7 @@ def memory_lines(shape: ModelShape, config: RunConfig) -> list[tuple[str, str]]:
     """(what, value) lines for `safecl check`: on the ranks that are here, then on 8 and on 64."""
     here = ranks_here()
     plan = plan_memory(shape, config, here, local_ranks_here())
-    lines = [("memory", _totals(plan))]
+    lines = [("takes", f"{_totals(plan)}, on {here} rank{'s' if here > 1 else ''}")]
     for where in ("device", "host"):
         items = sorted((item for item in plan.items if item.where == where), key=lambda item: -item.nbytes)
         shown = [f"{item.what} {'about ' if item.estimate else ''}{format_bytes(item.nbytes)}" for item in items]
@@ -235,8 +235,8 @@ def _has_gpu() -> bool:
 
 
 def _totals(plan: MemoryPlan) -> str:
-    ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
-    return f"{ranks}: about {format_bytes(plan.device)} on each device, {format_bytes(plan.host)} of host memory on each node"
+    host = f", {format_bytes(plan.host)} of host memory on each node" if plan.host else ""
+    return f"about {format_bytes(plan.device)} on each device{host}"
 
 
 def _shortage(plan: MemoryPlan) -> str | None:
