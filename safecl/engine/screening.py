@@ -30,6 +30,7 @@ def screen_run(run: Run, tokenizer, console: Console, folder: Path) -> None:
         raise UploadRefused(f"{screening.refused_because}; the flagged rows are in {folder / 'scan'}")
     decisions = screening.decisions()
     run.screen(decisions)
+    steps = {task.config.name: task.num_steps for task in run.tasks}
     for name, decision in decisions.items():
-        done = "left out" if decision["weight"] == 0.0 else f"weigh {decision['weight']:g}"
+        done = f"left out, which leaves {steps[name]:,} steps" if decision["weight"] == 0.0 else f"weigh {decision['weight']:g}"
         console.note(f"scan {name}: {len(decision['rows'])} flagged rows {done}; all of them in {folder / 'scan'}")

@@ -97,7 +97,7 @@ def test_the_verb_and_a_run_on_two_ranks_flag_the_same_rows(rank_pool, config_fi
     assert lines == sorted(set(range(1, 133)) - set(found)) and len(set(found) & set(POISON_LINES)) >= 10
     for row in alone["flagged"]:
         assert row["line"] not in found or row["score"] == pytest.approx(found[row["line"]]["score"], abs=1e-3)
-    assert any(f"{len(found)} flagged rows left out" in line for line in said)
+    assert any(f"{len(found)} flagged rows left out, which leaves {steps} steps" in line for line in said)
     assert steps == len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
 
 
