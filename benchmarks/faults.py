@@ -145,7 +145,7 @@ def cuts() -> dict:
     from tests.engine import resume_scenes
 
     found, wrong = {}, []
-    settings = {**EWC, **ONLINE_EWC, "ema": {"decay": 0.9}}
+    settings = {**EWC, **ONLINE_EWC, "ema": {"decay": 0.9}, "psmt": {"decay": 0.9, "sign_batches": 4, "rows_per_batch": 4}}
     with scratch() as folder, ranks(2) as pool:
         for number, name in enumerate(builtin_methods()):
             changes = dict(methods={name: settings.get(name, {})}, deepspeed={"stage": number % 4})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from safecl import launcher
@@ -19,12 +20,14 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
     launcher.join_launcher()
     preflight(config)
     Ending.run_folder = Path(config.output)
-    from safecl.engine.run_folder import RunFolder
+    from safecl.engine.run_folder import EXIT_CODE, RunFolder
 
     code = _train(config, fresh)
     if launcher.rank() == 0:
         with contextlib.suppress(OSError):
             RunFolder(Path(config.output)).write_exit_code(code)
+            if code == ExitCode.STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
+                print(f"torchrun ends with 1 all the same; {Path(config.output) / EXIT_CODE} holds {code}", flush=True)
     return code
 
 

@@ -31,6 +31,7 @@ from safecl.engine.checkpoint_folder import CheckpointFolder, format_bytes
 from safecl.engine.checkpoint_format import (
     Contents,
     Manifest,
+    OtherFormat,
     Reference,
     Slice,
     arrange,
@@ -268,7 +269,7 @@ class Checkpointer:
         """The newest checkpoint that all ranks find whole; None where there is none at all. Damaged newer ones are set aside, and told.
 
         `checks` look at what else must be right and raise DamagedCheckpoint; all ranks have passed one before any begins with the next.
-        Raises ConfigError where there are checkpoints and none of them is whole.
+        Raises ConfigError where there are checkpoints and none of them is whole, or the newest is of another version of the format.
         """
         problems: dict[str, str] = {}
         for name in distributed.gather_objects([self.folder.names()])[0]:
@@ -294,7 +295,10 @@ class Checkpointer:
         return (contents, "") if problem is None else (None, problem)
 
     def _read_contents(self, folder: Path) -> Contents:
-        contents = read_contents(folder)
+        try:
+            contents = read_contents(folder)
+        except OtherFormat as error:
+            raise ConfigError(f"{error}; go on with the safecl that wrote it, or start a new run with another `output`") from None
         check_hashes(folder, contents.manifest, self.rank, self.world_size)
         return contents
 

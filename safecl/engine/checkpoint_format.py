@@ -37,6 +37,10 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+class OtherFormat(DamagedCheckpoint):
+    """A checkpoint of another version of the format. It must not be loaded, nor be taken for damaged and set aside."""
+
+
 @dataclass(frozen=True, order=True)
 class Slice:
     """`length` elements of `kind` of parameter `name` from flat offset `offset` on; `dtype` as safetensors names it (F32, BF16)."""
@@ -183,7 +187,7 @@ def _parse_manifest(path: Path, body: bytes) -> Manifest:
     try:
         values = json.loads(body)
         if (values["format"], values["version"]) != (FORMAT, VERSION):
-            raise DamagedCheckpoint(f"{path}: {values['format']} version {values['version']}, this safecl reads {FORMAT} version {VERSION}")
+            raise OtherFormat(f"{path}: {values['format']} version {values['version']}, this safecl reads {FORMAT} version {VERSION}")
         files = {name: FileRecord(int(record["size"]), str(record["xxh3_128"])) for name, record in values.pop("files").items()}
         parameters = {name: tuple(map(int, shape)) for name, shape in values.pop("parameters").items()}
         references = {kind: Reference(**reference) for kind, reference in values.pop("references", {}).items()}

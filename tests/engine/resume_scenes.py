@@ -92,11 +92,11 @@ def resume_and_train(folder: str, steps: int, save_after: Sequence[int] = (), wa
         return *_go_on(run, task, saver, steps, save_after, watched, log, resumed.progress), notes
 
 
-def resume_on_another_base(folder: str, **changes) -> str:
-    """The message by which a run is refused whose base model has changed."""
+def refusal_of_resuming(folder: str, **changes) -> str:
+    """The message by which a run is refused; empty where it is not."""
     from safecl.config import ConfigError
 
-    with open_saver(folder, other_base=True, **changes) as (_, task, saver):
+    with open_saver(folder, **changes) as (_, task, saver):
         try:
             saver.resume(lambda message: None, [task])
         except ConfigError as error:

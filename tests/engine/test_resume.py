@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from safecl.engine.checkpoint_format import read_contents, read_manifest
+from safecl.engine.checkpoint_format import MANIFEST, dump_manifest, read_contents, read_manifest
 from safecl.methods import builtin_methods
 from tests.engine import oracle, resume_scenes
 
@@ -58,8 +59,20 @@ def test_an_anchor_that_is_the_base_model_is_named_and_not_stored_and_another_ba
     (reference,) = contents.manifest.references.items()
     assert reference[0] == "anchor" and reference[1].model == "unused" and reference[1].dtype == ("BF16" if bf16 else "F32")
     assert "anchor" not in contents.manifest.kinds and not any(kind == "anchor" for kind, _ in contents.slices)
-    for message in rank_pool(2).run(resume_scenes.resume_on_another_base, folder=folder, **changes):
+    for message in rank_pool(2).run(resume_scenes.refusal_of_resuming, folder=folder, other_base=True, **changes):
         assert "its anchor is the model unused as it was when the run began, and model.path now holds other weights" in message
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_neither_set_aside_nor_passed_over(rank_pool, folder):
+    """An older safecl must not take what a newer one has saved for damaged, and delete it at the next save."""
+    changes = dict(methods={}, deepspeed={"stage": 1})
+    rank_pool(2).run(resume_scenes.train_and_save, folder=folder, steps=2, save_after=[1, 2], **changes)
+    newest = Path(folder) / "checkpoints" / "step-00000002"
+    manifest = dataclasses.replace(read_manifest(newest), version=2)
+    (newest / MANIFEST).write_bytes(dump_manifest(manifest))
+    for message in rank_pool(2).run(resume_scenes.refusal_of_resuming, folder=folder, **changes):
+        assert "safecl-checkpoint version 2, this safecl reads safecl-checkpoint version 1; go on with the safecl that wrote it" in message
+    assert newest.is_dir() and not list(newest.parent.glob("damaged-*"))
 
 
 def test_an_anchor_taken_after_training_is_stored(rank_pool, folder):
