@@ -12,16 +12,19 @@ from safecl.config import ConfigError, RunConfig
 
 
 def preflight(config: RunConfig) -> None:
-    """Raises ConfigError with one line for each missing file, or for a run folder that cannot be made. Makes nothing."""
-    refuse_missing_files(config)
-    refuse_unwritable(Path(config.output))
+    """Raises ConfigError with one line for each missing file, and for a run folder that cannot be made. Makes nothing."""
+    mistakes: list[str] = []
+    _collect(mistakes, lambda: refuse_missing_files(config))
+    _collect(mistakes, lambda: refuse_unwritable(Path(config.output)))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     settle_hub([name for _, name in (*_model_folders(config), *_data_files(config))])
 
 
 def refuse_missing_files(config: RunConfig) -> None:
     """Raises ConfigError that names every local file and folder of the config that is not there. Hub ids are left to their readers."""
-    from safecl.data.chat import refuse_missing_folder
     from safecl.data.files import refuse_missing
+    from safecl.data.hub import refuse_missing_folder
 
     mistakes: list[str] = []
     for key, name in _model_folders(config):

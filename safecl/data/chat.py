@@ -23,6 +23,7 @@ from typing import Any
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.data.formats import DataError, Message, RowProblem, clip
+from safecl.data.hub import local_name, refuse_unreachable
 
 log = logging.getLogger("safecl")
 
@@ -42,12 +43,13 @@ OPEN, CLOSE = "\uf8f0", "\uf8f1"
 _PROBE = "safecl probe answer"
 
 
-def load_tokenizer(model: ModelConfig) -> Any:
+def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
     """The model's tokenizer with chat template and pad token settled; which template it is stands in the log and in `template_source`.
 
-    Raises: ConfigError where there is no tokenizer, the template does not work, or nothing ends an answer.
+    Raises: ConfigError where there is no tokenizer, the template does not work, or nothing ends an answer; it names `key`, by default that
+    of the model.
     """
-    tokenizer = _from_pretrained(model)
+    tokenizer = _from_pretrained(model, key or ("model.tokenizer" if model.tokenizer else "model.path"))
     if tokenizer.eos_token is None:
         name = model.tokenizer or model.path
         raise ConfigError(f"{name}: the tokenizer has no end-of-text token, so answers could not end; set `eos_token` in its folder")
@@ -59,31 +61,17 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return tokenizer
 
 
-_ONE_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "config.json")
-
-
-def refuse_missing_folder(key: str, name: str) -> None:
-    """Raises ConfigError where `name` cannot be a hub id and is no folder. Asks no hub."""
-    local = Path(name).expanduser()
-    if not local.is_dir() and (local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ConfigError(f"{key}: there is no folder {name}")
-    if local.is_dir() and not any((local / file).is_file() for file in _ONE_OF_A_TOKENIZER):
-        raise ConfigError(f"{key}: {name} is not a model folder: there is no tokenizer and no config.json in it")
-
-
-def _from_pretrained(model: ModelConfig) -> Any:
+def _from_pretrained(model: ModelConfig, key: str) -> Any:
+    name = model.tokenizer or model.path
+    refuse_unreachable(key, name)
     from transformers import AutoTokenizer
 
-    name = model.tokenizer or model.path
-    refuse_missing_folder("model.tokenizer" if model.tokenizer else "model.path", name)
-    local = Path(name).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(str(local) if local.is_dir() else name, trust_remote_code=model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(local_name(name), trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the library raises many kinds for a missing, broken or unreachable tokenizer
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(
-            f"{name}: no tokenizer could be loaded from here: {clip(lines[0] if lines else type(error).__name__, 200)}"
-        ) from None
+        said = clip(lines[0] if lines else type(error).__name__, 200)
+        raise ConfigError(f"{key}: {name}: no tokenizer could be loaded from here: {said}") from None
 
 
 def _settle_template(tokenizer: Any, model: ModelConfig) -> None:
