@@ -105,6 +105,11 @@ class ShardMap:
         self.replicated = self.stage == 0
         if self.stage == 3:
             self._skip_scaling_by_one()
+            self._step_on_the_gradients_themselves()
+        elif self.stage in (1, 2):
+            # Else its first step would tie the optimizer's state of that moment to every parameter, and state that is dropped (temporary
+            # sums of a Fisher, moments of a task that has ended) would stay in memory to the end of the run.
+            self.optimizer._hp_optimizer_states_linked = True
         self.flats = self._find_flats()
         self.fragments = list(self._find_fragments())
 
@@ -229,6 +234,21 @@ class ShardMap:
                 original(sub_group_id, total_norm)
 
         self.optimizer.unscale_and_clip_grads = types.MethodType(unscale, self.optimizer)
+
+    def _step_on_the_gradients_themselves(self) -> None:
+        """Stage 3 flattens the reduced gradients for the step, which are slices of one flat buffer already: 4 bytes per weight and a pass
+        over the shard for nothing."""
+        original = self.optimizer._prepare_fp32_grad_for_sub_group
+
+        def prepare(optimizer, sub_group_id):
+            master, gradients = optimizer.fp32_partitioned_groups_flat[sub_group_id], optimizer.grad_partitions_flat_buffer
+            if len(optimizer.fp32_partitioned_groups_flat) > 1 or (gradients.shape, gradients.dtype) != (master.shape, master.dtype):
+                original(sub_group_id)
+                return
+            master.grad = gradients
+            optimizer.averaged_gradients[sub_group_id] = None
+
+        self.optimizer._prepare_fp32_grad_for_sub_group = types.MethodType(prepare, self.optimizer)
 
     def full_parameter(self, p: torch.nn.Parameter):
         """Context in which a live parameter is whole on every rank, for reading."""
