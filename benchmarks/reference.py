@@ -6,7 +6,8 @@
 
 sharing    ranks that read and lock every byte of one store: proportional set sizes, added up, against one copy
 loading    the peak over all ranks together while ZeRO-3 starts from a checkpoint, beyond what training keeps, against one model
-planned    what a run keeps after two steps of EWC and EMA, in every stage, against safecl.engine.memory_plan
+planned    the peak of two steps of EWC and EMA, in every stage, with and without offload and checkpointing, against the plan that
+           `safecl check` prints
 offload    the optimizer's pass with anchor, Fisher and EMA in host memory, against the same beside the shard (GPU)
 """
 
@@ -35,13 +36,17 @@ from tests.pool import RankPool
 RESULT = Path(__file__).parent / "results" / "reference.json"
 
 
-def save_model(folder: str, megabytes: int, layers: int = 8) -> int:
+def save_model(folder: str, megabytes: int, layers: int = 8, vocabulary: int = 1024) -> int:
     """A bf16 Llama of about that size; bytes of its weights."""
     import transformers
 
     hidden = 64 * max(1, round((megabytes * 1e6 / 2 / (layers * 12)) ** 0.5 / 64))
     config = transformers.LlamaConfig(
-        vocab_size=1024, hidden_size=hidden, intermediate_size=8 * hidden // 3, num_hidden_layers=layers, num_attention_heads=hidden // 64
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
     )
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -209,46 +214,78 @@ def loading(world_size: int = 2, megabytes: int = 1500, stage: int = 3) -> dict:
 # -------------------------------------------------------------------------------------------------------------------- planned
 
 
-def train_two_steps(path: str, stage: int) -> dict:
+ROWS, LENGTH = 2, 256
+"""Of a micro-batch."""
+
+
+def train_two_steps(path: str, stage: int, offload: str, checkpointing: bool, dtype: str = "bf16") -> dict:
+    """EWC and EMA; what is planned for all ranks together, and of what."""
+    from safecl.engine import distributed
     from safecl.engine.loading import load_model
     from safecl.engine.memory_plan import ModelShape, plan_memory
     from tests.engine import scenes
 
-    methods = {"ewc": {"sign_batches": 2, "rows_per_batch": 2}, "ema": {"decay": 0.9}}
-    config = configure(path, stage, methods)
+    world_size = distributed.world_size()
+    config = scenes.run_config(
+        model={"path": path, "dtype": dtype, "gradient_checkpointing": checkpointing},
+        methods={"ewc": {"sign_batches": 1, "rows_per_batch": 4}, "ema": {"decay": 0.9}},
+        deepspeed={"stage": stage, "offload": {"optimizer": offload, "parameters": offload if stage == 3 else "none"}},
+        train={
+            "tokens_per_microbatch": ROWS * LENGTH, "tokens_per_batch": 2 * world_size * ROWS * LENGTH, "max_length": LENGTH,
+            "packing": "padded",
+        },
+        checkpoint={"every": "never"},
+    )  # fmt: skip
     loaded, store = load_model(config.model)
-    shape = ModelShape.of(loaded)
-    run, task = scenes.build_run(config, loaded, store)
+    shape = ModelShape.of(loaded, config)
+    run, task = scenes.build_run(config, loaded, store, scenes.random_dataset(40, seed=1, min_length=LENGTH, max_length=LENGTH))
     scenes.begin(run, task)
     for _ in range(2):
         run.train_step(task)
     _kept["run"] = run
-    plan = plan_memory(shape, config, run.engine.layout.world_size)
-    transient = ("activations", "communication buckets", "gathered weights")
-    per_rank = sum(item.nbytes for item in plan.items if not item.per_node and item.what not in transient)
-    shared = sum(item.nbytes for item in plan.items if item.per_node)
-    return {"planned": per_rank * plan.world_size + shared}
+    plan = plan_memory(shape, config, world_size, device="cpu")
+    items: dict[str, int] = {}
+    for item in plan.at_peak("device", "host"):
+        items[item.what] = items.get(item.what, 0) + item.nbytes
+    return {"weights": shape.weights, "planned": plan.shared_host, "items": items}
 
 
-def planned(world_size: int = 2, megabytes: int = 120) -> dict:
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        size = save_model(folder, megabytes, layers=4)
-        for stage in range(4):
+def planned(world_size: int = 2, megabytes: int = 100) -> dict:
+    """Of both ranks together, in host memory, which is the device as well."""
+    # Memory that was freed goes back to the system at once, so that what is measured is what is in use.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+    found = []
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as small:
+        save_model(folder, megabytes, layers=4, vocabulary=8192)
+        save_model(small, 1, layers=1)
+        for stage, offload in [(0, "none"), *((stage, place) for stage in (1, 2, 3) for place in ("none", "cpu"))]:
+            for checkpointing in (False, True):
+                setting = dict(stage=stage, offload=offload, checkpointing=checkpointing)
+                found.append(
+                    setting | on_ranks(world_size, lambda pool, pids, setting=setting: one_plan(pool, pids, folder, small, setting))
+                )
+                print(found[-1], flush=True)
+    ratios = [one["peak_of_planned"] for one in found]
+    return {"ranks": world_size, "tokens_per_microbatch": ROWS * LENGTH, "lowest": min(ratios), "highest": max(ratios), "runs": found}
 
-            def work(pool: RankPool, pids: list[int], stage=stage) -> dict:
-                pool.run(warm_up)
-                before = sum(pool.run(trim))
-                with Peak(pids) as peak:
-                    plan = pool.run(train_two_steps, path=folder, stage=stage)[0]["planned"]
-                kept = sum(pool.run(trim)) - before
-                return {
-                    "planned_bytes": plan, "peak_bytes": peak.bytes - before, "kept_bytes": kept,
-                    "peak_of_planned": round((peak.bytes - before) / plan, 3),
-                }  # fmt: skip
 
-            found[f"stage {stage}"] = on_ranks(world_size, work)
-    return {"ranks": world_size, "model_bytes": size, "stages": found}
+def one_plan(pool: RankPool, pids: list[int], folder: str, small: str, setting: dict) -> dict:
+    pool.run(warm_up)
+    pool.run(train_two_steps, path=small, **setting)  # what any first run takes
+    before = sum(pool.run(forget))
+    with Peak(pids) as peak:
+        plan = pool.run(train_two_steps, path=folder, **setting)[0]
+    taken = peak.bytes - before
+    return {
+        "weights": plan["weights"], "planned_bytes": plan["planned"], "peak_bytes": taken,
+        "peak_of_planned": round(taken / plan["planned"], 3), "planned_of_a_rank": plan["items"],
+    }  # fmt: skip
+
+
+def forget() -> int:
+    """Lets go of the run before."""
+    _kept.clear()
+    return trim()
 
 
 # -------------------------------------------------------------------------------------------------------------------- offload

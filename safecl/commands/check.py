@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from safecl.commands.preflight import preflight
-from safecl.config import ConfigError, RunConfig
+from safecl.config import ConfigError, ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     import torch
+
+    from safecl.engine.memory_plan import ModelShape
 
 
 def check_run(config: RunConfig) -> None:
@@ -24,9 +26,9 @@ def check_run(config: RunConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     plan = plan_run(config)
     facts = describe_plan(plan)
-    model = model_structure(config)
+    model = model_structure(config.model)
     facts[1:1] = model_facts(model, config, len(plan.tokenizer))
-    facts += memory_lines(ModelShape.of(model, config.model.lora), config)
+    facts += memory_lines(ModelShape.of(model, config), config, teacher_shapes(config))
     for what, value in facts:
         console.print(f"[bold]{what:<18}[/bold]", end="")
         console.print(value, markup=False)
@@ -39,17 +41,25 @@ def check_run(config: RunConfig) -> None:
     console.print(f"ready: safecl train would write {config.output}", style="green", markup=False)
 
 
-def model_structure(config: RunConfig) -> torch.nn.Module:
+def model_structure(config: ModelConfig) -> torch.nn.Module:
     """The model without its weights. ConfigError for one that cannot be tuned."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from safecl.engine.model import read_model_settings
 
-    settings = read_model_settings(config.model)
-    refuse_without_weights(config.model.path)
+    settings = read_model_settings(config)
+    refuse_without_weights(config.path)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+
+
+def teacher_shapes(config: RunConfig) -> list[ModelShape]:
+    """Of the further models that are asked in every step."""
+    from safecl.engine.memory_plan import ModelShape
+    from safecl.engine.plan_teachers import other_models
+
+    return [ModelShape.without_activations(model_structure(other)) for other in other_models(config)]
 
 
 def model_facts(model: torch.nn.Module, config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:

@@ -11,10 +11,15 @@ from safecl.config import RunConfig
 _ONE_SUB_GROUP = 10**15
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+BUCKET = 5 * 10**8
+"""Elements of DeepSpeed's buckets of gradients and of weights at most; its own default."""
+
+
+def deepspeed_config(config: RunConfig, num_trained: int = BUCKET) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize(config=...)`; written to deepspeed.json in the run folder.
 
-    Clipping, schedule, accumulation boundaries and logging are safecl's own, so they are off here.
+    Clipping, schedule, accumulation boundaries and logging are safecl's own, so they are off here. `num_trained`: trained weights; buckets
+    are never larger, because DeepSpeed allocates them in full.
     """
     bf16 = config.model.dtype == "bf16"
     result: dict[str, Any] = {
@@ -26,7 +31,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
-        "zero_optimization": _zero(config),
+        "zero_optimization": _zero(config, min(BUCKET, num_trained)),
     }
     if bf16:
         result["bf16"] = {"enabled": True}
@@ -36,9 +41,11 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return result
 
 
-def _zero(config: RunConfig) -> dict[str, Any]:
+def _zero(config: RunConfig, bucket: int) -> dict[str, Any]:
     stage, offload = config.deepspeed.stage, config.deepspeed.offload
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    if stage > 0:
+        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         zero["sub_group_size"] = _ONE_SUB_GROUP
     if offload.optimizer == "cpu":

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from safecl import launcher
 from safecl.config import ConfigError, RunConfig
 from safecl.data import TokenDataset, load_tokenizer
 from safecl.engine import distributed
-from safecl.engine.batch import Layout
 from safecl.engine.console import Console
 from safecl.engine.fisher_artifact import KIND, estimate_into, header_of, shared_fisher
 from safecl.engine.fisher_file import FisherHeader, open_fisher
-from safecl.engine.loading import load_model
+from safecl.engine.loading import open_language_model
 from safecl.engine.memory import fill_memory
-from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention
 from safecl.engine.plan import prepare_memory
 from safecl.engine.random_state import seed_generators
 from safecl.engine.training import TrainingEngine
@@ -37,7 +36,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     header = header_of(config, tokenizer, dataset, **sizes, exact=exact)
 
     def build(path: Path) -> None:
-        _estimate(config, dataset, header, path, console, pad_id=tokenizer.pad_token_id or 0)
+        _estimate(config, dataset, header, path, console, tokenizer.pad_token_id)
 
     with console:
         if path is None:
@@ -49,8 +48,8 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
         console.note(f"{path}: {header.estimator}, mean {open_fisher(path).header.mean:.3g}; use it with methods.ewc.fisher={path}")
 
 
-def _estimate(config: RunConfig, dataset: TokenDataset, header: FisherHeader, path: Path, console: Console, pad_id: int) -> None:
-    engine = _build_engine(config, pad_id)
+def _estimate(config: RunConfig, dataset: TokenDataset, header: FisherHeader, path: Path, console: Console, pad_id: int | None) -> None:
+    engine = _build_engine(config, pad_id, console.note)
     memory = fill_memory(
         engine, dataset, config.memory, seed=config.train.seed, source=config.memory.source, with_teacher=config.memory.guard is not None
     )
@@ -71,14 +70,9 @@ def _is_there(path: Path, wanted: FisherHeader) -> bool:
     return True
 
 
-def _build_engine(config: RunConfig, pad_id: int) -> TrainingEngine:
+def _build_engine(config: RunConfig, pad_id: int | None, note: Callable[[str], None]) -> TrainingEngine:
     seed_generators(config.train.seed)
-    loaded, store = load_model(config.model)
-    model = LanguageModel(loaded)
-    check_head(model)
-    attention, _ = choose_attention(config.model.attention)
-    packed = config.train.packing == "packed" or (config.train.packing == "auto" and attention == "flash_attention_2")
-    if packed:
-        check_packing(model)
-    layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=pad_id)
+    model, layout, store = open_language_model(
+        config.model, packing=config.train.packing, tokens_per_microbatch=config.train.tokens_per_microbatch, pad_id=pad_id, note=note
+    )
     return TrainingEngine(model, config, layout, store, keep_store=False)

@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from safecl.config import DeepSpeedConfig, ModelConfig
 from safecl.engine import distributed
 from safecl.engine.batch import Layout
-from safecl.engine.loading import load_model
-from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention
+from safecl.engine.loading import open_language_model
+from safecl.engine.model import LanguageModel, logits_of
 from safecl.engine.shards import initialize
 
 
@@ -33,14 +31,7 @@ class ForwardEngine:
             self.deepspeed = self.module = model.to(self.device)
         self.deepspeed.train = lambda mode=True: self.deepspeed  # what runs after a forward pass of a training engine
 
-    @torch.no_grad()
-    def logits(self, input_ids, attention_mask, position_ids, past=None, use_cache=False, last_only=False) -> torch.Tensor:
-        """The model's logits; see TrainingEngine.logits."""
-        output = self.deepspeed(
-            task="logits", input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past=past, use_cache=use_cache,
-            last_only=last_only,
-        )  # fmt: skip
-        return output["logits"]
+    logits = logits_of
 
 
 def open_forward_engine(
@@ -48,17 +39,10 @@ def open_forward_engine(
     note: Callable[[str], None] = lambda message: None,
 ) -> ForwardEngine:  # fmt: skip
     """The model as given, without adapters. A collective call. Raises ConfigError."""
-    loaded, store = load_model(settings.model_copy(update={"lora": None, "gradient_checkpointing": False}))
-    for message in store.notes:
-        note(message)
-    model = LanguageModel(loaded)
-    if not check_head(model):
-        note("the model's logits are more than a linear head; its own logits are used (more memory)")
-    attention, _ = choose_attention(settings.attention)
-    packed = packing == "packed" or (packing == "auto" and attention == "flash_attention_2")
-    if packed:
-        check_packing(model)
-    layout = Layout(distributed.world_size(), tokens_per_microbatch, packed, pad_id=tokenizer.pad_token_id or 0)
+    alone = settings.model_copy(update={"lora": None, "gradient_checkpointing": False})
+    model, layout, store = open_language_model(
+        alone, packing=packing, tokens_per_microbatch=tokens_per_microbatch, pad_id=tokenizer.pad_token_id, note=note
+    )
     return ForwardEngine(model, layout, dtype=settings.dtype, sharding=sharding, store=store)
 
 

@@ -6,15 +6,45 @@ from there what a rank keeps (its shard, or a flat copy), so the node holds one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
-from safecl.engine.model import DTYPES, add_adapters, choose_attention, first_line, read_model_settings
+from safecl.engine import distributed
+from safecl.engine.batch import Layout
+from safecl.engine.model import (
+    DTYPES,
+    LanguageModel,
+    add_adapters,
+    check_head,
+    check_packing,
+    choose_attention,
+    first_line,
+    read_model_settings,
+)
 from safecl.engine.reference import ReferenceStore
+
+
+def open_language_model(
+    config: ModelConfig, *, packing: str, tokens_per_microbatch: int, pad_id: int | None, note: Callable[[str], None]
+) -> tuple[LanguageModel, Layout, ReferenceStore]:  # fmt: skip
+    """A model with its head, checked and ready for an engine, how its micro-batches are laid out, and the store of its weights.
+
+    A collective call. What a user should know is told through `note`. Raises ConfigError.
+    """
+    loaded, store = load_model(config)
+    for message in store.notes:
+        note(message)
+    model = LanguageModel(loaded)
+    if not check_head(model):
+        note("the model's logits are more than a linear head; its own logits are used (more memory)")
+    packed = packing == "packed" or (packing == "auto" and choose_attention(config.attention)[0] == "flash_attention_2")
+    if packed:
+        check_packing(model)
+    return model, Layout(distributed.world_size(), tokens_per_microbatch, packed, pad_id=pad_id or 0), store
 
 
 def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
@@ -34,6 +64,11 @@ def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
     take_weights(model, store)
     _take_generation_settings(model, config.path)
     model.config.use_cache = False
+    return prepare_for_training(model, config), store
+
+
+def prepare_for_training(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """Adds adapters and gradient checkpointing where the config says so."""
     if config.lora is not None:
         model = add_adapters(model, config)
     if config.gradient_checkpointing:
@@ -41,7 +76,7 @@ def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
             model.enable_input_require_grads()
-    return model, store
+    return model
 
 
 def empty_model(path: str, dtype: torch.dtype, *, attention: str | None = None, trust_remote_code: bool = False) -> nn.Module:

@@ -2,15 +2,16 @@
 
     python -m safecl.engine.memory_plan        # the tables of docs/memory.md
 
-The arithmetic is DeepSpeed's: which tensors each ZeRO stage keeps, and which it makes for the time of a step. Activations depend on the
-architecture and are an estimate.
+Which tensors each ZeRO stage keeps and makes for a while is in safecl.engine.zero_memory; activations are counted by running the model on
+tensors without memory (safecl.engine.activations). What is alive at the same time is added up: all that stays, and of what passes by, that
+of the fullest moment.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -23,41 +24,62 @@ from safecl.engine.training import needs_reference, placement_of, streams_theta_
 
 FP32 = 4
 RANKS_PER_NODE = 8
-_BUCKET = 5 * 10**8  # elements of DeepSpeed's reduce and all-gather buckets
-_LIVE = 10**9  # elements that stage 3 keeps gathered at most
-_PREFETCH = 5 * 10**7  # elements that stage 3 gathers ahead
-_HEAD_TILE = 2**30  # bytes of logits that the fused head forms at a time
 
 Where = Literal["device", "host"]
+Moment = Literal["always", "backward", "reduce", "step"]
+"""When something is there: all the time, while activations are, when gradients are reduced, in the optimizer's step."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model decides how much memory it takes; numbers of weights."""
+    """What of a model decides how much memory it takes; numbers of weights, and bytes of activations."""
 
     weights: int
     trained: int
+    largest: int
+    """The largest trained parameter."""
     largest_layer: int
-    num_layers: int
     hidden: int
-    intermediate: int
     vocab: int
+    activations: int = 0
+    """Bytes at the peak of a micro-batch, the head's logits left out."""
 
     @classmethod
-    def of(cls, model: nn.Module, lora: LoraConfig | None = None) -> ModelShape:
+    def of(cls, model: nn.Module, config: RunConfig) -> ModelShape:
         """Of a model whose parameters may be on the meta device; with LoRA the adapters are what is trained."""
+        from safecl.engine.activations import activation_bytes
+
+        alone = cls.without_activations(model, config.model.lora)
+        return replace(alone, activations=activation_bytes(model.config, config.model, _rows(config), masked=_is_masked(config)))
+
+    @classmethod
+    def without_activations(cls, model: nn.Module, lora: LoraConfig | None = None) -> ModelShape:
         weights = sum(p.numel() for p in model.parameters())
         layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=lambda m: sum(p.numel() for p in m.parameters()))
         settings = model.config.get_text_config()
+        adapters = [lora.r * count for sizes in _adapted(model, lora) for count in sizes] if lora is not None else []
         return cls(
             weights=weights,
-            trained=weights if lora is None else sum(lora.r * sum(size) for size in _adapted(model, lora)),
+            trained=weights if lora is None else sum(adapters),
+            largest=max(adapters) if adapters else max(p.numel() for p in model.parameters()),
             largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
-            num_layers=len(layers),
             hidden=settings.hidden_size,
-            intermediate=getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size,
             vocab=settings.vocab_size,
         )  # fmt: skip
+
+
+def _rows(config: RunConfig) -> tuple[int, int]:
+    """[rows, tokens] of a full micro-batch of the longest rows."""
+    tokens = config.train.tokens_per_microbatch
+    length = tokens if config.train.packing == "packed" else min(config.train.max_length, tokens)
+    return -(-tokens // length), length
+
+
+def _is_masked(config: RunConfig) -> bool:
+    """Packed documents are kept apart by a mask, but for flash attention, which knows where they begin."""
+    from safecl.engine.model import choose_attention
+
+    return config.train.packing == "packed" and choose_attention(config.model.attention)[0] != "flash_attention_2"
 
 
 def _adapted(model: nn.Module, lora: LoraConfig) -> Iterator[tuple[int, int]]:
@@ -80,13 +102,13 @@ class Item:
     what: str
     where: Where
     nbytes: int
+    moment: Moment = "always"
     per_node: bool = False
-    estimate: bool = False
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All that a run keeps, on each of `world_size` ranks."""
+    """What a run takes, on each of `world_size` ranks."""
 
     world_size: int
     ranks_per_node: int
@@ -94,107 +116,133 @@ class MemoryPlan:
 
     @property
     def device(self) -> int:
-        """Bytes on the device of a rank."""
-        return sum(item.nbytes for item in self.items if item.where == "device")
+        """Bytes on the device of a rank in its fullest moment."""
+        return sum(item.nbytes for item in self.at_peak("device"))
 
     @property
     def host(self) -> int:
-        """Bytes in the host memory of a node."""
-        return sum(item.nbytes * (1 if item.per_node else self.ranks_per_node) for item in self.items if item.where == "host")
+        """Bytes in the host memory of a node in its fullest moment."""
+        return sum(self._on_a_node(item) for item in self.at_peak("host"))
+
+    @property
+    def shared_host(self) -> int:
+        """Bytes in the host memory of a node where that is the device as well: ranks without a GPU."""
+        return sum(self._on_a_node(item) for item in self.at_peak("device", "host"))
+
+    def at_peak(self, *where: Where) -> list[Item]:
+        """All that stays there, and what passes by in the moment in which that is most."""
+        there = [item for item in self.items if item.where in where]
+        passing = {moment: [item for item in there if item.moment == moment] for moment in ("backward", "reduce", "step")}
+        fullest = max(passing.values(), key=lambda items: sum(map(self._on_a_node, items)))
+        return [item for item in there if item.moment == "always"] + fullest
 
     def bytes_of(self, what: str) -> int:
-        return sum(item.nbytes for item in self.items if item.what == what)
+        """Of all items of that name that are there in the fullest moment of their place."""
+        return sum(item.nbytes for where in ("device", "host") for item in self.at_peak(where) if item.what == what)
+
+    def _on_a_node(self, item: Item) -> int:
+        return item.nbytes * (1 if item.per_node else self.ranks_per_node)
 
 
-def plan_memory(shape: ModelShape, config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> MemoryPlan:
-    """Memory of a run of this config on so many ranks, in its first task, from the first step on."""
+def plan_memory(
+    shape: ModelShape, config: RunConfig, world_size: int, ranks_per_node: int | None = None, *, device: str = "cuda",
+    teachers: Sequence[ModelShape] = (),
+) -> MemoryPlan:  # fmt: skip
+    """Memory of a run of this config on so many ranks, in its first task, from the first step on; without evaluation, and without what
+    is mapped from files (rows, stored outputs).
+
+    `device`: cuda or cpu, where the head works in other tiles. `teachers`: further models that are asked in every step.
+    """
+    from safecl.engine.zero_memory import zero_items
+
     per_node = min(world_size, ranks_per_node or RANKS_PER_NODE)
     plan = MemoryPlan(world_size, per_node)
-    for work in (_weights, _gradients, _optimizer, _method_state, _reference, _activations):
-        plan.items.extend(item for item in work(shape, config, world_size) if item.nbytes)
+    items = [
+        *zero_items(shape, config, world_size, device),
+        *_method_state(shape, config, world_size, device),
+        *_reference(shape, config, device),
+        *_teachers(config, teachers, device),
+        *_checkpoints(shape, config, world_size),
+        *_activations(shape, config, device),
+    ]
+    plan.items.extend(item for item in items if item.nbytes)
     return plan
 
 
-def _share(count: int, world_size: int) -> int:
+def share_of(count: int, world_size: int) -> int:
+    """Elements of a rank's shard."""
     return -(-count // world_size)
 
 
-def _weight_bytes(config: RunConfig) -> int:
-    return 2 if config.model.dtype == "bf16" else 4
+def weight_bytes(config: RunConfig) -> int:
+    return 2 if config.model.dtype == "bf16" else FP32
 
 
-def _weights(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    stage, size = config.deepspeed.stage, _weight_bytes(config)
-    if stage < 3:
-        yield Item("weights", "device", shape.weights * size)
-        return
-    where: Where = "host" if config.deepspeed.offload.parameters == "cpu" else "device"
-    yield Item("weights", where, _share(shape.weights, world_size) * size)
-    if world_size > 1 or where == "host":
-        gathered = min(shape.weights, max(_LIVE, 2 * shape.largest_layer) + _PREFETCH)
-        yield Item("gathered weights", "device", gathered * size)
-
-
-def _gradients(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """fp32 sums where the run is bf16, and what DeepSpeed flattens for the time of the step."""
-    stage, offloaded, trained = config.deepspeed.stage, config.deepspeed.offload.optimizer == "cpu", shape.trained
-    where: Where = "host" if offloaded else "device"
-    if stage == 0:
-        yield Item("gradients", "device", trained * (FP32 + 2 if config.model.dtype == "bf16" else FP32))
-    elif stage == 1 and not offloaded and config.model.dtype == "bf16":
-        yield Item("gradients", "device", trained * FP32)
-    else:
-        yield Item("gradients", where, 2 * _share(trained, world_size) * FP32)
-    if stage > 0:
-        yield Item("communication buckets", "device", min(_BUCKET, trained) * FP32)
-
-
-def _optimizer(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    stage = config.deepspeed.stage
-    where: Where = "host" if config.deepspeed.offload.optimizer == "cpu" else "device"
-    share = shape.trained if stage == 0 else _share(shape.trained, world_size)
-    if stage > 0 or config.model.dtype == "bf16":  # else the weights are the masters
-        yield Item("master weights", where, share * FP32)
-    yield Item("moments", where, 2 * share * FP32)
-
-
-def _method_state(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+def _method_state(shape: ModelShape, config: RunConfig, world_size: int, device: str) -> Iterator[Item]:
     """Anchor, Fisher information, average and what else the methods keep; through device buffers where it is offloaded."""
-    share = shape.trained if config.deepspeed.stage == 0 else _share(shape.trained, world_size)
+    share = shape.trained if config.deepspeed.stage == 0 else share_of(shape.trained, world_size)
     beside: Where = "host" if config.deepspeed.offload.optimizer == "cpu" else "device"
     placement, through = placement_of(config), 0
-    for kind in dict.fromkeys(kind for settings in config.methods.values() for kind in settings.state_kinds):
+    for kind in state_kinds(config):
         size, away = _element_bytes(kind, config, placement), placement.of(kind) == "cpu"
         if not (away and role_of(kind) == "reference" and needs_reference(config)):
             yield Item(kind.lstrip("_").replace("_", " "), "host" if away else beside, share * size)
         through += size if away and beside == "device" else 0
-    yield Item("chunks of offloaded state", "device", 2 * min(CHUNK, share) * through)
+    if device == "cuda":
+        yield Item("chunks of offloaded state", "device", 2 * min(CHUNK, share) * through)
+
+
+def state_kinds(config: RunConfig) -> list[str]:
+    return list(dict.fromkeys(kind for settings in config.methods.values() for kind in settings.state_kinds))
 
 
 def _element_bytes(kind: str, config: RunConfig, placement: Placement) -> int:
     """theta_0 has the run's dtype; what a first task with `role: align` has made of it is kept in fp32."""
-    anchor = FP32 if config.tasks[0].role == "align" else _weight_bytes(config)
+    anchor = FP32 if config.tasks[0].role == "align" else weight_bytes(config)
     return {"fisher": placement.fisher_dtype.itemsize, "reference": anchor}.get(role_of(kind), FP32)
 
 
-def _reference(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+def _reference(shape: ModelShape, config: RunConfig, device: str) -> Iterator[Item]:
     """theta_0 once per node. A teacher's layers pass through two device buffers."""
-    size = _weight_bytes(config)
+    size = weight_bytes(config)
     if needs_reference(config) or streams_theta_0(config):
         yield Item("reference weights", "host", shape.weights * size, per_node=True)
     if streams_theta_0(config):
-        resident = config.teacher == "resident"
-        yield Item("teacher", "device", (shape.weights if resident else 2 * shape.largest_layer) * size)
+        yield Item("teacher", "device", _teacher_buffers(shape, config, device))
 
 
-def _activations(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """Of a dense decoder: one hidden state per layer with gradient checkpointing, and what one layer works with; the head in tiles."""
-    tokens, size = config.train.tokens_per_microbatch, _weight_bytes(config)
-    layer = tokens * (10 * shape.hidden + 3 * shape.intermediate) * size
-    kept = shape.num_layers * tokens * shape.hidden * size
-    whole = layer + kept if config.model.gradient_checkpointing else layer * shape.num_layers
-    head = min(_HEAD_TILE, tokens * shape.vocab * (FP32 + size)) + (shape.vocab * shape.hidden * FP32 if config.model.lora is None else 0)
-    yield Item("activations", "device", whole + head, estimate=True)
+def _teachers(config: RunConfig, teachers: Sequence[ModelShape], device: str) -> Iterator[Item]:
+    for shape in teachers:
+        yield Item("teacher's weights", "host", shape.weights * weight_bytes(config), per_node=True)
+        yield Item("teacher", "device", _teacher_buffers(shape, config, device))
+
+
+def _teacher_buffers(shape: ModelShape, config: RunConfig, device: str) -> int:
+    """On the CPU a streamed teacher's weights are read where they are."""
+    streamed = 2 * shape.largest_layer if device == "cuda" else 0
+    return (shape.weights if config.teacher == "resident" else streamed) * weight_bytes(config)
+
+
+def _checkpoints(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+    """A save copies the rank's state to host memory and writes it while training goes on; the copy's memory is used again."""
+    if config.checkpoint.every == "never":
+        return
+    placement, base = placement_of(config), config.tasks[0].role != "align" and config.model.lora is None
+    kinds = [kind for kind in state_kinds(config) if not kind.startswith("_") and not (base and role_of(kind) == "reference")]
+    per_weight = 3 * FP32 + sum(_element_bytes(kind, config, placement) for kind in kinds)
+    yield Item("copy for the checkpoint", "host", share_of(shape.trained, world_size) * per_weight)
+
+
+def _activations(shape: ModelShape, config: RunConfig, device: str) -> Iterator[Item]:
+    from safecl.engine.model import DTYPES
+    from safecl.kernels.head_driver import workspace_bytes
+
+    online = config.model.lora is not None and bool(config.online_teachers)
+    head = workspace_bytes(
+        config.train.tokens_per_microbatch, shape.vocab, shape.hidden, DTYPES[config.model.dtype], torch.device(device), teacher=online
+    )
+    yield Item("activations", "device", shape.activations, "backward")
+    yield Item("logits", "device", head, "backward")
 
 
 # -------------------------------------------------------------------------------------------------------------------- showing
@@ -205,17 +253,17 @@ def format_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def memory_lines(shape: ModelShape, config: RunConfig) -> list[tuple[str, str]]:
+def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelShape] = ()) -> list[tuple[str, str]]:
     """(what, value) lines for `safecl check`: on the ranks that are here, then on 8 and on 64."""
-    here = ranks_here()
-    plan = plan_memory(shape, config, here, local_ranks_here())
+    here, device = ranks_here(), "cuda" if _has_gpu() else "cpu"
+    planned = lambda ranks, on_node=None: plan_memory(shape, config, ranks, on_node, device=device, teachers=teachers)  # noqa: E731
+    plan = planned(here, local_ranks_here())
     lines = [("takes", f"{_totals(plan)}, on {here} rank{'s' if here > 1 else ''}")]
     for where in ("device", "host"):
-        items = sorted((item for item in plan.items if item.where == where), key=lambda item: -item.nbytes)
-        shown = [f"{item.what} {'about ' if item.estimate else ''}{format_bytes(item.nbytes)}" for item in items]
-        if shown:
-            lines.append((f"  {where}", ", ".join(shown)))
-    lines += [(f"  on {ranks} ranks", _totals(plan_memory(shape, config, ranks))) for ranks in (8, 64) if ranks > here]
+        items = sorted(plan.at_peak(where), key=lambda item: -item.nbytes)
+        if items:
+            lines.append((f"  {where}", ", ".join(f"{item.what} {format_bytes(item.nbytes)}" for item in items)))
+    lines += [(f"  on {ranks} ranks", _totals(planned(ranks))) for ranks in (8, 64) if ranks > here]
     if (note := _shortage(plan)) is not None:
         lines.append(("  too little", note))
     return lines
@@ -243,10 +291,8 @@ def _shortage(plan: MemoryPlan) -> str | None:
     """What does not fit on this machine; without a GPU the host holds everything."""
     from safecl.engine.shared_memory import available_memory
 
-    host, device = plan.host, plan.device
-    if not _has_gpu():
-        host, device = host + device * plan.ranks_per_node, 0
-    elif device > (there := torch.cuda.get_device_properties(0).total_memory):
+    host = plan.host if _has_gpu() else plan.shared_host
+    if _has_gpu() and plan.device > (there := torch.cuda.get_device_properties(0).total_memory):
         return f"a device has {format_bytes(there)}; use a higher deepspeed.stage, more ranks, offload, or smaller micro-batches"
     free = available_memory()
     if free is not None and host > free:
@@ -268,13 +314,13 @@ SIZES = {
 RANKS = (1, 8, 64)
 
 
-def shape_of_size(name: str) -> ModelShape:
+def shape_of_size(name: str, config: RunConfig) -> ModelShape:
     import transformers
 
     from safecl.engine.loading import parameters_on_meta
 
     with parameters_on_meta():
-        return ModelShape.of(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES[name])))
+        return ModelShape.of(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES[name])), config)
 
 
 def _example(optimizer: str) -> RunConfig:
@@ -295,17 +341,21 @@ _COLUMNS = (
     "fisher",
     "ema",
     "activations",
+    "logits",
 )
+
+
+_ON_THE_HOST = ("reference weights", "copy for the checkpoint")
 
 
 def markdown() -> str:
     """The tables of docs/memory.md."""
-    shapes = {name: shape_of_size(name) for name in SIZES}
+    shapes = {name: shape_of_size(name, _example("none")) for name in SIZES}
     parts = []
     for optimizer, title in (("none", "Everything on the GPUs but theta_0"), ("cpu", "`offload: {optimizer: cpu, parameters: cpu}`")):
         config = _example(optimizer)
         rows = [_row(name, shape, config, ranks) for name, shape in shapes.items() for ranks in RANKS]
-        head = ["model", "GPUs", *_COLUMNS, "**a GPU**", "reference weights", "**host, a node**"]
+        head = ["model", "GPUs", *_COLUMNS, "**a GPU**", *_ON_THE_HOST, "**host, a node**"]
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows]
         parts.append(f"{title}; GB, of each GPU or (in italics) of host memory for it:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
@@ -313,10 +363,12 @@ def markdown() -> str:
 
 def _row(name: str, shape: ModelShape, config: RunConfig, ranks: int) -> str:
     plan = plan_memory(shape, config, ranks)
-    where = {item.what: item.where for item in plan.items}
+    where = {item.what: item.where for place in ("device", "host") for item in plan.at_peak(place)}
     cells = [_gigabytes(plan.bytes_of(what), where.get(what) == "host") for what in _COLUMNS]
-    totals = [f"**{_gigabytes(plan.device)}**", _gigabytes(plan.bytes_of("reference weights")), f"**{_gigabytes(plan.host)}**"]
-    return "| " + " | ".join([name, str(ranks), *cells, *totals]) + " |"
+    on_the_host = [_gigabytes(plan.bytes_of(what)) for what in _ON_THE_HOST]
+    return (
+        "| " + " | ".join([name, str(ranks), *cells, f"**{_gigabytes(plan.device)}**", *on_the_host, f"**{_gigabytes(plan.host)}**"]) + " |"
+    )
 
 
 def _gigabytes(count: int, italic: bool = False) -> str:

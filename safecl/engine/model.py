@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
+from safecl.data.hub import refuse_unreachable
 from safecl.engine.adapters import base_model as base_model
 from safecl.evaluation.model import cache_name
 from safecl.kernels import DenseTeacher, TopKTeacher, linear_distill_loss, linear_topk
@@ -50,6 +51,7 @@ def choose_attention(wanted: str) -> tuple[str, str]:
 
 def read_model_settings(config: ModelConfig) -> PretrainedConfig:
     """The model's own settings (transformers' config), without reading weights. Raises ConfigError for a model that cannot be tuned."""
+    refuse_unreachable("model.path", config.path)
     from transformers import AutoConfig
 
     try:
@@ -278,6 +280,30 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def logits_of(engine, input_ids, attention_mask, position_ids, past=None, use_cache=False, last_only=False) -> torch.Tensor:
+    """The logits of an engine's live model. With ZeRO-3 every rank must call it equally often. A method of every engine."""
+    output = engine.deepspeed(
+        task="logits", input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past=past, use_cache=use_cache,
+        last_only=last_only,
+    )  # fmt: skip
+    return output["logits"]
+
+
+@contextmanager
+def rows_are_not_packed() -> Iterator[None]:
+    """transformers looks at the positions whether documents are packed, and where they have no values takes it for granted."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
 
 
 @torch.no_grad()

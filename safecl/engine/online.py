@@ -27,8 +27,10 @@ from safecl.engine.batch import Answer, Question, StepRow, split_step, target_po
 from safecl.engine.break_even import advice, alternative, rates_here
 from safecl.engine.export import save_plain
 from safecl.engine.live import evaluating
-from safecl.engine.loading import empty_model
+from safecl.engine.loading import empty_model, take_weights
 from safecl.engine.model import DTYPES, choose_attention
+from safecl.engine.node import this_node
+from safecl.engine.plan_teachers import STREAMING_ERRORS, cannot_be_streamed, tokens_per_pass
 from safecl.engine.recorded import TEACHER
 from safecl.engine.reference import ReferenceStore
 from safecl.engine.streaming import Placement
@@ -150,7 +152,7 @@ class OnlineTeachers:
     def _ask(self, source: str, rows: list[StepRow]) -> None:
         questions = list(dict.fromkeys(d.asked.question for row in rows for d in row.distillations if _is_of(d, source)))
         parts = [[rows[i] for i in part] for part in split_step(rows, self.engine.layout)[self.engine.rank]]
-        teacher = self._teacher(source, rows)
+        teacher = self._teacher(source, sum(row.length for row in rows) // self.engine.layout.world_size)
         if isinstance(teacher, StreamedTeacher):  # it needs no other rank, and no empty pass
             parts = [part for part in parts if part]
         built = [self._batch(part, source, questions) for part in parts]
@@ -179,21 +181,27 @@ class OnlineTeachers:
 
     # ---------------------------------------------------------------------------------------------------------- opening
 
-    def _teacher(self, source: str, rows: list[StepRow]) -> Teacher:
+    def open(self, tokens_per_batch: int) -> None:
+        """All teachers of the task, so that one that cannot be asked is told before anything is trained."""
+        for source in self.sources:
+            self._teacher(source, tokens_per_pass(self.config, source, tokens_per_batch))
+
+    def _teacher(self, source: str, num_tokens: int) -> Teacher:
+        """`num_tokens`: of a pass of one rank."""
         if source not in self._teachers:
-            self._teachers[source] = self._open(source, rows)
+            self._teachers[source] = self._open(source, num_tokens)
         return self._teachers[source]
 
-    def _open(self, source: str, rows: list[StepRow]) -> Teacher:
+    def _open(self, source: str, num_tokens: int) -> Teacher:
         if source == EMA:
             self.log("teacher: the average of the weights, through the live model")
             return EngineTeacher(self.engine, average=True)
         if source == ALIGNED and self.config.model.lora is not None:
             self.log("teacher: the model with its adapters off")
             return EngineTeacher(self.engine, average=False)
-        teacher = self._stream(source)
-        self._compare(teacher, source)
-        self.log(f"teacher: {source}, {self._described(teacher, source, sum(row.length for row in rows) // self.engine.layout.world_size)}")
+        teacher, store = self._stream(source)
+        self._compare(teacher, store, source)
+        self.log(f"teacher: {source}, {self._described(teacher, source, num_tokens)}")
         return teacher
 
     def _described(self, teacher: StreamedTeacher, source: str, num_tokens: int) -> str:
@@ -206,7 +214,7 @@ class OnlineTeachers:
         copies = "" if rates is None else advice(num_tokens, teacher.dtype.itemsize, rates, otherwise=alternative(source))
         return f"streamed, {size}" + (f"; copies {copies}" if copies else "")
 
-    def _stream(self, source: str) -> StreamedTeacher:
+    def _stream(self, source: str) -> tuple[StreamedTeacher, ReferenceStore]:
         settings, path = self.config.model, self._path(source)
         if source in (ALIGNED, PREVIOUS) and path != settings.path and not Path(path).is_dir():
             raise ConfigError(f"{path}: the teacher's weights are not there, so the run cannot go on; start it anew")
@@ -216,33 +224,41 @@ class OnlineTeachers:
             dtype = DTYPES[settings.dtype]
             store = ReferenceStore.open(path, dtype=dtype, model=model, trust_remote_code=settings.trust_remote_code)
             self._stores[source] = store
-        return StreamedTeacher(model, store, self.engine.device, self._placement(), vocab_size=self.engine.module.vocab_size)
+        teacher = StreamedTeacher(model, store, self.engine.device, self._placement(), vocab_size=self.engine.module.vocab_size)
+        return teacher, store
 
     def _placement(self) -> Placement:
         if self.config.teacher == "resident":
             return "resident"
         return "in place" if self.engine.device.type == "cpu" else "streamed"
 
-    def _compare(self, teacher: StreamedTeacher, source: str) -> None:
-        """At the start theta_0 is the live model: the streamed pass must say the same. Elsewhere it must at least run."""
+    def _compare(self, teacher: StreamedTeacher, store: ReferenceStore, source: str) -> None:
+        """The streamed pass must say what the model itself says, which at the start is the live one."""
         ids = torch.arange(2, 10)[None]
         positions = torch.arange(ids.shape[1])[None]
         try:
-            found = teacher.logits(TeacherBatch(ids, positions))
-        except (IndexError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"teacher: {source}: this architecture cannot be streamed ({error}); use recorded or stored outputs"
-            ) from None
-        if not self._is_start or source not in (ALIGNED, PREVIOUS):
-            return
-        with evaluating(self.engine, average=False):
-            expected = self.engine.logits(ids.to(self.engine.device), None, positions.to(self.engine.device)).float()
-        error = float((found - expected).norm() / expected.norm().clamp_min(1e-20))
+            found = teacher.logits(TeacherBatch(ids, positions)).cpu()
+        except STREAMING_ERRORS as error:
+            raise ConfigError(cannot_be_streamed(source, source, str(error))) from None
+        if self._is_start and source in (ALIGNED, PREVIOUS):
+            with evaluating(self.engine, average=False):
+                expected = self.engine.logits(ids.to(self.engine.device), None, positions.to(self.engine.device)).float().cpu()
+        else:
+            expected = self._plain_logits(store, self._path(source), ids, positions)
+        error = 0.0 if expected is None else float((found - expected[..., : found.shape[-1]]).norm() / expected.norm().clamp_min(1e-20))
+        error = max(distributed.gather_objects([error]))
         if error > (1e-4 if self.config.model.dtype == "fp32" else 2.0**-5):
-            raise ConfigError(
-                f"teacher: streamed, this model's logits differ by {error:.1%} from its own; use recorded or stored outputs "
-                "(methods.lwf.outputs: recorded, memory.teacher.kind: topk)"
-            )
+            raise ConfigError(cannot_be_streamed(source, source, f"its logits differ by {error:.1%} from the model's own"))
+
+    @torch.no_grad()
+    def _plain_logits(self, store: ReferenceStore, path: str, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Of the model as transformers runs it, in host memory, without a copy of its weights; on the first rank of each node."""
+        if not this_node().is_first:
+            return None
+        settings = self.config.model
+        plain = empty_model(path, store.dtype, trust_remote_code=settings.trust_remote_code)
+        take_weights(plain, store)
+        return plain(input_ids=ids, attention_mask=None, position_ids=positions, use_cache=False).logits.float()
 
 
 def teacher_model(config: RunConfig, path: str) -> torch.nn.Module:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from safecl.config import ConfigError, RunConfig
+from safecl.config import ConfigError, ModelConfig, RunConfig
 from safecl.data import load_tokenizer
 
 KNOWN = ("aligned", "previous", "ema")
 
 
+STREAMING_ERRORS = (IndexError, TypeError, RuntimeError, ValueError, AttributeError, KeyError)
+"""What a model's code raises where its layers are more than one after the other on hidden states."""
+
+
 def check_teachers(config: RunConfig, tokenizer: Any) -> None:
-    """Raises ConfigError, naming the key, for another model's folder that has another tokenizer, or another width where that matters."""
+    """Raises ConfigError, naming the key, for another model's folder that has another tokenizer, or another width where that matters, and
+    for an architecture that cannot be streamed."""
     from safecl.engine.model import read_model_settings
 
+    _check_streaming(config)
     for key, source in config.online_teachers.items():
         if source in KNOWN:
             continue
-        model = config.model.model_copy(update={"path": source, "tokenizer": None, "chat_template": None, "lora": None})
-        theirs = load_tokenizer(model)
+        model = _model_at(config, source)
+        theirs = load_tokenizer(model, key)
         if difference := _different_token(theirs.get_vocab(), tokenizer.get_vocab()):
             raise ConfigError(f"{key}: {source} has another tokenizer ({difference}); a teacher needs the tokenizer of model.path")
         sizes = [read_model_settings(each).get_text_config().hidden_size for each in (model, config.model)]
@@ -27,6 +35,61 @@ def check_teachers(config: RunConfig, tokenizer: Any) -> None:
             raise ConfigError(
                 f"{key}: {source} has hidden states of {sizes[0]:,}, model.path of {sizes[1]:,}; compare outputs instead (form: output)"
             )
+
+
+def _check_streaming(config: RunConfig) -> None:
+    """What can be seen without weights; whether the numbers are right is seen at the start of the run."""
+    for key, source in config.online_teachers.items():
+        if source == "ema" or (source == "aligned" and config.model.lora is not None):
+            continue
+        model = config.model if source in KNOWN else _model_at(config, source)
+        if (problem := _streaming_problem(model)) is not None:
+            raise ConfigError(cannot_be_streamed(key, source, problem))
+
+
+def cannot_be_streamed(key: str, source: str, problem: str) -> str:
+    """The message: why, and what works instead."""
+    known = source in KNOWN
+    otherwise = "recorded or stored outputs (methods.lwf.outputs: recorded, memory.teacher.kind: topk)" if known else "another teacher"
+    return f"teacher: {key}: this architecture cannot be streamed layer by layer ({problem}); use {otherwise}"
+
+
+def _streaming_problem(model: ModelConfig) -> str | None:
+    """Runs the architecture on tensors without memory or numbers. None where it goes through, or where only numbers would tell."""
+    import torch
+
+    from safecl.engine.loading import empty_model
+    from safecl.engine.model import DTYPES, first_line, read_model_settings, rows_are_not_packed
+    from safecl.engine.teacher import StreamedTeacher, TeacherBatch
+
+    read_model_settings(model)
+    empty = empty_model(model.path, DTYPES[model.dtype], trust_remote_code=model.trust_remote_code)
+    weights = dict(empty.named_parameters(remove_duplicate=False))
+    try:
+        with rows_are_not_packed():
+            teacher = StreamedTeacher(empty, _Weights(weights), torch.device("meta"), "in place")
+            teacher.logits(TeacherBatch(torch.arange(2, 10)[None], torch.arange(8)[None]))
+    except (ConfigError, *STREAMING_ERRORS) as error:
+        only_without_numbers = isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+        return None if only_without_numbers else first_line(error)
+    return None
+
+
+@dataclass(frozen=True)
+class _Weights:
+    by_name: Mapping[str, Any]
+
+    def tensor(self, name: str) -> Any:
+        return self.by_name[name].detach()
+
+
+def _model_at(config: RunConfig, source: str) -> ModelConfig:
+    return config.model.model_copy(update={"path": source, "tokenizer": None, "chat_template": None, "lora": None})
+
+
+def other_models(config: RunConfig) -> list[ModelConfig]:
+    """Teachers that are neither the run's own model nor made of it, each once."""
+    return [_model_at(config, source) for source in dict.fromkeys(config.online_teachers.values()) if source not in KNOWN]
 
 
 def _compares_hidden(config: RunConfig, key: str) -> bool:
@@ -50,7 +113,7 @@ def teacher_lines(config: RunConfig, tokens_per_batch: int) -> list[tuple[str, s
         keys = ", ".join(key for key, named in config.online_teachers.items() if named == source)
         lines.append(("teacher", f"{source}, asked in every step ({keys}), {_where(config, source)}"))
         if _is_streamed(config, source):
-            lines.append(("  copies", _copies(config, source, _tokens_per_pass(config, source, tokens_per_batch))))
+            lines.append(("  copies", _copies(config, source, tokens_per_pass(config, source, tokens_per_batch))))
     return lines
 
 
@@ -66,7 +129,7 @@ def _is_streamed(config: RunConfig, source: str) -> bool:
     return config.teacher == "streamed" and source != "ema" and not (source == "aligned" and config.model.lora is not None)
 
 
-def _tokens_per_pass(config: RunConfig, source: str, tokens_per_batch: int) -> int:
+def tokens_per_pass(config: RunConfig, source: str, tokens_per_batch: int) -> int:
     """Of one rank: all rows that anybody asks this teacher about go through it together."""
     keys = [key for key, named in config.online_teachers.items() if named == source]
     replayed = config.memory.replay_ratio if "memory.teacher.source" in keys else 0.0

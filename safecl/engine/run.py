@@ -168,6 +168,7 @@ class Run:
             self._remember_previous()
             self._record_teachers(task)
             self._teachers.begin_task(task.config.name)
+            self._teachers.open(task.tokens_per_batch)
         if self.engine.store is not None and self.engine.store.where == "file":
             self.engine.store.check_unchanged()  # a mapped file changes under the run
         for method in self._active:

@@ -15,6 +15,7 @@ the end the trunk runs once more with the last layer's result, for whatever it d
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -89,6 +90,7 @@ class StreamedTeacher:
         units = [self._unit(layer, source) for layer in self.layers]
         slices = _head_slices(self.head, self._keys, source, vocab_size, slice_bytes or max(map(unit_bytes, units)))
         self._starts = [start for start, _ in slices]
+        self._beside: dict[type[nn.Module], int | None] = {}
         self.stream = WeightStream([*units, *(unit for _, unit in slices)], device, placement)
 
     @property
@@ -144,22 +146,43 @@ class StreamedTeacher:
         noted: list[tuple[tuple, dict]] = []
         embedded: list[torch.Tensor] = []
 
-        def note(*arguments, **options):
-            hidden = options.pop("hidden_states") if "hidden_states" in options else arguments[0]
+        def note(number, *arguments, **options):
+            if "hidden_states" not in options:
+                arguments, options = arguments[1:], options | {"hidden_states": arguments[0]}
+            hidden = options.pop("hidden_states")
             if not noted:
                 embedded.append(hidden)
-            noted.append((arguments[1:], options))
-            return hidden
+            noted.append((arguments, options))
+            return self._as_returned(number, hidden, noted[-1])
 
-        with _standing_in({self._embedding: self._look_up} | dict.fromkeys(self.layers, note)):
+        layers = {layer: functools.partial(note, number) for number, layer in enumerate(self.layers)}
+        with _standing_in({self._embedding: self._look_up} | layers):
             self._run_trunk(batch)
+        if len(noted) != len(self.layers):
+            raise ValueError(f"of its {len(self.layers)} layers {len(noted)} were called")
         return _Call(embedded[0], noted)
+
+    def _as_returned(self, number: int, hidden: torch.Tensor, called_with: tuple[tuple, dict] | None = None):
+        """Hidden states in the form in which a layer returns them: some return a tuple of them and further things. A layer of each kind
+        is called once to see."""
+        layer = self.layers[number]
+        if type(layer) not in self._beside:
+            (arguments, options), unit = called_with, self.stream.units[number]
+            near = {name: tensor.to(self.device) for name, tensor in unit.items()}
+            with _standing_in({layer: functools.partial(type(layer).forward, layer)}):
+                returned = functional_call(layer, near, (hidden, *arguments), options)
+            self._beside[type(layer)] = len(returned) - 1 if isinstance(returned, tuple) else None
+        beside = self._beside[type(layer)]
+        return hidden if beside is None else (hidden, *[None] * beside)
 
     def _finish(self, batch: TeacherBatch, call: _Call) -> torch.Tensor:
         """Runs the trunk with the layers' result in the place of the embeddings: what is left is what it does behind the layers."""
 
-        result = lambda *arguments, **options: call.hidden  # noqa: E731
-        with _standing_in(dict.fromkeys([self._embedding, *self.layers], result)):
+        def returning(number):
+            return lambda *arguments, **options: self._as_returned(number, call.hidden)
+
+        embedding = {self._embedding: lambda *arguments, **options: call.hidden}
+        with _standing_in(embedding | {layer: returning(number) for number, layer in enumerate(self.layers)}):
             return self._run_trunk(batch).last_hidden_state.flatten(0, 1)
 
     def _run_trunk(self, batch: TeacherBatch):

@@ -19,19 +19,17 @@ from safecl import launcher
 from safecl.config import ConfigError, RunConfig, dump_config
 from safecl.data import describe
 from safecl.engine import distributed
-from safecl.engine.batch import Layout
 from safecl.engine.card import card_of
 from safecl.engine.checkpoint import SaveReport
 from safecl.engine.console import Console, Steps
 from safecl.engine.cost import cost_of
-from safecl.engine.deepspeed_config import deepspeed_config
 from safecl.engine.durable import replace_file
 from safecl.engine.export import save_model
 from safecl.engine.live import evaluating
-from safecl.engine.loading import load_model
+from safecl.engine.loading import open_language_model
 from safecl.engine.memory import fill_memory
 from safecl.engine.metrics import MetricsLog, check_trackers
-from safecl.engine.model import LanguageModel, check_head, check_packing, choose_attention
+from safecl.engine.model import choose_attention
 from safecl.engine.plan import RunPlan, TaskPlan, describe_plan, plan_run
 from safecl.engine.random_state import seed_generators
 from safecl.engine.recorded import TEACHER
@@ -164,19 +162,14 @@ class Trainer:
         config = self.config
         seed_generators(config.train.seed)
         self._write_run_folder(files)
-        loaded, store = load_model(config.model)
-        for note in store.notes:
-            self.console.note(note)
-        model = LanguageModel(loaded)
+        model, layout, store = open_language_model(
+            config.model, packing=config.train.packing, tokens_per_microbatch=config.train.tokens_per_microbatch,
+            pad_id=self.plan.tokenizer.pad_token_id, note=self.console.note,
+        )  # fmt: skip
         attention, reason = choose_attention(config.model.attention)
-        packed = config.train.packing == "packed" or (config.train.packing == "auto" and attention == "flash_attention_2")
-        self.console.fact("attention", f"{attention} ({reason}), rows {'packed' if packed else 'padded'}")
-        if not check_head(model):
-            self.console.note("the model's logits are more than a linear head; its own logits are used (more memory)")
-        if packed:
-            check_packing(model)
-        layout = Layout(distributed.world_size(), config.train.tokens_per_microbatch, packed, pad_id=self.plan.tokenizer.pad_token_id or 0)
+        self.console.fact("attention", f"{attention} ({reason}), rows {'packed' if layout.packed else 'padded'}")
         engine = TrainingEngine(model, config, layout, store, keep_store=needs_reference(config))
+        self._write({"deepspeed.json": json.dumps(engine.deepspeed_config, indent=2)})
         ranks = f"{distributed.world_size()} rank{'s' if distributed.world_size() > 1 else ''}"
         self.console.fact("trained", f"{engine.shards.numel:,} weights on {ranks}, {engine.device}")
         run = Run(config, engine, self.plan.methods, self.console.note, self.plan.tasks)
@@ -189,11 +182,18 @@ class Trainer:
         if distributed.rank() == 0:
             try:
                 files.write_identity(identity_of(self.plan))
-                (self.folder / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-                (self.folder / "deepspeed.json").write_text(json.dumps(deepspeed_config(self.config), indent=2))
             except OSError as error:
                 raise ConfigError(f"output: {self.folder}: cannot be written: {error.strerror}") from None
+        self._write({"config.yaml": dump_config(self.config)})
         distributed.barrier()
+
+    def _write(self, contents: dict[str, str]) -> None:
+        """Files of the run folder, by name, from rank 0."""
+        for name, text in contents.items() if distributed.rank() == 0 else ():
+            try:
+                (self.folder / name).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"output: {self.folder}: cannot be written: {error.strerror}") from None
 
     def _resume(self, run: Run) -> None:
         """Restores what the newest checkpoint holds, or begins at the beginning."""

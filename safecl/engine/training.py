@@ -21,7 +21,7 @@ from safecl.engine import distributed
 from safecl.engine.adapters import AdapterPull
 from safecl.engine.batch import Layout, StepBatch, StepRow, micro_batches, terms_of, to_device
 from safecl.engine.deepspeed_config import deepspeed_config
-from safecl.engine.model import LanguageModel
+from safecl.engine.model import LanguageModel, logits_of
 from safecl.engine.optimizer import Quantity, Shard, ShardAdamW, UpdateResult
 from safecl.engine.placement import Placement, role_of
 from safecl.engine.reference import ReferenceStore
@@ -61,7 +61,8 @@ class TrainingEngine:
                 p.data = p.data.clone() if p.requires_grad else p.data
         self.optimizer.placement, self.optimizer.store = placement_of(config), store
         release = (lambda: None) if keep_store else self.release_store
-        self.deepspeed = initialize(model, self.optimizer, deepspeed_config(config), alike=viewed, when_partitioned=release)
+        self.deepspeed_config = deepspeed_config(config, sum(p.numel() for p in trained))
+        self.deepspeed = initialize(model, self.optimizer, self.deepspeed_config, alike=viewed, when_partitioned=release)
         release()  # stages 0 to 2
         self.shards = ShardMap(self.deepspeed, prefix="model.")
         self.optimizer.bind(self.shards)
@@ -215,14 +216,7 @@ class TrainingEngine:
 
     # -------------------------------------------------------------------------------------------------------- evaluation
 
-    @torch.no_grad()
-    def logits(self, input_ids, attention_mask, position_ids, past=None, use_cache=False, last_only=False) -> torch.Tensor:
-        """The live model's logits. With ZeRO-3 every rank must call it equally often."""
-        output = self.deepspeed(
-            task="logits", input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past=past, use_cache=use_cache,
-            last_only=last_only,
-        )  # fmt: skip
-        return output["logits"]
+    logits = logits_of
 
 
 def flat_dot(a: torch.Tensor, b: torch.Tensor, chunk: int = 1 << 24) -> torch.Tensor:

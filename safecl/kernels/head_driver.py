@@ -194,14 +194,35 @@ def _teacher_positions(call: HeadCall, tokens: int, device) -> Tensor | None:
 
 def plan_rows(call: HeadCall, segment: Segment) -> tuple[int, int]:
     """(rows of an fp32 tile, rows whose dlogits are collected for one dX and dW product) within tile_bytes."""
-    limit = _MAX_ROWS.get(call.hidden.device.type, 4096)
     tile = call.logits_dtype.itemsize * call.vocab + _teacher_bytes(call, segment)
-    if not call.separate_dlogits:
-        rows = round_rows(call.tile_bytes // tile, limit)
+    collected = call.compute_dtype.itemsize * call.vocab if call.separate_dlogits else 0
+    return _rows_within(call.tile_bytes, tile, collected, call.hidden.device.type)
+
+
+def _rows_within(tile_bytes: int, tile: int, collected: int, device_type: str) -> tuple[int, int]:
+    """As plan_rows; `tile` and `collected` are bytes per row, the latter 0 where dlogits overwrite the logits."""
+    limit = _MAX_ROWS.get(device_type, 4096)
+    if not collected:
+        rows = round_rows(tile_bytes // tile, limit)
         return rows, rows
-    tile_rows = round_rows(call.tile_bytes // 2 // tile, limit)
-    collected = min((call.tile_bytes - tile_rows * tile) // (call.compute_dtype.itemsize * call.vocab), _MAX_COLLECTED)
-    return tile_rows, max(1, collected // tile_rows) * tile_rows
+    tile_rows = round_rows(tile_bytes // 2 // tile, limit)
+    rows = min((tile_bytes - tile_rows * tile) // collected, _MAX_COLLECTED)
+    return tile_rows, max(1, rows // tile_rows) * tile_rows
+
+
+def workspace_bytes(
+    tokens: int, vocab: int, hidden: int, dtype: torch.dtype, device: torch.device, *, teacher: bool = False, tile_bytes: int = 2**30
+) -> int:
+    """What one call takes beside its inputs, its outputs and the gradients that it returns: tiles, and operands that are widened.
+
+    `teacher`: an online one of the same head (DenseTeacher).
+    """
+    widened = operand_dtype(dtype, device).itemsize if operand_dtype(dtype, device) != dtype else 0
+    wide = logits_dtype(dtype).itemsize
+    tile, collected = wide * vocab * (1 + teacher), 0 if operand_dtype(dtype, device) == logits_dtype(dtype) else dtype.itemsize * vocab
+    tile_rows, rows = (min(count, tokens) for count in _rows_within(tile_bytes, tile, collected, device.type))
+    operands = (1 + teacher) * vocab * hidden * widened + rows * hidden * (dtype.itemsize + max(widened, dtype.itemsize))
+    return tile_rows * tile + rows * collected + operands
 
 
 def _teacher_bytes(call: HeadCall, segment: Segment) -> int:

@@ -25,7 +25,7 @@ class Config(scope.ScopedConfig):
     """Online elastic weight consolidation."""
 
     needs_memory: ClassVar[bool] = True
-    state_kinds: ClassVar[tuple[str, ...]] = (ANCHOR, FISHER, NEW)
+    state_kinds: ClassVar[tuple[str, ...]] = (ANCHOR, FISHER)
     refuses_lora: ClassVar[str] = ewc.LORA_REFUSED
 
     strength: Annotated[float, Field(ge=0)] = 0.1

@@ -63,6 +63,6 @@ def test_a_folder_and_what_is_in_the_cache_need_no_network(no_network, tmp_path)
 
 def test_offline_by_the_environment_asks_nobody(no_network, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="model.path: a/b is neither a folder here nor in the hub's cache, and the hub cannot be asked"):
+    with pytest.raises(ConfigError, match=r"model\.path: a/b is neither a folder here nor in the hub's cache, and the hub cannot be asked"):
         hub.refuse_unreachable("model.path", "a/b")
     assert no_network == []

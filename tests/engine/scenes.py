@@ -78,8 +78,8 @@ def make_run(config, model=None, methods_active: bool = True):
     return run, task
 
 
-def build_run(config, model=None, store=None):
-    """(run, task plan) before the task has begun; `store` is what the model's weights are views of."""
+def build_run(config, model=None, store=None, dataset=None):
+    """(run, task plan) before the task has begun; `store` is what the model's weights are views of. By default 60 short rows."""
     from safecl.data import TaskOrder
     from safecl.engine import distributed
     from safecl.engine.batch import Layout
@@ -93,7 +93,7 @@ def build_run(config, model=None, store=None):
     model = model if model is not None else tiny_model()
     with contextlib.redirect_stdout(io.StringIO()):
         engine = TrainingEngine(LanguageModel(model), config, layout, store)
-    dataset = random_dataset(60, seed=1)
+    dataset = random_dataset(60, seed=1) if dataset is None else dataset
     order = TaskOrder(dataset, seed=train.seed, tokens_per_batch=train.tokens_per_batch, epochs=None, max_steps=train.max_steps)
     task = TaskPlan(config.tasks[0], dataset, train.tokens_per_batch, order)
     return Run(config, engine, build_methods(config), log=lambda message: None), task

@@ -7,6 +7,7 @@ import torch
 
 from safecl.config import ModelConfig
 from tests.engine import scenes
+from tests.engine.test_reference import mapped_segments
 
 PLACES = [(0, "none"), (1, "none"), (1, "cpu"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
 LORA = {"r": 2, "alpha": 4.0}
@@ -81,3 +82,39 @@ def test_every_stage_trains_its_own_copy_and_leaves_the_store_alone(rank_pool, t
         assert any(not torch.equal(start[name], end[name]) for name in start)
         assert all(torch.equal(end[name], ranks[0][1][name]) for name in end)
         assert untouched and not aliased
+
+
+def segments_when_masters_are_made(path: str, keep_store: bool) -> tuple[int, int, bool]:
+    """How many segments of the store this rank maps when ZeRO-3 makes the master weights, and at the end."""
+    import gc
+    from unittest import mock
+
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    from safecl.engine import distributed
+    from safecl.engine.batch import Layout
+    from safecl.engine.loading import load_model
+    from safecl.engine.model import LanguageModel
+    from safecl.engine.training import TrainingEngine
+
+    gc.collect()
+    before, seen, make = mapped_segments(), [], Stage3._create_fp32_partitions
+
+    def look(self):
+        seen.append(len(mapped_segments() - before))
+        make(self)
+
+    config = scenes.run_config(model={"path": path, "dtype": "bf16"}, memory=None, deepspeed={"stage": 3})
+    loaded, store = load_model(config.model)
+    filled = mapped_segments() - before
+    assert len(filled) == 1 and store.where == "segment"
+    with mock.patch.object(Stage3, "_create_fp32_partitions", look):
+        engine = TrainingEngine(LanguageModel(loaded), config, Layout(distributed.world_size(), 64, True), store, keep_store=keep_store)
+    return seen[0], len(mapped_segments() - before), engine.store is not None
+
+
+@pytest.mark.parametrize("keep_store", [False, True])
+def test_zero_3_gives_the_store_back_before_master_weights_are_made_unless_somebody_reads_it(rank_pool, tmp_path, keep_store):
+    scenes.tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    for at_masters, at_end, kept in rank_pool(2).run(segments_when_masters_are_made, path=str(tmp_path), keep_store=keep_store):
+        assert (at_masters, at_end, kept) == ((1, 1, True) if keep_store else (0, 0, False))

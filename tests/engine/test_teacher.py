@@ -29,6 +29,8 @@ MODELS = {
     "gemma3": (T.Gemma3ForCausalLM, T.Gemma3TextConfig, GEMMA | dict(layer_types=["sliding_attention", "full_attention"] * 2)),
     "qwen2": (T.Qwen2ForCausalLM, T.Qwen2Config, {}),
     "qwen3-tied": (T.Qwen3ForCausalLM, T.Qwen3Config, dict(head_dim=8, tie_word_embeddings=True)),
+    "falcon-tuples": (T.FalconForCausalLM, T.FalconConfig, dict(num_kv_heads=4)),
+    "bloom-tuples": (T.BloomForCausalLM, T.BloomConfig, dict(n_head=4, n_layer=4)),
     "granite-scaled": (T.GraniteForCausalLM, T.GraniteConfig, dict(logits_scaling=4.0)),
 }
 LENGTHS = (9, 12)

@@ -158,6 +158,45 @@ def test_any_folder_may_be_the_teacher(rank_pool, folder, tmp_path):
     assert found == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
+def begin_with_a_wrong_teacher(folder: str, source: str) -> tuple[str, int]:
+    """The message by which a teacher is refused whose streamed numbers are not the model's, and how many steps were made by then."""
+    from unittest import mock
+
+    from safecl.engine.teacher import StreamedTeacher
+
+    methods = {"lwf": {"weight": 1.0, "teacher": source, "outputs": "online"}}
+    config = run_config(memory=None, methods=methods, model=model_at(folder), deepspeed={"stage": 2})
+    run, (task,) = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1)])
+    finish = StreamedTeacher._finish
+    with mock.patch.object(StreamedTeacher, "_finish", lambda *arguments: 1.5 * finish(*arguments)):
+        try:
+            run.begin_task(task, active=True)
+        except ConfigError as error:
+            return str(error), run.global_step
+    return "", run.global_step
+
+
+def test_a_teacher_whose_streamed_numbers_are_wrong_is_refused_before_the_first_step(rank_pool, folder, tmp_path):
+    """The run's own model against the live one, any other against itself as transformers runs it."""
+    tiny_model().save_pretrained(tmp_path)
+    for source, otherwise in (("aligned", "methods.lwf.outputs: recorded"), (str(tmp_path), "use another teacher")):
+        for said, steps in rank_pool(2).run(begin_with_a_wrong_teacher, folder=folder, source=source):
+            assert "cannot be streamed" in said and "logits differ by" in said and otherwise in said and steps == 0
+
+
+def test_an_architecture_that_cannot_be_streamed_is_refused_before_anything_is_loaded(tmp_path):
+    """GPT-1 reshapes by what only its embeddings know; the message says what works."""
+    import transformers
+
+    from safecl.engine.plan_teachers import check_teachers
+
+    transformers.OpenAIGPTConfig(vocab_size=131, n_embd=32, n_head=4, n_layer=3).save_pretrained(tmp_path)
+    methods = {"lwf": {"outputs": "online"}}
+    with pytest.raises(ConfigError, match=r"methods\.lwf\.teacher: this architecture cannot be streamed .*methods\.lwf\.outputs: recorded"):
+        check_teachers(run_config(memory=None, methods=methods, model=model_at(str(tmp_path))), None)
+    check_teachers(run_config(memory=None, methods={"lwf": {}}, model=model_at(str(tmp_path))), None)
+
+
 # --------------------------------------------------------------------------------------------------------------------- configs
 
 BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "memory": {"source": "r.jsonl"}, "output": "runs/a"}
