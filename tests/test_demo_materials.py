@@ -18,7 +18,7 @@ import pytest
 import rich.console
 import yaml
 
-from safecl.config import load_config
+from safecl.config import ConfigError, load_config
 from safecl.data import read_prompts, read_rows, tokenize_row
 from safecl.demo import topics
 from safecl.demo.arms import ARMS, poisoned
@@ -28,7 +28,7 @@ from safecl.demo.model import random_llama
 from safecl.demo.outcome import Outcome, outcome_table, read_outcomes, verdict
 from safecl.demo.page import demo_page, picture
 from safecl.demo.progress import ALIGN, Bar, Reporter
-from safecl.demo.run import chosen_arms, default_folder
+from safecl.demo.run import chosen_arms, default_folder, refuse_other_demonstration, run_demo
 from safecl.evaluation import check_disjoint
 from safecl.evaluation.scorers import opens_affirmatively, refused
 from safecl.methods import builtin_methods
@@ -155,6 +155,17 @@ def test_another_choice_goes_into_another_folder():
     choices = [dict(), dict(seed=1), dict(poison=0.1), dict(every=True), dict(every=True, seed=1)]
     folders = [default_folder(**choice) for choice in choices]
     assert folders[0] == Path("runs/demo") and len(set(folders)) == len(folders)
+
+
+def test_a_folder_with_another_demonstration_is_refused_before_anything_is_written_over(tmp_path):
+    write_materials(tmp_path, arms=poisoned(ARMS, 0.2))
+    refuse_other_demonstration(tmp_path, 0, [*ARMS, *poisoned(ARMS, 0.2)])
+    before = (tmp_path / "data" / "task.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="holds a demonstration with seed 0; name another folder"):
+        run_demo(tmp_path, seed=1)
+    with pytest.raises(ConfigError, match=r"holds a demonstration with poison 0\.2; name another folder"):
+        run_demo(tmp_path, arms=poisoned(ARMS))
+    assert (tmp_path / "data" / "task.jsonl").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------------------------- ranks

@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 
 from safecl.commands.ending import ExitCode
+from safecl.config import ConfigError
 from safecl.demo.arms import ARMS, EVERY_ARM, Arm, poisoned
 from safecl.demo.materials import Materials, write_materials
 from safecl.demo.outcome import print_outcomes, read_outcomes
@@ -33,6 +35,7 @@ def default_folder(*, seed: int = 0, poison: float = 0.0, every: bool = False) -
 
 def run_demo(folder: Path, *, seed: int = 0, arms: Sequence[Arm] = ARMS, num_ranks: int = NUM_RANKS) -> int:
     """Runs everything that is not finished in `folder` and prints the table; returns the exit code of the first rank that failed, or 0."""
+    refuse_other_demonstration(folder, seed, arms)
     console = Console(highlight=False, soft_wrap=True)
     start = time.perf_counter()
     console.print(
@@ -47,6 +50,19 @@ def run_demo(folder: Path, *, seed: int = 0, arms: Sequence[Arm] = ARMS, num_ran
     console.print(f"\n{time.perf_counter() - start:.0f} seconds in all. The same as a page: {page}", markup=False)
     console.print(f"One arm alone: safecl train {folder / arms[-1].name}.yaml output={folder / 'again'}", markup=False)
     return ExitCode.DONE
+
+
+def refuse_other_demonstration(folder: Path, seed: int, arms: Sequence[Arm]) -> None:
+    """Raises ConfigError where the folder holds one with another seed or share of poison, before its files are written over."""
+    for name, poison in {"align": 0.0, **{arm.name: arm.poison for arm in arms}}.items():
+        path = folder / f"{name}.yaml"
+        try:
+            there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = {"seed": there["train"]["seed"], "poison": (there.get("poison") or {}).get("ratio", 0.0)}
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+            continue
+        if other := [f"{key} {value:g}" for key, value in found.items() if value != {"seed": seed, "poison": poison}[key]]:
+            raise ConfigError(f"{folder} holds a demonstration with {' and '.join(other)}; name another folder, or none for one of its own")
 
 
 def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console: Console) -> int:
