@@ -186,6 +186,14 @@ def test_a_full_disk_is_a_message_with_the_files_name(run, failing_verb, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_could_not_be_saved_is_its_own_message(run, failing_verb, tmp_path):
+    from safecl.engine.export import ExportFailed
+
+    code, _, err = run("train", failing_verb(ExportFailed("the model could not be saved: full; the same command goes on")))
+    assert (code, err) == (ExitCode.FAILED, "safecl: failed: the model could not be saved: full; the same command goes on\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_config_error_found_late_still_ends_with_code_2_without_a_traceback(run, failing_verb, tmp_path):
     code, _, err = run("train", failing_verb(ConfigError("model.path: x: holds no weights")))
     assert (code, err) == (ExitCode.USAGE, "safecl: error: model.path: x: holds no weights\n")

@@ -68,6 +68,8 @@ _HINTS = {
     "MemoryError": "less host memory: fewer ranks on this machine, or a smaller train.tokens_per_microbatch",
 }
 
+_FORESEEN = ("TrainingFailed", "ExportFailed")
+"""By name, because their modules import torch. Their messages say all; a traceback would tell nobody more."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -156,6 +158,8 @@ def _say(kind: str, message: str) -> None:
 def _describe(verb: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return f"{error.filename or 'the disk'}: {error.strerror}; where that is mended, the same command goes on"
+    if type(error).__name__ in _FORESEEN:
+        return str(error)
     first_line = (str(error).strip() or "no message").splitlines()[0]
     lines = [f"`safecl {verb}` ended with {type(error).__name__}: {first_line}"]
     if hint := _HINTS.get(type(error).__name__):

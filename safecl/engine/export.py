@@ -87,7 +87,7 @@ def _agree(work: Callable[[], object]) -> object:
         try:
             value = work()
         except (OSError, ValueError) as error:  # DamagedCheckpoint is one
-            problem = f"the model could not be saved: {error}; training is in the last checkpoint, and the same command goes on from there"
+            problem = f"the model could not be saved: {error}; the same command goes on from the last checkpoint"
     value, problem = distributed.gather_objects([(value, problem)])[0]
     if problem is not None:
         raise ExportFailed(problem)
