@@ -7,6 +7,7 @@ import torch
 
 from safecl.engine.optimizer import Shard
 from safecl.engine.placement import Hosted, Served, Stream, allocate, role_of
+from safecl.engine.reference import ReferenceStore
 from tests.engine import scenes
 
 STAGES = [(0, "none"), (1, "none"), (1, "cpu"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
@@ -33,9 +34,9 @@ def train(path: str, steps: int = 3, dtype: str = "bf16", **changes):
     run, task = scenes.build_run(config, loaded, store)
     scenes.begin(run, task)
     shards, optimizer = run.engine.shards, run.engine.optimizer
-    anchors = optimizer.tensors("anchor")
+    anchors, start = optimizer.tensors("anchor"), ReferenceStore.open(path, dtype=store.dtype)  # the run's own may be given back by now
     wrong = sum(
-        not torch.equal(shards.view(f, anchors), store.tensor(f.name).view(-1)[f.offset : f.offset + f.length]) for f in shards.fragments
+        not torch.equal(shards.view(f, anchors), start.tensor(f.name).view(-1)[f.offset : f.offset + f.length]) for f in shards.fragments
     )
     penalties = [run.train_step(task).totals()["penalty"] for _ in range(steps)]
     kept = sorted(run.shards()[0].state)
