@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -48,11 +49,14 @@ def fit_and_die(tree: dict, cache: str, where: str) -> None:
     from safecl.replay import CacheWriter
 
     add, pack, train_step, done = CacheWriter.add, recorded.Form.pack, Run.train_step, []
+    checkpoint = Path(tree["output"]) / "checkpoints" / "latest"
 
     def dying(name: str, work, last: int):
         def at_last(*arguments):
             done.append(name)
             if where == name and done.count(name) == last:
+                while name == "step" and not checkpoint.exists():
+                    time.sleep(0.02)
                 os.kill(os.getpid(), signal.SIGKILL)
             return work(*arguments)
 
@@ -78,7 +82,8 @@ def test_a_run_killed_in_its_cache_its_recording_and_its_steps_ends_like_an_undi
             pipe.send((fit_and_die, killed | {"where": where}))
         for process in pool.processes:
             process.join(120)
-            assert process.exitcode == -signal.SIGKILL, where
+        codes = [process.exitcode for process in pool.processes]
+        assert -signal.SIGKILL in codes and set(codes) <= {-signal.SIGKILL, 1}, (where, codes)  # 1: it was waiting for one that had died
     rest = rank_pool(2).run(stop_scenes.fit, **killed)[0]
     assert "going on from step-00000002" in rest["said"]
     assert what_is_left(tmp_path / "killed") == what_is_left(tmp_path / "whole")
