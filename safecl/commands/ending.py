@@ -158,7 +158,7 @@ def _say(kind: str, message: str) -> None:
 def _describe(verb: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return f"{error.filename or 'the disk'}: {error.strerror}; where that is mended, the same command goes on"
-    if type(error).__name__ in _FORESEEN:
+    if type(error).__name__ in _FORESEEN and not Ending.show_traceback:
         return str(error)
     first_line = (str(error).strip() or "no message").splitlines()[0]
     lines = [f"`safecl {verb}` ended with {type(error).__name__}: {first_line}"]
