@@ -24,6 +24,7 @@ from harness import Contender, machine, print_table, take_turns, write_json
 from torch import Tensor
 
 from safecl.kernels import adamw_step_, backends, ema_update_, fisher_accumulate_, fisher_penalty_, native
+from safecl.kernels.pages import page_bytes, use_huge_pages
 
 BF16 = torch.bfloat16
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -51,7 +52,7 @@ LIMITS = {
 
 @dataclass
 class Buffers:
-    """One shard's state, allocated once and used by all contenders of a case in turn."""
+    """One shard's state, allocated once and used by all contenders of a case in turn; in huge pages, as the engine has it."""
 
     param: Tensor
     grad: Tensor
@@ -74,7 +75,10 @@ class Buffers:
         moments = normal(0.1), normal(0.1).square_().add_(1e-3)
         fisher = normal(1.0).square_().bfloat16()
         ema = normal(0.1).add_(param)
-        return Buffers(param, normal(1.0), *moments, ema, anchor, fisher, anchor.float(), fisher.float(), low, normal(1.0))
+        buffers = Buffers(param, normal(1.0), *moments, ema, anchor, fisher, anchor.float(), fisher.float(), low, normal(1.0))
+        for tensor in vars(buffers).values():
+            use_huge_pages(tensor)
+        return buffers
 
 
 Runs = dict[str, tuple[Callable[[], object], float]]  # name -> (call, bytes that the job must move per element)
@@ -331,7 +335,7 @@ def main() -> None:
     results = {case: measure(case, buffers, device, options) for case in options.cases}
     report = {"machine": machine(device), "threads": options.threads, "ratios": ratios(results, device.type), "cases": results}
     if device.type == "cpu":
-        report["instruction_set"] = native.missing() or native.instruction_set()
+        report |= {"instruction_set": native.missing() or native.instruction_set(), "huge_page_bytes": page_bytes()}
     for r in report["ratios"]:
         print(f"{r['case']}: {r['ratio']:.2f}x {r['rival']} (wanted {r['at_least']:.2f}x): {'met' if r['met'] else 'NOT MET'}")
     write_json(options.out or Path(__file__).parent / "results" / f"flat-{options.device}.json", report)

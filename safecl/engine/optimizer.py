@@ -19,6 +19,7 @@ import torch
 
 from safecl.engine.placement import Piece, Placement, Served, Stream, allocate, pieces
 from safecl.kernels import Segments, adamw_step_, fisher_penalty_, penalized_grad_norm
+from safecl.kernels.pages import use_huge_pages
 from safecl.methods.base import AverageMask, Penalty
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Shard:
     placement: Placement = field(default_factory=Placement)
     served: dict[str, Served] = field(default_factory=dict)
     """Kinds of state that equal the reference weights and are read from their store."""
+    _pages_settled: bool = False
 
     @property
     def grad(self) -> torch.Tensor:
@@ -44,6 +46,13 @@ class Shard:
     @functools.cached_property
     def stream(self) -> Stream:
         return Stream(self.param.device)
+
+    def settle_pages(self) -> None:
+        """Before the first step: what the pass goes through from now on lies in huge pages, whoever has allocated it."""
+        if not self._pages_settled:
+            self._pages_settled = True
+            for tensor in (self.param, self.grad, *self.state.values()):
+                use_huge_pages(tensor)
 
     def pieces(self, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
         """The shard in pieces with its state of these kinds, wherever that lives; the pieces' tensors are on the shard's device, and what
@@ -280,6 +289,7 @@ class ShardAdamW(torch.optim.Optimizer):
         for kind in ("exp_avg", "exp_avg_sq"):
             if kind not in shard.state:
                 shard.state[kind] = torch.zeros_like(shard.param)
+        shard.settle_pages()
         average = ["ema"] if plan.ema_decay is not None else []
         group = self.param_groups[0]
         hyper = {key: group[key] for key in ("betas", "eps", "weight_decay")} | {"step": self.num_updates, "lr": plan.lr}

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from safecl.kernels.pages import use_huge_pages
+
 if TYPE_CHECKING:
     from safecl.engine.reference import ReferenceStore
     from safecl.engine.shards import Fragment
@@ -54,7 +56,9 @@ def role_of(kind: str) -> str | None:
 def allocate(param: torch.Tensor, dtype: torch.dtype, place: Place) -> torch.Tensor:
     """Zeros of the shard's shape, beside it or in host memory, which is page-locked where there is a GPU to copy to."""
     if place == "cpu" or not param.is_cuda:
-        return torch.zeros(param.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+        state = torch.empty(param.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+        use_huge_pages(state)
+        return state.zero_()
     return torch.zeros(param.shape, dtype=dtype, device=param.device)
 
 
