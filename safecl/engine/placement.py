@@ -56,9 +56,9 @@ def role_of(kind: str) -> str | None:
 def allocate(param: torch.Tensor, dtype: torch.dtype, place: Place) -> torch.Tensor:
     """Zeros of the shard's shape, beside it or in host memory, which is page-locked where there is a GPU to copy to."""
     if place == "cpu" or not param.is_cuda:
-        state = torch.empty(param.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+        state = torch.zeros(param.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
         use_huge_pages(state)
-        return state.zero_()
+        return state
     return torch.zeros(param.shape, dtype=dtype, device=param.device)
 
 
