@@ -31,7 +31,7 @@ def deepspeed_config(config: RunConfig, num_trained: int = BUCKET) -> dict[str, 
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
-        "zero_optimization": _zero(config, min(BUCKET, num_trained)),
+        "zero_optimization": _zero(config, min(BUCKET, num_trained + num_trained % 2)),  # DeepSpeed asks for an even number
     }
     if bf16:
         result["bf16"] = {"enabled": True}
