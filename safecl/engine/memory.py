@@ -52,7 +52,7 @@ class Memory:
         return [self._step_row(key) for key in self.buffer.keys()]
 
     def num_bytes(self) -> dict[str, int]:
-        """Rows held, and the bytes of their tokens and outputs on the disk."""
+        """Rows held, and the bytes that they take on the disk; outputs in the shared cache are not among them."""
         return {"rows": len(self.buffer), "bytes": int(self.buffer.table["nbytes"].sum())}
 
     def row_ids(self) -> list[int]:
