@@ -141,3 +141,30 @@ def test_the_pull_to_the_anchor_mixes_the_start_in_every_k_steps(rank_pool):
     _, free = rank_pool(2).run(run_with_poisoned_steps, bad_steps=[], kind="nan", steps=2, memory=None)[0]
     for name, start in history[0]["weights"].items():
         assert torch.allclose(history[2]["weights"][name], 0.1 * start + 0.9 * free[2]["weights"][name], rtol=1e-5, atol=1e-8)
+
+
+def tensors_given_huge_pages(**changes):
+    """Addresses that the engine asks huge pages for by the end of the first step, those of what the pass streams, and later requests."""
+    from unittest import mock
+
+    from safecl.engine.optimizer import UpdatePlan
+
+    run, task = scenes.make_run(scenes.run_config(**changes))
+    run.set_anchor()
+    asked: list[int] = []
+    counts = []
+    with mock.patch("safecl.engine.optimizer.use_huge_pages", lambda tensor: asked.append(tensor.data_ptr())):
+        for _ in range(2):
+            run.engine.gradient_pass(run.step_rows(task), run.engine.update(UpdatePlan(lr=1e-2)))
+            run.step += 1
+            run.global_step += 1
+            counts.append(len(asked))
+    streamed = [tensor.data_ptr() for shard in run.shards() for tensor in (shard.param, *shard.state.values())]
+    return asked, streamed, counts
+
+
+def test_what_the_pass_streams_lies_in_huge_pages_from_the_first_step_on_and_is_asked_for_once(rank_pool):
+    offload = {"stage": 2, "offload": {"optimizer": "cpu"}}
+    asked, streamed, (first, second) = rank_pool(2).run(tensors_given_huge_pages, memory=None, deepspeed=offload)[0]
+    assert set(streamed) < set(asked), "the gradient beside weights, moments and anchor"
+    assert first == second == len(asked)
