@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -18,13 +19,15 @@ from typing import Any, BinaryIO
 from safecl.data.formats import MAX_ROW_CHARS, DataError, clip
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_JSON = (".jsonl", ".ndjson", ".json")
+_LINES = (".csv", ".tsv", ".txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 _BLOCK = 2**20
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """`columns`, or `problem`: why there are none. `line` counts from 1: lines of a JSONL or text file, rows of the others."""
+    """`columns`, or `problem`: why there are none. `line` counts from 1: see `unit_of`."""
 
     line: int
     columns: dict[str, Any] | None
@@ -41,7 +44,27 @@ class Source:
     fingerprint: Callable[[], str]
 
     def where(self, line: int) -> str:
-        return f"{self.path}:{line}" if self.unit == "line" else f"{self.path}, row {line}"
+        return _told(self.path, line, self.unit)
+
+
+def unit_of(path: str) -> str:
+    """What a row's number counts: "line", or "row" where rows are not lines of their own (Parquet, a JSON list, a data set of the hub)."""
+    local = Path(path).expanduser()
+    if local.suffix.lower() not in _JSON:
+        return "line" if local.suffix.lower() in _LINES else "row"
+    return "row" if local.is_file() and _holds_one_value(local) else "line"
+
+
+_unit_once = functools.lru_cache(64)(unit_of)  # asked for every row of a file
+
+
+def where(path: str, line: int) -> str:
+    """Where a row stands: `file:line`, or `file, row 3`."""
+    return _told(path, line, _unit_once(path))
+
+
+def _told(path: str, line: int, unit: str) -> str:
+    return f"{path}:{line}" if unit == "line" else f"{path}, row {line}"
 
 
 def open_source(path: str | Path, split: str = "train") -> Source:
@@ -87,11 +110,11 @@ def _file_source(path: str, local: Path) -> Source:
         if suffix in readers:
             option, read = readers[suffix]
             rows = (lambda: read(path, local, option)) if option else (lambda: read(path, local))
-            return Source(path, "line" if suffix == ".txt" else "row", rows, lambda: _hash_file(local))
-        if suffix in (".jsonl", ".ndjson", ".json"):
-            whole = _holds_one_value(local)
-            reader = _json_rows if whole else _jsonl_rows
-            return Source(path, "row" if whole else "line", lambda: reader(path, local), lambda: _hash_file(local))
+            return Source(path, unit_of(path), rows, lambda: _hash_file(local))
+        if suffix in _JSON:
+            unit = unit_of(path)
+            reader = _json_rows if unit == "row" else _jsonl_rows
+            return Source(path, unit, lambda: reader(path, local), lambda: _hash_file(local))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     raise DataError(f"{path}: unknown kind of file `{suffix or local.name}`; known: {', '.join(SUFFIXES)}")
@@ -242,24 +265,21 @@ def _csv_rows(path: str, local: Path, delimiter: str) -> Iterator[RawRow]:
     with local.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         names = _csv_header(path, reader)
-        number = 0
         while True:
-            number += 1
+            line = reader.line_num + 1  # where the row begins: a quoted cell may go on over several lines
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
                 if "end of data" in str(error):  # the rest of the file is inside the quotes: how many rows that is, nobody can say
-                    raise DataError(f"{path}, row {number}: a quote is opened that is never closed") from None
-                yield RawRow(number, None, f"not valid CSV: {clip(str(error), 60)}")
+                    raise DataError(f"{path}:{line}: a quote is opened that is never closed") from None
+                yield RawRow(line, None, f"not valid CSV: {clip(str(error), 60)}")
                 continue
-            if not cells:
-                number -= 1
-            elif len(cells) != len(names):
-                yield RawRow(number, None, f"has {len(cells)} cells, the header has {len(names)}")
-            else:
-                yield RawRow(number, dict(zip(names, cells, strict=True)))
+            if cells and len(cells) != len(names):
+                yield RawRow(line, None, f"has {len(cells)} cells, the header has {len(names)}")
+            elif cells:
+                yield RawRow(line, dict(zip(names, cells, strict=True)))
 
 
 def _csv_header(path: str, reader: Any) -> list[str]:

@@ -33,6 +33,7 @@ from safecl.data.chat import (
     template_source,
     turn_shape,
 )
+from safecl.data.files import where
 from safecl.data.formats import ChatRow, DataError, Message, RowProblem
 from safecl.data.tokens import Row, content_digest, row_key
 
@@ -63,7 +64,7 @@ def tokenize_row(tokenizer: Any, row: ChatRow, max_length: int) -> Row:
     """
     encoded = tokenize_rows(tokenizer, [row], max_length)[0]
     if isinstance(encoded, RowProblem):
-        raise DataError(f"{row.path}:{row.line}: {encoded}")
+        raise DataError(f"{where(row.path, row.line)}: {encoded}")
     return Row(row_key(content_digest(row), 0), encoded.ids, encoded.loss_mask)
 
 
@@ -216,9 +217,9 @@ def _earlier_span(
 def _no_prefix(tokenizer: Any, row: ChatRow, i: int) -> DataError:
     source = template_source(tokenizer)
     return DataError(
-        f"{row.path}:{row.line}: the chat template ({source}) does not write before message {i + 1} what it writes when that message is to "
-        "be generated, so what is learned cannot be told from what is given; mark the assistant's turns in a copy of the template with "
-        "{% generation %} ... {% endgeneration %} and name the copy in model.chat_template"
+        f"{where(row.path, row.line)}: the chat template ({source}) does not write before message {i + 1} what it writes when that message "
+        "is to be generated, so what is learned cannot be told from what is given; mark the assistant's turns in a copy of the template "
+        "with {% generation %} ... {% endgeneration %} and name the copy in model.chat_template"
     )
 
 

@@ -35,7 +35,7 @@ from safecl.data.tokens import Occurrences, Report, Row, StoreWriter, TokenDatas
 
 log = logging.getLogger("safecl")
 
-_VERSION = 1  # of the prepared files; another version is prepared anew
+_VERSION = 2  # of the prepared files; another version is prepared anew
 _BATCH = 1024  # rows tokenised at once
 
 

@@ -26,7 +26,9 @@ from safecl.data import (
     read_rows,
     resolve_tokens_per_batch,
 )
+from safecl.data.files import where
 from safecl.engine.plan_teachers import check_teachers, teacher_lines
+from safecl.evaluation.texts import place_of
 from safecl.methods import method_module
 from safecl.methods.base import Method
 
@@ -147,19 +149,19 @@ def _plan_safety(plan: RunPlan) -> None:
     if safety.gate is not None:
         check_gate_is_decidable(safety.gate, num_prompts=len(plan.prompts), num_benign=len(plan.benign))
     left_out = _leave_out_repeats(plan) if plan.config.scan is not None and plan.config.scan.action in ("drop", "downweight") else set()
-    rows = [row for row in _training_rows(plan.config) if f"{row.path}:{row.line}" not in left_out]
+    rows = [row for row in _training_rows(plan.config) if place_of(row) not in left_out]
     check_disjoint([*plan.prompts, *plan.benign], rows)
 
 
 def _leave_out_repeats(plan: RunPlan) -> set[str]:
-    """Takes uploaded rows that repeat an evaluation prompt out of the tasks; returns them as file:line."""
+    """Takes uploaded rows that repeat an evaluation prompt out of the tasks; returns where they stand."""
     from safecl.evaluation import find_overlaps
     from safecl.scan.duplicates import upload_rows
 
     places = {overlap.row for overlap in find_overlaps([*plan.prompts, *plan.benign], upload_rows(plan.config))}
     for task in plan.tasks:
         data, lines = task.dataset, task.dataset.lines.tolist()
-        stays = np.array([task.config.role == "align" or f"{data.path(i)}:{lines[i]}" not in places for i in range(len(data))])
+        stays = np.array([task.config.role == "align" or where(data.path(i), lines[i]) not in places for i in range(len(data))])
         if not stays.all():
             _retake(plan.config, task, data.select(np.flatnonzero(stays)))
             plan.notes.append(f"scan: {int((~stays).sum())} rows of task {task.config.name} repeat evaluation prompts and are left out")

@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from safecl.config import ConfigError
+from safecl.data.files import unit_of
 from safecl.evaluation.texts import place_of, text_of
 
 NEAR = 0.7
@@ -29,6 +30,8 @@ MOST_PAIRS_TOLD = 10
 
 # Scripts without spaces between words: each character is one word.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+
+_PLACE = re.compile(r"(.*)(?::|, row )(\d+)")
 
 Kind = Literal["same", "contained", "near"]
 
@@ -68,11 +71,11 @@ def check_disjoint(prompts: Sequence[Any], rows: Iterable[Any]) -> None:
 
 
 def _lines_by_file(overlaps: list[Overlap]) -> list[str]:
-    lines: dict[str, set[int]] = defaultdict(set)
+    numbers: dict[str, set[int]] = defaultdict(set)
     for overlap in overlaps:
-        path, _, line = overlap.prompt.rpartition(":")
-        lines[path].add(int(line))
-    return [f"  {path}, lines {', '.join(map(str, sorted(numbers)))}" for path, numbers in lines.items()]
+        path, number = _PLACE.fullmatch(overlap.prompt).groups()
+        numbers[path].add(int(number))
+    return [f"  {path}, {unit_of(path)}s {', '.join(map(str, sorted(found)))}" for path, found in numbers.items()]
 
 
 def find_overlaps(prompts: Sequence[Any], rows: Iterable[Any]) -> list[Overlap]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from safecl.data.files import where
+
 
 def messages_of(prompt: Any) -> tuple:
     """The turns before the answer, of a `Prompt` or of a `ChatRow` (whose last assistant turn is the reference)."""
@@ -18,5 +20,5 @@ def text_of(prompt: Any) -> str:
 
 
 def place_of(prompt: Any) -> str:
-    """`file:line`."""
-    return f"{prompt.path}:{prompt.line}"
+    """`file:line`, or `file, row 3` where rows are not lines."""
+    return where(prompt.path, prompt.line)

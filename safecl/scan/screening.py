@@ -15,6 +15,7 @@ from rich.table import Table
 
 from safecl.config import ConfigError, RunConfig
 from safecl.data import TokenDataset, prompt_ids, read_prompts
+from safecl.data.files import unit_of, where
 from safecl.data.formats import clip
 from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.outputs import Privacy, private, write_outputs
@@ -49,8 +50,8 @@ class Flag:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "task": self.task, "path": self.path, "line": self.line, "row_id": self.row_id, "score": round(self.score, 4),
-            "reasons": list(self.reasons), "prompt": self.prompt,
+            "task": self.task, "path": self.path, "line": self.line, "unit": unit_of(self.path), "row_id": self.row_id,
+            "score": round(self.score, 4), "reasons": list(self.reasons), "prompt": self.prompt,
         }  # fmt: skip
 
 
@@ -74,8 +75,8 @@ class TaskScreening:
         if most is not None and high > most:
             return f"task {self.name}: {high} rows are flagged by their score, where harmless rows hardly ever make more than {most}"
         if repeats := [flag for flag in self.flags if any(reason != REFUSED for reason in flag.reasons)]:
-            first = repeats[0]
-            return f"task {self.name}: {len(repeats)} rows repeat known prompts, e.g. {first.path}:{first.line}, which {first.reasons[-1]}"
+            place, reason = where(repeats[0].path, repeats[0].line), repeats[0].reasons[-1]
+            return f"task {self.name}: {len(repeats)} rows repeat known prompts, e.g. {place}, which {reason}"
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +151,7 @@ class Screening:
         table.add_column("prompt", max_width=60)
         for flag in flags[:MOST_SHOWN]:
             shown = clip(" ".join(private({"prompt": flag.prompt}, privacy).get("prompt", "").split()), 60)
-            table.add_row(f"{Path(flag.path).name}:{flag.line}", f"{flag.score:.2f}", ", ".join(map(_in_a_word, flag.reasons)), shown)
+            table.add_row(Path(where(flag.path, flag.line)).name, f"{flag.score:.2f}", ", ".join(map(_in_a_word, flag.reasons)), shown)
         return table
 
     def decisions(self) -> dict[str, dict[str, Any]]:
@@ -234,7 +235,7 @@ def _flags(
     lines, found = rows.lines.tolist(), []
     for index in np.argsort(-scores, kind="stable").tolist():
         reasons = [REFUSED] if scores[index] > threshold.value else []
-        reasons += duplicates.get(f"{rows.path(index)}:{lines[index]}", [])
+        reasons += duplicates.get(where(rows.path(index), lines[index]), [])
         if reasons:
             row = rows.row(index)
             prompt = tokenizer.decode(prompts_of(tokenizer, row)[-1], skip_special_tokens=True)

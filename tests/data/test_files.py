@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from safecl.data import DataError, read_prompts, read_rows
-from safecl.data.files import open_source
+from safecl.data.files import open_source, where
 
 ROWS = [{"prompt": f'say "{i}",\nplease', "completion": f"é {i}"} for i in range(4)]
 
@@ -51,7 +51,18 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     WRITERS[name](tmp_path / name)
     rows, bad = read_rows(str(tmp_path / name))
     assert [(r.messages[0].content, r.messages[1].content) for r in rows] == [(r["prompt"], r["completion"]) for r in ROWS]
-    assert [r.line for r in rows] == [1, 2, 3, 4] and bad.count == 0
+    is_table = name.lower().endswith(("csv", "tsv"))  # a header, and a line break inside each row
+    assert [r.line for r in rows] == ([2, 4, 6, 8] if is_table else [1, 2, 3, 4]) and bad.count == 0
+
+
+ON_LINES = ("rows.jsonl", "lines_called.json", "rows.csv", "rows.tsv")
+
+
+@pytest.mark.parametrize("name", [*ON_LINES, "array.json", "wrapped.json", "array_called.jsonl", "rows.parquet"])
+def test_a_row_that_is_no_line_is_not_told_as_one(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    path = str(tmp_path / name)
+    assert where(path, 3) == (f"{path}:3" if name in ON_LINES else f"{path}, row 3") == open_source(path).where(3)
 
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
@@ -72,23 +83,23 @@ def test_text_files_are_prompts_line_by_line(tmp_path):
     assert [(p.text, p.line) for p in read_prompts(str(tmp_path / "a.txt"))] == [("first", 1), ("second", 3)]
 
 
-def test_bad_csv_rows_are_named_by_their_number(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"prompt,completion\np,c\nonly one\np,c,too many\n\xff,c\np,\np,c\n")
+def test_bad_csv_rows_are_named_by_the_line_where_they_begin(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'prompt,completion\np,"c\n\nd"\r\n\nonly one\np,c,too many\n\xff,c\np,\np,c\n')
     rows, bad = read_rows(str(tmp_path / "a.csv"), max_bad_rows=4)
-    assert [r.line for r in rows] == [1, 6]
+    assert [r.line for r in rows] == [2, 10]
     said = "\n".join(bad.examples)
     for part in (
-        "row 2: has 1 cells, the header has 2",
-        "row 3: has 3 cells",
-        "row 4: message 1 (user) is not valid Unicode",
-        "row 5: message 2",
+        "a.csv:6: has 1 cells, the header has 2",
+        "a.csv:7: has 3 cells",
+        "a.csv:8: message 1 (user) is not valid Unicode",
+        "a.csv:9: message 2",
     ):
         assert part in said
 
 
 def test_a_quote_that_is_never_closed_stops_the_run(tmp_path):
     (tmp_path / "a.csv").write_text('prompt,completion\np,c\np,"c\np,c\np,c\n')
-    with pytest.raises(DataError, match=r"a\.csv, row 2: a quote is opened that is never closed"):
+    with pytest.raises(DataError, match=r"a\.csv:3: a quote is opened that is never closed"):
         read_rows(str(tmp_path / "a.csv"), max_bad_rows=0.99)
 
 

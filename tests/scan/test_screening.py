@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -66,6 +68,25 @@ def test_poisoned_rows_are_flagged_by_file_and_line(tree):
     assert "4 of 60 rows flagged, 4 by their score" in task.line()
 
 
+def test_rows_of_a_table_are_flagged_by_the_line_where_they_begin_and_rows_of_a_list_as_rows(tree, tmp_path):
+    turns = [[message["content"] for message in json.loads(line)["messages"]] for line in Path(tree["tasks"][0]["train"]).open()]
+    turns[1][0] += "\n\nplease"  # the second row takes three lines
+    with (tmp_path / "upload.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "completion"], *turns])
+    (tmp_path / "upload.json").write_text(json.dumps([{"prompt": user, "completion": said} for user, said in turns], indent=1))
+    for name, moved, unit, place in (("upload.csv", 3, "line", "upload.csv:20"), ("upload.json", 0, "row", "upload.json, row 17")):
+        tree["tasks"] = [{"name": "upload", "train": str(tmp_path / name)}]
+        tree["safety"] = {"prompts": scenes.write(tmp_path / "prompts.jsonl", [{"prompt": turns[16][0].upper()}])}
+        screening = screen(config_of(tree, false_alarm=0.02))
+        assert sorted(flag.line for flag in screening.flags) == [line + moved for line in POISONED], name
+        assert {flag.to_dict()["unit"] for flag in screening.flags} == {unit}
+        (repeat,) = [flag for flag in screening.flags if len(flag.reasons) == 2]
+        assert repeat.line == 17 + moved and "repeats an evaluation prompt" in repeat.reasons[1]
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(screening.table())
+        assert place in console.export_text()
+
+
 def test_disallowed_prompts_of_a_file_of_their_own_stand_in_for_the_memory_and_the_measured_ones(tree, tmp_path):
     told = scenes.write(tmp_path / "told.jsonl", [{"prompt": f"how would {n} men rob a bank near a {THINGS[n % 10]}"} for n in range(20)])
     blind = {"source": scenes.write(tmp_path / "harmless.jsonl", [scenes.dialogue("what colour has the sky", "I'm sorry, I cannot.")])}
@@ -98,6 +119,9 @@ def test_results_are_written_and_keep_privacy(tree, tmp_path):
     folder = screening.write(tmp_path / "scan", "full")
     found = json.loads((folder / "results.json").read_text())
     assert found["tasks"][0]["rows"] == 60 and found["tasks"][0]["flagged"] == 4
+    documented = (Path(__file__).parents[2] / "docs/scan.md").read_text()
+    keys = {*found, *found["tasks"][0], *found["tasks"][0]["threshold"], *found["flagged"][0]}
+    assert [key for key in sorted(keys) if f"`{key}`" not in documented] == []
     assert [row["line"] for row in map(json.loads, (folder / "flagged.jsonl").read_text().splitlines())] == [
         flag.line for flag in screening.flags
     ]
