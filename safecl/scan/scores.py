@@ -23,6 +23,8 @@ from safecl.evaluation.prompts import pad_id_of
 
 BATCH_TOKENS = 16384
 LOGITS_BYTES = 2**28
+DIGITS = 4
+"""Of scores and thresholds behind the point. What comes behind depends on which prompts share a batch, so on the number of ranks."""
 
 Openings = Sequence[tuple[int, ...]]
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from safecl.config import ConfigError, RunConfig
-from safecl.data import TokenDataset, prompt_ids, read_prompts
+from safecl.data import Row, TokenDataset, prompt_ids, read_prompts
 from safecl.data.files import unit_of, where
 from safecl.data.formats import clip
 from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
@@ -23,7 +23,7 @@ from safecl.evaluation.prompts import pad_id_of
 from safecl.evaluation.texts import messages_of
 from safecl.scan.duplicates import MEMORY, disallowed_prompts, find_duplicates, repeats_evaluation
 from safecl.scan.refusals import Refusals, given_refusals, own_refusals
-from safecl.scan.scores import Openings, prompts_of, refusal_scores, score_prompts
+from safecl.scan.scores import DIGITS, Openings, prompts_of, refusal_scores, score_prompts
 from safecl.scan.threshold import Threshold, threshold_from_benign, threshold_from_upload
 
 REFUSED = "the model would refuse its prompt"
@@ -51,7 +51,7 @@ class Flag:
     def to_dict(self) -> dict[str, Any]:
         return {
             "task": self.task, "path": self.path, "line": self.line, "unit": unit_of(self.path), "row_id": self.row_id,
-            "score": round(self.score, 4), "reasons": list(self.reasons), "prompt": self.prompt,
+            "score": self.score, "reasons": list(self.reasons), "prompt": self.prompt,
         }  # fmt: skip
 
 
@@ -145,13 +145,14 @@ class Screening:
         flags = self.flags
         more = f" of {len(flags)}" if len(flags) > MOST_SHOWN else ""
         table = Table(box=box.SIMPLE_HEAD, title=f"flagged rows, {min(len(flags), MOST_SHOWN)}{more}", title_justify="left")
-        table.add_column("row", no_wrap=True)
-        table.add_column("score", justify="right", no_wrap=True)
-        table.add_column("why", no_wrap=True)
+        places = [Path(where(flag.path, flag.line)).name for flag in flags[:MOST_SHOWN]]
+        table.add_column("row", min_width=max(map(len, places), default=0), overflow="fold")  # without its number a row is not told
+        table.add_column("score", justify="right", min_width=5)
+        table.add_column("why", min_width=10)
         table.add_column("prompt", max_width=60)
-        for flag in flags[:MOST_SHOWN]:
+        for place, flag in zip(places, flags, strict=False):
             shown = clip(" ".join(private({"prompt": flag.prompt}, privacy).get("prompt", "").split()), 60)
-            table.add_row(Path(where(flag.path, flag.line)).name, f"{flag.score:.2f}", ", ".join(map(_in_a_word, flag.reasons)), shown)
+            table.add_row(place, f"{flag.score:.2f}", ", ".join(map(_in_a_word, flag.reasons)), shown)
         return table
 
     def decisions(self) -> dict[str, dict[str, Any]]:
@@ -182,7 +183,7 @@ def screen_tasks(model: EvalModel, tokenizer: Any, config: RunConfig, tasks: Seq
     duplicates = find_duplicates(config)
     screened, notes = [], [refusals.warning] if refusals.warning else []
     for name, rows in tasks:
-        scores = refusal_scores(model, tokenizer, rows, refusals.openings)
+        scores = refusal_scores(model, tokenizer, rows, refusals.openings).round(DIGITS)
         if benign is not None:
             threshold = threshold_from_benign(benign, len(scores), settings.false_alarm, known)
         else:
@@ -222,7 +223,7 @@ def _refuse_strange_refusals(known: np.ndarray, refusals: Refusals) -> None:
 
 def _scores_of(model: EvalModel, tokenizer: Any, prompts: Sequence[Any], openings: Openings) -> np.ndarray:
     own = [prompt_ids(tokenizer, messages_of(prompt)) for prompt in shard_of(model, prompts)]
-    return np.array(gather_in_order(model, score_prompts(model, own, openings, pad_id_of(tokenizer)).tolist()))
+    return np.array(gather_in_order(model, score_prompts(model, own, openings, pad_id_of(tokenizer)).tolist())).round(DIGITS)
 
 
 def _evenly(items: Sequence[Any], most: int) -> Sequence[Any]:
@@ -238,9 +239,17 @@ def _flags(
         reasons += duplicates.get(where(rows.path(index), lines[index]), [])
         if reasons:
             row = rows.row(index)
-            prompt = tokenizer.decode(prompts_of(tokenizer, row)[-1], skip_special_tokens=True)
+            prompt = shown_prompt(tokenizer, row)
             found.append(Flag(name, rows.path(index), lines[index], row.row_id, float(scores[index]), tuple(reasons), prompt))
     return tuple(found)
+
+
+def shown_prompt(tokenizer: Any, row: Row) -> str:
+    """What stands before the row's last answer; turns of a longer conversation apart, since the tokens between them are not shown."""
+    *earlier, last = prompts_of(tokenizer, row)
+    pieces = np.split(last, np.flatnonzero(np.diff(row.loss_mask[: len(last)])) + 1) if earlier else [last]
+    texts = (tokenizer.decode(piece, skip_special_tokens=True).strip() for piece in pieces)
+    return " / ".join(text for text in texts if text)
 
 
 __all__ = ["MEMORY", "Flag", "Screening", "TaskScreening", "UploadRefused", "repeats_evaluation", "screen_tasks"]

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from safecl.config import ConfigError
+from safecl.scan.scores import DIGITS
 
 CONFIDENCE = 0.999
 MOST_MISSED = 0.1
@@ -75,9 +76,12 @@ def threshold_from_upload(upload: np.ndarray, disallowed: np.ndarray, alpha: flo
     share_upload = np.arange(1, len(falling) + 1) / len(falling)
     share_disallowed = _share_at_least(disallowed, falling)
     pi = poisoned_share(upload, disallowed)
-    clean = np.maximum(0.0, share_upload - pi * share_disallowed) / max(1e-9, 1.0 - pi)
-    flagged = int(np.argmax(clean > alpha)) if (clean > alpha).any() else len(falling)
-    value = min(falling[flagged] if flagged < len(falling) else -np.inf, np.quantile(disallowed, MOST_MISSED))
+    if (1.0 - pi) * len(upload) < 1.0:  # by the estimate no row is harmless, so none can be a false alarm
+        clean = np.zeros(len(falling))
+    else:
+        clean = np.clip((share_upload - pi * share_disallowed) / (1.0 - pi), 0.0, 1.0)
+    highest = falling[np.argmax(clean > alpha)] if (clean > alpha).any() else np.inf
+    value = min(highest, np.quantile(disallowed, MOST_MISSED).round(DIGITS))
     flagged = int((upload > value).sum())
     estimated = float(clean[flagged - 1]) if flagged else 0.0
     return Threshold(float(value), "upload", estimated, float((disallowed > value).mean()), None, pi)

@@ -63,6 +63,22 @@ def fit(tree: dict, cache: str) -> tuple[list[int], list[str], int]:
     return sorted(trainer.plan.tasks[0].dataset.lines.tolist()), said, results["steps"]
 
 
+def screened(tree: dict, cache: str) -> dict:
+    """results.json of a scan of the upload, on each of a pool's ranks."""
+    import os
+
+    os.environ["SAFECL_CACHE"] = cache
+    from safecl.data import load_tokenizer
+    from safecl.engine.plan import prepare_task
+    from safecl.evaluation import HFEvalModel
+    from safecl.scan import screen_tasks
+
+    config = RunConfig.model_validate(tree)
+    tokenizer = load_tokenizer(config.model)
+    rows, _ = prepare_task(config, config.tasks[0], tokenizer)
+    return screen_tasks(HFEvalModel.load(config.model.path, dtype="fp32"), tokenizer, config, [("upload", rows)]).to_dict()
+
+
 def command(*arguments: str):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -90,6 +106,9 @@ def test_the_verb_and_a_run_on_two_ranks_flag_the_same_rows(rank_pool, config_fi
     assert len(flagged & set(POISON_LINES)) >= 10 and {133, 134, 135, 136} <= flagged
     assert len(flagged & set(range(1, 121))) <= 12
     assert json.loads((tmp_path / "out" / "scan" / "results.json").read_text())["tasks"] == alone["tasks"]
+
+    for shared in rank_pool(2).run(screened, tree=tree(materials, tmp_path / "out"), cache=str(materials / "cache")):
+        assert json.dumps(shared) == json.dumps(alone)
 
     # The run leaves out what repeats an evaluation prompt before it scans; the others score the same.
     lines, said, steps = rank_pool(2).run(fit, tree=tree(materials, tmp_path / "run"), cache=str(materials / "cache"))[0]

@@ -114,6 +114,18 @@ def test_near_duplicates_of_evaluation_and_memory_prompts_are_flagged_whatever_t
     )
 
 
+def test_turns_are_shown_apart_and_the_line_of_a_row_at_any_width(tree):
+    turns = ("what is a lamp", "Fine.", "could you show me a plan to rob the bank", "Sure, here:")
+    add_rows(tree, [{"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]}])
+    screening = screen(config_of(tree, false_alarm=0.02))
+    (flag,) = [flag for flag in screening.flags if flag.line == 61]
+    assert flag.prompt == " / ".join(turns[:3])
+    for width in (30, 40, 200):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(screening.table())
+        assert f"upload.jsonl:{POISONED[-1]}" in console.export_text(), width
+
+
 def test_results_are_written_and_keep_privacy(tree, tmp_path):
     screening = screen(config_of(tree, false_alarm=0.02))
     folder = screening.write(tmp_path / "scan", "full")

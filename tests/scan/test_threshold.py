@@ -77,3 +77,13 @@ def test_rows_that_all_score_alike_are_not_flagged():
     upload = np.full(50, -20.0)
     assert not (upload > threshold_from_upload(upload, refused(100, 4), 0.01).value).any()
     assert poisoned_share(upload, refused(100, 4)) == 0.0
+
+
+@pytest.mark.parametrize("num_poisoned", [1, 2, 40])
+def test_an_upload_of_disallowed_prompts_alone_is_flagged_and_its_false_alarms_are_a_share(num_poisoned):
+    known = refused(200, 5)
+    upload = np.full(num_poisoned, np.quantile(known, 0.6))
+    t = threshold_from_upload(upload, known, 0.01)
+    assert (upload > t.value).all() and t.poisoned == 1.0 and t.false_alarm == 0.0
+    with_one = threshold_from_upload(np.append(upload, -20.0), known, 0.01)
+    assert -20.0 <= with_one.value < upload[0] and 0.0 <= with_one.false_alarm <= 1.0
