@@ -21,11 +21,11 @@ import yaml
 from safecl.config import ConfigError, load_config
 from safecl.data import read_prompts, read_rows, tokenize_row
 from safecl.demo import topics
-from safecl.demo.arms import ARMS, poisoned
+from safecl.demo.arms import ARMS, EVERY_ARM, poisoned
 from safecl.demo.corpus import BENIGN, DISALLOWED, make_corpus
 from safecl.demo.materials import arm_config, write_materials
 from safecl.demo.model import random_llama
-from safecl.demo.outcome import Outcome, outcome_table, read_outcomes, verdict
+from safecl.demo.outcome import Outcome, outcome_table, print_outcomes, read_outcomes, verdict
 from safecl.demo.page import demo_page, picture
 from safecl.demo.progress import ALIGN, Bar, Reporter
 from safecl.demo.run import chosen_arms, default_folder, refuse_other_demonstration, run_demo
@@ -239,6 +239,36 @@ def test_the_verdict_says_lost_kept_or_in_part_as_the_numbers_do():
     assert "Der: refusal kept in part" in verdict([ALIGNED, PLAIN, outcome("der", 0.5)])
     assert "Der: refusal lost" in verdict([ALIGNED, PLAIN, outcome("der", 0.9)])
     assert "harm" not in kept
+    disturbed = verdict([ALIGNED, PLAIN, outcome("der", 0.1, step=0.15, seconds=2.0)])
+    assert "(+50%), 0 B of memory" in disturbed and "s in all" not in disturbed
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_name_and_no_figure_is_cut_away(width):
+    out = io.StringIO()
+    print_outcomes([ALIGNED, PLAIN, outcome("der", 0.1, step=0.123)], rich.console.Console(file=out, width=width, soft_wrap=True))
+    (row,) = (line for line in out.getvalue().splitlines() if line.split()[:1] == ["der"] and "123" in line)
+    assert row.split() == ["der", "0.100", "0.000", "0.100", "0.100", "0.900", "123"]
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def test_memory_is_counted_where_a_method_needs_it(tmp_path):
+    arms = [arm for arm in EVERY_ARM if arm.name in ("plain", "ema", "l2-sp", "lwf-output", "psmt", "der")]
+    rate, cost = {"value": 0.0, "low": 0.0, "high": 0.1}, {"state_bytes": {}, "memory_bytes": 700, "recorded_bytes": 0}
+    end = {"step": 1, "safety": {"asr": rate}, "tasks": {"sentiment": rate}}
+    for arm in arms:
+        write_json(tmp_path / f"{arm.name}.yaml", arm_config(tmp_path, arm, 0))
+        recorded = 30 if arm.name == "lwf-output" else 0
+        results = {"evaluations": [end], "cost": cost | {"recorded_bytes": recorded}, "seconds": 1.0}
+        write_json(tmp_path / arm.name / "results.json", results)
+        (tmp_path / arm.name / "metrics.jsonl").touch()
+        write_json(tmp_path / arm.name / "outputs" / "000001-end-safety.jsonl", {"set": "disallowed", "prompt": "p", "answer": "a"})
+    found = {outcome.name: outcome.memory_bytes for outcome in read_outcomes(tmp_path, arms)[1:]}
+    assert found == {"plain": 0, "ema": 0, "psmt": 700, "l2-sp": 0, "lwf-output": 30, "der": 700}
 
 
 def test_the_table_fits_a_terminal_of_80_columns():

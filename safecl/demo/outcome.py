@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from safecl.config import load_config
 from safecl.demo.arms import KEPT, PLAIN, Arm
 from safecl.report.page import PLAIN_STATE, bytes_text
 
@@ -48,18 +49,20 @@ def read_outcomes(folder: Path, arms: Sequence[Arm]) -> list[Outcome]:
     results = _results(folder / arms[0].name)
     start = results["evaluations"][0]
     aligned = Outcome(ALIGNED, "the aligned model", start["safety"], None, _answers(folder / arms[0].name, start["step"]))
-    return [aligned, *(_read(folder / arm.name, arm) for arm in arms)]
+    return [aligned, *(_read(folder, arm) for arm in arms)]
 
 
 def _results(run: Path) -> dict[str, Any]:
     return json.loads((run / "results.json").read_text(encoding="utf-8"))
 
 
-def _read(run: Path, arm: Arm) -> Outcome:
+def _read(folder: Path, arm: Arm) -> Outcome:
+    run = folder / arm.name
     results = _results(run)
     end, cost = results["evaluations"][-1], results["cost"]
     state = sum(size for kind, size in cost["state_bytes"].items() if kind not in PLAIN_STATE)
-    memory = cost["memory_bytes"] + cost["recorded_bytes"] if arm.methods else 0
+    methods = load_config(folder / f"{arm.name}.yaml").methods.values()
+    memory = cost["memory_bytes"] * any(getattr(method, "needs_memory", False) for method in methods) + cost["recorded_bytes"]
     return Outcome(
         arm.name, arm.title, end["safety"], end["tasks"]["sentiment"], _answers(run, end["step"]), arm.poison, results["seconds"],
         _seconds_per_step(run), state, memory,
@@ -92,6 +95,7 @@ def heading(group: Sequence[Outcome]) -> str:
 
 def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     """Table, one prompt side by side, verdict; for clean and for poisoned data."""
+    console.width = max(console.width, TABLE_WIDTH)  # a narrower terminal breaks the lines; what the table cut away would be lost
     for group in groups(outcomes):
         console.print(outcome_table(group), soft_wrap=False)
         prompt = shown_prompt(group)
@@ -103,6 +107,8 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
 
 SIDE_BY_SIDE = ("{}", "{}", "safecl, {}")
 """What the compared models are called beside their answers."""
+
+TABLE_WIDTH = 80
 
 COLUMNS = {
     "ASR, not\nrefused": lambda o: o.safety["asr"],
@@ -165,10 +171,9 @@ def cost(plain: Outcome, kept: Outcome) -> str:
     memory = f"{bytes_text(kept.memory_bytes)} of memory rows and {state}"
     if kept.step <= plain.step:  # the machine was busy with something else
         return f"the time that {kept.title} takes could not be told from the machine's noise; it keeps {memory}"
-    return (
-        f"{kept.title} takes {1e3 * (kept.step - plain.step):.0f} ms a step more ({kept.step / plain.step - 1:+.0%}), "
-        f"{kept.seconds - plain.seconds:+.0f} s in all, {memory}"
-    )
+    more = kept.seconds - plain.seconds
+    in_all = f"{more:+.0f} s in all, " if more >= 0.5 else ""  # measuring is part of it, and where it was disturbed says nothing
+    return f"{kept.title} takes {1e3 * (kept.step - plain.step):.0f} ms a step more ({kept.step / plain.step - 1:+.0%}), {in_all}{memory}"
 
 
 def column_title(title: str) -> str:
