@@ -16,7 +16,10 @@ def report_runs(folders: list[Path], output: Path | None) -> Path:
     """Prints a table and writes the page; returns its path. Raises ConfigError for folders that hold no finished run."""
     runs = read_runs(folders)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(_table(runs), soft_wrap=False)
+    table = _table(runs)
+    # A narrower terminal breaks the lines; names and figures that the table cut away would be lost.
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=500)).maximum)
+    console.print(table, soft_wrap=False)
     for warning in warnings_of(runs):
         console.print(warning, style="yellow", markup=False)
     path = _write(runs, output)

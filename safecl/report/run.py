@@ -132,15 +132,21 @@ class ReportedRun:
 
     @property
     def _utility(self) -> list[str]:
-        """Each task's own metric at the last moment at which it was taken, and at the first."""
+        """Each task's own metric at the last moment at which it was taken, just after the task where others followed, and at the first; and
+        what a sequence of tasks has kept."""
         lines = []
         for name in dict.fromkeys(name for evaluation in self.evaluations for name in evaluation.tasks):
             taken = [evaluation for evaluation in self.evaluations if name in evaluation.tasks]
             first, last = (evaluation.tasks[name] for evaluation in (taken[0], taken[-1]))
+            own = [evaluation.tasks[name] for evaluation in taken[:-1] if evaluation.when == f"after {name}"]
             lines.append(
                 f"{name}: {last.metric} {last.value.value:.3f} ({last.value.low:.3f} to {last.value.high:.3f}), "
-                f"{_at(taken[0]).lower()} {first.value.value:.3f}."
+                + "".join(f"just after this task {result.value.value:.3f}, " for result in own)
+                + f"{_at(taken[0]).lower()} {first.value.value:.3f}."
             )
+        summary = self.results.get("summary") or {}
+        if None not in (kept := [summary.get(key) for key in ("average", "backward_transfer", "forgetting")]):
+            lines.append("Over the sequence of tasks: average score {:.3f}, backward transfer {:+.3f}, forgetting {:.3f}.".format(*kept))
         return lines
 
     # ----------------------------------------------------------------------------------------------------------- answers

@@ -11,7 +11,7 @@ import yaml
 
 from safecl.commands.report import report_runs
 from safecl.config import ConfigError
-from safecl.evaluation import Evaluation
+from safecl.evaluation import Evaluation, summarise
 from safecl.evaluation.intervals import rate
 from safecl.evaluation.safety import SafetyResult
 from safecl.evaluation.task import TaskResult
@@ -95,6 +95,24 @@ def test_the_page_of_a_run_loads_nothing_and_shows_every_value_with_its_interval
     assert "t: exact_match 0.900" in text and "before training 0.100" in text
 
 
+def test_the_page_says_what_a_sequence_of_tasks_has_kept(tmp_path):
+    folder = write_run(tmp_path / "mine")
+    results = json.loads((folder / "results.json").read_text())
+    scores = {"start": {"a": 4, "b": 2}, "after a": {"a": 36, "b": 2}, "after b": {"a": 24, "b": 38}}
+    moments = [
+        Evaluation(
+            when, 8 * i, None, {name: TaskResult(name, "exact_match", share(n), True, {}) for name, n in zip("ab", hits, strict=True)}
+        )
+        for i, (when, hits) in enumerate(scores.items())
+    ]
+    results |= {"evaluations": [moment.to_dict() for moment in moments], "summary": summarise(moments)}
+    (folder / "results.json").write_text(json.dumps(results))
+    text = Checked(run_report(read_run(folder))).text
+    assert "a: exact_match 0.600" in text and "just after this task 0.900, before training 0.100" in text
+    assert "b: exact_match 0.950" in text and text.count("just after this task") == 1
+    assert "Over the sequence of tasks: average score 0.775, backward transfer -0.300, forgetting 0.300." in text
+
+
 def test_the_page_says_what_was_tuned_on_what_and_what_the_screen_left_out(tmp_path):
     folder = write_run(tmp_path / "mine")
     assert "Screen" not in run_report(read_run(folder))
@@ -162,6 +180,13 @@ def test_runs_are_compared_by_column_and_what_forbids_it_is_said(tmp_path, capsy
     printed = capsys.readouterr().out
     assert "plain" in printed and "kept" in printed and "different numbers of steps" in printed
     assert warnings_of(read_runs([plain, plain])) == []
+
+
+def test_no_name_and_no_figure_is_cut_away_on_a_narrow_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    report_runs([write_run(tmp_path / "a-long-name-of-a-run", methods=["der", "ema"])], tmp_path / "page.html")
+    said = capsys.readouterr().out
+    assert "a-long-name-of-a-run" in said and "0.60-0.86" in said and "…" not in said
 
 
 def test_two_folders_of_one_name_are_told_apart(tmp_path):
