@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from safecl import launcher
 
@@ -25,11 +26,25 @@ def run_ranks(
     while they run; `patience`: seconds that the other ranks get to end by themselves when one has failed.
     """
     port = launcher.free_port()
-    ranks = [_start(module, arguments, rank, num_ranks, port) for rank in range(num_ranks)]
+    ranks: list[subprocess.Popen] = []
     try:
+        with _ctrl_c_waits():
+            for rank in range(num_ranks):
+                ranks.append(_start(module, arguments, rank, num_ranks, port))
         return _wait(ranks, watch, patience)
     finally:
         _end(ranks)
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Blocks SIGINT, in the processes that are started for good: a terminal sends it to them as well, which in their imports would be a
+    traceback. The parent gets it afterwards, speaks of it and ends all ranks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(module: str, arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen:

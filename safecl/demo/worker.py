@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -81,7 +80,6 @@ class _Steps:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which speaks of it and ends all ranks
     events, *configs = (Path(argument) for argument in sys.argv[1:])
     Ending.run_folder = events.parent
     with errors_told("demo"):

@@ -6,7 +6,6 @@ WORK is `measure` (all that needs no death), `save-usual` or `save-safecl` (whic
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -52,7 +51,6 @@ def _write(folder: Path, measure: Callable[[], Finding]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends all ranks
     folder, what = Path(sys.argv[1]), sys.argv[2]
     Ending.run_folder = folder
     with errors_told("proof"):
