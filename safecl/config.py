@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from safecl.config_errors import ConfigError, explain
+from safecl.config_errors import ConfigError, explain, line_of
 from safecl.config_sections import (
     ArtifactsConfig,
     CheckpointConfig,
@@ -37,7 +38,7 @@ from safecl.config_sections import (
     TrainConfig,
     parse_bytes,
 )
-from safecl.config_yaml import apply_overrides, parse_yaml, read_tree
+from safecl.config_yaml import apply_overrides, key_lines, parse_yaml, read_tree
 from safecl.methods.presets import preset_methods
 
 __all__ = [
@@ -208,13 +209,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Reads, overrides and checks a run config.
 
     Args: `path` of a YAML file; `overrides` like `"train.learning_rate=2e-5"`.
-    Raises: ConfigError with one line per mistake: section, key, what is wrong, the nearest key that exists.
+    Raises: ConfigError with one line per mistake: file and line, section, key, what is wrong, the nearest key that exists.
     """
-    path = Path(path)
+    path, overrides = Path(path), list(overrides)
     tree = read_tree(path)
     for override in overrides:
         apply_overrides(_expand_preset(tree, str(path)), [override])
-    return validate_tree(tree, str(path))
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = key_lines(path.read_text(encoding="utf-8-sig")) | {override.partition("=")[0]: None for override in overrides}
+        raise _told(error, str(path), lines) from None
 
 
 def _expand_preset(tree: dict[str, Any], source: str) -> dict[str, Any]:
@@ -232,8 +237,14 @@ def validate_tree(tree: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = "\n".join(explain(error, RunConfig)).splitlines()
-        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+        raise _told(error, source) from None
+
+
+def _told(error: ValidationError, source: str, lines: Mapping[str, int | None] = MappingProxyType({})) -> ConfigError:
+    mistakes = "\n".join(explain(error, RunConfig)).splitlines()
+    numbers = [line_of(mistake, lines) for mistake in mistakes]
+    places = [f"{source}:{number}" if number else source for number in numbers]
+    return ConfigError("\n".join(f"{place}: {mistake}" for place, mistake in zip(places, mistakes, strict=True)))
 
 
 def dump_config(config: RunConfig) -> str:

@@ -6,7 +6,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ValidationError
@@ -68,6 +68,17 @@ def explain(error: ValidationError, root: type[BaseModel], prefix: tuple[str, ..
     return [_line(place, message) for place, messages in places.items() for message in _joined(messages)]
 
 
+def line_of(mistake: str, lines: Mapping[str, int | None]) -> int | None:
+    """The line of the key that a mistake is about, or of the section that should have it; None where no line is to blame.
+
+    lines: dotted path -> line in the file, None for what the command line has set.
+    """
+    place, unknown = re.match(r"(?:([\w.]+): )?(?:unknown (?:key|method) `([^`]*)`)?", mistake).groups()
+    keys = [*(place.split(".") if place else []), *([unknown] if unknown else [])]
+    paths = [".".join(keys[:depth]) for depth in range(len(keys), 0, -1)]
+    return next((lines[path] for path in paths if path in lines), None)
+
+
 def _dotted(prefix: Iterable[str], keys: Iterable[str]) -> str:
     return ".".join((*prefix, *keys))
 
@@ -98,7 +109,9 @@ def _message(item: Any) -> str:
         known = re.findall(r"'([^']*)'", context["expected"])
         near = difflib.get_close_matches(str(item["input"]), known, n=1)
         return f"must be {context['expected']}" + (f"; did you mean {near[0]!r}?" if near else "") + got
-    return re.sub(r"^(Input|String|List) should", "must", item["msg"]) + got
+    if kind == "list_type":
+        return f"must be a list, `[...]` or lines that begin with `- `{got}"
+    return re.sub(r"^(Input|String|List) should", "must", item["msg"]).replace(" after validation, not 0", "") + got
 
 
 def _short(value: Any) -> str:

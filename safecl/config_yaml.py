@@ -12,6 +12,8 @@ import yaml
 
 from safecl.config_errors import ConfigError
 
+_DEEPEST = 8
+
 
 class _Loader(yaml.SafeLoader):
     """YAML's own rule reads `2e-5` as text; here it is a number."""
@@ -76,6 +78,22 @@ def read_tree(path: Path) -> dict[str, Any]:
         what = "is empty" if tree is None else "holds no `key: value` lines"
         raise ConfigError(f"{path}: {what}; a run config needs at least model, tasks and output (`safecl init` writes one)")
     return tree
+
+
+def key_lines(text: str) -> dict[str, int]:
+    """The line of every key and list item, by its dotted path (`tasks.0.train`). `text` is valid YAML."""
+    found: dict[str, int] = {}
+
+    def walk(node: Any, path: tuple[str, ...]) -> None:
+        is_mapping = isinstance(node, yaml.MappingNode)
+        items = node.value if is_mapping else list(enumerate(node.value)) if isinstance(node, yaml.SequenceNode) else []
+        for key, value in items if len(path) < _DEEPEST else []:  # an anchor may hold itself
+            here = (*path, str(key.value if is_mapping else key))
+            found[".".join(here)] = (key if is_mapping else value).start_mark.line + 1
+            walk(value, here)
+
+    walk(yaml.compose(text, Loader=_Loader), ())
+    return found
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

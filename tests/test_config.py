@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_every_key_of_another_trainer_points_to_a_key_that_exists():
         ({"memory": {}}, "memory.source: missing"),
         ({"model": {"path": ""}}, "model.path: must have at least 1 character"),
         ({"tasks": []}, "tasks: must have at least 1 item"),
-        ({"tasks": {"name": "a", "train": "t"}}, "tasks: must be a valid list"),
+        ({"tasks": {"name": "a", "train": "t"}}, "tasks: must be a list, `[...]` or lines that begin with `- `"),
         ({"tasks": [{"name": "a", "train": "t", "format": "txt"}]}, "tasks.0.format: must be 'auto', 'messages'"),
         ({"methods": ["ewc"]}, "methods: must be a mapping from method names"),
         ({"methods": {"ema": {"horizon": -1}}}, "methods.ema.horizon: must be greater than 0"),
@@ -153,10 +154,29 @@ def test_parts_that_do_not_fit_together_are_refused_with_what_would(load, conten
 def test_every_mistake_is_told_at_once_each_on_a_line_that_names_the_file(load, tmp_path):
     lines = message_of(load, {"trian": {}, "train": {"lr": 1, "epochs": -1}}).splitlines()
     assert len(lines) == 3
-    assert all(line.startswith(f"{tmp_path / 'run.yaml'}: ") for line in lines)
+    assert all(re.match(rf"{re.escape(str(tmp_path / 'run.yaml'))}:\d+: ", line) for line in lines)
 
 
-# ------------------------------------------------------------------------------------------------------------------ YAML
+def test_a_mistake_names_the_line_of_its_key_or_of_the_section_that_lacks_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    head = "model: {path: m}\n\ntasks:\n- name: a\n  train: t\n  trian: t\n-\n  name: b\n"
+    path.write_text(head + "scan:\n  acton: drop\n  false_alarm: much\nmethods:\n  er: {wieght: 1}\n")
+    with pytest.raises(ConfigError) as told:
+        load_config(path)
+    for place in (
+        ":6: tasks.0: unknown key `trian`",
+        ":8: tasks.1.train: missing",
+        ":10: scan: unknown key `acton`",
+        ":11: scan.false_alarm: must",
+        ":13: methods.er: unknown key `wieght`",
+        ": output: missing",
+    ):
+        assert f"{path}{place}" in str(told.value), told.value
+
+
+def test_what_the_command_line_has_set_is_not_blamed_on_a_line_of_the_file(load, tmp_path):
+    message = message_of(load, {"train": {"epochs": 1}}, "train.epochs=-1")
+    assert message.startswith(f"{tmp_path / 'run.yaml'}: train.epochs: must")
 
 
 @pytest.mark.parametrize("text", ["2e-5", "2E-5", "2.0e-5", "0.00002", "2.e-5"])

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
+from safecl.data.files import where
 from safecl.data.tokens import Report, Row, TokenDataset
 
 _SHOWN_TOKENS = 400
@@ -46,10 +47,10 @@ def describe(dataset: TokenDataset, tokenizer: Any, *, examples: str = "full", t
     lines = [_sizes(dataset), _lengths(dataset), *(line for r in dataset.reports for line in _left_out(r, examples))]
     parts: list[Any] = [Text.from_markup(line) for line in lines]
     i = int(np.argsort(dataset.lengths, kind="stable")[len(dataset) // 2])
-    where = f"{dataset.path(i)}, line or row {int(dataset.lines[i])}"
+    place = where(dataset.path(i), int(dataset.lines[i]))
     if examples == "full":
         heading = f"{escape(title)}: one row, {{+trained+}}, the rest is given"
-        parts.append(Panel(decode_marked(tokenizer, dataset.row(i)), title=heading, subtitle=escape(where)))
+        parts.append(Panel(decode_marked(tokenizer, dataset.row(i)), title=heading, subtitle=escape(place)))
     elif examples == "hashed":
         sizes = f"{dataset.lengths[i]} tokens, {dataset.num_targets[i]} of them trained"
         parts.append(Text(f"one row: id {int(dataset.row_ids[i]):016x}, {sizes}"))
