@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -80,6 +81,8 @@ class _Steps:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which speaks of it and ends all ranks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # safecl/spawn.py; a run under way handles it by itself
     events, *configs = (Path(argument) for argument in sys.argv[1:])
     Ending.run_folder = events.parent
     with errors_told("demo"):
