@@ -28,7 +28,7 @@ from safecl.engine.break_even import advice, alternative, rates_here
 from safecl.engine.export import save_plain
 from safecl.engine.live import evaluating
 from safecl.engine.loading import empty_model, take_weights
-from safecl.engine.model import DTYPES, choose_attention
+from safecl.engine.model import DTYPES, LanguageModel, check_head, choose_attention
 from safecl.engine.node import this_node
 from safecl.engine.plan_teachers import STREAMING_ERRORS, cannot_be_streamed, tokens_per_pass
 from safecl.engine.recorded import TEACHER
@@ -232,6 +232,7 @@ class OnlineTeachers:
             return "resident"
         return "in place" if self.engine.device.type == "cpu" else "streamed"
 
+    @torch.no_grad()
     def _compare(self, teacher: StreamedTeacher, store: ReferenceStore, source: str) -> None:
         """The streamed pass must say what the model itself says, which at the start is the live one."""
         ids = torch.arange(2, 10)[None]
@@ -240,25 +241,25 @@ class OnlineTeachers:
             found = teacher.logits(TeacherBatch(ids, positions)).cpu()
         except STREAMING_ERRORS as error:
             raise ConfigError(cannot_be_streamed(source, source, str(error))) from None
-        if self._is_start and source in (ALIGNED, PREVIOUS):
+        live = self._is_start and source in (ALIGNED, PREVIOUS)
+        plain = None if live or not this_node().is_first else self._plain(store, self._path(source))
+        if distributed.any_rank(not (self.engine.module.fused if live else plain is None or check_head(plain))):
+            raise ConfigError(cannot_be_streamed(source, source, "its logits are more than a linear head with a softcap and a scale"))
+        if live:
             with evaluating(self.engine, average=False):
                 expected = self.engine.logits(ids.to(self.engine.device), None, positions.to(self.engine.device)).float().cpu()
         else:
-            expected = self._plain_logits(store, self._path(source), ids, positions)
+            expected = None if plain is None else plain.logits(ids, positions)["logits"].float()
         error = 0.0 if expected is None else float((found - expected[..., : found.shape[-1]]).norm() / expected.norm().clamp_min(1e-20))
         error = max(distributed.gather_objects([error]))
         if error > (1e-4 if self.config.model.dtype == "fp32" else 2.0**-5):
             raise ConfigError(cannot_be_streamed(source, source, f"its logits differ by {error:.1%} from the model's own"))
 
-    @torch.no_grad()
-    def _plain_logits(self, store: ReferenceStore, path: str, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Of the model as transformers runs it, in host memory, without a copy of its weights; on the first rank of each node."""
-        if not this_node().is_first:
-            return None
-        settings = self.config.model
-        plain = empty_model(path, store.dtype, trust_remote_code=settings.trust_remote_code)
+    def _plain(self, store: ReferenceStore, path: str) -> LanguageModel:
+        """The model as transformers runs it, in host memory, without a copy of its weights."""
+        plain = empty_model(path, store.dtype, trust_remote_code=self.config.model.trust_remote_code)
         take_weights(plain, store)
-        return plain(input_ids=ids, attention_mask=None, position_ids=positions, use_cache=False).logits.float()
+        return LanguageModel(plain)
 
 
 def teacher_model(config: RunConfig, path: str) -> torch.nn.Module:

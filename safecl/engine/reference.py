@@ -282,8 +282,8 @@ def _find(path: str, layout: Layout) -> tuple[ModelFiles | None, Sources | None]
         return None, None
     found = {name: _source(name, layout, files) for name in layout.shapes}
     missing = [name for name, source in found.items() if source is None]
-    if len(missing) > len(found) / 2:  # other names altogether: an older form that transformers converts
-        return files, None
+    if missing and any(source not in found.values() for name, source in files.tensors.items() if name not in layout.buffers):
+        return files, None  # perhaps under another name (GPT-NeoX): transformers converts it, or the converter says what is missing
     if missing:
         raise UnusableWeights(f"model.path: {path}: tensor {missing[0]} is missing" + _and_more(missing))
     for name, (file, tensor) in found.items():

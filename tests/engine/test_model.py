@@ -48,6 +48,22 @@ def test_the_fused_head_gives_the_loss_and_gradient_of_the_plain_model(family, t
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_softcap_by_a_name_that_is_not_known_is_found_where_logits_are_too_small_to_show_it(monkeypatch, dtype):
+    """Logits near 1 under a cap of 30 differ by less than a bf16 number's last digit."""
+    wrapped = engine_model.LanguageModel(scenes.tiny_model(dtype=dtype))
+    inner = wrapped.model.forward
+
+    def capped(**inputs):
+        output = inner(**inputs)
+        output.logits = 30.0 * torch.tanh(output.logits / 30.0)
+        return output
+
+    assert engine_model.check_head(wrapped)
+    monkeypatch.setattr(wrapped.model, "forward", capped)
+    assert not engine_model.check_head(wrapped)
+
+
 class ScaledHead(torch.nn.Module):
     """A head that is more than a matrix: what LoRA on lm_head or an unusual architecture looks like."""
 

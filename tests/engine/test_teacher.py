@@ -20,6 +20,7 @@ SMALL = dict(
     max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 GEMMA = dict(head_dim=8, sliding_window=5)
+RECURRENT = dict(lru_width=32, attention_window_size=5, logits_soft_cap=0.2)
 MODELS = {
     "llama": (T.LlamaForCausalLM, T.LlamaConfig, {}),
     "llama-tied": (T.LlamaForCausalLM, T.LlamaConfig, dict(tie_word_embeddings=True)),
@@ -32,6 +33,14 @@ MODELS = {
     "falcon-tuples": (T.FalconForCausalLM, T.FalconConfig, dict(num_kv_heads=4)),
     "bloom-tuples": (T.BloomForCausalLM, T.BloomConfig, dict(n_head=4, n_layer=4)),
     "granite-scaled": (T.GraniteForCausalLM, T.GraniteConfig, dict(logits_scaling=4.0)),
+    "recurrent-gemma": (T.RecurrentGemmaForCausalLM, T.RecurrentGemmaConfig, RECURRENT),
+    "gpt-neox-renamed": (T.GPTNeoXForCausalLM, T.GPTNeoXConfig, {}),
+    "phi3": (T.Phi3ForCausalLM, T.Phi3Config, {}),
+    "gpt2": (T.GPT2LMHeadModel, T.GPT2Config, dict(n_embd=32, n_layer=4, n_head=4, n_positions=256)),
+    "opt": (T.OPTForCausalLM, T.OPTConfig, dict(ffn_dim=48, word_embed_proj_dim=32)),
+    "olmo2": (T.Olmo2ForCausalLM, T.Olmo2Config, {}),
+    "cohere2-scaled": (T.Cohere2ForCausalLM, T.Cohere2Config, dict(sliding_window=5, logit_scale=0.25)),
+    "qwen3.5-hybrid": (T.Qwen3_5ForCausalLM, T.Qwen3_5TextConfig, dict(head_dim=8)),
 }
 LENGTHS = (9, 12)
 
@@ -72,6 +81,16 @@ def test_hidden_states_and_logits_are_the_plain_models(tmp_path, name, placement
         batch.asked = [(Question("hidden", True), torch.arange(len(hidden)))]
         assert torch.equal(teacher.answer([batch])[0][0], hidden)
         assert distance(teacher.logits(batch), model(**inputs).logits) <= 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_streamed_teacher_equals_the_resident_one_to_the_bit(tmp_path, name):
+    _, empty, store = built(name, tmp_path)
+    streamed = StreamedTeacher(empty, store, CPU, "streamed", slice_bytes=5000)
+    resident = StreamedTeacher(empty_model(str(tmp_path), torch.float32), store, CPU, "resident", slice_bytes=5000)
+    for batch in batches():
+        assert torch.equal(streamed.logits(batch), resident.logits(batch))
 
 
 @torch.no_grad()

@@ -158,17 +158,32 @@ def test_any_folder_may_be_the_teacher(rank_pool, folder, tmp_path):
     assert found == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
-def begin_with_a_wrong_teacher(folder: str, source: str) -> tuple[str, int]:
-    """The message by which a teacher is refused whose streamed numbers are not the model's, and how many steps were made by then."""
+def begin_with_a_wrong_teacher(folder: str, source: str, wrong: str = "layers") -> tuple[str, int]:
+    """The message by which a teacher is refused whose streamed numbers are not the model's, and how many steps were made by then.
+
+    wrong: the `layers`, or the `head`: logits have a softcap that a bf16 number's last digit hides.
+    """
     from unittest import mock
 
+    import transformers
+
+    from safecl.engine.model import check_head
     from safecl.engine.teacher import StreamedTeacher
 
     methods = {"lwf": {"weight": 1.0, "teacher": source, "outputs": "online"}}
     config = run_config(memory=None, methods=methods, model=model_at(folder), deepspeed={"stage": 2})
     run, (task,) = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1)])
-    finish = StreamedTeacher._finish
-    with mock.patch.object(StreamedTeacher, "_finish", lambda *arguments: 1.5 * finish(*arguments)):
+    finish, forward = StreamedTeacher._finish, transformers.LlamaForCausalLM.forward
+
+    def capped(*arguments, **options):
+        output = forward(*arguments, **options)
+        output.logits = 30.0 * torch.tanh(output.logits / 30.0)
+        return output
+
+    layers = mock.patch.object(StreamedTeacher, "_finish", lambda *arguments: 1.5 * finish(*arguments))
+    head = mock.patch.object(transformers.LlamaForCausalLM, "forward", capped)
+    with layers if wrong == "layers" else head:
+        check_head(run.engine.module)
         try:
             run.begin_task(task, active=True)
         except ConfigError as error:
@@ -182,6 +197,8 @@ def test_a_teacher_whose_streamed_numbers_are_wrong_is_refused_before_the_first_
     for source, otherwise in (("aligned", "methods.lwf.outputs: recorded"), (str(tmp_path), "use another teacher")):
         for said, steps in rank_pool(2).run(begin_with_a_wrong_teacher, folder=folder, source=source):
             assert "cannot be streamed" in said and "logits differ by" in said and otherwise in said and steps == 0
+        for said, steps in rank_pool(2).run(begin_with_a_wrong_teacher, folder=folder, source=source, wrong="head"):
+            assert "more than a linear head" in said and otherwise in said and steps == 0
 
 
 def test_an_architecture_that_cannot_be_streamed_is_refused_before_anything_is_loaded(tmp_path):
