@@ -82,6 +82,12 @@ def test_a_token_mean_is_the_ratio_of_sums_and_its_interval_covers_by_rows():
     assert 0.92 < covered / 2000 < 0.97
 
 
+def test_the_spread_between_few_rows_is_not_taken_for_that_of_all():
+    """Two rows of one token each: m = 3, R / (R - 1) * sum of squares = 4, half = z * 2 / 2."""
+    mean = token_mean([2.0, 4.0], [1, 1])
+    assert (mean.low, mean.value, mean.high) == pytest.approx((3 - Z95, 3.0, 3 + Z95))
+
+
 def test_one_row_gives_no_interval_and_its_json_is_valid():
     mean = token_mean([3.0], [2])
     assert (mean.value, mean.low, mean.high) == (1.5, -math.inf, math.inf)

@@ -47,20 +47,29 @@ def test_how_many_harmless_rows_are_flagged_by_chance_is_beta_binomial():
         t = threshold_from_benign(harmless(150, seed), 300, 0.02)
         flagged_too_often += int((harmless(300, 50_000 + seed) > t.value).sum() > t.most_expected)
     assert flagged_too_often <= 8  # 2 expected
+    assert 6 < t.most_expected < 30  # 6 of the 300 are flagged on average
+
+
+def test_the_share_of_known_disallowed_prompts_above_the_threshold_is_told():
+    known = np.array([-0.5, -1.0, -2.0, -40.0])
+    assert threshold_from_benign(harmless(150, 0), 100, 0.02, known).caught == 0.75
+    assert threshold_from_benign(harmless(150, 0), 100, 0.02).caught is None
 
 
 @pytest.mark.parametrize("kind", ["skewed", "two tasks"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.6])
 def test_without_known_harmless_rows_the_poison_is_caught_at_any_share(kind, share):
-    caught, alarms, estimated = [], [], []
+    caught, alarms, told, estimated = [], [], [], []
     for seed in range(20):
         clean, poison = harmless(600, seed, kind), refused(int(600 * share / (1 - share)), 500 + seed)
         t = threshold_from_upload(np.concatenate([clean, poison]), refused(200, 900 + seed), 0.01)
         alarms.append((clean > t.value).mean())
+        told.append(t.false_alarm)
         estimated.append(t.poisoned)
         caught.append((poison > t.value).mean() if len(poison) else 1.0)
     assert np.mean(caught) >= 0.88
     assert np.mean(alarms) <= 0.02
+    assert np.mean(told) <= 0.05, "poison is not counted among the false alarms"
     assert np.mean(estimated) == pytest.approx(share, abs=0.05)
 
 
