@@ -66,6 +66,7 @@ def test_poisoned_rows_are_flagged_by_file_and_line(tree):
     assert task.threshold.source == "upload" and task.threshold.caught == 1.0
     assert screening.refusals.share == 1.0 and scenes.REFUSALS[0].startswith(screening.refusals.texts[0])
     assert "4 of 60 rows flagged, 4 by their score" in task.line()
+    assert screening.decisions() == {}, "a report changes nothing"
 
 
 def test_rows_of_a_table_are_flagged_by_the_line_where_they_begin_and_rows_of_a_list_as_rows(tree, tmp_path):
@@ -179,6 +180,16 @@ def test_an_upload_is_refused_for_more_flags_than_harmless_rows_explain(tree):
     refused = screen(config_of(tree, **settings))
     assert "10 rows are flagged by their score, where harmless rows hardly ever make more than" in refused.refused_because
     assert refused.tasks[0].threshold.false_alarm <= 0.01 and refused.decisions() == {}
+
+
+def test_an_upload_is_refused_from_one_more_flag_on_than_is_expected_at_the_most():
+    from safecl.scan.screening import TaskScreening
+    from safecl.scan.threshold import Threshold
+
+    threshold = Threshold(-1.0, "benign", 0.01, most_expected=3)
+    for num_high, refused in ((3, False), (4, True)):
+        scores = np.array([-0.5] * num_high + [-1.0, -9.0])  # one at the threshold itself
+        assert (TaskScreening("upload", scores, threshold, ()).refused_because is not None) == refused
 
 
 def test_a_harmless_upload_is_not_refused(tree):
