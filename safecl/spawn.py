@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from safecl import launcher
 
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 4.0  # less than commands/ending.py gives this process after a signal, which must not end before its ranks
 
 
 def run_ranks(

@@ -18,6 +18,8 @@ import pytest
 import rich.console
 import yaml
 
+from safecl import spawn
+from safecl.commands import ending
 from safecl.config import ConfigError, load_config
 from safecl.data import read_prompts, read_rows, tokenize_row
 from safecl.demo import topics
@@ -241,6 +243,10 @@ def test_the_verdict_says_lost_kept_or_in_part_as_the_numbers_do():
     assert "harm" not in kept
     disturbed = verdict([ALIGNED, PLAIN, outcome("der", 0.1, step=0.15, seconds=2.0)])
     assert "(+50%), 0 B of memory" in disturbed and "s in all" not in disturbed
+
+
+def test_ranks_that_do_not_heed_a_signal_are_killed_before_their_parent_must_end():
+    assert ending.SECONDS_TO_END - spawn._GRACE_SECONDS >= 1.0
 
 
 @pytest.mark.parametrize("width", [40, 80])
