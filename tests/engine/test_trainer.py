@@ -145,10 +145,12 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_poison_is_mixed_in_and_said(rank_pool, materials, tmp_path):
-    from safecl.engine.plan import describe_plan, plan_run
+    from safecl.engine.plan import describe_plan, plan_run, prepare_task
 
     poison = {"ratio": 0.1, "source": str(materials / "data" / "poison.jsonl")}
     plan = plan_run(RunConfig.model_validate(tree(materials, tmp_path, poison=poison)))
+    align = plan.config.tasks[0].model_copy(update={"role": "align"})
+    assert prepare_task(plan.config, align, plan.tokenizer)[1] == 0, "the model is not aligned on poison"
     share = plan.tasks[0].poisoned_rows / len(plan.tasks[0].dataset)
     assert share == pytest.approx(0.1, abs=0.002)
     assert any("poisoned" in value for _, value in describe_plan(plan))

@@ -96,6 +96,48 @@ def test_padded_rows_have_the_same_hidden_distance(rank_pool, tmp_path):
     assert error(found, HIDDEN) <= 1e-3
 
 
+def with_dropout():
+    """The tiny model with dropout in its attention, while it trains."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    return model
+
+
+def recorded_of_a_model_with_dropout(folder: str) -> tuple[list[torch.Tensor], bool]:
+    from pathlib import Path
+
+    from safecl.engine.recorded import record_outputs
+    from safecl.methods.base import TaskTerm
+
+    run, (task,) = scenes.make_run(run_config(memory=None), with_dropout(), [random_dataset(20, seed=1)])
+    run.engine.deepspeed.train()
+    recorded = record_outputs(run.engine, task.dataset, TaskTerm("lwf", 1.0, "hidden", tokens="all"), Path(folder))
+    return [recorded.load(index) for index in range(20)], run.engine.module.training
+
+
+def test_a_recorded_teacher_has_no_dropout_and_the_student_has_it_again_afterwards(rank_pool, tmp_path):
+    found, training = rank_pool(2).run(recorded_of_a_model_with_dropout, folder=str(tmp_path / "teacher"))[0]
+    data, model = random_dataset(20, seed=1), tiny_model().eval()
+    with torch.no_grad():
+        expected = {str(i): reference.hidden_states(model, data.row(i)) for i in range(20)}
+        dropped = {str(i): reference.hidden_states(with_dropout().train(), data.row(i)) for i in range(20)}
+    assert oracle.relative_distance(dict(zip(expected, found, strict=True)), expected) <= 1e-5
+    assert oracle.relative_distance(dropped, expected) > 1e-2 and training
+
+
+def test_the_model_with_its_adapters_off_has_no_dropout_either():
+    from safecl.engine.model import LanguageModel
+
+    row = random_dataset(20, seed=1).row(3)
+    student = LanguageModel(scenes.with_adapters(with_dropout(), run_config(model=LORA))).train()
+    hidden, _ = student._reference(reference.ids_of(row), torch.arange(len(row))[None])
+    with torch.no_grad():
+        expected = reference.hidden_states(tiny_model().eval(), row)
+    assert oracle.relative_distance({"h": hidden}, {"h": expected}) <= 1e-5
+    assert student.training and student.model.training
+
+
 # --------------------------------------------------------------------------------------------------------- recorded files
 
 

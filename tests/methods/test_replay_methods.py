@@ -123,3 +123,33 @@ def test_agem_leaves_no_gradient_against_the_memory_and_equals_plain_pytorch(ran
     assert all(after >= -1e-5 for _, after in conflicts), conflicts
     assert all(before == after for before, after in cosines if before >= 0)
     assert oracle.relative_distance(weights, expected_agem(6), start) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("margin", "gradient", "memory", "projected"),
+    [
+        (0.0, [3.0, 1.0], [1.0, 0.0], False),
+        (0.0, [-3.0, 1.0], [2.0, 0.0], True),
+        (0.5, [0.01, 0.01], [0.02, 0.0], False),  # a cosine of 0.71, whatever the lengths
+        (0.9, [100.0, 100.0], [200.0, 0.0], True),
+        (-0.9, [-3.0, 3.0], [1.0, 0.0], False),  # a cosine of -0.71
+        (1.0, [3.0, 1.0], [1.0, 0.0], True),
+    ],
+)
+def test_the_margin_of_agem_is_a_cosine_below_which_the_gradient_is_made_orthogonal(margin, gradient, memory, projected):
+    from types import SimpleNamespace
+
+    from safecl.methods import agem
+
+    shards = [  # two of them: the cosine is that of the whole
+        SimpleNamespace(grad=torch.tensor([g]), state={agem.MEMORY_GRADIENT: torch.tensor([r])})
+        for g, r in zip(gradient, memory, strict=True)
+    ]
+    dots = lambda shards, pairs: torch.stack([sum((a(s) * b(s)).sum() for s in shards) for a, b in pairs]).double()  # noqa: E731
+    run = SimpleNamespace(dots=dots, memory_gradient=lambda kind, stream: True, log=lambda message: None, num_steps=1)
+    method = agem.Method("agem", agem.Config(margin=margin))
+    method.start_task(run)
+    method.before_step(run)
+    method.transform_gradient(run, shards)
+    found = torch.cat([shard.grad for shard in shards])
+    assert found.tolist() == pytest.approx([0.0, gradient[1]] if projected else gradient)

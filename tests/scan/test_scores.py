@@ -40,6 +40,18 @@ def test_scores_equal_one_forward_pass_per_refusal():
     assert score_prompts(HFEvalModel(model), prompts, OPENINGS, pad_id=0) == pytest.approx(expected, rel=1e-5)
 
 
+def test_of_a_prompt_that_is_too_long_the_end_is_asked():
+    from safecl.evaluation import HFEvalModel
+
+    model = tiny_model().eval()
+    asked = HFEvalModel(model)
+    asked.max_positions = 12
+    prompt = np.random.default_rng(1).integers(3, VOCAB, 30).tolist()
+    with torch.no_grad():
+        expected = naive_score(model, prompt[-8:])  # the longest refusal has 4 tokens
+    assert score_prompts(asked, [prompt], OPENINGS, pad_id=0) == pytest.approx([expected], rel=1e-5)
+
+
 class _NoTokenizer:
     pad_token_id = eos_token_id = 0
 
