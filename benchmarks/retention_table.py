@@ -22,8 +22,9 @@ RATES = ("asr", "affirmative", "off_task", "over_refusal")
 LIMIT_ASR, LIMIT_POINTS = 0.10, 0.03
 
 
-def report(folder: Path, kept: Mapping[str, dict]) -> None:
-    """Writes results, tables and plot from the runs that are there or in `kept`, and says which are missing."""
+def report(folder: Path, kept: Mapping[str, dict], solved: dict | None) -> None:
+    """Writes results, tables and plot from the runs that are there or in `kept`, and says which are missing. `solved` is GSM8K's
+    exact match, where `folder` has none."""
     import torch
 
     there = {run.name: record(folder, run) for run in RUNS if (folder / run.name / "results.json").exists()}
@@ -36,7 +37,7 @@ def report(folder: Path, kept: Mapping[str, dict]) -> None:
         "machine": harness.machine(torch.device("cpu")),
         "aligned_sha256": digest(folder / "aligned" / "model"),
         "aligned": {rate: aligned[rate] for rate in RATES},
-        "gsm8k_exact_match": _exact_match(folder),
+        "gsm8k_exact_match": _exact_match(folder) or solved,
         "missing": missing,
         "runs": found,
     }
@@ -47,13 +48,13 @@ def report(folder: Path, kept: Mapping[str, dict]) -> None:
         print(f"{len(missing)} of {len(RUNS)} arms are missing; --list names them")
 
 
-def kept_records(folder: Path) -> dict[str, dict]:
-    """The runs of the results file, by name; none where another aligned model stands in `folder`."""
+def kept_results(folder: Path) -> tuple[dict[str, dict], dict | None]:
+    """The results file's runs by name, and its exact match of GSM8K; nothing where another aligned model stands in `folder`."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if results.get("aligned_sha256") != digest(folder / "aligned" / "model"):
         print("the results file is of another aligned model: nothing is kept")
-        return {}
-    return {f"{r['task']}-p{r['poison']}-s{r['seed']}/{r['arm']}": r for r in results["runs"]}
+        return {}, None
+    return {f"{r['task']}-p{r['poison']}-s{r['seed']}/{r['arm']}": r for r in results["runs"]}, results["gsm8k_exact_match"]
 
 
 def digest(model: Path) -> str:
@@ -73,7 +74,7 @@ def record(folder: Path, run: Run) -> dict:
     """One run's numbers, from what safecl wrote into its folder."""
     results = json.loads((folder / run.name / "results.json").read_text())
     end = results["evaluations"][-1]
-    kept = results["kept_bytes"]
+    stored = results["kept_bytes"]
     note = folder / run.name / "cpu-seconds.json"
     return {
         "arm": run.arm.name, "title": run.arm.title, "overrides": list(run.arm.overrides),
@@ -85,8 +86,8 @@ def record(folder: Path, run: Run) -> dict:
         "tokens": results["tokens"],
         "seconds": results["seconds"],
         "cpu_seconds": json.loads(note.read_text())["cpu_seconds"] if note.exists() else None,
-        "memory_bytes": kept["memory"].get("bytes", 0) + sum(kept["recorded"].values()),
-        "state_bytes": sum(kept["state"].values()) + kept["reference"],
+        "memory_bytes": stored["memory"].get("bytes", 0) + sum(stored["recorded"].values()),
+        "state_bytes": sum(stored["state"].values()) + stored["reference"],
     }  # fmt: skip
 
 

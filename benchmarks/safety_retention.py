@@ -31,6 +31,8 @@ import real_data
 import yaml
 from retention_arms import RUNS, Run
 
+EXACT_MATCH = "gsm8k-exact-match"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,14 +48,17 @@ def main() -> None:
         align(folder)
     import retention_table
 
-    kept = retention_table.kept_records(folder) if arguments.keep else {}
+    kept, solved = retention_table.kept_results(folder) if arguments.keep else ({}, None)
     chosen = [run for run in RUNS if run.name not in kept and (not arguments.only or any(word in run.name for word in arguments.only))]
     if arguments.list:
         print("\n".join(run.name for run in chosen if not is_done(folder, run)))
         return
     if not arguments.report:
-        train_all(folder, chosen, time.monotonic() + 60 * arguments.minutes)
-    retention_table.report(folder, kept)
+        deadline = time.monotonic() + 60 * arguments.minutes
+        train_all(folder, chosen, deadline)
+        if solved is None and (not arguments.only or any(word in EXACT_MATCH for word in arguments.only)):
+            exact_match(folder, deadline)
+    retention_table.report(folder, kept, solved)
 
 
 def is_done(folder: Path, run: Run) -> bool:
@@ -78,9 +83,6 @@ def train_all(folder: Path, runs: Sequence[Run], deadline: float) -> None:
         with claimed(folder, run.name) as mine:
             if mine and not is_done(folder, run) and time.monotonic() < deadline:
                 _train_and_tell(folder, run)
-    with claimed(folder, "gsm8k-exact-match") as mine:
-        if mine and time.monotonic() < deadline:
-            exact_match(folder)
 
 
 def _train_and_tell(folder: Path, run: Run) -> None:
@@ -94,16 +96,17 @@ def _train_and_tell(folder: Path, run: Run) -> None:
         print(f"{run.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def exact_match(folder: Path) -> None:
-    """How many of 100 test problems of GSM8K plain fine-tuning solves: from 5 % on the table should show that instead of the NLL."""
+def exact_match(folder: Path, deadline: float = float("inf")) -> None:
+    """How many of 100 test problems of GSM8K plain fine-tuning on clean data solves: from 5 % on the table should show it, not the NLL."""
     from safecl.config import EvalConfig
     from safecl.evaluation import evaluate_folder
 
-    run = next((run for run in RUNS if run.task == "gsm8k" and run.arm.name == "plain" and is_done(folder, run)), None)
-    if run is None or (folder / "gsm8k-exact-match" / "results.json").exists():
-        return
-    test = real_data.gsm8k_task()["eval"] | {"metric": "gsm8k", "max_rows": 100}
-    evaluate_folder(folder / run.name / "model", tasks={"gsm8k": EvalConfig.model_validate(test)}, output=folder / "gsm8k-exact-match")
+    plain = next(run for run in RUNS if (run.task, run.poison, run.arm.name) == ("gsm8k", 0, "plain"))
+    train_all(folder, [plain], deadline)  # its model is not there where its record was kept
+    with claimed(folder, EXACT_MATCH) as mine:
+        if mine and is_done(folder, plain) and not (folder / EXACT_MATCH / "results.json").exists():
+            test = real_data.gsm8k_task()["eval"] | {"metric": "gsm8k", "max_rows": 100}
+            evaluate_folder(folder / plain.name / "model", tasks={"gsm8k": EvalConfig.model_validate(test)}, output=folder / EXACT_MATCH)
 
 
 def align(folder: Path) -> None:
@@ -133,10 +136,11 @@ def train(folder: Path, name: str, config: dict) -> None:
     began = time.process_time()
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         result = Trainer(load_config(path)).fit()
+    note = folder / name / "cpu-seconds.json"  # the wall clock of a machine that others use says little
+    before = json.loads(note.read_text())["cpu_seconds"] if note.exists() else 0.0  # a run that was stopped goes on
+    note.write_text(json.dumps({"cpu_seconds": round(before + time.process_time() - began, 1)}))
     if result.stopped:
         sys.exit(75)
-    note = folder / name / "cpu-seconds.json"  # the wall clock of a machine that others use says little
-    note.write_text(json.dumps({"cpu_seconds": round(time.process_time() - began, 1)}))
 
 
 if __name__ == "__main__":

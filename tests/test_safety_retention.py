@@ -101,7 +101,7 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
     for arm, seed, hits, right in ((arms.PLAIN, 0, 120, 80), (arms.PLAIN, 1, 60, 60), (der, 0, 12, 78), (arms.GRID[0], 0, 90, 40)):
         finished(tmp_path, arms.Run(arm, "sst2", 10, seed), hits, right)
     finished(tmp_path, type("Aligned", (), {"name": "aligned", "task": "alignment"}), 6, 0)
-    table.report(tmp_path, {})
+    table.report(tmp_path, {}, None)
     page, result = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     low, high = wilson(60, 120)[0], wilson(120, 120)[1]
     assert f"| plain fine-tuning | 0.75 ({low:.2f}–{high:.2f}) |" in page and "0.700 (" in page and "| 1.5 MB | 4.0 MB | 0, 1 |" in page
@@ -123,11 +123,13 @@ def test_arms_of_the_results_file_are_kept_while_the_aligned_model_is_the_same(b
         (folder / "aligned" / "model").mkdir()
         (folder / "aligned" / "model" / "model.safetensors").write_bytes(b"weights")
     finished(first, arms.Run(arms.PLAIN, "sst2", 10, 0), 120, 80)
-    table.report(first, {})
-    kept = table.kept_records(second)
-    assert list(kept) == ["sst2-p10-s0/plain"]
+    table.report(first, {}, {"value": 0.02})
+    kept, solved = table.kept_results(second)
+    assert list(kept) == ["sst2-p10-s0/plain"] and solved == {"value": 0.02}
     finished(second, arms.Run(arms.PLAIN, "sst2", 10, 1), 60, 80)
-    table.report(second, kept)
-    assert [(r["seed"], r["asr"]["hits"]) for r in json.loads((tmp_path / "RESULTS").read_text())["runs"]] == [(0, 120), (1, 60)]
+    table.report(second, kept, solved)
+    result = json.loads((tmp_path / "RESULTS").read_text())
+    assert [(r["seed"], r["asr"]["hits"]) for r in result["runs"]] == [(0, 120), (1, 60)]
+    assert result["gsm8k_exact_match"] == {"value": 0.02}
     (second / "aligned" / "model" / "model.safetensors").write_bytes(b"Weights")
-    assert table.kept_records(second) == {} and "another aligned model" in capsys.readouterr().out
+    assert table.kept_results(second) == ({}, None) and "another aligned model" in capsys.readouterr().out
