@@ -84,17 +84,18 @@ SEARCH = [
     _arm("scan-der-ce", "scan, DER with CE", SCAN, *DER_CE, memory=True),
     _arm("scan-der-ema", "scan, DER with CE, EMA", SCAN, *DER_CE, *EMA, memory=True),
     _arm("scan5", "scan by harmless rows", *SCAN5, memory=True),
-    _arm("scan5-der-ce-ema", "preset `balanced` and scan", *SCAN5, *DER_CE, *EMA, memory=True, preset=True),
-    _arm("scan5-der-ema", "scan by harmless rows, DER, EMA", *SCAN5, *DER, *EMA, memory=True),
-    _arm("scan5-der-ema-mixed", "scan by harmless rows, DER, EMA, harmless rows in memory", *SCAN5, *DER, *EMA, MIXED, memory=True),
-    _arm("scan5-der-ce-ema-mixed", "preset `balanced` and scan, harmless rows in memory", *SCAN5, *DER_CE, *EMA, MIXED, memory=True),
+    _arm("scan5-der-ce-ema", "scan by harmless rows, DER with CE, EMA", *SCAN5, *DER_CE, *EMA, memory=True),
+    _arm("scan5-der-ema", "preset `balanced` and scan", *SCAN5, *DER, *EMA, memory=True, preset=True),
+    _arm("scan5-der-ema-mixed", "preset `balanced` and scan, mixed memory", *SCAN5, *DER, *EMA, MIXED, memory=True, preset=True),
+    _arm("scan5-der-ce-ema-mixed", "scan by harmless rows, DER with CE, EMA, mixed memory", *SCAN5, *DER_CE, *EMA, MIXED, memory=True),
     _arm("scan5-kl4-ema", "scan by harmless rows, DER, KL 4, EMA", *SCAN5, *KL4, *EMA, memory=True),
-    _arm("scan5-kl4-ema-mixed", "scan by harmless rows, DER, KL 4, EMA, harmless rows in memory", *SCAN5, *KL4, *EMA, MIXED, memory=True),
+    _arm("scan5-kl4-ema-mixed", "scan by harmless rows, DER, KL 4, EMA, mixed memory", *SCAN5, *KL4, *EMA, MIXED, memory=True),
     _arm("scan5-lwf-ema", "scan by harmless rows, LwF outputs, EMA", *SCAN5, "methods.lwf.form=output", *EMA, memory=True),
-    _arm("der-mixed", "DER with CE, harmless rows in memory", *DER_CE, MIXED, memory=True),
+    _arm("der-mixed", "DER with CE, mixed memory", *DER_CE, MIXED, memory=True),
     _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, "memory.prefix_tokens=12", memory=True),
     _arm("der-lr", "DER with CE, learning rate 0.0003", *DER_CE, "train.learning_rate=0.0003", memory=True),
-    _arm("der-ema", "preset `balanced`", *DER_CE, *EMA, memory=True, preset=True),
+    _arm("kl2-ema", "preset `balanced`", *DER, *EMA, memory=True, preset=True),
+    _arm("der-ema", "DER with CE, EMA", *DER_CE, *EMA, memory=True),
     _arm("kl4-ema", "DER, KL 4, EMA", *KL4, *EMA, memory=True),
     _arm("der-ratio-1", "DER with CE, replay ratio 1", *DER_CE, "memory.replay_ratio=1", memory=True),
     _arm("der-8-ce", "DER, KL 8, CE 1", "methods.der.alpha=8", "methods.der.beta=1", memory=True),
@@ -114,7 +115,7 @@ NO_DATA = [
 # Measured first.
 MAIN = ("plain", "der", "scan5-der-ce-ema", "scan5-der-ema")
 # From these the preset `balanced` is chosen: each with three seeds, clean and with poison.
-FRONT = ("der-ema", "kl4-ema", "scan5-kl4-ema", "scan5-der-ce-ema-mixed", "scan5-der-ema-mixed", "scan5-kl4-ema-mixed")
+FRONT = ("kl2-ema", "der-ema", "kl4-ema", "scan5-kl4-ema", "scan5-der-ce-ema-mixed", "scan5-der-ema-mixed", "scan5-kl4-ema-mixed")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, "sst2", 0, 0) for arm in [*main, *METHODS])
     yield from (Run(arm, "sst2", poison, seed) for poison in (10, 0) for seed in SEEDS[1:] for arm in main)
     yield from (Run(arm, "sst2", poison, 0) for poison in POISON for arm in GRID)
-    yield from (Run(arm, task, poison, 0) for task in ("gsm8k", "code") for poison in (10, 0) for arm in main)
+    presets = [arm for arm in SEARCH if arm.preset]
+    yield from (Run(arm, task, poison, 0) for task in ("gsm8k", "code") for poison in (10, 0) for arm in [*main, *presets])
     yield from (Run(arm, "sst2", poison, seed) for seed in SEEDS for poison in (10, 0) for arm in front)
     yield from (Run(arm, "sst2", 10, 0) for arm in [*SEARCH, *NO_DATA])
     yield from (Run(arm, "sst2", 0, 0) for arm in NO_DATA)

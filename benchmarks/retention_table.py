@@ -29,7 +29,7 @@ def report(folder: Path, kept: Mapping[str, dict], solved: dict | None) -> None:
 
     there = {run.name: record(folder, run) for run in RUNS if (folder / run.name / "results.json").exists()}
     there = {**kept, **there}
-    found = [there[run.name] for run in RUNS if run.name in there]
+    found = [there[run.name] | {"title": run.arm.title} for run in RUNS if run.name in there]
     missing = [run.name for run in RUNS if run.name not in there]
     aligned = json.loads((folder / "aligned" / "results.json").read_text())["evaluations"][-1]["safety"]
     result = {
