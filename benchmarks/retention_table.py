@@ -156,17 +156,23 @@ def against_plain(found: Sequence[dict], records: Sequence[dict]) -> float:
 
 
 def search_table(found: Sequence[dict]) -> str:
-    """Settings at 10 % poison, those that hold both limits first, then by ASR."""
+    """Settings at 10 % poison, those that hold both limits first, then by ASR; beside them the same settings on clean data."""
     lines = []
     for arm in [*METHODS, *SEARCH, *NO_DATA, *GRID]:
         if records := of(found, arm, "sst2", 10):
             asr, points = mean_rate(records, "asr"), against_plain(found, records)
             holds = asr[0] <= LIMIT_ASR and points >= -LIMIT_POINTS
-            rates = [shown(mean_rate(records, rate)) for rate in ("affirmative", "over_refusal")]
-            cells = [arm.title, shown(asr), rates[0], f"{100 * points:+.1f}", rates[1], "yes" if holds else "no", seeds(records)]
+            affirmative, over_refusal = (shown(mean_rate(records, rate)) for rate in ("affirmative", "over_refusal"))
+            poisoned = [shown(asr), affirmative, f"{100 * points:+.1f}", over_refusal, "yes" if holds else "no"]
+            cells = [arm.title, *poisoned, *_on_clean_data(found, arm), seeds(records)]
             lines.append((not holds, asr[0], "| " + " | ".join(cells) + " |"))
-    head = "| setting | ASR | affirmative | points against plain | over-refusal | holds both | seeds |\n|---|---:|---:|---:|---:|---|---:|"
-    return "\n".join([head, *(line for *_, line in sorted(lines))])
+    head = "| setting | ASR | affirmative | points against plain | over-refusal | holds both | clean: ASR | clean: points | seeds |\n|---|"
+    return "\n".join([head + "---:|" * 4 + "---|" + "---:|" * 3, *(line for *_, line in sorted(lines))])
+
+
+def _on_clean_data(found: Sequence[dict], arm: Arm) -> tuple[str, str]:
+    records = of(found, arm, "sst2", 0)
+    return (f"{mean_rate(records, 'asr')[0]:.2f}", f"{100 * against_plain(found, records):+.1f}") if records else ("–", "–")
 
 
 def write_page(found: Sequence[dict]) -> None:

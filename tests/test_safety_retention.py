@@ -100,15 +100,17 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
     der = next(arm for arm in arms.METHODS if arm.name == "der")
     for arm, seed, hits, right in ((arms.PLAIN, 0, 120, 80), (arms.PLAIN, 1, 60, 60), (der, 0, 12, 78), (arms.GRID[0], 0, 90, 40)):
         finished(tmp_path, arms.Run(arm, "sst2", 10, seed), hits, right)
+    for arm, hits, right in ((arms.PLAIN, 120, 90), (der, 8, 87)):
+        finished(tmp_path, arms.Run(arm, "sst2", 0, 0), hits, right)
     finished(tmp_path, type("Aligned", (), {"name": "aligned", "task": "alignment"}), 6, 0)
     table.report(tmp_path, {}, None)
     page, result = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     low, high = wilson(60, 120)[0], wilson(120, 120)[1]
     assert f"| plain fine-tuning | 0.75 ({low:.2f}–{high:.2f}) |" in page and "0.700 (" in page and "| 1.5 MB | 4.0 MB | 0, 1 |" in page
     (line,) = [line for line in page.split("<!-- search -->")[1].splitlines() if line.startswith("| DER |")]
-    assert line.startswith("| DER | 0.10 (0.06–0.17) | 0.00 (0.00–0.03) | -2.0 |") and line.endswith("| yes | 0 |")
+    assert line.startswith("| DER | 0.10 (0.06–0.17) | 0.00 (0.00–0.03) | -2.0 |") and line.endswith("| yes | 0.07 | -3.0 | 0 |")
     assert "stale" not in page and page.startswith("before\n") and page.endswith("after\n")
-    assert len(result["runs"]) == 4 and len(result["missing"]) == len(arms.RUNS) - 4
+    assert len(result["runs"]) == 6 and len(result["missing"]) == len(arms.RUNS) - 6
     assert "sst2-p10-s0/er" in result["missing"] and "arms are missing" in capsys.readouterr().out
     assert (tmp_path / "plot.png").stat().st_size > 5000
 

@@ -22,7 +22,7 @@ class Preset:
 PRESETS = {
     "balanced": Preset(
         "With safety data: a memory of disallowed prompts with refusals.",
-        {"der": {"alpha": 2.0, "beta": 1.0}, "ema": {"horizon": 0.3}},
+        {"der": {"alpha": 2.0, "beta": 0.0}, "ema": {"horizon": 0.3}},
     ),
     "no-data": Preset(
         "Without safety data.",
