@@ -90,7 +90,7 @@ class Peak:
 
 
 def on_ranks(world_size: int, work: Callable[[RankPool, list[int]], dict]) -> dict:
-    pool = RankPool(world_size)
+    pool = RankPool(world_size, timeout=1800.0)  # a machine that does other work as well
     try:
         return work(pool, [process.pid for process in pool.processes])
     finally:
