@@ -238,15 +238,22 @@ def _decoder_layers(trunk: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())))
 
 
+_TILE_ROWS = 64
+
+
 def _head_slices(
     head: nn.Linear, keys: dict[int, str], source: WeightSource, vocab_size: int | None, slice_bytes: int
 ) -> list[tuple[int, Unit]]:
-    """(first token, weights) of slices of the output head, as equal as may be."""
+    """(first token, weights) of slices of the output head of at most `slice_bytes` (or a row), as equal as may be in whole tiles: a product
+    of an odd width, and every slice behind it, would leave the fast path of a GPU."""
     weight = source.tensor(keys[id(head.weight)])[:vocab_size]
     bias = None if head.bias is None else source.tensor(keys[id(head.bias)])[:vocab_size]
     rows = weight.shape[0]
-    count = min(rows, -(-weight.numel() * weight.element_size() // slice_bytes))
-    bounds = [rows * number // count for number in range(count + 1)]
+    most = max(1, slice_bytes // (weight.shape[1] * weight.element_size()))
+    tile = min(_TILE_ROWS, most)
+    count = -(-rows // (most - most % tile))
+    step = -(-rows // (count * tile)) * tile
+    bounds = [*range(0, rows, step), rows]
     return [
         (start, {"weight": weight[start:end]} | ({} if bias is None else {"bias": bias[start:end]}))
         for start, end in itertools.pairwise(bounds)

@@ -10,7 +10,7 @@ from safecl.engine.batch import Question
 from safecl.engine.loading import empty_model
 from safecl.engine.reference import ReferenceStore
 from safecl.engine.streaming import WeightStream, unit_bytes
-from safecl.engine.teacher import StreamedTeacher, TeacherBatch
+from safecl.engine.teacher import StreamedTeacher, TeacherBatch, _head_slices
 from safecl.kernels import linear_topk
 from tests.engine.scenes import VOCAB
 
@@ -162,6 +162,21 @@ def test_a_wider_head_is_cut_to_the_students_vocabulary(tmp_path):
     teacher = StreamedTeacher(empty, store, CPU, "in place", vocab_size=100)
     (answer,) = teacher.answer([batch])[0]
     assert answer.vocab_size == 100 and answer.indices.shape == (4, 100) and int(answer.indices.max()) == 99
+
+
+@pytest.mark.parametrize(("vocab", "most"), [(32000, 4600), (50257, 17000), (128, 64), (1000, 39), (7, 100)])
+def test_slices_of_the_head_are_the_whole_in_multiples_of_a_tile_and_none_is_too_large(vocab, most):
+    head = torch.nn.Linear(4, vocab)
+    source = {"weight": head.weight.detach(), "bias": head.bias.detach()}
+    reader = type("Source", (), {"tensor": staticmethod(source.__getitem__)})
+    keys = {id(head.weight): "weight", id(head.bias): "bias"}
+    slices = _head_slices(head, keys, reader, None, most * 4 * 4)
+    for name, whole in source.items():
+        assert torch.equal(torch.cat([unit[name] for _, unit in slices]), whole)
+    lengths = [len(unit["weight"]) for _, unit in slices]
+    assert [start for start, _ in slices] == [sum(lengths[:i]) for i in range(len(lengths))]
+    assert max(lengths) <= most and len(slices) <= -(-vocab // most) + 1
+    assert most < 64 or all(start % 64 == 0 for start, _ in slices)
 
 
 def test_units_come_in_any_order_and_the_next_one_is_fetched_while_one_is_used():
