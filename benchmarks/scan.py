@@ -245,8 +245,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scan.json")
     parser.add_argument("--no-json", action="store_true")
     arguments = parser.parse_args()
-    with safety_retention.claimed(arguments.folder, "aligned", wait=True):
-        safety_retention.align(arguments.folder)
+    safety_retention.align(arguments.folder)
     found = measure(arguments.folder, arguments.folder / "aligned" / "model")
     show(found)
     if not arguments.no_json:

@@ -47,7 +47,7 @@ def bench(monkeypatch, tmp_path):
     import safety_retention
 
     yield real_data, retention_arms, retention_table, safety_retention
-    for name in ("real_data", "retention_arms", "retention_table", "safety_retention", "harness"):
+    for name in ("real_data", "retention_arms", "retention_table", "safety_retention", "harness", "scan"):
         sys.modules.pop(name, None)
 
 
@@ -135,3 +135,18 @@ def test_arms_of_the_results_file_are_kept_while_the_aligned_model_is_the_same(b
     assert result["gsm8k_exact_match"] == {"value": 0.02}
     (second / "aligned" / "model" / "model.safetensors").write_bytes(b"Weights")
     assert table.kept_results(second) == ({}, None) and "another aligned model" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(60)
+def test_the_scans_benchmark_aligns_the_same_model_once_and_waits_for_nobody(bench, tmp_path, monkeypatch):
+    real_data, _, _, retention = bench
+    import scan
+
+    aligned = []
+    monkeypatch.setattr(real_data, "random_model", lambda folder: None)
+    monkeypatch.setattr(retention, "train", lambda folder, name, config: aligned.append(name))
+    monkeypatch.setattr(scan, "measure", lambda folder, model: {"model": model})
+    monkeypatch.setattr(scan, "show", lambda found: aligned.append(found["model"]))
+    monkeypatch.setattr(sys, "argv", ["scan.py", "--folder", str(tmp_path), "--no-json"])
+    scan.main()
+    assert aligned == ["aligned", tmp_path / "aligned" / "model"]
