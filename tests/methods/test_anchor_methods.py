@@ -185,6 +185,15 @@ def test_a_sequence_carries_memory_fisher_and_anchor_and_remembers_finished_task
     assert sum("Fisher" in line for line in said) == 1
 
 
+def test_l2_sp_pulls_to_the_first_model_in_every_task(rank_pool):
+    model, start, nothing = tiny_model(), weights_of(tiny_model()), [[]] * STEPS
+    evenly = {name: torch.ones_like(value) for name, value in start.items()}
+    first, second = (train_task(model, random_dataset(60, seed=seed), nothing, 0.0, 3.0, evenly, start) for seed in (1, 4))
+    history, _ = rank_pool(2).run(scenes.train_sequence, steps=STEPS, methods={"l2_sp": {"strength": 3.0}})[0]
+    assert oracle.relative_distance(history[0]["weights"], first, start) <= 1e-3
+    assert oracle.relative_distance(history[1]["weights"], second, first) <= 1e-3
+
+
 def _remember(memory, data, count: int) -> None:
     from safecl.engine.memory import sample_rows
     from safecl.replay import MemoryRow

@@ -101,6 +101,33 @@ def test_the_teacher_is_the_aligned_model_the_one_before_or_the_average(rank_poo
     assert any("kept in" in line for line in found["previous"][1])
 
 
+def outputs_of_the_average(temperature: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the average is asked to say of five rows, and the same by the plain model, log-probabilities of its k likeliest tokens."""
+    from safecl.data import collate
+    from safecl.engine.batch import Question, target_positions
+    from safecl.engine.online import EngineTeacher
+    from safecl.engine.teacher import TeacherBatch
+
+    run, (task,) = scenes.make_run(run_config(memory=None, methods={"ema": {"decay": 0.5}}), tiny_model(), [random_dataset(60, seed=1)])
+    run.begin_task(task, active=True)  # the average is the start now
+    found, expected, model = [], [], tiny_model().eval()
+    for row in task.dataset.rows(range(5)):
+        batch = collate([row], packed=True, pad_id=0)
+        positions = torch.from_numpy(target_positions(batch, 0, row))
+        asked = [(Question("topk", k=8, temperature=temperature), positions)]
+        ((answer,),) = EngineTeacher(run.engine, average=True).answer([TeacherBatch(batch.input_ids, batch.position_ids, asked)])
+        found.append(answer.log_probs.float())
+        with torch.no_grad():
+            expected.append(test_lwf.reference.log_probs(model, row, temperature).topk(8).values)
+    return found, expected
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_average_answers_at_the_temperature_that_is_asked(rank_pool, temperature):
+    for found, expected in rank_pool(2).run(outputs_of_the_average, temperature=temperature):
+        assert oracle.relative_distance(dict(enumerate(found)), dict(enumerate(expected))) <= 1e-3
+
+
 def test_a_resumed_run_asks_the_teacher_that_it_asked_before(rank_pool, folder, tmp_path):
     arguments = dict(folder=folder, source="previous")
     plain, resumed = (
