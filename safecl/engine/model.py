@@ -121,6 +121,10 @@ class LanguageModel(nn.Module):
         self.model = model
         self.scaling = head_scaling(model)
         self.fused = True
+        # A number, not read from the weight when it is asked for: under ZeRO-3 a look at a weight during a forward pass gathers it, and the
+        # thread that makes the next step ready asks in the middle of one.
+        self.vocab_size = getattr(self.head.weight, "ds_shape", self.head.weight.shape)[0]
+        """Width of the logits, padding included."""
 
     @property
     def trunk(self) -> nn.Module:
@@ -129,11 +133,6 @@ class LanguageModel(nn.Module):
     @property
     def head(self) -> nn.Module:
         return base_model(self.model).get_output_embeddings()
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits, padding included."""
-        return getattr(self.head.weight, "ds_shape", self.head.weight.shape)[0]
 
     def forward(self, *, task: str, **inputs) -> dict[str, torch.Tensor]:
         return {"loss": self.losses, "logits": self.logits, "topk": self.topk, "hidden": self.hidden}[task](**inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 
 import numpy as np
 import torch
@@ -106,6 +107,24 @@ def train(steps: int, **changes):
     found = state_of(run) | {"losses": losses, "fused": run.engine.module.fused}
     run.end_task()
     run.finish()
+    return found
+
+
+def threads_that_look_at_parameters(steps: int, **changes) -> set[str]:
+    """Under ZeRO-3 a look may be a collective, which only the main thread may begin."""
+    from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
+
+    found, look = set(), ZeROOrderedDict.__getitem__
+
+    def noted(self, key):
+        found.add(threading.current_thread().name)
+        return look(self, key)
+
+    ZeROOrderedDict.__getitem__ = noted
+    try:
+        train(steps, **changes)
+    finally:
+        ZeROOrderedDict.__getitem__ = look
     return found
 
 

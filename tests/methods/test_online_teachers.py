@@ -50,6 +50,14 @@ def test_der_online_equals_stored_outputs(rank_pool, folder, teacher):
     assert oracle.relative_distance(found, expected_derpp(2.0, 0.5, k=8), start) <= 1e-3
 
 
+def test_the_thread_that_makes_a_step_ready_looks_at_no_parameter(rank_pool, folder):
+    methods = {"derpp": {"alpha": 2.0, "beta": 0.5}, "lwf": OUTPUT | {"outputs": "online"}, "agem": {}}
+    found = rank_pool(2).run(
+        scenes.threads_that_look_at_parameters, steps=4, model=model_at(folder), methods=methods, deepspeed={"stage": 3}, **ONLINE
+    )
+    assert found == [{"MainThread"}] * 2
+
+
 def lora_twice(folder: str) -> list[dict]:
     """DER with LoRA, its teacher asked in every step and stored."""
     found = []
