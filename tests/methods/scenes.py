@@ -131,8 +131,9 @@ def threads_that_look_at_parameters(steps: int, **changes) -> set[str]:
 SEQUENCE = [{"name": "first", "train": "first.jsonl"}, {"name": "second", "train": "second.jsonl"}]
 
 
-def train_sequence(steps: int, **changes):
-    """Weights and anchors after each of two random tasks, the memory's size before each, and what the run said."""
+def train_sequence(steps: int, resumed: bool = False, **changes):
+    """Weights and anchors after each of two random tasks, the memory's size before each, and what the run said. resumed: between the tasks
+    the run knows nothing any more but its own state."""
     config = run_config(tasks=SEQUENCE, **changes)
     run, tasks = make_run(config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)], random_dataset(20, seed=2))
     said, history = [], []
@@ -144,4 +145,7 @@ def train_sequence(steps: int, **changes):
             run.train_step(task)
         history[-1] |= {"weights": state_of(run)["weights"], "kinds": sorted(run.shards()[0].state)}
         run.end_task()
+        if resumed:
+            state, run.previous = run.state_dict(), None
+            run.load_state_dict(state, task)
     return history, said

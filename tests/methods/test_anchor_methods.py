@@ -185,6 +185,18 @@ def test_a_sequence_carries_memory_fisher_and_anchor_and_remembers_finished_task
     assert sum("Fisher" in line for line in said) == 1
 
 
+def test_a_run_that_is_resumed_between_two_tasks_knows_the_one_before(rank_pool):
+    """Its rows give the Fisher of online EWC, and some of them enter the memory."""
+    methods = {"online_ewc": {"strength": 0.5, "rows": "task", "sign_batches": 8, "rows_per_batch": 4}, "er": {"weight": 0.5}}
+    memory = {"source": "unused", "replay_ratio": 0.25, "keep_task_rows": 15}
+    (whole, _), (resumed, said) = (
+        rank_pool(2).run(scenes.train_sequence, steps=STEPS, resumed=each, methods=methods, memory=memory)[0] for each in (False, True)
+    )
+    assert [entry["memory"] for entry in resumed] == [20, 35] and "memory: 15 rows of first entered" in said
+    for name, value in whole[1]["weights"].items():
+        assert torch.equal(resumed[1]["weights"][name], value), name
+
+
 def test_l2_sp_pulls_to_the_first_model_in_every_task(rank_pool):
     model, start, nothing = tiny_model(), weights_of(tiny_model()), [[]] * STEPS
     evenly = {name: torch.ones_like(value) for name, value in start.items()}
