@@ -178,34 +178,16 @@ def adamw_step_(
     _check_average(ema, ema_decay, ema_threshold, ema_decay_above, fisher)
     device = param.device
     coef = adamw_coefficients(
-        device,
-        step=step,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        strength=strength,
-        ema_decay=ema_decay,
-        ema_threshold=ema_threshold,
-        ema_decay_above=ema_decay_above,
-        clip_coef=clip_coef,
-        grad_scale=grad_scale,
-    )
+        device, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, strength=strength, ema_decay=ema_decay,
+        ema_threshold=ema_threshold, ema_decay_above=ema_decay_above, clip_coef=clip_coef, grad_scale=grad_scale,
+    )  # fmt: skip
     table = check_segments(segments, param.numel(), device)
     skip = check_found_inf(found_inf, device)
     arguments = AdamWArguments(
-        *(t.detach() for t in (param, grad, exp_avg, exp_avg_sq)),
-        coef=coef,
-        anchor=anchor,
-        fisher=fisher,
-        proximal=bool(proximal),
-        ema=ema,
-        ema_by_fisher=ema_threshold is not None,
-        param_out=param_out,
-        found_inf=skip if isinstance(skip, Tensor) else None,
-        frozen=skip is True,
-        segments=table,
-    )
+        *(t.detach() for t in (param, grad, exp_avg, exp_avg_sq)), coef=coef, anchor=anchor, fisher=fisher, proximal=bool(proximal),
+        ema=ema, ema_by_fisher=ema_threshold is not None, param_out=param_out, found_inf=skip if isinstance(skip, Tensor) else None,
+        frozen=skip is True, segments=table,
+    )  # fmt: skip
     loss = _backend("adamw_step_", param).adamw_step(arguments)
     _written(param, *states.values(), *_given(param_out=param_out).values())
     return loss
