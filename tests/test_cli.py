@@ -276,7 +276,8 @@ def test_half_a_launchers_variables_are_refused_with_a_command_that_works(enviro
         launcher.join_launcher(dict(environ))
 
 
-def test_the_deepspeed_launchers_argument_is_ignored(run):
+def test_the_deepspeed_launchers_argument_is_ignored(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a YAML file where the tests run would be suggested
     assert run("--local_rank=1", "--version")[0] == ExitCode.DONE
     assert run("train", "none.yaml", "--local-rank=0")[2] == "safecl: error: none.yaml: no such file\n"
 
