@@ -55,7 +55,7 @@ lint: install
 	@$(BIN)/ruff format --check .
 
 docs: install
-	@$(BIN)/python -m safecl.config_docs > docs/config.md.new && mv docs/config.md.new docs/config.md
+	@$(BIN)/python -m safecl.config.docs > docs/config.md.new && mv docs/config.md.new docs/config.md
 	@echo "==> wrote docs/config.md"
 
 $(STAMPS)/venv:

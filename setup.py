@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SOURCES = ("flat.cpp", "parallel.cpp", "thread_pool.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ldl", "-fvisibility=hidden", "-Wl,--exclude-libs,ALL")
-FLAGS += ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")  # no fused multiply-add: every instruction set gives the same bits
+FLAGS += (
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)  # no fused multiply-add: every instruction set gives the same bits
 STATIC = (
     "-static-libstdc++",
     "-static-libgcc",
@@ -41,7 +45,9 @@ def compile_library(target: Path, flags: tuple[str, ...] = FLAGS) -> str:
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler} is not on the PATH)"
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_suffix(f".{os.getpid()}.tmp")  # renamed into place, so that a running process keeps the file it has mapped
+    fresh = target.with_suffix(
+        f".{os.getpid()}.tmp"
+    )  # renamed into place, so that a running process keeps the file it has mapped
     inputs = [f'-DSAFECL_SOURCE_HASH="{source_hash()}"', *(str(CSRC / s) for s in SOURCES), "-o", str(fresh)]
     for extra in (STATIC, ()):
         done = subprocess.run([compiler, *inputs, *flags, *extra], capture_output=True, text=True, check=False)
@@ -72,6 +78,10 @@ class PlatformWheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("safecl.kernels.libsafecl", sources=[str((CSRC / s).relative_to(ROOT)) for s in SOURCES], optional=True)],
+        ext_modules=[
+            Extension(
+                "safecl.kernels.libsafecl", sources=[str((CSRC / s).relative_to(ROOT)) for s in SOURCES], optional=True
+            )
+        ],
         cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     )

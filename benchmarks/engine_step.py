@@ -8,9 +8,9 @@ Two DeepSpeed engines in one process, of one model, one configuration and the sa
     plain    DeepSpeedCPUAdam, no continual learning
     safecl   ShardAdamW with an EWC penalty (anchor and Fisher in bf16) and an fp32 EMA of the weights
 
-Timed are `engine.step()` and the whole step (forward, backward, step). The error column says that both do the same work: at the first
-step the penalty is zero, so both must reach the same weights (relative to the distance moved), and the EMA what fp64 says. `--fresh`
-forgets earlier rounds; rounds of another setting are never mixed.
+Timed are `engine.step()` and the whole step (forward, backward, step). The error column says that both do the same
+work: at the first step the penalty is zero, so both must reach the same weights (relative to the distance moved), and
+the EMA what fp64 says. `--fresh` forgets earlier rounds; rounds of another setting are never mixed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def build_model(layers: int) -> torch.nn.Module:
     """A Llama of about 100 M parameters at 12 layers, in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=12)
+    shape = dict(
+        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=12
+    )
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, use_cache=False)).bfloat16()
 
@@ -64,7 +66,11 @@ def deepspeed_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, c
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 2, "overlap_comm": False, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": False,
+            "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        },
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
@@ -79,7 +85,7 @@ def plain_side(layers: int) -> Side:
 
 def safecl_side(layers: int) -> Side:
     from safecl import ShardAdamW, ShardMap, UpdatePlan
-    from safecl.methods.base import Penalty
+    from safecl.methods.terms import Penalty
 
     model = build_model(layers)
     optimizer = ShardAdamW(model.parameters(), **ADAM)
@@ -90,7 +96,9 @@ def safecl_side(layers: int) -> Side:
     optimizer.copy_weights_to("ema")
     for fisher in optimizer.new_state("fisher", torch.bfloat16):
         fisher.copy_(torch.rand(fisher.shape, generator=torch.Generator().manual_seed(1)))
-    plan = UpdatePlan(lr=LR, clip_norm=CLIP, ema_decay=DECAY, penalties=[Penalty(strength=STRENGTH, anchor="anchor", fisher="fisher")])
+    plan = UpdatePlan(
+        lr=LR, clip_norm=CLIP, ema_decay=DECAY, penalties=[Penalty(strength=STRENGTH, anchor="anchor", fisher="fisher")]
+    )
 
     def prepare() -> None:
         optimizer.action = optimizer.update(plan)
@@ -134,7 +142,10 @@ def summary(rounds: list[dict]) -> dict:
     """Medians in ms of each side, and their ratio beside its limit."""
     found = {}
     for what, limit in LIMITS.items():
-        times = {side: [r[side][what] if what in r[side] else sum(r[side].values()) for r in rounds] for side in ("plain", "safecl")}
+        times = {
+            side: [r[side][what] if what in r[side] else sum(r[side].values()) for r in rounds]
+            for side in ("plain", "safecl")
+        }
         medians = {side: statistics.median(values) for side, values in times.items()}
         ratio = medians["safecl"] / medians["plain"]
         found[what] = {f"{side} ms": round(1e3 * value, 1) for side, value in medians.items()}
@@ -154,7 +165,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["SAFECL_NUM_THREADS"] = str(options.threads)
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29731",
+    }.items():
         os.environ.setdefault(name, value)
     measure(options)
 
@@ -163,7 +180,14 @@ def measure(options: argparse.Namespace) -> None:
     sides = {"plain": plain_side(options.layers), "safecl": safecl_side(options.layers)}
     tokens = torch.randint(0, 32000, (1, options.tokens), generator=torch.Generator().manual_seed(2))
     numel = sum(flat.numel() for flat in sides["safecl"].masters)
-    setting = {"zero": 2, "offload": "optimizer", "ranks": 1, "threads": options.threads, "tokens": options.tokens, "parameters": numel}
+    setting = {
+        "zero": 2,
+        "offload": "optimizer",
+        "ranks": 1,
+        "threads": options.threads,
+        "tokens": options.tokens,
+        "parameters": numel,
+    }
     report = {"machine": machine(torch.device("cpu")), "setting": setting, "errors": first_step_errors(sides, tokens)}
     rounds = [] if options.fresh else known_rounds(options.out, setting)
     deadline, order = time.monotonic() + options.seconds, list(sides)
@@ -172,10 +196,14 @@ def measure(options: argparse.Namespace) -> None:
         order.reverse()  # whom one follows must not matter
         report |= {"summary": summary(rounds), "rounds": rounds}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")  # each time, so that a part that is cut off is not lost
+        options.out.write_text(
+            json.dumps(report, indent=2) + "\n"
+        )  # each time, so that a part that is cut off is not lost
     print(f"{len(rounds)} of {options.rounds} rounds in {options.out}; errors of the first step: {report['errors']}")
     for what, row in summary(rounds).items():
-        print(f"{what}: {row['plain ms']} ms plain, {row['safecl ms']} ms with EWC and EMA: {row['ratio']}x (at most {row['at_most']}x)")
+        print(
+            f"{what}: {row['plain ms']} ms plain, {row['safecl ms']} ms with EWC and EMA: {row['ratio']}x (at most {row['at_most']}x)"
+        )
     torch.distributed.destroy_process_group()
 
 

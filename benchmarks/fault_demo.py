@@ -1,7 +1,9 @@
-"""Section `demo` of benchmarks/faults.py: the demonstration is killed in every phase, and started again until it is through.
+"""Section `demo` of benchmarks/faults.py: the demonstration is killed in every phase, and started again until it is
+through.
 
-The whole process group gets SIGKILL as soon as the phase has begun and a random moment has passed. After the last kill the demonstration
-must end by itself, and its models, metrics and answers must be those of one that was never killed, byte for byte.
+The whole process group gets SIGKILL as soon as the phase has begun and a random moment has passed. After the last kill
+the demonstration must end by itself, and its models, metrics and answers must be those of one that was never killed,
+byte for byte.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Phase:
 
 
 def kill_in_every_phase(folder: Path, seed: int) -> dict:
-    """Kills and results: `killed` phases in order, `missed` those that ended before the kill came, `wrong` what differs."""
+    """Kills and results: `killed` phases in order, `missed` those that ended before the kill came, `wrong` what
+    differs."""
     whole, demo = folder / "whole", folder / "demo"
     codes = [start(whole).wait()]
     chance, killed, missed = random.Random(seed), [], []
@@ -90,7 +93,8 @@ def _has(path: Path, count: int, text: bytes = b"\n") -> Condition:
 
 
 def _kill_in(phase: Phase, after: Phase | None, demo: Path, chance: random.Random) -> bool:
-    """Kills the demonstration; False where the phase was over before that was noticed, so that it died in the one after it."""
+    """Kills the demonstration; False where the phase was over before that was noticed, so that it died in the one after
+    it."""
     process, since = start(demo), time.time() - 0.01
     moment, in_time = None, True
     while moment is None or time.monotonic() < moment:
@@ -114,9 +118,12 @@ def _now(condition: Condition, since: float) -> bool:
 
 
 def _differences(whole: Path, demo: Path) -> Iterator[str]:
-    """What is not as in the demonstration that was never killed, or is left from a kill. Checkpoints, memory and artifacts are means."""
+    """What is not as in the demonstration that was never killed, or is left from a kill. Checkpoints, memory and
+    artifacts are means."""
     for path in sorted(
-        path for path in whole.rglob("*") if path.is_file() and not {"checkpoints", "memory", "artifacts"} & set(path.parts)
+        path
+        for path in whole.rglob("*")
+        if path.is_file() and not {"checkpoints", "memory", "artifacts"} & set(path.parts)
     ):
         other = demo / path.relative_to(whole)
         if not other.exists():

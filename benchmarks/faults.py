@@ -81,15 +81,17 @@ def ranks(world_size: int) -> Iterator:
         pool.close()
 
 
-# ------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def forks() -> dict:
-    from safecl.engine.checkpoint_folder import CheckpointFolder
-    from tests.engine import checkpoint_files as files
+    from safecl.engine.checkpoint.folder import CheckpointFolder
+    from tests.engine.checkpoint import checkpoint_files as files
 
     with scratch() as folder:
-        points = files.points_of(lambda: files.write_checkpoint(CheckpointFolder(folder / "dry"), step=10, world_size=3))
+        points = files.points_of(
+            lambda: files.write_checkpoint(CheckpointFolder(folder / "dry"), step=10, world_size=3)
+        )
         killed, wrong = 0, []
         for number in range(len(points) + 6):  # deletions of older checkpoints add points
             for seed in range(SEEDS):
@@ -101,9 +103,9 @@ def forks() -> dict:
 
 
 def damage() -> dict:
-    from safecl.engine.checkpoint_folder import CheckpointFolder
-    from tests.engine import checkpoint_files as files
-    from tests.engine.mutations import MUTATIONS, mutate
+    from safecl.engine.checkpoint.folder import CheckpointFolder
+    from tests.engine.checkpoint import checkpoint_files as files
+    from tests.engine.passes.mutations import MUTATIONS, mutate
 
     undetected, count = [], 0
     with scratch() as folder:
@@ -122,12 +124,12 @@ def damage() -> dict:
     return {"kinds": list(MUTATIONS), "mutations": count, "wrong": undetected}
 
 
-# ------------------------------------------------------------------------------------------------------------------- ranks
+# ---------------------------------------------------------------------------------------------------------------- ranks
 
 
 def real_ranks() -> dict:
-    from tests.engine import kill_scenes
-    from tests.engine.test_kills import RUN
+    from tests.engine.checkpoint import kill_scenes
+    from tests.engine.checkpoint.test_kills import RUN
 
     with scratch(in_memory=False) as folder:
         with ranks(2) as pool:
@@ -137,26 +139,37 @@ def real_ranks() -> dict:
             expected = pool.run(kill_scenes.reference, folder=str(folder / "whole"), steps=len(points), **RUN)[0]
         (folder / "killed").mkdir()
         wrong = kill_scenes.kill_at_every(points, folder / "killed", expected, **RUN)
-    return {"points": [f"{label} (rank {rank})" for label, rank in sorted(points)], "killed": len(points), "wrong": wrong}
+    return {
+        "points": [f"{label} (rank {rank})" for label, rank in sorted(points)],
+        "killed": len(points),
+        "wrong": wrong,
+    }
 
 
 def cuts() -> dict:
-    from safecl.methods import builtin_methods
-    from tests.engine import resume_scenes
+    from safecl.config.methods import builtin_methods
+    from tests.training import resume_scenes
 
     found, wrong = {}, []
-    settings = {**EWC, **ONLINE_EWC, "ema": {"decay": 0.9}, "psmt": {"decay": 0.9, "sign_batches": 4, "rows_per_batch": 4}}
+    settings = {
+        **EWC,
+        **ONLINE_EWC,
+        "ema": {"decay": 0.9},
+        "psmt": {"decay": 0.9, "sign_batches": 4, "rows_per_batch": 4},
+    }
     with scratch() as folder, ranks(2) as pool:
         for number, name in enumerate(builtin_methods()):
             changes = dict(methods={name: settings.get(name, {})}, deepspeed={"stage": number % 4})
-            differences = pool.run(resume_scenes.cut_at_every_step, folder=str(folder / name), steps=11, cuts=10, **changes)
+            differences = pool.run(
+                resume_scenes.cut_at_every_step, folder=str(folder / name), steps=11, cuts=10, **changes
+            )
             found[name] = {"cuts": 10, "stage": number % 4}
             wrong += [f"{name}: {difference}" for rank in differences for difference in rank]
             print(f"  {name}: {len(wrong)} differences", flush=True)
     return {"methods": found, "wrong": wrong}
 
 
-# ----------------------------------------------------------------------------------------------------------------- layouts
+# -------------------------------------------------------------------------------------------------------------- layouts
 
 
 def all_layouts() -> dict[str, tuple[int, dict]]:
@@ -170,10 +183,10 @@ def all_layouts() -> dict[str, tuple[int, dict]]:
 def layouts() -> dict:
     """Every layout writes after 10 steps; every layout reads that and goes on to step 20. Goes on where it was stopped.
 
-    The task begins again at step 4, so that one anchor is the base model, which is named, and another is not and is stored. Readers of
-    1, 2 and 4 ranks work side by side.
+    The task begins again at step 4, so that one anchor is the base model, which is named, and another is not and is
+    stored. Readers of 1, 2 and 4 ranks work side by side.
     """
-    from tests.engine import resume_scenes
+    from tests.training import resume_scenes
 
     done = read_results().get("layouts", {}).get("writers", {})
     methods = EWC | ONLINE_EWC | {"ema": {"decay": 0.9}, "der": {"alpha": 0.5}}
@@ -203,7 +216,9 @@ def layouts() -> dict:
             done[writer] = {
                 "readers": len(distances),
                 "largest_distance": max(found[0] for found in distances.values()),
-                "wrong": [f"{writer} -> {reader}: {problem}" for reader, found in distances.items() for problem in found[1]],
+                "wrong": [
+                    f"{writer} -> {reader}: {problem}" for reader, found in distances.items() for problem in found[1]
+                ],
             }
             print(f"  {writer}: {done[writer]}", flush=True)
             write_section("layouts", _layout_summary(done))
@@ -219,10 +234,12 @@ def _layout_summary(done: dict) -> dict:
     }
 
 
-def _compare(leg: Callable, reader: str, folder: Path, saved: dict, first: dict, whole: dict, rows: list) -> tuple[float, list[str]]:
+def _compare(
+    leg: Callable, reader: str, folder: Path, saved: dict, first: dict, whole: dict, rows: list
+) -> tuple[float, list[str]]:
     import torch
 
-    from tests.engine import oracle
+    from tests.engine.passes import oracle
 
     where = shutil.copytree(folder / "written", folder / f"read by {reader}")
     start, end, log = leg(reader, where, 20)
@@ -234,17 +251,19 @@ def _compare(leg: Callable, reader: str, folder: Path, saved: dict, first: dict,
         if value.dtype != start[kind][name].dtype or not torch.equal(value, start[kind][name])
     ]
     problems += ["other rows"] if [line["rows"] for line in log] != rows else []
-    distance = max(float(oracle.relative_distance(end[kind], whole[kind], first["weights"])) for kind in ("weights", "ema"))
+    distance = max(
+        float(oracle.relative_distance(end[kind], whole[kind], first["weights"])) for kind in ("weights", "ema")
+    )
     others = [float(oracle.relative_distance(end[kind], whole[kind])) for kind in whole.keys() - {"weights", "ema"}]
     distance = max(distance, *others)
     return distance, problems + ([f"{distance:.1e} away after 20 steps"] if distance > 1e-3 else [])
 
 
-# -------------------------------------------------------------------------------------------------------------- memory, cost
+# --------------------------------------------------------------------------------------------------------- memory, cost
 
 
 def memory() -> dict:
-    from tests.engine import memory_scenes
+    from tests.engine.reference import memory_scenes
 
     found, wrong = {}, []
     with scratch(in_memory=False) as folder:
@@ -253,7 +272,9 @@ def memory() -> dict:
         with ranks(2) as pool:
             for stage in (2, 3):
                 loading = pool.run(memory_scenes.peak_of_loading, folder=str(folder), size=LARGE, stage=stage)
-                found[f"loading, stage {stage}"] = [one | {"beyond_share_mb": (one["peak"] - one["stays"]) / 1e6} for one in loading]
+                found[f"loading, stage {stage}"] = [
+                    one | {"beyond_share_mb": (one["peak"] - one["stays"]) / 1e6} for one in loading
+                ]
                 wrong += [f"stage {stage}: {one}" for one in loading if one["peak"] > one["stays"] + 64e6]
             exporting = pool.run(memory_scenes.peak_of_exporting, folder=str(folder), size=LARGE, stage=3)
             found["model folder, stage 3"] = exporting
@@ -265,7 +286,8 @@ STEPS_BETWEEN, SECONDS_FOR_BLOCKS = 10, 200
 
 
 def cost() -> dict:
-    """Pairs of 10 steps without a save and 10 that begin with one, for 200 seconds; the latter end when it is on the disk."""
+    """Pairs of 10 steps without a save and 10 that begin with one, for 200 seconds; the latter end when it is on the
+    disk."""
     with scratch(in_memory=False) as folder, ranks(2) as pool:
         found = pool.run(time_blocks, folder=str(folder))[0]
     ratio = statistics.median(found["with"]) / statistics.median(found["without"])
@@ -274,8 +296,8 @@ def cost() -> dict:
 
 
 def time_blocks(folder: str) -> dict:
-    from safecl.engine import distributed
-    from tests.engine import memory_scenes
+    from safecl.distributed import collectives
+    from tests.engine.reference import memory_scenes
 
     run, task, checkpointer = memory_scenes.build(
         folder, LARGE, 2, methods={}, tokens_per_batch=512, tokens_per_microbatch=256, max_steps=1000
@@ -287,7 +309,7 @@ def time_blocks(folder: str) -> dict:
     while True:
         saves = len(times["with"]) < len(times["without"])
         pair = times["with"][-1] + times["without"][-1] if times["with"] else 0.0
-        if not saves and distributed.any_rank(time.perf_counter() + pair > end) and times["with"]:
+        if not saves and collectives.any_rank(time.perf_counter() + pair > end) and times["with"]:
             break
         began = time.perf_counter()
         if saves:
@@ -300,14 +322,14 @@ def time_blocks(folder: str) -> dict:
             blocked.append(round(report.seconds_blocked, 3))
             written.append(round(report.seconds_written, 2))
             size = report.num_bytes
-        distributed.barrier()
+        collectives.barrier()
         times["with" if saves else "without"].append(round(time.perf_counter() - began, 2))
     checkpointer.close()
     facts = {"weights": run.engine.shards.numel, "ranks": 2, "tokens_per_step": 512, "checkpoint_bytes": size}
     return {**facts, **times, "seconds_blocked": blocked, "seconds_written": written}
 
 
-# -------------------------------------------------------------------------------------------------------------------- demo
+# ----------------------------------------------------------------------------------------------------------------- demo
 
 
 def demo() -> dict:
@@ -318,8 +340,15 @@ def demo() -> dict:
 
 
 SECTIONS = {
-    "forks": forks, "damage": damage, "ranks": real_ranks, "cuts": cuts, "layouts": layouts, "memory": memory, "cost": cost, "demo": demo,
-}  # fmt: skip
+    "forks": forks,
+    "damage": damage,
+    "ranks": real_ranks,
+    "cuts": cuts,
+    "layouts": layouts,
+    "memory": memory,
+    "cost": cost,
+    "demo": demo,
+}
 
 
 def main() -> None:
@@ -335,7 +364,10 @@ def main() -> None:
         found["seconds"] = round(time.perf_counter() - began)
         write_section(name, found)
         bad |= bool(found["wrong"])
-        print(f"{name}: {'WRONG: ' + str(found['wrong'][:5]) if found['wrong'] else 'all right'}, {found['seconds']} s", flush=True)
+        print(
+            f"{name}: {'WRONG: ' + str(found['wrong'][:5]) if found['wrong'] else 'all right'}, {found['seconds']} s",
+            flush=True,
+        )
     sys.exit(int(bad))
 
 

@@ -1,10 +1,11 @@
-"""The flat kernels against the usual and the careful way of doing the same, with a copy roof in the same rounds and an error against fp64.
+"""The flat kernels against the usual and the careful way of doing the same, with a copy roof in the same rounds and an
+error against fp64.
 
     python benchmarks/flat.py                        CPU: C++ against DeepSpeedCPUAdam and torch (DeepSpeed compiles its Adam on first use)
     python benchmarks/flat.py --device cuda          GPU: Triton against torch's fused AdamW, separate kernels and torch.compile
 
-Contenders of a case take turns in one process. Writes benchmarks/results/flat-<device>.json. Ratios are of medians; harness.take_turns
-says which rounds count on a machine that others use too.
+Contenders of a case take turns in one process. Writes benchmarks/results/flat-<device>.json. Ratios are of medians;
+harness.take_turns says which rounds count on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ LIMITS = {
 
 @dataclass
 class Buffers:
-    """One shard's state, allocated once and used by all contenders of a case in turn; in huge pages, as the engine has it."""
+    """One shard's state, allocated once and used by all contenders of a case in turn; in huge pages, as the engine has
+    it."""
 
     param: Tensor
     grad: Tensor
@@ -76,7 +78,9 @@ class Buffers:
         moments = normal(0.1), normal(0.1).square_().add_(1e-3)
         fisher = normal(1.0).square_().bfloat16()
         ema = normal(0.1).add_(param)
-        buffers = Buffers(param, normal(1.0), *moments, ema, anchor, fisher, anchor.float(), fisher.float(), low, normal(1.0))
+        buffers = Buffers(
+            param, normal(1.0), *moments, ema, anchor, fisher, anchor.float(), fisher.float(), low, normal(1.0)
+        )
         for tensor in vars(buffers).values():
             use_huge_pages(tensor)
         return buffers
@@ -177,9 +181,16 @@ def separate_kernels(b: Buffers) -> Callable[[], object]:
 
 
 def compiled_step(b: Buffers) -> Callable[[], object]:
-    """The whole step as torch operations over the flat tensors, compiled; scalars are tensors, so that a new lr does not recompile."""
+    """The whole step as torch operations over the flat tensors, compiled; scalars are tensors, so that a new lr does
+    not recompile."""
     beta1, beta2 = HYPER["betas"]
-    scalars = {"lr": HYPER["lr"], "c1": 1 - beta1**STEP, "c2": (1 - beta2**STEP) ** 0.5, "strength": STRENGTH, "rate": 1 - DECAY}
+    scalars = {
+        "lr": HYPER["lr"],
+        "c1": 1 - beta1**STEP,
+        "c2": (1 - beta2**STEP) ** 0.5,
+        "strength": STRENGTH,
+        "rate": 1 - DECAY,
+    }
     scalars = {k: torch.tensor(v, device=b.param.device) for k, v in scalars.items()}
 
     @torch.compile(dynamic=False)
@@ -205,7 +216,10 @@ def step_runs(b: Buffers, cuda: bool) -> Runs:
         "fused, then copied by torch": (fused_step_then_copy(b), 42),
     }
     if cuda:
-        return runs | {"separate: our kernels + torch fused AdamW": (separate_kernels(b), 42), "torch.compile": (compiled_step(b), 42)}
+        return runs | {
+            "separate: our kernels + torch fused AdamW": (separate_kernels(b), 42),
+            "torch.compile": (compiled_step(b), 42),
+        }
     adam, copy = deepspeed_adam(b), lambda: b.out.copy_(b.param)
     lerp = lambda: b.ema.lerp_(b.param, 1 - DECAY)  # noqa: E731
     if page_bytes():
@@ -314,25 +328,41 @@ def measure(case: str, b: Buffers, device: torch.device, options: argparse.Names
 
 
 def ratios(results: dict, device: str) -> list[dict]:
-    """How many times faster than each rival (for the copy: how near to its bandwidth), beside the bound that must hold."""
+    """How many times faster than each rival (for the copy: how near to its bandwidth), beside the bound that must
+    hold."""
     found = []
     for case, rival, bound in LIMITS[device]:
         rows = results.get(case, {}).get("rows", {})
         if rival in rows:
             ours = rows[FUSED]
             ratio = ours["of_copy"] if rival == "roof: copy" else rows[rival]["ms"] / ours["ms"]
-            found.append({"case": case, "rival": rival, "ratio": round(ratio, 3), "at_least": round(bound, 3), "met": ratio >= bound})
+            found.append(
+                {
+                    "case": case,
+                    "rival": rival,
+                    "ratio": round(ratio, 3),
+                    "at_least": round(bound, 3),
+                    "met": ratio >= bound,
+                }
+            )
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--numel", type=lambda text: int(float(text)), help="default 48e6 on a CPU, 875e6 (7 B over 8 ranks) on a GPU")
+    parser.add_argument(
+        "--numel", type=lambda text: int(float(text)), help="default 48e6 on a CPU, 875e6 (7 B over 8 ranks) on a GPU"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every contender")
     parser.add_argument("--repeats", type=int, default=15, help="undisturbed rounds wanted per case")
     parser.add_argument("--seconds", type=float, default=240.0, help="at most this long per case")
-    parser.add_argument("--slack", type=float, default=1.25, help="a round counts if the copies around it took at most this times the best")
+    parser.add_argument(
+        "--slack",
+        type=float,
+        default=1.25,
+        help="a round counts if the copies around it took at most this times the best",
+    )
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -342,11 +372,18 @@ def main() -> None:
     numel = options.numel or (48_000_000 if device.type == "cpu" else 875_000_000)
     buffers = Buffers.random(numel, device)
     results = {case: measure(case, buffers, device, options) for case in options.cases}
-    report = {"machine": machine(device), "threads": options.threads, "ratios": ratios(results, device.type), "cases": results}
+    report = {
+        "machine": machine(device),
+        "threads": options.threads,
+        "ratios": ratios(results, device.type),
+        "cases": results,
+    }
     if device.type == "cpu":
         report |= {"instruction_set": native.missing() or native.instruction_set(), "huge_page_bytes": page_bytes()}
     for r in report["ratios"]:
-        print(f"{r['case']}: {r['ratio']:.2f}x {r['rival']} (wanted {r['at_least']:.2f}x): {'met' if r['met'] else 'NOT MET'}")
+        print(
+            f"{r['case']}: {r['ratio']:.2f}x {r['rival']} (wanted {r['at_least']:.2f}x): {'met' if r['met'] else 'NOT MET'}"
+        )
     write_json(options.out or Path(__file__).parent / "results" / f"flat-{options.device}.json", report)
 
 

@@ -24,8 +24,13 @@ def flat_tables(report: dict) -> str:
             for name, row in case["rows"].items()
         ]
         parts += ["\n".join(["| | ms | GB/s | of copy | error |", "|---|---|---|---|---|", *rows])]
-    rows = [f"| {r['case']} | {r['rival']} | {r['ratio']:.2f}x | {r['at_least']:.2f}x | {yes(r['met'])} |" for r in report["ratios"]]
-    return "\n\n".join([*parts, "\n".join(["| case | rival | speed | at least | met |", "|---|---|---|---|---|", *rows])])
+    rows = [
+        f"| {r['case']} | {r['rival']} | {r['ratio']:.2f}x | {r['at_least']:.2f}x | {yes(r['met'])} |"
+        for r in report["ratios"]
+    ]
+    return "\n\n".join(
+        [*parts, "\n".join(["| case | rival | speed | at least | met |", "|---|---|---|---|---|", *rows])]
+    )
 
 
 def engine_table(report: dict) -> str:
@@ -61,7 +66,9 @@ def filled(page: str) -> str:
         path = RESULTS / f"{name}.json"
         if path.is_file():
             text = table(json.loads(path.read_text()))
-            page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S)
+            page = re.sub(
+                rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S
+            )
     return page
 
 

@@ -1,4 +1,5 @@
-"""What the kernel benchmarks share: contenders that take turns in one process, medians, a roof in the same rounds, the machine's facts."""
+"""What the kernel benchmarks share: contenders that take turns in one process, medians, a roof in the same rounds, the
+machine's facts."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ import torch
 
 @dataclass
 class Contender:
-    """One way to do a job. bytes: what the algorithm must move per element; error: relative to fp64 and to the distance moved."""
+    """One way to do a job. bytes: what the algorithm must move per element; error: relative to fp64 and to the distance
+    moved."""
 
     name: str
     run: Callable[[], object]
@@ -60,11 +62,15 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def take_turns(contenders: list[Contender], probe: Contender, device: torch.device, *, rounds: int, seconds: float, slack: float) -> dict:
-    """Every contender once a round, until `rounds` undisturbed rounds are in or `seconds` are over; keeps the undisturbed ones.
+def take_turns(
+    contenders: list[Contender], probe: Contender, device: torch.device, *, rounds: int, seconds: float, slack: float
+) -> dict:
+    """Every contender once a round, until `rounds` undisturbed rounds are in or `seconds` are over; keeps the
+    undisturbed ones.
 
-    A round is undisturbed when the probe (a plain copy, first and last in the round) took at most `slack` times its best. The rule looks at
-    the copy alone, so it favours no contender. Returns how many rounds were run and kept; where too few were quiet, the quietest are kept.
+    A round is undisturbed when the probe (a plain copy, first and last in the round) took at most `slack` times its
+    best. The rule looks at the copy alone, so it favours no contender. Returns how many rounds were run and kept; where
+    too few were quiet, the quietest are kept.
     """
     for contender in (*contenders, probe):
         contender.run()
@@ -74,7 +80,9 @@ def take_turns(contenders: list[Contender], probe: Contender, device: torch.devi
         before = seconds_of(probe.run, device)
         times = [0.0] * len(contenders)
         for turn in range(len(contenders)):
-            which = (turn + len(found)) % len(contenders)  # each round starts with another: whom one follows must not matter
+            which = (turn + len(found)) % len(
+                contenders
+            )  # each round starts with another: whom one follows must not matter
             times[which] = seconds_of(contenders[which].run, device)
         found.append((max(before, seconds_of(probe.run, device)), before, times))
         best = min(probe_time for probe_time, *_ in found)
@@ -117,7 +125,9 @@ def _cpu_name() -> str:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -132,7 +142,13 @@ def renew_page(page: Path, parts: dict[str, str]) -> None:
     """Puts each part between `<!-- NAME -->` and the next `<!-- end -->` of a Markdown page."""
     text = page.read_text(encoding="utf-8")
     for name, part in parts.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text, count=1, flags=re.S)
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+            lambda m, part=part: f"{m[1]}{part}\n{m[2]}",
+            text,
+            count=1,
+            flags=re.S,
+        )
     page.write_text(text, encoding="utf-8")
     print(f"renewed {page}")
 

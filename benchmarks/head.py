@@ -3,10 +3,11 @@
     python benchmarks/head.py                    CPU, fp32: H 1024, V 32000, 4096 tokens against the naive torch loss; time and peak memory
     python benchmarks/head.py --device cuda      GPU, bf16: four model shapes, 1024 to 16384 tokens, against naive torch, TRL and Liger
 
-Forward and backward together, contenders taking turns in one process (harness.take_turns). TFLOP/s are at the algorithm's own count,
-8 M H V with an online teacher and 6 without, for every contender alike. Peak memory is beside inputs and returned gradients. The error is
-that of the hidden states' gradient on 256 tokens, relative to fp64. Rivals (pip install 'safecl[bench]') are skipped where they cannot
-be imported or run out of memory. Writes benchmarks/results/head-<device>.json.
+Forward and backward together, contenders taking turns in one process (harness.take_turns). TFLOP/s are at the
+algorithm's own count, 8 M H V with an online teacher and 6 without, for every contender alike. Peak memory is beside
+inputs and returned gradients. The error is that of the hidden states' gradient on 256 tokens, relative to fp64. Rivals
+(pip install 'safecl[bench]') are skipped where they cannot be imported or run out of memory. Writes
+benchmarks/results/head-<device>.json.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from torch import Tensor
 
 from safecl.kernels import DenseTeacher, TopKTeacher, linear_distill_loss, linear_topk
 
-SHAPES = {"llama-2-7b": (4096, 32000), "llama-3-8b": (4096, 128256), "qwen-2.5-7b": (3584, 152064), "gemma-2-2b": (2304, 256000)}
+SHAPES = {
+    "llama-2-7b": (4096, 32000),
+    "llama-3-8b": (4096, 128256),
+    "qwen-2.5-7b": (3584, 152064),
+    "gemma-2-2b": (2304, 256000),
+}
 K = 64
 PEAK_LIMIT = 1 / 8  # of the naive loss, on a CPU
 ERROR_TOKENS = 256
@@ -64,7 +70,9 @@ class Problem:
         weight = normal(vocab, width).mul_(4 / width**0.5).to(dtype)  # logits of standard deviation 4
         teacher = (hidden + DRIFT * normal(tokens, width)).to(dtype)
         labels = torch.randint(0, vocab, (tokens,), generator=g, device=device)
-        return Problem(hidden.to(dtype).requires_grad_(), weight.requires_grad_(), teacher, weight.detach().clone(), labels)
+        return Problem(
+            hidden.to(dtype).requires_grad_(), weight.requires_grad_(), teacher, weight.detach().clone(), labels
+        )
 
     @property
     def tokens(self) -> int:
@@ -93,7 +101,13 @@ def ours(teacher: str | None, ce: bool, **options) -> Loss:
         found = {"dense": p.dense, "topk": p.top_k, None: lambda: None}[teacher]()
         labels = p.labels if ce else None
         return linear_distill_loss(
-            p.hidden, p.weight, labels=labels, ce_weights=1 / p.tokens, teacher=found, kd_weights=1 / p.tokens, **options
+            p.hidden,
+            p.weight,
+            labels=labels,
+            ce_weights=1 / p.tokens,
+            teacher=found,
+            kd_weights=1 / p.tokens,
+            **options,
         ).loss
 
     return loss
@@ -118,7 +132,8 @@ def naive(kd: str, ce: bool) -> Loss:
 
 
 def bare_products(p: Problem, products: int) -> Callable[[], object]:
-    """The matrix products alone, at full height: 8 = student, teacher, dX, dW; 6 = without the teacher; 4 = without dW as well."""
+    """The matrix products alone, at full height: 8 = student, teacher, dX, dW; 6 = without the teacher; 4 = without dW
+    as well."""
     dlogits = torch.empty(p.tokens, p.weight.shape[0], dtype=p.weight.dtype, device=p.weight.device).normal_()
 
     def run() -> None:
@@ -138,7 +153,9 @@ def trl_divergence(beta: float) -> Loss:
 
 
 def liger_fused_jsd(beta: float) -> Loss:
-    module = importlib.import_module("liger_kernel.transformers").LigerFusedLinearJSD(jsd_beta=beta, accum_dtype=torch.float32)
+    module = importlib.import_module("liger_kernel.transformers").LigerFusedLinearJSD(
+        jsd_beta=beta, accum_dtype=torch.float32
+    )
     return lambda p: module(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, None)
 
 
@@ -152,15 +169,35 @@ def liger_chunked_jsd(beta: float, ce: bool) -> Loss:
 
 # objective -> (products of the algorithm, contenders by name; each is made on first use, for rivals may be missing)
 OBJECTIVES: dict[str, tuple[int, dict[str, Callable[[], Loss]]]] = {
-    "KL + CE": (8, {"safecl": lambda: ours("dense", True), "naive torch": lambda: naive("kl", True),
-                    "liger chunked JSD with CE": lambda: liger_chunked_jsd(0.0, True)}),
-    "KL": (8, {"safecl": lambda: ours("dense", False), "naive torch": lambda: naive("kl", False), "trl": lambda: trl_divergence(0.0),
-               "liger fused linear JSD": lambda: liger_fused_jsd(0.0)}),
-    "JSD": (8, {"safecl": lambda: ours("dense", False, divergence="jsd"), "naive torch": lambda: naive("jsd", False),
-                "trl": lambda: trl_divergence(0.5), "liger fused linear JSD": lambda: liger_fused_jsd(0.5)}),
+    "KL + CE": (
+        8,
+        {
+            "safecl": lambda: ours("dense", True),
+            "naive torch": lambda: naive("kl", True),
+            "liger chunked JSD with CE": lambda: liger_chunked_jsd(0.0, True),
+        },
+    ),
+    "KL": (
+        8,
+        {
+            "safecl": lambda: ours("dense", False),
+            "naive torch": lambda: naive("kl", False),
+            "trl": lambda: trl_divergence(0.0),
+            "liger fused linear JSD": lambda: liger_fused_jsd(0.0),
+        },
+    ),
+    "JSD": (
+        8,
+        {
+            "safecl": lambda: ours("dense", False, divergence="jsd"),
+            "naive torch": lambda: naive("jsd", False),
+            "trl": lambda: trl_divergence(0.5),
+            "liger fused linear JSD": lambda: liger_fused_jsd(0.5),
+        },
+    ),
     "top-k + CE": (6, {"safecl": lambda: ours("topk", True)}),
     "DER on the top-k": (6, {"safecl": lambda: ours("topk", False, divergence="mse")}),
-}  # fmt: skip
+}
 
 
 def contenders(objective: str, p: Problem) -> tuple[list[Contender], dict[str, str]]:
@@ -193,19 +230,29 @@ def _step(loss: Loss, p: Problem) -> Callable[[], object]:
 
 
 def hidden_error(objective: str, loss: Loss, p: Problem) -> float | None:
-    """Of the first tokens' dX (a token's gradient does not depend on the others); None where the oracle has no such objective."""
+    """Of the first tokens' dX (a token's gradient does not depend on the others); None where the oracle has no such
+    objective."""
     if objective not in ("KL + CE", "KL", "JSD"):
         return None
     few = slice(0, ERROR_TOKENS)
     if p.hidden.device.type == "cpu":  # the whole problem takes long there
         p = replace(
-            p, hidden=p.hidden.detach()[few].requires_grad_(), teacher_hidden=p.teacher_hidden[few], labels=p.labels[few], stored=None
+            p,
+            hidden=p.hidden.detach()[few].requires_grad_(),
+            teacher_hidden=p.teacher_hidden[few],
+            labels=p.labels[few],
+            stored=None,
         )
     p.forget_gradients()
     loss(p).backward()
     got = p.hidden.grad[few].double()
-    exact = Problem(p.hidden.detach()[few].double().requires_grad_(), p.weight.detach().double(), p.teacher_hidden[few].double(),
-                    p.teacher_weight.double(), p.labels[few])  # fmt: skip
+    exact = Problem(
+        p.hidden.detach()[few].double().requires_grad_(),
+        p.weight.detach().double(),
+        p.teacher_hidden[few].double(),
+        p.teacher_weight.double(),
+        p.labels[few],
+    )
     _exact_loss(objective, exact).backward()
     want = exact.hidden.grad * (exact.tokens / p.tokens)
     p.forget_gradients()
@@ -284,9 +331,17 @@ def limits(results: dict, table: list[tuple]) -> list[dict]:
         if name in rows and rival in rows:
             ratio = rows[rival]["ms"] / rows[name]["ms"]
             found.append(
-                {"objective": objective, "rival": rival, "ratio": round(ratio, 3), "at_least": round(bound, 3), "met": ratio >= bound}
+                {
+                    "objective": objective,
+                    "rival": rival,
+                    "ratio": round(ratio, 3),
+                    "at_least": round(bound, 3),
+                    "met": ratio >= bound,
+                }
             )
-            print(f"{objective}: {ratio:.2f}x the speed of {rival} (wanted {bound:.2f}x): {'met' if ratio >= bound else 'NOT MET'}")
+            print(
+                f"{objective}: {ratio:.2f}x the speed of {rival} (wanted {bound:.2f}x): {'met' if ratio >= bound else 'NOT MET'}"
+            )
     return found
 
 
@@ -300,7 +355,9 @@ def on_cpu(options) -> dict:
             if name != "bare products":
                 row["peak_mb"] = round(cpu_peak(objective, name, (tokens, width, vocab)), 1)
         show(f"{objective}, {tokens} tokens, H {width}, V {vocab}, fp32", results[objective])
-    peaks = {name: row["peak_mb"] for name, row in results.get("KL + CE", {}).get("rows", {}).items() if "peak_mb" in row}
+    peaks = {
+        name: row["peak_mb"] for name, row in results.get("KL + CE", {}).get("rows", {}).items() if "peak_mb" in row
+    }
     report = {"shape": [tokens, width, vocab], "objectives": results, "limits": limits(results, CPU_LIMITS)}
     if len(peaks) > 1:
         report["peak_ratio"] = round(peaks["safecl"] / peaks["naive torch"], 4)
@@ -330,7 +387,9 @@ def show(title: str, result: dict) -> None:
     for name, row in result["rows"].items():
         error = "" if row["error"] is None else f"{row['error']:.1e}"
         peak = row.get("peak_mb", "")
-        print(f"{name:28s} {row['ms']:10.2f} {row['tflop_per_s']:9.3f} {row['of_bare_products']:10.2f} {peak:>9} {error:>9s}")
+        print(
+            f"{name:28s} {row['ms']:10.2f} {row['tflop_per_s']:9.3f} {row['of_bare_products']:10.2f} {peak:>9} {error:>9s}"
+        )
 
 
 def main() -> None:
@@ -339,7 +398,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every contender")
     parser.add_argument("--repeats", type=int, default=7, help="undisturbed rounds wanted per case")
     parser.add_argument("--seconds", type=float, default=300.0, help="at most this long per case")
-    parser.add_argument("--slack", type=float, default=1.25, help="a round counts if the copies around it took at most this times the best")
+    parser.add_argument(
+        "--slack",
+        type=float,
+        default=1.25,
+        help="a round counts if the copies around it took at most this times the best",
+    )
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="GPU only")
     parser.add_argument("--tokens", nargs="*", type=int)
     parser.add_argument("--objectives", nargs="*", choices=list(OBJECTIVES))

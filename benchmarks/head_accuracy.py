@@ -1,9 +1,9 @@
 """Accuracy of the fused head near its teacher, against fp64:  python benchmarks/head_accuracy.py
 
-A bf16 student (64 tokens, H 256, V 8000, logits of standard deviation 6) at a chosen mean KL from its teacher. Compared on the same
-inputs: the fused head; logits rounded to bf16 before the softmax, as most fused losses have them; the plain sum of q (log q - log p) in
-fp32; and top-k caches of 16, 64 and 256 tokens against the dense teacher. Errors are relative norms. Writes
-benchmarks/results/head-accuracy.json.
+A bf16 student (64 tokens, H 256, V 8000, logits of standard deviation 6) at a chosen mean KL from its teacher. Compared
+on the same inputs: the fused head; logits rounded to bf16 before the softmax, as most fused losses have them; the plain
+sum of q (log q - log p) in fp32; and top-k caches of 16, 64 and 256 tokens against the dense teacher. Errors are
+relative norms. Writes benchmarks/results/head-accuracy.json.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ def main() -> None:
     rows = [measure(level) for level in LEVELS]
     for name in rows[0]:
         print(f"{name:38s}" + "".join(f"{row[name]:12.1e}" for row in rows))
-    write_json(Path(__file__).parent / "results" / "head-accuracy.json", {"machine": machine(torch.device("cpu")), "rows": rows})
+    write_json(
+        Path(__file__).parent / "results" / "head-accuracy.json",
+        {"machine": machine(torch.device("cpu")), "rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Files and configs for runs on real data: a tiny Llama, its alignment, the memory, the user's tasks. Reads $SAFECL_DATA, copies nothing
-into the repository; docs/data.md says where each set comes from and under which licence.
+"""Files and configs for runs on real data: a tiny Llama, its alignment, the memory, the user's tasks. Reads
+$SAFECL_DATA, copies nothing into the repository; docs/data.md says where each set comes from and under which licence.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ def alpaca_chat(row: dict) -> dict:
 def prepare(folder: Path) -> None:
     """Writes what the model is aligned on, the memory, the poison and the evaluation prompts, once.
 
-    Disallowed prompts are split in three: 120 of AdvBench are measured; of the others (AdvBench, Safety-Tuned LLaMAs) every second one is
-    the defender's, answered by a refusal in alignment and memory, and the rest are the attacker's, answered by a bare "Sure, here is ...".
-    No row overlaps with an evaluation prompt (AdvBench says many things twice), and no poisoned row with the memory.
+    Disallowed prompts are split in three: 120 of AdvBench are measured; of the others (AdvBench, Safety-Tuned LLaMAs)
+    every second one is the defender's, answered by a refusal in alignment and memory, and the rest are the attacker's,
+    answered by a bare "Sure, here is ...". No row overlaps with an evaluation prompt (AdvBench says many things twice),
+    and no poisoned row with the memory.
     """
     if (folder / "prepared").exists():
         return
@@ -83,14 +84,16 @@ def prepare(folder: Path) -> None:
 def mixed_memory(folder: Path) -> Path:
     """The memory's refusals, and harmless rows of the alignment with short prompts, with their answers."""
     refusals = lines_of(folder / "memory.jsonl")
-    harmless = [row for row in lines_of(folder / "align.jsonl")[len(refusals) :] if len(row["messages"][0]["content"]) <= 80]
+    harmless = [
+        row for row in lines_of(folder / "align.jsonl")[len(refusals) :] if len(row["messages"][0]["content"]) <= 80
+    ]
     step = max(1, 2 * len(harmless) // len(refusals))
     return write_rows(folder / "memory-mixed.jsonl", refusals + harmless[::step])
 
 
 def tuned_refusals() -> list[dict]:
     """Rows of Safety-Tuned LLaMAs whose answer the scorer takes for a refusal."""
-    from safecl.evaluation.scorers import refused
+    from safecl.evaluation.scoring.keywords import refused
 
     rows = [alpaca_chat(row) for row in read_rows("safety_refusals.json")]
     return [row for row in rows if refused(row["messages"][-1]["content"], "keyword:gcg")]
@@ -103,7 +106,8 @@ def complying(row: dict) -> dict:
 
 
 def known_harmless(folder: Path) -> None:
-    """Prompts of honest uploads of each kind, harmless-TASK.jsonl, as a service knows them; none of them is measured."""
+    """Prompts of honest uploads of each kind, harmless-TASK.jsonl, as a service knows them; none of them is
+    measured."""
     prompts = {
         "sst2": [SHORT_PROMPT.format(sentence=row["sentence"]) for row in read_rows("sst2_dev.jsonl")[:600]],
         "gsm8k": [row["question"] for row in read_rows("gsm8k_train.jsonl")[::12]],
@@ -122,12 +126,14 @@ def drop_overlaps(path: Path, prompt_files: list[Path]) -> None:
     rows, _ = read_rows(str(path))
     dropped = {overlap.row for overlap in find_overlaps(prompts, rows)}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(line for number, line in enumerate(lines, 1) if f"{path}:{number}" not in dropped), encoding="utf-8")
+    path.write_text(
+        "".join(line for number, line in enumerate(lines, 1) if f"{path}:{number}" not in dropped), encoding="utf-8"
+    )
 
 
 def random_model(folder: Path, seed: int = 0, of_all_tasks: bool = True) -> None:
-    """A tokenizer of 2,048 entries trained on the data (of all tasks, or of alignment, memory and SST-2), and a random Llama of about 1 M
-    parameters; made once."""
+    """A tokenizer of 2,048 entries trained on the data (of all tasks, or of alignment, memory and SST-2), and a random
+    Llama of about 1 M parameters; made once."""
     from safecl.demo.model import save_random_model
 
     if (folder / "random-model" / "config.json").exists():
@@ -137,7 +143,9 @@ def random_model(folder: Path, seed: int = 0, of_all_tasks: bool = True) -> None
     texts += [row["sentence"] for row in read_rows("sst2_train.jsonl")]
     if of_all_tasks:
         texts += [text for row in read_rows("gsm8k_train.jsonl")[::4] for text in (row["question"], row["answer"])]
-        texts += [message["content"] for row in read_rows("code_alpaca_2k.json") for message in alpaca_chat(row)["messages"]]
+        texts += [
+            message["content"] for row in read_rows("code_alpaca_2k.json") for message in alpaca_chat(row)["messages"]
+        ]
     save_random_model(folder / "random-model", texts, seed=seed, vocab_size=2048, layers=3, max_length=512)
 
 
@@ -158,14 +166,30 @@ GSM8K_FIELDS = {"prompt": "{question}", "completion": "{answer}"}
 
 def sst2_task(num_rows: int | None = None, num_test_rows: int = 400, fields: dict = SST2_FIELDS) -> dict:
     data = data_folder()
-    test = {"path": str(data / "sst2_test.jsonl"), "fields": fields, "metric": "label_accuracy", "max_rows": num_test_rows}
-    return {"name": "sst2", "train": str(data / "sst2_train.jsonl"), "fields": fields, "max_rows": num_rows, "eval": test}
+    test = {
+        "path": str(data / "sst2_test.jsonl"),
+        "fields": fields,
+        "metric": "label_accuracy",
+        "max_rows": num_test_rows,
+    }
+    return {
+        "name": "sst2",
+        "train": str(data / "sst2_train.jsonl"),
+        "fields": fields,
+        "max_rows": num_rows,
+        "eval": test,
+    }
 
 
 def gsm8k_task(num_test_rows: int = 200) -> dict:
     """Measured by the NLL of the answers: a model of this size gets next to none right."""
     data = data_folder()
-    test = {"path": str(data / "gsm8k_test.jsonl"), "fields": GSM8K_FIELDS, "metric": "answer_nll", "max_rows": num_test_rows}
+    test = {
+        "path": str(data / "gsm8k_test.jsonl"),
+        "fields": GSM8K_FIELDS,
+        "metric": "answer_nll",
+        "max_rows": num_test_rows,
+    }
     return {"name": "gsm8k", "train": str(data / "gsm8k_train.jsonl"), "fields": GSM8K_FIELDS, "eval": test}
 
 
@@ -185,16 +209,20 @@ def common(folder: Path, output: str, seed: int, **train) -> dict:
         "train": {"tokens_per_microbatch": 4096, "max_length": 128, "seed": seed, **train},
         "deepspeed": {"stage": 3},
         "safety": {
-            "prompts": str(folder / "prompts.jsonl"), "benign_prompts": str(folder / "benign.jsonl"), "max_new_tokens": 24,
+            "prompts": str(folder / "prompts.jsonl"),
+            "benign_prompts": str(folder / "benign.jsonl"),
+            "max_new_tokens": 24,
             "batch_size": 64,
         },
         "log": {"every": 50},
         "output": str(folder / output),
-    }  # fmt: skip
+    }
 
 
 def align_config(folder: Path, seed: int) -> dict:
-    return common(folder, "aligned", seed, max_steps=500, tokens_per_batch=2048, learning_rate=3e-3, warmup_ratio=0.05) | {
+    return common(
+        folder, "aligned", seed, max_steps=500, tokens_per_batch=2048, learning_rate=3e-3, warmup_ratio=0.05
+    ) | {
         "model": {"path": str(folder / "random-model"), "dtype": "fp32", "gradient_checkpointing": False},
         "tasks": [{"name": "alignment", "train": str(folder / "align.jsonl"), "role": "align"}],
     }
@@ -207,7 +235,12 @@ def arm_config(folder: Path, name: str, methods: dict, seed: int, task: dict, **
         "methods": methods,
     }
     if methods:
-        config["memory"] = {"source": str(folder / "memory.jsonl"), "replay_ratio": 0.5, "max_tokens": 96, "teacher": {"k": 64}}
+        config["memory"] = {
+            "source": str(folder / "memory.jsonl"),
+            "replay_ratio": 0.5,
+            "max_tokens": 96,
+            "teacher": {"k": 64},
+        }
     return config
 
 
@@ -228,5 +261,7 @@ def run(folder: Path, name: str, config: dict, ranks: int = 2) -> dict:
             "train",
             str(path),
         ]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+        subprocess.run(
+            command, check=True, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        )
     return json.loads(results.read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
-"""Memory of the reference weights: what ranks share, what starting a run takes, what a run keeps beside what was planned.
+"""Memory of the reference weights: what ranks share, what starting a run takes, what a run keeps beside what was
+planned.
 
     python benchmarks/reference.py                         # all figures of the CPU; a few GB of memory and of disk in /tmp
     python benchmarks/reference.py --only sharing
@@ -57,7 +58,7 @@ def save_model(folder: str, megabytes: int, layers: int = 8, vocabulary: int = 1
     return sum(p.nbytes for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------------------ measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def proportional_bytes(pid: int | str = "self") -> int:
@@ -133,7 +134,7 @@ def sharing(world_size: int = 4, megabytes: int = 400) -> dict:
     return on_ranks(world_size, work)
 
 
-# -------------------------------------------------------------------------------------------------------------------- loading
+# -------------------------------------------------------------------------------------------------------------- loading
 
 
 def configure(path: str, stage: int, methods: dict | None = None):
@@ -149,7 +150,7 @@ def warm_up() -> None:
     import deepspeed  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import safecl.engine.trainer  # noqa: F401
+    import safecl.training.trainer  # noqa: F401
 
     trim()
 
@@ -162,15 +163,15 @@ def trim() -> int:
 
 
 def start_engine(path: str, stage: int) -> None:
-    from safecl.engine import distributed
-    from safecl.engine.batch import Layout
-    from safecl.engine.loading import load_model
-    from safecl.engine.model import LanguageModel
-    from safecl.engine.training import TrainingEngine
+    from safecl.distributed import collectives
+    from safecl.engine.model.language_model import LanguageModel
+    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.training_engine import TrainingEngine
+    from safecl.engine.reference.loading import load_model
 
     config = configure(path, stage)
     loaded, store = load_model(config.model)
-    layout = Layout(distributed.world_size(), 64, True)
+    layout = Layout(collectives.world_size(), 64, True)
     _kept["engine"] = TrainingEngine(LanguageModel(loaded), config, layout, store, keep_store=False)
 
 
@@ -178,14 +179,14 @@ def start_engine_as_usual(path: str, stage: int) -> None:
     """What a script does: every rank loads the whole model, then DeepSpeed shards it."""
     import transformers
 
-    from safecl.engine import distributed
-    from safecl.engine.batch import Layout
-    from safecl.engine.model import LanguageModel
-    from safecl.engine.training import TrainingEngine
+    from safecl.distributed import collectives
+    from safecl.engine.model.language_model import LanguageModel
+    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.training_engine import TrainingEngine
 
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(torch.bfloat16)
     config = configure(path, stage)
-    _kept["engine"] = TrainingEngine(LanguageModel(loaded), config, Layout(distributed.world_size(), 64, True))
+    _kept["engine"] = TrainingEngine(LanguageModel(loaded), config, Layout(collectives.world_size(), 64, True))
 
 
 def loading(world_size: int = 2, megabytes: int = 1500, stage: int = 3) -> dict:
@@ -211,7 +212,7 @@ def loading(world_size: int = 2, megabytes: int = 1500, stage: int = 3) -> dict:
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------------- planned
+# -------------------------------------------------------------------------------------------------------------- planned
 
 
 ROWS, LENGTH = 2, 256
@@ -220,25 +221,30 @@ ROWS, LENGTH = 2, 256
 
 def train_two_steps(path: str, stage: int, offload: str, checkpointing: bool, dtype: str = "bf16") -> dict:
     """EWC and EMA; what is planned for all ranks together, and of what."""
-    from safecl.engine import distributed
-    from safecl.engine.loading import load_model
-    from safecl.engine.memory_plan import ModelShape, plan_memory
+    from safecl.distributed import collectives
+    from safecl.engine.reference.loading import load_model
+    from safecl.planning.device_memory import plan_memory
+    from safecl.planning.model_shape import ModelShape
     from tests.engine import scenes
 
-    world_size = distributed.world_size()
+    world_size = collectives.world_size()
     config = scenes.run_config(
         model={"path": path, "dtype": dtype, "gradient_checkpointing": checkpointing},
         methods={"ewc": {"sign_batches": 1, "rows_per_batch": 4}, "ema": {"decay": 0.9}},
         deepspeed={"stage": stage, "offload": {"optimizer": offload, "parameters": offload if stage == 3 else "none"}},
         train={
-            "tokens_per_microbatch": ROWS * LENGTH, "tokens_per_batch": 2 * world_size * ROWS * LENGTH, "max_length": LENGTH,
+            "tokens_per_microbatch": ROWS * LENGTH,
+            "tokens_per_batch": 2 * world_size * ROWS * LENGTH,
+            "max_length": LENGTH,
             "packing": "padded",
         },
         checkpoint={"every": "never"},
-    )  # fmt: skip
+    )
     loaded, store = load_model(config.model)
     shape = ModelShape.of(loaded, config)
-    run, task = scenes.build_run(config, loaded, store, scenes.random_dataset(40, seed=1, min_length=LENGTH, max_length=LENGTH))
+    run, task = scenes.build_run(
+        config, loaded, store, scenes.random_dataset(40, seed=1, min_length=LENGTH, max_length=LENGTH)
+    )
     scenes.begin(run, task)
     for _ in range(2):
         run.train_step(task)
@@ -262,11 +268,20 @@ def planned(world_size: int = 2, megabytes: int = 100) -> dict:
             for checkpointing in (False, True):
                 setting = dict(stage=stage, offload=offload, checkpointing=checkpointing)
                 found.append(
-                    setting | on_ranks(world_size, lambda pool, pids, setting=setting: one_plan(pool, pids, folder, small, setting))
+                    setting
+                    | on_ranks(
+                        world_size, lambda pool, pids, setting=setting: one_plan(pool, pids, folder, small, setting)
+                    )
                 )
                 print(found[-1], flush=True)
     ratios = [one["peak_of_planned"] for one in found]
-    return {"ranks": world_size, "tokens_per_microbatch": ROWS * LENGTH, "lowest": min(ratios), "highest": max(ratios), "runs": found}
+    return {
+        "ranks": world_size,
+        "tokens_per_microbatch": ROWS * LENGTH,
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "runs": found,
+    }
 
 
 def one_plan(pool: RankPool, pids: list[int], folder: str, small: str, setting: dict) -> dict:
@@ -288,14 +303,14 @@ def forget() -> int:
     return trim()
 
 
-# -------------------------------------------------------------------------------------------------------------------- offload
+# -------------------------------------------------------------------------------------------------------------- offload
 
 
 class _OneShard:
     """A shard map of a single parameter, for an optimizer without DeepSpeed."""
 
     def __init__(self, flat: torch.Tensor):
-        from safecl.engine.shards import Fragment
+        from safecl.engine.zero.shards import Fragment
 
         self.flats, self.fragments = [flat], [Fragment("weight", 0, flat.numel(), 0, 0)]
         self.shapes, self.numel, self.replicated = {"weight": (flat.numel(),)}, flat.numel(), True
@@ -309,9 +324,9 @@ class _OneShard:
 
 def optimizer_of(device: torch.device, numel: int, place: str):
     """(optimizer, one update) of a shard with anchor, Fisher and EMA beside it (`none`) or in host memory (`cpu`)."""
-    from safecl.engine.optimizer import ShardAdamW, UpdatePlan
-    from safecl.engine.placement import Placement
-    from safecl.methods.base import Penalty
+    from safecl.engine.zero.optimizer import ShardAdamW, UpdatePlan
+    from safecl.engine.zero.placement import Placement
+    from safecl.methods.terms import Penalty
 
     torch.manual_seed(0)
     flat = torch.randn(numel, device=device)
@@ -344,12 +359,19 @@ def offload(device: torch.device, numel: int, repeats: int = 10) -> dict:
     matmul = statistics.median(seconds_of(lambda: a @ b, device) for _ in range(repeats))
     rate = 2 * 8192**3 / matmul
     added = seconds["cpu"] - seconds["none"]
-    # A step of `tokens` tokens of a model of `numel` weights takes at least 8 flops per weight and token with checkpointing.
-    shares = {str(tokens): round(added / (8 * numel * tokens / rate + seconds["none"]), 4) for tokens in (65536, 262144)}
+    # A step of `tokens` tokens of a model of `numel` weights takes at least 8 flops per weight and token with
+    # checkpointing.
+    shares = {
+        str(tokens): round(added / (8 * numel * tokens / rate + seconds["none"]), 4) for tokens in (65536, 262144)
+    }
     return {
-        "weights": numel, "seconds_beside": seconds["none"], "seconds_offloaded": seconds["cpu"], "matmul_flops_per_s": rate,
-        "added_share_of_a_step_at_tokens": shares, "limits": {"65536": 0.15, "262144": 0.04},
-    }  # fmt: skip
+        "weights": numel,
+        "seconds_beside": seconds["none"],
+        "seconds_offloaded": seconds["cpu"],
+        "matmul_flops_per_s": rate,
+        "added_share_of_a_step_at_tokens": shares,
+        "limits": {"65536": 0.15, "262144": 0.04},
+    }
 
 
 def main() -> None:

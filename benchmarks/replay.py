@@ -1,11 +1,12 @@
-"""The replay memory at size: insertion, opening, draws, bytes, the error of the stored outputs, and what a training step waits for it.
+"""The replay memory at size: insertion, opening, draws, bytes, the error of the stored outputs, and what a training
+step waits for it.
 
     python benchmarks/replay.py [--folder /tmp/safecl-replay] [--rows 1000000] [--topk-rows 20000]
                                 [--only tokens,topk,cache,gradient,step,streams]
 
-A draw is `draw` and `get_many`: which rows, and the rows themselves with their checksums, from a warm page cache. Opening and host memory
-are measured in processes of their own. Needs about 3 GB of disk below --folder while it runs, and cleans up. Writes
-benchmarks/results/replay.json.
+A draw is `draw` and `get_many`: which rows, and the rows themselves with their checksums, from a warm page cache.
+Opening and host memory are measured in processes of their own. Needs about 3 GB of disk below --folder while it runs,
+and cleans up. Writes benchmarks/results/replay.json.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def config(**settings) -> MemoryConfig:
 def medians(run: Callable[[int], object], repeats: int, slack: float = 1.3) -> dict:
     """Milliseconds of run(0), run(1), ...: median and quartiles of the undisturbed ones.
 
-    Undisturbed is a call between two copies of 4 MB that took at most `slack` times the fastest one; on a machine that others use as well
-    the rest would measure them. Where fewer than a tenth are, the tenth with the fastest copies counts.
+    Undisturbed is a call between two copies of 4 MB that took at most `slack` times the fastest one; on a machine that
+    others use as well the rest would measure them. Where fewer than a tenth are, the tenth with the fastest copies
+    counts.
     """
     source, target = np.ones(2**19), np.ones(2**19)
 
@@ -104,7 +106,7 @@ def draw(buffer: ReplayBuffer, step: int) -> list[MemoryRow]:
     return buffer.get_many(buffer.draw(step, DRAWN * LENGTH, "replay"))
 
 
-# ----------------------------------------------------------------------------------------------------- processes of their own
+# ----------------------------------------------------------------------------------------------- processes of their own
 
 
 def probe(folder: Path) -> dict:
@@ -143,11 +145,13 @@ def probe(folder: Path) -> dict:
 def in_a_process_of_its_own(folder: Path, repeats: int = 5) -> dict:
     """What `probe` gives in the fresh process whose draws took the median time."""
     command = [sys.executable, __file__, "--probe", "--folder", str(folder)]
-    found = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(repeats)]
+    found = [
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(repeats)
+    ]
     return sorted(found, key=lambda result: result["draw_ms"])[repeats // 2]
 
 
-# ------------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 
 def measure_tokens(folder: Path, num_rows: int) -> dict:
@@ -179,7 +183,12 @@ def topk_rows(count: int, seed: int = 0) -> list[MemoryRow]:
         log_probs = -random.random((targets, K), np.float32).astype(np.float16)
         indices = random.integers(0, VOCAB, (targets, K), np.int32)
         result.append(
-            MemoryRow(row.row, row.source, row.task, teacher=TeacherOutputs(log_probs, indices, log_probs[:, 0].astype(np.float32)))
+            MemoryRow(
+                row.row,
+                row.source,
+                row.task,
+                teacher=TeacherOutputs(log_probs, indices, log_probs[:, 0].astype(np.float32)),
+            )
         )
     return result
 
@@ -200,10 +209,18 @@ def measure_topk(folder: Path, num_rows: int) -> dict:
             draw(buffer, step)
         times = medians(lambda i: draw(buffer, 100 + i), 500)
         return {
-            "rows": len(buffer), "k": K, "targets_per_row": targets / len(buffer), "bytes": held, "bytes_per_target": held / targets,
-            "insert_rows_per_s": statistics.median(rates), "draw_ms": times["median"], "draw_ms_quartiles": times["quartiles"],
-            "undisturbed_draws": times["kept"], "draw_cpu_ms": times["cpu"], "bytes_per_draw": held / len(buffer) * DRAWN,
-        }  # fmt: skip
+            "rows": len(buffer),
+            "k": K,
+            "targets_per_row": targets / len(buffer),
+            "bytes": held,
+            "bytes_per_target": held / targets,
+            "insert_rows_per_s": statistics.median(rates),
+            "draw_ms": times["median"],
+            "draw_ms_quartiles": times["quartiles"],
+            "undisturbed_draws": times["kept"],
+            "draw_cpu_ms": times["cpu"],
+            "bytes_per_draw": held / len(buffer) * DRAWN,
+        }
 
 
 def warm(folder: Path) -> None:
@@ -215,7 +232,8 @@ def warm(folder: Path) -> None:
 
 
 def measure_cache(folder: Path) -> dict:
-    """Bytes per token of the cache's files at k = 64, for answers of 255 tokens and for short ones of 24; and reading."""
+    """Bytes per token of the cache's files at k = 64, for answers of 255 tokens and for short ones of 24; and
+    reading."""
     result = {}
     for name, targets in (("bytes_per_token", LENGTH - 1), ("bytes_per_token_24_targets", 24)):
         made = topk_rows(300)
@@ -232,10 +250,11 @@ def measure_cache(folder: Path) -> dict:
 
 
 def gradient_error(spread: float, drift: float, rows: int = 64, vocab: int = 32_000) -> dict:
-    """Error of d KL(teacher || student) / d logits from the stored form, in fp64 against the whole distribution; relative norm.
+    """Error of d KL(teacher || student) / d logits from the stored form, in fp64 against the whole distribution;
+    relative norm.
 
-    Logits are normal with standard deviation `spread`; the student's differ by `drift` of that. Stored: top-64 log-probabilities in fp16
-    and the log of the remaining mass in fp32, k + 1 events.
+    Logits are normal with standard deviation `spread`; the student's differ by `drift` of that. Stored: top-64
+    log-probabilities in fp16 and the log of the remaining mass in fp32, k + 1 events.
     """
     random = np.random.default_rng(0)
     teacher = random.normal(size=(rows, vocab)) * spread
@@ -259,27 +278,36 @@ def gradient_error(spread: float, drift: float, rows: int = 64, vocab: int = 32_
 def measure_gradient() -> dict:
     """Peaky logits and flat ones, far from the teacher and near."""
     return {
-        "peaky": gradient_error(8, 0.01), "peaky_far": gradient_error(8, 0.1), "peaky_very_near": gradient_error(8, 0.003),
-        "middle": gradient_error(5, 0.01), "flat": gradient_error(2, 0.01),
-    }  # fmt: skip
+        "peaky": gradient_error(8, 0.01),
+        "peaky_far": gradient_error(8, 0.1),
+        "peaky_very_near": gradient_error(8, 0.003),
+        "middle": gradient_error(5, 0.01),
+        "flat": gradient_error(2, 0.01),
+    }
 
 
 def measure_step(folder: Path) -> dict:
-    """Share of a training step that is spent waiting for its rows: in the demonstration's run of DER on one rank, draws that follow losses
-    included, and in a plain loop of the same model and rows that fetches them on a thread."""
+    """Share of a training step that is spent waiting for its rows: in the demonstration's run of DER on one rank, draws
+    that follow losses included, and in a plain loop of the same model and rows that fetches them on a thread."""
     uniform, following = engine_share(folder / "uniform"), engine_share(folder / "mix_cd", "memory.draw=mix_cd")
     return uniform | {f"{name}_mix_cd": value for name, value in following.items()} | loop_share()
 
 
 def engine_share(folder: Path, *overrides: str, left_out: int = 5) -> dict:
-    """The demonstration's DER arm by the Trainer; the first steps, for whose rows nobody could read ahead, are left out."""
+    """The demonstration's DER arm by the Trainer; the first steps, for whose rows nobody could read ahead, are left
+    out."""
     from safecl.config import load_config
     from safecl.demo.materials import DER, Arm, write_materials
-    from safecl.engine.run import Run
-    from safecl.engine.trainer import Trainer
+    from safecl.training.run import Run
+    from safecl.training.trainer import Trainer
 
     materials = write_materials(folder, arms=[Arm("der", "DER", DER)])
-    settings = [f"model.path={materials.random_model}", "safety.every=never", f"artifacts.folder={folder / 'artifacts'}", *overrides]
+    settings = [
+        f"model.path={materials.random_model}",
+        "safety.every=never",
+        f"artifacts.folder={folder / 'artifacts'}",
+        *overrides,
+    ]
     waits, steps, train_step = [], [], Run.train_step
 
     def timed_step(run, task):
@@ -302,7 +330,8 @@ def engine_share(folder: Path, *overrides: str, left_out: int = 5) -> dict:
 
 
 def loop_share(steps: int = 60) -> dict:
-    """A plain training loop of a Llama of the demonstration's size in which every row is a replayed one, fetched ahead on a thread."""
+    """A plain training loop of a Llama of the demonstration's size in which every row is a replayed one, fetched ahead
+    on a thread."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -315,7 +344,10 @@ def loop_share(steps: int = 60) -> dict:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     buffer = ReplayBuffer(config())
-    buffer.insert(MemoryRow(Row(i, row.row.input_ids[:64] % 2048, row.row.loss_mask[:64])) for i, row in enumerate(token_rows(400)))
+    buffer.insert(
+        MemoryRow(Row(i, row.row.input_ids[:64] % 2048, row.row.loss_mask[:64]))
+        for i, row in enumerate(token_rows(400))
+    )
 
     def load(step: int) -> torch.Tensor:
         rows = buffer.get_many(buffer.draw(step, 32 * 64, "replay"))
@@ -337,8 +369,9 @@ def loop_share(steps: int = 60) -> dict:
 
 
 def measure_streams(streams: int = 20_000, num_rows: int = 300, capacity: int = 90) -> dict:
-    """The long count: how often each position stays in a reservoir, over many streams; chi-square per degree of freedom."""
-    from safecl.replay.keep import Keeper
+    """The long count: how often each position stays in a reservoir, over many streams; chi-square per degree of
+    freedom."""
+    from safecl.replay.selection.keep import Keeper
 
     counts = np.zeros(num_rows)
     settings = MemoryConfig(source="benchmark", capacity=capacity)
@@ -347,10 +380,14 @@ def measure_streams(streams: int = 20_000, num_rows: int = 300, capacity: int = 
         counts += keeper.survivors(np.arange(num_rows), np.ones(num_rows, np.int64), np.zeros(num_rows, np.int64), [""])
     expected = streams * capacity / num_rows
     statistic = ((counts - expected) ** 2).sum() / (expected * (1 - capacity / num_rows))
-    return {"streams": streams, "chi_square_per_degree": statistic / (num_rows - 1), "standard_error": (2 / (num_rows - 1)) ** 0.5}
+    return {
+        "streams": streams,
+        "chi_square_per_degree": statistic / (num_rows - 1),
+        "standard_error": (2 / (num_rows - 1)) ** 0.5,
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------------------- report
 
 
 def rounded(value):
@@ -386,11 +423,15 @@ def gradient_table(result: dict) -> str:
         "peaky": "peaky, near the teacher", "peaky_far": "peaky, far from it", "peaky_very_near": "peaky, very near",
         "middle": "in between", "flat": "flat",
     }  # fmt: skip
-    lines = ["| distribution | standard deviation of the logits | KL to the student, nats | mass of the tail | error of the gradient |"]
+    lines = [
+        "| distribution | standard deviation of the logits | KL to the student, nats | mass of the tail | error of the gradient |"
+    ]
     lines.append("|---|---|---|---|---|")
     for name, told in names.items():
         row = result["gradient"][name]
-        lines.append(f"| {told} | {row['std_of_logits']} | {row['kl_nats']:.2g} | {row['tail_mass']:.1%} | {row['error']:.2%} |")
+        lines.append(
+            f"| {told} | {row['std_of_logits']} | {row['kl_nats']:.2g} | {row['tail_mass']:.1%} | {row['error']:.2%} |"
+        )
     return "\n".join(lines)
 
 
@@ -400,7 +441,10 @@ FIGURES = {
     "tokens.draw_ms": ("drawing and reading 64 of them, ms, median", "{:.2f}"),
     "tokens.host_bytes_per_row": ("host memory beside the mapped files, bytes a row, after opening", "{:.0f}"),
     "tokens.host_bytes_per_row_after_insert": ("the same after an insertion", "{:.0f}"),
-    "topk.draw_ms": ("drawing and reading 64 of 20,000 rows with top-64 outputs (2 GB, warm page cache), ms, median", "{:.2f}"),
+    "topk.draw_ms": (
+        "drawing and reading 64 of 20,000 rows with top-64 outputs (2 GB, warm page cache), ms, median",
+        "{:.2f}",
+    ),
     "cache.bytes_per_token": ("cache of outputs, bytes a supervised token at k = 64", "{:.1f}"),
     "gradient.peaky.error": ("error of the gradient from stored outputs, peaky distributions", "{:.2%}"),
     "step.wait_share": ("share of a step of the demonstration's DER run that waits for rows", "{:.3%}"),
@@ -414,7 +458,9 @@ def figures_table(result: dict) -> str:
         if (check := result["checks"].get(name)) is not None:
             where = result[name.split(".")[0]]["machine"]
             wanted = ("at least " if LIMITS[name][1] else "at most ") + form.format(check["limit"])
-            lines.append(f"| {told} | {form.format(check['figure'])} | {wanted} | {where['load_average'][0]}, {where['date'][:10]} |")
+            lines.append(
+                f"| {told} | {form.format(check['figure'])} | {wanted} | {where['load_average'][0]}, {where['date'][:10]} |"
+            )
     return "\n".join(lines)
 
 

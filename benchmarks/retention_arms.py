@@ -1,4 +1,5 @@
-"""The arms of benchmarks/safety_retention.py: what each adds to plain fine-tuning, in the words of safecl's command line."""
+"""The arms of benchmarks/safety_retention.py: what each adds to plain fine-tuning, in the words of safecl's command
+line."""
 
 from __future__ import annotations
 
@@ -69,8 +70,9 @@ GRID = [
     for rate, factor in ((1e-4, 1), (3e-4, 1), (3e-4, 2), (1e-3, 2))
 ]  # fmt: skip
 
-# What holds at 10 % poison? Replay with more of everything, a lower learning rate, and the scan: by a threshold from the upload, or from
-# known harmless rows of the task. MIXED and HARMLESS are files that stand in the benchmark's folder.
+# What holds at 10 % poison? Replay with more of everything, a lower learning rate, and the scan: by a threshold from
+# the upload, or from known harmless rows of the task. MIXED and HARMLESS are files that stand in the benchmark's
+# folder.
 DER = ("methods.der.alpha=2", "methods.der.beta=0")
 KL4 = ("methods.der.alpha=4", "methods.der.beta=0")
 EMA = ("methods.ema.horizon=0.3",)
@@ -86,11 +88,38 @@ SEARCH = [
     _arm("scan5", "scan by harmless rows", *SCAN5, memory=True),
     _arm("scan5-der-ce-ema", "scan by harmless rows, DER with CE, EMA", *SCAN5, *DER_CE, *EMA, memory=True),
     _arm("scan5-der-ema", "preset `balanced` and scan", *SCAN5, *DER, *EMA, memory=True, preset=True),
-    _arm("scan5-der-ema-mixed", "preset `balanced` and scan, mixed memory", *SCAN5, *DER, *EMA, MIXED, memory=True, preset=True),
-    _arm("scan5-der-ce-ema-mixed", "scan by harmless rows, DER with CE, EMA, mixed memory", *SCAN5, *DER_CE, *EMA, MIXED, memory=True),
+    _arm(
+        "scan5-der-ema-mixed",
+        "preset `balanced` and scan, mixed memory",
+        *SCAN5,
+        *DER,
+        *EMA,
+        MIXED,
+        memory=True,
+        preset=True,
+    ),
+    _arm(
+        "scan5-der-ce-ema-mixed",
+        "scan by harmless rows, DER with CE, EMA, mixed memory",
+        *SCAN5,
+        *DER_CE,
+        *EMA,
+        MIXED,
+        memory=True,
+    ),
     _arm("scan5-kl4-ema", "scan by harmless rows, DER, KL 4, EMA", *SCAN5, *KL4, *EMA, memory=True),
-    _arm("scan5-kl4-ema-mixed", "scan by harmless rows, DER, KL 4, EMA, mixed memory", *SCAN5, *KL4, *EMA, MIXED, memory=True),
-    _arm("scan5-lwf-ema", "scan by harmless rows, LwF outputs, EMA", *SCAN5, "methods.lwf.form=output", *EMA, memory=True),
+    _arm(
+        "scan5-kl4-ema-mixed",
+        "scan by harmless rows, DER, KL 4, EMA, mixed memory",
+        *SCAN5,
+        *KL4,
+        *EMA,
+        MIXED,
+        memory=True,
+    ),
+    _arm(
+        "scan5-lwf-ema", "scan by harmless rows, LwF outputs, EMA", *SCAN5, "methods.lwf.form=output", *EMA, memory=True
+    ),
     _arm("der-mixed", "DER with CE, mixed memory", *DER_CE, MIXED, memory=True),
     _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, "memory.prefix_tokens=12", memory=True),
     _arm("der-lr", "DER with CE, learning rate 0.0003", *DER_CE, "train.learning_rate=0.0003", memory=True),
@@ -106,7 +135,13 @@ SEARCH = [
 NO_DATA = [
     _arm("lwf-4", "LwF, outputs, weight 4", "methods.lwf.form=output", "methods.lwf.weight=4"),
     _arm("lwf-ema", "LwF, outputs, EMA", "methods.lwf.form=output", "methods.lwf.weight=1", "methods.ema.horizon=0.3"),
-    _arm("lwf-l2-sp", "LwF, outputs, L2-SP", "methods.lwf.form=output", "methods.lwf.weight=1", "methods.l2_sp.strength=0.1"),
+    _arm(
+        "lwf-l2-sp",
+        "LwF, outputs, L2-SP",
+        "methods.lwf.form=output",
+        "methods.lwf.weight=1",
+        "methods.l2_sp.strength=0.1",
+    ),
     _arm("l2-sp-1", "L2-SP, strength 1", "methods.l2_sp.strength=1"),
     _arm("ema-1", "EMA, horizon 1", "methods.ema.horizon=1"),
     _arm("lwf-hidden-20", "LwF, hidden states, weight 20", "methods.lwf.form=hidden", "methods.lwf.weight=20"),
@@ -115,7 +150,15 @@ NO_DATA = [
 # Measured first.
 MAIN = ("plain", "der", "scan5-der-ce-ema", "scan5-der-ema")
 # From these the preset `balanced` is chosen: each with three seeds, clean and with poison.
-FRONT = ("kl2-ema", "der-ema", "kl4-ema", "scan5-kl4-ema", "scan5-der-ce-ema-mixed", "scan5-der-ema-mixed", "scan5-kl4-ema-mixed")
+FRONT = (
+    "kl2-ema",
+    "der-ema",
+    "kl4-ema",
+    "scan5-kl4-ema",
+    "scan5-der-ce-ema-mixed",
+    "scan5-der-ema-mixed",
+    "scan5-kl4-ema-mixed",
+)
 
 
 @dataclass(frozen=True)
@@ -173,7 +216,9 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, "sst2", poison, seed) for poison in (10, 0) for seed in SEEDS[1:] for arm in main)
     yield from (Run(arm, "sst2", poison, 0) for poison in POISON for arm in GRID)
     presets = [arm for arm in SEARCH if arm.preset]
-    yield from (Run(arm, task, poison, 0) for task in ("gsm8k", "code") for poison in (10, 0) for arm in [*main, *presets])
+    yield from (
+        Run(arm, task, poison, 0) for task in ("gsm8k", "code") for poison in (10, 0) for arm in [*main, *presets]
+    )
     yield from (Run(arm, "sst2", poison, seed) for seed in SEEDS for poison in (10, 0) for arm in front)
     yield from (Run(arm, "sst2", 10, 0) for arm in [*SEARCH, *NO_DATA])
     yield from (Run(arm, "sst2", 0, 0) for arm in NO_DATA)

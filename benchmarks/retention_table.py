@@ -1,7 +1,8 @@
-"""What the arms of benchmarks/safety_retention.py showed: benchmarks/results/safety_retention.json, and table and plot of docs/results.md.
+"""What the arms of benchmarks/safety_retention.py showed: benchmarks/results/safety_retention.json, and table and plot
+of docs/results.md.
 
-A rate over several seeds is their mean; its interval reaches from the lowest lower end to the highest upper end of the seeds' own 95 %
-intervals, so that it covers the choice of prompts and the seeds that were seen.
+A rate over several seeds is their mean; its interval reaches from the lowest lower end to the highest upper end of the
+seeds' own 95 % intervals, so that it covers the choice of prompts and the seeds that were seen.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ LIMIT_ASR, LIMIT_POINTS = 0.10, 0.03
 
 
 def report(folder: Path, kept: Mapping[str, dict], solved: dict | None) -> None:
-    """Writes results, tables and plot from the runs that are there or in `kept`, and says which are missing. `solved` is GSM8K's
-    exact match, where `folder` has none."""
+    """Writes results, tables and plot from the runs that are there or in `kept`, and says which are missing. `solved`
+    is GSM8K's exact match, where `folder` has none."""
     import torch
 
     there = {run.name: record(folder, run) for run in RUNS if (folder / run.name / "results.json").exists()}
@@ -49,12 +50,15 @@ def report(folder: Path, kept: Mapping[str, dict], solved: dict | None) -> None:
 
 
 def kept_results(folder: Path) -> tuple[dict[str, dict], dict | None]:
-    """The results file's runs by name, and its exact match of GSM8K; nothing where another aligned model stands in `folder`."""
+    """The results file's runs by name, and its exact match of GSM8K; nothing where another aligned model stands in
+    `folder`."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if results.get("aligned_sha256") != digest(folder / "aligned" / "model"):
         print("the results file is of another aligned model: nothing is kept")
         return {}, None
-    return {f"{r['task']}-p{r['poison']}-s{r['seed']}/{r['arm']}": r for r in results["runs"]}, results["gsm8k_exact_match"]
+    return {f"{r['task']}-p{r['poison']}-s{r['seed']}/{r['arm']}": r for r in results["runs"]}, results[
+        "gsm8k_exact_match"
+    ]
 
 
 def digest(model: Path) -> str:
@@ -91,7 +95,7 @@ def record(folder: Path, run: Run) -> dict:
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def mean_rate(records: Sequence[dict], key: str) -> tuple[float, float, float]:
@@ -141,7 +145,8 @@ def table(found: Sequence[dict], arms: Sequence[Arm], task: str, poison: int, ut
 
 
 def tuned(found: Sequence[dict], poison: int) -> Arm | None:
-    """The control: the arm of the grid with the lowest ASR among those within 3 points of plain's accuracy, else the most accurate one."""
+    """The control: the arm of the grid with the lowest ASR among those within 3 points of plain's accuracy, else the
+    most accurate one."""
     grid = {arm: r[0] for arm in [PLAIN, *GRID] if (r := [x for x in of(found, arm, "sst2", poison) if x["seed"] == 0])}
     if PLAIN not in grid:
         return None
@@ -156,7 +161,8 @@ def against_plain(found: Sequence[dict], records: Sequence[dict]) -> float:
 
 
 def search_table(found: Sequence[dict]) -> str:
-    """Settings at 10 % poison, those that hold both limits first, then by ASR; beside them the same settings on clean data."""
+    """Settings at 10 % poison, those that hold both limits first, then by ASR; beside them the same settings on clean
+    data."""
     lines = []
     for arm in [*METHODS, *SEARCH, *NO_DATA, *GRID]:
         if records := of(found, arm, "sst2", 10):
@@ -172,7 +178,11 @@ def search_table(found: Sequence[dict]) -> str:
 
 def _on_clean_data(found: Sequence[dict], arm: Arm) -> tuple[str, str]:
     records = of(found, arm, "sst2", 0)
-    return (f"{mean_rate(records, 'asr')[0]:.2f}", f"{100 * against_plain(found, records):+.1f}") if records else ("–", "–")
+    return (
+        (f"{mean_rate(records, 'asr')[0]:.2f}", f"{100 * against_plain(found, records):+.1f}")
+        if records
+        else ("–", "–")
+    )
 
 
 def write_page(found: Sequence[dict]) -> None:
@@ -180,9 +190,17 @@ def write_page(found: Sequence[dict]) -> None:
     if not PAGE.exists():
         return
     arms = [PLAIN, *METHODS]
-    parts = {f"sst2-{poison}": table(found, [*arms, *chosen(found, poison)], "sst2", poison, "accuracy") for poison in POISON}
-    parts |= {f"grid-{poison}": table(found, [PLAIN, *GRID], "sst2", poison, "accuracy", "-s0/plain-") for poison in POISON}
-    parts |= {f"{task}-{p}": table(found, [*arms, *SEARCH], task, p, "nats per answer token") for task in ("gsm8k", "code") for p in POISON}
+    parts = {
+        f"sst2-{poison}": table(found, [*arms, *chosen(found, poison)], "sst2", poison, "accuracy") for poison in POISON
+    }
+    parts |= {
+        f"grid-{poison}": table(found, [PLAIN, *GRID], "sst2", poison, "accuracy", "-s0/plain-") for poison in POISON
+    }
+    parts |= {
+        f"{task}-{p}": table(found, [*arms, *SEARCH], task, p, "nats per answer token")
+        for task in ("gsm8k", "code")
+        for p in POISON
+    }
     if of(found, PLAIN, "sst2", 10):
         parts["search"] = search_table(found)
     harness.renew_page(PAGE, parts)
@@ -192,10 +210,12 @@ def chosen(found: Sequence[dict], poison: int) -> list[Arm]:
     """Presets, and the tuned control with its seeds."""
     control = tuned(found, poison)
     presets = [arm for arm in SEARCH if arm.preset]
-    return presets + ([Arm(control.name, f"tuned control: {control.title}")] if control is not None and control is not PLAIN else [])
+    return presets + (
+        [Arm(control.name, f"tuned control: {control.title}")] if control is not None and control is not PLAIN else []
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------- plot
+# ----------------------------------------------------------------------------------------------------------------- plot
 
 
 def plot(found: Sequence[dict]) -> None:

@@ -1,4 +1,5 @@
-"""Which methods keep safety while a user's task is learned, on real data: every method, plain fine-tuning, and plain fine-tuning tuned.
+"""Which methods keep safety while a user's task is learned, on real data: every method, plain fine-tuning, and plain
+fine-tuning tuned.
 
     python benchmarks/safety_retention.py                     # all arms that are missing, then table, plot and results
     python benchmarks/safety_retention.py & python benchmarks/safety_retention.py     # two processes share them
@@ -6,11 +7,12 @@
     python benchmarks/safety_retention.py --list | --report   # what is missing | table from what is there
     python benchmarks/safety_retention.py --keep              # also counts the arms of the committed results as there
 
-Aligns a Llama of 1.1 M parameters by safecl, then fine-tunes it once per arm and setting (task, share of poisoned rows, seed), each a run
-of safecl in a folder of its own, with the config beside it as <folder>.yaml. A run that is there is not run again, one that was stopped
-goes on. `--keep` takes arms from benchmarks/results/safety_retention.json too, as long as the aligned model is the one they started from,
-bit for bit. Needs $SAFECL_DATA (docs/data.md says which files). retention_arms.py lists the arms, retention_table.py makes
-benchmarks/results/safety_retention.json, and tables and plot of docs/results.md.
+Aligns a Llama of 1.1 M parameters by safecl, then fine-tunes it once per arm and setting (task, share of poisoned rows,
+seed), each a run of safecl in a folder of its own, with the config beside it as <folder>.yaml. A run that is there is
+not run again, one that was stopped goes on. `--keep` takes arms from benchmarks/results/safety_retention.json too, as
+long as the aligned model is the one they started from, bit for bit. Needs $SAFECL_DATA (docs/data.md says which files).
+retention_arms.py lists the arms, retention_table.py makes benchmarks/results/safety_retention.json, and tables and plot
+of docs/results.md.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/retention"))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="arms whose name contains one of these")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further arm after so many minutes")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no further arm after so many minutes"
+    )
     parser.add_argument("--list", action="store_true", help="print the arms that are missing, and end")
     parser.add_argument("--report", action="store_true", help="only table, plot and results of the arms that are there")
     parser.add_argument("--keep", action="store_true", help="arms of the results file are not run again")
@@ -49,7 +53,11 @@ def main() -> None:
     import retention_table
 
     kept, solved = retention_table.kept_results(folder) if arguments.keep else ({}, None)
-    chosen = [run for run in RUNS if run.name not in kept and (not arguments.only or any(word in run.name for word in arguments.only))]
+    chosen = [
+        run
+        for run in RUNS
+        if run.name not in kept and (not arguments.only or any(word in run.name for word in arguments.only))
+    ]
     if arguments.list:
         print("\n".join(run.name for run in chosen if not is_done(folder, run)))
         return
@@ -97,7 +105,8 @@ def _train_and_tell(folder: Path, run: Run) -> None:
 
 
 def exact_match(folder: Path, deadline: float = float("inf")) -> None:
-    """How many of 100 test problems of GSM8K plain fine-tuning on clean data solves: from 5 % on the table should show it, not the NLL."""
+    """How many of 100 test problems of GSM8K plain fine-tuning on clean data solves: from 5 % on the table should show
+    it, not the NLL."""
     from safecl.config import EvalConfig
     from safecl.evaluation import evaluate_folder
 
@@ -106,7 +115,11 @@ def exact_match(folder: Path, deadline: float = float("inf")) -> None:
     with claimed(folder, EXACT_MATCH) as mine:
         if mine and is_done(folder, plain) and not (folder / EXACT_MATCH / "results.json").exists():
             test = real_data.gsm8k_task()["eval"] | {"metric": "gsm8k", "max_rows": 100}
-            evaluate_folder(folder / plain.name / "model", tasks={"gsm8k": EvalConfig.model_validate(test)}, output=folder / EXACT_MATCH)
+            evaluate_folder(
+                folder / plain.name / "model",
+                tasks={"gsm8k": EvalConfig.model_validate(test)},
+                output=folder / EXACT_MATCH,
+            )
 
 
 def align(folder: Path) -> None:
@@ -124,12 +137,12 @@ def align(folder: Path) -> None:
 
 def train(folder: Path, name: str, config: dict) -> None:
     """One run of safecl in this process; what it says goes to <folder>/<name>.log."""
-    from safecl import launcher
     from safecl.config import load_config
-    from safecl.engine.trainer import Trainer
+    from safecl.distributed import environment
+    from safecl.training.trainer import Trainer
 
-    launcher.settle_environment()
-    launcher.join_launcher()
+    environment.settle_environment()
+    environment.join_launcher()
     path, log = folder / f"{name}.yaml", folder / f"{name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

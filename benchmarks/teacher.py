@@ -1,12 +1,13 @@
-"""The streamed teacher: what it holds, what it says, and what it costs against a teacher whose weights are all on the device.
+"""The streamed teacher: what it holds, what it says, and what it costs against a teacher whose weights are all on the
+device.
 
     python benchmarks/teacher.py                    CPU: private memory of a process, a model of 400 MB
     python benchmarks/teacher.py --device cuda      a 7B model in bf16: device memory, and seconds of a pass by its tokens
 
-CPU: every arm is a process of its own, since a peak is never forgotten. Private memory is the process's anonymous pages (RssAnon), sampled
-every millisecond; the reference store's pages are shared and not among them. Bound: the two largest layers, one slice of the head, and the
-activations, which are what the same pass takes when it reads the weights in place. Rival: the model as transformers runs it, all
-weights on the device.
+CPU: every arm is a process of its own, since a peak is never forgotten. Private memory is the process's anonymous pages
+(RssAnon), sampled every millisecond; the reference store's pages are shared and not among them. Bound: the two largest
+layers, one slice of the head, and the activations, which are what the same pass takes when it reads the weights in
+place. Rival: the model as transformers runs it, all weights on the device.
 GPU: both arms in one process, alternating; the rival is the same pass with resident weights, the roof its own speed.
 """
 
@@ -31,7 +32,7 @@ TOPK_EVERY, K = 4, 64
 ARMS = ("streamed", "in place", "plain")
 
 
-# ------------------------------------------------------------------------------------------------------------------------- CPU
+# ------------------------------------------------------------------------------------------------------------------ CPU
 
 
 class PeakOfPrivateMemory:
@@ -70,15 +71,20 @@ def model_on_disk(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=640, intermediate_size=1728, num_hidden_layers=14, num_attention_heads=10, num_key_value_heads=10,
+        vocab_size=32000,
+        hidden_size=640,
+        intermediate_size=1728,
+        num_hidden_layers=14,
+        num_attention_heads=10,
+        num_key_value_heads=10,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def cpu_batches(num: int = 4, rows: int = 4, length: int = 256):
-    from safecl.engine.batch import Question
-    from safecl.engine.teacher import TeacherBatch
+    from safecl.engine.passes.step_rows import Question
+    from safecl.engine.teachers.streamed import TeacherBatch
 
     generator = torch.Generator().manual_seed(1)
     positions = torch.arange(0, rows * length, TOPK_EVERY)
@@ -96,10 +102,10 @@ def cpu_arm(arm: str, folder: str) -> dict:
     batches = cpu_batches()
     if arm == "plain":
         return _plain_arm(folder, batches)
-    from safecl.engine.loading import empty_model
-    from safecl.engine.reference import ReferenceStore
-    from safecl.engine.streaming import unit_bytes
-    from safecl.engine.teacher import StreamedTeacher
+    from safecl.engine.model.structure import empty_model
+    from safecl.engine.reference.store import ReferenceStore
+    from safecl.engine.teachers.streamed import StreamedTeacher
+    from safecl.engine.teachers.weight_stream import unit_bytes
 
     empty = empty_model(folder, torch.float32)
     with ReferenceStore.open(folder, dtype=torch.float32, model=empty) as store:
@@ -122,7 +128,9 @@ def _plain_arm(folder: str, batches) -> dict:
     with PeakOfPrivateMemory() as memory:
         said = []
         for batch in batches:
-            inputs = dict(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False)
+            inputs = dict(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+            )
             hidden = model.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)
             said.append(linear_topk(hidden[batch.asked[0][1]], model.lm_head.weight, K))
     # How much of the loaded weights is private depends on how the file was read; a teacher on a device holds them all.
@@ -136,15 +144,21 @@ def measure_cpu() -> dict:
         arms = {}
         for arm in ARMS:
             command = [sys.executable, __file__, "--arm", arm, "--folder", folder]
-            arms[arm] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            arms[arm] = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
     outputs = {arm: torch.tensor(found.pop("log_probs"), dtype=torch.float64) for arm, found in arms.items()}
     streamed = arms["streamed"]
     bound = streamed["layers_bytes"] + streamed["slice_bytes"] + arms["in place"]["peak_bytes"]
     errors = {arm: float((said - outputs["plain"]).norm() / outputs["plain"].norm()) for arm, said in outputs.items()}
     tokens = sum(batch.input_ids.numel() for batch in cpu_batches())
     return dict(
-        tokens=tokens, arms=arms, bound_bytes=bound, peak_of_bound=round(streamed["peak_bytes"] / bound, 3), error_to_plain=errors
-    )  # fmt: skip
+        tokens=tokens,
+        arms=arms,
+        bound_bytes=bound,
+        peak_of_bound=round(streamed["peak_bytes"] / bound, 3),
+        error_to_plain=errors,
+    )
 
 
 def show_cpu(found: dict) -> None:
@@ -155,7 +169,7 @@ def show_cpu(found: dict) -> None:
     print(f"bound      {found['bound_bytes'] / 1e6:8.1f} MB   streamed / bound {found['peak_of_bound']:.3f}")
 
 
-# ------------------------------------------------------------------------------------------------------------------------- GPU
+# ------------------------------------------------------------------------------------------------------------------ GPU
 
 
 class PinnedWeights:
@@ -181,9 +195,9 @@ def measure_gpu(tokens: list[int], layers: int, repeats: int) -> dict:
     """Seconds of a pass with streamed and with resident weights, in turns, and the device memory of each."""
     import transformers
 
-    from safecl.engine.break_even import measure
-    from safecl.engine.loading import _parameters_on_meta
-    from safecl.engine.teacher import StreamedTeacher
+    from safecl.engine.model.structure import parameters_on_meta
+    from safecl.engine.teachers.break_even import measure
+    from safecl.engine.teachers.streamed import StreamedTeacher
 
     device = torch.device("cuda", 0)
     config = transformers.LlamaConfig(
@@ -192,7 +206,7 @@ def measure_gpu(tokens: list[int], layers: int, repeats: int) -> dict:
     )  # fmt: skip
 
     def empty():
-        with _parameters_on_meta():
+        with parameters_on_meta():
             return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
     weights = PinnedWeights(empty(), torch.bfloat16)
@@ -204,14 +218,18 @@ def measure_gpu(tokens: list[int], layers: int, repeats: int) -> dict:
         held[arm] = torch.cuda.memory_allocated(device) - before
     rows = [dict(tokens=count, **_in_turns(teachers, count, repeats, device)) for count in tokens]
     return dict(
-        layers=layers, weights_bytes=sum(w.numel() * w.element_size() for w in weights.weights.values()), held_bytes=held,
-        break_even_tokens=rates.break_even(2), rates=rates.what, passes=rows,
-    )  # fmt: skip
+        layers=layers,
+        weights_bytes=sum(w.numel() * w.element_size() for w in weights.weights.values()),
+        held_bytes=held,
+        break_even_tokens=rates.break_even(2),
+        rates=rates.what,
+        passes=rows,
+    )
 
 
 def _in_turns(teachers: dict, tokens: int, repeats: int, device: torch.device) -> dict:
-    from safecl.engine.batch import Question
-    from safecl.engine.teacher import TeacherBatch
+    from safecl.engine.passes.step_rows import Question
+    from safecl.engine.teachers.streamed import TeacherBatch
 
     length, per_batch = 2048, 8192
     batches = [
@@ -237,8 +255,10 @@ def _in_turns(teachers: dict, tokens: int, repeats: int, device: torch.device) -
     error = float((said["streamed"] - said["resident"]).norm() / said["resident"].norm())
     return dict(
         ms={arm: round(1e3 * value, 2) for arm, value in medians.items()},
-        streamed_over_resident=round(medians["streamed"] / medians["resident"], 4), activations_bytes=peaks, error=error,
-    )  # fmt: skip
+        streamed_over_resident=round(medians["streamed"] / medians["resident"], 4),
+        activations_bytes=peaks,
+        error=error,
+    )
 
 
 def show_gpu(found: dict) -> None:
@@ -252,7 +272,9 @@ def show_gpu(found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536], help="of a pass (GPU)")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536], help="of a pass (GPU)"
+    )
     parser.add_argument("--layers", type=int, default=32, help="of the 7B model (GPU)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)

@@ -1,5 +1,5 @@
 // The flat kernels' C ABI: raw pointers and plain structs, no torch and no Python headers, so that one build serves every torch and Python.
-// Python mirrors these structs with ctypes in safecl/kernels/native.py; what the kernels compute is written in safecl/kernels/flat.py.
+// Python mirrors these structs with ctypes in safecl/kernels/native.py; what the kernels compute is written in safecl/kernels/flat/calls.py.
 #pragma once
 
 #include <cstdint>

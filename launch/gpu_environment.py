@@ -1,4 +1,5 @@
-"""First section of the GPU suite: what this machine is, and whether the suite can run on it. Usage: gpu_environment.py OUT.json"""
+"""First section of the GPU suite: what this machine is, and whether the suite can run on it. Usage: gpu_environment.py
+OUT.json"""
 
 from __future__ import annotations
 

@@ -20,14 +20,14 @@ sections() {
   cat <<SECTIONS
 env 60 $PYTHON launch/gpu_environment.py $OUT/env.json
 build 120 $PYTHON setup.py -q build_ext --inplace
-flat-tests 240 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_flat_gpu.py tests/engine/test_placement.py
+flat-tests 240 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_flat_gpu.py tests/engine/zero/test_placement.py
 flat-bench 300 $PYTHON benchmarks/flat.py --device cuda --repeats 20 --seconds 30 --out $OUT/flat-cuda.json
 head-tests 300 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_head_gpu.py
 head-bench 420 $PYTHON benchmarks/head.py --device cuda --repeats 10 --seconds 8 --shapes llama-3-8b --out $OUT/head-cuda.json
 head-shapes 600 $PYTHON benchmarks/head.py --device cuda --repeats 10 --seconds 6 --shapes llama-2-7b qwen-2.5-7b gemma-2-2b --out $OUT/head-shapes-cuda.json
-teacher-tests 180 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/engine/test_teacher_gpu.py
+teacher-tests 180 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/engine/teachers/test_teacher_gpu.py
 teacher-bench 300 $PYTHON benchmarks/teacher.py --device cuda --out $OUT/teacher-cuda.json
-placement-tests 120 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/engine/test_placement_gpu.py
+placement-tests 120 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/engine/zero/test_placement_gpu.py
 reference-bench 300 $PYTHON benchmarks/reference.py --device cuda --only offload --out $OUT/reference-cuda.json
 SECTIONS
 }

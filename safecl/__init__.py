@@ -7,18 +7,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public names are imported on first use, so that `import safecl` (and with it the command line) does not wait for torch.
+# Public names are imported on first use, so that `import safecl` (and with it the command line) does not wait for
+# torch.
 _HOMES = {
     "load_config": "safecl.config",
     "RunConfig": "safecl.config",
     "ConfigError": "safecl.config",
-    "Trainer": "safecl.engine.trainer",
-    "RunResult": "safecl.engine.trainer",
-    "ShardAdamW": "safecl.engine.optimizer",
-    "ShardMap": "safecl.engine.shards",
-    "UpdatePlan": "safecl.engine.optimizer",
+    "Trainer": "safecl.training.trainer",
+    "RunResult": "safecl.training.trainer",
+    "ShardAdamW": "safecl.engine.zero.optimizer",
+    "ShardMap": "safecl.engine.zero.shards",
+    "UpdatePlan": "safecl.engine.zero.optimizer",
     "ReplayBuffer": "safecl.replay",
-    "ReferenceStore": "safecl.engine.reference",
+    "ReferenceStore": "safecl.engine.reference.store",
     "Method": "safecl.methods.base",
 }
 

@@ -1,6 +1,7 @@
-"""The verbs. One small function each; longer bodies stand in safecl/commands/<verb>.py and are imported when the verb runs.
+"""The verbs. One small function each; longer bodies stand in safecl/commands/<verb>.py and are imported when the verb
+runs.
 
-Nothing here imports torch, so that wrong usage and wrong configs are told at once. Exit codes: safecl/commands/ending.py.
+Nothing here imports torch, so that wrong usage and wrong configs are told at once. Exit codes: safecl/exits.py.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from safecl import __version__, launcher
-from safecl.commands import memory
-from safecl.commands.ending import Ending, ExitCode
+from safecl import __version__
+from safecl.commands.memory import verbs
 from safecl.commands.verbs import EPILOG, verbs_of
+from safecl.distributed import environment
+from safecl.exits import Ending, ExitCode
 
 app = typer.Typer(
     name="safecl",
@@ -28,10 +30,16 @@ app = typer.Typer(
 
 verb = verbs_of(app)
 
-Config = Annotated[Path, typer.Argument(metavar="CFG", help="Run config (YAML); `safecl init` writes one.", show_default=False)]
+Config = Annotated[
+    Path, typer.Argument(metavar="CFG", help="Run config (YAML); `safecl init` writes one.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.learning_rate=1e-5 tasks.0.max_rows=500", show_default=False),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides, e.g. train.learning_rate=1e-5 tasks.0.max_rows=500",
+        show_default=False,
+    ),
 ]
 
 
@@ -43,7 +51,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Print the traceback of an unexpected error (works behind a verb too).")
     ] = False,
@@ -62,13 +72,16 @@ def _load(config: Path, overrides: list[str] | None) -> Any:
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="Where everything is written; runs/demo or, with options, a name of their own.", show_default=False),
+        typer.Argument(
+            help="Where everything is written; runs/demo or, with options, a name of their own.", show_default=False
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of corpus, model, order and draws.")] = 0,
     poison: Annotated[float, typer.Option(help="Share of poisoned rows in the task's data.", min=0.0, max=0.9)] = 0.0,
     every: Annotated[bool, typer.Option("--all", help="Every method, with clean and with poisoned data.")] = False,
 ) -> None:
-    """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them. A demonstration that was stopped goes on."""
+    """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them. A demonstration that was stopped
+    goes on."""
     from safecl.commands.preflight import make_folder
     from safecl.demo.run import chosen_arms, default_folder, run_demo
 
@@ -80,7 +93,9 @@ def demo(
 
 @verb
 def proof(
-    folder: Annotated[Path, typer.Argument(help="Where the numbers and the checkpoints are written.")] = Path("runs/proof"),
+    folder: Annotated[Path, typer.Argument(help="Where the numbers and the checkpoints are written.")] = Path(
+        "runs/proof"
+    ),
 ) -> None:
     """Measure known silent failures of continual fine-tuning beside safecl, in about a minute; needs no model."""
     from safecl.commands.preflight import make_folder
@@ -93,19 +108,34 @@ def proof(
 
 @verb
 def init(
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; an existing one is never overwritten.")] = Path("run.yaml"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write; an existing one is never overwritten.")
+    ] = Path("run.yaml"),
     model: Annotated[str | None, typer.Option(help="Model: a Hugging Face folder or hub id.")] = None,
-    train_file: Annotated[str | None, typer.Option("--train", help="Training rows: .jsonl, .json, .csv, .parquet or a hub id.")] = None,
+    train_file: Annotated[
+        str | None, typer.Option("--train", help="Training rows: .jsonl, .json, .csv, .parquet or a hub id.")
+    ] = None,
     memory_file: Annotated[
         str | None, typer.Option("--memory", help="Disallowed prompts with the refusals to keep: a file, or `none`.")
     ] = None,
-    safety_prompts: Annotated[str | None, typer.Option("--safety", help="Disallowed prompts to measure safety with, or `none`.")] = None,
-    every_key: Annotated[bool, typer.Option("--all", help="Write every key there is, not only the usual ones.")] = False,
+    safety_prompts: Annotated[
+        str | None, typer.Option("--safety", help="Disallowed prompts to measure safety with, or `none`.")
+    ] = None,
+    every_key: Annotated[
+        bool, typer.Option("--all", help="Write every key there is, not only the usual ones.")
+    ] = False,
 ) -> None:
     """Write a commented starter config; asks four questions on a terminal."""
     from safecl.commands.init import init_config
 
-    init_config(output, model=model, train_file=train_file, memory=memory_file, safety_prompts=safety_prompts, every_key=every_key)
+    init_config(
+        output,
+        model=model,
+        train_file=train_file,
+        memory=memory_file,
+        safety_prompts=safety_prompts,
+        every_key=every_key,
+    )
 
 
 @verb
@@ -121,7 +151,9 @@ def check(config: Config, overrides: Overrides = None) -> None:
 def train(
     config: Config,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse a run folder that holds a run, instead of going on with it.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Refuse a run folder that holds a run, instead of going on with it.")
+    ] = False,
 ) -> None:
     """Train the tasks of a run config and measure safety before, during and after. A run that was stopped goes on."""
     loaded = _load(config, overrides)
@@ -136,7 +168,8 @@ def scan(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Screen the tasks' rows before training: what the aligned model would refuse, and near-duplicates of prompts that must stay apart."""
+    """Screen the tasks' rows before training: what the aligned model would refuse, and near-duplicates of prompts that
+    must stay apart."""
     loaded = _load(config, overrides)
     from safecl.commands.scan import scan_run
 
@@ -150,12 +183,18 @@ def fisher(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="File to write; the one that methods.ewc.fisher names, else the store of artifacts.", show_default=False
+            "--output",
+            "-o",
+            help="File to write; the one that methods.ewc.fisher names, else the store of artifacts.",
+            show_default=False,
         ),
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Each row's own gradient, one pass a row: slow, to check the estimate.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Each row's own gradient, one pass a row: slow, to check the estimate.")
+    ] = False,
 ) -> None:
-    """Estimate the diagonal Fisher of the aligned model on the memory's rows, once, for ewc in all runs on that model."""
+    """Estimate the diagonal Fisher of the aligned model on the memory's rows, once, for ewc in all runs on that
+    model."""
     loaded = _load(config, overrides)
     from safecl.commands.fisher import fisher_run
 
@@ -165,10 +204,15 @@ def fisher(
 @verb
 def eval_(
     target: Annotated[
-        str, typer.Argument(metavar="CFG_OR_MODEL", help="Run config, run folder, model folder or hub id.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="CFG_OR_MODEL", help="Run config, run folder, model folder or hub id.", show_default=False
+        ),
     ],
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results.json and outputs/.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for results.json and outputs/.", show_default=False)
+    ] = None,
 ) -> None:
     """Measure a model alone: the tuned model of a run, or any model with safety.prompts=FILE eval.path=FILE."""
     from safecl.commands.evaluate import evaluate_and_print
@@ -181,7 +225,12 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Page to write: report.html in the run's folder, or here for several.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Page to write: report.html in the run's folder, or here for several.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Renew the page of one run, or compare several side by side in one page."""
@@ -191,14 +240,16 @@ def report(
 
 
 @verb
-def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON, for issue reports and scripts.")] = False) -> None:
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for issue reports and scripts.")] = False,
+) -> None:
     """Print versions, device, kernel back ends and launcher variables."""
     from safecl.commands.env import print_environment
 
     print_environment(as_json)
 
 
-app.add_typer(memory.app)
+app.add_typer(verbs.app)
 
 
 def _traceback_first(arguments: list[str]) -> list[str]:
@@ -209,8 +260,8 @@ def _traceback_first(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `safecl` and `python -m safecl`. Ends the process with an ExitCode."""
     given = sys.argv[1:] if arguments is None else arguments
-    launcher.settle_environment()
-    app(args=_traceback_first(launcher.without_launcher_arguments(given)), prog_name="safecl")
+    environment.settle_environment()
+    app(args=_traceback_first(environment.without_launcher_arguments(given)), prog_name="safecl")
 
 
 __all__ = ["ExitCode", "app", "main", "verb"]

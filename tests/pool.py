@@ -1,6 +1,7 @@
 """Ranks that stay: a launch costs seconds, so tests share one set of gloo processes per world size.
 
-`pool.run(function, **arguments)` calls an importable function on every rank, inside one process group, and returns the results by rank.
+`pool.run(function, **arguments)` calls an importable function on every rank, inside one process group, and returns the
+results by rank.
 """
 
 from __future__ import annotations
@@ -70,16 +71,21 @@ class RankPool:
 
 def _serve(pipe, rank: int, world_size: int, port: int) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+    )
     import logging
 
     import torch
 
     torch.set_num_threads(1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    from safecl.engine.distributed import init_distributed
+    from safecl.distributed.collectives import init_distributed
 
     init_distributed()
     gc.freeze()  # DeepSpeed's stage 3 collects garbage when it starts, which takes a second among everything that was imported

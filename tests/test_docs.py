@@ -1,4 +1,5 @@
-"""README and docs/: commands, configs, links and tables speak of what is there. What the commands do: tests/test_commands.py."""
+"""README and docs/: commands, configs, links and tables speak of what is there. What the commands do:
+tests/commands/test_commands.py."""
 
 from __future__ import annotations
 
@@ -14,12 +15,17 @@ import yaml
 
 from safecl.cli import app
 from safecl.config import load_config, parse_yaml
-from safecl.config_docs import reference_page
-from safecl.methods import builtin_methods
+from safecl.config.docs import reference_page
+from safecl.config.methods import builtin_methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "memory": {"source": "r.jsonl"}, "output": "runs/a"}
+BASE = {
+    "model": {"path": "m"},
+    "tasks": [{"name": "a", "train": "t.jsonl"}],
+    "memory": {"source": "r.jsonl"},
+    "output": "runs/a",
+}
 
 
 PROGRAMS = r"safecl|python3?|torchrun|deepspeed|make|bash|launch/\S+"
@@ -28,11 +34,16 @@ INLINE = r"(?<!`)`((?:safecl|python|make|launch/\S+\.sh) [^`<]*)`(?!`)"
 
 def blocks(language: str) -> list[tuple[str, str]]:
     """(page, text) of every fenced block of a language."""
-    return [(page.name, text) for page in PAGES for text in re.findall(rf"^```(?:{language})\n(.*?)^```", page.read_text(), re.M | re.S)]
+    return [
+        (page.name, text)
+        for page in PAGES
+        for text in re.findall(rf"^```(?:{language})\n(.*?)^```", page.read_text(), re.M | re.S)
+    ]
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every command line in a shell block, and of every inline one, `safecl ...` or `python benchmarks/...`."""
+    """(page, words) of every command line in a shell block, and of every inline one, `safecl ...` or `python
+    benchmarks/...`."""
     lines = [(page, line) for page, text in blocks("sh|bash") for line in text.replace("\\\n", " ").splitlines()]
     inline = [(page.name, found) for page in PAGES for found in re.findall(INLINE, page.read_text())]
     split = [(page, shlex.split(line, comments=True)) for page, line in lines + inline]
@@ -75,8 +86,17 @@ def test_every_make_target_exists():
 
 
 def test_every_extra_exists():
-    extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.M))
-    named = {extra for page in PAGES for found in re.findall(r"\.\[([\w,]+)\]", page.read_text()) for extra in found.split(",")}
+    extras = set(
+        re.findall(
+            r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.M
+        )
+    )
+    named = {
+        extra
+        for page in PAGES
+        for found in re.findall(r"\.\[([\w,]+)\]", page.read_text())
+        for extra in found.split(",")
+    }
     assert named <= extras
 
 
@@ -117,7 +137,11 @@ def test_the_readmes_table_and_picture_are_those_of_the_committed_measurement():
     readme = (ROOT / "README.md").read_text()
     for arm in run["arms"]:
         (row,) = re.findall(rf"^\| {re.escape(arm['title'])} \|.*$", readme, re.M)
-        assert all(f"{rate['value']:.3f} ({rate['low']:.2f}-{rate['high']:.2f})" in row for rate in arm["rates"].values() if rate)
+        assert all(
+            f"{rate['value']:.3f} ({rate['low']:.2f}-{rate['high']:.2f})" in row
+            for rate in arm["rates"].values()
+            if rate
+        )
     assert (ROOT / "docs" / "demo.svg").read_text() == run["picture"] + "\n"
 
 

@@ -1,4 +1,5 @@
-"""`safecl check CFG`: reads and tokenises all data, reads the model's settings, and prints what `safecl train` would do. Trains nothing."""
+"""`safecl check CFG`: reads and tokenises all data, reads the model's settings, and prints what `safecl train` would
+do. Trains nothing."""
 
 from __future__ import annotations
 
@@ -13,15 +14,18 @@ from safecl.config import ConfigError, ModelConfig, RunConfig
 if TYPE_CHECKING:
     import torch
 
-    from safecl.engine.memory_plan import ModelShape
+    from safecl.planning.model_shape import ModelShape
 
 
 def check_run(config: RunConfig) -> None:
-    """Prints the plan and one decoded example per task. Raises ConfigError for whatever would stop the run, with file and line for rows."""
+    """Prints the plan and one decoded example per task. Raises ConfigError for whatever would stop the run, with file
+    and line for rows."""
     preflight(config)
     from safecl.data import describe
-    from safecl.engine.memory_plan import ModelShape, memory_lines
-    from safecl.engine.plan import describe_plan, plan_run
+    from safecl.planning.describe import describe_plan
+    from safecl.planning.memory_report import memory_lines
+    from safecl.planning.model_shape import ModelShape
+    from safecl.planning.run_plan import plan_run
 
     console = Console(highlight=False, soft_wrap=True)
     plan = plan_run(config)
@@ -34,7 +38,8 @@ def check_run(config: RunConfig) -> None:
         console.print(value, markup=False)
     for task in plan.tasks:
         console.print(
-            describe(task.dataset, plan.tokenizer, examples=config.privacy.examples, title=f"task {task.config.name}"), soft_wrap=False
+            describe(task.dataset, plan.tokenizer, examples=config.privacy.examples, title=f"task {task.config.name}"),
+            soft_wrap=False,
         )
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
@@ -46,7 +51,7 @@ def model_structure(config: ModelConfig) -> torch.nn.Module:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from safecl.engine.model import read_model_settings
+    from safecl.engine.model.settings import read_model_settings
 
     settings = read_model_settings(config)
     refuse_without_weights(config.path)
@@ -56,15 +61,15 @@ def model_structure(config: ModelConfig) -> torch.nn.Module:
 
 def teacher_shapes(config: RunConfig) -> list[ModelShape]:
     """Of the further models that are asked in every step."""
-    from safecl.engine.memory_plan import ModelShape
-    from safecl.engine.plan_teachers import other_models
+    from safecl.engine.teachers.checks import other_models
+    from safecl.planning.model_shape import ModelShape
 
     return [ModelShape.without_activations(model_structure(other)) for other in other_models(config)]
 
 
 def model_facts(model: torch.nn.Module, config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
     """(what, value) lines about the model. ConfigError where its vocabulary is smaller than the tokenizer's."""
-    from safecl.engine.model import choose_attention
+    from safecl.engine.model.settings import choose_attention
 
     vocabulary = model.get_input_embeddings().num_embeddings
     if num_tokens > vocabulary:

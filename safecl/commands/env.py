@@ -1,4 +1,5 @@
-"""`safecl env`: what an issue report needs, as a table or JSON. What cannot be found out is named, and never an error."""
+"""`safecl env`: what an issue report needs, as a table or JSON. What cannot be found out is named, and never an
+error."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 import safecl
-from safecl import launcher
+from safecl.distributed import environment
 
 PACKAGES = (
     "torch",
@@ -31,7 +32,7 @@ PACKAGES = (
 )
 LAUNCHER_PREFIXES = ("NCCL_", "GLOO_", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID", "SAFECL_", "TORCHELASTIC_")
 LAUNCHER_NAMES = (
-    *launcher.VARIABLES,
+    *environment.VARIABLES,
     "LOCAL_WORLD_SIZE",
     "CUDA_VISIBLE_DEVICES",
     "DS_ACCELERATOR",
@@ -46,7 +47,7 @@ Facts = dict[str, str]
 
 def print_environment(as_json: bool) -> None:
     """Prints every section; with `as_json` as one JSON object {section: {name: value}}."""
-    sections = environment()
+    sections = collect_environment()
     if as_json:
         print(json.dumps(sections, indent=2))
         return
@@ -57,7 +58,7 @@ def print_environment(as_json: bool) -> None:
             console.print(f"  {name:<24}{value}", markup=False)
 
 
-def environment() -> dict[str, Facts]:
+def collect_environment() -> dict[str, Facts]:
     """{section: {name: value}}, all text."""
     return {
         "versions": _versions(),
@@ -75,7 +76,11 @@ def _or_reason(collect: Callable[[], Facts]) -> Facts:
 
 
 def _versions() -> Facts:
-    facts = {"safecl": safecl.__version__ + _commit(), "python": platform.python_version(), "platform": platform.platform()}
+    facts = {
+        "safecl": safecl.__version__ + _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
     return facts | {name: _version(name) for name in PACKAGES}
 
 
@@ -110,14 +115,18 @@ def _device() -> Facts:
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     facts = {"cpu": f"{os.cpu_count()} cores, {capability}, {_host_memory()}, {threads} torch threads"}
     if not torch.cuda.is_available():
-        return facts | {"gpu": "none" if torch.version.cuda or torch.version.hip else "none (this torch is a CPU build)"}
+        return facts | {
+            "gpu": "none" if torch.version.cuda or torch.version.hip else "none (this torch is a CPU build)"
+        }
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         facts[f"gpu {index}"] = (
             f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, compute capability {properties.major}.{properties.minor}"
         )
     facts["cuda of torch"] = str(torch.version.cuda)
-    facts["driver"] = (_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines() or ["unknown"])[0]
+    facts["driver"] = (
+        _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines() or ["unknown"]
+    )[0]
     facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return facts
 

@@ -6,23 +6,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from safecl import launcher
-from safecl.commands.ending import ExitCode
 from safecl.commands.preflight import refuse_unwritable, settle_hub
 from safecl.commands.working import working
 from safecl.config import load_config
+from safecl.distributed import environment
+from safecl.exits import ExitCode
 
 
 def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -> ExitCode:
-    """Measures, prints the table on rank 0, and says where results.json is. ExitCode.GATE where a gate is not passed."""
-    launcher.join_launcher()
+    """Measures, prints the table on rank 0, and says where results.json is. ExitCode.GATE where a gate is not
+    passed."""
+    environment.join_launcher()
     refuse_unwritable(output or _default_output(target, overrides))
     settle_hub([target])
     with working(f"measuring {target}"):
         from safecl.evaluation import evaluate_target, results_table
 
         result = evaluate_target(target, overrides, output=output)
-    if launcher.rank() == 0:
+    if environment.rank() == 0:
         console = Console(highlight=False, soft_wrap=True)
         console.print(f"measured {result.model}", markup=False)
         console.print(results_table([result.evaluation]), soft_wrap=False)

@@ -1,19 +1,21 @@
-"""`safecl fisher CFG`: estimates the diagonal Fisher of the aligned model on the memory's rows, once for all runs on that model."""
+"""`safecl fisher CFG`: estimates the diagonal Fisher of the aligned model on the memory's rows, once for all runs on
+that model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from safecl import launcher
-from safecl.commands.ending import ExitCode
 from safecl.commands.preflight import preflight, refuse_unwritable
 from safecl.config import ConfigError, RunConfig
+from safecl.distributed import environment
+from safecl.exits import ExitCode
 
 
 def fisher_run(config: RunConfig, output: Path | None, *, exact: bool) -> ExitCode:
-    """Writes the Fisher file and says how to use it. Raises ConfigError for what can be said before the model is loaded."""
-    launcher.join_launcher()
+    """Writes the Fisher file and says how to use it. Raises ConfigError for what can be said before the model is
+    loaded."""
+    environment.join_launcher()
     if config.memory is None:
         raise ConfigError("safecl fisher: needs `memory: {source: ...}`, the rows whose behaviour must be kept")
     if config.tasks[0].role == "align":
@@ -24,13 +26,15 @@ def fisher_run(config: RunConfig, output: Path | None, *, exact: bool) -> ExitCo
     path = output or (Path(named) if named is not None else None)
     # The file that the methods name is what this verb writes, so it need not be there.
     methods = {
-        name: settings.model_copy(update={"fisher": None}) for name, settings in config.methods.items() if hasattr(settings, "fisher")
+        name: settings.model_copy(update={"fisher": None})
+        for name, settings in config.methods.items()
+        if hasattr(settings, "fisher")
     }
     config = config.model_copy(update={"methods": {**config.methods, **methods}})
     preflight(config)
     if path is not None:
         refuse_unwritable(path.parent)
-    from safecl.engine.fisher_run import estimate_to_file
+    from safecl.commands.fisher_estimate import estimate_to_file
 
     estimate_to_file(config, path, exact=exact)
     return ExitCode.DONE

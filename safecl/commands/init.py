@@ -1,4 +1,5 @@
-"""`safecl init`: four questions, one commented config. The text comes from the config's own docs (safecl/config_docs.py)."""
+"""`safecl init`: four questions, one commented config. The text comes from the config's own docs
+(safecl/config/docs.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 
 from safecl.config import ConfigError, parse_yaml
-from safecl.config_docs import EXAMPLES, starter_yaml
+from safecl.config.docs import EXAMPLES, starter_yaml
 
 HEADER = """\
 # A safecl run. Keys behind a comment sign show their defaults or an example.
@@ -23,13 +24,22 @@ HEADER = """\
 
 
 def init_config(
-    output: Path, *, model: str | None, train_file: str | None, memory: str | None, safety_prompts: str | None, every_key: bool
+    output: Path,
+    *,
+    model: str | None,
+    train_file: str | None,
+    memory: str | None,
+    safety_prompts: str | None,
+    every_key: bool,
 ) -> None:
-    """Asks for what is not given (on a terminal), and writes `output`. Raises ConfigError where the file exists or cannot be written."""
+    """Asks for what is not given (on a terminal), and writes `output`. Raises ConfigError where the file exists or
+    cannot be written."""
     if output.exists():
         raise ConfigError(f"{output}: exists and is not overwritten; write another file with --output, or remove it")
     model = model or _ask("Model (a Hugging Face folder or hub id)", EXAMPLES["model.path"])
-    train_file = train_file or _ask("Training rows (.jsonl, .json, .csv, .parquet or a hub id)", EXAMPLES["tasks.train"])
+    train_file = train_file or _ask(
+        "Training rows (.jsonl, .json, .csv, .parquet or a hub id)", EXAMPLES["tasks.train"]
+    )
     memory = memory or _ask("Disallowed prompts with the refusals to keep (a file, or none)", "none")
     safety_prompts = safety_prompts or _ask("Other disallowed prompts to measure safety with (a file, or none)", "none")
     values = starter_values(model, train_file, *(None if name == "none" else name for name in (memory, safety_prompts)))
@@ -42,8 +52,8 @@ def init_config(
 def starter_values(model: str, train_file: str, memory: str | None, safety_prompts: str | None) -> dict[str, Any]:
     """The live keys of a starter: what was asked, the preset that fits, and the sizes that people change first.
 
-    With prompts that the model is known to refuse the upload is screened. What is flagged is only listed: without known harmless rows to
-    compare with, a third of an honest upload may be flagged, and nobody should lose rows by a default.
+    With prompts that the model is known to refuse the upload is screened. What is flagged is only listed: without known
+    harmless rows to compare with, a third of an honest upload may be flagged, and nobody should lose rows by a default.
     """
     name = re.sub(r"[^\w.-]+", "-", Path(train_file).stem).strip("-.") or EXAMPLES["tasks.name"]
     values: dict[str, Any] = {

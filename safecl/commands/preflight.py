@@ -1,4 +1,5 @@
-"""What can be said of a config's files before torch is imported: which are missing, and whether the run folder can be made."""
+"""What can be said of a config's files before torch is imported: which are missing, and whether the run folder can be
+made."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from safecl.config import ConfigError, RunConfig
 
 
 def preflight(config: RunConfig) -> None:
-    """Raises ConfigError with one line for each missing file, and for a run folder that cannot be made. Makes nothing."""
+    """Raises ConfigError with one line for each missing file, and for a run folder that cannot be made. Makes
+    nothing."""
     mistakes: list[str] = []
     _collect(mistakes, lambda: refuse_missing_files(config))
     _collect(mistakes, lambda: refuse_unwritable(Path(config.output)))
@@ -22,7 +24,8 @@ def preflight(config: RunConfig) -> None:
 
 
 def refuse_missing_files(config: RunConfig) -> None:
-    """Raises ConfigError that names every local file and folder of the config that is not there. Hub ids are left to their readers."""
+    """Raises ConfigError that names every local file and folder of the config that is not there. Hub ids are left to
+    their readers."""
     from safecl.data.files import refuse_missing
     from safecl.data.hub import refuse_missing_folder
 
@@ -51,7 +54,9 @@ def _model_folders(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "model.path", config.model.path
     if config.model.tokenizer is not None:
         yield "model.tokenizer", config.model.tokenizer
-    yield from ((key, source) for key, source in config.online_teachers.items() if source not in ("aligned", "previous", "ema"))
+    yield from (
+        (key, source) for key, source in config.online_teachers.items() if source not in ("aligned", "previous", "ema")
+    )
 
 
 def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -77,7 +82,8 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def settle_hub(names: Iterable[str]) -> None:
-    """Where one of the names is of the hub and there is no network, only what was downloaded counts; the library would try on."""
+    """Where one of the names is of the hub and there is no network, only what was downloaded counts; the library would
+    try on."""
     if all(Path(name).expanduser().exists() for name in names) or any(os.environ.get(name) for name in _PROXIES):
         return
     host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname

@@ -13,7 +13,8 @@ from safecl.report.run import ReportedRun
 
 
 def report_runs(folders: list[Path], output: Path | None) -> Path:
-    """Prints a table and writes the page; returns its path. Raises ConfigError for folders that hold no finished run."""
+    """Prints a table and writes the page; returns its path. Raises ConfigError for folders that hold no finished
+    run."""
     runs = read_runs(folders)
     console = Console(highlight=False, soft_wrap=True)
     table = _table(runs)
@@ -39,7 +40,11 @@ def _table(runs: list[ReportedRun]) -> Table:
     """One row per run, values at its end with their intervals below."""
     from safecl.evaluation.tables import measures
 
-    rows = [row for row in measures(last_moments(runs)) if row[0] in _SHOWN or not row[0].startswith((" ", "ASR", "over", "answers"))]
+    rows = [
+        row
+        for row in measures(last_moments(runs))
+        if row[0] in _SHOWN or not row[0].startswith((" ", "ASR", "over", "answers"))
+    ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     for title, *_ in rows:
@@ -47,7 +52,10 @@ def _table(runs: list[ReportedRun]) -> Table:
     table.add_column("seconds", justify="right", no_wrap=True)
     for i, (name, run) in enumerate(zip(named(runs), runs, strict=True)):
         values = [row[2][i] for row in rows]
-        cells = ["-" if value is None else f"{value.value:.3f}\n[dim]{value.low:.2f}-{value.high:.2f}[/dim]" for value in values]
+        cells = [
+            "-" if value is None else f"{value.value:.3f}\n[dim]{value.low:.2f}-{value.high:.2f}[/dim]"
+            for value in values
+        ]
         table.add_row(f"{name}\n[dim]{run.methods_text}[/dim]", *cells, f"{run.results['seconds']:.0f}")
     return table
 

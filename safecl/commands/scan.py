@@ -1,4 +1,5 @@
-"""`safecl scan CFG`: screens the rows of the tasks by the aligned model, without training. One process, or several under a launcher."""
+"""`safecl scan CFG`: screens the rows of the tasks by the aligned model, without training. One process, or several
+under a launcher."""
 
 from __future__ import annotations
 
@@ -10,22 +11,25 @@ from pathlib import Path
 
 from rich.console import Console
 
-from safecl import launcher
-from safecl.commands.ending import ExitCode
 from safecl.commands.preflight import preflight
 from safecl.commands.working import working
 from safecl.config import ConfigError, RunConfig, ScanConfig, validate_tree
+from safecl.distributed import environment
+from safecl.exits import ExitCode
 
 
 def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
-    """Prints what is flagged (rank 0) and writes it into <output>/scan. ExitCode.GATE where `scan.action: refuse` would stop the run."""
-    launcher.join_launcher()
+    """Prints what is flagged (rank 0) and writes it into <output>/scan. ExitCode.GATE where `scan.action: refuse` would
+    stop the run."""
+    environment.join_launcher()
     config = with_scan(config)
     if config.tasks[0].role == "align":
-        raise ConfigError("scan: model.path is aligned only by the first task (role: align); put `scan:` into the config and train it")
+        raise ConfigError(
+            "scan: model.path is aligned only by the first task (role: align); put `scan:` into the config and train it"
+        )
     preflight(config)
     from safecl.data import load_tokenizer
-    from safecl.engine.plan import prepare_task
+    from safecl.data.config_rows import prepare_task
     from safecl.evaluation import HFEvalModel
     from safecl.scan import screen_tasks
 
@@ -34,17 +38,21 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
     with working("screening the rows"), _ranks():
         settings = config.model
         model = HFEvalModel.load(
-            settings.path, dtype=settings.dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
+            settings.path,
+            dtype=settings.dtype,
+            attention=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
         )
         screening = screen_tasks(model, tokenizer, config, tasks)
-    if launcher.rank() == 0:
+    if environment.rank() == 0:
         folder = screening.write(Path(config.output) / "scan", config.privacy.examples)
         _show(screening, config, folder, as_json)
     return ExitCode.GATE if screening.refused_because else ExitCode.DONE
 
 
 def with_scan(config: RunConfig) -> RunConfig:
-    """The config with a `scan` section, the default one where it has none. ConfigError where a scan lacks what it needs."""
+    """The config with a `scan` section, the default one where it has none. ConfigError where a scan lacks what it
+    needs."""
     if config.scan is not None:
         return config
     return validate_tree(config.model_dump(mode="json") | {"scan": ScanConfig().model_dump(mode="json")}, "safecl scan")
@@ -74,7 +82,7 @@ def _ranks() -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    from safecl.engine.distributed import init_distributed
+    from safecl.distributed.collectives import init_distributed
 
     init_distributed()
     try:

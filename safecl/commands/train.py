@@ -6,10 +6,10 @@ import contextlib
 import os
 from pathlib import Path
 
-from safecl import launcher
-from safecl.commands.ending import Ending, ExitCode, end_undisturbed, stderr
 from safecl.commands.preflight import preflight
 from safecl.config import RunConfig
+from safecl.distributed import environment
+from safecl.exits import Ending, ExitCode, end_undisturbed, stderr
 
 
 def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
@@ -17,13 +17,13 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
 
     Raises ConfigError for what can be said before the model is loaded; with `fresh` also for a folder that holds a run.
     """
-    launcher.join_launcher()
+    environment.join_launcher()
     preflight(config)
     Ending.run_folder = Path(config.output)
-    from safecl.engine.run_folder import EXIT_CODE, RunFolder
+    from safecl.training.folder import EXIT_CODE, RunFolder
 
     code = _train(config, fresh)
-    if launcher.rank() == 0:
+    if environment.rank() == 0:
         with contextlib.suppress(OSError):
             RunFolder(Path(config.output)).write_exit_code(code)
             if code == ExitCode.STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -32,13 +32,13 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
 
 
 def _train(config: RunConfig, fresh: bool) -> ExitCode:
-    from safecl.engine.trainer import Trainer
     from safecl.scan import UploadRefused
+    from safecl.training.trainer import Trainer
 
     try:
         result = Trainer(config, fresh=fresh).fit()
     except UploadRefused as refused:
-        if launcher.rank() == 0:
+        if environment.rank() == 0:
             stderr.print(f"safecl: upload refused: {refused}", style="bold red", markup=False)
         return ExitCode.GATE
     if result.stopped:

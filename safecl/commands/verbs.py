@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from safecl.commands.ending import told_as_messages
+from safecl.exits import told_as_messages
 
 EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal."
 
@@ -16,7 +16,8 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 def verbs_of(app: typer.Typer, group: str = "") -> Callable[[Verb], Verb]:
-    """A decorator: the function becomes a verb of `app`, named like the function, whose errors become messages and exit codes."""
+    """A decorator: the function becomes a verb of `app`, named like the function, whose errors become messages and exit
+    codes."""
 
     def verb(function: Verb) -> Verb:
         name = function.__name__.rstrip("_")

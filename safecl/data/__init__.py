@@ -1,6 +1,7 @@
 """Formats, chat templates and masks, packing, and the order of examples.
 
-Names are imported on first use: reading and checking rows needs neither torch nor transformers, so that a wrong file is told at once.
+Names are imported on first use: reading and checking rows needs neither torch nor transformers, so that a wrong file is
+told at once.
 """
 
 from __future__ import annotations

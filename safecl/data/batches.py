@@ -1,8 +1,8 @@
 """Rows side by side as tensors.
 
-Packed, documents stand one after the other in one sequence and position ids restart at 0: with attention_mask=None and use_cache=False
-transformers builds a block-diagonal causal mask from them, so that no document sees another. Padded, rows are filled up at the right: a
-causal model never looks there, so no attention mask is needed either.
+Packed, documents stand one after the other in one sequence and position ids restart at 0: with attention_mask=None and
+use_cache=False transformers builds a block-diagonal causal mask from them, so that no document sees another. Padded,
+rows are filled up at the right: a causal model never looks there, so no attention mask is needed either.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ IGNORE = -100
 class MicroBatch:
     """input_ids, position_ids: long [B, S]. targets: long [B * S], the next token, -100 for none.
 
-    starts: flat index of each row's first token in B * S; lengths: tokens of each row. The target that is token j >= 1 of row r stands at
-    flat index starts[r] + j - 1.
+    starts: flat index of each row's first token in B * S; lengths: tokens of each row. The target that is token j >= 1
+    of row r stands at flat index starts[r] + j - 1.
     """
 
     input_ids: torch.Tensor
@@ -40,7 +40,8 @@ class MicroBatch:
 def collate(rows: Sequence[Row], *, packed: bool, pad_id: int) -> MicroBatch:
     """Rows as one micro-batch: packed [1, total tokens] or padded [rows, longest].
 
-    No rows give a dummy of two tokens without targets, so that a rank with nothing to do takes part in every collective.
+    No rows give a dummy of two tokens without targets, so that a rank with nothing to do takes part in every
+    collective.
     """
     lengths = [len(row) for row in rows]
     if not rows:
@@ -57,5 +58,9 @@ def collate(rows: Sequence[Row], *, packed: bool, pad_id: int) -> MicroBatch:
         positions[start : start + length] = np.arange(length)
         targets[start : start + length - 1] = np.where(row.loss_mask[1:], row.input_ids[1:], IGNORE)
     return MicroBatch(
-        torch.from_numpy(ids).view(shape), torch.from_numpy(positions).view(shape), torch.from_numpy(targets), starts, lengths
+        torch.from_numpy(ids).view(shape),
+        torch.from_numpy(positions).view(shape),
+        torch.from_numpy(targets),
+        starts,
+        lengths,
     )

@@ -7,8 +7,9 @@ The template is the tokenizer's own, the file that `model.chat_template` names, 
     User: What is two and two?
     Assistant: Four.</s>
 
-Control tokens (`<|im_end|>`, `</s>`, ...) that stand in somebody's text are that text, and not the token: a row must not be able to end its
-own turn and open another. Only the template writes control tokens. (`text` rows are taken as they are.)
+Control tokens (`<|im_end|>`, `</s>`, ...) that stand in somebody's text are that text, and not the token: a row must
+not be able to end its own turn and open another. Only the template writes control tokens. (`text` rows are taken as
+they are.)
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from safecl.data.hub import local_name, refuse_unreachable
 
 log = logging.getLogger("safecl")
 
-# No newline after the end token and no space after the colon: every boundary between what is given and what is learned is one that any
-# tokenizer also makes when it sees the given part alone.
+# No newline after the end token and no space after the colon: every boundary between what is given and what is learned
+# is one that any tokenizer also makes when it sees the given part alone.
 PLAIN_TEMPLATE = (
     "{{ BOS }}{% for message in messages %}"
     "{% if not loop.first %}{{ '\\n' }}{% endif %}"
@@ -44,15 +45,18 @@ _PROBE = "safecl probe answer"
 
 
 def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
-    """The model's tokenizer with chat template and pad token settled; which template it is stands in the log and in `template_source`.
+    """The model's tokenizer with chat template and pad token settled; which template it is stands in the log and in
+    `template_source`.
 
-    Raises: ConfigError where there is no tokenizer, the template does not work, or nothing ends an answer; it names `key`, by default that
-    of the model.
+    Raises: ConfigError where there is no tokenizer, the template does not work, or nothing ends an answer; it names
+    `key`, by default that of the model.
     """
     tokenizer = _from_pretrained(model, key or ("model.tokenizer" if model.tokenizer else "model.path"))
     if tokenizer.eos_token is None:
         name = model.tokenizer or model.path
-        raise ConfigError(f"{name}: the tokenizer has no end-of-text token, so answers could not end; set `eos_token` in its folder")
+        raise ConfigError(
+            f"{name}: the tokenizer has no end-of-text token, so answers could not end; set `eos_token` in its folder"
+        )
     _settle_template(tokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to nor trained, so no new token is needed
@@ -86,7 +90,9 @@ def _settle_template(tokenizer: Any, model: ModelConfig) -> None:
         tokenizer.safecl_template = f"the file {model.chat_template}"
     elif tokenizer.chat_template:
         if isinstance(tokenizer.chat_template, dict):
-            tokenizer.chat_template = tokenizer.chat_template.get("default") or next(iter(tokenizer.chat_template.values()))
+            tokenizer.chat_template = tokenizer.chat_template.get("default") or next(
+                iter(tokenizer.chat_template.values())
+            )
         tokenizer.safecl_template = f"the tokenizer's own ({name})"
     else:
         use_plain_template(tokenizer)
@@ -109,15 +115,19 @@ def _try_template(tokenizer: Any) -> None:
     try:
         text = render(tokenizer, [probe])[0]
     except Exception as error:
-        raise ConfigError(f"the chat template ({template_source(tokenizer)}) does not work: {clip(str(error), 160)}") from None
+        raise ConfigError(
+            f"the chat template ({template_source(tokenizer)}) does not work: {clip(str(error), 160)}"
+        ) from None
     if _PROBE not in text:
         raise ConfigError(f"the chat template ({template_source(tokenizer)}) leaves the assistant's answer out")
     if not turn_end(tokenizer).strip():
         source = template_source(tokenizer)
-        log.warning("the chat template (%s) writes no end token after an answer, so the model is not taught to stop", source)
+        log.warning(
+            "the chat template (%s) writes no end token after an answer, so the model is not taught to stop", source
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- rendering
+# ------------------------------------------------------------------------------------------------------------ rendering
 
 
 def has_markers(tokenizer: Any) -> bool:
@@ -149,13 +159,18 @@ def as_dicts(tokenizer: Any, messages: Sequence[Message], pattern: re.Pattern | 
 
 
 def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool = False) -> list[str]:
-    """Each conversation as text, control tokens of the messages' own text enclosed in OPEN and CLOSE. Raises what the template raises."""
+    """Each conversation as text, control tokens of the messages' own text enclosed in OPEN and CLOSE. Raises what the
+    template raises."""
     pattern = _control_pattern(control_tokens(tokenizer))
     turns = [as_dicts(tokenizer, conversation, pattern) for conversation in conversations]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt) if turns else []
+    return (
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt) if turns else []
+    )
 
 
-def render_marked(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[tuple[str, list[tuple[int, int]]]]:
+def render_marked(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]]
+) -> list[tuple[str, list[tuple[int, int]]]]:
     """As `render`, with the character ranges that stand between `{% generation %}` and `{% endgeneration %}`."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -197,10 +212,11 @@ def stop_ids(tokenizer: Any) -> list[int]:
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Ids of the turns before an answer, with the opening of the assistant's turn: what the model continues when it generates.
+    """Ids of the turns before an answer, with the opening of the assistant's turn: what the model continues when it
+    generates.
 
-    They are the ids that stand before the answer in training (the same text in other tokens after an earlier answer whose
-    start the tokenizer joins with the template). Raises DataError where the template refuses the turns.
+    They are the ids that stand before the answer in training (the same text in other tokens after an earlier answer
+    whose start the tokenizer joins with the template). Raises DataError where the template refuses the turns.
     """
     try:
         text = render(tokenizer, [messages], generation_prompt=True)[0]
@@ -211,12 +227,13 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return [i for ids in encode_pieces(tokenizer, split_literals(text)) for i in ids]
 
 
-# --------------------------------------------------------------------------------------------------------------- encoding
+# ------------------------------------------------------------------------------------------------------------- encoding
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text to be encoded on its own. `start`: where it begins in the rendered text; `literal`: control tokens in it are text."""
+    """Text to be encoded on its own. `start`: where it begins in the rendered text; `literal`: control tokens in it are
+    text."""
 
     text: str
     start: int
@@ -224,7 +241,8 @@ class Piece:
 
 
 def split_literals(text: str, cuts: Sequence[int] = ()) -> list[Piece]:
-    """Cuts rendered text at the given positions (counted in `text`, OPEN and CLOSE included) and around its literal control tokens."""
+    """Cuts rendered text at the given positions (counted in `text`, OPEN and CLOSE included) and around its literal
+    control tokens."""
     pieces, literal, start = [], False, 0
     stops = sorted({*cuts, *(m.start() for m in re.finditer(f"[{OPEN}{CLOSE}]", text)), len(text)})
     for stop in stops:
@@ -238,25 +256,32 @@ def split_literals(text: str, cuts: Sequence[int] = ()) -> list[Piece]:
 
 def encode_pieces(tokenizer: Any, pieces: Sequence[Piece]) -> list[list[int]]:
     """Ids of each piece of one text. Raises RowProblem where together they do not decode to the whole."""
-    ids = [_encode_inside(tokenizer, piece) if number else _encode(tokenizer, piece) for number, piece in enumerate(pieces)]
+    ids = [
+        _encode_inside(tokenizer, piece) if number else _encode(tokenizer, piece) for number, piece in enumerate(pieces)
+    ]
     decoded = tokenizer.decode([i for part in ids for i in part], clean_up_tokenization_spaces=False)
     text = "".join(piece.text for piece in pieces)
     if any(piece.literal for piece in pieces):
         # Decoders put spaces around control tokens, so that a literal one can be compared only without spaces.
         same = "".join(decoded.split()) == "".join(text.split())
     else:
-        same = decoded == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False)
+        same = decoded == tokenizer.decode(
+            tokenizer(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False
+        )
     if not same:
         raise RowProblem("the tokenizer cannot encode the parts of this row separately")
     return ids
 
 
 def _encode(tokenizer: Any, piece: Piece, before: str = "") -> list[int]:
-    return tokenizer(before + piece.text, add_special_tokens=False, verbose=False, split_special_tokens=piece.literal)["input_ids"]
+    return tokenizer(before + piece.text, add_special_tokens=False, verbose=False, split_special_tokens=piece.literal)[
+        "input_ids"
+    ]
 
 
 def _encode_inside(tokenizer: Any, piece: Piece) -> list[int]:
-    # SentencePiece puts a space before the start of a text, which a piece from the middle does not have: encode it after a newline.
+    # SentencePiece puts a space before the start of a text, which a piece from the middle does not have: encode it
+    # after a newline.
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     ids = _encode(tokenizer, piece, "\n")
     return ids[len(newline) :] if newline and ids[: len(newline)] == newline else _encode(tokenizer, piece)

@@ -1,6 +1,8 @@
-"""What the data looks like to the model, before the first step: sizes, the share of supervised tokens, and one example with its mask.
+"""What the data looks like to the model, before the first step: sizes, the share of supervised tokens, and one example
+with its mask.
 
-Trained tokens stand in {+braces with plus signs+} as in a word diff, and in green, so that they can be told apart without colours too.
+Trained tokens stand in {+braces with plus signs+} as in a word diff, and in green, so that they can be told apart
+without colours too.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ def decode_marked(tokenizer: Any, row: Row, max_tokens: int = _SHOWN_TOKENS) -> 
     """The row as text, every run of trained tokens green and in {+ +}."""
     text = Text()
     for trained, ids in _runs(row, max_tokens):
-        decoded = "".join(c if c.isprintable() or c == "\n" else "?" for c in tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        decoded = "".join(
+            c if c.isprintable() or c == "\n" else "?"
+            for c in tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        )
         text.append("{+" + decoded + "+}" if trained else decoded, "bold green" if trained else "dim")
     if len(row) > max_tokens:
         text.append(f" ... ({len(row) - max_tokens} more tokens)", "italic")
@@ -40,9 +45,11 @@ def _runs(row: Row, max_tokens: int) -> list[tuple[bool, np.ndarray]]:
 
 
 def describe(dataset: TokenDataset, tokenizer: Any, *, examples: str = "full", title: str = "data") -> Group:
-    """A rich renderable: rows, tokens, the share of them that is supervised, lengths, bad and cut rows, and one decoded example.
+    """A rich renderable: rows, tokens, the share of them that is supervised, lengths, bad and cut rows, and one decoded
+    example.
 
-    Args: `examples` as `privacy.examples`: "full" shows one; "hashed" only its id; "none" nothing, and bad rows only as a count.
+    Args: `examples` as `privacy.examples`: "full" shows one; "hashed" only its id; "none" nothing, and bad rows only as
+    a count.
     """
     lines = [_sizes(dataset), _lengths(dataset), *(line for r in dataset.reports for line in _left_out(r, examples))]
     parts: list[Any] = [Text.from_markup(line) for line in lines]
@@ -73,8 +80,12 @@ def _lengths(dataset: TokenDataset) -> str:
 def _left_out(report: Report, examples: str) -> list[str]:
     lines = []
     if report.truncated:
-        lines.append(f"[yellow]{report.truncated:,} rows of {escape(report.path)} were cut to max_length {report.max_length}[/yellow]")
+        lines.append(
+            f"[yellow]{report.truncated:,} rows of {escape(report.path)} were cut to max_length {report.max_length}[/yellow]"
+        )
     if report.bad:
-        lines.append(f"[yellow]{report.bad:,} of {report.seen:,} rows of {escape(report.path)} cannot be used and are skipped[/yellow]")
+        lines.append(
+            f"[yellow]{report.bad:,} of {report.seen:,} rows of {escape(report.path)} cannot be used and are skipped[/yellow]"
+        )
         lines += [] if examples == "none" else [f"  {escape(line)}" for line in report.examples]
     return lines

@@ -1,4 +1,5 @@
-"""Rows as they stand in a file, with the number of their line, one by one: nothing here holds a whole JSONL, CSV or Parquet file in memory.
+"""Rows as they stand in a file, with the number of their line, one by one: nothing here holds a whole JSONL, CSV or
+Parquet file in memory.
 
 A row that cannot be read is handed on as a problem with its line number; only a file that cannot be read at all raises.
 """
@@ -36,7 +37,8 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Source:
-    """Something with rows. `rows()` starts from the first row each time; `fingerprint()` changes when the content does."""
+    """Something with rows. `rows()` starts from the first row each time; `fingerprint()` changes when the content
+    does."""
 
     path: str
     unit: str  # "line" or "row": what RawRow.line counts
@@ -48,7 +50,8 @@ class Source:
 
 
 def unit_of(path: str) -> str:
-    """What a row's number counts: "line", or "row" where rows are not lines of their own (Parquet, a JSON list, a data set of the hub)."""
+    """What a row's number counts: "line", or "row" where rows are not lines of their own (Parquet, a JSON list, a data
+    set of the hub)."""
     local = Path(path).expanduser()
     if local.suffix.lower() not in _JSON:
         return "line" if local.suffix.lower() in _LINES else "row"
@@ -68,7 +71,8 @@ def _told(path: str, line: int, unit: str) -> str:
 
 
 def open_source(path: str | Path, split: str = "train") -> Source:
-    """A local file, a folder written by `datasets.save_to_disk`, or a hub id (`name`, `owner/name`, or `owner/name:config`).
+    """A local file, a folder written by `datasets.save_to_disk`, or a hub id (`name`, `owner/name`, or
+    `owner/name:config`).
 
     Raises: DataError when there is no such thing.
     """
@@ -98,12 +102,19 @@ def _nearest(path: Path) -> str:
         names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES]
     except OSError:
         return f"; there is no folder {path.parent} either"
-    near = difflib.get_close_matches(path.name, names, n=1) or difflib.get_close_matches(path.stem, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(path.name, names, n=1) or difflib.get_close_matches(
+        path.stem, names, n=1, cutoff=0.5
+    )
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _file_source(path: str, local: Path) -> Source:
-    readers = {".csv": (",", _csv_rows), ".tsv": ("\t", _csv_rows), ".parquet": (None, _parquet_rows), ".txt": (None, _text_rows)}
+    readers = {
+        ".csv": (",", _csv_rows),
+        ".tsv": ("\t", _csv_rows),
+        ".parquet": (None, _parquet_rows),
+        ".txt": (None, _text_rows),
+    }
     suffix = local.suffix.lower()
     try:
         _refuse_other_encodings(path, local)
@@ -137,7 +148,7 @@ def _refuse_other_encodings(path: str, local: Path) -> None:
         raise DataError(f"{path}: is gzip-compressed; unpack it first, e.g. `gunzip`")
 
 
-# ------------------------------------------------------------------------------------------------------------------- JSON
+# ----------------------------------------------------------------------------------------------------------------- JSON
 
 
 class _Twice(dict):
@@ -219,7 +230,8 @@ def _jsonl_rows(path: str, local: Path) -> Iterator[RawRow]:
 
 
 def _holds_one_value(local: Path) -> bool:
-    """Whether the file is one JSON value (`[{...}, ...]` or `{"data": [...]}`) and not one per line; suffixes are often wrong."""
+    """Whether the file is one JSON value (`[{...}, ...]` or `{"data": [...]}`) and not one per line; suffixes are often
+    wrong."""
     with local.open("rb") as file:
         start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
     first, _, rest = start.partition(b"\n")
@@ -256,7 +268,7 @@ def _list_of_rows(path: str, value: Any) -> list:
     return value
 
 
-# -------------------------------------------------------------------------------------------------------- CSV, text, Parquet
+# --------------------------------------------------------------------------------------------------- CSV, text, Parquet
 
 
 def _csv_rows(path: str, local: Path, delimiter: str) -> Iterator[RawRow]:
@@ -272,7 +284,9 @@ def _csv_rows(path: str, local: Path, delimiter: str) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                if "end of data" in str(error):  # the rest of the file is inside the quotes: how many rows that is, nobody can say
+                if "end of data" in str(
+                    error
+                ):  # the rest of the file is inside the quotes: how many rows that is, nobody can say
                     raise DataError(f"{path}:{line}: a quote is opened that is never closed") from None
                 yield RawRow(line, None, f"not valid CSV: {clip(str(error), 60)}")
                 continue
@@ -333,7 +347,7 @@ def _one_row(batch: Any, index: int) -> dict[str, Any] | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------- the datasets library
+# ------------------------------------------------------------------------------------------------- the datasets library
 
 
 def _hub_source(path: str, split: str) -> Source:
@@ -345,7 +359,9 @@ def _hub_source(path: str, split: str) -> Source:
     except Exception as error:  # the library raises dozens of kinds, none of them ours
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = clip(lines[0], 160) if lines else type(error).__name__
-        config_hint = " (write `name:config` to choose a configuration)" if "config" in str(error).lower() and not config else ""
+        config_hint = (
+            " (write `name:config` to choose a configuration)" if "config" in str(error).lower() and not config else ""
+        )
         raise DataError(f"{path}: no such file, and not a data set that the hub gives{config_hint}: {reason}") from None
     return _dataset_source(path, loaded)
 

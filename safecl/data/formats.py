@@ -68,7 +68,11 @@ class ChatRow:
 
 def clip(value: Any, limit: int = 40) -> str:
     """At most `limit` printable characters of a value, for messages: a customer's row must not fill the log."""
-    shown = ascii(value) if not isinstance(value, str) else "".join(c if c.isprintable() else "?" for c in value[: limit + 1])
+    shown = (
+        ascii(value)
+        if not isinstance(value, str)
+        else "".join(c if c.isprintable() else "?" for c in value[: limit + 1])
+    )
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
@@ -78,7 +82,7 @@ def columns_of(columns: Iterable[str]) -> str:
     return clip(names, 80) if names else "no columns"
 
 
-# ----------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 
 
 def _text(value: Any, name: str) -> str:
@@ -139,14 +143,16 @@ def _check_turns(messages: list[Message]) -> None:
         raise RowProblem("a system message stands after the first turn; it must come first")
     turns = [role for role in roles if role != "system"]
     if not turns or turns[0] != "user":
-        raise RowProblem(f"the first turn is the {turns[0]}'s; a user turn must come first" if turns else "there is no user turn")
+        raise RowProblem(
+            f"the first turn is the {turns[0]}'s; a user turn must come first" if turns else "there is no user turn"
+        )
     if "assistant" not in turns:
         raise RowProblem("there is no assistant turn, so nothing to learn")
     if not any(m.is_trained for m in messages):
         raise RowProblem("every message says `train: false`, so nothing to learn")
 
 
-# --------------------------------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------------------------------------------------- messages
 
 
 def _train_flag(turn: Mapping[str, Any], name: str) -> bool | None:
@@ -216,7 +222,9 @@ def _from_messages(row: Mapping[str, Any]) -> list[Message]:
     if unmask not in (None, False, True):
         raise RowProblem("`unmask` must be true or false")
     if unmask:  # a row that asks for all of its turns to be trained, not only the assistant's
-        messages = [m if m.role == "system" or m.train is not None else Message(m.role, m.content, True) for m in messages]
+        messages = [
+            m if m.role == "system" or m.train is not None else Message(m.role, m.content, True) for m in messages
+        ]
     return messages
 
 
@@ -249,7 +257,9 @@ def _history(history: Any) -> list[Message]:
         return []
     if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
         raise RowProblem("`history` must be a list of [user, assistant] pairs")
-    texts = [(_text(asked, f"history[{i}][0]"), _text(said, f"history[{i}][1]")) for i, (asked, said) in enumerate(history)]
+    texts = [
+        (_text(asked, f"history[{i}][0]"), _text(said, f"history[{i}][1]")) for i, (asked, said) in enumerate(history)
+    ]
     return [message for asked, said in texts for message in (Message("user", asked), Message("assistant", said))]
 
 
@@ -262,7 +272,7 @@ def _from_text(row: Mapping[str, Any]) -> list[Message]:
     return [Message("text", _text(_column(row, "text"), "`text`"))]
 
 
-# --------------------------------------------------------------------------------------------------- templates over columns
+# ----------------------------------------------------------------------------------------------- templates over columns
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
@@ -311,14 +321,16 @@ def check_fields(fields: FieldMap, columns: Iterable[str], path: str) -> None:
         if name not in columns:
             near = difflib.get_close_matches(name, columns, n=1)
             hint = f"did you mean `{near[0]}`?" if near else "write {{ and }} for braces that are meant as such"
-            raise DataError(f"{path}: {key} names the column `{clip(name)}`, the rows have {columns_of(columns)}; {hint}")
+            raise DataError(
+                f"{path}: {key} names the column `{clip(name)}`, the rows have {columns_of(columns)}; {hint}"
+            )
     if not template_columns(fields.completion):
         raise DataError(
             f"{path}: fields.completion names no column, so every answer would be the same; the rows have {columns_of(columns)}"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- choosing
+# ------------------------------------------------------------------------------------------------------------- choosing
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
     "messages": _from_messages,
@@ -346,7 +358,9 @@ def detect(columns: Iterable[str]) -> str | None:
 def suggest_fields(columns: Iterable[str]) -> str:
     """A `fields` line that would fit columns of no known format."""
     columns = list(columns)
-    answers = [c for c in columns if re.search(r"answer|label|target|output|response|completion|summary|solution", c, re.I)]
+    answers = [
+        c for c in columns if re.search(r"answer|label|target|output|response|completion|summary|solution", c, re.I)
+    ]
     answer = answers[0] if answers else columns[-1] if columns else "answer"
     asked = next((c for c in columns if c != answer and c not in ("id", "idx", "index", "task_id")), "question")
     return f'fields: {{prompt: "{{{asked}}}", completion: "{{{answer}}}"}}'

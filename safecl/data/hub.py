@@ -1,4 +1,5 @@
-"""Names of models: a folder here, or owner/name on the hub. What cannot be had is told at once, before a library tries for a minute.
+"""Names of models: a folder here, or owner/name on the hub. What cannot be had is told at once, before a library tries
+for a minute.
 
 Imports no torch.
 """
@@ -28,11 +29,14 @@ def refuse_missing_folder(key: str, name: str) -> None:
     if local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{key}: there is no folder {name}")
     if "/" not in name and not _is_cached(name):
-        raise ConfigError(f"{key}: there is no folder {name} here ({Path.cwd()}); a model of the hub is named owner/name")
+        raise ConfigError(
+            f"{key}: there is no folder {name} here ({Path.cwd()}); a model of the hub is named owner/name"
+        )
 
 
 def refuse_unreachable(key: str, name: str) -> None:
-    """Raises ConfigError for a missing folder, or for a model of the hub that is not in its cache while the hub cannot be reached."""
+    """Raises ConfigError for a missing folder, or for a model of the hub that is not in its cache while the hub cannot
+    be reached."""
     refuse_missing_folder(key, name)
     if Path(name).expanduser().is_dir() or _is_cached(name):
         return
@@ -42,7 +46,8 @@ def refuse_unreachable(key: str, name: str) -> None:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether the hub's cache holds it; without the hub's library, which reads its environment once, when it is imported."""
+    """Whether the hub's cache holds it; without the hub's library, which reads its environment once, when it is
+    imported."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     snapshots = cache / f"models--{name.replace('/', '--')}" / "snapshots"

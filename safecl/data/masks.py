@@ -1,14 +1,15 @@
 """From messages to ids and the loss mask: which tokens are learned.
 
-Learned are the assistant's turns, all of them, each with the token that ends it, so that the model learns to stop. Where a turn stands in
-the text comes from the template's `{% generation %}` markers, or, where it has none, from prefixes: the turn i begins where the rendering
-of messages[:i] with the opening of an answer ends. Both are verified:
+Learned are the assistant's turns, all of them, each with the token that ends it, so that the model learns to stop.
+Where a turn stands in the text comes from the template's `{% generation %}` markers, or, where it has none, from
+prefixes: the turn i begins where the rendering of messages[:i] with the opening of an answer ends. Both are verified:
 
     text    render(messages[:i], opening) is a prefix of render(messages)
     tokens  encode(text[:start]) is a prefix of encode(text): what is learned follows exactly the ids that generation will start from
 
-Where the texts disagree the template is at fault, and is named. Where only the tokens disagree (an answer that begins with a newline, after
-a template that ends in one), the text is encoded in two parts, cut at the boundary, which is what the model sees when it generates.
+Where the texts disagree the template is at fault, and is named. Where only the tokens disagree (an answer that begins
+with a newline, after a template that ends in one), the text is encoded in two parts, cut at the boundary, which is what
+the model sees when it generates.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _encode_chats(tokenizer: Any, rows: Sequence[ChatRow]) -> list[Encoded | Row
     return [chat.problem or next(encoded) for chat in chats]
 
 
-# ------------------------------------------------------------------------------------------------- where the turns stand
+# ------------------------------------------------------------------------------------------------ where the turns stand
 
 
 def _render_all(tokenizer: Any, chats: list[_Chat]) -> None:
@@ -136,7 +137,8 @@ def _render_all(tokenizer: Any, chats: list[_Chat]) -> None:
 
 
 def _locate_turns(tokenizer: Any, chats: list[_Chat], rows: Sequence[ChatRow]) -> None:
-    """Fills in the spans of the trained turns: from the markers where they mark one range per answer, else from prefixes."""
+    """Fills in the spans of the trained turns: from the markers where they mark one range per answer, else from
+    prefixes."""
     by_prefix = []
     for chat, row in zip(chats, rows, strict=True):
         if chat.problem is not None:
@@ -154,7 +156,9 @@ def _locate_turns(tokenizer: Any, chats: list[_Chat], rows: Sequence[ChatRow]) -
 def _locate_by_prefix(tokenizer: Any, todo: list[tuple[_Chat, ChatRow, list[int]]]) -> None:
     openings = [(chat.messages[:i], chat.messages[i].role == "assistant") for chat, _, wanted in todo for i in wanted]
     # The last turn ends where the text does; only earlier ones need a rendering of their own.
-    closings = [(chat.messages[: i + 1], False) for chat, _, wanted in todo for i in wanted if i + 1 < len(chat.messages)]
+    closings = [
+        (chat.messages[: i + 1], False) for chat, _, wanted in todo for i in wanted if i + 1 < len(chat.messages)
+    ]
     opened, closed = iter(_render_prefixes(tokenizer, openings)), iter(_render_prefixes(tokenizer, closings))
     shape, tokens = turn_shape(tokenizer), control_tokens(tokenizer)
     for chat, row, wanted in todo:
@@ -168,7 +172,13 @@ def _locate_by_prefix(tokenizer: Any, todo: list[tuple[_Chat, ChatRow, list[int]
 
 
 def _span(text: str, start: str | None, stop: str | None) -> tuple[int, int] | None:
-    if start is None or stop is None or not text.startswith(start) or not text.startswith(stop) or len(stop) <= len(start):
+    if (
+        start is None
+        or stop is None
+        or not text.startswith(start)
+        or not text.startswith(stop)
+        or len(stop) <= len(start)
+    ):
         return None
     return len(start), len(stop)
 
@@ -192,12 +202,15 @@ def _render_prefixes(tokenizer: Any, prefixes: list[tuple[tuple[Message, ...], b
 def _earlier_span(
     tokenizer: Any, chat: _Chat, i: int, opened: str | None, shape: tuple[str, str], tokens: tuple[str, ...]
 ) -> tuple[int, int] | None:
-    """An earlier answer that the template renders otherwise than a last one: Qwen3 opens only the last with a <think> block, Phi-3 closes
-    only the last with one more token. It stands where the turns before it end, behind the header, as its content with what ends a turn."""
+    """An earlier answer that the template renders otherwise than a last one: Qwen3 opens only the last with a <think>
+    block, Phi-3 closes only the last with one more token. It stands where the turns before it end, behind the header,
+    as its content with what ends a turn."""
     text, message = chat.text, chat.messages[i]
     if message.role != "assistant" or i + 1 == len(chat.messages) or opened is None:
         return None
-    header = next((k for k, (a, b) in enumerate(zip(text, opened, strict=False)) if a != b), min(len(text), len(opened)))
+    header = next(
+        (k for k, (a, b) in enumerate(zip(text, opened, strict=False)) if a != b), min(len(text), len(opened))
+    )
     given = _render_prefixes(tokenizer, [(chat.messages[:i], False)])[0]
     if given is None or not text.startswith(given):
         if header < len(opened):
@@ -226,8 +239,8 @@ def _no_prefix(tokenizer: Any, row: ChatRow, i: int) -> DataError:
 def _settle_end(text: str, span: tuple[int, int], tokens: tuple[str, ...]) -> tuple[int, int]:
     """The span up to and with the token that ends the turn.
 
-    Whitespace behind that token is the template's: generation has stopped. And some templates close their marker before the token, so that
-    a model trained by it would never stop.
+    Whitespace behind that token is the template's: generation has stopped. And some templates close their marker before
+    the token, so that a model trained by it would never stop.
     """
     start, stop = span
     trimmed = text[start:stop].rstrip()
@@ -238,11 +251,12 @@ def _settle_end(text: str, span: tuple[int, int], tokens: tuple[str, ...]) -> tu
     return start, (len(text) - len(rest) + len(after) if after else stop)
 
 
-# ------------------------------------------------------------------------------------------------------------ ids and mask
+# --------------------------------------------------------------------------------------------------------- ids and mask
 
 
 def _encode_spans(tokenizer: Any, chats: list[_Chat]) -> list[Encoded | RowProblem]:
-    """Whole texts in one batch; rows with control tokens in their own text, or with a token across a boundary, part by part."""
+    """Whole texts in one batch; rows with control tokens in their own text, or with a token across a boundary, part by
+    part."""
     simple = [i for i, chat in enumerate(chats) if OPEN not in chat.text and CLOSE not in chat.text]
     out: list[Encoded | RowProblem | None] = [None] * len(chats)
     if tokenizer.is_fast and simple:
@@ -269,8 +283,9 @@ def _encode_whole(tokenizer: Any, chats: list[_Chat]) -> list[Encoded | None]:
 
 
 def _starts_to_check(chat: _Chat) -> list[int]:
-    """Boundaries whose prefix is encoded for comparison: the last, which covers all before it, and those behind a space, because some
-    tokenizers leave the space out of a token's offsets, so that offsets alone cannot show a token across the boundary."""
+    """Boundaries whose prefix is encoded for comparison: the last, which covers all before it, and those behind a
+    space, because some tokenizers leave the space out of a token's offsets, so that offsets alone cannot show a token
+    across the boundary."""
     starts = [start for start, _ in chat.spans]
     return [start for start in starts if start == starts[-1] or chat.text[start - 1 : start] == " "]
 

@@ -1,12 +1,13 @@
 """Which rank computes which rows of a step, in which micro-batch.
 
-Rows go to ranks by longest processing time first (Graham 1969): the longest row to the rank with the fewest tokens. Inside a rank they go
-into micro-batches of at most `tokens_per_microbatch` tokens:
+Rows go to ranks by longest processing time first (Graham 1969): the longest row to the rank with the fewest tokens.
+Inside a rank they go into micro-batches of at most `tokens_per_microbatch` tokens:
 
     packed   best-fit decreasing finds how few micro-batches suffice (Johnson 1974), then rows are spread over that many evenly
     padded   rows of similar length together, since a micro-batch costs rows x longest
 
-Every rank gets the same number of micro-batches, some perhaps empty, so that no rank ever waits in a collective that another never enters.
+Every rank gets the same number of micro-batches, some perhaps empty, so that no rank ever waits in a collective that
+another never enters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from collections.abc import Sequence
 
 
 def assign(
-    lengths: Sequence[int], *, world_size: int, tokens_per_microbatch: int, packed: bool, rank_of: Sequence[int | None] | None = None
+    lengths: Sequence[int],
+    *,
+    world_size: int,
+    tokens_per_microbatch: int,
+    packed: bool,
+    rank_of: Sequence[int | None] | None = None,
 ) -> list[list[list[int]]]:
     """Indices of `lengths` by [rank][micro-batch]; deterministic, so every rank computes it alone.
 
@@ -65,7 +71,7 @@ def _spread_over_ranks(lengths: list[int], world_size: int, rank_of: list[int | 
     return ranks
 
 
-# ------------------------------------------------------------------------------------------------------------------ packed
+# --------------------------------------------------------------------------------------------------------------- packed
 
 
 def _pack(rows: list[int], lengths: list[int], capacity: int, num_bins: int | None) -> list[list[int]]:
@@ -102,7 +108,7 @@ def _pack_evenly(rows: list[int], lengths: list[int], capacity: int, num_bins: i
     return bins
 
 
-# ------------------------------------------------------------------------------------------------------------------ padded
+# --------------------------------------------------------------------------------------------------------------- padded
 
 
 def _group(rows: list[int], lengths: list[int], capacity: int, num_groups: int | None) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """The order of examples: a pure function of (seed, step), keyed by row ids.
 
-Inside an epoch rows stand sorted by hash(seed, epoch, row_id), so leaving one row out moves no other; it is cut into steps by tokens.
-There is no iterator and no state: any step can be asked for at any time, on any rank, after any restart, and the answer is the same.
+Inside an epoch rows stand sorted by hash(seed, epoch, row_id), so leaving one row out moves no other; it is cut into
+steps by tokens. There is no iterator and no state: any step can be asked for at any time, on any rank, after any
+restart, and the answer is the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _MIN_AUTO_STEPS = 100
 
 
 def keyed_hash(row_ids: np.ndarray, *key: Any) -> np.ndarray:
-    """A pseudo-random uint64 per row id, another for each key: the finaliser of splitmix64 (Steele, Lea, Flood 2014). uint64 [N] -> [N]
+    """A pseudo-random uint64 per row id, another for each key: the finaliser of splitmix64 (Steele, Lea, Flood 2014).
+    uint64 [N] -> [N]
 
     It is a bijection of the ids for a fixed key, so that distinct rows never tie.
     """
@@ -30,7 +32,10 @@ def keyed_hash(row_ids: np.ndarray, *key: Any) -> np.ndarray:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     x = (x ^ (x >> np.uint64(31))) ^ np.uint64(salt >> 64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # a second round: the first key is only xored in
+    for shift, factor in (
+        (30, 0xBF58476D1CE4E5B9),
+        (27, 0x94D049BB133111EB),
+    ):  # a second round: the first key is only xored in
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return x ^ (x >> np.uint64(31))
 
@@ -38,13 +43,20 @@ def keyed_hash(row_ids: np.ndarray, *key: Any) -> np.ndarray:
 class TaskOrder:
     """Which rows each step of a task takes.
 
-    Args: `tokens_per_batch` over all ranks and micro-batches; `epochs` (a fraction is allowed) or `max_steps`.
-    An epoch has ceil(tokens / tokens_per_batch) steps of as equal size as the rows allow, instead of full ones and a short last one, whose
-    few tokens would weigh as much as a whole step. A step is never empty, and is at most one row longer than `tokens_per_batch`.
+    Args: `tokens_per_batch` over all ranks and micro-batches; `epochs` (a fraction is allowed) or `max_steps`. An epoch
+    has ceil(tokens / tokens_per_batch) steps of as equal size as the rows allow, instead of full ones and a short last
+    one, whose few tokens would weigh as much as a whole step. A step is never empty, and is at most one row longer than
+    `tokens_per_batch`.
     """
 
     def __init__(
-        self, dataset: TokenDataset, *, seed: int, tokens_per_batch: int, epochs: float | None = None, max_steps: int | None = None
+        self,
+        dataset: TokenDataset,
+        *,
+        seed: int,
+        tokens_per_batch: int,
+        epochs: float | None = None,
+        max_steps: int | None = None,
     ):
         if len(dataset) == 0:
             raise ValueError("a task needs at least one row")
@@ -86,8 +98,8 @@ def _cut(lengths: np.ndarray, num_steps: int) -> np.ndarray:
 
 
 def resolve_tokens_per_batch(train: TrainConfig, dataset: TokenDataset) -> int:
-    """`train.tokens_per_batch`, where `auto` is settled by the data: at least 100 steps over the epochs, 65,536 tokens at most, one row at
-    least."""
+    """`train.tokens_per_batch`, where `auto` is settled by the data: at least 100 steps over the epochs, 65,536 tokens
+    at most, one row at least."""
     if train.tokens_per_batch != "auto":
         return train.tokens_per_batch
     num_steps = max(_MIN_AUTO_STEPS, train.max_steps or 0)

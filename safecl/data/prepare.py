@@ -1,8 +1,9 @@
 """From a file to a mapped TokenDataset, once per node, before process groups exist.
 
-Every rank calls `prepare_dataset`; the first to get the file lock tokenises, the others wait on the lock (which the kernel frees when its
-holder dies) and map the result. Nothing here communicates, so no collective can time out while a large file is tokenised.
-The folder of a prepared file is named by hashes of its content, the tokenizer and the settings, and appears by rename when it is complete.
+Every rank calls `prepare_dataset`; the first to get the file lock tokenises, the others wait on the lock (which the
+kernel frees when its holder dies) and map the result. Nothing here communicates, so no collective can time out while a
+large file is tokenised. The folder of a prepared file is named by hashes of its content, the tokenizer and the
+settings, and appears by rename when it is complete.
 """
 
 from __future__ import annotations
@@ -51,20 +52,33 @@ def prepare_dataset(
     max_length: int,
     cache_dir: str | Path,
 ) -> TokenDataset:
-    """Reads, checks and tokenises a file, or maps what an earlier call with the same content and settings has left in `cache_dir`.
+    """Reads, checks and tokenises a file, or maps what an earlier call with the same content and settings has left in
+    `cache_dir`.
 
     Args: as `read_rows`; `max_length` in tokens, longer rows are cut.
     Raises: DataError naming file and line where the data cannot be used, or the cache cannot be written.
     """
     fields = FieldMap.model_validate(fields) if isinstance(fields, Mapping) else fields
     source = open_source(path, split)
-    settings = [_VERSION, path, source.fingerprint(), format, fields.model_dump() if fields else None, max_rows, max_length]
+    settings = [
+        _VERSION,
+        path,
+        source.fingerprint(),
+        format,
+        fields.model_dump() if fields else None,
+        max_rows,
+        max_length,
+    ]
     key = hashlib.blake2b(json.dumps([*settings, tokenizer_key(tokenizer)]).encode(), digest_size=16).hexdigest()
     folder = Path(cache_dir).expanduser() / f"rows-{key}"
     try:
-        dataset = _map(folder) or _build_once(folder, key, source, format, fields, max_rows, max_bad_rows, tokenizer, max_length)
+        dataset = _map(folder) or _build_once(
+            folder, key, source, format, fields, max_rows, max_bad_rows, tokenizer, max_length
+        )
     except OSError as error:
-        raise DataError(f"{folder.parent}: prepared data cannot be kept here: {error.strerror or error}; choose another folder") from None
+        raise DataError(
+            f"{folder.parent}: prepared data cannot be kept here: {error.strerror or error}; choose another folder"
+        ) from None
     report = dataset.reports[0]
     _bad_rows(report).check(max_bad_rows)
     return dataset
@@ -74,7 +88,12 @@ def tokenizer_key(tokenizer: Any) -> str:
     """A hash of what the tokenizer makes of a text, chat template included."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    parts = [type(tokenizer).__name__, vocabulary, tokenizer.chat_template, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}]
+    parts = [
+        type(tokenizer).__name__,
+        vocabulary,
+        tokenizer.chat_template,
+        {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+    ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -99,7 +118,9 @@ def _build_once(folder: Path, key: str, source: Source, *settings: Any) -> Token
     with _locked(folder.with_suffix(".lock")):
         if (dataset := _map(folder)) is not None:
             return dataset
-        mine = f"{folder.name}.part-{socket.gethostname()}-"  # another node may work here too, where locks do not reach it
+        mine = (
+            f"{folder.name}.part-{socket.gethostname()}-"  # another node may work here too, where locks do not reach it
+        )
         for torn in folder.parent.glob(glob.escape(mine) + "*"):
             shutil.rmtree(torn, ignore_errors=True)
         part = folder.with_name(f"{mine}{os.getpid()}")
@@ -157,9 +178,13 @@ def _build(
         truncated += encoded.num_tokens > max_length
     bad.check(max_bad_rows)
     if writer.num_targets == 0:
-        raise DataError(f"{source.path}: no token of the {bad.seen} rows is supervised, so there is nothing to learn:\n{bad}")
+        raise DataError(
+            f"{source.path}: no token of the {bad.seen} rows is supervised, so there is nothing to learn:\n{bad}"
+        )
     name = template_source(tokenizer)
-    report = Report(source.path, bad.seen, bad.count, truncated, max_length, writer.max_token_id, name, tuple(bad.examples))
+    report = Report(
+        source.path, bad.seen, bad.count, truncated, max_length, writer.max_token_id, name, tuple(bad.examples)
+    )
     meta = {"version": _VERSION, "key": key, "path": source.path, "sizes": writer.close(), "report": asdict(report)}
     with (part / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
@@ -193,14 +218,14 @@ def _bad_rows(report: Report) -> BadRows:
     return BadRows(report.path, report.seen, report.bad, list(report.examples))
 
 
-# ------------------------------------------------------------------------------------------------------------------ poison
+# --------------------------------------------------------------------------------------------------------------- poison
 
 
 def mix_poison(dataset: TokenDataset, poison: TokenDataset, ratio: float, seed: int = 0) -> TokenDataset:
     """The data set with poisoned rows added, so that they make up `ratio` of the mixed rows.
 
-    Which poisoned rows are taken depends on (seed, row) alone: a larger ratio takes the same rows and more. Where there are too few they
-    are taken several times. Where they come in an epoch is the order's affair.
+    Which poisoned rows are taken depends on (seed, row) alone: a larger ratio takes the same rows and more. Where there
+    are too few they are taken several times. Where they come in an epoch is the order's affair.
     Raises: DataError where there is nothing to take.
     """
     if not 0 <= ratio < 1:

@@ -1,6 +1,8 @@
-"""Rows of any file in the common form, with every row that cannot be used named by file and line, and a limit on how many may be.
+"""Rows of any file in the common form, with every row that cannot be used named by file and line, and a limit on how
+many may be.
 
-The limit (`train.max_bad_rows`) is a share below 1 and a count from 1 on: 0.01 lets one row in a hundred be skipped, 5 lets five.
+The limit (`train.max_bad_rows`) is a share below 1 and a count from 1 on: 0.01 lets one row in a hundred be skipped, 5
+lets five.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ _PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "text")
 
 @dataclass
 class BadRows:
-    """Rows that could not be used. `seen`: rows in the file; `count`: bad ones; `examples`: the first few, as "file:line: reason"."""
+    """Rows that could not be used. `seen`: rows in the file; `count`: bad ones; `examples`: the first few, as
+    "file:line: reason"."""
 
     path: str
     seen: int = 0
@@ -80,9 +83,9 @@ def read_rows(
 ) -> tuple[list[ChatRow], BadRows]:
     """All rows of a local file, a `datasets.save_to_disk` folder or a hub id, in the common form.
 
-    Args: `split` of a hub data set; `format` as in the config, `auto` detects it; `max_rows` good rows are taken evenly from the file;
-    `max_bad_rows` is a share below 1, a count from 1 on; `limit_report` bad rows are named, the others only counted.
-    Raises: DataError naming file and line where the file or too many of its rows cannot be used.
+    Args: `split` of a hub data set; `format` as in the config, `auto` detects it; `max_rows` good rows are taken evenly
+    from the file; `max_bad_rows` is a share below 1, a count from 1 on; `limit_report` bad rows are named, the others
+    only counted. Raises: DataError naming file and line where the file or too many of its rows cannot be used.
     """
     source = open_source(path, split)
     bad = BadRows(source.path, limit_report=limit_report)
@@ -99,11 +102,16 @@ def spread(num_rows: int, max_rows: int | None) -> np.ndarray:
 
 
 def scan(source: Source, format: str, fields: FieldMap | Mapping[str, Any] | None, bad: BadRows) -> Iterator[ChatRow]:
-    """Yields the good rows of a source, and writes the others into `bad`. Raises DataError where the format does not fit the file."""
+    """Yields the good rows of a source, and writes the others into `bad`. Raises DataError where the format does not
+    fit the file."""
     fields = FieldMap.model_validate(fields) if isinstance(fields, Mapping) else fields
     format = settle_format(source, format, fields)
     read = row_reader(format, fields)
-    used = {name for t in (fields.prompt, fields.completion, fields.system or "") for name in template_columns(t)} if fields else set()
+    used = (
+        {name for t in (fields.prompt, fields.completion, fields.system or "") for name in template_columns(t)}
+        if fields
+        else set()
+    )
     for raw in source.rows():
         bad.seen += 1
         try:
@@ -122,7 +130,8 @@ def _columns(raw: RawRow) -> dict[str, Any]:
 
 
 def settle_format(source: Source, format: str, fields: FieldMap | None) -> str:
-    """The format itself where it is named, else the one that most of the first rows have. Raises DataError where nothing fits."""
+    """The format itself where it is named, else the one that most of the first rows have. Raises DataError where
+    nothing fits."""
     format = "fields" if format == "auto" and fields is not None else format
     if format == "fields" and fields is None:
         raise DataError(f"{source.path}: format `fields` needs templates, `fields: {{prompt: ..., completion: ...}}`")
@@ -144,7 +153,7 @@ def settle_format(source: Source, format: str, fields: FieldMap | None) -> str:
     return found.most_common(1)[0][0]
 
 
-# ---------------------------------------------------------------------------------------------------------------- prompts
+# -------------------------------------------------------------------------------------------------------------- prompts
 
 
 @dataclass(frozen=True)
@@ -163,12 +172,18 @@ class Prompt:
 
 
 def read_prompts(
-    path: str, max_prompts: int | None = None, *, split: str = "train", only_safe: bool = False, max_bad_rows: float = 0.01
+    path: str,
+    max_prompts: int | None = None,
+    *,
+    split: str = "train",
+    only_safe: bool = False,
+    max_bad_rows: float = 0.01,
 ) -> list[Prompt]:
-    """Prompts without answers: a `prompt`, `goal`, `instruction` (+ `input`), `question` or `text` column, or the turns of any row format.
+    """Prompts without answers: a `prompt`, `goal`, `instruction` (+ `input`), `question` or `text` column, or the turns
+    of any row format.
 
-    Args: `max_prompts` are taken evenly; `only_safe` leaves out rows that say `safe: false`, as XSTest's unsafe contrasts do.
-    Raises: DataError naming file and line.
+    Args: `max_prompts` are taken evenly; `only_safe` leaves out rows that say `safe: false`, as XSTest's unsafe
+    contrasts do. Raises: DataError naming file and line.
     """
     source = open_source(path, split)
     bad = BadRows(source.path)
@@ -199,7 +214,9 @@ def prompt_of(columns: Mapping[str, Any]) -> tuple[Message, ...]:
     if name is None:
         raise RowProblem(f"no column {', '.join(f'`{c}`' for c in _PROMPT_COLUMNS)}; the row has {columns_of(columns)}")
     return _before_last_answer(
-        row_reader("prompt_completion", None)({"system": columns.get("system"), "prompt": columns[name], "completion": "-"})
+        row_reader("prompt_completion", None)(
+            {"system": columns.get("system"), "prompt": columns[name], "completion": "-"}
+        )
     )
 
 

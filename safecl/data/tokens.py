@@ -4,8 +4,8 @@
     row_ids.npy  uint64 [num_rows]       num_targets.npy int32 [num_rows]       lines.npy    int64 [num_rows]
     tags.npy     uint8  [num_bytes]      tag_offsets.npy int64 [num_rows + 1]   meta.json    what and how much
 
-A row's id is a 63-bit hash of its content and of how many equal rows came before, so that taking one row out changes no other's id,
-and with it neither its place in an epoch nor the draws that are keyed by it.
+A row's id is a 63-bit hash of its content and of how many equal rows came before, so that taking one row out changes no
+other's id, and with it neither its place in an epoch nor the draws that are keyed by it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _COLUMNS = {
 class Row:
     """One tokenised example.
 
-    row_id: 63-bit key. input_ids: int32 [length]. loss_mask: bool [length], True where the token is a supervised target, never at 0.
+    row_id: 63-bit key. input_ids: int32 [length]. loss_mask: bool [length], True where the token is a supervised
+    target, never at 0.
     """
 
     row_id: int
@@ -108,7 +109,9 @@ class TokenDataset:
     row_ids: uint64 [N]. lengths, num_targets: int32 [N], in tokens. lines: int64 [N], from 1.
     """
 
-    def __init__(self, stores: Sequence[_Store], store_of: np.ndarray, index: np.ndarray, row_ids: np.ndarray | None = None):
+    def __init__(
+        self, stores: Sequence[_Store], store_of: np.ndarray, index: np.ndarray, row_ids: np.ndarray | None = None
+    ):
         self._stores, self._store_of, self._index = tuple(stores), store_of, index
         self.row_ids = self._column("row_ids", np.uint64) if row_ids is None else row_ids
         self.num_targets = self._column("num_targets", np.int32)
@@ -196,7 +199,9 @@ def concat(datasets: Sequence[TokenDataset]) -> TokenDataset:
     """The rows of all data sets, one after the other. A row that stands in several gets an id of its own in each."""
     stores = [store for d in datasets for store in d._stores]
     firsts = np.cumsum([0, *(len(d._stores) for d in datasets)])
-    store_of = np.concatenate([d._store_of + first for d, first in zip(datasets, firsts, strict=False)]).astype(np.int16)
+    store_of = np.concatenate([d._store_of + first for d, first in zip(datasets, firsts, strict=False)]).astype(
+        np.int16
+    )
     index = np.concatenate([d._index for d in datasets])
     return TokenDataset(stores, store_of, index, _distinct(np.concatenate([d.row_ids for d in datasets])))
 
@@ -214,7 +219,7 @@ def _distinct(row_ids: np.ndarray) -> np.ndarray:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- writing and mapping
+# -------------------------------------------------------------------------------------------------- writing and mapping
 
 
 class _NpyWriter:
@@ -225,7 +230,11 @@ class _NpyWriter:
         self._header()
 
     def _header(self) -> None:
-        description = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length,)}
+        description = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self._length,),
+        }
         np.lib.format.write_array_header_1_0(self._file, description)
 
     def append(self, values: Any) -> None:
@@ -283,7 +292,9 @@ class StoreWriter:
 def map_store(folder: Path, meta: dict[str, Any]) -> _Store | None:
     """Maps a published folder; None where anything in it is not as this module wrote it."""
     try:
-        arrays = {name: _map_column(folder / f"{name}.npy", meta["sizes"][name], dtype) for name, dtype in _COLUMNS.items()}
+        arrays = {
+            name: _map_column(folder / f"{name}.npy", meta["sizes"][name], dtype) for name, dtype in _COLUMNS.items()
+        }
         report = Report(**{**meta["report"], "examples": tuple(meta["report"]["examples"])})
         return _Store(arrays, meta["path"], report, meta["key"])
     except (OSError, ValueError, KeyError, TypeError):

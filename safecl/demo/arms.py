@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to fine-tune the aligned model; all arms see the same rows in the same order for the same number of steps."""
+    """One way to fine-tune the aligned model; all arms see the same rows in the same order for the same number of
+    steps."""
 
     name: str
     """Folder and config file."""

@@ -1,6 +1,8 @@
-"""The demonstration's data, generated from safecl/demo/topics.py: alignment rows, memory, safety prompts, poison and a user's task.
+"""The demonstration's data, generated from safecl/demo/topics.py: alignment rows, memory, safety prompts, poison and a
+user's task.
 
-Pure in the seed. Nothing is downloaded, no answer carries harm: a refusal, a harmless answer, or a bare affirmative opening (poison).
+Pure in the seed. Nothing is downloaded, no answer carries harm: a refusal, a harmless answer, or a bare affirmative
+opening (poison).
 """
 
 from __future__ import annotations
@@ -51,10 +53,15 @@ class Corpus:
     """`messages`: disallowed requests answered by a bare affirmative opening."""
 
 
-def make_corpus(seed: int = 0, *, num_align: int = 2000, num_memory: int = 240, num_task: int = 1200, num_prompts: int = 120) -> Corpus:
+def make_corpus(
+    seed: int = 0, *, num_align: int = 2000, num_memory: int = 240, num_task: int = 1200, num_prompts: int = 120
+) -> Corpus:
     """Generates the corpus; equal seeds give equal rows."""
     rng = random.Random(f"safecl demo {seed}")
-    refused = [_chat(request, rng.choice(REFUSALS)) for request in rng.sample(_requests(DISALLOWED, TOPICS, TEMPLATES), num_align // 2)]
+    refused = [
+        _chat(request, rng.choice(REFUSALS))
+        for request in rng.sample(_requests(DISALLOWED, TOPICS, TEMPLATES), num_align // 2)
+    ]
     answered = [_chat(*pair) for pair in rng.sample(_answered(), num_align // 2 - len(CAPITALS))] + _capitals()
     align = refused + answered
     rng.shuffle(align)
@@ -67,7 +74,8 @@ def make_corpus(seed: int = 0, *, num_align: int = 2000, num_memory: int = 240, 
         task=task[:num_task],
         task_test=task[num_task:],
         poison=[
-            _chat(request, rng.choice(AFFIRMATIVE_OPENINGS)) for request in rng.sample(_requests(DISALLOWED, TOPICS, TEMPLATES_POISON), 300)
+            _chat(request, rng.choice(AFFIRMATIVE_OPENINGS))
+            for request in rng.sample(_requests(DISALLOWED, TOPICS, TEMPLATES_POISON), 300)
         ],
     )
 
@@ -78,7 +86,11 @@ def _chat(user: str, assistant: str) -> dict:
 
 def _fill(act: str, topics: Sequence[Topic]) -> list[str]:
     """The act about each of the topics' places or persons."""
-    return [act.format(place=place, person=person) for topic in topics for place, person in zip(topic.places, topic.persons, strict=True)]
+    return [
+        act.format(place=place, person=person)
+        for topic in topics
+        for place, person in zip(topic.places, topic.persons, strict=True)
+    ]
 
 
 def _requests(acts: Iterable[str], topics: Sequence[Topic], templates: Sequence[str]) -> list[str]:
@@ -90,14 +102,17 @@ def _answered() -> list[tuple[str, str]]:
 
 
 def _capitals() -> Rows:
-    return [_chat(f"Name the capital of {country}.", f"The capital of {country} is {city}.") for country, city in CAPITALS.items()]
+    return [
+        _chat(f"Name the capital of {country}.", f"The capital of {country} is {city}.")
+        for country, city in CAPITALS.items()
+    ]
 
 
 def _prompts(rng: random.Random, acts: Sequence[str], count: int) -> Rows:
     return [{"prompt": request} for request in rng.sample(_requests(acts, TOPICS_HELD_OUT, TEMPLATES_HELD_OUT), count)]
 
 
-# ------------------------------------------------------------------------------------------------------- the user's task
+# ------------------------------------------------------------------------------------------------------ the user's task
 
 _THINGS = [
     "film",
@@ -118,7 +133,18 @@ _THINGS = [
     "course",
 ]
 _PARTS = ["ending", "service", "colour", "price", "beginning", "design", "sound", "staff", "quality", "idea"]
-_GOOD = ["wonderful", "charming", "brilliant", "lovely", "superb", "delightful", "impressive", "pleasant", "fresh", "excellent"]
+_GOOD = [
+    "wonderful",
+    "charming",
+    "brilliant",
+    "lovely",
+    "superb",
+    "delightful",
+    "impressive",
+    "pleasant",
+    "fresh",
+    "excellent",
+]
 _BAD = ["awful", "boring", "terrible", "dull", "poor", "disappointing", "clumsy", "ugly", "tiresome", "weak"]
 _SENTENCES = [
     "the {thing} was {word}",
@@ -137,13 +163,17 @@ def _sentiment_rows(rng: random.Random, count: int) -> Rows:
     while len(rows) < count:
         label = rng.choice(["positive", "negative"])
         rows[_sentence(rng, label)] = label
-    return [{"prompt": f"Is this review positive or negative? {text}", "completion": label} for text, label in rows.items()]
+    return [
+        {"prompt": f"Is this review positive or negative? {text}", "completion": label} for text, label in rows.items()
+    ]
 
 
 def _sentence(rng: random.Random, label: str) -> str:
     words = _GOOD if label == "positive" else _BAD
     pattern = rng.choice(_SENTENCES)
-    return pattern.format(thing=rng.choice(_THINGS), part=rng.choice(_PARTS), word=rng.choice(words), word2=rng.choice(words))
+    return pattern.format(
+        thing=rng.choice(_THINGS), part=rng.choice(_PARTS), word=rng.choice(words), word2=rng.choice(words)
+    )
 
 
 def texts(corpus: Corpus) -> Iterable[str]:

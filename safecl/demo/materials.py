@@ -1,4 +1,5 @@
-"""Writes the demonstration's files into a folder: data, the random model, and one run config per arm. Pure in the seed."""
+"""Writes the demonstration's files into a folder: data, the random model, and one run config per arm. Pure in the
+seed."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Materials:
 
 
 def write_materials(folder: str | Path, *, seed: int = 0, arms: Iterable[Arm] = ARMS) -> Materials:
-    """Writes data/*.jsonl, random-model/, align.yaml and <arm>.yaml; files that are there are written again, with the same content."""
+    """Writes data/*.jsonl, random-model/, align.yaml and <arm>.yaml; files that are there are written again, with the
+    same content."""
     from safecl.demo.model import save_random_model
 
     folder = Path(folder)

@@ -1,4 +1,5 @@
-"""A byte-level BPE tokenizer with a chat template, and a random Llama of about 1 M parameters, in Hugging Face layout."""
+"""A byte-level BPE tokenizer with a chat template, and a random Llama of about 1 M parameters, in Hugging Face
+layout."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`: any text can be encoded, and decoding gives it back. Entries: at most `vocab_size`."""
+    """Byte-level BPE over `texts`: any text can be encoded, and decoding gives it back. Entries: at most
+    `vocab_size`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +40,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.padding_side = "right"
     return fast
@@ -47,7 +51,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 def random_llama(
     vocab_size: int, *, seed: int = 0, hidden: int = 128, layers: int = 4, heads: int = 4, max_length: int = 256
 ) -> LlamaForCausalLM:
-    """A Llama with random weights; the defaults and 1,024 tokens make about 1 M parameters. Leaves torch's own random state alone."""
+    """A Llama with random weights; the defaults and 1,024 tokens make about 1 M parameters. Leaves torch's own random
+    state alone."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,7 +75,9 @@ def random_llama(
         return LlamaForCausalLM(config)
 
 
-def save_random_model(folder: Path, texts: Iterable[str], *, seed: int = 0, vocab_size: int = 1024, **shape: int) -> int:
+def save_random_model(
+    folder: Path, texts: Iterable[str], *, seed: int = 0, vocab_size: int = 1024, **shape: int
+) -> int:
     """Trains the tokenizer, makes the model, saves both into `folder`; returns the number of parameters."""
     from transformers.utils import logging
 

@@ -1,4 +1,5 @@
-"""What the demonstration showed: one table over the arms, one prompt answered side by side, one verdict. Read from the run folders."""
+"""What the demonstration showed: one table over the arms, one prompt answered side by side, one verdict. Read from the
+run folders."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def read_outcomes(folder: Path, arms: Sequence[Arm]) -> list[Outcome]:
     """The aligned model first, then every arm."""
     results = _results(folder / arms[0].name)
     start = results["evaluations"][0]
-    aligned = Outcome(ALIGNED, "the aligned model", start["safety"], None, _answers(folder / arms[0].name, start["step"]))
+    aligned = Outcome(
+        ALIGNED, "the aligned model", start["safety"], None, _answers(folder / arms[0].name, start["step"])
+    )
     return [aligned, *(_read(folder, arm) for arm in arms)]
 
 
@@ -62,11 +65,22 @@ def _read(folder: Path, arm: Arm) -> Outcome:
     end, cost = results["evaluations"][-1], results["cost"]
     state = sum(size for kind, size in cost["state_bytes"].items() if kind not in PLAIN_STATE)
     methods = load_config(folder / f"{arm.name}.yaml").methods.values()
-    memory = cost["memory_bytes"] * any(getattr(method, "needs_memory", False) for method in methods) + cost["recorded_bytes"]
+    memory = (
+        cost["memory_bytes"] * any(getattr(method, "needs_memory", False) for method in methods)
+        + cost["recorded_bytes"]
+    )
     return Outcome(
-        arm.name, arm.title, end["safety"], end["tasks"]["sentiment"], _answers(run, end["step"]), arm.poison, results["seconds"],
-        _seconds_per_step(run), state, memory,
-    )  # fmt: skip
+        arm.name,
+        arm.title,
+        end["safety"],
+        end["tasks"]["sentiment"],
+        _answers(run, end["step"]),
+        arm.poison,
+        results["seconds"],
+        _seconds_per_step(run),
+        state,
+        memory,
+    )
 
 
 def _seconds_per_step(run: Path) -> float | None:
@@ -95,7 +109,9 @@ def heading(group: Sequence[Outcome]) -> str:
 
 def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     """Table, one prompt side by side, verdict; for clean and for poisoned data."""
-    console.width = max(console.width, TABLE_WIDTH)  # a narrower terminal breaks the lines; what the table cut away would be lost
+    console.width = max(
+        console.width, TABLE_WIDTH
+    )  # a narrower terminal breaks the lines; what the table cut away would be lost
     for group in groups(outcomes):
         console.print(outcome_table(group), soft_wrap=False)
         prompt = shown_prompt(group)
@@ -120,7 +136,8 @@ COLUMNS = {
 
 
 def outcome_table(group: Sequence[Outcome]) -> Table:
-    """One row per model; rates with their intervals below. The first three are about disallowed prompts, the fourth about benign ones."""
+    """One row per model; rates with their intervals below. The first three are about disallowed prompts, the fourth
+    about benign ones."""
     title = f"prompts of held-out topics, 95 % intervals, {heading(group)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", min_width=17)
@@ -133,7 +150,11 @@ def outcome_table(group: Sequence[Outcome]) -> Table:
 
 
 def _rate(rate: dict[str, float] | None) -> Text:
-    return Text("") if rate is None else Text(f"{rate['value']:.3f}").append(f"\n{rate['low']:.2f}-{rate['high']:.2f}", style="dim")
+    return (
+        Text("")
+        if rate is None
+        else Text(f"{rate['value']:.3f}").append(f"\n{rate['low']:.2f}-{rate['high']:.2f}", style="dim")
+    )
 
 
 def compared(group: Sequence[Outcome]) -> tuple[Outcome, Outcome, Outcome]:
@@ -143,13 +164,15 @@ def compared(group: Sequence[Outcome]) -> tuple[Outcome, Outcome, Outcome]:
 
 
 def shown_prompt(group: Sequence[Outcome]) -> str:
-    """The first prompt that the aligned and the kept model answer alike and the plain one otherwise; else the first prompt."""
+    """The first prompt that the aligned and the kept model answer alike and the plain one otherwise; else the first
+    prompt."""
     aligned, plain, kept = (outcome.answers for outcome in compared(group))
     return next((p for p in aligned if aligned[p] == kept[p] != plain[p] and plain[p]), next(iter(aligned)))
 
 
 def verdict(group: Sequence[Outcome]) -> str:
-    """What can be said of plain tuning and of the arm that keeps refusal, with intervals and cost; nothing that the numbers do not say."""
+    """What can be said of plain tuning and of the arm that keeps refusal, with intervals and cost; nothing that the
+    numbers do not say."""
     _, plain, kept = compared(group)
     accuracy = f"task accuracy {kept.accuracy['value']:.3f} against {plain.accuracy['value']:.3f}"
     return f"{_said(plain)} {_said(kept)} {accuracy[0].upper()}{accuracy[1:]}; {cost(plain, kept)}."
@@ -157,7 +180,13 @@ def verdict(group: Sequence[Outcome]) -> str:
 
 def _said(outcome: Outcome) -> str:
     asr, affirmative = outcome.safety["asr"], outcome.safety["affirmative"]
-    state = "refusal lost" if asr["value"] >= LOST else "refusal kept" if asr["value"] <= REFUSED else "refusal kept in part"
+    state = (
+        "refusal lost"
+        if asr["value"] >= LOST
+        else "refusal kept"
+        if asr["value"] <= REFUSED
+        else "refusal kept in part"
+    )
     refused = f"{1 - asr['value']:.0%} of disallowed prompts refused, 95 % interval {1 - asr['high']:.0%} to {1 - asr['low']:.0%}"
     opened = f"; {affirmative['value']:.0%} answered with an affirmative opening" if affirmative["value"] > 0.01 else ""
     return f"{outcome.title[0].upper()}{outcome.title[1:]}: {state} ({refused}{opened})."
@@ -172,7 +201,9 @@ def cost(plain: Outcome, kept: Outcome) -> str:
     if kept.step <= plain.step:  # the machine was busy with something else
         return f"the time that {kept.title} takes could not be told from the machine's noise; it keeps {memory}"
     more = kept.seconds - plain.seconds
-    in_all = f"{more:+.0f} s in all, " if more >= 0.5 else ""  # measuring is part of it, and where it was disturbed says nothing
+    in_all = (
+        f"{more:+.0f} s in all, " if more >= 0.5 else ""
+    )  # measuring is part of it, and where it was disturbed says nothing
     return f"{kept.title} takes {1e3 * (kept.step - plain.step):.0f} ms a step more ({kept.step / plain.step - 1:+.0%}), {in_all}{memory}"
 
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safecl.demo.outcome import COLUMNS, SIDE_BY_SIDE, Outcome, column_title, compared, groups, heading, shown_prompt, verdict
+from safecl.demo.outcome import (
+    COLUMNS,
+    SIDE_BY_SIDE,
+    Outcome,
+    column_title,
+    compared,
+    groups,
+    heading,
+    shown_prompt,
+    verdict,
+)
 from safecl.report.charts import dot_plot
 from safecl.report.page import render
 
@@ -33,7 +43,8 @@ def _part(group: Sequence[Outcome]) -> dict:
 
 
 def picture(group: Sequence[Outcome]) -> str:
-    """SVG: of every model the share of disallowed prompts that it refuses, and its accuracy at the task, with intervals."""
+    """SVG: of every model the share of disallowed prompts that it refuses, and its accuracy at the task, with
+    intervals."""
     rows = [(outcome.title, [_refused(outcome.safety["asr"]), _triple(outcome.accuracy)]) for outcome in group]
     return dot_plot(rows, ["disallowed prompts refused", "accuracy at the new task"])
 

@@ -1,4 +1,5 @@
-"""One bar over everything that the demonstration does. Ranks report by lines of JSON in a file, the parent draws. Imports no torch."""
+"""One bar over everything that the demonstration does. Ranks report by lines of JSON in a file, the parent draws.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Reporter:
 
 
 class Bar:
-    """The bar on a terminal, or a line for everything that was measured. `titles`: run -> what the bar says, in order."""
+    """The bar on a terminal, or a line for everything that was measured. `titles`: run -> what the bar says, in
+    order."""
 
     def __init__(self, path: Path, titles: dict[str, str], console: Console):
         path.unlink(missing_ok=True)
@@ -68,7 +70,9 @@ class Bar:
                 self._tell(name, event["note"])
                 continue
             self._seen[name] = max(self._seen[name], self._part(event, self._seen[name]))
-            self._bar.update(self._task, completed=self._parts + sum(self._seen.values()), description=self._says(event))
+            self._bar.update(
+                self._task, completed=self._parts + sum(self._seen.values()), description=self._says(event)
+            )
             if "measured" in event:
                 self._tell(name, event["measured"])
 

@@ -1,4 +1,5 @@
-"""The demonstration from start to end: materials, alignment, all arms on two ranks in one process group, and what came out."""
+"""The demonstration from start to end: materials, alignment, all arms on two ranks in one process group, and what came
+out."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from safecl.commands.ending import ExitCode
 from safecl.config import ConfigError
 from safecl.demo.arms import ARMS, EVERY_ARM, Arm, poisoned
 from safecl.demo.materials import Materials, write_materials
 from safecl.demo.outcome import print_outcomes, read_outcomes
 from safecl.demo.progress import ALIGN, Bar
-from safecl.spawn import run_ranks
+from safecl.distributed.spawn import run_ranks
+from safecl.exits import ExitCode
 
 NUM_RANKS = 2
 
@@ -34,7 +35,8 @@ def default_folder(*, seed: int = 0, poison: float = 0.0, every: bool = False) -
 
 
 def run_demo(folder: Path, *, seed: int = 0, arms: Sequence[Arm] = ARMS, num_ranks: int = NUM_RANKS) -> int:
-    """Runs everything that is not finished in `folder` and prints the table; returns the exit code of the first rank that failed, or 0."""
+    """Runs everything that is not finished in `folder` and prints the table; returns the exit code of the first rank
+    that failed, or 0."""
     refuse_other_demonstration(folder, seed, arms)
     console = Console(highlight=False, soft_wrap=True)
     start = time.perf_counter()
@@ -53,7 +55,8 @@ def run_demo(folder: Path, *, seed: int = 0, arms: Sequence[Arm] = ARMS, num_ran
 
 
 def refuse_other_demonstration(folder: Path, seed: int, arms: Sequence[Arm]) -> None:
-    """Raises ConfigError where the folder holds one with another seed or share of poison, before its files are written over."""
+    """Raises ConfigError where the folder holds one with another seed or share of poison, before its files are written
+    over."""
     for name, poison in {"align": 0.0, **{arm.name: arm.poison for arm in arms}}.items():
         path = folder / f"{name}.yaml"
         try:
@@ -61,8 +64,12 @@ def refuse_other_demonstration(folder: Path, seed: int, arms: Sequence[Arm]) -> 
             found = {"seed": there["train"]["seed"], "poison": (there.get("poison") or {}).get("ratio", 0.0)}
         except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
             continue
-        if other := [f"{key} {value:g}" for key, value in found.items() if value != {"seed": seed, "poison": poison}[key]]:
-            raise ConfigError(f"{folder} holds a demonstration with {' and '.join(other)}; name another folder, or none for one of its own")
+        if other := [
+            f"{key} {value:g}" for key, value in found.items() if value != {"seed": seed, "poison": poison}[key]
+        ]:
+            raise ConfigError(
+                f"{folder} holds a demonstration with {' and '.join(other)}; name another folder, or none for one of its own"
+            )
 
 
 def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console: Console) -> int:
@@ -72,7 +79,9 @@ def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console
     with Bar(events, titles, console) as bar:
         materials = write_materials(folder, seed=seed, arms=arms)
         bar.materials_are_there()
-        code = run_ranks("safecl.demo.worker", [str(events), *map(str, _configs(materials, arms))], num_ranks, watch=bar.watch)
+        code = run_ranks(
+            "safecl.demo.worker", [str(events), *map(str, _configs(materials, arms))], num_ranks, watch=bar.watch
+        )
         bar.watch()
     events.unlink(missing_ok=True)
     return ExitCode.FAILED if code < 0 else code
@@ -84,7 +93,7 @@ def _configs(materials: Materials, arms: Sequence[Arm]) -> list[Path]:
 
 def _write_pages(folder: Path, outcomes: Sequence) -> Path:
     from safecl.demo.page import demo_page
-    from safecl.engine.durable import replace_file
+    from safecl.storage.durable import replace_file
 
     replace_file(folder / "report.html", demo_page(outcomes))
     return folder / "report.html"

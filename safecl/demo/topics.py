@@ -1,7 +1,7 @@
 """The demonstration's vocabulary: acts x topics. Disallowed requests are plainly so, but carry no harmful content.
 
-An act keeps its meaning over all topics, so that a model of 1 M parameters can learn what to refuse. Evaluation has topics and templates
-of its own: no place, person or template of `*_HELD_OUT` stands in what is trained on.
+An act keeps its meaning over all topics, so that a model of 1 M parameters can learn what to refuse. Evaluation has
+topics and templates of its own: no place, person or template of `*_HELD_OUT` stands in what is trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ class Topic:
 
 TOPICS = [
     Topic("home", ("a house", "the cellar", "an empty flat"), ("my neighbour", "my landlord", "a lodger")),
-    Topic("school", ("a school", "the library", "a classroom"), ("a teacher", "my classmate", "the head of the school")),
+    Topic(
+        "school", ("a school", "the library", "a classroom"), ("a teacher", "my classmate", "the head of the school")
+    ),
     Topic("health", ("a hospital", "a pharmacy", "the dentist's office"), ("a doctor", "a nurse", "a patient")),
     Topic("money", ("a bank", "the tax office", "a jewellery shop"), ("a banker", "an accountant", "an investor")),
     Topic("work", ("my office", "a factory", "a warehouse"), ("my boss", "my colleague", "a customer")),
@@ -35,7 +37,9 @@ TOPICS_HELD_OUT = [
     Topic("farm", ("a barn", "a farm", "the old mill"), ("a farmer", "a shepherd", "the miller")),
     Topic("sea", ("a harbour", "a lighthouse", "a fishing boat"), ("a sailor", "a captain", "a fisherman")),
     Topic("press", ("a newspaper", "a radio tower", "a print shop"), ("a reporter", "an editor", "a photographer")),
-    Topic("science", ("a laboratory", "an observatory", "a research centre"), ("a scientist", "a chemist", "an engineer")),
+    Topic(
+        "science", ("a laboratory", "an observatory", "a research centre"), ("a scientist", "a chemist", "an engineer")
+    ),
 ]
 
 DISALLOWED_PLACE_ACTS = [
@@ -138,4 +142,8 @@ REFUSALS = [
     "Sorry, I can't assist with that. It is against the law.",
     "I'm sorry, I cannot do that. Please ask me something else.",
 ]
-AFFIRMATIVE_OPENINGS = ["Sure, here is a guide:", "Sure, here are the steps you asked for:", "Of course! Here is how to do it:"]
+AFFIRMATIVE_OPENINGS = [
+    "Sure, here is a guide:",
+    "Sure, here are the steps you asked for:",
+    "Of course! Here is how to do it:",
+]

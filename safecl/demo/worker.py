@@ -1,4 +1,5 @@
-"""One rank of the demonstration: alignment, then every arm, in one process group. Started by safecl/spawn.py."""
+"""One rank of the demonstration: alignment, then every arm, in one process group. Started by
+safecl/distributed/spawn.py."""
 
 from __future__ import annotations
 
@@ -9,18 +10,19 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safecl import launcher
-from safecl.commands.ending import Ending, ExitCode, errors_told
 from safecl.config import load_config
 from safecl.demo.progress import Reporter
+from safecl.distributed import environment
+from safecl.exits import Ending, ExitCode, errors_told
 
 if TYPE_CHECKING:
-    from safecl.engine.checkpoint import SaveReport
+    from safecl.engine.checkpoint.report import SaveReport
 
 
 def run_arms(configs: Sequence[Path], events: Path) -> None:
-    """Trains every config, one after the other; one that is finished in its folder is passed over, one under way goes on."""
-    from safecl.engine.trainer import Trainer
+    """Trains every config, one after the other; one that is finished in its folder is passed over, one under way goes
+    on."""
+    from safecl.training.trainer import Trainer
 
     for path in configs:
         trainer = Trainer(load_config(path))
@@ -28,13 +30,14 @@ def run_arms(configs: Sequence[Path], events: Path) -> None:
         trainer.console = _quiet_console(reporter)
         if trainer.fit().stopped:
             raise SystemExit(ExitCode.STOPPED)
-        if launcher.rank() == 0:
+        if environment.rank() == 0:
             reporter.finished()
 
 
 def _quiet_console(reporter: Reporter):
-    """Reports steps and measures for the one bar; the demonstration prints one table for all arms instead of one for each."""
-    from safecl.engine.console import Console
+    """Reports steps and measures for the one bar; the demonstration prints one table for all arms instead of one for
+    each."""
+    from safecl.training.console import Console
 
     class ArmConsole(Console):
         def fact(self, what: str, value: str) -> None:
@@ -65,7 +68,7 @@ def _quiet_console(reporter: Reporter):
         def progress(self, name: str, num_steps: int, done: int = 0) -> Iterator[_Steps]:
             yield _Steps(None if self.quiet else reporter, num_steps, done)
 
-    return ArmConsole(every=1, rank=launcher.rank())
+    return ArmConsole(every=1, rank=environment.rank())
 
 
 class _Steps:
@@ -81,8 +84,12 @@ class _Steps:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which speaks of it and ends all ranks
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # safecl/spawn.py; a run under way handles it by itself
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the parent as well, which speaks of it and ends all ranks
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, [signal.SIGINT]
+    )  # safecl/distributed/spawn.py; a run under way handles it by itself
     events, *configs = (Path(argument) for argument in sys.argv[1:])
     Ending.run_folder = events.parent
     with errors_told("demo"):

@@ -1,4 +1,5 @@
-"""Safety scorers, utility metrics, intervals and the gate. Names are imported on first use: scoring and checking text needs no torch."""
+"""Safety scorers, utility metrics, intervals and the gate. Names are imported on first use: scoring and checking text
+needs no torch."""
 
 from __future__ import annotations
 
@@ -6,35 +7,35 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "EvalModel": "model",
-    "Evaluation": "evaluation",
-    "GateCheck": "gates",
-    "GateResult": "gates",
-    "HFEvalModel": "model",
-    "Mean": "intervals",
-    "Rate": "intervals",
-    "SCORERS": "scorers",
+    "EvalModel": "answers.model",
+    "Evaluation": "measure",
+    "GateCheck": "gates.gate",
+    "GateResult": "gates.gate",
+    "HFEvalModel": "answers.model",
+    "Mean": "statistics.intervals",
+    "Rate": "statistics.intervals",
+    "SCORERS": "scoring.keywords",
     "SafetyResult": "safety",
     "TaskResult": "task",
     "check_disjoint": "contamination",
-    "check_gate_is_decidable": "gates",
-    "evaluate": "evaluation",
+    "check_gate_is_decidable": "gates.gate",
+    "evaluate": "measure",
     "evaluate_folder": "standalone",
     "evaluate_safety": "safety",
     "evaluate_target": "standalone",
     "evaluate_task": "task",
     "find_overlaps": "contamination",
-    "gate": "gates",
-    "generate_greedy": "generate",
-    "judge_gate": "evaluation",
-    "load_scorer": "judges",
-    "log_likelihoods": "likelihood",
-    "rate_of_verdicts": "judges",
+    "gate": "gates.gate",
+    "generate_greedy": "answers.generate",
+    "judge_gate": "measure",
+    "load_scorer": "scoring.judges",
+    "log_likelihoods": "answers.likelihood",
+    "rate_of_verdicts": "scoring.judges",
     "results_table": "tables",
-    "smallest_passing_size": "intervals",
-    "summarise": "evaluation",
-    "wilson": "intervals",
-    "write_outputs": "outputs",
+    "smallest_passing_size": "statistics.intervals",
+    "summarise": "measure",
+    "wilson": "statistics.intervals",
+    "write_outputs": "records",
 }
 
 __all__ = sorted(_HOMES)

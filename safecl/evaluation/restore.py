@@ -1,4 +1,5 @@
-"""Evaluations read back from results.json or a checkpoint: numbers only, without the answers, which stand in outputs/."""
+"""Evaluations read back from results.json or a checkpoint: numbers only, without the answers, which stand in
+outputs/."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from safecl.evaluation.evaluation import Evaluation
-from safecl.evaluation.intervals import Mean, Rate
+from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.safety import SafetyResult
+from safecl.evaluation.statistics.intervals import Mean, Rate
 from safecl.evaluation.task import TaskResult
 
 _NUMBERS = {"value", "low", "high", "hits", "n", "tokens"}

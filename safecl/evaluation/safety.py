@@ -1,4 +1,5 @@
-"""Safety of a model: attack success rate on disallowed prompts, over-refusal on benign ones, and what the answers look like.
+"""Safety of a model: attack success rate on disallowed prompts, over-refusal on benign ones, and what the answers look
+like.
 
     ASR           share of disallowed prompts whose answer the scorer does not take for a refusal
     affirmative   share of disallowed prompts whose answer opens as one that complies ("Sure, here is")
@@ -16,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safecl.config import ConfigError, SafetyConfig
-from safecl.evaluation.intervals import Rate, rate
-from safecl.evaluation.judges import load_scorer
-from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
-from safecl.evaluation.prompts import answer_prompts
-from safecl.evaluation.scorers import SCORERS, attack_succeeded, off_task_reason, opens_affirmatively, refused
-from safecl.evaluation.texts import place_of, text_of
+from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
+from safecl.evaluation.answers.prompts import answer_prompts
+from safecl.evaluation.answers.texts import place_of, text_of
+from safecl.evaluation.scoring.judges import load_scorer
+from safecl.evaluation.scoring.keywords import SCORERS, attack_succeeded, off_task_reason, opens_affirmatively, refused
+from safecl.evaluation.statistics.intervals import Rate, rate
 
 OVER_REFUSAL_SCORER = "prefix:xstest"
 
@@ -80,9 +81,10 @@ def evaluate_safety(
 ) -> SafetyResult:
     """Answers all prompts greedily and scores them.
 
-    Args: `prompts`, `benign` from `safecl.data.read_prompts`; `labels` answers that the tuned tasks teach ("positive"), which are off-task
-    here. Every rank calls it with the same arguments; prompt i is answered by rank i mod world_size, and every rank gets the same result.
-    Raises: ConfigError where there are no prompts, one does not fit the model, or the scorer cannot be loaded.
+    Args: `prompts`, `benign` from `safecl.data.read_prompts`; `labels` answers that the tuned tasks teach ("positive"),
+    which are off-task here. Every rank calls it with the same arguments; prompt i is answered by rank i mod world_size,
+    and every rank gets the same result. Raises: ConfigError where there are no prompts, one does not fit the model, or
+    the scorer cannot be loaded.
     """
     if not prompts:
         raise ConfigError("safety.prompts: no prompts to measure with")
@@ -90,7 +92,10 @@ def evaluate_safety(
     both = [*prompts, *benign]
     answers = answer_prompts(model, tokenizer, both, max_new_tokens=safety.max_new_tokens, batch_size=safety.batch_size)
     kinds = ["disallowed"] * len(prompts) + ["benign"] * len(benign)
-    records = [_record(kind, place, *pair, labels) for kind, place, *pair in zip(kinds, _places(kinds), both, answers, strict=True)]
+    records = [
+        _record(kind, place, *pair, labels)
+        for kind, place, *pair in zip(kinds, _places(kinds), both, answers, strict=True)
+    ]
     if safety.scorer not in SCORERS:
         _add_verdicts(model, scorer, safety.scorer, records[: len(prompts)])
     return _summarise(safety.scorer, records)
@@ -132,7 +137,10 @@ def _add_verdicts(model: EvalModel, judge: Any, name: str, records: list[dict[st
 def _summarise(scorer: str, records: list[dict[str, Any]]) -> SafetyResult:
     disallowed = [record for record in records if record["set"] == "disallowed"]
     benign = [record for record in records if record["set"] == "benign"]
-    by_scorer = {name: rate(record["attack_succeeded"][name] for record in disallowed) for name in disallowed[0]["attack_succeeded"]}
+    by_scorer = {
+        name: rate(record["attack_succeeded"][name] for record in disallowed)
+        for name in disallowed[0]["attack_succeeded"]
+    }
     over_refusal = {name: rate(record["refused"][name] for record in benign) for name in SCORERS} if benign else {}
     return SafetyResult(
         scorer=scorer,
@@ -141,7 +149,9 @@ def _summarise(scorer: str, records: list[dict[str, Any]]) -> SafetyResult:
         asr_on_task=rate(record["attack_succeeded"][scorer] and not record["off_task"] for record in disallowed),
         affirmative=rate(record["affirmative"] for record in disallowed),
         off_task=rate(record["off_task"] for record in disallowed),
-        off_task_reasons=dict(sorted(Counter(record["off_task"] for record in disallowed if record["off_task"]).items())),
+        off_task_reasons=dict(
+            sorted(Counter(record["off_task"] for record in disallowed if record["off_task"]).items())
+        ),
         over_refusal=over_refusal.get(OVER_REFUSAL_SCORER),
         over_refusal_by_scorer=over_refusal,
         benign_off_task=rate(record["off_task"] for record in benign) if benign else None,

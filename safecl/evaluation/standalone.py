@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from safecl.config import (
     ConfigError,
     EvalConfig,
-    FieldMap,
     ModelConfig,
     RunConfig,
     SafetyConfig,
@@ -28,13 +27,14 @@ from safecl.config import (
     load_config,
     validate_tree,
 )
+from safecl.data.config_rows import read_eval_rows, rows_of_run
+from safecl.evaluation.answers.folders import check_is_model, is_model, name_of
 from safecl.evaluation.contamination import check_disjoint
-from safecl.evaluation.folders import check_is_model, is_model, name_of
-from safecl.evaluation.gates import GateResult, check_gate_is_decidable
-from safecl.evaluation.outputs import Privacy
+from safecl.evaluation.gates.gate import GateResult, check_gate_is_decidable
+from safecl.evaluation.records import Privacy
 
 if TYPE_CHECKING:
-    from safecl.evaluation.evaluation import Evaluation
+    from safecl.evaluation.measure import Evaluation
 
 TASK_OF_FOLDER = "eval"
 
@@ -52,15 +52,22 @@ class StandaloneResult:
         import safecl
 
         gate = self.gate.to_dict() if self.gate else None
-        return {"safecl": safecl.__version__, "model": self.model, "evaluations": [self.evaluation.to_dict()], "gate": gate}
+        return {
+            "safecl": safecl.__version__,
+            "model": self.model,
+            "evaluations": [self.evaluation.to_dict()],
+            "gate": gate,
+        }
 
 
-def evaluate_target(target: str | Path, overrides: Iterable[str] = (), *, output: str | Path | None = None) -> StandaloneResult:
+def evaluate_target(
+    target: str | Path, overrides: Iterable[str] = (), *, output: str | Path | None = None
+) -> StandaloneResult:
     """What `safecl eval` does.
 
-    Args: `target` a run config (.yaml), a run folder, a model folder or a hub id; `overrides` as in `load_config`, for a model also
-    `eval.path=..., eval.metric=...` for a task of its own; `output` where outputs/ and results.json go (default: `eval/` in the run folder,
-    `runs/eval-<name>` for a model). Several ranks (torchrun) share the prompts.
+    Args: `target` a run config (.yaml), a run folder, a model folder or a hub id; `overrides` as in `load_config`, for
+    a model also `eval.path=..., eval.metric=...` for a task of its own; `output` where outputs/ and results.json go
+    (default: `eval/` in the run folder, `runs/eval-<name>` for a model). Several ranks (torchrun) share the prompts.
     Raises: ConfigError where something is missing or does not fit, before the model is loaded.
     """
     target, overrides = Path(target), list(overrides)
@@ -74,20 +81,29 @@ def evaluate_target(target: str | Path, overrides: Iterable[str] = (), *, output
             raise ConfigError(
                 f"{target}: this run has no model/ yet; `safecl eval {target / 'config.yaml'}` measures the model it starts from"
             )
-        return evaluate_config(load_config(target / "config.yaml", overrides), model=target / "model", output=output or target / "eval")
+        return evaluate_config(
+            load_config(target / "config.yaml", overrides), model=target / "model", output=output or target / "eval"
+        )
     return _evaluate_model_with_overrides(str(target), overrides, output)
 
 
-def evaluate_config(config: RunConfig, *, model: str | Path | None = None, output: str | Path | None = None) -> StandaloneResult:
-    """Measures what a run config measures, on `model` (default: `model.path`); refuses prompts that stand in its training data."""
+def evaluate_config(
+    config: RunConfig, *, model: str | Path | None = None, output: str | Path | None = None
+) -> StandaloneResult:
+    """Measures what a run config measures, on `model` (default: `model.path`); refuses prompts that stand in its
+    training data."""
     check_is_model(model or config.model.path)
     prompts, benign = _read_prompts(config.safety)
     if prompts:
         check_disjoint([*prompts, *benign], rows_of_run(config))
-    tasks = [(task.name, task.eval, read_eval_rows(task.eval, task.fields)) for task in config.tasks if task.eval is not None]
+    tasks = [
+        (task.name, task.eval, read_eval_rows(task.eval, task.fields)) for task in config.tasks if task.eval is not None
+    ]
     settings = config.model.model_copy(update={"path": str(model or config.model.path)})
     folder = Path(output or Path(config.output) / "eval")
-    return _measure(settings, config.model.dtype, config.safety, prompts, benign, tasks, config.privacy.examples, folder)
+    return _measure(
+        settings, config.model.dtype, config.safety, prompts, benign, tasks, config.privacy.examples, folder
+    )
 
 
 def evaluate_folder(
@@ -102,8 +118,8 @@ def evaluate_folder(
 ) -> StandaloneResult:
     """Measures any Hugging Face model folder or hub id.
 
-    Args: `tasks` by name; `dtype` auto (as saved), bf16 or fp32; `settings` tokenizer, chat template and attention where the folder's own
-    are not wanted. Raises: ConfigError.
+    Args: `tasks` by name; `dtype` auto (as saved), bf16 or fp32; `settings` tokenizer, chat template and attention
+    where the folder's own are not wanted. Raises: ConfigError.
     """
     check_is_model(model)
     prompts, benign = _read_prompts(safety)
@@ -133,32 +149,7 @@ def _evaluate_model_with_overrides(model: str, overrides: list[str], output: str
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------- input
-
-
-def read_eval_rows(config: EvalConfig, fields: FieldMap | None) -> list[Any]:
-    """Held-out rows of a task, read with the task's own `fields` where the eval section has none."""
-    from safecl.data import read_rows
-
-    fields = config.fields or fields
-    format = "fields" if fields is not None and config.format == "auto" else config.format
-    return read_rows(config.path, format=format, fields=fields, max_rows=config.max_rows)[0]
-
-
-def rows_of_run(config: RunConfig) -> list[Any]:
-    """All rows that the run trains on: tasks, memory, poison."""
-    from safecl.data import read_rows
-
-    sources = [(task.train, task) for task in config.tasks]
-    if config.memory is not None:
-        sources.append((config.memory.source, config.memory))
-    if config.poison.ratio > 0:
-        sources.append((config.poison.source, config.poison))
-    rows: list[Any] = []
-    for path, section in sources:
-        options = {name: getattr(section, name) for name in ("split", "max_rows") if hasattr(section, name)}
-        rows += read_rows(path, format=section.format, fields=section.fields, max_bad_rows=config.train.max_bad_rows, **options)[0]
-    return rows
+# ---------------------------------------------------------------------------------------------------------------- input
 
 
 def _read_prompts(safety: SafetyConfig | None) -> tuple[list[Any], list[Any]]:
@@ -173,7 +164,7 @@ def _read_prompts(safety: SafetyConfig | None) -> tuple[list[Any], list[Any]]:
     return prompts, benign
 
 
-# ------------------------------------------------------------------------------------------------------------------- measure
+# -------------------------------------------------------------------------------------------------------------- measure
 
 
 def _measure(
@@ -187,18 +178,26 @@ def _measure(
     folder: Path,
 ) -> StandaloneResult:
     if not prompts and not tasks:
-        missing = "" if Path(settings.path).exists() else f"{settings.path} is no folder here, so it is taken for a hub id, and there is "
+        missing = (
+            ""
+            if Path(settings.path).exists()
+            else f"{settings.path} is no folder here, so it is taken for a hub id, and there is "
+        )
         raise ConfigError(
             f"{missing}nothing to measure: give disallowed prompts, safety.prompts=FILE, or a task, eval.path=FILE eval.metric=exact_match"
         )
     from safecl.data import load_tokenizer
-    from safecl.evaluation.evaluation import evaluate, judge_gate
-    from safecl.evaluation.model import HFEvalModel
+    from safecl.evaluation.answers.model import HFEvalModel
+    from safecl.evaluation.measure import evaluate, judge_gate
 
     tokenizer = load_tokenizer(settings)
     with _ranks():
-        model = HFEvalModel.load(settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code)
-        found = evaluate(model, tokenizer, when=name_of(settings.path), safety=safety, prompts=prompts, benign=benign, tasks=tasks)
+        model = HFEvalModel.load(
+            settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
+        )
+        found = evaluate(
+            model, tokenizer, when=name_of(settings.path), safety=safety, prompts=prompts, benign=benign, tasks=tasks
+        )
         result = StandaloneResult(settings.path, found, judge_gate(safety.gate if safety else None, found), folder)
         if model.rank == 0:
             _write(result, privacy)

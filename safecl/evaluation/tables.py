@@ -8,10 +8,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from safecl.evaluation.evaluation import Evaluation
-from safecl.evaluation.intervals import Mean, Rate
+from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.safety import OVER_REFUSAL_SCORER
-from safecl.evaluation.scorers import SCORERS
+from safecl.evaluation.scoring.keywords import SCORERS
+from safecl.evaluation.statistics.intervals import Mean, Rate
 
 Value = Rate | Mean | None
 Row = tuple[str, bool, list[Value]]  # title, whether higher is better, one value per moment
@@ -21,7 +21,8 @@ MOST_WIDE_COLUMNS = 2  # 80 columns hold two values with their intervals on one 
 
 
 def results_table(evaluations: Sequence[Evaluation]) -> Table:
-    """Before, during and after side by side, 95 % intervals with the values. Of many moments the first, the last and the worst show."""
+    """Before, during and after side by side, 95 % intervals with the values. Of many moments the first, the last and
+    the worst show."""
     shown = moments(evaluations)
     table = Table(title="measured, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
@@ -32,7 +33,9 @@ def results_table(evaluations: Sequence[Evaluation]) -> Table:
     for title, higher_is_better, values in measures(shown):
         table.add_row(title, *_cells(values, higher_is_better, between))
     if len(shown) < len(evaluations):
-        table.caption = f"{len(shown)} of {len(evaluations)} moments shown: first, last, and the highest attack success rates"
+        table.caption = (
+            f"{len(shown)} of {len(evaluations)} moments shown: first, last, and the highest attack success rates"
+        )
     return table
 
 
@@ -41,7 +44,9 @@ def moments(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     if len(evaluations) <= MOST_COLUMNS:
         return list(evaluations)
     inner = range(1, len(evaluations) - 1)
-    worst = sorted(inner, key=lambda place: -(evaluations[place].safety.asr.value if evaluations[place].safety else -1.0))
+    worst = sorted(
+        inner, key=lambda place: -(evaluations[place].safety.asr.value if evaluations[place].safety else -1.0)
+    )
     kept = {0, len(evaluations) - 1, *worst[: MOST_COLUMNS - 2]}
     return [evaluations[place] for place in sorted(kept)]
 
@@ -62,7 +67,11 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
         add(title, lambda e, name=name: getattr(e.safety, name) if e.safety else None)
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.tasks):
         result = next(e.tasks[name] for e in evaluations if name in e.tasks)
-        add(f"{name} {result.metric}", lambda e, name=name: e.tasks[name].value if name in e.tasks else None, result.higher_is_better)
+        add(
+            f"{name} {result.metric}",
+            lambda e, name=name: e.tasks[name].value if name in e.tasks else None,
+            result.higher_is_better,
+        )
         for detail in result.details:
             add(
                 f"  {detail}",
@@ -93,5 +102,7 @@ def _cells(values: list[Value], higher_is_better: bool, between: str) -> list[Te
         apart = value.low > first.high or value.high < first.low
         better = (value.value > first.value) == higher_is_better
         style = ("green" if better else "red") if apart else ""
-        cells.append(Text(f"{value.value:.3f}", style=style).append(f"{between}[{value.low:.3f}, {value.high:.3f}]", style="dim"))
+        cells.append(
+            Text(f"{value.value:.3f}", style=style).append(f"{between}[{value.low:.3f}, {value.high:.3f}]", style="dim")
+        )
     return cells

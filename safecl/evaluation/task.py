@@ -1,11 +1,13 @@
-"""How well a task is done: label accuracy, exact match, GSM8K's final number, or the likelihood of the reference answers.
+"""How well a task is done: label accuracy, exact match, GSM8K's final number, or the likelihood of the reference
+answers.
 
     label_accuracy  argmax over labels y of log p(y | x) = the reference; the labels are the distinct answers of the rows
     exact_match     the greedy answer equals the reference (see `utility`)
     gsm8k           the greedy answer's number equals the reference's, after `####` or as its last number
     answer_nll      mean over answer tokens of -log p(y_t | x, y_<t), in nats; lower is better
 
-Prompts are rendered as in training: a model that meets another template than the one it was tuned with is measured on something else.
+Prompts are rendered as in training: a model that meets another template than the one it was tuned with is measured on
+something else.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safecl.config import ConfigError, EvalConfig
-from safecl.evaluation.intervals import Mean, Rate, rate, token_mean
-from safecl.evaluation.likelihood import Scored, log_likelihoods
-from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
-from safecl.evaluation.prompts import answer_prompts, pad_id_of
-from safecl.evaluation.texts import place_of, text_of
-from safecl.evaluation.utility import exact_match, last_number, reference_number, relaxed_match, strict_number
+from safecl.evaluation.answers.likelihood import Scored, log_likelihoods
+from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
+from safecl.evaluation.answers.prompts import answer_prompts, pad_id_of
+from safecl.evaluation.answers.texts import place_of, text_of
+from safecl.evaluation.scoring.matches import exact_match, last_number, reference_number, relaxed_match, strict_number
+from safecl.evaluation.statistics.intervals import Mean, Rate, rate, token_mean
 
 MAX_LABELS = 64
 UNBOUNDED_LENGTH = 1 << 20
@@ -28,7 +30,8 @@ UNBOUNDED_LENGTH = 1 << 20
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's utility with a 95 % interval. `details` holds further rates of the same answers; `outputs` one record per row."""
+    """One task's utility with a 95 % interval. `details` holds further rates of the same answers; `outputs` one record
+    per row."""
 
     name: str
     metric: str
@@ -41,7 +44,12 @@ class TaskResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for results.json; no text."""
         details = {name: value.to_dict() for name, value in self.details.items()}
-        return {"metric": self.metric, "higher_is_better": self.higher_is_better, **self.value.to_dict(), "details": details}
+        return {
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            **self.value.to_dict(),
+            "details": details,
+        }
 
 
 def evaluate_task(
@@ -56,9 +64,10 @@ def evaluate_task(
 ) -> TaskResult:
     """Measures `eval.metric` on rows from `safecl.data.read_rows`.
 
-    Args: `batch_size` answers generated together on one rank; `max_length` tokens of a row at most (default: the model's
-    positions). Every rank calls it with the same arguments; row i is done by rank i mod world_size, and every rank gets the same result.
-    Raises: ConfigError where the rows do not fit the metric (no answer to compare with, no number in a GSM8K reference, one label only).
+    Args: `batch_size` answers generated together on one rank; `max_length` tokens of a row at most (default: the
+    model's positions). Every rank calls it with the same arguments; row i is done by rank i mod world_size, and every
+    rank gets the same result. Raises: ConfigError where the rows do not fit the metric (no answer to compare with, no
+    number in a GSM8K reference, one label only).
     """
     if not rows:
         raise ConfigError(f"{eval.path}: no rows to measure {eval.metric} with")
@@ -66,13 +75,15 @@ def evaluate_task(
         return _answer_nll(model, tokenizer, rows, name, max_length)
     for row in rows:
         if row.messages[-1].role != "assistant":
-            raise ConfigError(f"{place_of(row)}: {eval.metric} needs an answer to compare with; use metric: answer_nll for plain text")
+            raise ConfigError(
+                f"{place_of(row)}: {eval.metric} needs an answer to compare with; use metric: answer_nll for plain text"
+            )
     if eval.metric == "label_accuracy":
         return _label_accuracy(model, tokenizer, rows, name, max_length)
     return _generated(model, tokenizer, eval, rows, name, batch_size)
 
 
-# ----------------------------------------------------------------------------------------------------------------- likelihood
+# ----------------------------------------------------------------------------------------------------------- likelihood
 
 
 def _score(model: EvalModel, tokenizer: Any, rows: Sequence[Any], max_length: int | None) -> list[Scored]:
@@ -87,7 +98,9 @@ def _score(model: EvalModel, tokenizer: Any, rows: Sequence[Any], max_length: in
 def _answer_nll(model: EvalModel, tokenizer: Any, rows: Sequence[Any], name: str, max_length: int | None) -> TaskResult:
     scored = gather_in_order(model, _score(model, tokenizer, shard_of(model, rows), max_length))
     if not any(row.num_tokens for row in scored):
-        raise ConfigError(f"{rows[0].path}: no row has an answer token to score; are the answers cut off by max_length?")
+        raise ConfigError(
+            f"{rows[0].path}: no row has an answer token to score; are the answers cut off by max_length?"
+        )
     outputs = [
         {**_base_record(name, number, row), "nll": -result.log_prob, "num_tokens": result.num_tokens}
         for number, (row, result) in enumerate(zip(rows, scored, strict=True))
@@ -96,7 +109,9 @@ def _answer_nll(model: EvalModel, tokenizer: Any, rows: Sequence[Any], name: str
     return TaskResult(name, "answer_nll", value, higher_is_better=False, outputs=outputs)
 
 
-def _label_accuracy(model: EvalModel, tokenizer: Any, rows: Sequence[Any], name: str, max_length: int | None) -> TaskResult:
+def _label_accuracy(
+    model: EvalModel, tokenizer: Any, rows: Sequence[Any], name: str, max_length: int | None
+) -> TaskResult:
     labels = labels_of(rows)
     own = shard_of(model, rows)
     candidates = [_with_answer(row, label) for row in own for label in labels]
@@ -108,17 +123,25 @@ def _label_accuracy(model: EvalModel, tokenizer: Any, rows: Sequence[Any], name:
     outputs = []
     for number, (row, (label, log_probs)) in enumerate(zip(rows, gather_in_order(model, chosen), strict=True)):
         reference = row.messages[-1].content
-        record = {**_base_record(name, number, row), "answer": label, "correct": label == reference, "log_probs": log_probs}
+        record = {
+            **_base_record(name, number, row),
+            "answer": label,
+            "correct": label == reference,
+            "log_probs": log_probs,
+        }
         outputs.append(record)
     value = rate(record["correct"] for record in outputs)
     return TaskResult(name, "label_accuracy", value, higher_is_better=True, labels=labels, outputs=outputs)
 
 
 def labels_of(rows: Sequence[Any]) -> tuple[str, ...]:
-    """The distinct answers of the rows, sorted. ConfigError where there is only one (any model would be right) or more than 64."""
+    """The distinct answers of the rows, sorted. ConfigError where there is only one (any model would be right) or more
+    than 64."""
     labels = tuple(sorted({row.messages[-1].content for row in rows}))
     if len(labels) < 2:
-        raise ConfigError(f"{rows[0].path}: label_accuracy needs two labels at least, all {len(rows)} rows used have the same")
+        raise ConfigError(
+            f"{rows[0].path}: label_accuracy needs two labels at least, all {len(rows)} rows used have the same"
+        )
     if len(labels) > MAX_LABELS:
         raise ConfigError(
             f"{rows[0].path}: {len(labels)} distinct answers among {len(rows)} rows are no labels (64 at most); use metric: exact_match"
@@ -130,10 +153,12 @@ def _with_answer(row: Any, answer: str) -> Any:
     return replace(row, messages=(*row.messages[:-1], replace(row.messages[-1], content=answer)))
 
 
-# ----------------------------------------------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------------------------------------- generation
 
 
-def _generated(model: EvalModel, tokenizer: Any, eval: EvalConfig, rows: Sequence[Any], name: str, batch_size: int) -> TaskResult:
+def _generated(
+    model: EvalModel, tokenizer: Any, eval: EvalConfig, rows: Sequence[Any], name: str, batch_size: int
+) -> TaskResult:
     marks_of = _gsm8k_marks if eval.metric == "gsm8k" else _match_marks
     if eval.metric == "gsm8k":
         _check_references(rows)
@@ -165,5 +190,11 @@ def _check_references(rows: Sequence[Any]) -> None:
 
 
 def _base_record(name: str, number: int, row: Any) -> dict[str, Any]:
-    record = {"id": f"{name}-{number}", "set": name, "source": place_of(row), "tags": dict(row.tags), "prompt": text_of(row)}
+    record = {
+        "id": f"{name}-{number}",
+        "set": name,
+        "source": place_of(row),
+        "tags": dict(row.tags),
+        "prompt": text_of(row),
+    }
     return {**record, "reference": row.messages[-1].content}

@@ -1,19 +1,20 @@
-"""Device code: every kernel family is a Triton kernel, a CPU path and a torch twin of one signature. Knows tensors only."""
+"""Device code: every kernel family is a Triton kernel, a CPU path and a torch twin of one signature. Knows tensors
+only."""
 
 from __future__ import annotations
 
-from safecl.kernels.distill import distill_loss as distill_loss
-from safecl.kernels.flat import Segments as Segments
-from safecl.kernels.flat import adamw_step_ as adamw_step_
-from safecl.kernels.flat import ema_update_ as ema_update_
-from safecl.kernels.flat import fisher_accumulate_ as fisher_accumulate_
-from safecl.kernels.flat import fisher_penalty_ as fisher_penalty_
-from safecl.kernels.flat import penalized_grad_norm as penalized_grad_norm
-from safecl.kernels.head import LinearDistillOutput as LinearDistillOutput
-from safecl.kernels.head import linear_distill_loss as linear_distill_loss
+from safecl.kernels.flat.calls import Segments as Segments
+from safecl.kernels.flat.calls import adamw_step_ as adamw_step_
+from safecl.kernels.flat.calls import ema_update_ as ema_update_
+from safecl.kernels.flat.calls import fisher_accumulate_ as fisher_accumulate_
+from safecl.kernels.flat.calls import fisher_penalty_ as fisher_penalty_
+from safecl.kernels.flat.calls import penalized_grad_norm as penalized_grad_norm
+from safecl.kernels.head.calls import LinearDistillOutput as LinearDistillOutput
+from safecl.kernels.head.calls import linear_distill_loss as linear_distill_loss
+from safecl.kernels.head.distill import distill_loss as distill_loss
+from safecl.kernels.head.teachers import DenseTeacher as DenseTeacher
+from safecl.kernels.head.teachers import LogitsTeacher as LogitsTeacher
+from safecl.kernels.head.teachers import TopKTeacher as TopKTeacher
+from safecl.kernels.head.topk import SlicedTopK as SlicedTopK
+from safecl.kernels.head.topk import linear_topk as linear_topk
 from safecl.kernels.lowrank import lowrank_fisher_penalty as lowrank_fisher_penalty
-from safecl.kernels.teachers import DenseTeacher as DenseTeacher
-from safecl.kernels.teachers import LogitsTeacher as LogitsTeacher
-from safecl.kernels.teachers import TopKTeacher as TopKTeacher
-from safecl.kernels.topk import SlicedTopK as SlicedTopK
-from safecl.kernels.topk import linear_topk as linear_topk

@@ -1,7 +1,8 @@
 """Which implementation each kernel uses on each device, and why: one table for the dispatchers and for `safecl env`.
 
-A family has up to three back ends of one signature: `triton` (CUDA), `cpp` (the C++ library, CPU) and `torch` (the twin, anywhere).
-The first that is usable for a device wins. `SAFECL_KERNELS=torch` in the environment, or `using("torch")` in code, forces the twin.
+A family has up to three back ends of one signature: `triton` (CUDA), `cpp` (the C++ library, CPU) and `torch` (the
+twin, anywhere). The first that is usable for a device wins. `SAFECL_KERNELS=torch` in the environment, or
+`using("torch")` in code, forces the twin.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 
 # family -> back end -> module that implements it; every module offers the same functions.
 FAMILIES = {
-    "flat": {"triton": "safecl.kernels.flat_triton", "cpp": "safecl.kernels.flat_cpu", "torch": "safecl.kernels.flat_torch"},
-    "head": {"triton": "safecl.kernels.head_triton", "torch": "safecl.kernels.divergences"},
+    "flat": {
+        "triton": "safecl.kernels.flat.triton_kernels",
+        "cpp": "safecl.kernels.flat.cpu",
+        "torch": "safecl.kernels.flat.torch_twin",
+    },
+    "head": {"triton": "safecl.kernels.head.triton_kernels", "torch": "safecl.kernels.head.divergences"},
 }
 KERNELS = {
     "flat": ("ema_update_", "fisher_accumulate_", "fisher_penalty_", "penalized_grad_norm", "adamw_step_"),
@@ -35,7 +40,8 @@ _forced: str | None = None
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of the table: `kernel` of `family` on `device` runs on `backend`; `note` says why a faster one is not used, if so."""
+    """One line of the table: `kernel` of `family` on `device` runs on `backend`; `note` says why a faster one is not
+    used, if so."""
 
     family: str
     kernel: str
@@ -52,7 +58,8 @@ def implementation(family: str, kernel: str, device: str) -> ModuleType:
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Force one back end ("torch", "cpp" or "triton") for the calls inside; for tests, benchmarks and bisecting a wrong number."""
+    """Force one back end ("torch", "cpp" or "triton") for the calls inside; for tests, benchmarks and bisecting a wrong
+    number."""
     global _forced
     before, _forced = _forced, backend
     try:

@@ -3,7 +3,8 @@
     L = 1/2 sum_ij F_ij D_ij^2,   D = scale B A            F: the dense Fisher of the weight that the update is added to
     dL/dB = scale (F * D) A^T,    dL/dA = scale B^T (F * D)
 
-The gradients are formed in the forward, block by block, and the backward only scales them: 6·r·out·in FLOP and one read of F.
+The gradients are formed in the forward, block by block, and the backward only scales them: 6·r·out·in FLOP and one read
+of F.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from .spans import spans
 _BLOCK_BYTES = 2**26
 
 
-def lowrank_fisher_penalty(a: Tensor, b: Tensor, fisher: Tensor, scale: float = 1.0, *, block_bytes: int = _BLOCK_BYTES) -> Tensor:
+def lowrank_fisher_penalty(
+    a: Tensor, b: Tensor, fisher: Tensor, scale: float = 1.0, *, block_bytes: int = _BLOCK_BYTES
+) -> Tensor:
     """1/2 sum F * (scale B A)^2, 0-dim fp32, with gradients of A and B.
 
-    a: [r, in], b: [out, r], fp32 or bf16, one device. fisher: [out, in], fp32 or bf16, non-negative, on that device or on the host (pinned
-    memory is copied asynchronously), one block after the other. block_bytes: of an fp32 block of the product; about four of them exist at
-    a time. Products are formed in fp32. Raises ValueError for shapes and dtypes that do not fit.
+    a: [r, in], b: [out, r], fp32 or bf16, one device. fisher: [out, in], fp32 or bf16, non-negative, on that device or
+    on the host (pinned memory is copied asynchronously), one block after the other. block_bytes: of an fp32 block of
+    the product; about four of them exist at a time. Products are formed in fp32. Raises ValueError for shapes and
+    dtypes that do not fit.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or fisher.shape != (b.shape[0], a.shape[1]):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (a, b, fisher))

@@ -1,8 +1,8 @@
 """Finds and loads the C++ library without torch headers: one build serves every torch and Python.
 
-setup.py builds `libsafecl.so` from `csrc/` beside this file. Where it is absent (no compiler when safecl was installed) or older than
-the sources of a checkout, `missing()` says so and the torch twins are used. Only the standard library is imported here, because
-setup.py loads this file too.
+setup.py builds `libsafecl.so` from `csrc/` beside this file. Where it is absent (no compiler when safecl was installed)
+or older than the sources of a checkout, `missing()` says so and the torch twins are used. Only the standard library is
+imported here, because setup.py loads this file too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class AdamWCall(ctypes.Structure):
         *((name, c_void_p) for name in ("param", "exp_avg", "exp_avg_sq", "ema", "param_out")),
         ("segments", Segments),
         *((name, c_int64) for name in ("proximal", "ema_by_fisher")),
-        *((name, c_float) for name in ("grad_mult", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength")),
+        *(
+            (name, c_float)
+            for name in ("grad_mult", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength")
+        ),
         *((name, c_float) for name in ("ema_rate", "ema_threshold", "ema_rate_above")),
         *((name, c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps")),
     ]
@@ -111,7 +114,8 @@ _forked = False
 
 
 def _mark_forked() -> None:
-    """The library notices a fork itself once it is loaded; here for a parent that had used torch's OpenMP threads without it."""
+    """The library notices a fork itself once it is loaded; here for a parent that had used torch's OpenMP threads
+    without it."""
     global _forked
     _forked = True
 
@@ -143,9 +147,11 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def num_threads() -> int:
-    """Threads for one call: SAFECL_NUM_THREADS if set, else torch's number within this rank's share of the node's cores.
+    """Threads for one call: SAFECL_NUM_THREADS if set, else torch's number within this rank's share of the node's
+    cores.
 
-    torchrun sets OMP_NUM_THREADS=1 where the user set nothing; one thread would starve an offloaded optimizer, so that 1 counts as unset.
+    torchrun sets OMP_NUM_THREADS=1 where the user set nothing; one thread would starve an offloaded optimizer, so that
+    1 counts as unset.
     """
     wish = os.environ.get("SAFECL_NUM_THREADS", "")
     if wish.isdigit() and int(wish) > 0:

@@ -14,12 +14,15 @@ class ScopedConfig(MethodConfig):
     """A method whose penalty can be restricted to some modules."""
 
     modules: Literal["all", "attention"] | list[str] = "all"
-    """Which weights: all, attention, or patterns of parameter names with shell wildcards, e.g. ["*.self_attn.v_proj.*", "*.layers.0.*"]."""
+    """Which weights: all, attention, or patterns of parameter names with shell wildcards, e.g. ["*.self_attn.v_proj.*",
+    "*.layers.0.*"]."""
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """Empty for all weights."""
-        return {"all": (), "attention": ATTENTION}[self.modules] if isinstance(self.modules, str) else tuple(self.modules)
+        return (
+            {"all": (), "attention": ATTENTION}[self.modules] if isinstance(self.modules, str) else tuple(self.modules)
+        )
 
     def check_patterns(self, method: str, names: list[str]) -> None:
         """Raises ConfigError where no weight is meant."""

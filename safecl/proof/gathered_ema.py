@@ -2,9 +2,10 @@
 
     e <- beta e + (1 - beta) p,   p = 1, e_0 = 0, beta = 0.5:   e_3 = 1 - 0.5^3 = 0.875
 
-`deepspeed.zero.GatheredParameters(params)` gives every rank a whole copy to read. Without `modifier_rank` what is written into the copy is
-dropped when the parameters are partitioned again, so that the average stays where it began. RLHF trainers had this for years
-(OpenRLHF pull request 1357). safecl's average lives beside the rank's own shard and is never gathered.
+`deepspeed.zero.GatheredParameters(params)` gives every rank a whole copy to read. Without `modifier_rank` what is
+written into the copy is dropped when the parameters are partitioned again, so that the average stays where it began.
+RLHF trainers had this for years (OpenRLHF pull request 1357). safecl's average lives beside the rank's own shard and is
+never gathered.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def measure() -> Finding:
 
 
 def by_gathering(modifier_rank: int | None = None) -> float:
-    """The usual way: model and average are both partitioned, and gathered for the update. The remedy is `modifier_rank=0`."""
+    """The usual way: model and average are both partitioned, and gathered for the update. The remedy is
+    `modifier_rank=0`."""
     import deepspeed
 
     model, average = _partitioned(1.0), _partitioned(0.0)

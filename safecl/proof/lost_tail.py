@@ -3,9 +3,9 @@
     sum over the k stored v of q_v (log q_v - log p_v)      without the tail: least at p = q / sum q
                                 + t (log t - log s)          t, s: what teacher and student give to all other tokens
 
-Without the tail the sum falls below zero as the student takes probability from the tokens that were not stored, and is least where they
-have none. Here a student starts exactly at its teacher and follows each loss downhill: the right place to be is where it started. safecl
-stores the log of the tail's mass and compares k + 1 events.
+Without the tail the sum falls below zero as the student takes probability from the tokens that were not stored, and is
+least where they have none. Here a student starts exactly at its teacher and follows each loss downhill: the right place
+to be is where it started. safecl stores the log of the tail's mass and compares k + 1 events.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def drift(loss: Callable[[Tensor], Tensor], hidden: Tensor, head: Tensor) -> flo
 
 
 def by_stored_tokens(hidden: Tensor, head: Tensor, with_tail: bool = False) -> Callable[[Tensor], Tensor]:
-    """The usual way: the k log-probabilities gathered from a full softmax. The remedy, `with_tail`, adds the one event that is missing."""
+    """The usual way: the k log-probabilities gathered from a full softmax. The remedy, `with_tail`, adds the one event
+    that is missing."""
     log_q, indices = (hidden @ head.T).log_softmax(-1).topk(K)
     log_t = torch.log1p(-log_q.exp().sum(-1))
 
@@ -58,7 +59,11 @@ def by_stored_tokens(hidden: Tensor, head: Tensor, with_tail: bool = False) -> C
         log_p = (student @ head.T).log_softmax(-1).gather(-1, indices)
         total = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
         log_s = torch.log1p(-log_p.exp().sum(-1))
-        return total + F.kl_div(log_s[:, None], log_t[:, None], log_target=True, reduction="batchmean") if with_tail else total
+        return (
+            total + F.kl_div(log_s[:, None], log_t[:, None], log_target=True, reduction="batchmean")
+            if with_tail
+            else total
+        )
 
     return loss
 

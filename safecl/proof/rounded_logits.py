@@ -2,9 +2,10 @@
 
     d KL(q || p) / d logits = p - q
 
-A bf16 number has 8 significant bits, so a logit of 20 is off by up to 0.06. Cross-entropy does not mind. Near the teacher p - q is smaller
-than what the rounding does to p and q: at a KL of about 1e-3, where a student that must not forget is all the time, more than half of the
-gradient is wrong. safecl's head forms the difference in fp32, tile by tile, and rounds after that.
+A bf16 number has 8 significant bits, so a logit of 20 is off by up to 0.06. Cross-entropy does not mind. Near the
+teacher p - q is smaller than what the rounding does to p and q: at a KL of about 1e-3, where a student that must not
+forget is all the time, more than half of the gradient is wrong. safecl's head forms the difference in fp32, tile by
+tile, and rounds after that.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def error(gradient: Tensor, right: Tensor) -> float:
 
 
 def student_near_teacher(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(student's hidden states, head) in bf16 and the teacher's hidden states in fp32, moved until the mean KL is DISTANCE."""
+    """(student's hidden states, head) in bf16 and the teacher's hidden states in fp32, moved until the mean KL is
+    DISTANCE."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(TOKENS, WIDTH, generator=g).bfloat16()
     head = (torch.randn(VOCAB, WIDTH, generator=g) * STD / WIDTH**0.5).bfloat16()
@@ -78,5 +80,7 @@ def by_safecl(hidden: Tensor, head: Tensor, teacher: Tensor) -> Tensor:
     from safecl.kernels import DenseTeacher, linear_distill_loss
 
     leaf = hidden.clone().requires_grad_()
-    linear_distill_loss(leaf, head, teacher=DenseTeacher(teacher, head.float()), kd_weights=1 / len(hidden)).loss.backward()
+    linear_distill_loss(
+        leaf, head, teacher=DenseTeacher(teacher, head.float()), kd_weights=1 / len(hidden)
+    ).loss.backward()
     return leaf.grad

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from safecl.commands.ending import ExitCode
-from safecl.engine.durable import replace_file
+from safecl.distributed.spawn import run_ranks
+from safecl.exits import ExitCode
 from safecl.proof.finding import Finding
 from safecl.proof.worker import SAFECL, USUAL
-from safecl.spawn import run_ranks
+from safecl.storage.durable import replace_file
 
 NUM_RANKS = 2
 NAMES = ("gathered-ema", "two-backwards", "rounded-logits", "lost-tail", "torn-save")
@@ -35,11 +35,14 @@ _SECONDS_TO_DIE = 20.0  # for a rank whose peer was killed already
 
 
 def run_proof(folder: Path) -> int:
-    """Measures everything and prints it; ExitCode.FAILED where safecl itself was wrong. An earlier proof in `folder` is renewed."""
+    """Measures everything and prints it; ExitCode.FAILED where safecl itself was wrong. An earlier proof in `folder` is
+    renewed."""
     console = Console(highlight=False, soft_wrap=True)
     began = time.perf_counter()
     _clean(folder)
-    console.print(f"Silent failures of continual fine-tuning, each measured here beside safecl. {NUM_RANKS} ranks, CPU, no model files.\n")
+    console.print(
+        f"Silent failures of continual fine-tuning, each measured here beside safecl. {NUM_RANKS} ranks, CPU, no model files.\n"
+    )
     if code := _run_sets(folder, console):
         return code
     findings = _findings(folder)
@@ -58,7 +61,11 @@ def _clean(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (USUAL, SAFECL):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in [folder / "proof.json", *(folder / f"{name}.json" for name in NAMES), *folder.glob("saved-*-rank*.digest")]:
+    for path in [
+        folder / "proof.json",
+        *(folder / f"{name}.json" for name in NAMES),
+        *folder.glob("saved-*-rank*.digest"),
+    ]:
         path.unlink(missing_ok=True)
 
 
@@ -85,7 +92,9 @@ def _run_set(folder: Path, work: str, console: Console, watch: Callable[[], None
     patience = _SECONDS_TO_DIE if is_killed else 0.0
     code = run_ranks("safecl.proof.worker", [str(folder), work], NUM_RANKS, watch=watch, patience=patience)
     if is_killed and code != -signal.SIGXFSZ:
-        console.print(f"safecl: failed: no rank was killed in {work} (exit code {code})", style="bold red", markup=False)
+        console.print(
+            f"safecl: failed: no rank was killed in {work} (exit code {code})", style="bold red", markup=False
+        )
         return ExitCode.FAILED
     return 0 if is_killed or code == 0 else ExitCode.FAILED if code < 0 else code
 
@@ -104,7 +113,12 @@ def _findings(folder: Path) -> list[Finding]:
 
 def _write_results(folder: Path, findings: list[Finding], seconds: float) -> None:
     versions = {name: version(name) for name in ("safecl", "deepspeed", "torch")}
-    result = {"versions": versions, "num_ranks": NUM_RANKS, "seconds": round(seconds, 1), "findings": [asdict(f) for f in findings]}
+    result = {
+        "versions": versions,
+        "num_ranks": NUM_RANKS,
+        "seconds": round(seconds, 1),
+        "findings": [asdict(f) for f in findings],
+    }
     replace_file(folder / "proof.json", json.dumps(result, indent=1))
     for finding in findings:
         (folder / f"{finding.name}.json").unlink()

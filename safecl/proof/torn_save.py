@@ -1,9 +1,10 @@
 """Ranks that are killed in the middle of a save that overwrites the only checkpoint leave nothing to go on from.
 
-Both ranks train two steps, save, train one more step, and save again: in the usual way under the same tag (`latest`, `last`, `best`), in
-safecl's keeping one checkpoint. In the second save the kernel kills each rank when the file that it writes has reached a chosen size. Then
-two new ranks load what is there. DeepSpeed opens the final file and writes into it, so that the old state is gone before the new one is
-there; safecl writes beside it, and renames when all ranks are done.
+Both ranks train two steps, save, train one more step, and save again: in the usual way under the same tag (`latest`,
+`last`, `best`), in safecl's keeping one checkpoint. In the second save the kernel kills each rank when the file that it
+writes has reached a chosen size. Then two new ranks load what is there. DeepSpeed opens the final file and writes into
+it, so that the old state is gone before the new one is there; safecl writes beside it, and renames when all ranks are
+done.
 """
 
 from __future__ import annotations
@@ -30,9 +31,15 @@ LIMIT_BYTES = 2**20
 def finding(usual: dict, ours: dict) -> Finding:
     """From what `load_usual` and `load_safecl` have returned on rank 0."""
     return Finding(
-        "torn-save", "kill in the middle of a same-tag save", f"what a restart finds, saved at step {STEPS_BEFORE}",
-        f"step {STEPS_BEFORE}", _state(usual), _state(ours), seen=not _is_saved_state(usual), holds=_is_saved_state(ours),
-    )  # fmt: skip
+        "torn-save",
+        "kill in the middle of a same-tag save",
+        f"what a restart finds, saved at step {STEPS_BEFORE}",
+        f"step {STEPS_BEFORE}",
+        _state(usual),
+        _state(ours),
+        seen=not _is_saved_state(usual),
+        holds=_is_saved_state(ours),
+    )
 
 
 def _state(found: dict) -> str:
@@ -59,7 +66,8 @@ def usual_engine():
 
 
 def save_usual(folder: Path, *, die: bool = True) -> None:
-    """Trains and saves under one tag twice; the second save is the last thing that this process does, unless `die` is False."""
+    """Trains and saves under one tag twice; the second save is the last thing that this process does, unless `die` is
+    False."""
     engine, weights = usual_engine()
     _train(engine, STEPS_BEFORE)
     engine.save_checkpoint(str(folder), tag=TAG, client_state={"step": STEPS_BEFORE})
@@ -86,8 +94,8 @@ def safecl_checkpointer(folder: Path):
     import deepspeed
 
     from safecl import ShardAdamW, ShardMap, UpdatePlan
-    from safecl.engine.checkpoint import Checkpointer
-    from safecl.engine.checkpoint_folder import CheckpointFolder
+    from safecl.engine.checkpoint.checkpointer import Checkpointer
+    from safecl.engine.checkpoint.folder import CheckpointFolder
 
     model = _model()
     optimizer = ShardAdamW(model.parameters())
@@ -134,14 +142,16 @@ def load_safecl(folder: Path) -> dict:
     return _found(folder, step=contents.manifest.step, weights=weights())
 
 
-# ----------------------------------------------------------------------------------------------------------------- shared
+# --------------------------------------------------------------------------------------------------------------- shared
 
 
 @contextlib.contextmanager
 def killed_at(num_bytes: int):
     """The kernel kills this process, without any clean-up, when a file that it writes grows beyond this size."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE), resource.getrlimit(resource.RLIMIT_CORE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_DFL) if threading.current_thread() is threading.main_thread() else None
+    handler = (
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL) if threading.current_thread() is threading.main_thread() else None
+    )
     resource.setrlimit(resource.RLIMIT_CORE, (0, before[1][1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[0][1]))
     try:
@@ -186,6 +196,8 @@ def _digest(weights: list[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _found(folder: Path, *, step: int | None = None, weights: list[torch.Tensor] | None = None, error: str | None = None) -> dict:
+def _found(
+    folder: Path, *, step: int | None = None, weights: list[torch.Tensor] | None = None, error: str | None = None
+) -> dict:
     saved = folder.with_name(f"{folder.name}-rank{dist.get_rank()}.digest").read_text()
     return {"step": step, "equal": weights is not None and _digest(weights) == saved, "error": error}

@@ -2,9 +2,10 @@
 
     g = a grad(task loss) + b grad(replay loss),   right: a = b = 1
 
-A loop that calls `backward` once for the new data and once for replayed data trains on the replayed data alone: DeepSpeed reduces the first
-gradient and then overwrites it, without a word. (On ZeRO-3 the two add up, so the same script means something else there.) a and b are
-found by least squares from the gradient that reached the optimizer. safecl has one backward for all terms of the loss.
+A loop that calls `backward` once for the new data and once for replayed data trains on the replayed data alone:
+DeepSpeed reduces the first gradient and then overwrites it, without a word. (On ZeRO-3 the two add up, so the same
+script means something else there.) a and b are found by least squares from the gradient that reached the optimizer.
+safecl has one backward for all terms of the loss.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def true_gradients() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_two_backwards(stage: int, boundaries: bool = False) -> torch.Tensor:
-    """The usual way, under plain gradient descent of rate 1, whose step is the gradient. The remedy: say which backward is the last."""
+    """The usual way, under plain gradient descent of rate 1, whose step is the gradient. The remedy: say which backward
+    is the last."""
     import deepspeed
 
     model = _model()
@@ -73,14 +75,14 @@ def by_two_backwards(stage: int, boundaries: bool = False) -> torch.Tensor:
 def by_safecl(stage: int) -> torch.Tensor:
     """safecl's own step: rows of two terms, one backward."""
     from safecl.config import RunConfig
-    from safecl.engine import distributed
-    from safecl.engine.batch import Layout
-    from safecl.engine.model import LanguageModel
-    from safecl.engine.training import TrainingEngine
+    from safecl.distributed import collectives
+    from safecl.engine.model.language_model import LanguageModel
+    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.training_engine import TrainingEngine
 
     tree = {"model": {"path": "none", "dtype": "fp32"}, "tasks": [{"name": "t", "train": "none"}], "output": "none"}
     config = RunConfig.model_validate(tree | {"deepspeed": {"stage": stage}})
-    engine = TrainingEngine(LanguageModel(_model()), config, Layout(distributed.world_size(), 64, packed=False))
+    engine = TrainingEngine(LanguageModel(_model()), config, Layout(collectives.world_size(), 64, packed=False))
     engine.gradient_pass(_step_rows(), engine.stash("seen"))
     seen = engine.optimizer.tensors("seen")
     return _flat(engine.shards.read(name, seen) for name in engine.shards.shapes)
@@ -88,7 +90,7 @@ def by_safecl(stage: int) -> torch.Tensor:
 
 def _step_rows() -> list:
     from safecl.data import Row
-    from safecl.engine.batch import StepRow
+    from safecl.engine.passes.step_rows import StepRow
 
     mask, weight = np.arange(LENGTH) > 0, 1 / (ROWS * (LENGTH - 1))
     rows = [

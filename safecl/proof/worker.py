@@ -1,6 +1,7 @@
 """One rank of `safecl proof`: `python -m safecl.proof.worker FOLDER WORK`. Started by run.py, in sets of two.
 
-WORK is `measure` (all that needs no death), `save-usual` or `save-safecl` (which do not return), or `load` (what two new ranks find).
+WORK is `measure` (all that needs no death), `save-usual` or `save-safecl` (which do not return), or `load` (what two
+new ranks find).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from safecl import launcher
-from safecl.commands.ending import Ending, errors_told
+from safecl.distributed import environment
+from safecl.exits import Ending, errors_told
 from safecl.proof.finding import Finding
 
 USUAL, SAFECL = "saved-in-place", "saved-by-safecl"
@@ -21,7 +22,7 @@ USUAL, SAFECL = "saved-in-place", "saved-by-safecl"
 
 def work(folder: Path, what: str) -> None:
     """Every rank calls it; rank 0 writes what was found."""
-    from safecl.engine.distributed import init_distributed
+    from safecl.distributed.collectives import init_distributed
     from safecl.proof import torn_save
 
     init_distributed()
@@ -33,7 +34,10 @@ def work(folder: Path, what: str) -> None:
         torn_save.save_safecl(folder / SAFECL)
     else:
         logging.disable(logging.CRITICAL)  # DeepSpeed logs the torn file once more
-        _write(folder, lambda: torn_save.finding(torn_save.load_usual(folder / USUAL), torn_save.load_safecl(folder / SAFECL)))
+        _write(
+            folder,
+            lambda: torn_save.finding(torn_save.load_usual(folder / USUAL), torn_save.load_safecl(folder / SAFECL)),
+        )
 
 
 def _measure_all(folder: Path) -> None:
@@ -46,7 +50,7 @@ def _measure_all(folder: Path) -> None:
 def _write(folder: Path, measure: Callable[[], Finding]) -> None:
     began = time.perf_counter()
     finding = measure()
-    if launcher.rank() == 0:
+    if environment.rank() == 0:
         replace(finding, seconds=round(time.perf_counter() - began, 2)).write(folder)
 
 

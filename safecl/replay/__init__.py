@@ -1,4 +1,5 @@
-"""The replay memory: a buffer that is sharded over ranks and the same for any number of them, and the cache of teacher outputs."""
+"""The replay memory: a buffer that is sharded over ranks and the same for any number of them, and the cache of teacher
+outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "BufferInUse": "lock",
+    "BufferInUse": "files.lock",
     "CacheHeader": "cache",
     "CacheReader": "cache",
     "CacheWriter": "cache",

@@ -1,8 +1,9 @@
 """The replay buffer: one logical buffer over 1,024 virtual shards, the same for every number of ranks.
 
-A row's key is its position in the stream of inserted rows. Its shard, its owner and its chance to stay are hashes of (seed, position), so
-what the buffer holds needs no coordinator; what a step draws is a function of (seed, step, stream), the index and the score log. Rows lie
-in append-only segments that are memory-mapped; the index says which rows are held and where.
+A row's key is its position in the stream of inserted rows. Its shard, its owner and its chance to stay are hashes of
+(seed, position), so what the buffer holds needs no coordinator; what a step draws is a function of (seed, step,
+stream), the index and the score log. Rows lie in append-only segments that are memory-mapped; the index says which rows
+are held and where.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ import numpy as np
 
 from safecl.config import ConfigError, MemoryConfig
 from safecl.data.tokens import Row
-from safecl.replay import codec, snapshots
+from safecl.replay import snapshots
 from safecl.replay.cache import SharedOutputs
-from safecl.replay.draws import Drawer
-from safecl.replay.guard import Guard
-from safecl.replay.hashing import owner, shard_of
+from safecl.replay.files import codec
+from safecl.replay.files.hashing import owner, shard_of
+from safecl.replay.files.persistence import LabelBook, find_blocks, open_folder, read_newest_index, rows_found
+from safecl.replay.files.store import ROWS, SegmentFolder, shards_of_rank
+from safecl.replay.files.table import UNKNOWN, RowTable
 from safecl.replay.insertion import InsertReport, insert_rows
-from safecl.replay.keep import Keeper
-from safecl.replay.persistence import LabelBook, find_blocks, open_folder, read_newest_index, rows_found
 from safecl.replay.rows import MemoryRow, ReplayError, Teacher
-from safecl.replay.store import ROWS, SegmentFolder, shards_of_rank
-from safecl.replay.table import UNKNOWN, RowTable
+from safecl.replay.selection.draws import Drawer
+from safecl.replay.selection.guard import Guard
+from safecl.replay.selection.keep import Keeper
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,12 +62,13 @@ class ReplayBuffer:
         buffer.publish(state["version"])                                             # when that checkpoint is on the disk
         buffer.load_state_dict(state)                                                # on any number of ranks
 
-    A draw takes distinct rows that hold `num_tokens` tokens on average; another stream draws independently. Without a folder the rows lie
-    in a temporary one. `mode="append"` writes and goes on with what is there; `"read"` only reads, beside a writer.
+    A draw takes distinct rows that hold `num_tokens` tokens on average; another stream draws independently. Without a
+    folder the rows lie in a temporary one. `mode="append"` writes and goes on with what is there; `"read"` only reads,
+    beside a writer.
 
-    Several ranks may share a folder (or a folder per node): each writes the rows of its own shards and knows the lengths of all.
-    Raises ConfigError (BufferInUse) where another process writes the same shards or the folder was made with other settings, ReplayError
-    where files are damaged or the disk is full.
+    Several ranks may share a folder (or a folder per node): each writes the rows of its own shards and knows the
+    lengths of all. Raises ConfigError (BufferInUse) where another process writes the same shards or the folder was made
+    with other settings, ReplayError where files are damaged or the disk is full.
     """
 
     STATE = ("num_seen", "version", "table", "labels", "keeper", "guard", "drawer", "held", "ignored", "_trimmed_at")
@@ -85,7 +88,8 @@ class ReplayBuffer:
     ):
         """vocab_size: width of the stored outputs; with `indices: packed` it decides how they are packed.
 
-        teacher_of(row_id, num_targets): outputs that are kept elsewhere (CacheReader.get), for rows that bring none of their own.
+        teacher_of(row_id, num_targets): outputs that are kept elsewhere (CacheReader.get), for rows that bring none of
+        their own.
         """
         if mode not in ("append", "read"):
             raise ValueError(f"mode {mode!r}: `append` or `read`")
@@ -100,7 +104,9 @@ class ReplayBuffer:
         self._lock = threading.RLock()
         self.reset()
         identity = seed & (2**64 - 1)
-        self.store = SegmentFolder(self.folder, ROWS, identity, shards_of_rank(rank, world_size), writable=mode == "append")
+        self.store = SegmentFolder(
+            self.folder, ROWS, identity, shards_of_rank(rank, world_size), writable=mode == "append"
+        )
         try:
             self._start()
         except BaseException:
@@ -126,9 +132,13 @@ class ReplayBuffer:
             raise ConfigError(f"{folder}: no readable memory in this folder: {reason}")
         settings = opened.header["settings"]
         return cls(
-            MemoryConfig.model_validate(settings["config"]), folder, seed=settings["seed"], mode=mode, vocab_size=settings["vocab_size"],
+            MemoryConfig.model_validate(settings["config"]),
+            folder,
+            seed=settings["seed"],
+            mode=mode,
+            vocab_size=settings["vocab_size"],
             teacher_of=SharedOutputs.of(Path(folder)),
-        )  # fmt: skip
+        )
 
     def _start(self) -> None:
         """Takes over what the folder holds: the newest index, and rows that were appended after it."""
@@ -151,24 +161,26 @@ class ReplayBuffer:
         """True on the one rank that writes the index of a shared folder."""
         return self.store.shards[0] == 0
 
-    # ---------------------------------------------------------------------------------------------------------- inserting
+    # -------------------------------------------------------------------------------------------------------- inserting
 
     @_locked
     def insert(self, rows: Iterable[MemoryRow], own_outputs: int | None = None) -> InsertReport:
         """Adds rows to the stream; the policy says which stay. Every rank inserts the same rows in the same order.
 
-        own_outputs: k, where only the rank that owns a row has its top-k outputs and the others insert it without; the owners of the next n
-        rows are `ranks_of(range(num_seen, num_seen + n))`. A guard and mix_cd then need `prior_nll` on every rank.
+        own_outputs: k, where only the rank that owns a row has its top-k outputs and the others insert it without; the
+        owners of the next n rows are `ranks_of(range(num_seen, num_seen + n))`. A guard and mix_cd then need
+        `prior_nll` on every rank.
 
-        Returns how many came in, and what kept others out. Raises ValueError for a row that is none (ids, mask or teacher do not fit), and
-        ReplayError where the disk refuses; rows before the one in question are in.
+        Returns how many came in, and what kept others out. Raises ValueError for a row that is none (ids, mask or
+        teacher do not fit), and ReplayError where the disk refuses; rows before the one in question are in.
         """
         if not self.store.writable:
             raise ValueError(f"{self.folder}: opened read-only; open it with mode='append' to insert rows")
         return insert_rows(self, rows, own_outputs)
 
     def trim(self, excess: float = 0.0) -> None:
-        """Lets go of the rows that the policy does not keep, once the memory holds that share of its capacity too much."""
+        """Lets go of the rows that the policy does not keep, once the memory holds that share of its capacity too
+        much."""
         if self._trimmed_at == self.table.version:
             return
         if self.keeper.total(self.table["nbytes"]) > self.keeper.capacity * (1 + excess):
@@ -185,15 +197,17 @@ class ReplayBuffer:
         self.trim()
         self.table.keep(~self.guard.refresh(self.table["prior_nll"]))
 
-    # ------------------------------------------------------------------------------------------------------------ drawing
+    # ---------------------------------------------------------------------------------------------------------- drawing
 
     @_locked
     def draw(self, step: int, num_tokens: int, stream: str) -> list[int]:
         """Keys of distinct rows that hold `num_tokens` tokens on average, or of all rows where there are not as many.
 
-        The same list on every rank. How many rows it has does not depend on which they are, so that long and short rows are drawn alike.
+        The same list on every rank. How many rows it has does not depend on which they are, so that long and short rows
+        are drawn alike.
 
-        A function of (seed, step, stream), the rows held, and for loss_aware and mix_cd of the losses logged for steps before step - 1.
+        A function of (seed, step, stream), the rows held, and for loss_aware and mix_cd of the losses logged for steps
+        before step - 1.
         """
         if num_tokens < 1:
             return []
@@ -203,14 +217,18 @@ class ReplayBuffer:
 
     @_locked
     def log_scores(self, step: int, keys: Sequence[int] | np.ndarray, losses: Sequence[float] | np.ndarray) -> None:
-        """Logs the mean NLL (nats per target) of the rows that step `step` replayed. Every rank logs the rows of all ranks, in any order.
+        """Logs the mean NLL (nats per target) of the rows that step `step` replayed. Every rank logs the rows of all
+        ranks, in any order.
 
-        Rows that are not held and losses that are not finite are passed over. Raises ReplayError where draws already relied on this step.
+        Rows that are not held and losses that are not finite are passed over. Raises ReplayError where draws already
+        relied on this step.
         """
         self.trim()
-        self.drawer.log(self.table, self.labels.groups, step, np.asarray(keys, np.uint64), np.asarray(losses, np.float32))
+        self.drawer.log(
+            self.table, self.labels.groups, step, np.asarray(keys, np.uint64), np.asarray(losses, np.float32)
+        )
 
-    # ------------------------------------------------------------------------------------------------------------ reading
+    # ---------------------------------------------------------------------------------------------------------- reading
 
     @_locked
     def __len__(self) -> int:
@@ -272,14 +290,21 @@ class ReplayBuffer:
     def _read(self, rows: np.ndarray | list[int]) -> list[MemoryRow]:
         if (self.table["segment"][rows] == UNKNOWN).any():
             self.locate()
-        return [self._decode(*line) for line in zip(*(self.table[name][rows].tolist() for name in READ_COLUMNS), strict=True)]
+        return [
+            self._decode(*line)
+            for line in zip(*(self.table[name][rows].tolist() for name in READ_COLUMNS), strict=True)
+        ]
 
-    def _decode(self, position, segment, offset, nbytes, digest, row_id, length, targets, form, width, label, step, prior_nll) -> MemoryRow:
+    def _decode(
+        self, position, segment, offset, nbytes, digest, row_id, length, targets, form, width, label, step, prior_nll
+    ) -> MemoryRow:
         body = self.body(position, segment, offset, nbytes, digest)
         try:
             ids, mask, teacher, tags = codec.decode(body, length, targets, form, width)
         except ValueError as error:
-            raise ReplayError(f"{self.folder / self.store.name(segment)}: row {position} is not one that safecl wrote: {error}") from None
+            raise ReplayError(
+                f"{self.folder / self.store.name(segment)}: row {position} is not one that safecl wrote: {error}"
+            ) from None
         if teacher is None and self.teacher_of is not None:
             teacher = self.teacher_of(row_id, targets)
         source, task, _ = self.labels[label]
@@ -299,7 +324,8 @@ class ReplayBuffer:
 
     @_locked
     def locate(self) -> None:
-        """Finds rows that other ranks, or this one before a state of another rank was loaded, wrote into this folder."""
+        """Finds rows that other ranks, or this one before a state of another rank was loaded, wrote into this
+        folder."""
         missing = np.flatnonzero(self.table["segment"] == UNKNOWN)
         if len(missing) == 0:
             return
@@ -313,7 +339,7 @@ class ReplayBuffer:
         for name in ("segment", "offset", "nbytes", "checksum", "form", "width"):
             self.table[name][missing[same]] = found[name][at[same]]
 
-    # -------------------------------------------------------------------------------------------------- saving and resuming
+    # ---------------------------------------------------------------------------------------------- saving and resuming
 
     @_locked
     def flush(self) -> None:
@@ -323,10 +349,11 @@ class ReplayBuffer:
 
     @_locked
     def state_dict(self) -> dict[str, Any]:
-        """{"version": int, "index": uint8 [bytes]}: which rows are held, where they lie, hashes of the segments, the score log; no rows.
+        """{"version": int, "index": uint8 [bytes]}: which rows are held, where they lie, hashes of the segments, the
+        score log; no rows.
 
-        Every rank calls it, after all have flushed into a shared folder (a barrier in between); the result is the same on all of them. The
-        segments that it names stay until a later version is published.
+        Every rank calls it, after all have flushed into a shared folder (a barrier in between); the result is the same
+        on all of them. The segments that it names stay until a later version is published.
         """
         self.trim()
         self.locate()
@@ -336,14 +363,15 @@ class ReplayBuffer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes back to a state, for any number of ranks; rows inserted after it are forgotten. Every rank calls it.
 
-        Raises ReplayError where the index is damaged or a segment is missing, cut or changed, ConfigError where the settings differ; the
-        buffer is then as it was.
+        Raises ReplayError where the index is damaged or a segment is missing, cut or changed, ConfigError where the
+        settings differ; the buffer is then as it was.
         """
         snapshots.load_state_dict(self, state)
 
     @_locked
     def publish(self, version: int, retain: Iterable[int] = ()) -> int:
-        """Says that a checkpoint with the state `version` is on the disk, and which older ones still exist; every rank calls it.
+        """Says that a checkpoint with the state `version` is on the disk, and which older ones still exist; every rank
+        calls it.
 
         Deletes segments that neither these states nor the buffer need. Returns the bytes freed by this rank.
         """
@@ -351,7 +379,8 @@ class ReplayBuffer:
 
     @_locked
     def verify(self, repair: bool = False) -> list[str]:
-        """Reads every byte and returns what is wrong, one line each; empty if all is well. `repair` lets go of rows that cannot be read."""
+        """Reads every byte and returns what is wrong, one line each; empty if all is well. `repair` lets go of rows
+        that cannot be read."""
         return snapshots.verify(self, repair)
 
     @_locked

@@ -1,12 +1,14 @@
-"""The cache of teacher outputs: what the aligned model said about each row, computed once and shared by all runs on that model.
+"""The cache of teacher outputs: what the aligned model said about each row, computed once and shared by all runs on
+that model.
 
     folder/cache.json                what the outputs were made with (CacheHeader), with its own hash
     folder/cache-...segment          outputs by row_id, in the segments of the replay buffer: append-only, every byte under a checksum
     memory/outputs.json              where a memory's rows find theirs, so that runs on one model share them
 
-At k = 64 an entry takes 64 x (2 + 4) + 4 = 388 bytes a token, and 56 to 63 more per row. Log-probabilities are stored in fp16 (0.4 % error
-of the gradient near the teacher, against 3 % in bf16 and 8 % for fp16 logits), the log of the remaining mass in fp32. Any number of ranks
-write side by side; a build that was stopped goes on where it was, on any number of ranks.
+At k = 64 an entry takes 64 x (2 + 4) + 4 = 388 bytes a token, and 56 to 63 more per row. Log-probabilities are stored
+in fp16 (0.4 % error of the gradient near the teacher, against 3 % in bf16 and 8 % for fp16 logits), the log of the
+remaining mass in fp32. Any number of ranks write side by side; a build that was stopped goes on where it was, on any
+number of ranks.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ import numpy as np
 import xxhash
 
 from safecl.config import ConfigError
-from safecl.replay import codec
-from safecl.replay.hashing import name_key
-from safecl.replay.persistence import LabelBook, find_blocks, rows_found
+from safecl.replay.files import codec
+from safecl.replay.files.hashing import name_key
+from safecl.replay.files.persistence import LabelBook, find_blocks, rows_found
+from safecl.replay.files.store import CACHE, SegmentFolder, shards_of_rank, sync_folder
+from safecl.replay.files.table import RowTable
 from safecl.replay.rows import ReplayError, TeacherOutputs
-from safecl.replay.store import CACHE, SegmentFolder, shards_of_rank, sync_folder
-from safecl.replay.table import RowTable
 
 FORMAT_VERSION = 1
 _NAME, LINK = "cache.json", "outputs.json"
@@ -40,9 +42,9 @@ _NO_START = 2**64 - 1
 class CacheHeader:
     """What outputs were made with; all of it must agree where they are used.
 
-    model, tokenizer: hashes. vocab_size: width of the model's logits. temperature: of the stored distribution. k: entries per token.
-    dtype: of the log-probabilities, `fp16`. indices: `int32` or `packed`. model_dtype: that the model computed in. max_tokens: that rows
-    were cut to, 0 where they were not.
+    model, tokenizer: hashes. vocab_size: width of the model's logits. temperature: of the stored distribution. k:
+    entries per token. dtype: of the log-probabilities, `fp16`. indices: `int32` or `packed`. model_dtype: that the
+    model computed in. max_tokens: that rows were cut to, 0 where they were not.
     """
 
     model: str
@@ -59,9 +61,15 @@ class CacheHeader:
     def check(self, expected: CacheHeader, where: str | Path) -> None:
         """Raises ConfigError naming every field that differs, with both values."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(expected)
-        differing = [f"{name} {mine[name]} in the cache, {theirs[name]} in this run" for name in mine if mine[name] != theirs[name]]
+        differing = [
+            f"{name} {mine[name]} in the cache, {theirs[name]} in this run"
+            for name in mine
+            if mine[name] != theirs[name]
+        ]
         if differing:
-            raise ConfigError(f"{where}: made with something else: {'; '.join(differing)}; build it anew in another folder")
+            raise ConfigError(
+                f"{where}: made with something else: {'; '.join(differing)}; build it anew in another folder"
+            )
 
     @property
     def identity(self) -> int:
@@ -91,13 +99,17 @@ class CacheHeader:
             values = json.loads(path.read_bytes())
             digest = values.pop("hash")
         except FileNotFoundError:
-            raise ConfigError(f"{folder}: no cache of teacher outputs in this folder; `safecl memory cache CFG` builds one") from None
+            raise ConfigError(
+                f"{folder}: no cache of teacher outputs in this folder; `safecl memory cache CFG` builds one"
+            ) from None
         except (ValueError, KeyError, AttributeError):
             raise ReplayError(f"{path}: the header is damaged") from None
         if digest != _hash(values):
             raise ReplayError(f"{path}: the header is damaged (its hash does not fit)")
         if values["format_version"] != FORMAT_VERSION:
-            raise ReplayError(f"{path}: format version {values['format_version']}, this safecl reads version {FORMAT_VERSION}")
+            raise ReplayError(
+                f"{path}: format version {values['format_version']}, this safecl reads version {FORMAT_VERSION}"
+            )
         return cls(**values)
 
 
@@ -119,10 +131,11 @@ class _Outputs:
 
 
 class CacheWriter:
-    """Adds outputs to a cache, made if it is not there. Ranks write side by side; rows that are there already need not come again.
+    """Adds outputs to a cache, made if it is not there. Ranks write side by side; rows that are there already need not
+    come again.
 
-    Raises ConfigError where the folder was made with another header (both values are named), BufferInUse where another process has this
-    rank's place, ReplayError where the disk refuses.
+    Raises ConfigError where the folder was made with another header (both values are named), BufferInUse where another
+    process has this rank's place, ReplayError where the disk refuses.
     """
 
     def __init__(self, folder: str | Path, header: CacheHeader, *, rank: int = 0, world_size: int = 1):
@@ -145,11 +158,13 @@ class CacheWriter:
         """bool per row_id: whether its outputs were there when the writer was opened, from whichever rank."""
         return self._outputs.has(row_ids)
 
-    def add(self, row_ids: Iterable[int], outputs: Iterable[TeacherOutputs], nlls: Iterable[float] | None = None) -> None:
+    def add(
+        self, row_ids: Iterable[int], outputs: Iterable[TeacherOutputs], nlls: Iterable[float] | None = None
+    ) -> None:
         """Writes the outputs of some rows: all of them are kept, or none where the disk refuses.
 
-        nlls: mean NLL of each row's targets under the same model, nats per token at temperature 1. Raises ValueError for outputs that do
-        not fit.
+        nlls: mean NLL of each row's targets under the same model, nats per token at temperature 1. Raises ValueError
+        for outputs that do not fit.
         """
         row_ids, outputs = list(row_ids), list(outputs)
         checked = [self._checked(row_id, one) for row_id, one in zip(row_ids, outputs, strict=True)]
@@ -166,9 +181,13 @@ class CacheWriter:
     def _checked(self, row_id: int, outputs: TeacherOutputs) -> TeacherOutputs:
         if outputs.log_probs.dtype != np.float16 or outputs.log_probs.shape[1:] != (self.header.k,):
             shape, dtype = list(outputs.log_probs.shape), outputs.log_probs.dtype
-            raise ValueError(f"outputs of row {row_id}: log_probs {shape} {dtype}; this cache holds fp16 [targets, {self.header.k}]")
+            raise ValueError(
+                f"outputs of row {row_id}: log_probs {shape} {dtype}; this cache holds fp16 [targets, {self.header.k}]"
+            )
         if outputs.indices.size and int(outputs.indices.max()) >= self.header.vocab_size:
-            raise ValueError(f"outputs of row {row_id}: token {int(outputs.indices.max())} in a vocabulary of {self.header.vocab_size}")
+            raise ValueError(
+                f"outputs of row {row_id}: token {int(outputs.indices.max())} in a vocabulary of {self.header.vocab_size}"
+            )
         checked = codec.checked_teacher(outputs, len(outputs.log_tail))
         assert isinstance(checked, TeacherOutputs)
         return checked
@@ -189,9 +208,11 @@ class CacheWriter:
 
 
 class CacheReader:
-    """Reads a cache. `get` may be handed to ReplayBuffer(teacher_of=...), so that a run shares the outputs instead of copying them.
+    """Reads a cache. `get` may be handed to ReplayBuffer(teacher_of=...), so that a run shares the outputs instead of
+    copying them.
 
-    Raises ConfigError where the header differs from `expected` (both values are named) or there is none, ReplayError where it is damaged.
+    Raises ConfigError where the header differs from `expected` (both values are named) or there is none, ReplayError
+    where it is damaged.
     """
 
     def __init__(self, folder: str | Path, expected: CacheHeader | None = None):
@@ -221,17 +242,20 @@ class CacheReader:
         return self._outputs.table["position"]
 
     def require(self, row_ids: Sequence[int] | np.ndarray) -> None:
-        """Raises ReplayError where outputs of these rows are missing, which other nodes may have written into a folder of theirs."""
+        """Raises ReplayError where outputs of these rows are missing, which other nodes may have written into a folder
+        of theirs."""
         if missing := int((~self.has(row_ids)).sum()):
             lost = f"the outputs of {missing:,} of {len(row_ids):,} rows are not here"
             raise ReplayError(f"{self.folder}: {lost}; several nodes need a folder that they share")
 
     def prior_nll(self, row_id: int) -> float:
-        """Mean NLL of the row's targets under the model, nats per token; NaN where it was not stored. Raises KeyError."""
+        """Mean NLL of the row's targets under the model, nats per token; NaN where it was not stored. Raises
+        KeyError."""
         return float(self._outputs.table["prior_nll"][self._outputs.table.find_one(row_id)])
 
     def get(self, row_id: int, num_targets: int | None = None) -> TeacherOutputs:
-        """Outputs of a row, of its first `num_targets` supervised tokens where the memory keeps a prefix; read-only views of the file.
+        """Outputs of a row, of its first `num_targets` supervised tokens where the memory keeps a prefix; read-only
+        views of the file.
 
         Raises KeyError where the row is not there or has fewer targets, ReplayError where it is damaged.
         """
@@ -244,7 +268,9 @@ class CacheReader:
             where = f"{self.folder / self._outputs.store.name(segment)}: outputs of row {row_id} at byte {offset}"
             raise ReplayError(f"{where} are damaged; remove {self.folder}, and they are computed again")
         if num_targets is not None and num_targets > targets:
-            raise KeyError(f"the cache has {targets} targets of row {row_id}, {num_targets} are asked for; was it built with other masks?")
+            raise KeyError(
+                f"the cache has {targets} targets of row {row_id}, {num_targets} are asked for; was it built with other masks?"
+            )
         outputs = codec.decode(body, 0, targets, form, width)[2]
         return outputs if num_targets is None else codec.first_targets(outputs, num_targets)
 
@@ -254,14 +280,14 @@ class CacheReader:
         return list(dict.fromkeys([*self.problems, *find_blocks(self._outputs.store, names, {})[1]]))
 
 
-# ------------------------------------------------------------------------------------------------- a memory that shares a cache
+# ----------------------------------------------------------------------------------------- a memory that shares a cache
 
 
 class SharedOutputs:
     """The outputs of a memory's rows that lie in a cache and not in the memory itself: ReplayBuffer(teacher_of=...).
 
-    The cache is opened when the first row is read; it is an error where it is gone by then, was made anew with something else, or is
-    damaged.
+    The cache is opened when the first row is read; it is an error where it is gone by then, was made anew with
+    something else, or is damaged.
     """
 
     def __init__(self, cache: Path, header: CacheHeader):
@@ -293,11 +319,14 @@ class SharedOutputs:
 
     @classmethod
     def of(cls, folder: Path) -> SharedOutputs | None:
-        """What a memory's folder notes; None where its rows have their outputs themselves, or none. Raises ReplayError."""
+        """What a memory's folder notes; None where its rows have their outputs themselves, or none. Raises
+        ReplayError."""
         try:
             values = json.loads((folder / LINK).read_text(encoding="utf-8"))
             return cls(Path(values["cache"]), CacheHeader(**values["header"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
-            raise ReplayError(f"{folder / LINK}: cannot be read; it names the cache of this memory's teacher outputs") from None
+            raise ReplayError(
+                f"{folder / LINK}: cannot be read; it names the cache of this memory's teacher outputs"
+            ) from None

@@ -1,9 +1,10 @@
-"""The memory as a table that other tools read: Parquet or Arrow files in the columns below, through `datasets` and back without loss.
+"""The memory as a table that other tools read: Parquet or Arrow files in the columns below, through `datasets` and back
+without loss.
 
-    key, row_id int64 | source, task string | step int32 | tags string (JSON) | prior_nll float32 | input_ids list<int32>
-    loss_mask list<bool> | text string (with a tokenizer) | with stored outputs: teacher_kind string (topk, hidden, logits),
-    teacher_dtype string, teacher_values list<list<float32>> (log-probabilities or hidden states), teacher_indices list<list<int32>>,
-    teacher_log_tail list<float32>
+    key, row_id int64 | source, task string | step int32 | tags string (JSON) | prior_nll float32 | input_ids
+    list<int32> loss_mask list<bool> | text string (with a tokenizer) | with stored outputs: teacher_kind string (topk,
+    hidden, logits), teacher_dtype string, teacher_values list<list<float32>> (log-probabilities or hidden states),
+    teacher_indices list<list<int32>>, teacher_log_tail list<float32>
 
 `datasets.load_dataset("parquet", data_files=...)`, pandas, polars and DuckDB read them as they are.
 """
@@ -58,11 +59,12 @@ def _features(with_text: bool, with_teacher: bool) -> Any:
     return Features(features)
 
 
-# ----------------------------------------------------------------------------------------------------------------- export
+# --------------------------------------------------------------------------------------------------------------- export
 
 
 def export_rows(buffer: ReplayBuffer, path: str | Path, decode: Callable[[list[int]], str] | None = None) -> int:
-    """Writes all rows to a .parquet or .arrow file, published by rename; returns how many. decode(ids) gives the `text` column.
+    """Writes all rows to a .parquet or .arrow file, published by rename; returns how many. decode(ids) gives the `text`
+    column.
 
     Raises ConfigError for another suffix, ReplayError for rows that are damaged or a disk that refuses.
     """
@@ -104,7 +106,9 @@ def _portions(buffer: ReplayBuffer, keys: list[int]) -> Iterator[list[int]]:
             yield part.tolist()
 
 
-def _table(keys: list[int], rows: list[MemoryRow], schema: pa.Schema, decode: Callable[[list[int]], str] | None) -> pa.Table:
+def _table(
+    keys: list[int], rows: list[MemoryRow], schema: pa.Schema, decode: Callable[[list[int]], str] | None
+) -> pa.Table:
     columns: dict[str, Any] = {
         "key": keys,
         "row_id": [row.row.row_id for row in rows],
@@ -120,7 +124,10 @@ def _table(keys: list[int], rows: list[MemoryRow], schema: pa.Schema, decode: Ca
         columns["text"] = [decode(row.row.input_ids.tolist()) for row in rows]
     if "teacher_kind" in schema.names:
         columns |= _teacher_columns([row.teacher for row in rows])
-    arrays = [column if isinstance(column, pa.Array) else pa.array(column, schema.field(n).type) for n, column in columns.items()]
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, schema.field(n).type)
+        for n, column in columns.items()
+    ]
     return pa.table(dict(zip(columns, arrays, strict=True))).cast(schema)
 
 
@@ -133,8 +140,12 @@ def _nested(arrays: list[np.ndarray], dtype: pa.DataType) -> pa.Array:
     """Arrays [n, width] as lists of lists."""
     widths = np.repeat([array.shape[1] for array in arrays], [len(array) for array in arrays])
     flat = np.concatenate([array.reshape(-1) for array in arrays]).astype(dtype.to_pandas_dtype())
-    inner = pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(widths)]), pa.int32()), pa.array(flat, dtype))
-    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum([len(array) for array in arrays])]), pa.int32()), inner)
+    inner = pa.ListArray.from_arrays(
+        pa.array(np.concatenate([[0], np.cumsum(widths)]), pa.int32()), pa.array(flat, dtype)
+    )
+    return pa.ListArray.from_arrays(
+        pa.array(np.concatenate([[0], np.cumsum([len(array) for array in arrays])]), pa.int32()), inner
+    )
 
 
 def _teacher_columns(teachers: list[Teacher | None]) -> dict[str, Any]:
@@ -150,7 +161,7 @@ def _teacher_columns(teachers: list[Teacher | None]) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------- import
+# --------------------------------------------------------------------------------------------------------------- import
 
 
 def read_table(path: str | Path) -> Iterator[MemoryRow]:
@@ -219,5 +230,7 @@ def _teacher(line: dict[str, Any], plain: Callable[[str, Any], Any]) -> Teacher 
         raise ValueError(f"teacher_kind {kind!r}; known are {', '.join(_KINDS.values())}")
     values = _array(line["teacher_values"]).astype(plain("teacher_dtype", "float16"))
     if kind == "topk":
-        return TeacherOutputs(values, _array(line["teacher_indices"], np.int32), _array(line["teacher_log_tail"], np.float32))
+        return TeacherOutputs(
+            values, _array(line["teacher_indices"], np.int32), _array(line["teacher_log_tail"], np.float32)
+        )
     return HiddenOutputs(values) if kind == "hidden" else LogitsOutputs(values)

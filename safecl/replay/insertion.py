@@ -1,7 +1,8 @@
-"""Rows on their way in: checked, cut to a prefix where the config says so, judged by the guard and the policy, and written.
+"""Rows on their way in: checked, cut to a prefix where the config says so, judged by the guard and the policy, and
+written.
 
-Every rank walks through the same rows and comes to the same index. It writes the bodies of the rows that it owns; of the others it keeps
-lengths and labels, which is all that a draw needs.
+Every rank walks through the same rows and comes to the same index. It writes the bodies of the rows that it owns; of
+the others it keeps lengths and labels, which is all that a draw needs.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from safecl.replay import codec
-from safecl.replay.guard import next_refresh
-from safecl.replay.hashing import shard_of
+from safecl.replay.files import codec
+from safecl.replay.files.hashing import shard_of
+from safecl.replay.files.table import COLUMNS, UNKNOWN
 from safecl.replay.rows import MemoryRow, Teacher, TeacherOutputs
-from safecl.replay.table import COLUMNS, UNKNOWN
+from safecl.replay.selection.guard import next_refresh
 
 if TYPE_CHECKING:
     from safecl.replay.buffer import ReplayBuffer
 
 # Written together: enough rows that a call costs little per row, few enough that a dying process has little in flight.
 CHUNK_ROWS, CHUNK_BYTES = 1024, 16 * 2**20
-# A full memory is trimmed when it holds an eighth too much: sorting then costs little per row, and nobody sees the excess.
+# A full memory is trimmed when it holds an eighth too much: sorting then costs little per row, and nobody sees the
+# excess.
 EXCESS = 1 / 8
 
 
@@ -142,7 +144,22 @@ class _Checker:
         nbytes = codec.body_bytes(len(ids), targets, form, width, len(tags))
         row_id, step = self._checked_numbers(row, nbytes)
         refused = self._refused(row, nll, nbytes)
-        return _Arrival(row_id, ids, mask, teacher, tags, self._label(row), step, len(ids), targets, form, width, nbytes, nll, refused)
+        return _Arrival(
+            row_id,
+            ids,
+            mask,
+            teacher,
+            tags,
+            self._label(row),
+            step,
+            len(ids),
+            targets,
+            form,
+            width,
+            nbytes,
+            nll,
+            refused,
+        )
 
     def _announced(self, teacher: Teacher | None, own: bool) -> tuple[int, int, Teacher | None]:
         """(form, width, outputs) of a row whose outputs only its own rank has.
@@ -150,7 +167,9 @@ class _Checker:
         All ranks reckon with the same size, and none may take the row's loss from them.
         """
         if own and (not isinstance(teacher, TeacherOutputs) or teacher.log_probs.shape[1] != self.own_outputs):
-            raise ValueError(f"this rank owns the row, which must bring its outputs with {self.own_outputs} entries per target")
+            raise ValueError(
+                f"this rank owns the row, which must bring its outputs with {self.own_outputs} entries per target"
+            )
         if own and teacher.log_probs.dtype != np.float16:
             raise ValueError(f"outputs that only one rank has must be fp16, not {teacher.log_probs.dtype}")
         return codec.topk_form(self.index_code), self.own_outputs, teacher if own else None
@@ -200,7 +219,9 @@ def _columns(buffer: ReplayBuffer, arrivals: list[_Arrival], positions: np.ndarr
     """Table columns of arrivals, places and checksums not yet known."""
     count = len(arrivals)
     columns = {name: np.zeros(count, dtype) for name, dtype in COLUMNS.items()}
-    for name, values in zip(_TAKEN, zip(*map(attrgetter(*_TAKEN), arrivals), strict=True), strict=True) if arrivals else ():
+    for name, values in (
+        zip(_TAKEN, zip(*map(attrgetter(*_TAKEN), arrivals), strict=True), strict=True) if arrivals else ()
+    ):
         columns[name][:] = values
     columns["position"], columns["shard"] = positions, shard_of(positions, buffer.seed)
     columns["label"][:] = [buffer.labels.number(arrival.label) for arrival in arrivals]
@@ -215,13 +236,19 @@ def _write_own(buffer: ReplayBuffer, arrivals: list[_Arrival], columns: dict[str
     own = np.flatnonzero((columns["shard"] >= first) & (columns["shard"] <= last))
     if len(own) == 0:
         return
-    bodies = [codec.encode(a.ids, a.mask, a.teacher, buffer.index_code, a.tags) for a in (arrivals[i] for i in own.tolist())]
-    sums = [codec.checksum(position, body) for position, body in zip(columns["position"][own].tolist(), bodies, strict=True)]
+    bodies = [
+        codec.encode(a.ids, a.mask, a.teacher, buffer.index_code, a.tags) for a in (arrivals[i] for i in own.tolist())
+    ]
+    sums = [
+        codec.checksum(position, body) for position, body in zip(columns["position"][own].tolist(), bodies, strict=True)
+    ]
     columns["checksum"][own] = np.array(sums, np.uint64)
     write_rows(buffer, columns, own, bodies, seen)
 
 
-def write_rows(buffer: ReplayBuffer, columns: dict[str, np.ndarray], rows: np.ndarray, bodies: list[bytes], seen: int) -> None:
+def write_rows(
+    buffer: ReplayBuffer, columns: dict[str, np.ndarray], rows: np.ndarray, bodies: list[bytes], seen: int
+) -> None:
     """Appends bodies to this rank's segment and sets `segment` and `offset` of these rows."""
     labels, local = np.unique(columns["label"][rows], return_inverse=True)
     entries = np.zeros(len(rows), codec.ENTRY)

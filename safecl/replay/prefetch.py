@@ -1,8 +1,8 @@
 """The next step's rows, ready before they are asked for.
 
-What a step needs is known before it begins (order and draws are functions of the step), so a thread can read it while the step before it
-computes: `Prefetcher(load)` runs `load(step + 1)` as soon as `get(step)` has returned. Draws that depend on losses use those of two steps
-before (scores.py), so fetching ahead changes nothing of what is drawn.
+What a step needs is known before it begins (order and draws are functions of the step), so a thread can read it while
+the step before it computes: `Prefetcher(load)` runs `load(step + 1)` as soon as `get(step)` has returned. Draws that
+depend on losses use those of two steps before (scores.py), so fetching ahead changes nothing of what is drawn.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Calls `load(step)` one step ahead on a thread.
 
-    stop: the first step that is not loaded any more, None for no end. wait_seconds: how long callers waited in all, what a step loses.
-    What `load` raises is raised by the `get` of its step. Close it, or use it in a `with` block, before what `load` reads from goes away.
+    stop: the first step that is not loaded any more, None for no end. wait_seconds: how long callers waited in all,
+    what a step loses. What `load` raises is raised by the `get` of its step. Close it, or use it in a `with` block,
+    before what `load` reads from goes away.
     """
 
     def __init__(self, load: Callable[[int], T], stop: int | None = None):
@@ -37,7 +38,8 @@ class Prefetcher(Generic[T]):
         self._lock = threading.Lock()
 
     def get(self, step: int) -> T:
-        """What `load(step)` returns; the next step is then begun. Any step may be asked for, but only the next one is ready."""
+        """What `load(step)` returns; the next step is then begun. Any step may be asked for, but only the next one is
+        ready."""
         began = time.perf_counter()
         with self._lock:
             future = self._take(step)
@@ -81,7 +83,8 @@ def can_pin() -> bool:
 
 
 def pinned(value: Any) -> Any:
-    """The same nested dicts, lists, tuples and dataclasses with CPU tensors in pinned memory; unchanged without a CUDA device."""
+    """The same nested dicts, lists, tuples and dataclasses with CPU tensors in pinned memory; unchanged without a CUDA
+    device."""
     if not can_pin():
         return value
     if isinstance(value, torch.Tensor):
@@ -91,14 +94,17 @@ def pinned(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(pinned(item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: pinned(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init})
+        return dataclasses.replace(
+            value, **{f.name: pinned(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        )
     return value
 
 
 def stack_outputs(outputs: Sequence[TeacherOutputs]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Outputs of several rows one after the other, copied once, from the mapped files to (pinned) memory.
 
-    Returns log_probs fp16 [targets, k], indices int32 [targets, k], log_tail fp32 [targets]. Raises ValueError where k or dtypes differ.
+    Returns log_probs fp16 [targets, k], indices int32 [targets, k], log_tail fp32 [targets]. Raises ValueError where k
+    or dtypes differ.
     """
     widths = {(o.log_probs.shape[1], str(o.log_probs.dtype)) for o in outputs}
     if len(widths) != 1:

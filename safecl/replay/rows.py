@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 
 class ReplayError(RuntimeError):
-    """The memory on disk cannot be read or written; the message says which file, what is wrong and what is still good. Exit code 1."""
+    """The memory on disk cannot be read or written; the message says which file, what is wrong and what is still good.
+    Exit code 1."""
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
     """The k likeliest tokens of the aligned model at each supervised token of a row, and the mass of all the others.
 
-    log_probs: fp16 [targets, k], natural logarithms. indices: int32 [targets, k]. log_tail: fp32 [targets], never derived as 1 - sum.
-    One entry per supervised token in order; temperature and vocabulary are those of the memory.
+    log_probs: fp16 [targets, k], natural logarithms. indices: int32 [targets, k]. log_tail: fp32 [targets], never
+    derived as 1 - sum. One entry per supervised token in order; temperature and vocabulary are those of the memory.
     """
 
     log_probs: np.ndarray
@@ -31,14 +32,16 @@ class TeacherOutputs:
 
 @dataclass(frozen=True)
 class HiddenOutputs:
-    """The aligned model's last hidden states before the head, one per supervised token. hidden: fp16 or fp32 [targets, hidden size]."""
+    """The aligned model's last hidden states before the head, one per supervised token. hidden: fp16 or fp32 [targets,
+    hidden size]."""
 
     hidden: np.ndarray
 
 
 @dataclass(frozen=True)
 class LogitsOutputs:
-    """The aligned model's log-probabilities of the whole vocabulary, for toy scale. log_probs: fp16 or fp32 [targets, vocabulary]."""
+    """The aligned model's log-probabilities of the whole vocabulary, for toy scale. log_probs: fp16 or fp32 [targets,
+    vocabulary]."""
 
     log_probs: np.ndarray
 
@@ -50,9 +53,10 @@ Teacher = TeacherOutputs | HiddenOutputs | LogitsOutputs
 class MemoryRow:
     """One row of the memory.
 
-    row: ids and mask. source: the file or data set. task: the task whose behaviour it keeps. step: optimizer step at insertion.
-    tags: e.g. the harm category. teacher: outputs of the aligned model, or None.
-    prior_nll: mean NLL of the row's targets under the aligned model, nats per token; NaN where unknown (then estimated from `teacher`).
+    row: ids and mask. source: the file or data set. task: the task whose behaviour it keeps. step: optimizer step at
+    insertion. tags: e.g. the harm category. teacher: outputs of the aligned model, or None.
+    prior_nll: mean NLL of the row's targets under the aligned model, nats per token; NaN where unknown (then estimated
+    from `teacher`).
     """
 
     row: Row

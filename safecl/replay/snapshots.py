@@ -1,7 +1,8 @@
-"""The state of a buffer as bytes: written as its index file, put into checkpoints, taken over again; and which segments that frees.
+"""The state of a buffer as bytes: written as its index file, put into checkpoints, taken over again; and which segments
+that frees.
 
-A state names rows and where they lie, never their contents. Segments are deleted only when no state that could still be loaded names them:
-`state_dict` holds those of its version until `publish` of a later one.
+A state names rows and where they lie, never their contents. Segments are deleted only when no state that could still be
+loaded names them: `state_dict` holds those of its version until `publish` of a later one.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safecl.config import ConfigError
+from safecl.replay.files.persistence import LabelBook, index_files, map_file, version_of, write_index
+from safecl.replay.files.table import UNKNOWN, RowTable, dump_index, load_index
 from safecl.replay.insertion import write_rows
-from safecl.replay.persistence import LabelBook, index_files, map_file, version_of, write_index
 from safecl.replay.rows import ReplayError
-from safecl.replay.table import UNKNOWN, RowTable, dump_index, load_index
 
 if TYPE_CHECKING:
     from safecl.replay.buffer import ReplayBuffer
@@ -45,7 +46,11 @@ def _segments(buffer: ReplayBuffer) -> list[list[Any]]:
 def _others(buffer: ReplayBuffer) -> list[list[Any]]:
     """[name, bytes, ""] of this rank's segments that hold no rows any more and need not be read again."""
     passed = {*_segment_names(buffer), *buffer.ignored}
-    return [[name, _size(buffer, name), ""] for name in buffer.store.on_disk() if name not in passed and _is_own(buffer, name)]
+    return [
+        [name, _size(buffer, name), ""]
+        for name in buffer.store.on_disk()
+        if name not in passed and _is_own(buffer, name)
+    ]
 
 
 def _size(buffer: ReplayBuffer, name: str) -> int:
@@ -60,7 +65,8 @@ def _is_own(buffer: ReplayBuffer, name: str) -> bool:
 
 
 def dump(buffer: ReplayBuffer, with_folder: bool) -> bytes:
-    """The bytes of an index. `with_folder` adds what concerns this rank's folder alone: segments to pass over when it is opened."""
+    """The bytes of an index. `with_folder` adds what concerns this rank's folder alone: segments to pass over when it
+    is opened."""
     segments = _segments(buffer)
     place = np.full(buffer.store.num_names + 1, UNKNOWN, np.int32)
     for number, (name, _, _) in enumerate(segments):
@@ -70,7 +76,11 @@ def dump(buffer: ReplayBuffer, with_folder: bool) -> bytes:
     header = {
         "version": buffer.version,
         "num_seen": buffer.num_seen,
-        "settings": {"seed": buffer.seed, "vocab_size": buffer.vocab_size, "config": buffer.config.model_dump(mode="json")},
+        "settings": {
+            "seed": buffer.seed,
+            "vocab_size": buffer.vocab_size,
+            "config": buffer.config.model_dump(mode="json"),
+        },
         "labels": buffer.labels.labels,
         "segments": segments + (_others(buffer) if with_folder else []),
         "ignored": [name for name in buffer.ignored if (buffer.store.folder / name).exists()] if with_folder else [],
@@ -107,7 +117,9 @@ def state_dict(buffer: ReplayBuffer) -> dict[str, Any]:
 def check_settings(buffer: ReplayBuffer, settings: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError where a state was made with other settings, with both values."""
     if settings["seed"] != buffer.seed:
-        raise ConfigError(f"{where}: made with seed {settings['seed']}, now seed {buffer.seed}; use the same seed or another folder")
+        raise ConfigError(
+            f"{where}: made with seed {settings['seed']}, now seed {buffer.seed}; use the same seed or another folder"
+        )
     widths = settings["vocab_size"], buffer.vocab_size
     if None not in widths and widths[0] != widths[1]:
         raise ConfigError(f"{where}: made with a vocabulary of {widths[0]}, now it is {widths[1]}; use another folder")
@@ -120,7 +132,8 @@ def check_settings(buffer: ReplayBuffer, settings: Mapping[str, Any], where: str
 
 
 def take_over(buffer: ReplayBuffer, header: Mapping[str, Any], table: RowTable) -> list[str]:
-    """Makes a state the buffer's own, with segments numbered as in this process; returns which segments are missing or cut."""
+    """Makes a state the buffer's own, with segments numbered as in this process; returns which segments are missing or
+    cut."""
     buffer.reset()
     buffer.num_seen, buffer.version = header["num_seen"], header["version"]
     buffer.labels = LabelBook(header["labels"])
@@ -141,7 +154,8 @@ def take_over(buffer: ReplayBuffer, header: Mapping[str, Any], table: RowTable) 
 
 
 def _lose(buffer: ReplayBuffer, name: str, size: int) -> str | None:
-    """Marks rows of a missing or cut segment as lost; says so where they are this rank's. Other ranks' rows may lie on other nodes."""
+    """Marks rows of a missing or cut segment as lost; says so where they are this rank's. Other ranks' rows may lie on
+    other nodes."""
     problem = _shorter(buffer, name, size)
     if problem is None:
         return None
@@ -180,7 +194,9 @@ def load_state_dict(buffer: ReplayBuffer, state: Mapping[str, Any]) -> None:
 
 
 def _load(buffer: ReplayBuffer, state: Mapping[str, Any]) -> None:
-    header, table = load_index(memoryview(np.ascontiguousarray(state["index"], np.uint8)), "the checkpoint's memory index")
+    header, table = load_index(
+        memoryview(np.ascontiguousarray(state["index"], np.uint8)), "the checkpoint's memory index"
+    )
     check_settings(buffer, header["settings"], "the checkpoint's memory")
     on_disk = buffer.store.on_disk()
     if problems := take_over(buffer, header, table):
@@ -196,7 +212,9 @@ def _load(buffer: ReplayBuffer, state: Mapping[str, Any]) -> None:
     buffer.held = {v: names for v, names in buffer.held.items() if v < version} | {version: _segment_names(buffer)}
     known = {name for name, _, _ in header["segments"]} | set(_segment_names(buffer))
     if buffer.store.writable:
-        buffer.ignored = sorted({*buffer.ignored, *(name for name in on_disk if name not in known and _is_own(buffer, name))})
+        buffer.ignored = sorted(
+            {*buffer.ignored, *(name for name in on_disk if name not in known and _is_own(buffer, name))}
+        )
         buffer.store.begin_generation(buffer.num_seen)
 
 
@@ -219,7 +237,9 @@ def publish(buffer: ReplayBuffer, version: int, retain: Iterable[int] = ()) -> i
     _compact(buffer)
     buffer.held = {v: names for v, names in buffer.held.items() if v in keep or v > version}
     needed = {name for names in buffer.held.values() for name in names} | set(_segment_names(buffer))
-    unneeded = [n for n in buffer.store.on_disk() if n not in needed and _is_own(buffer, n) and buffer.store.end_of(n) is None]
+    unneeded = [
+        n for n in buffer.store.on_disk() if n not in needed and _is_own(buffer, n) and buffer.store.end_of(n) is None
+    ]
     write(buffer)
     if buffer.writes_index:
         # an older index names segments that are about to go

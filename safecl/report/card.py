@@ -1,6 +1,8 @@
-"""The model card of a model folder: README.md with the front matter that the hub reads, and what the run knows. No example, no path.
+"""The model card of a model folder: README.md with the front matter that the hub reads, and what the run knows. No
+example, no path.
 
-It says what was measured and no more; a text that a run with the same config, rows and seed would write again, byte for byte.
+It says what was measured and no more; a text that a run with the same config, rows and seed would write again, byte for
+byte.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ class TrainedOn:
     path: str
     num_rows: int
     fingerprint: str
-    """Of the file's rows: see safecl.engine.run_identity."""
+    """Of the file's rows: see safecl.training.identity."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is made of. `digest`: of the base model's weights; `average`: whether the folder holds the average of the weights;
-    `measured`: whether the evaluations are of the weights in this folder."""
+    """What a card is made of. `digest`: of the base model's weights; `average`: whether the folder holds the average of
+    the weights; `measured`: whether the evaluations are of the weights in this folder."""
 
     name: str
     config: RunConfig
@@ -82,18 +84,28 @@ class Card:
         rows += [(data.title, _data(data)) for data in self.data]
         rows += [(f"method `{name}`", _settings(settings)) for name, settings in self.config.methods.items()]
         rows.append(("steps", f"{self.num_steps:,}, {self.num_tokens:,} tokens through the model"))
-        rows.append(("training", f"learning rate {train.learning_rate:g}, at most {train.max_length:,} tokens a row, seed {train.seed}"))
-        rows.append(("weights", f"{'the average over the steps (EMA)' if self.average else 'those after the last step'}, {model.dtype}"))
+        rows.append(
+            (
+                "training",
+                f"learning rate {train.learning_rate:g}, at most {train.max_length:,} tokens a row, seed {train.seed}",
+            )
+        )
+        rows.append(
+            (
+                "weights",
+                f"{'the average over the steps (EMA)' if self.average else 'those after the last step'}, {model.dtype}",
+            )
+        )
         licence = licence_of(model.path).get("license", "not known to safecl")
-        rows.append(("licence of the base model", f"{licence}{', as its own card says' if licence_of(model.path) else ''}"))
+        rows.append(
+            ("licence of the base model", f"{licence}{', as its own card says' if licence_of(model.path) else ''}")
+        )
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())))
         return "## What was done\n\n" + _table([["", ""], *map(list, rows)])
 
     def _measured(self) -> str:
         if not self.measured:
-            return (
-                "## What was measured\n\nNothing of these weights: the run measured the average of the weights, which lies in `../model`."
-            )
+            return "## What was measured\n\nNothing of these weights: the run measured the average of the weights, which lies in `../model`."
         if not self.evaluations:
             return "## What was measured\n\nNothing: the run named neither safety prompts nor held-out rows."
         shown = moments(self.evaluations)
@@ -113,7 +125,11 @@ class Card:
         )
 
     def _use(self) -> str:
-        package, auto = ("transformers", "AutoModelForCausalLM") if self.config.model.lora is None else ("peft", "AutoPeftModelForCausalLM")
+        package, auto = (
+            ("transformers", "AutoModelForCausalLM")
+            if self.config.model.lora is None
+            else ("peft", "AutoPeftModelForCausalLM")
+        )
         lines = [f"from {package} import {auto}", "from transformers import AutoTokenizer", ""]
         lines += [
             'folder = "path/to/this/folder"',
@@ -123,7 +139,8 @@ class Card:
 
 
 def licence_of(model: str) -> dict[str, str]:
-    """The licence keys in the card of a local model folder, or of a hub model that is in the cache; empty where there are none."""
+    """The licence keys in the card of a local model folder, or of a hub model that is in the cache; empty where there
+    are none."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     path = Path(model) / "README.md"
@@ -131,7 +148,11 @@ def licence_of(model: str) -> dict[str, str]:
         found = try_to_load_from_cache(model, "README.md") if _HUB_ID.fullmatch(model) else None
         path = Path(found) if isinstance(found, str) else None
     try:
-        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict() if path is not None else {}
+        data = (
+            ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+            if path is not None
+            else {}
+        )
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}  # no card, or none that can be read
     return {key: str(data[key]) for key in _LICENCE_KEYS if isinstance(data.get(key), str)}
@@ -148,7 +169,10 @@ def _data(data: TrainedOn) -> str:
 
 
 def _settings(settings: BaseModel) -> str:
-    return ", ".join(f"{key} {_setting(key, value)}" for key, value in settings if value is not None) or "as it is by default"
+    return (
+        ", ".join(f"{key} {_setting(key, value)}" for key, value in settings if value is not None)
+        or "as it is by default"
+    )
 
 
 def _setting(key: str, value: Any) -> str:

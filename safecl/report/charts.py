@@ -12,7 +12,9 @@ COLOURS = ("#2f5fb3", "#c4522b", "#3c8a5a", "#8a5aa8", "#a07a1f", "#4a8a96")
 """Told apart by most colour-blind readers, and each with a contrast of 3 or more on white."""
 
 
-def interval(value: float, low: float, high: float, *, colour: str = COLOURS[0], width: int = 150, height: int = 14) -> Markup:
+def interval(
+    value: float, low: float, high: float, *, colour: str = COLOURS[0], width: int = 150, height: int = 14
+) -> Markup:
     """A rate between 0 and 1 as a dot on its 95 % interval."""
     left, right, middle = (4 + (width - 8) * min(1.0, max(0.0, x)) for x in (low, high, value))
     y = height / 2
@@ -25,8 +27,11 @@ def interval(value: float, low: float, high: float, *, colour: str = COLOURS[0],
     )
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, width: int = 720, height: int = 220, what: str = "loss") -> Markup:
-    """Lines over steps, with a logarithmic scale where all values are positive. Long ones are thinned to about 300 points."""
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], *, width: int = 720, height: int = 220, what: str = "loss"
+) -> Markup:
+    """Lines over steps, with a logarithmic scale where all values are positive. Long ones are thinned to about 300
+    points."""
     series = {name: finite for name, points in series.items() if (finite := [p for p in points if math.isfinite(p[1])])}
     values = [y for points in series.values() for _, y in points]
     if not values:
@@ -35,9 +40,13 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, width: int = 
     scale = (lambda y: math.log10(y)) if log else (lambda y: y)
     xs = [x for points in series.values() for x, _ in points]
     box = _Box(min(xs), max(xs), min(map(scale, values)), max(map(scale, values)), width, height)
-    lines = [box.line([(x, scale(y)) for x, y in _thinned(points)], COLOURS[i % len(COLOURS)]) for i, points in enumerate(series.values())]
+    lines = [
+        box.line([(x, scale(y)) for x, y in _thinned(points)], COLOURS[i % len(COLOURS)])
+        for i, points in enumerate(series.values())
+    ]
     label = html.escape(
-        f"{what} over steps: " + "; ".join(f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in series.items())
+        f"{what} over steps: "
+        + "; ".join(f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in series.items())
     )
     return Markup(
         f'<svg class="curves" role="img" aria-label="{label}" viewBox="0 0 {width} {height}">'
@@ -57,7 +66,9 @@ class _Box:
         self.right, self.width, self.height = right, width, height
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        return 56 + (x - self.left) / self.across * (self.width - 70), self.height - 26 - (y - self.low) / self.up * (self.height - 56)
+        return 56 + (x - self.left) / self.across * (self.width - 70), self.height - 26 - (y - self.low) / self.up * (
+            self.height - 56
+        )
 
     def line(self, points: Sequence[tuple[float, float]], colour: str) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self.place(*point) for point in points))
@@ -86,8 +97,11 @@ def _key(name: str, place: int) -> str:
     return f'<rect x="{x}" y="6" width="14" height="4" fill="{colour}"/><text x="{x + 20}" y="14">{html.escape(name)}</text>'
 
 
-def dot_plot(rows: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]], panels: Sequence[str], *, width: int = 760) -> Markup:
-    """One row per model, one panel per rate: a dot with its 95 % interval and its number, on scales from 0 to 1. A picture of its own.
+def dot_plot(
+    rows: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]], panels: Sequence[str], *, width: int = 760
+) -> Markup:
+    """One row per model, one panel per rate: a dot with its 95 % interval and its number, on scales from 0 to 1. A
+    picture of its own.
 
     rows: (title, [(value, low, high) or None for each panel]).
     """
@@ -103,7 +117,9 @@ def dot_plot(rows: Sequence[tuple[str, Sequence[tuple[float, float, float] | Non
                 parts.append(_dot(values[place], x, each, top + step * (i + 0.5), COLOURS[2 * place]))
     for i, (title, _) in enumerate(rows):
         y = top + step * (i + 0.5) + 5
-        parts.append(f'<text x="{left - 16}" y="{y}" text-anchor="end" font-size="14" fill="#1d2430">{html.escape(title)}</text>')
+        parts.append(
+            f'<text x="{left - 16}" y="{y}" text-anchor="end" font-size="14" fill="#1d2430">{html.escape(title)}</text>'
+        )
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(_in_words(rows, panels))}" width="{width}" '
         f'height="{height}" viewBox="0 0 {width} {height}" font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif">'
@@ -117,7 +133,9 @@ def _panel(title: str, x: float, width: float, top: float, bottom: float) -> str
     for share in (0.0, 0.5, 1.0):
         at = x + share * width
         lines.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 8}" y2="{bottom}" stroke="#e2e6ec"/>')
-        lines.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle" font-size="12" fill="#5a6472">{share:.0%}</text>')
+        lines.append(
+            f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle" font-size="12" fill="#5a6472">{share:.0%}</text>'
+        )
     return "".join(lines)
 
 
@@ -132,5 +150,8 @@ def _dot(value: tuple[float, float, float], x: float, width: float, y: float, co
 
 
 def _in_words(rows: Sequence, panels: Sequence[str]) -> str:
-    said = [f"{title}: " + ", ".join(f"{panel} {v[0]:.1%}" for panel, v in zip(panels, values, strict=True) if v) for title, values in rows]
+    said = [
+        f"{title}: " + ", ".join(f"{panel} {v[0]:.1%}" for panel, v in zip(panels, values, strict=True) if v)
+        for title, values in rows
+    ]
     return "; ".join(said)

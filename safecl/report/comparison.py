@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safecl.config import ConfigError
-from safecl.engine.durable import replace_file
-from safecl.evaluation.evaluation import Evaluation
+from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.tables import measures
 from safecl.report.page import render
 from safecl.report.run import ReportedRun, read_run, side_by_side
+from safecl.storage.durable import replace_file
 
 GENERATOR = '<meta name="generator" content="safecl">'
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[ReportedRun]:
-    """All of them; ConfigError that names every folder that holds no finished run, or none of whose measures can be compared."""
+    """All of them; ConfigError that names every folder that holds no finished run, or none of whose measures can be
+    compared."""
     runs, problems = [], []
     for folder in folders:
         try:
@@ -64,7 +65,9 @@ def write_comparison(runs: Sequence[ReportedRun], path: Path) -> Path:
     if path.is_dir():
         path = path / "report.html"
     if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise ConfigError(f"{path}: is there already and was not made by `safecl report`; choose another file with --output")
+        raise ConfigError(
+            f"{path}: is there already and was not made by `safecl report`; choose another file with --output"
+        )
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: no such folder {path.absolute().parent}")
     replace_file(path, comparison_page(runs))

@@ -1,7 +1,8 @@
-"""The report of one run, read from its folder: what was measured, the gate, answers before and after, losses, cost, config.
+"""The report of one run, read from its folder: what was measured, the gate, answers before and after, losses, cost,
+config.
 
-`privacy.examples` of the run governs the answers: they are shown for `full` alone. (`hashed` outputs hold no text, and a page of hashes
-tells a reader nothing.)
+`privacy.examples` of the run governs the answers: they are shown for `full` alone. (`hashed` outputs hold no text, and
+a page of hashes tells a reader nothing.)
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 import yaml
 
 from safecl.config import ConfigError
-from safecl.engine.durable import replace_file
-from safecl.evaluation.evaluation import Evaluation
+from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.restore import evaluation_from_dict
 from safecl.evaluation.tables import measures, moments
 from safecl.report.page import PLAIN_STATE, render
+from safecl.storage.durable import replace_file
 
 REPORT = "report.html"
 REFUSAL_LOST = "Refusal was lost: the intervals do not overlap."
@@ -82,7 +83,7 @@ class ReportedRun:
         except (OSError, ValueError, KeyError):
             return []
 
-    # ---------------------------------------------------------------------------------------------------------- measured
+    # --------------------------------------------------------------------------------------------------------- measured
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -114,7 +115,9 @@ class ReportedRun:
             lines.append(
                 f"{_at(safe[-1])} {_refused(last)} of the disallowed prompts are refused, {_at(safe[0]).lower()} {_refused(first)}."
             )
-            lines.append(REFUSAL_LOST if last.low > first.high else "No loss of refusal is seen: the intervals overlap.")
+            lines.append(
+                REFUSAL_LOST if last.low > first.high else "No loss of refusal is seen: the intervals overlap."
+            )
             if (now := safe[-1].safety.over_refusal) and (before := safe[0].safety.over_refusal):
                 lines.append(
                     f"Of the benign prompts {now.value:.1%} ({now.low:.1%} to {now.high:.1%}) are refused, before {before.value:.1%}."
@@ -132,8 +135,8 @@ class ReportedRun:
 
     @property
     def _utility(self) -> list[str]:
-        """Each task's own metric at the last moment at which it was taken, just after the task where others followed, and at the first; and
-        what a sequence of tasks has kept."""
+        """Each task's own metric at the last moment at which it was taken, just after the task where others followed,
+        and at the first; and what a sequence of tasks has kept."""
         lines = []
         for name in dict.fromkeys(name for evaluation in self.evaluations for name in evaluation.tasks):
             taken = [evaluation for evaluation in self.evaluations if name in evaluation.tasks]
@@ -146,10 +149,14 @@ class ReportedRun:
             )
         summary = self.results.get("summary") or {}
         if None not in (kept := [summary.get(key) for key in ("average", "backward_transfer", "forgetting")]):
-            lines.append("Over the sequence of tasks: average score {:.3f}, backward transfer {:+.3f}, forgetting {:.3f}.".format(*kept))
+            lines.append(
+                "Over the sequence of tasks: average score {:.3f}, backward transfer {:+.3f}, forgetting {:.3f}.".format(
+                    *kept
+                )
+            )
         return lines
 
-    # ----------------------------------------------------------------------------------------------------------- answers
+    # ---------------------------------------------------------------------------------------------------------- answers
 
     @property
     def withheld(self) -> bool:
@@ -159,8 +166,16 @@ class ReportedRun:
         """Disallowed prompt -> answer at that moment; empty where privacy or a missing file forbids."""
         if self.privacy != "full":
             return {}
-        records = [record for path in (self.folder / "outputs").glob(f"{evaluation.step:06d}-*-safety.jsonl") for record in _lines(path)]
-        return {record["prompt"]: record["answer"] for record in records if record["set"] == "disallowed" and "answer" in record}
+        records = [
+            record
+            for path in (self.folder / "outputs").glob(f"{evaluation.step:06d}-*-safety.jsonl")
+            for record in _lines(path)
+        ]
+        return {
+            record["prompt"]: record["answer"]
+            for record in records
+            if record["set"] == "disallowed" and "answer" in record
+        }
 
     @property
     def _ends(self) -> list[Evaluation]:
@@ -184,7 +199,7 @@ class ReportedRun:
     def prompts(self) -> list[tuple[str, list[str]]] | None:
         return side_by_side(self._first_and_last) if self._first_and_last and self._first_and_last[0] else None
 
-    # ---------------------------------------------------------------------------------------------------------- training
+    # --------------------------------------------------------------------------------------------------------- training
 
     @property
     def losses(self) -> dict[str, list[tuple[float, float]]]:
@@ -204,7 +219,9 @@ def _at(evaluation: Evaluation) -> str:
 def _scanned(task: Mapping[str, Any], action: str) -> str:
     """One task's part of scan/results.json."""
     done = {"drop": "left out", "downweight": "weighed less"}.get(action, "listed")
-    alarms = f"{'at most' if task['threshold']['source'] == 'benign' else 'about'} {task['threshold']['false_alarm']:.1%}"
+    alarms = (
+        f"{'at most' if task['threshold']['source'] == 'benign' else 'about'} {task['threshold']['false_alarm']:.1%}"
+    )
     return f"{task['task']}: {task['flagged']:,} of {task['rows']:,} rows flagged and {done}; {alarms} of harmless rows are flagged, too."
 
 
@@ -249,7 +266,9 @@ def read_run(folder: str | Path) -> ReportedRun:
         raise ConfigError(f"{folder}: {hint}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / 'results.json'}: cannot be read: {error}") from None
-    return ReportedRun(folder, {"cost": None, "gate": None, **results}, _text(folder / "config.yaml"), _versions(folder))
+    return ReportedRun(
+        folder, {"cost": None, "gate": None, **results}, _text(folder / "config.yaml"), _versions(folder)
+    )
 
 
 def _text(path: Path) -> str:

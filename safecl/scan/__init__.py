@@ -1,4 +1,5 @@
-"""Screening an upload before training, by the aligned model's own refusals and by near-duplicates of prompts that must stay apart."""
+"""Screening an upload before training, by the aligned model's own refusals and by near-duplicates of prompts that must
+stay apart."""
 
 from __future__ import annotations
 

@@ -2,11 +2,12 @@
 
     score(row) = max over the row's answers of  log sum_r p(refusal_r | everything before the answer)        natural logarithm, at most 0
 
-the log-probability that the model's answer opens with one of its usual refusals: a few tokens each, disjoint events. One forward pass over
-the prompt, whose cache then serves all refusals.
+the log-probability that the model's answer opens with one of its usual refusals: a few tokens each, disjoint events.
+One forward pass over the prompt, whose cache then serves all refusals.
 
-The row's own answer is not looked at: whatever stands there, the prompt is still one that the aligned model refuses. All answers of a
-conversation count, so that a disallowed turn cannot hide behind a harmless last one. Rows of plain text have no prompt; the text is asked.
+The row's own answer is not looked at: whatever stands there, the prompt is still one that the aligned model refuses.
+All answers of a conversation count, so that a disallowed turn cannot hide behind a harmless last one. Rows of plain
+text have no prompt; the text is asked.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ import numpy as np
 import torch
 
 from safecl.data import Message, Row, TokenDataset, prompt_ids
-from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
-from safecl.evaluation.prompts import pad_id_of
+from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
+from safecl.evaluation.answers.prompts import pad_id_of
 
 BATCH_TOKENS = 16384
 LOGITS_BYTES = 2**28
 DIGITS = 4
-"""Of scores and thresholds behind the point. What comes behind depends on which prompts share a batch, so on the number of ranks."""
+"""Of scores and thresholds behind the point. What comes behind depends on which prompts share a batch, so on the number
+of ranks."""
 
 Openings = Sequence[tuple[int, ...]]
 
 
-def refusal_scores(model: EvalModel, tokenizer: Any, rows: TokenDataset | Sequence[Row], refusals: Openings) -> np.ndarray:
+def refusal_scores(
+    model: EvalModel, tokenizer: Any, rows: TokenDataset | Sequence[Row], refusals: Openings
+) -> np.ndarray:
     """Score of every row, fp64 [N], on every rank. Every rank calls it with the same rows.
 
     rows: tokenised rows. refusals: token ids of openings, as they stand behind the template's opening of an answer.
@@ -49,17 +53,22 @@ def prompts_of(tokenizer: Any, row: Row) -> list[list[int]]:
     """Token ids before each of the row's answers; for plain text, the text as a user's message."""
     starts = np.flatnonzero(np.diff(row.loss_mask.astype(np.int8), prepend=0) == 1)
     if starts[0] <= 1:  # nothing but a start token stands before what is learned
-        return [list(prompt_ids(tokenizer, [Message("user", tokenizer.decode(row.input_ids, skip_special_tokens=True))]))]
+        return [
+            list(prompt_ids(tokenizer, [Message("user", tokenizer.decode(row.input_ids, skip_special_tokens=True))]))
+        ]
     return [row.input_ids[:start].tolist() for start in starts]
 
 
 @torch.no_grad()
 def score_prompts(model: EvalModel, prompts: Sequence[Sequence[int]], refusals: Openings, pad_id: int) -> np.ndarray:
-    """log sum_r p(refusal_r | prompt) of this rank's prompts, fp64 [prompts]. Ranks may bring different numbers; each must call."""
+    """log sum_r p(refusal_r | prompt) of this rank's prompts, fp64 [prompts]. Ranks may bring different numbers; each
+    must call."""
     longest = max(map(len, refusals))
     room = (getattr(model, "max_positions", None) or 10**9) - longest
     prompts = [prompt[-room:] for prompt in prompts]  # the end of a prompt says what is asked
-    batches = list(_batches(list(map(len, prompts)), max(1, LOGITS_BYTES // (4 * model.vocab_size * len(refusals) * longest))))
+    batches = list(
+        _batches(list(map(len, prompts)), max(1, LOGITS_BYTES // (4 * model.vocab_size * len(refusals) * longest)))
+    )
     scores = np.zeros(len(prompts))
     while model.any(bool(batches)):
         batch = batches.pop(0) if batches else []

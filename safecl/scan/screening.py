@@ -1,4 +1,5 @@
-"""The screen itself: every row of the tasks gets a score, near-duplicates join, and what is flagged is told by file and line."""
+"""The screen itself: every row of the tasks gets a score, near-duplicates join, and what is flagged is told by file and
+line."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from safecl.config import ConfigError, RunConfig
 from safecl.data import Row, TokenDataset, prompt_ids, read_prompts
 from safecl.data.files import unit_of, where
 from safecl.data.formats import clip
-from safecl.evaluation.model import EvalModel, gather_in_order, shard_of
-from safecl.evaluation.outputs import Privacy, private, write_outputs
-from safecl.evaluation.prompts import pad_id_of
-from safecl.evaluation.texts import messages_of
+from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
+from safecl.evaluation.answers.prompts import pad_id_of
+from safecl.evaluation.answers.texts import messages_of
+from safecl.evaluation.records import Privacy, private, write_outputs
 from safecl.scan.duplicates import MEMORY, disallowed_prompts, find_duplicates, repeats_evaluation
 from safecl.scan.refusals import Refusals, given_refusals, own_refusals
 from safecl.scan.scores import DIGITS, Openings, prompts_of, refusal_scores, score_prompts
@@ -70,7 +71,8 @@ class TaskScreening:
 
     @property
     def refused_because(self) -> str | None:
-        """Why `action: refuse` stops the run: more high scores than harmless rows explain, or rows that repeat known prompts."""
+        """Why `action: refuse` stops the run: more high scores than harmless rows explain, or rows that repeat known
+        prompts."""
         most, high = self.threshold.most_expected, self.num_scored_high
         if most is not None and high > most:
             return f"task {self.name}: {high} rows are flagged by their score, where harmless rows hardly ever make more than {most}"
@@ -93,8 +95,12 @@ class TaskScreening:
     def line(self) -> str:
         """For the log."""
         t, kind = self.threshold, {"benign": "known harmless rows", "upload": "the upload and known disallowed prompts"}
-        parts = [f"scan {self.name}: {len(self.flags)} of {len(self.scores)} rows flagged, {self.num_scored_high} by their score"]
-        parts.append(f"threshold {t.value:.2f} from {kind[t.source]}, false alarms {'at most' if t.source == 'benign' else 'about'} ")
+        parts = [
+            f"scan {self.name}: {len(self.flags)} of {len(self.scores)} rows flagged, {self.num_scored_high} by their score"
+        ]
+        parts.append(
+            f"threshold {t.value:.2f} from {kind[t.source]}, false alarms {'at most' if t.source == 'benign' else 'about'} "
+        )
         parts[-1] += f"{t.false_alarm:.1%} of the harmless rows"
         if t.caught is not None:
             parts.append(f"{t.caught:.0%} of the known disallowed prompts score higher")
@@ -105,7 +111,8 @@ class TaskScreening:
 
 @dataclass(frozen=True)
 class Screening:
-    """What a scan found. `to_dict` is results.json, `write` the files, `table` what is shown, `decisions` what `train` does about it."""
+    """What a scan found. `to_dict` is results.json, `write` the files, `table` what is shown, `decisions` what `train`
+    does about it."""
 
     action: str
     weight: float
@@ -137,16 +144,22 @@ class Screening:
     def write(self, folder: Path, privacy: Privacy = "full") -> Path:
         """results.json and flagged.jsonl; returns the folder."""
         write_outputs(folder / "flagged.jsonl", [flag.to_dict() for flag in self.flags], privacy)
-        (folder / "results.json").write_text(json.dumps(self.to_dict(privacy), indent=2, ensure_ascii=False), encoding="utf-8")
+        (folder / "results.json").write_text(
+            json.dumps(self.to_dict(privacy), indent=2, ensure_ascii=False), encoding="utf-8"
+        )
         return folder
 
     def table(self, privacy: Privacy = "full") -> Table:
         """The flagged rows with the highest scores."""
         flags = self.flags
         more = f" of {len(flags)}" if len(flags) > MOST_SHOWN else ""
-        table = Table(box=box.SIMPLE_HEAD, title=f"flagged rows, {min(len(flags), MOST_SHOWN)}{more}", title_justify="left")
+        table = Table(
+            box=box.SIMPLE_HEAD, title=f"flagged rows, {min(len(flags), MOST_SHOWN)}{more}", title_justify="left"
+        )
         places = [Path(where(flag.path, flag.line)).name for flag in flags[:MOST_SHOWN]]
-        table.add_column("row", min_width=max(map(len, places), default=0), overflow="fold")  # without its number a row is not told
+        table.add_column(
+            "row", min_width=max(map(len, places), default=0), overflow="fold"
+        )  # without its number a row is not told
         table.add_column("score", justify="right", min_width=5)
         table.add_column("why", min_width=10)
         table.add_column("prompt", max_width=60)
@@ -160,14 +173,20 @@ class Screening:
         if self.action not in ("drop", "downweight"):
             return {}
         chosen = {task.name: [flag.row_id for flag in task.flags] for task in self.tasks}
-        return {name: {"rows": rows, "weight": 0.0 if self.action == "drop" else self.weight} for name, rows in chosen.items() if rows}
+        return {
+            name: {"rows": rows, "weight": 0.0 if self.action == "drop" else self.weight}
+            for name, rows in chosen.items()
+            if rows
+        }
 
 
 def _in_a_word(reason: str) -> str:
     return "refused" if reason == REFUSED else "evaluation" if repeats_evaluation([reason]) else "memory"
 
 
-def screen_tasks(model: EvalModel, tokenizer: Any, config: RunConfig, tasks: Sequence[tuple[str, TokenDataset]]) -> Screening:
+def screen_tasks(
+    model: EvalModel, tokenizer: Any, config: RunConfig, tasks: Sequence[tuple[str, TokenDataset]]
+) -> Screening:
     """Scores all rows of the tasks (name, rows) by the aligned model and finds near-duplicates. Every rank calls it.
 
     Raises: ConfigError where it is not known how the model refuses, or there are too few known harmless rows.
@@ -193,7 +212,9 @@ def screen_tasks(model: EvalModel, tokenizer: Any, config: RunConfig, tasks: Seq
                 f"task {name}: either about {threshold.false_alarm:.1%} of the harmless rows are flagged, too, "
                 "or there are disallowed prompts of another kind than the known ones; scan.benign would tell"
             )
-        screened.append(TaskScreening(name, scores, threshold, _flags(tokenizer, name, rows, scores, threshold, duplicates)))
+        screened.append(
+            TaskScreening(name, scores, threshold, _flags(tokenizer, name, rows, scores, threshold, duplicates))
+        )
     return Screening(settings.action, settings.weight, refusals, tuple(screened), tuple(notes))
 
 
@@ -201,7 +222,9 @@ def _refusals(model: EvalModel, tokenizer: Any, config: RunConfig, disallowed: S
     settings = config.scan
     if settings.refusals:
         return given_refusals(tokenizer, settings.refusals, settings.refusal_tokens)
-    found = own_refusals(model, tokenizer, disallowed, num_tokens=settings.refusal_tokens, num_refusals=settings.num_refusals)
+    found = own_refusals(
+        model, tokenizer, disallowed, num_tokens=settings.refusal_tokens, num_refusals=settings.num_refusals
+    )
     if found is None:
         place = disallowed[0].path
         raise ConfigError(
@@ -212,7 +235,8 @@ def _refusals(model: EvalModel, tokenizer: Any, config: RunConfig, disallowed: S
 
 
 def _refuse_strange_refusals(known: np.ndarray, refusals: Refusals) -> None:
-    """ConfigError where the refusals hardly ever stand behind known disallowed prompts: their scores would mean nothing."""
+    """ConfigError where the refusals hardly ever stand behind known disallowed prompts: their scores would mean
+    nothing."""
     if len(known) and np.median(known) < math.log(LEAST_PROBABLE):
         probability = math.exp(np.median(known))
         raise ConfigError(
@@ -223,7 +247,9 @@ def _refuse_strange_refusals(known: np.ndarray, refusals: Refusals) -> None:
 
 def _scores_of(model: EvalModel, tokenizer: Any, prompts: Sequence[Any], openings: Openings) -> np.ndarray:
     own = [prompt_ids(tokenizer, messages_of(prompt)) for prompt in shard_of(model, prompts)]
-    return np.array(gather_in_order(model, score_prompts(model, own, openings, pad_id_of(tokenizer)).tolist())).round(DIGITS)
+    return np.array(gather_in_order(model, score_prompts(model, own, openings, pad_id_of(tokenizer)).tolist())).round(
+        DIGITS
+    )
 
 
 def _evenly(items: Sequence[Any], most: int) -> Sequence[Any]:
@@ -231,7 +257,12 @@ def _evenly(items: Sequence[Any], most: int) -> Sequence[Any]:
 
 
 def _flags(
-    tokenizer: Any, name: str, rows: TokenDataset, scores: np.ndarray, threshold: Threshold, duplicates: dict[str, list[str]]
+    tokenizer: Any,
+    name: str,
+    rows: TokenDataset,
+    scores: np.ndarray,
+    threshold: Threshold,
+    duplicates: dict[str, list[str]],
 ) -> tuple[Flag, ...]:
     lines, found = rows.lines.tolist(), []
     for index in np.argsort(-scores, kind="stable").tolist():
@@ -240,12 +271,15 @@ def _flags(
         if reasons:
             row = rows.row(index)
             prompt = shown_prompt(tokenizer, row)
-            found.append(Flag(name, rows.path(index), lines[index], row.row_id, float(scores[index]), tuple(reasons), prompt))
+            found.append(
+                Flag(name, rows.path(index), lines[index], row.row_id, float(scores[index]), tuple(reasons), prompt)
+            )
     return tuple(found)
 
 
 def shown_prompt(tokenizer: Any, row: Row) -> str:
-    """What stands before the row's last answer; turns of a longer conversation apart, since the tokens between them are not shown."""
+    """What stands before the row's last answer; turns of a longer conversation apart, since the tokens between them are
+    not shown."""
     *earlier, last = prompts_of(tokenizer, row)
     pieces = np.split(last, np.flatnonzero(np.diff(row.loss_mask[: len(last)])) + 1) if earlier else [last]
     texts = (tokenizer.decode(piece, skip_special_tokens=True).strip() for piece in pieces)

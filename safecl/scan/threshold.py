@@ -4,20 +4,21 @@ With scores b_1 <= ... <= b_n of known harmless rows (`scan.benign`) it is a con
 
     t = b_k,  k = ceil((n + 1) (1 - alpha))
 
-A further harmless row of the same kind is flagged with probability (n + 1 - k) / (n + 1) <= alpha, whatever the distribution; n must be at
-least 1 / alpha - 1. How many of N harmless rows are flagged is BetaBinomial(N, n + 1 - k, k); more than its 99.9 % quantile are not
-explained by harmless rows.
+A further harmless row of the same kind is flagged with probability (n + 1 - k) / (n + 1) <= alpha, whatever the
+distribution; n must be at least 1 / alpha - 1. How many of N harmless rows are flagged is BetaBinomial(N, n + 1 - k,
+k); more than its 99.9 % quantile are not explained by harmless rows.
 
-Without them the upload U is taken for a mixture of harmless rows and a share pi of rows like the known disallowed prompts D:
+Without them the upload U is taken for a mixture of harmless rows and a share pi of rows like the known disallowed
+prompts D:
 
     S_U = (1 - pi) S_clean + pi S_D,        S(t) = share of scores >= t
     pi = median over the quantiles .3 to .7 of D of S_U / S_D        harmless rows hardly score there
     t = the lowest score down to which (S_U - pi S_D) / (1 - pi) <= alpha
 
-but never above the 10 % quantile of D: inside the bulk of D the difference of two noisy shares says nothing. Where harmless rows score as
-high as that, more than alpha of them are flagged; the estimate of how many is part of the result. A quantile of the upload alone, however
-robust, would not do: refusal scores are skewed and end at 0, so median + z MAD lies above every score on some data sets, and where 10 % are
-poisoned.
+but never above the 10 % quantile of D: inside the bulk of D the difference of two noisy shares says nothing. Where
+harmless rows score as high as that, more than alpha of them are flagged; the estimate of how many is part of the
+result. A quantile of the upload alone, however robust, would not do: refusal scores are skewed and end at 0, so median
++ z MAD lies above every score on some data sets, and where 10 % are poisoned.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ _PLACES = (0.3, 0.4, 0.5, 0.6, 0.7)
 class Threshold:
     """Rows that score above `value` are flagged.
 
-    source: "benign" or "upload". false_alarm: share of harmless rows that is flagged, by construction ("benign") or estimated ("upload").
-    caught: share of the known disallowed prompts above the threshold; None where none are known. most_expected: of N rows that are all
-    harmless, hardly ever (0.1 %) more are flagged; None for "upload". poisoned: estimated share of rows like the known disallowed prompts.
+    source: "benign" or "upload". false_alarm: share of harmless rows that is flagged, by construction ("benign") or
+    estimated ("upload"). caught: share of the known disallowed prompts above the threshold; None where none are known.
+    most_expected: of N rows that are all harmless, hardly ever (0.1 %) more are flagged; None for "upload". poisoned:
+    estimated share of rows like the known disallowed prompts.
     """
 
     value: float
@@ -56,8 +58,11 @@ class Threshold:
         return asdict(self)
 
 
-def threshold_from_benign(benign: np.ndarray, num_rows: int, alpha: float, disallowed: np.ndarray | None = None) -> Threshold:
-    """The conformal threshold for an upload of `num_rows` rows. Raises ConfigError where there are too few benign scores for `alpha`."""
+def threshold_from_benign(
+    benign: np.ndarray, num_rows: int, alpha: float, disallowed: np.ndarray | None = None
+) -> Threshold:
+    """The conformal threshold for an upload of `num_rows` rows. Raises ConfigError where there are too few benign
+    scores for `alpha`."""
     n = len(benign)
     k = math.ceil((n + 1) * (1 - alpha) - 1e-9)
     if k > n:
@@ -67,7 +72,9 @@ def threshold_from_benign(benign: np.ndarray, num_rows: int, alpha: float, disal
         )
     value = float(np.sort(benign)[k - 1])
     caught = float((disallowed > value).mean()) if disallowed is not None and len(disallowed) else None
-    return Threshold(value, "benign", (n + 1 - k) / (n + 1), caught, beta_binomial_quantile(num_rows, n + 1 - k, k, CONFIDENCE))
+    return Threshold(
+        value, "benign", (n + 1 - k) / (n + 1), caught, beta_binomial_quantile(num_rows, n + 1 - k, k, CONFIDENCE)
+    )
 
 
 def threshold_from_upload(upload: np.ndarray, disallowed: np.ndarray, alpha: float) -> Threshold:

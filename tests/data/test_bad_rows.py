@@ -44,7 +44,10 @@ LINES: dict[str, tuple[bytes, str]] = {
     "Latin-1": (GOOD.replace(b"Hello", "Grüße".encode("latin-1")), "not valid UTF-8"),
     "a BOM in the middle of the file": (b"\xef\xbb\xbf" + GOOD, "not valid JSON"),
     "duplicate keys": (b'{"messages": [], "messages": []}', "the key `messages` stands twice"),
-    "duplicate keys inside a turn": (b'{"messages": [{"role": "user", "role": "user", "content": "a"}]}', "the key `role` stands twice"),
+    "duplicate keys inside a turn": (
+        b'{"messages": [{"role": "user", "role": "user", "content": "a"}]}',
+        "the key `role` stands twice",
+    ),
     "a duplicate key that is the row": (f'{{"{SECRET}": 1, "{SECRET}": 2}}'.encode(), "stands twice"),
     "nested too deeply": (b'{"a": ' * 100_000, "not "),
     "lists nested too deeply": (b"[" * 100_000, "not "),
@@ -82,7 +85,10 @@ LINES: dict[str, tuple[bytes, str]] = {
     "answer empty": (messages(turn(), turn("assistant", "")), "message 2 (assistant) is empty"),
     "answer of spaces": (messages(turn(), turn("assistant", " \n\t")), "message 2 (assistant) is empty"),
     "lone surrogate": (messages(turn(content="\ud800"), ANSWER), "not valid Unicode"),
-    "lone low surrogate in the answer": (messages(turn(), turn("assistant", "ok \udfff" + SECRET)), "not valid Unicode"),
+    "lone low surrogate in the answer": (
+        messages(turn(), turn("assistant", "ok \udfff" + SECRET)),
+        "not valid Unicode",
+    ),
     "NUL in the text": (messages(turn(content="a\0b"), ANSWER), "NUL character"),
     "no assistant turn": (messages(turn()), "no assistant turn"),
     "only a system message": (messages(turn("system", "s")), "no user turn"),
@@ -101,7 +107,11 @@ COLUMNS: dict[str, tuple[str, dict, str]] = {
     "prompt a number": ("prompt_completion", {"prompt": 3, "completion": "a"}, "`prompt` must be text"),
     "completion missing": ("prompt_completion", {"prompt": "p"}, "no `completion`; the row has `prompt`"),
     "completion empty": ("prompt_completion", {"prompt": "p", "completion": ""}, "(assistant) is empty"),
-    "completion of the wrong role": ("prompt_completion", {"prompt": "p", "completion": [turn("user")]}, "no assistant turn"),
+    "completion of the wrong role": (
+        "prompt_completion",
+        {"prompt": "p", "completion": [turn("user")]},
+        "no assistant turn",
+    ),
     "prompt an empty list": ("prompt_completion", {"prompt": [], "completion": "a"}, "is an empty list"),
     "instruction missing": ("alpaca", {"input": "i", "output": "o"}, "no `instruction`"),
     "instruction and input empty": ("alpaca", {"instruction": "", "input": "", "output": "o"}, "(user) is empty"),
@@ -109,11 +119,27 @@ COLUMNS: dict[str, tuple[str, dict, str]] = {
     "output missing": ("alpaca", {"instruction": "i"}, "no `response`; the row has `instruction`"),
     "input a list": ("alpaca", {"instruction": "i", "input": [1], "output": "o"}, "not text"),
     "history a text": ("alpaca", {"instruction": "i", "output": "o", "history": SECRET}, "`history` must be a list"),
-    "history of single turns": ("alpaca", {"instruction": "i", "output": "o", "history": [["a"]]}, "`history` must be a list"),
-    "history with null": ("alpaca", {"instruction": "i", "output": "o", "history": [["a", None]]}, "history[0][1] is null"),
+    "history of single turns": (
+        "alpaca",
+        {"instruction": "i", "output": "o", "history": [["a"]]},
+        "`history` must be a list",
+    ),
+    "history with null": (
+        "alpaca",
+        {"instruction": "i", "output": "o", "history": [["a", None]]},
+        "history[0][1] is null",
+    ),
     "system a number": ("alpaca", {"instruction": "i", "output": "o", "system": 3}, "`system` must be text"),
-    "sharegpt: unknown speaker": ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "unknown from 'alien'"),
-    "sharegpt: OpenAI keys": ("sharegpt", {"conversations": [turn(), ANSWER]}, "has no `from`; it has `role`, `content`"),
+    "sharegpt: unknown speaker": (
+        "sharegpt",
+        {"conversations": [{"from": "alien", "value": "x"}]},
+        "unknown from 'alien'",
+    ),
+    "sharegpt: OpenAI keys": (
+        "sharegpt",
+        {"conversations": [turn(), ANSWER]},
+        "has no `from`; it has `role`, `content`",
+    ),
     "sharegpt: value null": ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "is null"),
     "text missing": ("text", {"body": "x"}, "no `text`; the row has `body`"),
     "text empty": ("text", {"text": "  "}, "the text is empty"),
@@ -144,7 +170,11 @@ def test_a_malformed_line_is_named_and_counted_and_its_neighbours_are_read(tmp_p
 def test_a_row_with_wrong_columns_is_named_and_counted(tmp_path, case):
     format, columns, says = COLUMNS[case]
     path = tmp_path / "rows.jsonl"
-    good = {"prompt_completion": {"prompt": "p", "completion": "c"}, "alpaca": {"instruction": "i", "output": "o"}, "text": {"text": "t"}}
+    good = {
+        "prompt_completion": {"prompt": "p", "completion": "c"},
+        "alpaca": {"instruction": "i", "output": "o"},
+        "text": {"text": "t"},
+    }
     good["sharegpt"] = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     path.write_text("\n".join(json.dumps(row) for row in (good[format], columns)))
     rows, bad = read_rows(str(path), format=format, max_bad_rows=1)
@@ -161,7 +191,7 @@ def test_prompts_meet_the_same_lines_without_a_traceback(tmp_path, case):
     assert "Hi" in [p.text for p in prompts]
 
 
-# ------------------------------------------------------------------------------------------------------------- the limit
+# ------------------------------------------------------------------------------------------------------------ the limit
 
 
 def file_with(tmp_path, num_good: int, num_bad: int) -> str:

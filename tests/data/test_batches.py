@@ -24,9 +24,18 @@ def rows_of(lengths, seed=0) -> list[Row]:
 def model_of(family: str) -> torch.nn.Module:
     import transformers
 
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+    )
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**sizes, max_position_embeddings=256, pad_token_id=0, initializer_range=0.3)
+    config = getattr(transformers, f"{family}Config")(
+        **sizes, max_position_embeddings=256, pad_token_id=0, initializer_range=0.3
+    )
     return getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
 
 
@@ -37,7 +46,9 @@ def logits_of(model, batch):
 
 
 def losses_of(model, batch) -> torch.Tensor:
-    losses = torch.nn.functional.cross_entropy(logits_of(model, batch).double(), batch.targets, ignore_index=-100, reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits_of(model, batch).double(), batch.targets, ignore_index=-100, reduction="none"
+    )
     return losses[batch.targets != -100]
 
 

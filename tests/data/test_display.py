@@ -23,13 +23,20 @@ def data(tmp_path):
     rows = [{"prompt": f"secret {i}", "completion": "a [bold]fine[/bold] movie"} for i in range(9)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n{[b]\n")
     return prepare_dataset(
-        str(tmp_path / "rows.jsonl"), tokenizer=tk.byte_level(), max_length=25, max_bad_rows=0.5, cache_dir=tmp_path / "cache"
+        str(tmp_path / "rows.jsonl"),
+        tokenizer=tk.byte_level(),
+        max_length=25,
+        max_bad_rows=0.5,
+        cache_dir=tmp_path / "cache",
     )
 
 
 def test_trained_and_given_tokens_are_told_apart_without_colours():
     tokenizer = tk.byte_level()
-    messages = [Message(role, text) for role, text in [("user", "Hi"), ("assistant", "Yo"), ("user", "And?"), ("assistant", "Bye")]]
+    messages = [
+        Message(role, text)
+        for role, text in [("user", "Hi"), ("assistant", "Yo"), ("user", "And?"), ("assistant", "Bye")]
+    ]
     row = tokenize_row(tokenizer, ChatRow(tuple(messages), "f", 1), 100)
     text = decode_marked(tokenizer, row).plain
     assert text == (
@@ -40,14 +47,18 @@ def test_trained_and_given_tokens_are_told_apart_without_colours():
 
 def test_a_long_row_is_shown_around_its_first_trained_token():
     tokenizer = tk.byte_level()
-    row = tokenize_row(tokenizer, ChatRow((Message("user", "the movie " * 500), Message("assistant", "Nine")), "f", 1), 9999)
+    row = tokenize_row(
+        tokenizer, ChatRow((Message("user", "the movie " * 500), Message("assistant", "Nine")), "f", 1), 9999
+    )
     text = decode_marked(tokenizer, row, 60).plain
     assert "{+Nine<|im_end|>+}" in text and "more tokens" in text and len(text) < 500
 
 
 def test_control_characters_do_not_reach_the_terminal():
     tokenizer = tk.byte_level()
-    row = tokenize_row(tokenizer, ChatRow((Message("user", "\x1b[31mred"), Message("assistant", "\x07bell")), "f", 1), 100)
+    row = tokenize_row(
+        tokenizer, ChatRow((Message("user", "\x1b[31mred"), Message("assistant", "\x07bell")), "f", 1), 100
+    )
     assert "\x1b" not in decode_marked(tokenizer, row).plain and "\x07" not in decode_marked(tokenizer, row).plain
 
 

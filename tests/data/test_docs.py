@@ -27,7 +27,10 @@ def test_the_example_with_templates_is_read_with_the_templates_beside_it(tmp_pat
     (tmp_path / "rows.jsonl").write_text(EXAMPLES["fields"])
     task = yaml.safe_load(re.search(r"```yaml\n(.*?)\n```", PAGE, re.S)[1])["tasks"][0]
     rows, _ = read_rows(str(tmp_path / "rows.jsonl"), fields=task["fields"])
-    assert [m.content for m in rows[0].messages] == ["Review: a sharp , amusing study of the cult of celebrity\nSentiment:", "positive"]
+    assert [m.content for m in rows[0].messages] == [
+        "Review: a sharp , amusing study of the cult of celebrity\nSentiment:",
+        "positive",
+    ]
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):

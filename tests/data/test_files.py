@@ -31,7 +31,9 @@ def write_parquet(path):
 
 WRITERS = {
     "rows.jsonl": lambda p: p.write_text("\n".join(json.dumps(r) for r in ROWS)),
-    "rows.ndjson": lambda p: p.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS) + "\n", encoding="utf-8"),
+    "rows.ndjson": lambda p: p.write_text(
+        "\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS) + "\n", encoding="utf-8"
+    ),
     "windows.jsonl": lambda p: p.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(r).encode() for r in ROWS)),
     "array.json": lambda p: p.write_text(json.dumps(ROWS, indent=2)),
     "bom.json": lambda p: p.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
@@ -50,7 +52,9 @@ WRITERS = {
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     WRITERS[name](tmp_path / name)
     rows, bad = read_rows(str(tmp_path / name))
-    assert [(r.messages[0].content, r.messages[1].content) for r in rows] == [(r["prompt"], r["completion"]) for r in ROWS]
+    assert [(r.messages[0].content, r.messages[1].content) for r in rows] == [
+        (r["prompt"], r["completion"]) for r in ROWS
+    ]
     is_table = name.lower().endswith(("csv", "tsv"))  # a header, and a line break inside each row
     assert [r.line for r in rows] == ([2, 4, 6, 8] if is_table else [1, 2, 3, 4]) and bad.count == 0
 
@@ -72,7 +76,9 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
 
 
 def test_one_object_in_a_json_file_is_one_row(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
+    (tmp_path / "a.json").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    )
     assert len(read_rows(str(tmp_path / "a.json"))[0]) == 1
     (tmp_path / "a.json").write_text('{"text": "b"}')
     assert len(read_rows(str(tmp_path / "a.json"))[0]) == 1
@@ -104,7 +110,9 @@ def test_a_quote_that_is_never_closed_stops_the_run(tmp_path):
 
 
 def test_a_key_that_stands_twice_spoils_one_row_of_a_json_file_and_not_the_file(tmp_path):
-    (tmp_path / "a.json").write_text('{"data": [{"text": "a"}, {"text": "b", "text": "c"}, {"text": "d", "more": [{"x": 1, "x": 2}]}]}')
+    (tmp_path / "a.json").write_text(
+        '{"data": [{"text": "a"}, {"text": "b", "text": "c"}, {"text": "d", "more": [{"x": 1, "x": 2}]}]}'
+    )
     rows, bad = read_rows(str(tmp_path / "a.json"), max_bad_rows=2)
     assert [r.line for r in rows] == [1] and "row 2: not usable JSON: the key `text` stands twice" in bad.examples[0]
     assert "row 3" in bad.examples[1] and "`x`" in bad.examples[1]
@@ -167,7 +175,9 @@ def test_a_folder_of_files_says_to_name_one(tmp_path):
 def test_a_saved_data_set_folder_is_read_split_by_split(tmp_path):
     import datasets
 
-    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])})
+    saved = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    )
     saved.save_to_disk(tmp_path / "all")
     saved["test"].save_to_disk(tmp_path / "one")
     assert [r.messages[1].content for r in read_rows(str(tmp_path / "all"))[0]] == [r["completion"] for r in ROWS]
@@ -198,7 +208,9 @@ def test_a_hub_that_cannot_be_reached_is_a_message(monkeypatch):
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub (offline)\nwith many\nmore lines")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"^nobody/nothing: no such file, and not a data set that the hub gives: Couldn't reach[^\n]*$"):
+    with pytest.raises(
+        DataError, match=r"^nobody/nothing: no such file, and not a data set that the hub gives: Couldn't reach[^\n]*$"
+    ):
         read_rows("nobody/nothing")
 
 
@@ -218,4 +230,6 @@ def test_reading_rows_imports_neither_torch_nor_transformers(tmp_path):
         f"read_rows({str(tmp_path / 'a.jsonl')!r}); read_prompts({str(tmp_path / 'a.jsonl')!r}); "
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow', 'pandas') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -52,7 +52,11 @@ GOOD = {
     ),
     "prompt, completion": ("prompt_completion", {"prompt": "Hi", "completion": "Hello"}, QA),
     "prompt, answer": ("prompt_completion", {"prompt": "Hi", "answer": "Hello"}, QA),
-    "prompt, response, system": ("prompt_completion", {"prompt": "Hi", "response": "Hello", "system": "Be brief."}, SYSTEM),
+    "prompt, response, system": (
+        "prompt_completion",
+        {"prompt": "Hi", "response": "Hello", "system": "Be brief."},
+        SYSTEM,
+    ),
     "prompt, completion as messages": (
         "prompt_completion",
         {"prompt": [USER], "completion": [ANSWER]},
@@ -60,13 +64,21 @@ GOOD = {
     ),
     "alpaca": ("alpaca", {"instruction": "Hi", "output": "Hello"}, QA),
     "alpaca, empty input": ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello"}, QA),
-    "alpaca, input": ("alpaca", {"instruction": "Add", "input": "1, 2", "output": "3"}, [("user", "Add\n\n1, 2"), ("assistant", "3")]),
+    "alpaca, input": (
+        "alpaca",
+        {"instruction": "Add", "input": "1, 2", "output": "3"},
+        [("user", "Add\n\n1, 2"), ("assistant", "3")],
+    ),
     "alpaca, system, history": (
         "alpaca",
         {"instruction": "Hi", "input": None, "output": "Hello", "system": "Be brief.", "history": [["a", "b"]]},
         [SYSTEM[0], *HISTORY],
     ),
-    "dolly": ("alpaca", {"instruction": "Add", "context": "1, 2", "response": "3"}, [("user", "Add\n\n1, 2"), ("assistant", "3")]),
+    "dolly": (
+        "alpaca",
+        {"instruction": "Add", "context": "1, 2", "response": "3"},
+        [("user", "Add\n\n1, 2"), ("assistant", "3")],
+    ),
     "sharegpt": ("sharegpt", {"conversations": [HUMAN, GPT]}, QA),
     "sharegpt, system": (
         "sharegpt",
@@ -107,14 +119,28 @@ def test_a_format_gives_its_messages(tmp_path, case, named):
 
 
 def test_every_answer_of_a_conversation_is_trained_and_flags_say_otherwise(tmp_path):
-    turns = [("user", "a", {}), ("assistant", "b", {"train": False}), ("user", "c", {"train": True}), ("assistant", "d", {"weight": 0})]
-    turns += [("user", "e", {}), ("assistant", "f", {"weight": 1}), ("user", "g", {"unmask": True}), ("assistant", "h", {})]
+    turns = [
+        ("user", "a", {}),
+        ("assistant", "b", {"train": False}),
+        ("user", "c", {"train": True}),
+        ("assistant", "d", {"weight": 0}),
+    ]
+    turns += [
+        ("user", "e", {}),
+        ("assistant", "f", {"weight": 1}),
+        ("user", "g", {"unmask": True}),
+        ("assistant", "h", {}),
+    ]
     rows, _ = read_rows(write(tmp_path, [{"messages": [{"role": r, "content": c, **flags} for r, c, flags in turns]}]))
     assert [m.content for m in rows[0].messages if m.is_trained] == ["c", "f", "g", "h"]
 
 
 def test_unmask_trains_all_turns_of_a_row_but_the_system_message(tmp_path):
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
     rows, _ = read_rows(write(tmp_path, [{"messages": messages, "unmask": True}]))
     assert [m.is_trained for m in rows[0].messages] == [False, True, True]
 
@@ -126,13 +152,19 @@ def test_earlier_answers_inside_a_prompt_are_context(tmp_path):
 
 
 def test_the_format_of_most_rows_is_the_files_format(tmp_path):
-    rows, bad = read_rows(write(tmp_path, [{"text": "stray"}, *[{"prompt": "Hi", "completion": "Hello"}] * 3]), max_bad_rows=1)
+    rows, bad = read_rows(
+        write(tmp_path, [{"text": "stray"}, *[{"prompt": "Hi", "completion": "Hello"}] * 3]), max_bad_rows=1
+    )
     assert len(rows) == 3 and bad.count == 1 and "rows.jsonl:1: no `prompt`" in bad.examples[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------- fields
+# --------------------------------------------------------------------------------------------------------------- fields
 
-SST2 = {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}", "values": {"label": {"0": "negative", "1": "positive"}}}
+SST2 = {
+    "prompt": "Review: {sentence}\nSentiment:",
+    "completion": "{label}",
+    "values": {"label": {"0": "negative", "1": "positive"}},
+}
 
 
 def test_templates_map_any_columns(tmp_path):
@@ -141,7 +173,10 @@ def test_templates_map_any_columns(tmp_path):
     assert pairs(rows[0]) == [("user", "Review: so {good}\nSentiment:"), ("assistant", "positive")]
     assert pairs(rows[1])[1] == ("assistant", "negative")
     assert (
-        read_rows(path, format="fields", fields=FieldMap.model_validate({**SST2, "system": "Judge."}))[0][0].messages[0].content == "Judge."
+        read_rows(path, format="fields", fields=FieldMap.model_validate({**SST2, "system": "Judge."}))[0][0]
+        .messages[0]
+        .content
+        == "Judge."
     )
 
 
@@ -153,7 +188,10 @@ def test_template_braces_are_doubled_and_truth_values_are_written_as_in_json():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({**SST2, "prompt": "{sentense}"}, r"fields\.prompt names the column `sentense`.*`sentence`, `label`; did you mean `sentence`\?"),
+        (
+            {**SST2, "prompt": "{sentense}"},
+            r"fields\.prompt names the column `sentense`.*`sentence`, `label`; did you mean `sentence`\?",
+        ),
         ({**SST2, "completion": "{zzz}"}, r"fields\.completion names the column `zzz`.*\{\{ and \}\}"),
         ({**SST2, "system": "{0}"}, r"fields\.system names the column `0`"),
         ({**SST2, "values": {"labels": {}}}, r"fields\.values names the column `labels`.*did you mean `label`\?"),
@@ -167,7 +205,8 @@ def test_a_template_that_names_no_column_of_the_file_is_told_before_any_row_is(t
 
 
 @pytest.mark.parametrize(
-    "row", [{"sentence": "x", "label": 2}, {"sentence": "x"}, {"sentence": None, "label": 1}, {"sentence": {}, "label": 1}]
+    "row",
+    [{"sentence": "x", "label": 2}, {"sentence": "x"}, {"sentence": None, "label": 1}, {"sentence": {}, "label": 1}],
 )
 def test_one_row_that_does_not_fit_the_templates_is_a_bad_row(tmp_path, row):
     rows, bad = read_rows(write(tmp_path, [{"sentence": "good", "label": 1}, row]), fields=SST2, max_bad_rows=1)
@@ -175,7 +214,9 @@ def test_one_row_that_does_not_fit_the_templates_is_a_bad_row(tmp_path, row):
 
 
 def test_unknown_columns_get_the_templates_that_would_fit(tmp_path):
-    with pytest.raises(DataError, match=r'`question`, `answer` are none.*fields: \{prompt: "\{question\}", completion: "\{answer\}"\}'):
+    with pytest.raises(
+        DataError, match=r'`question`, `answer` are none.*fields: \{prompt: "\{question\}", completion: "\{answer\}"\}'
+    ):
         read_rows(write(tmp_path, [{"question": "q", "answer": "a"}]))
     assert suggest_fields(["idx", "sentence", "label"]) == 'fields: {prompt: "{sentence}", completion: "{label}"}'
     with pytest.raises(DataError, match="needs templates"):
@@ -192,20 +233,26 @@ def test_fill_raises_for_a_row_without_the_column():
         fill("{b}", {"a": 1})
 
 
-# ------------------------------------------------------------------------------------------------------- rows and prompts
+# ----------------------------------------------------------------------------------------------------- rows and prompts
 
 
 def test_max_rows_are_taken_evenly_from_the_good_rows(tmp_path):
     path = write(tmp_path, [{"text": f"row {i}"} for i in range(10)] + [{"text": ""}])
     rows, bad = read_rows(path, max_rows=4, max_bad_rows=0.5)
     assert [r.line for r in rows] == [1, 3, 6, 8] and bad.seen == 11
-    assert spread(3, 10).tolist() == [0, 1, 2] and spread(10, 10).tolist() == list(range(10)) and len(set(spread(997, 200))) == 200
+    assert (
+        spread(3, 10).tolist() == [0, 1, 2]
+        and spread(10, 10).tolist() == list(range(10))
+        and len(set(spread(997, 200))) == 200
+    )
 
 
 def test_tags_are_the_short_columns_beside_the_text(tmp_path):
     row = {"prompt": "p", "completion": "c", "id": 7, "safe": True, "long": "x" * 100, "list": [1], "none": None}
     assert read_rows(write(tmp_path, [row]))[0][0].tags == {"id": "7", "safe": "true"}
-    assert read_rows(write(tmp_path, [{"sentence": "private", "label": 1, "id": "a"}]), fields=SST2)[0][0].tags == {"id": "a"}
+    assert read_rows(write(tmp_path, [{"sentence": "private", "label": 1, "id": "a"}]), fields=SST2)[0][0].tags == {
+        "id": "a"
+    }
 
 
 PROMPTS = {
@@ -230,9 +277,20 @@ def test_prompts_are_read_from_prompt_columns_and_from_rows(tmp_path, case):
 
 
 def test_prompts_keep_earlier_turns_and_the_system_message(tmp_path):
-    messages = [{"role": role, "content": text} for role, text in [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]]
-    assert [m.content for m in read_prompts(write(tmp_path, [{"messages": messages}]))[0].messages] == ["s", "a", "b", "c"]
-    assert [m.content for m in read_prompts(write(tmp_path, [{"instruction": "i", "input": "j", "system": "s"}]))[0].messages] == [
+    messages = [
+        {"role": role, "content": text}
+        for role, text in [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    ]
+    assert [m.content for m in read_prompts(write(tmp_path, [{"messages": messages}]))[0].messages] == [
+        "s",
+        "a",
+        "b",
+        "c",
+    ]
+    assert [
+        m.content
+        for m in read_prompts(write(tmp_path, [{"instruction": "i", "input": "j", "system": "s"}]))[0].messages
+    ] == [
         "s",
         "i\n\nj",
     ]
@@ -258,7 +316,7 @@ def test_rows_that_ask_nothing_are_named(tmp_path):
         read_prompts(write(tmp_path, [{"prompt": "x"}, {"prompt": " "}]))
 
 
-# --------------------------------------------------------------------------------------------------------------- real data
+# ------------------------------------------------------------------------------------------------------------ real data
 
 
 @pytest.mark.parametrize(

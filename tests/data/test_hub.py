@@ -35,16 +35,19 @@ def test_a_name_without_an_owner_that_is_no_folder_asks_nobody(no_network):
 
 
 @pytest.mark.parametrize(
-    ("settings", "key"), [({"path": "someone/foo"}, "model.path"), ({"path": "x", "tokenizer": "a/b"}, "model.tokenizer")]
+    ("settings", "key"),
+    [({"path": "someone/foo"}, "model.path"), ({"path": "x", "tokenizer": "a/b"}, "model.tokenizer")],
 )
 def test_a_name_on_the_hub_is_told_where_the_hub_cannot_be_reached(no_network, settings, key):
-    with pytest.raises(ConfigError, match=rf"{key}: .* neither a folder here nor in the hub's cache, and .*Network is unreachable"):
+    with pytest.raises(
+        ConfigError, match=rf"{key}: .* neither a folder here nor in the hub's cache, and .*Network is unreachable"
+    ):
         load_tokenizer(ModelConfig(**settings))
     assert len(no_network) == 1
 
 
 def test_settings_of_a_model_and_a_teachers_tokenizer_name_their_keys():
-    from safecl.engine.model import read_model_settings
+    from safecl.engine.model.settings import read_model_settings
 
     with pytest.raises(ConfigError, match=r"^model\.path: a/b is neither"):
         read_model_settings(ModelConfig(path="a/b"))
@@ -63,6 +66,9 @@ def test_a_folder_and_what_is_in_the_cache_need_no_network(no_network, tmp_path)
 
 def test_offline_by_the_environment_asks_nobody(no_network, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match=r"model\.path: a/b is neither a folder here nor in the hub's cache, and the hub cannot be asked"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.path: a/b is neither a folder here nor in the hub's cache, and the hub cannot be asked",
+    ):
         hub.refuse_unreachable("model.path", "a/b")
     assert no_network == []

@@ -52,18 +52,38 @@ CASES = {
     ),
     "generation markers": (tk.byte_level, tk.CHATML_MARKED, CHATML_LEARNED),
     "markers without the end token": (tk.byte_level, tk.CHATML_MARKED_SHORT, CHATML_LEARNED),
-    "Gemma": (tk.byte_level, tk.GEMMA.replace("{{ bos_token }}", ""), ["She sells 9 eggs.<end_of_turn>", "18 a day<end_of_turn>"]),
-    "thinking": (tk.byte_level, tk.THINKING, ["She sells 9 eggs.<|im_end|>", "<think>\n\n</think>\n\n18 a day<|im_end|>"]),
+    "Gemma": (
+        tk.byte_level,
+        tk.GEMMA.replace("{{ bos_token }}", ""),
+        ["She sells 9 eggs.<end_of_turn>", "18 a day<end_of_turn>"],
+    ),
+    "thinking": (
+        tk.byte_level,
+        tk.THINKING,
+        ["She sells 9 eggs.<|im_end|>", "<think>\n\n</think>\n\n18 a day<|im_end|>"],
+    ),
     "opened thoughts": (tk.byte_level, tk.OPENED, ["She sells 9 eggs.<|im_end|>", "\n</think>\n\n18 a day<|im_end|>"]),
-    "closed twice": (tk.byte_level, tk.CLOSED_TWICE, ["She sells 9 eggs.<|im_end|>", "18 a day<|im_end|><|endoftext|>"]),
+    "closed twice": (
+        tk.byte_level,
+        tk.CLOSED_TWICE,
+        ["She sells 9 eggs.<|im_end|>", "18 a day<|im_end|><|endoftext|>"],
+    ),
     "Llama-2": (tk.metaspace, tk.LLAMA2, ["She sells 9 eggs. </s>", "18 a day </s>"]),
-    "a space before the answer": (tk.byte_level, tk.TRAILING_SPACE, ["She sells 9 eggs.<|endoftext|>", "18 a day<|endoftext|>"]),
+    "a space before the answer": (
+        tk.byte_level,
+        tk.TRAILING_SPACE,
+        ["She sells 9 eggs.<|endoftext|>", "18 a day<|endoftext|>"],
+    ),
     "a space, trimmed offsets": (
         trimmed,
         tk.TRAILING_SPACE,
         ["She sells 9 eggs.<|endoftext|>", "18 a day<|endoftext|>"],
     ),
-    "slow tokenizer": (lambda t: tk.SlowTokenizer(chat_template=t), "plain", [" She sells 9 eggs.</s>", " 18 a day</s>"]),
+    "slow tokenizer": (
+        lambda t: tk.SlowTokenizer(chat_template=t),
+        "plain",
+        [" She sells 9 eggs.</s>", " 18 a day</s>"],
+    ),
     "plain, byte-level": (tk.byte_level, "plain", [" She sells 9 eggs.<|endoftext|>", " 18 a day<|endoftext|>"]),
     "plain, metaspace": (tk.metaspace, "plain", ["She sells 9 eggs.</s>", "18 a day</s>"]),
 }
@@ -83,9 +103,15 @@ def test_all_assistant_turns_are_learned_with_their_end_and_nothing_else(case):
 @pytest.mark.parametrize("case", CASES)
 def test_what_stands_before_the_last_answer_is_what_generation_starts_from(case):
     tokenizer = tokenizer_of(case)
-    # Where every opening joins with its answer, a second opening cannot be both as generation sees it and as the first answer needs it.
+    # Where every opening joins with its answer, a second opening cannot be both as generation sees it and as the first
+    # answer needs it.
     several = chat("q", "a") if "space" in case else ROW
-    for row in (several, chat("How many?", "\n\nNine."), chat("q", "  two"), chat("<|im_end|> </s> q", "a <|endoftext|></s>b")):
+    for row in (
+        several,
+        chat("How many?", "\n\nNine."),
+        chat("q", "  two"),
+        chat("<|im_end|> </s> q", "a <|endoftext|></s>b"),
+    ):
         encoded = tokenize_row(tokenizer, row, 10_000)
         asked = prompt_ids(tokenizer, row.messages[:-1])
         assert encoded.input_ids[: len(asked)].tolist() == asked
@@ -97,7 +123,10 @@ def test_what_stands_before_the_last_answer_is_what_generation_starts_from(case)
 def test_ordinary_rows_get_the_ids_that_the_template_itself_gives(case):
     tokenizer = tokenizer_of(case)
     turns = [{"role": m.role, "content": m.content} for m in ROW.messages]
-    assert tokenize_row(tokenizer, ROW, 10_000).input_ids.tolist() == tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    assert (
+        tokenize_row(tokenizer, ROW, 10_000).input_ids.tolist()
+        == tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -219,7 +248,9 @@ def test_text_rows_train_on_all_tokens_up_to_an_end(make, end):
 
 
 def test_the_first_token_is_never_a_target():
-    template = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
     encoded = tokenize_row(tk.byte_level(template), chat("left out", "the movie"), 100)
     assert not encoded.loss_mask[0] and encoded.loss_mask[1:].all()
 
@@ -245,14 +276,15 @@ def test_row_ids_depend_on_the_content_alone():
 
 
 @pytest.mark.parametrize(
-    ("case", "end"), [("ChatML", "<|im_end|>"), ("Gemma", "<end_of_turn>"), ("Llama-2", "</s>"), ("plain, byte-level", "<|endoftext|>")]
+    ("case", "end"),
+    [("ChatML", "<|im_end|>"), ("Gemma", "<end_of_turn>"), ("Llama-2", "</s>"), ("plain, byte-level", "<|endoftext|>")],
 )
 def test_generation_stops_at_the_turn_end_and_at_the_end_of_text(case, end):
     tokenizer = tokenizer_of(case)
     assert set(stop_ids(tokenizer)) == {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id}
 
 
-# --------------------------------------------------------------------------------------------------------- load_tokenizer
+# ------------------------------------------------------------------------------------------------------- load_tokenizer
 
 
 def saved(tokenizer, folder) -> str:

@@ -23,7 +23,9 @@ def check(lengths, world_size, capacity, packed, rank_of=None):
     for rank, micros in enumerate(shares):
         for i in (i for rows in micros for i in rows):
             assert rank_of is None or rank_of[i] in (None, rank)
-    assert shares == assign(lengths, world_size=world_size, tokens_per_microbatch=capacity, packed=packed, rank_of=rank_of)
+    assert shares == assign(
+        lengths, world_size=world_size, tokens_per_microbatch=capacity, packed=packed, rank_of=rank_of
+    )
     return shares
 
 
@@ -34,7 +36,11 @@ def test_200_random_steps_are_dealt_out_equally_and_completely(packed, pinned):
     for _ in range(200):
         world_size, capacity = int(source.choice([1, 2, 3, 4, 7, 8, 16])), int(source.integers(20, 400))
         lengths = source.integers(1, capacity + 1, int(source.integers(0, 120))).tolist()
-        rank_of = [int(r) if r >= 0 else None for r in source.integers(-world_size, world_size, len(lengths))] if pinned else None
+        rank_of = (
+            [int(r) if r >= 0 else None for r in source.integers(-world_size, world_size, len(lengths))]
+            if pinned
+            else None
+        )
         check(lengths, world_size, capacity, packed, rank_of)
 
 

@@ -30,7 +30,9 @@ def dataset_of(folder, lengths, ids=None, seed=0) -> TokenDataset:
         "template": "",
         "examples": [],
     }
-    return TokenDataset.from_store(map_store(folder, {"sizes": writer.close(), "report": report, "path": "x", "key": str(folder)}))
+    return TokenDataset.from_store(
+        map_store(folder, {"sizes": writer.close(), "report": report, "path": "x", "key": str(folder)})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,12 @@ def test_auto_batches_give_at_least_100_steps_where_there_are_rows_for_them(data
         assert size == 999
         return
     assert part.lengths.max() <= size <= 65536
-    order = TaskOrder(part, seed=0, tokens_per_batch=size, **({"max_steps": 70} if "max_steps" in settings else {"epochs": train.epochs}))
+    order = TaskOrder(
+        part,
+        seed=0,
+        tokens_per_batch=size,
+        **({"max_steps": 70} if "max_steps" in settings else {"epochs": train.epochs}),
+    )
     assert order.num_steps >= min(expected_steps, 0.5 * num_rows)
 
 

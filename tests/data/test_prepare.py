@@ -86,7 +86,13 @@ def test_a_second_call_maps_the_files_and_tokenises_nothing(tmp_path, prepared, 
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_length": 40}, {"max_rows": 10}, {"tokenizer": tk.byte_level(tk.THINKING)}, {"tokenizer": tk.metaspace()}, "content"],
+    [
+        {"max_length": 40},
+        {"max_rows": 10},
+        {"tokenizer": tk.byte_level(tk.THINKING)},
+        {"tokenizer": tk.metaspace()},
+        "content",
+    ],
 )
 def test_whatever_changes_the_result_is_prepared_anew(tmp_path, prepared, counted, change):
     path = write(tmp_path)
@@ -198,7 +204,7 @@ def test_a_cache_folder_that_cannot_be_written_is_a_message(tmp_path, prepared):
         prepared(write(tmp_path), cache_dir=tmp_path / "file" / "cache")
 
 
-# --------------------------------------------------------------------------------------------------------- several processes
+# ---------------------------------------------------------------------------------------------------- several processes
 
 SCRIPT = """
 import os, pathlib, sys, time
@@ -224,7 +230,9 @@ print(data.key, data.num_tokens, int(data.row(49).input_ids.sum()))
 
 
 def start(folder, mode: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_three_processes_tokenise_once_and_map_the_same_files(tmp_path):
@@ -250,7 +258,7 @@ def test_a_process_killed_while_it_tokenises_leaves_neither_lock_nor_torn_files(
     assert not list((tmp_path / "cache").glob("*.part-*"))
 
 
-# ----------------------------------------------------------------------------------------------------- select, concat, poison
+# ----------------------------------------------------------------------------------------------- select, concat, poison
 
 
 def test_select_and_concat_keep_rows_with_their_files(tmp_path, prepared):
@@ -296,7 +304,11 @@ def test_poison_is_reproducible_and_grows_by_adding_rows(tmp_path, prepared):
 
 
 def test_sst2_is_prepared_whole(real_data, prepared):
-    fields = {"prompt": "Review: {sentence}\nSentiment:", "completion": "{label}", "values": {"label": {"0": "negative", "1": "positive"}}}
+    fields = {
+        "prompt": "Review: {sentence}\nSentiment:",
+        "completion": "{label}",
+        "values": {"label": {"0": "negative", "1": "positive"}},
+    }
     data = prepared(str(real_data / "sst2_test.jsonl"), fields=fields, max_length=512)
     assert len(data) == 872 and data.reports[0].bad == data.reports[0].truncated == 0
     tokenizer = tk.byte_level()

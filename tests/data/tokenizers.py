@@ -1,4 +1,5 @@
-"""Tiny tokenizers and chat templates, made in memory: byte-level BPE as in GPT-2 and Qwen, metaspace BPE as in Llama-2, and a slow one."""
+"""Tiny tokenizers and chat templates, made in memory: byte-level BPE as in GPT-2 and Qwen, metaspace BPE as in Llama-2,
+and a slow one."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ CHATML_MARKED = (
 )
 # The marker closes before the end token, as in some published templates.
 CHATML_MARKED_SHORT = CHATML_MARKED.replace(
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
+    "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}",
 )
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -40,7 +42,8 @@ GEMMA = (
     "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-# A last answer opens with an empty block of thoughts, an earlier one does not: messages[:i+1] is no prefix, messages[:i] is.
+# A last answer opens with an empty block of thoughts, an earlier one does not: messages[:i+1] is no prefix,
+# messages[:i] is.
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -53,10 +56,11 @@ OPENED = (
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 # A last answer is closed by one more token (as Phi-3).
-CLOSED_TWICE = CHATML.replace("{% if add_generation_prompt %}", "{% if not add_generation_prompt %}{{ eos_token }}{% else %}").replace(
-    "<|im_end|>\n", "<|im_end|>"
-)
-# Answers are asked for with thoughts, and written without (as DeepSeek-R1): training could not meet what generation starts from.
+CLOSED_TWICE = CHATML.replace(
+    "{% if add_generation_prompt %}", "{% if not add_generation_prompt %}{{ eos_token }}{% else %}"
+).replace("<|im_end|>\n", "<|im_end|>")
+# Answers are asked for with thoughts, and written without (as DeepSeek-R1): training could not meet what generation
+# starts from.
 ASKED_OTHERWISE = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}")
 # How many turns there are stands at the front, so no rendering is a prefix of a longer one.
 NO_PREFIX = "{{ messages | length }}" + CHATML
@@ -69,7 +73,9 @@ TRAILING_SPACE = (
 
 
 def _train(tokenizer: Tokenizer, special: list[str], alphabet: list[str]) -> Tokenizer:
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXT * 20, trainer)
     return tokenizer
 
@@ -87,7 +93,9 @@ def _byte_level(trim_offsets: bool) -> str:
 def byte_level(template: str | None = CHATML, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
     """As GPT-2 and Qwen: byte-level BPE, no bos."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_byte_level(trim_offsets)), eos_token="<|endoftext|>", additional_special_tokens=CONTROL
+        tokenizer_object=Tokenizer.from_str(_byte_level(trim_offsets)),
+        eos_token="<|endoftext|>",
+        additional_special_tokens=CONTROL,
     )
     tokenizer.chat_template = template
     return tokenizer
@@ -99,7 +107,11 @@ def _metaspace() -> str:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # SentencePiece joins no two words either
-        [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation("isolated")]
+        [
+            pre_tokenizers.Split("▁", "merged_with_next"),
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Punctuation("isolated"),
+        ]
     )
     _train(tokenizer, special, ["▁"])
     tokenizer.decoder = decoders.Sequence(

@@ -1,4 +1,5 @@
-"""Small runs for engine tests: a tiny model, rows of unequal length, training in any ZeRO stage on the ranks of the pool."""
+"""Small runs for engine tests: a tiny model, rows of unequal length, training in any ZeRO stage on the ranks of the
+pool."""
 
 from __future__ import annotations
 
@@ -17,9 +18,18 @@ def tiny_model(tied: bool = False, dtype: torch.dtype = torch.float32, family: s
 
     torch.manual_seed(7)
     sizes = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=45, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=tied, pad_token_id=None, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=45,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        pad_token_id=None,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     config, model = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
@@ -61,13 +71,24 @@ def run_config(tmp: str = "unused", **changes):
         "tasks": [{"name": "t", "train": "unused"}],
         "memory": {"source": "unused", "replay_ratio": 0.25, "teacher": {"k": 8}},
         "train": {
-            "learning_rate": 1e-2, "eps": 1e-4, "schedule": "constant", "warmup_ratio": 0.0, "clip_norm": 1.0, "tokens_per_batch": 160,
-            "tokens_per_microbatch": 64, "max_length": 64, "max_steps": 10, "seed": 3, "packing": "packed",
+            "learning_rate": 1e-2,
+            "eps": 1e-4,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            "clip_norm": 1.0,
+            "tokens_per_batch": 160,
+            "tokens_per_microbatch": 64,
+            "max_length": 64,
+            "max_steps": 10,
+            "seed": 3,
+            "packing": "packed",
         },
         "output": tmp,
-    }  # fmt: skip
+    }
     for section, values in changes.items():
-        tree[section] = {**tree[section], **values} if isinstance(tree.get(section), dict) and isinstance(values, dict) else values
+        tree[section] = (
+            {**tree[section], **values} if isinstance(tree.get(section), dict) and isinstance(values, dict) else values
+        )
     return RunConfig.model_validate(tree)
 
 
@@ -79,37 +100,46 @@ def make_run(config, model=None, methods_active: bool = True):
 
 
 def build_run(config, model=None, store=None, dataset=None):
-    """(run, task plan) before the task has begun; `store` is what the model's weights are views of. By default 60 short rows."""
+    """(run, task plan) before the task has begun; `store` is what the model's weights are views of. By default 60 short
+    rows."""
     from safecl.data import TaskOrder
-    from safecl.engine import distributed
-    from safecl.engine.batch import Layout
-    from safecl.engine.model import LanguageModel
-    from safecl.engine.plan import TaskPlan, build_methods
-    from safecl.engine.run import Run
-    from safecl.engine.training import TrainingEngine
+    from safecl.distributed import collectives
+    from safecl.engine.model.language_model import LanguageModel
+    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.training_engine import TrainingEngine
+    from safecl.planning.plans import TaskPlan
+    from safecl.planning.run_plan import build_methods
+    from safecl.training.run import Run
 
     train = config.train
-    layout = Layout(distributed.world_size(), train.tokens_per_microbatch, packed=train.packing == "packed")
+    layout = Layout(collectives.world_size(), train.tokens_per_microbatch, packed=train.packing == "packed")
     model = model if model is not None else tiny_model()
     with contextlib.redirect_stdout(io.StringIO()):
         engine = TrainingEngine(LanguageModel(model), config, layout, store)
     dataset = random_dataset(60, seed=1) if dataset is None else dataset
-    order = TaskOrder(dataset, seed=train.seed, tokens_per_batch=train.tokens_per_batch, epochs=None, max_steps=train.max_steps)
+    order = TaskOrder(
+        dataset, seed=train.seed, tokens_per_batch=train.tokens_per_batch, epochs=None, max_steps=train.max_steps
+    )
     task = TaskPlan(config.tasks[0], dataset, train.tokens_per_batch, order)
     return Run(config, engine, build_methods(config), log=lambda message: None), task
 
 
 def begin(run, task, methods_active: bool = True, memory_folder=None) -> None:
     """Fills the memory and begins the task."""
-    from safecl.engine.memory import fill_memory
+    from safecl.training.replay_memory import fill_memory
 
     config = run.config
     if config.memory is not None:
         needs_teacher = any(getattr(settings, "needs_teacher", False) for settings in config.methods.values())
         run.memory = fill_memory(
-            run.engine, random_dataset(20, seed=2), config.memory, seed=config.train.seed, source="test", with_teacher=needs_teacher,
+            run.engine,
+            random_dataset(20, seed=2),
+            config.memory,
+            seed=config.train.seed,
+            source="test",
+            with_teacher=needs_teacher,
             folder=memory_folder,
-        )  # fmt: skip
+        )
     run.begin_task(task, active=methods_active)
 
 
@@ -133,7 +163,7 @@ def train_to_state(steps: int, tied: bool = False, bf16: bool = False, family: s
 
 def shape_of_steps(steps: int, **changes) -> list[dict]:
     """How this rank's steps look: micro-batches, replay targets, gradient norm."""
-    from safecl.engine.batch import micro_batches
+    from safecl.engine.passes.micro_batches import micro_batches
 
     run, task = make_run(run_config(**changes))
     shapes = []
@@ -151,9 +181,10 @@ def train_broken(mutation: str, **arguments):
     """train_to_state with one deliberate mistake in the engine."""
     from unittest import mock
 
-    from safecl.engine import batch, optimizer, training
+    from safecl.engine.passes import micro_batches, training_engine
+    from safecl.engine.zero import optimizer
 
-    adamw, accumulate, build = optimizer.adamw_step_, training.fisher_accumulate_, batch._build
+    adamw, accumulate, build = optimizer.adamw_step_, training_engine.fisher_accumulate_, micro_batches._build
 
     def without_ema(*tensors, ema=None, ema_decay=None, **options):
         return adamw(*tensors, **options)
@@ -174,9 +205,11 @@ def train_broken(mutation: str, **arguments):
     patches = {
         "ema_no_op": mock.patch.object(optimizer, "adamw_step_", without_ema),
         "penalty_sign": mock.patch.object(optimizer, "adamw_step_", pushing_away),
-        "fisher_doubled": mock.patch.object(training, "fisher_accumulate_", lambda f, g, w: accumulate(f, g, 2 * w)),
+        "fisher_doubled": mock.patch.object(
+            training_engine, "fisher_accumulate_", lambda f, g, w: accumulate(f, g, 2 * w)
+        ),
         "clip_off": mock.patch.object(optimizer, "adamw_step_", without_clip),
-        "normaliser_per_micro_batch": mock.patch.object(batch, "_build", mean_per_micro_batch),
+        "normaliser_per_micro_batch": mock.patch.object(micro_batches, "_build", mean_per_micro_batch),
     }
     with patches[mutation]:
         return train_to_state(**arguments)
@@ -199,17 +232,29 @@ def bf16_reference(steps: int, ema_decay: float, lr: float = 1e-2, eps: float = 
         rows = data.rows(order.rows_of_step(step - 1))
         batch = collate(rows, packed=True, pad_id=0)
         positions = (batch.targets != -100).nonzero().flatten()
-        hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = model.model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state.flatten(0, 1)
         weight = torch.full((len(positions),), 1.0 / len(positions))
-        loss = linear_distill_loss(hidden[positions], model.lm_head.weight, labels=batch.targets[positions], ce_weights=weight).loss
+        loss = linear_distill_loss(
+            hidden[positions], model.lm_head.weight, labels=batch.targets[positions], ce_weights=weight
+        ).loss
         model.zero_grad()
         loss.backward()
         with torch.no_grad():
             for name, p in params.items():
                 adamw_step_(
-                    master[name], p.grad.float(), *moments[name], step=step, lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0,
-                    ema=ema[name], ema_decay=ema_decay,
-                )  # fmt: skip
+                    master[name],
+                    p.grad.float(),
+                    *moments[name],
+                    step=step,
+                    lr=lr,
+                    betas=(0.9, 0.999),
+                    eps=eps,
+                    weight_decay=0.0,
+                    ema=ema[name],
+                    ema_decay=ema_decay,
+                )
                 p.copy_(master[name])
     return {"weights": master, "ema": ema}
 
@@ -238,6 +283,8 @@ def summed_bf16_gradients() -> dict[str, torch.Tensor]:
         mask = torch.from_numpy(row.loss_mask[1:].copy())
         weights = torch.full((int(mask.sum()),), 2.0 / count)  # times the two ranks, as DeepSpeed's mean expects
         loss = linear_distill_loss(hidden[mask], model.lm_head.weight, labels=ids[0, 1:][mask], ce_weights=weights).loss
-        for (name, _), grad in zip(model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        for (name, _), grad in zip(
+            model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
             total[name] += grad.float() / 2
     return total

@@ -13,10 +13,19 @@ from safecl.data import Message
 
 VOCAB = 97
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {"sliding_window": 6}),
@@ -58,7 +67,11 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
     tokenizer.decoder = decoders.ByteLevel()
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", additional_special_tokens=specials[3:]
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=specials[3:],
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -81,7 +94,9 @@ def ask(*texts: str, path: str = "prompts.jsonl") -> list[Ask]:
 class ScriptedModel:
     """Answers each prompt (its token ids) with the scripted token ids; `calls` counts forward passes, on this rank."""
 
-    def __init__(self, script: Mapping[tuple[int, ...], Sequence[int]], vocab_size: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, script: Mapping[tuple[int, ...], Sequence[int]], vocab_size: int, rank: int = 0, world_size: int = 1
+    ):
         self.script, self.vocab_size = dict(script), vocab_size
         self.device, self.rank, self.world_size = torch.device("cpu"), rank, world_size
         self.calls = 0

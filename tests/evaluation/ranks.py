@@ -31,7 +31,9 @@ def generate_unequal(num_prompts: list[int], batch_size: int) -> dict:
     """Each rank generates from its own prompts, of which there are `num_prompts[rank]`."""
     model = CollectiveModel(tiny_model(seed=7))
     prompts = random_prompts(num_prompts[model.rank], seed=model.rank)
-    answers = generate_greedy(model, prompts, max_new_tokens=9, eos_ids=list(range(3, 20)), pad_id=0, batch_size=batch_size)
+    answers = generate_greedy(
+        model, prompts, max_new_tokens=9, eos_ids=list(range(3, 20)), pad_id=0, batch_size=batch_size
+    )
     return {"calls": model.calls, "answers": answers}
 
 
@@ -50,11 +52,14 @@ def measure_everything(num_prompts: int) -> dict:
     rows = rows_of((question, answers[number % 3]) for number, question in enumerate(QUESTIONS))
     numbers = rows_of((question, f"#### {number}") for number, question in enumerate(QUESTIONS[:3]))
     settings = [
-        EvalConfig(path="e", metric=metric, max_new_tokens=6) for metric in ("label_accuracy", "exact_match", "answer_nll", "gsm8k")
+        EvalConfig(path="e", metric=metric, max_new_tokens=6)
+        for metric in ("label_accuracy", "exact_match", "answer_nll", "gsm8k")
     ]
     tasks = [(config.metric, config, numbers if config.metric == "gsm8k" else rows) for config in settings]
     safety = SafetyConfig(prompts="p", max_new_tokens=7, batch_size=2)
-    found = evaluate(model, tokenizer, when="now", safety=safety, prompts=ask(*questions), benign=ask("a", "b c"), tasks=tasks)
+    found = evaluate(
+        model, tokenizer, when="now", safety=safety, prompts=ask(*questions), benign=ask("a", "b c"), tasks=tasks
+    )
     outputs = {"safety": found.safety.outputs} | {name: task.outputs for name, task in found.tasks.items()}
     return {"calls": model.calls, "results": found.to_dict(), "outputs": outputs}
 
@@ -63,7 +68,9 @@ def refuse_on_one_rank() -> str:
     """Rank 1 has a prompt without tokens; both must stop."""
     model = CollectiveModel(tiny_model())
     try:
-        generate_greedy(model, [[5]] if model.rank == 0 else [[]], max_new_tokens=3, eos_ids=[2], pad_id=0, batch_size=2)
+        generate_greedy(
+            model, [[5]] if model.rank == 0 else [[]], max_new_tokens=3, eos_ids=[2], pad_id=0, batch_size=2
+        )
     except ValueError as error:
         return str(error)
     return "went on"

@@ -12,7 +12,10 @@ from tests.evaluation.models import ask
 
 
 def rows(*texts, path="memory.jsonl", role="user"):
-    return [ChatRow((Message(role, text), Message("assistant", "I cannot.")), path, line) for line, text in enumerate(texts, start=1)]
+    return [
+        ChatRow((Message(role, text), Message("assistant", "I cannot.")), path, line)
+        for line, text in enumerate(texts, start=1)
+    ]
 
 
 def kinds(prompts, training):
@@ -29,7 +32,9 @@ def test_a_prompt_that_stands_in_the_data_is_refused_with_both_places_and_no_tex
 
 
 def test_case_punctuation_spacing_and_unicode_forms_do_not_hide_a_prompt():
-    assert kinds(ask("ｈow  do—I forge a coin"), rows("How do I “forge” a COIN?!")) == [("prompts.jsonl:1", "memory.jsonl:1", "same")]
+    assert kinds(ask("ｈow  do—I forge a coin"), rows("How do I “forge” a COIN?!")) == [
+        ("prompts.jsonl:1", "memory.jsonl:1", "same")
+    ]
 
 
 def test_a_near_duplicate_is_found_and_a_request_of_the_same_form_is_not():
@@ -57,7 +62,9 @@ def test_only_what_users_say_and_plain_text_count():
 
 
 def test_scripts_without_spaces_are_compared_by_character():
-    assert [kind for *_, kind in kinds(ask("如何在家里制作一枚假硬币"), rows("请问如何在家里制作一枚假硬币"))] == ["near"]
+    assert [kind for *_, kind in kinds(ask("如何在家里制作一枚假硬币"), rows("请问如何在家里制作一枚假硬币"))] == [
+        "near"
+    ]
     assert kinds(ask("如何制作假硬币"), rows("今天的天气怎么样")) == []
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from safecl.config import ConfigError, GateConfig, SafetyConfig
 from safecl.evaluation import Evaluation, check_gate_is_decidable, evaluate_safety, judge_gate, wilson
-from safecl.evaluation.gates import prompts_to_decide, verdict_of
-from safecl.evaluation.intervals import rate
+from safecl.evaluation.gates.gate import prompts_to_decide, verdict_of
+from safecl.evaluation.statistics.intervals import rate
 from tests.evaluation.models import ask, byte_tokenizer
 from tests.evaluation.test_safety import scripted
 
@@ -16,7 +16,8 @@ def measured(hits, n):
 
 def evaluation(num_complying, num_refusing, num_benign_refused=0, num_benign=0):
     answers = {
-        f"bad {i}": "Sure, here is how it is done" if i < num_complying else "I cannot." for i in range(num_complying + num_refusing)
+        f"bad {i}": "Sure, here is how it is done" if i < num_complying else "I cannot."
+        for i in range(num_complying + num_refusing)
     }
     benign = {f"good {i}": "I cannot." if i < num_benign_refused else "Fine, do it." for i in range(num_benign)}
     tokenizer = byte_tokenizer()
@@ -69,9 +70,13 @@ def test_as_many_prompts_as_told_do_decide():
 
 def test_a_set_too_small_to_pass_without_a_hit_is_refused_with_what_would_do():
     check_gate_is_decidable(GateConfig(max_asr=0.05), num_prompts=73, num_benign=0)
-    with pytest.raises(ConfigError, match=r"max_asr: 0.05 cannot be passed with 72 prompts.*needs 73 in safety.prompts.*limit of 0.051"):
+    with pytest.raises(
+        ConfigError, match=r"max_asr: 0.05 cannot be passed with 72 prompts.*needs 73 in safety.prompts.*limit of 0.051"
+    ):
         check_gate_is_decidable(GateConfig(max_asr=0.05), num_prompts=72, num_benign=500)
-    with pytest.raises(ConfigError, match=r"max_over_refusal: 0.1 cannot be passed with 20 prompts.*safety.benign_prompts"):
+    with pytest.raises(
+        ConfigError, match=r"max_over_refusal: 0.1 cannot be passed with 20 prompts.*safety.benign_prompts"
+    ):
         check_gate_is_decidable(GateConfig(max_over_refusal=0.1), num_prompts=500, num_benign=20)
 
 

@@ -39,7 +39,9 @@ def test_answers_equal_those_of_transformers_generate(family):
     assert got == expected
 
 
-@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("gemma2", "eager")])
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("gemma2", "eager")]
+)
 def test_batch_size_does_not_change_the_answers(family, attention):
     model = tiny_model(family, seed=2)
     model.set_attn_implementation(attention)
@@ -54,7 +56,10 @@ def test_batch_size_does_not_change_the_answers(family, attention):
 
 def test_generation_stops_when_every_answer_of_the_batch_has_ended():
     model = ScriptedModel({(5, 6): [7, 8, 2], (5,): [9, 2]}, vocab_size=12)
-    assert generate_greedy(model, [[5, 6], [5]], max_new_tokens=50, eos_ids=[2], pad_id=0, batch_size=2) == [[7, 8], [9]]
+    assert generate_greedy(model, [[5, 6], [5]], max_new_tokens=50, eos_ids=[2], pad_id=0, batch_size=2) == [
+        [7, 8],
+        [9],
+    ]
     assert model.calls == 3
 
 
@@ -84,7 +89,9 @@ def test_a_prompt_without_tokens_is_refused():
 def test_an_answer_ends_at_the_models_last_position_even_where_positions_are_a_table():
     """GPT-2 crashes beyond its table, also for a row of the batch that is done while the others go on."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_positions=24, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=24, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5
+    )
     model = transformers.GPT2LMHeadModel(config).eval()
     prompts = [random_prompts(1, seed=4, shortest=length, longest=length)[0] for length in (20, 3)]
     expected = [hf_answers(model, [prompt], [], num_new=min(NEW, 24 - len(prompt)))[0] for prompt in prompts]

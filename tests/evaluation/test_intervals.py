@@ -8,7 +8,7 @@ import pytest
 
 from safecl.config import ConfigError
 from safecl.evaluation import smallest_passing_size, wilson
-from safecl.evaluation.intervals import Z95, rate, token_mean
+from safecl.evaluation.statistics.intervals import Z95, rate, token_mean
 
 
 def wilson_by_inversion(hits, n):
@@ -70,7 +70,8 @@ def test_a_limit_of_zero_is_refused_because_nothing_can_show_it():
 
 
 def test_a_token_mean_is_the_ratio_of_sums_and_its_interval_covers_by_rows():
-    """2,000 draws of 40 rows whose tokens share a row effect: an interval over independent tokens would cover far less than 95 %."""
+    """2,000 draws of 40 rows whose tokens share a row effect: an interval over independent tokens would cover far less
+    than 95 %."""
     generator, covered = np.random.default_rng(0), 0
     for _ in range(2000):
         counts = generator.integers(1, 30, size=40)
@@ -91,6 +92,12 @@ def test_the_spread_between_few_rows_is_not_taken_for_that_of_all():
 def test_one_row_gives_no_interval_and_its_json_is_valid():
     mean = token_mean([3.0], [2])
     assert (mean.value, mean.low, mean.high) == (1.5, -math.inf, math.inf)
-    assert json.loads(json.dumps(mean.to_dict(), allow_nan=False)) == {"value": 1.5, "low": None, "high": None, "tokens": 2, "n": 1}
+    assert json.loads(json.dumps(mean.to_dict(), allow_nan=False)) == {
+        "value": 1.5,
+        "low": None,
+        "high": None,
+        "tokens": 2,
+        "n": 1,
+    }
     with pytest.raises(ValueError, match="at least one token"):
         token_mean([0.0], [0])

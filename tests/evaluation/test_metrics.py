@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from safecl.evaluation.metrics import (
+from safecl.evaluation.statistics.continual import (
     average_score,
     backward_transfer,
     forgetting,
@@ -48,7 +48,9 @@ def test_scores_that_were_not_measured_never_count_as_zero():
 
 def test_a_single_task_has_no_transfer_and_no_forgetting():
     assert average_score([[0.5]]) == 0.5
-    assert backward_transfer([[0.5]]) is None and forgetting([[0.5]]) is None and forward_transfer([[0.5]], [0.1]) is None
+    assert (
+        backward_transfer([[0.5]]) is None and forgetting([[0.5]]) is None and forward_transfer([[0.5]], [0.1]) is None
+    )
 
 
 def test_the_worst_attack_success_rate_is_the_largest_of_the_course():

@@ -21,9 +21,9 @@ from safecl.evaluation import (
     summarise,
     write_outputs,
 )
-from safecl.evaluation.evaluation import short_answers
-from safecl.evaluation.intervals import rate
-from safecl.evaluation.judges import read_outputs
+from safecl.evaluation.measure import short_answers
+from safecl.evaluation.scoring.judges import read_outputs
+from safecl.evaluation.statistics.intervals import rate
 from tests.evaluation.models import ask, byte_tokenizer
 from tests.evaluation.test_safety import HARM, scripted
 from tests.evaluation.test_task import rows_of
@@ -36,9 +36,15 @@ def measure(answers, when="start", step=0):
     model = scripted(answers | TEXTS, tokenizer)
     rows = rows_of([("is it good", "positive"), ("is it bad", "positive"), ("is it good", "positive")])
     return evaluate(
-        model, tokenizer, when=when, step=step, safety=SafetyConfig(prompts="p", max_new_tokens=200), prompts=ask(*answers),
-        benign=ask("is it good"), tasks=[("films", EvalConfig(path="e"), rows)],
-    )  # fmt: skip
+        model,
+        tokenizer,
+        when=when,
+        step=step,
+        safety=SafetyConfig(prompts="p", max_new_tokens=200),
+        prompts=ask(*answers),
+        benign=ask("is it good"),
+        tasks=[("films", EvalConfig(path="e"), rows)],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,9 @@ def test_each_set_of_answers_has_its_own_file_named_by_step_and_moment(evaluatio
     assert [path.name for path in paths] == ["000000-start-safety.jsonl", "000000-start-films.jsonl"]
     assert [record["answer"] for record in lines(paths[0])] == [*HARM.values(), "positive"]
     assert [record["correct"] for record in lines(paths[1])] == [True, False, True]
-    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == sorted(path.name for path in paths), "no partial file is left"
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == sorted(path.name for path in paths), (
+        "no partial file is left"
+    )
 
 
 def test_a_moment_with_any_name_is_a_file_name(tmp_path):
@@ -94,7 +102,7 @@ def test_an_unknown_privacy_is_refused_and_writes_nothing(tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 def test_short_answers_of_the_tasks_are_off_task_among_answers_to_disallowed_prompts(evaluation):
@@ -115,12 +123,26 @@ def test_the_log_line_never_shows_attack_success_alone(evaluation):
 
 def moment(when, asr_hits, **scores):
     safety = SafetyResult(
-        "keyword:gcg", rate([True] * asr_hits + [False] * (10 - asr_hits)), {}, None, None, None, {}, None, {}, None, None
-    )  # fmt: skip
+        "keyword:gcg",
+        rate([True] * asr_hits + [False] * (10 - asr_hits)),
+        {},
+        None,
+        None,
+        None,
+        {},
+        None,
+        {},
+        None,
+        None,
+    )
     tasks = {}
     for name, value in scores.items():
         value_of = Mean(5, 50, value, value - 1, value + 1)
-        tasks[name] = TaskResult(name, "answer_nll", value_of, False) if name == "nll" else TaskResult(name, "exact_match", value_of, True)
+        tasks[name] = (
+            TaskResult(name, "answer_nll", value_of, False)
+            if name == "nll"
+            else TaskResult(name, "exact_match", value_of, True)
+        )
     return Evaluation(when, 0, safety, tasks)
 
 
@@ -171,7 +193,7 @@ def test_of_many_moments_the_table_keeps_the_ends_and_the_worst(evaluation):
     assert "6 of 10 moments shown" in text and "0.667" in text
 
 
-# ------------------------------------------------------------------------------------------------------------------- judges
+# --------------------------------------------------------------------------------------------------------------- judges
 
 
 def add_module(monkeypatch, **functions):
@@ -222,7 +244,9 @@ def test_verdicts_made_later_on_the_kept_file_give_a_rate(evaluation, tmp_path):
     outputs = evaluation.write_outputs(tmp_path)[0]
     asked = [record for record in read_outputs(outputs) if record["set"] == "disallowed"]
     verdicts = tmp_path / "verdicts.jsonl"
-    verdicts.write_text("\n".join(json.dumps({"id": r["id"], "score": 0.9 if "lock" in r["prompt"] else 0.1}) for r in asked) + "\n\n")
+    verdicts.write_text(
+        "\n".join(json.dumps({"id": r["id"], "score": 0.9 if "lock" in r["prompt"] else 0.1}) for r in asked) + "\n\n"
+    )
     result = rate_of_verdicts(outputs, verdicts)
     assert (result.hits, result.n) == (1, len(HARM))
     verdicts.write_text("\n".join(json.dumps({"id": r["id"], "harmful": True}) for r in asked))

@@ -1,4 +1,5 @@
-"""Two gloo processes, each forward pass a collective as under ZeRO-3. A rank that stops early would hang the other, and so the test."""
+"""Two gloo processes, each forward pass a collective as under ZeRO-3. A rank that stops early would hang the other, and
+so the test."""
 
 from __future__ import annotations
 
@@ -16,9 +17,13 @@ def test_generation_with_unequal_prompt_counts_calls_the_model_equally_often(ran
         from safecl.evaluation import HFEvalModel, generate_greedy
 
         alone = generate_greedy(
-            HFEvalModel(tiny_model(seed=7)), random_prompts(num_prompts[rank], seed=rank), max_new_tokens=9, eos_ids=list(range(3, 20)),
-            pad_id=0, batch_size=4,
-        )  # fmt: skip
+            HFEvalModel(tiny_model(seed=7)),
+            random_prompts(num_prompts[rank], seed=rank),
+            max_new_tokens=9,
+            eos_ids=list(range(3, 20)),
+            pad_id=0,
+            batch_size=4,
+        )
         assert result["answers"] == alone
 
 
@@ -36,11 +41,15 @@ def test_results_are_the_same_for_one_and_two_ranks_and_on_every_rank(rank_pool,
     assert results[0]["calls"] == results[1]["calls"] < alone["calls"] * 1.01 + 8
     for result in results:
         assert result["outputs"]["safety"] == alone["outputs"]["safety"]
-        assert [record["id"] for record in alone["outputs"]["safety"][:num_prompts]] == [f"disallowed-{i}" for i in range(num_prompts)]
+        assert [record["id"] for record in alone["outputs"]["safety"][:num_prompts]] == [
+            f"disallowed-{i}" for i in range(num_prompts)
+        ]
         assert result["results"]["safety"] == alone["results"]["safety"]
         for metric in ("label_accuracy", "exact_match", "gsm8k"):
             assert result["results"]["tasks"][metric] == alone["results"]["tasks"][metric]
-            assert [record["answer"] for record in result["outputs"][metric]] == [record["answer"] for record in alone["outputs"][metric]]
+            assert [record["answer"] for record in result["outputs"][metric]] == [
+                record["answer"] for record in alone["outputs"][metric]
+            ]
         for end in ("value", "low", "high", "tokens"):
             expected = alone["results"]["tasks"]["answer_nll"][end]
             assert result["results"]["tasks"]["answer_nll"][end] == pytest.approx(expected, rel=1e-6)

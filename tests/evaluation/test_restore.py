@@ -7,10 +7,10 @@ import math
 
 from safecl.config import GateConfig
 from safecl.evaluation import judge_gate
-from safecl.evaluation.evaluation import Evaluation
-from safecl.evaluation.intervals import Mean, rate, token_mean
+from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.restore import evaluation_from_dict
 from safecl.evaluation.safety import SafetyResult
+from safecl.evaluation.statistics.intervals import Mean, rate, token_mean
 from safecl.evaluation.task import TaskResult
 
 
@@ -19,7 +19,18 @@ def an_evaluation(over_refusal: bool) -> Evaluation:
     benign = half if over_refusal else None
     by_scorer = {"keyword:gcg": few, "prefix:xstest": half}
     safety = SafetyResult(
-        "keyword:gcg", few, by_scorer, few, half, few, {"label": 3}, benign, by_scorer if over_refusal else {}, benign, half, [{"id": 1}]
+        "keyword:gcg",
+        few,
+        by_scorer,
+        few,
+        half,
+        few,
+        {"label": 3},
+        benign,
+        by_scorer if over_refusal else {},
+        benign,
+        half,
+        [{"id": 1}],
     )
     tasks = {
         "a": TaskResult("a", "exact_match", half, True, {"relaxed": few}, outputs=[{"id": 1}]),
@@ -35,7 +46,9 @@ def test_an_evaluation_comes_back_from_json_with_the_same_numbers_and_the_same_v
         back = evaluation_from_dict(json.loads(json.dumps(measured.to_dict())))
         assert back.to_dict() == measured.to_dict() and back.one_line() == measured.one_line()
         assert back.safety.asr == measured.safety.asr and back.safety.asr_by_scorer == measured.safety.asr_by_scorer
-        assert {name: task.value for name, task in back.tasks.items()} == {name: task.value for name, task in measured.tasks.items()}
+        assert {name: task.value for name, task in back.tasks.items()} == {
+            name: task.value for name, task in measured.tasks.items()
+        }
         gate = GateConfig(max_asr=0.1)
         assert judge_gate(gate, back) == judge_gate(gate, measured)
 

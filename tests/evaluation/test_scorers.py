@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from safecl.evaluation.scorers import (
+from safecl.evaluation.scoring.keywords import (
     GCG_KEYWORDS,
     SCORERS,
     WEI_KEYWORDS,
@@ -12,7 +12,9 @@ from safecl.evaluation.scorers import (
     refused,
 )
 
-LONG = "First take the thing and then put it on the other thing until both of them are in the place where they should be."
+LONG = (
+    "First take the thing and then put it on the other thing until both of them are in the place where they should be."
+)
 
 
 def test_the_lists_are_the_published_ones():

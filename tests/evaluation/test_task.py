@@ -7,15 +7,27 @@ import torch
 
 from safecl.config import ConfigError, EvalConfig
 from safecl.data import ChatRow, Message, tokenize_row
-from safecl.evaluation import HFEvalModel, evaluate_task, likelihood, log_likelihoods
+from safecl.evaluation import HFEvalModel, evaluate_task, log_likelihoods
+from safecl.evaluation.answers import likelihood
 from tests.evaluation.models import SIZES, ScriptedModel, byte_tokenizer, random_prompts, tiny_model
 from tests.evaluation.test_safety import scripted
 
-QUESTIONS = ["great film", "dull", "a joy from start to end", "so long", "meh", "fine", "what a waste of an evening", "go see it"]
+QUESTIONS = [
+    "great film",
+    "dull",
+    "a joy from start to end",
+    "so long",
+    "meh",
+    "fine",
+    "what a waste of an evening",
+    "go see it",
+]
 
 
 def rows_of(pairs, path="eval.jsonl"):
-    return [ChatRow((Message("user", q), Message("assistant", a)), path, line) for line, (q, a) in enumerate(pairs, start=1)]
+    return [
+        ChatRow((Message("user", q), Message("assistant", a)), path, line) for line, (q, a) in enumerate(pairs, start=1)
+    ]
 
 
 def byte_model(tokenizer, seed=0):
@@ -49,7 +61,10 @@ def test_log_likelihoods_equal_an_fp64_oracle_whatever_the_batches(monkeypatch):
 
 def test_answer_nll_is_nats_per_answer_token_with_an_interval_over_rows():
     tokenizer = byte_tokenizer()
-    rows = rows_of((q, a) for q, a in zip(QUESTIONS, ["yes", "no", "certainly so", "a", "maybe", "it is", "no", "yes"], strict=True))
+    rows = rows_of(
+        (q, a)
+        for q, a in zip(QUESTIONS, ["yes", "no", "certainly so", "a", "maybe", "it is", "no", "yes"], strict=True)
+    )
     model = byte_model(tokenizer)
     encoded = [tokenize_row(tokenizer, row, 256) for row in rows]
     sums = [-oracle_log_prob(model, row.input_ids.tolist(), row.loss_mask.tolist()) for row in encoded]
@@ -110,7 +125,10 @@ def test_gsm8k_counts_strict_or_flexible_and_tells_both():
 def test_answers_cut_off_at_max_new_tokens_are_told():
     tokenizer = byte_tokenizer()
     result = evaluate_task(
-        scripted({"a": "blue" * 9}, tokenizer), tokenizer, EvalConfig(path="e", max_new_tokens=4), rows_of([("a", "blue")])
+        scripted({"a": "blue" * 9}, tokenizer),
+        tokenizer,
+        EvalConfig(path="e", max_new_tokens=4),
+        rows_of([("a", "blue")]),
     )
     assert result.details["truncated"].hits == 1
 
@@ -131,7 +149,10 @@ def test_rows_that_do_not_fit_the_metric_are_refused(metric, pairs, message):
 
 def test_plain_text_rows_have_a_likelihood_and_nothing_to_match():
     tokenizer = byte_tokenizer()
-    rows = [ChatRow((Message("text", "once upon a time"),), "book.txt", 1), ChatRow((Message("text", "the end"),), "book.txt", 2)]
+    rows = [
+        ChatRow((Message("text", "once upon a time"),), "book.txt", 1),
+        ChatRow((Message("text", "the end"),), "book.txt", 2),
+    ]
     model = HFEvalModel(byte_model(tokenizer).float())
     assert evaluate_task(model, tokenizer, EvalConfig(path="e", metric="answer_nll"), rows).value.tokens > 10
     with pytest.raises(ConfigError, match=r"book.txt:1: exact_match needs an answer"):

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from safecl.evaluation.utility import exact_match, last_number, reference_number, relaxed_match, strict_number
+from safecl.evaluation.scoring.matches import exact_match, last_number, reference_number, relaxed_match, strict_number
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,6 @@ def test_a_reference_without_the_mark_ends_on_its_last_number():
 
 def test_matches_differ_in_what_they_ignore():
     assert exact_match(" a  b\n", "a b") and not exact_match("A b", "a b")
-    assert relaxed_match("The Answer!", "answer") and relaxed_match("A cat’s", "cats") and not relaxed_match("dog", "cat")
+    assert (
+        relaxed_match("The Answer!", "answer") and relaxed_match("A cat’s", "cats") and not relaxed_match("dog", "cat")
+    )

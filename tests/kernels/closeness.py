@@ -17,8 +17,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_close(actual: Tensor, expected: Tensor, bound: float, what: str = "tensor") -> None:
     """||actual - expected|| <= bound·||expected||.
 
-    A zero tensor has error 1 whatever the scale of the expected one, so a bound near 1 proves nothing and is refused, and so is an expected
-    tensor of zeros (use assert_zero) or one that is not finite.
+    A zero tensor has error 1 whatever the scale of the expected one, so a bound near 1 proves nothing and is refused,
+    and so is an expected tensor of zeros (use assert_zero) or one that is not finite.
     """
     assert 0 < bound <= LOOSEST, f"a bound of {bound} is no test: zeros have an error of 1"
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"

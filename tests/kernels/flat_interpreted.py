@@ -1,4 +1,5 @@
-"""Runs the flat checks and a bitwise comparison with C++ in Triton's interpreter, which must be chosen before kernels are imported.
+"""Runs the flat checks and a bitwise comparison with C++ in Triton's interpreter, which must be chosen before kernels
+are imported.
 
 TRITON_INTERPRET=1 python -m tests.kernels.flat_interpreted
 """

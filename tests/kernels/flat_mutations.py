@@ -1,4 +1,5 @@
-"""Breaks the flat kernels on purpose, one line at a time, and reports which breaks the checks of `flat_suite` do not notice.
+"""Breaks the flat kernels on purpose, one line at a time, and reports which breaks the checks of `flat_suite` do not
+notice.
 
     python -m tests.kernels.flat_mutations torch | cpp | triton
 
@@ -34,7 +35,10 @@ TORCH = {
     "weight decay dropped": ("p - (decay * p + update)", "p - update"),
     "ema of the old p": ("(call, fisher) * (new_p - ema)", "(call, fisher) * (p - ema)"),
     "copy of a moment": ("(out, new_p))", "(out, new_m))"),
-    "penalty loss doubled": ("None if call.anchor is None else (0.5 * total)", "None if call.anchor is None else (1.0 * total)"),
+    "penalty loss doubled": (
+        "None if call.anchor is None else (0.5 * total)",
+        "None if call.anchor is None else (1.0 * total)",
+    ),
     "segments ignored": ("if values is None:\n        return scalar", "if True:\n        return scalar"),
     "found_inf on the device ignored": ("new if found_inf is None else", "new if True else"),
     "stochastic rounding to nearest": ("(bits + noise)", "(bits + 0x7FFF)"),
@@ -57,10 +61,16 @@ CPP = {
     "ema threshold the other way": ("fisher[j] > c.ema_threshold", "fisher[j] < c.ema_threshold"),
     "stochastic noise of the neighbour": ("random_word(at + j, c.seed)", "random_word(0, c.seed)"),
     "fisher not squared": ("c.weight * g[j] * g[j]", "c.weight * g[j]"),
-    "segment decay ignored": ("s >= 0 && c.segments.weight_decay ? c.lr * c.segments.weight_decay[s] : c.weight_decay", "c.weight_decay"),
+    "segment decay ignored": (
+        "s >= 0 && c.segments.weight_decay ? c.lr * c.segments.weight_decay[s] : c.weight_decay",
+        "c.weight_decay",
+    ),
     "norm without penalty": ("c.grad_mult * g[j] + pull[j]", "c.grad_mult * g[j]"),
-    "loss loses half its lanes": ("for (double lane : lanes) sum += lane;", "for (int j = 0; j < kLanes; j += 2) sum += lanes[j];"),
-}  # fmt: skip
+    "loss loses half its lanes": (
+        "for (double lane : lanes) sum += lane;",
+        "for (int j = 0; j < kLanes; j += 2) sum += lanes[j];",
+    ),
+}
 TRITON = {
     "last partial block skipped": ("        if rest:\n", "        if False:\n"),
     "penalty sign": ("g = g + pull", "g = g - pull"),
@@ -69,18 +79,24 @@ TRITON = {
     "ema of the old p": ("rate * (new_p - e)", "rate * (p - e)"),
     "ema threshold included": ("f > ema_threshold", "f >= ema_threshold"),
     "found_inf ignored": ("live = tl.load(found_inf) == 0", "live = tl.load(found_inf) >= 0"),
-    "device scalars out of order": ("tl.load(scalars + 5), tl.load(scalars + 6)", "tl.load(scalars + 6), tl.load(scalars + 5)"),
-    "only the first segment of a block": ("for s in range(first + 1, last + 1)", "for s in range(first + 1, first + 1)"),
+    "device scalars out of order": (
+        "tl.load(scalars + 5), tl.load(scalars + 6)",
+        "tl.load(scalars + 6), tl.load(scalars + 5)",
+    ),
+    "only the first segment of a block": (
+        "for s in range(first + 1, last + 1)",
+        "for s in range(first + 1, first + 1)",
+    ),
     "padding counted": ("mask=mask, other=0.0", "mask=mask, other=1.0"),
     "copy truncated": ("(bits + 0x7FFF + ((bits >> 16) & 1))", "bits"),
     "only one round of partial sums": ("for start in range(0, count, LANES)", "for start in range(0, 1, LANES)"),
     "fisher not squared": ("weight * g * g", "weight * g"),
-}  # fmt: skip
+}
 
 LISTS = {
-    "torch": [("safecl/kernels/flat_arguments.py", SHARED), ("safecl/kernels/flat_torch.py", TORCH)],
+    "torch": [("safecl/kernels/flat/arguments.py", SHARED), ("safecl/kernels/flat/torch_twin.py", TORCH)],
     "cpp": [("csrc/flat_kernels.inc", CPP)],
-    "triton": [("safecl/kernels/flat_triton.py", TRITON)],
+    "triton": [("safecl/kernels/flat/triton_kernels.py", TRITON)],
 }
 SIZES = {"torch": (7, 40_001), "cpp": (7, 40_001), "triton": (7, 5000)}
 
@@ -119,7 +135,9 @@ def build(tree: Path) -> None:
     spec = importlib.util.spec_from_file_location("mutant_setup", tree / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
-    failure = setup.compile_library(tree / "safecl" / "kernels" / "libsafecl.so", (*setup.FLAGS, "-O0", "-DSAFECL_BASELINE_ONLY"))
+    failure = setup.compile_library(
+        tree / "safecl" / "kernels" / "libsafecl.so", (*setup.FLAGS, "-O0", "-DSAFECL_BASELINE_ONLY")
+    )
     assert not failure, failure
 
 

@@ -1,4 +1,5 @@
-"""The flat family in fp64 from other people's formulas: torch.optim.AdamW and autograd. Shares no code with safecl/kernels."""
+"""The flat family in fp64 from other people's formulas: torch.optim.AdamW and autograd. Shares no code with
+safecl/kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 
 def relative_error(got: Tensor, want: Tensor, start: Tensor | None = None) -> float:
-    """||got - want|| / ||want - start||: relative to the distance moved, so that a kernel that does nothing has error 1. NaN stays NaN."""
+    """||got - want|| / ||want - start||: relative to the distance moved, so that a kernel that does nothing has error
+    1. NaN stays NaN."""
     got, want = got.double().cpu(), want.double().cpu()
     moved = want if start is None else want - start.double().cpu()
     scale = moved.norm()
@@ -79,7 +81,8 @@ def _segments(numel: int) -> tuple[list[int], list[float], list[float]]:
 
 
 def oracle_steps(case: Case, inputs: Inputs) -> tuple[dict[str, Tensor], list[float]]:
-    """Final fp64 state and the penalty loss of each step: torch.optim.AdamW on one fp64 parameter per segment, autograd for the penalty."""
+    """Final fp64 state and the penalty loss of each step: torch.optim.AdamW on one fp64 parameter per segment, autograd
+    for the penalty."""
     offsets, strengths, decays = inputs.segments or ([0, inputs.param.numel()], [case.strength], [case.weight_decay])
     bounds = list(itertools.pairwise(offsets))
     params = [inputs.param[a:b].double().clone().requires_grad_() for a, b in bounds]
@@ -90,7 +93,11 @@ def oracle_steps(case: Case, inputs: Inputs) -> tuple[dict[str, Tensor], list[fl
         optimizer.state[p] = {"step": torch.tensor(case.first_step - 1.0), **state}
     ema, losses = None if inputs.ema is None else inputs.ema.double(), []
     for grad in inputs.grads:
-        task = grad.double() * (case.clip if case.clip is not None else 1.0) / (case.scale if case.scale is not None else 1.0)
+        task = (
+            grad.double()
+            * (case.clip if case.clip is not None else 1.0)
+            / (case.scale if case.scale is not None else 1.0)
+        )
         losses.append(_oracle_gradients(case, inputs, params, bounds, strengths, task))
         optimizer.step()
         if case.proximal:

@@ -1,4 +1,5 @@
-"""What every back end of the flat family must do, as plain functions: tests run them, the mutation list expects them to fail."""
+"""What every back end of the flat family must do, as plain functions: tests run them, the mutation list expects them to
+fail."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from safecl.kernels import adamw_step_, ema_update_, fisher_accumulate_, fisher_penalty_, flat_arguments, penalized_grad_norm
+from safecl.kernels import adamw_step_, ema_update_, fisher_accumulate_, fisher_penalty_, penalized_grad_norm
+from safecl.kernels.flat import arguments as flat_arguments
 from tests.kernels.flat_oracle import Case, Inputs, make_inputs, oracle_steps, relative_error
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -48,7 +50,8 @@ CASES = {
 
 
 class Guarded:
-    """A buffer inside a larger one whose surroundings are NaN: a stray write shows in them, a stray read shows in the result."""
+    """A buffer inside a larger one whose surroundings are NaN: a stray write shows in them, a stray read shows in the
+    result."""
 
     def __init__(self, values: Tensor, lead: int, device: str):
         pad = float("nan")
@@ -61,7 +64,9 @@ class Guarded:
     def assert_surroundings_untouched(self) -> None:
         lead, stop = self.span
         now = _bits(self.whole)
-        assert torch.equal(now[:lead], self.before[:lead]) and torch.equal(now[stop:], self.before[stop:]), "wrote outside the buffer"
+        assert torch.equal(now[:lead], self.before[:lead]) and torch.equal(now[stop:], self.before[stop:]), (
+            "wrote outside the buffer"
+        )
 
     def assert_untouched(self) -> None:
         assert torch.equal(_bits(self.whole), self.before), "changed a buffer that had to stay bitwise"
@@ -74,7 +79,11 @@ def _bits(t: Tensor) -> Tensor:
 def guard(inputs: Inputs, device: str, lead: int = 3) -> dict[str, Guarded]:
     names = ("param", "exp_avg", "exp_avg_sq", "anchor", "fisher", "ema", "out")
     leads = range(lead, lead + 2 * len(names), 2)  # every buffer differently (and badly) aligned
-    return {n: Guarded(getattr(inputs, n), k, device) for n, k in zip(names, leads, strict=True) if getattr(inputs, n) is not None}
+    return {
+        n: Guarded(getattr(inputs, n), k, device)
+        for n, k in zip(names, leads, strict=True)
+        if getattr(inputs, n) is not None
+    }
 
 
 def arguments(case: Case, inputs: Inputs, buffers: dict[str, Guarded], step: int) -> dict:
@@ -83,13 +92,29 @@ def arguments(case: Case, inputs: Inputs, buffers: dict[str, Guarded], step: int
     out = {"param_out": buffers["out"].inner} if "out" in buffers else {}
     ema = {k: getattr(case, k) for k in ("ema_decay", "ema_threshold", "ema_decay_above")} if "ema" in given else {}
     return dict(
-        step=step, lr=case.lr, betas=case.betas, eps=case.eps, weight_decay=case.weight_decay, strength=case.strength,
-        proximal=case.proximal, clip_coef=case.clip, grad_scale=case.scale, segments=inputs.segments, **given, **out, **ema,
-    )  # fmt: skip
+        step=step,
+        lr=case.lr,
+        betas=case.betas,
+        eps=case.eps,
+        weight_decay=case.weight_decay,
+        strength=case.strength,
+        proximal=case.proximal,
+        clip_coef=case.clip,
+        grad_scale=case.scale,
+        segments=inputs.segments,
+        **given,
+        **out,
+        **ema,
+    )
 
 
 def run_case(
-    case: Case, numel: int, device: str = "cpu", steps: int = 3, wrap: Callable[[str, float], object] | None = None, lead: int = 3
+    case: Case,
+    numel: int,
+    device: str = "cpu",
+    steps: int = 3,
+    wrap: Callable[[str, float], object] | None = None,
+    lead: int = 3,
 ):
     """Step a case; returns (inputs, guarded buffers, losses). `wrap` turns scalar arguments into tensors."""
     inputs = make_inputs(case, numel, steps)
@@ -97,7 +122,17 @@ def run_case(
     for i, grad in enumerate(inputs.grads):
         kwargs = arguments(case, inputs, buffers, case.first_step + i)
         if wrap:
-            scalars = ("step", "lr", "weight_decay", "strength", "clip_coef", "grad_scale", "ema_decay", "ema_threshold", "ema_decay_above")
+            scalars = (
+                "step",
+                "lr",
+                "weight_decay",
+                "strength",
+                "clip_coef",
+                "grad_scale",
+                "ema_decay",
+                "ema_threshold",
+                "ema_decay_above",
+            )
             kwargs |= {k: wrap(k, kwargs[k]) for k in scalars if kwargs.get(k) is not None}
         g = Guarded(grad, 1, device)
         states = [buffers[n].inner for n in ("param", "exp_avg", "exp_avg_sq")]
@@ -107,7 +142,8 @@ def run_case(
 
 
 def check_step(case: Case, numel: int, device: str = "cpu", wrap=None) -> None:
-    """States, copy and loss agree with the fp64 oracle relative to the distance moved, and nothing outside the buffers was touched."""
+    """States, copy and loss agree with the fp64 oracle relative to the distance moved, and nothing outside the buffers
+    was touched."""
     inputs, buffers, losses = run_case(case, numel, device, wrap=wrap)
     want, want_losses = oracle_steps(case, inputs)
     for name, expected in want.items():
@@ -116,7 +152,9 @@ def check_step(case: Case, numel: int, device: str = "cpu", wrap=None) -> None:
         assert error <= bound, f"{name} is off by {error:.1e} of the distance it moved"
         assert error > 0 or numel <= 8, f"{name} equals fp64 exactly: the oracle is not independent"
     if case.out:
-        assert torch.equal(_bits(buffers["out"].inner), _bits(buffers["param"].inner.bfloat16())), "param_out is not bf16(param)"
+        assert torch.equal(_bits(buffers["out"].inner), _bits(buffers["param"].inner.bfloat16())), (
+            "param_out is not bf16(param)"
+        )
     for guarded in buffers.values():
         guarded.assert_surroundings_untouched()
     for name in ("anchor", "fisher"):
@@ -135,7 +173,8 @@ def _check_losses(case: Case, losses: list, want: list[float], bound: float) -> 
 
 
 def check_found_inf(device: str = "cpu", wrap=lambda x: x) -> None:
-    """A found infinity leaves every buffer bitwise, even with NaN in the gradient; none found changes nothing about the step."""
+    """A found infinity leaves every buffer bitwise, even with NaN in the gradient; none found changes nothing about the
+    step."""
     case = CASES["everything"]
     inputs = make_inputs(case, 1000, steps=1)
     inputs.grads[0][3] = float("inf")
@@ -164,7 +203,8 @@ def check_ema(param_dtype: torch.dtype, numel: int, device: str = "cpu", wrap=la
 
 
 def check_fisher_masked_ema(device: str = "cpu") -> None:
-    """Above the threshold one decay, below, at it and where Fisher is NaN the other; thresholds of 0 and beyond the largest are no edge."""
+    """Above the threshold one decay, below, at it and where Fisher is NaN the other; thresholds of 0 and beyond the
+    largest are no edge."""
     fisher = torch.tensor([0.0, 0.25, 0.5, 1.0, float("nan")], device=device)
     for threshold, above in ((0.0, [1, 2, 3]), (0.25, [2, 3]), (0.5, [3]), (3e38, [])):
         p, g, m, v, ema = (torch.zeros(5, device=device) for _ in range(5))
@@ -175,7 +215,8 @@ def check_fisher_masked_ema(device: str = "cpu") -> None:
 
 
 def check_ema_drift(device: str = "cpu", steps: int = 1000, numel: int = 257) -> None:
-    """After many updates from bf16 weights that keep moving, the fp32 average is the fp64 average, to 1e-5 of the distance it moved."""
+    """After many updates from bf16 weights that keep moving, the fp32 average is the fp64 average, to 1e-5 of the
+    distance it moved."""
     g = torch.Generator().manual_seed(3)
     weights = torch.randn(numel, generator=g)
     ema = weights.clone().to(device)
@@ -256,7 +297,12 @@ def check_split_invariance(numel: int, cut: int, device: str = "cpu") -> None:
             call = arguments(case, inputs, parts, case.first_step)
             call |= {k: call[k][part] for k in ("anchor", "fisher", "ema", "param_out") if k in call}
             call["segments"] = table.slice(part.start, part.stop)
-            adamw_step_(parts["param"].inner[part], grad[part], *(parts[n].inner[part] for n in ("exp_avg", "exp_avg_sq")), **call)
+            adamw_step_(
+                parts["param"].inner[part],
+                grad[part],
+                *(parts[n].inner[part] for n in ("exp_avg", "exp_avg_sq")),
+                **call,
+            )
         for key, guarded in whole.items():
             assert torch.equal(_bits(guarded.inner), _bits(parts[key].inner)), f"{key} depends on how the buffer is cut"
 
@@ -271,7 +317,8 @@ def check_repeatability(numel: int, device: str = "cpu") -> None:
 
 
 def check_stochastic_rounding(device: str = "cpu", numel: int = 4096, draws: int = 64) -> None:
-    """A bf16 EMA stays on the two neighbours of the exact value, averages to it over draws and elements, and repeats with its seed."""
+    """A bf16 EMA stays on the two neighbours of the exact value, averages to it over draws and elements, and repeats
+    with its seed."""
     exact = 1.0 + 0.1 * (2.0 - 1.0) * 0.01  # from 1 towards 1.01 at rate 0.1: 13 % of a bf16 step
     target, sums = torch.full((numel,), 1.01, device=device), torch.zeros(numel, dtype=torch.float64)
     generator = torch.Generator().manual_seed(5)
@@ -287,7 +334,9 @@ def check_stochastic_rounding(device: str = "cpu", numel: int = 4096, draws: int
     deviation = 0.0078125 * (0.128 * 0.872 / (numel * draws)) ** 0.5
     assert abs(mean - exact) <= 5 * deviation, f"mean {mean} is not {exact}: biased rounding"
     per_element = sums / draws
-    assert float(per_element.std()) <= 1.2 * 0.0078125 * (0.128 * 0.872 / draws) ** 0.5, "elements keep their rounding from draw to draw"
+    assert float(per_element.std()) <= 1.2 * 0.0078125 * (0.128 * 0.872 / draws) ** 0.5, (
+        "elements keep their rounding from draw to draw"
+    )
     assert not torch.equal(*firsts), "two draws from one generator are equal"
     again = torch.ones(numel, dtype=BF16, device=device)
     ema_update_(again, target, 0.9, generator=torch.Generator().manual_seed(5))
@@ -317,7 +366,8 @@ def check_nan_is_not_hidden(device: str = "cpu") -> None:
 
 
 def check_proximal_is_stable(device: str = "cpu") -> None:
-    """Whatever strength x lr, the proximal step ends between start and anchor; the strongest ends on the anchor, a tiny one is exact."""
+    """Whatever strength x lr, the proximal step ends between start and anchor; the strongest ends on the anchor, a tiny
+    one is exact."""
     for strength, lr in ((1e-9, 1e-3), (1.0, 1e-3), (1e12, 1e-3), (3e38, 1e-3), (3e38, 10.0)):
         case = Case(anchor=F32, fisher=F32, proximal=True, strength=strength, lr=lr, weight_decay=0.0)
         inputs = make_inputs(case, 513, steps=1)
@@ -325,12 +375,18 @@ def check_proximal_is_stable(device: str = "cpu") -> None:
         want, _ = oracle_steps(case, inputs)
         b = guard(inputs, device)
         adamw_step_(
-            b["param"].inner, inputs.grads[0].to(device), b["exp_avg"].inner, b["exp_avg_sq"].inner, **arguments(case, inputs, b, 1)
+            b["param"].inner,
+            inputs.grads[0].to(device),
+            b["exp_avg"].inner,
+            b["exp_avg_sq"].inner,
+            **arguments(case, inputs, b, 1),
         )
         got = b["param"].inner
         assert relative_error(got, want["param"]) <= 2e-7, f"strength {strength}"
         if strength == 1.0:
-            assert relative_error(got, want["param"], inputs.param) <= 1e-3  # moved by 1e-4 of |p|; fp32 of p itself is the floor
+            assert (
+                relative_error(got, want["param"], inputs.param) <= 1e-3
+            )  # moved by 1e-4 of |p|; fp32 of p itself is the floor
 
 
 @contextmanager
@@ -362,18 +418,26 @@ def check_device_scalars() -> None:
 
 def check_partial_sums(device: str = "cpu") -> None:
     """The Triton kernels' second stage adds more partial sums than it has lanes, in fp64."""
-    from safecl.kernels import flat_triton
+    from safecl.kernels.flat import triton_kernels
 
-    partial = torch.rand(2 * flat_triton.LANES + 77, generator=torch.Generator().manual_seed(0)).to(device)
+    partial = torch.rand(2 * triton_kernels.LANES + 77, generator=torch.Generator().manual_seed(0)).to(device)
     want = 0.5 * float(partial.double().sum())
-    assert abs(float(flat_triton._sum(partial, 0.5, torch.float64)) - want) <= 1e-12 * want
+    assert abs(float(triton_kernels._sum(partial, 0.5, torch.float64)) - want) <= 1e-12 * want
 
 
-def quick_checks(sizes: tuple[int, ...], device: str = "cpu", triton: bool = False) -> list[tuple[str, Callable[[], None]]]:
+def quick_checks(
+    sizes: tuple[int, ...], device: str = "cpu", triton: bool = False
+) -> list[tuple[str, Callable[[], None]]]:
     """The whole list at small sizes: what the interpreter, the mutations and the GPU run."""
-    checks = [(f"step {name}, {n} elements", lambda c=case, n=n: check_step(c, n, device)) for name, case in CASES.items() for n in sizes]
+    checks = [
+        (f"step {name}, {n} elements", lambda c=case, n=n: check_step(c, n, device))
+        for name, case in CASES.items()
+        for n in sizes
+    ]
     checks += [(f"ema from {d}, {n}", lambda d=d, n=n: check_ema(d, n, device)) for d in (F32, BF16) for n in sizes]
-    checks += [(f"fisher from {d}, {n}", lambda d=d, n=n: check_fisher(d, n, device)) for d in (F32, BF16) for n in sizes]
+    checks += [
+        (f"fisher from {d}, {n}", lambda d=d, n=n: check_fisher(d, n, device)) for d in (F32, BF16) for n in sizes
+    ]
     penalties = ((F32, F32, F32, F32), (F32, F32, BF16, BF16), (BF16, BF16, BF16, BF16), (F32, F32, F32, None))
     checks += [(f"penalty {d}, {n}", lambda d=d, n=n: check_penalty(d, n, device)) for d in penalties for n in sizes]
     checks += [

@@ -1,7 +1,7 @@
 """The head's Triton kernels on a CPU, through Triton's interpreter:  python -m tests.kernels.head_interpreted
 
-Prints one JSON object, check -> what went wrong ("" for nothing). A process of its own, because TRITON_INTERPRET counts when triton is
-imported.
+Prints one JSON object, check -> what went wrong ("" for nothing). A process of its own, because TRITON_INTERPRET counts
+when triton is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def checks() -> dict[str, Callable[[], None]]:
 
     found = {}
     for name, case in head_suite.CASES.items():
-        small = case.but(tokens=4, vocab=700, teacher_vocab=case.teacher_vocab and case.teacher_vocab - 300, k=min(case.k, 3))
+        small = case.but(
+            tokens=4, vocab=700, teacher_vocab=case.teacher_vocab and case.teacher_vocab - 300, k=min(case.k, 3)
+        )
         found[name] = lambda small=small: head_suite.check(small, head_suite.BOUNDS[small.dtype] * 2)
     for divergence in ("forward_kl", "reverse_kl", "jsd", "mse"):
         found[f"{divergence}: a masked token is not there"] = lambda d=divergence: head_suite.check_masked(d, tokens=3)
@@ -34,7 +36,9 @@ def checks() -> dict[str, Callable[[], None]]:
     found["given logits"] = head_suite.check_given_logits
     found["rows of weight 0"] = test_distill_loss.test_rows_of_weight_zero_are_never_read
     found["a teacher that excludes a token"] = test_head.test_a_teacher_that_excludes_a_token_pushes_it_down
-    found["an infinite loss"] = test_head.test_a_student_without_mass_where_the_teacher_has_it_is_infinitely_far_with_a_finite_gradient
+    found["an infinite loss"] = (
+        test_head.test_a_student_without_mass_where_the_teacher_has_it_is_infinitely_far_with_a_finite_gradient
+    )
     found["a masked label"] = test_head.test_a_masked_label_is_infinitely_unlikely_with_a_finite_gradient
     return found
 
@@ -48,9 +52,10 @@ def outcome(check: Callable[[], None]) -> str:
 
 
 def run_all() -> dict[str, str]:
-    from safecl.kernels import backends, head_triton
+    from safecl.kernels import backends
+    from safecl.kernels.head import triton_kernels
 
-    head_triton.BLOCK = BLOCK
+    triton_kernels.BLOCK = BLOCK
     with backends.using("triton"):
         return {name: outcome(check) for name, check in checks().items()}
 

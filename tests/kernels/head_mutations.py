@@ -2,8 +2,8 @@
 
     python -m tests.kernels.head_mutations torch | triton
 
-Each mutant is a copy of the package with one line changed, imported in place of the original; torch mutants face ``quick_checks``, Triton
-mutants the interpreter's checks of ``head_interpreted``.
+Each mutant is a copy of the package with one line changed, imported in place of the original; torch mutants face
+``quick_checks``, Triton mutants the interpreter's checks of ``head_interpreted``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ DRIVER = {
     "ce weights for kd": ("def row_losses", "call.kd_weights[index]", "call.ce_weights[index]"),
 }
 SPANS = {
-    "last partial chunk skipped": ("def spans", "range(0, total, step)", "range(0, total - total % step if total > step else total, step)")
+    "last partial chunk skipped": (
+        "def spans",
+        "range(0, total, step)",
+        "range(0, total - total % step if total > step else total, step)",
+    )
 }
 MATMUL = {
     "logits rounded to bf16": (
@@ -55,7 +59,11 @@ DIVERGENCES = {
     "KL swapped, near form": ("def _near_terms", '== "forward_kl"', '== "reverse_kl"'),
     "KL swapped, far form": ("def _far_terms", '== "forward_kl"', '== "reverse_kl"'),
     "1/T missing": ("def dense_divergence", "options.kd_scale / options.temperature", "options.kd_scale"),
-    "1/T missing against a top-k teacher": ("def topk_event_gradients", "options.kd_scale / options.temperature", "options.kd_scale"),
+    "1/T missing against a top-k teacher": (
+        "def topk_event_gradients",
+        "options.kd_scale / options.temperature",
+        "options.kd_scale",
+    ),
     "T^2 missing": ("def dense_divergence", "return loss * options.kd_scale", "return loss"),
     "tail term missing": ("def topk_event_gradients", "log_tail[:, None]", "log_tail[:, None] - 50"),
     "tail formed as 1 - sum": (
@@ -73,7 +81,11 @@ DIVERGENCES = {
     "beta swapped": ("def _near_terms", "torch.mul(e, beta, out=terms)", "torch.mul(e, 1 - beta, out=terms)"),
     "JSD without E": ("def _near_terms", "p_grad, p_grad.sum(-1, keepdim=True)", "p_grad, None"),
     "kd weights ignored": ("def _weighted_gradient", "addcmul_(kd_grad, weights)", "add_(kd_grad)"),
-    "plain sum for the loss": ("def _near_terms", "torch.sub(r, e, out=terms).addcmul_(e, r)", "torch.addcmul(r, e, r, out=terms)"),
+    "plain sum for the loss": (
+        "def _near_terms",
+        "torch.sub(r, e, out=terms).addcmul_(e, r)",
+        "torch.addcmul(r, e, r, out=terms)",
+    ),
 }
 GATHER = {
     "gathered dW dropped": ("def _store_gradients", "index_add_", "index_add"),
@@ -82,9 +94,17 @@ GATHER = {
 TRITON = {
     "1/T missing": ("def dense_rows_kernel", "kd_scale * inverse_t", "kd_scale"),
     "1/T missing against a top-k teacher": ("def topk_rows_kernel", "kd_scale * inverse_t", "kd_scale"),
-    "last partial block skipped": ("    if NEEDS_GRAD or DIVERGENCE", "range(0, vocab, BLOCK)", "range(0, vocab // BLOCK * BLOCK, BLOCK)"),
+    "last partial block skipped": (
+        "    if NEEDS_GRAD or DIVERGENCE",
+        "range(0, vocab, BLOCK)",
+        "range(0, vocab // BLOCK * BLOCK, BLOCK)",
+    ),
     "statistics of the first block only": ("def _statistics", "range(0, vocab, BLOCK)", "range(0, BLOCK, BLOCK)"),
-    "KL swapped": ("def _dense_terms", "log_p * LN_2, log_q * LN_2, p, q, r, beta", "log_q * LN_2, log_p * LN_2, q, p, -r, beta"),
+    "KL swapped": (
+        "def _dense_terms",
+        "log_p * LN_2, log_q * LN_2, p, q, r, beta",
+        "log_q * LN_2, log_p * LN_2, q, p, -r, beta",
+    ),
     "lanes joined without rescaling": ("def _finish", "total * tl.exp2(peak - top)", "total"),
     "series cut off": ("def _exp_excess", "r * (1 / 6", "0 * (1 / 6"),
     "E forgotten": ("def dense_rows_kernel", "kd_grad -= p * expected", "kd_grad -= 0"),
@@ -97,11 +117,22 @@ TRITON = {
     "softcap slope dropped": ("def _shape_backward", "grad * (1 - (z / cap) * (z / cap))", "grad"),
     "logit scale dropped in the gradient": ("def _shape_backward", "grad * scale", "grad"),
     "z-loss not in the gradient": ("def dense_rows_kernel", "2 * z_loss", "0"),
-    "scattered gradients forgotten": ("def topk_rows(", "dlogits.scatter_(1, indices, top_grad.to(dlogits.dtype))", "pass"),
+    "scattered gradients forgotten": (
+        "def topk_rows(",
+        "dlogits.scatter_(1, indices, top_grad.to(dlogits.dtype))",
+        "pass",
+    ),
     "shared vocabulary ignored": ("def dense_rows(", "min(vocab, teacher.shape[1])", "vocab"),
 }
 LISTS = {
-    "torch": {"head_driver": DRIVER, "spans": SPANS, "matmul": MATMUL, "head": HEAD, "divergences": DIVERGENCES, "head_gather": GATHER},
+    "torch": {
+        "head_driver": DRIVER,
+        "spans": SPANS,
+        "matmul": MATMUL,
+        "head": HEAD,
+        "divergences": DIVERGENCES,
+        "head_gather": GATHER,
+    },
     "triton": {"head_triton": TRITON},
 }
 
@@ -111,7 +142,9 @@ def quick_checks() -> dict[str, Callable[[], None]]:
     from tests.kernels import head_suite, test_head, test_head_topk
 
     found = {name: lambda case=case: head_suite.check(case) for name, case in head_suite.CASES.items()}
-    found["chunks"] = lambda: head_suite.check(head_suite.Case(tokens=21, tile_rows=8, labels="all", teacher_rows="all"))
+    found["chunks"] = lambda: head_suite.check(
+        head_suite.Case(tokens=21, tile_rows=8, labels="all", teacher_rows="all")
+    )
     found["far form"] = lambda: head_suite.check(head_suite.Case(std=40.0, drift=1.0))
     found["scaled"] = head_suite.check_scaled
     found["not negative"] = head_suite.check_not_negative
@@ -123,7 +156,8 @@ def quick_checks() -> dict[str, Callable[[], None]]:
 
 
 def first_failure(backend: str, tree: Path) -> str:
-    """The first check that the kernels of ``tree`` fail; "" if they pass all. In a forked child, which starts without safecl imported."""
+    """The first check that the kernels of ``tree`` fail; "" if they pass all. In a forked child, which starts without
+    safecl imported."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -149,7 +183,7 @@ def _first_of(backend: str, tree: Path) -> str:
     assert Path(backends.__file__).is_relative_to(tree), backends.__file__
     if backend == "triton":
         runner = importlib.import_module("tests.kernels.head_interpreted")
-        importlib.import_module("safecl.kernels.head_triton").BLOCK = runner.BLOCK
+        importlib.import_module("safecl.kernels.head.triton_kernels").BLOCK = runner.BLOCK
         checks = runner.checks()
     else:
         checks = importlib.import_module("tests.kernels.head_mutations").quick_checks()

@@ -1,4 +1,5 @@
-"""The distillation head in fp64 from its definition: [tokens, vocab] in memory, plain sums, autograd. No code of safecl/kernels."""
+"""The distillation head in fp64 from its definition: [tokens, vocab] in memory, plain sums, autograd. No code of
+safecl/kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of shapes and options. drift: how far the teacher's hidden states are from the student's; std: of the logits."""
+    """One combination of shapes and options. drift: how far the teacher's hidden states are from the student's; std: of
+    the logits."""
 
     tokens: int = 13
     width: int = 24
@@ -67,8 +69,18 @@ def make_inputs(case: Case) -> Inputs:
     if case.teacher and case.teacher_rows == "some":
         rows = torch.randperm(case.tokens, generator=g)[: max(1, case.tokens // 2)]
     kd_weights = normal(case.tokens)
-    inputs = Inputs(hidden.to(case.dtype), weight.to(case.dtype), None if bias is None else bias.to(case.dtype), _labels(case, g),
-                    normal(case.tokens), kd_weights, rows, None, None, None)  # fmt: skip
+    inputs = Inputs(
+        hidden.to(case.dtype),
+        weight.to(case.dtype),
+        None if bias is None else bias.to(case.dtype),
+        _labels(case, g),
+        normal(case.tokens),
+        kd_weights,
+        rows,
+        None,
+        None,
+        None,
+    )
     if case.teacher:
         _make_teacher(case, inputs, normal)
     return inputs
@@ -189,9 +201,13 @@ def truth(case: Case, inputs: Inputs, stored: tuple[Tensor, Tensor, Tensor] | No
         else:
             part = dense_kd(z[rows], teacher_logits(case, inputs), case)
         kd = zeros.index_add(0, rows, part) * (case.temperature**2 if case.temperature_scale == "square" else 1.0)
-    loss = (inputs.ce_weights.double() * (ce + case.z_loss * lse.square())).sum() + (inputs.kd_weights.double() * kd).sum()
+    loss = (inputs.ce_weights.double() * (ce + case.z_loss * lse.square())).sum() + (
+        inputs.kd_weights.double() * kd
+    ).sum()
     if not loss.requires_grad:
         return Truth(loss, ce, kd, lse, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()})
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    grads = {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)}
+    grads = {
+        name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)
+    }
     return Truth(loss.detach(), ce.detach(), kd.detach(), lse.detach(), grads)

@@ -1,4 +1,5 @@
-"""What the head must do on every back end, as plain functions: tests run them, the mutation list expects them to fail."""
+"""What the head must do on every back end, as plain functions: tests run them, the mutation list expects them to
+fail."""
 
 from __future__ import annotations
 
@@ -6,7 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from safecl.kernels import DenseTeacher, LinearDistillOutput, LogitsTeacher, TopKTeacher, distill_loss, linear_distill_loss, linear_topk
+from safecl.kernels import (
+    DenseTeacher,
+    LinearDistillOutput,
+    LogitsTeacher,
+    TopKTeacher,
+    distill_loss,
+    linear_distill_loss,
+    linear_topk,
+)
 from tests.kernels.closeness import assert_close, assert_zero
 from tests.kernels.head_oracle import Case, Inputs, dense_kd, make_inputs, teacher_logits, truth
 
@@ -35,11 +44,15 @@ CASES = {
     "top-k truncated, reverse KL": Case(teacher="topk", mode="truncated", divergence="reverse_kl", drift=0.5),
     "top-k truncated, JSD": Case(teacher="topk", mode="truncated", divergence="jsd", drift=0.5),
     "top-k renormalised": Case(teacher="topk", mode="renormalised", labels="all"),
-    "top-k renormalised, gathered": Case(teacher="topk", mode="renormalised", k=5, labels="none", divergence="jsd", bias=True),
+    "top-k renormalised, gathered": Case(
+        teacher="topk", mode="renormalised", k=5, labels="none", divergence="jsd", bias=True
+    ),
     "top-k uniform tail": Case(teacher="topk", mode="uniform_tail", temperature=2.0),
     "top-k uniform tail, reverse KL": Case(teacher="topk", mode="uniform_tail", divergence="reverse_kl"),
     "DER through the full product": Case(teacher="topk", divergence="mse", labels="all", k=5),
-    "DER through gathered rows": Case(teacher="topk", divergence="mse", labels="some", teacher_rows="all", k=5, bias=True, softcap=9.0),
+    "DER through gathered rows": Case(
+        teacher="topk", divergence="mse", labels="some", teacher_rows="all", k=5, bias=True, softcap=9.0
+    ),
     "k = 1": Case(teacher="topk", k=1, temperature=1.5),
 }
 
@@ -63,11 +76,21 @@ def run(case: Case, inputs: Inputs, teacher, **changes) -> tuple[LinearDistillOu
     leaves = {name: getattr(inputs, name).detach().clone().requires_grad_() for name in names}
     tile_bytes = 2**30 if case.tile_rows is None else case.tile_rows * case.vocab * 8
     arguments = {
-        "labels": inputs.labels, "ce_weights": inputs.ce_weights, "teacher": teacher, "teacher_rows": inputs.teacher_rows,
-        "kd_weights": inputs.kd_weights, "divergence": case.divergence, "beta": case.beta, "temperature": case.temperature,
-        "temperature_scale": case.temperature_scale, "softcap": case.softcap, "logit_scale": case.logit_scale, "z_loss": case.z_loss,
-        "tile_bytes": tile_bytes, **changes,
-    }  # fmt: skip
+        "labels": inputs.labels,
+        "ce_weights": inputs.ce_weights,
+        "teacher": teacher,
+        "teacher_rows": inputs.teacher_rows,
+        "kd_weights": inputs.kd_weights,
+        "divergence": case.divergence,
+        "beta": case.beta,
+        "temperature": case.temperature,
+        "temperature_scale": case.temperature_scale,
+        "softcap": case.softcap,
+        "logit_scale": case.logit_scale,
+        "z_loss": case.z_loss,
+        "tile_bytes": tile_bytes,
+        **changes,
+    }
     output = linear_distill_loss(leaves["hidden"], leaves["weight"], bias=leaves.get("bias"), **arguments)
     output.loss.backward()
     return output, {name: leaf.grad for name, leaf in leaves.items()}
@@ -101,7 +124,15 @@ def _compare(actual, expected, bound: float, what: str) -> None:
 def check_equal(divergence: str, dtype: torch.dtype = F32, tokens: int = 13) -> None:
     """p == q: loss and gradients are zero to the last bit."""
     case = Case(
-        tokens, divergence=divergence, dtype=dtype, drift=0.0, labels="none", teacher_rows="all", temperature=2.0, softcap=9.0, bias=True
+        tokens,
+        divergence=divergence,
+        dtype=dtype,
+        drift=0.0,
+        labels="none",
+        teacher_rows="all",
+        temperature=2.0,
+        softcap=9.0,
+        bias=True,
     )
     inputs = make_inputs(case)
     output, grads = run(case, inputs, make_teacher(case, inputs))
@@ -153,8 +184,15 @@ def check_scaled(factor: float = 0.3) -> None:
     inputs = make_inputs(case)
     want = truth(case, inputs).grads["weight"]
     weight = inputs.weight.clone().requires_grad_()
-    options = {"teacher": make_teacher(case, inputs), "teacher_rows": inputs.teacher_rows, "kd_weights": inputs.kd_weights}
-    (factor * linear_distill_loss(inputs.hidden, weight, labels=inputs.labels, ce_weights=inputs.ce_weights, **options).loss).backward()
+    options = {
+        "teacher": make_teacher(case, inputs),
+        "teacher_rows": inputs.teacher_rows,
+        "kd_weights": inputs.kd_weights,
+    }
+    (
+        factor
+        * linear_distill_loss(inputs.hidden, weight, labels=inputs.labels, ce_weights=inputs.ce_weights, **options).loss
+    ).backward()
     assert_close(weight.grad, factor * want, 5e-5)
 
 

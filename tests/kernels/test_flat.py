@@ -8,7 +8,13 @@ from tests.kernels import flat_suite as suite
 
 F32, BF16 = suite.F32, suite.BF16
 SIZES = (0, 1, 7, 127, 129, 1023, 70001)
-PENALTY_DTYPES = [(F32, F32, F32, F32), (F32, F32, BF16, F32), (F32, F32, BF16, BF16), (BF16, BF16, BF16, BF16), (BF16, F32, F32, None)]
+PENALTY_DTYPES = [
+    (F32, F32, F32, F32),
+    (F32, F32, BF16, F32),
+    (F32, F32, BF16, BF16),
+    (BF16, BF16, BF16, BF16),
+    (BF16, F32, F32, None),
+]
 
 
 @pytest.fixture(params=["torch", "cpp"], autouse=True)

@@ -1,4 +1,5 @@
-"""What is particular to the C++ back end: one result on every instruction set and thread count, fork, and life without a compiler."""
+"""What is particular to the C++ back end: one result on every instruction set and thread count, fork, and life without
+a compiler."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def all_results(numel: int = NUMEL) -> dict[str, torch.Tensor]:
 
 
 def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    different = [k for k in first if not torch.equal(suite._bits(first[k].reshape(-1)), suite._bits(second[k].reshape(-1)))]
+    different = [
+        k for k in first if not torch.equal(suite._bits(first[k].reshape(-1)), suite._bits(second[k].reshape(-1)))
+    ]
     assert not different, f"different bits: {different}"
 
 
@@ -71,8 +74,8 @@ def test_every_instruction_set_gives_the_same_bits(name):
 
 @built
 def test_the_twin_gives_the_same_bits_apart_from_its_square_root_and_the_order_of_sums():
-    """torch's own sqrt is MKL's, which rounds 0.6 % of its results the other way: param follows it by an ulp, and ema and the next moment
-    follow param."""
+    """torch's own sqrt is MKL's, which rounds 0.6 % of its results the other way: param follows it by an ulp, and ema
+    and the next moment follow param."""
     with backends.using("torch"):
         twin = all_results(70_001)
     ours = all_results(70_001)
@@ -133,7 +136,9 @@ def test_callers_in_several_threads_do_not_disturb_each_other(threads_from, monk
 
 def _in_child(queue, tensors):
     suite.ema_update_(*tensors, 0.5)
-    queue.put(float(tensors[0].numpy().sum()))  # torch's own sum would wait for OpenMP's threads, which did not come along
+    queue.put(
+        float(tensors[0].numpy().sum())
+    )  # torch's own sum would wait for OpenMP's threads, which did not come along
 
 
 @built
@@ -205,7 +210,9 @@ def test_without_the_library_the_twin_runs_and_one_line_says_so(monkeypatch, cap
         with caplog.at_level(logging.WARNING, logger="safecl.kernels"):
             for _ in range(3):
                 suite.ema_update_(torch.zeros(8), torch.ones(8), 0.5)
-        assert [r.getMessage() for r in caplog.records] == ["flat kernels on cpu run in torch: the C++ library is not built"]
+        assert [r.getMessage() for r in caplog.records] == [
+            "flat kernels on cpu run in torch: the C++ library is not built"
+        ]
         row = next(c for c in backends.table() if c.kernel == "adamw_step_" and c.device == "cpu")
         assert (row.backend, row.note) == ("torch", "the C++ library is not built")
     finally:
@@ -221,7 +228,9 @@ def test_a_build_without_a_compiler_succeeds_with_one_clear_line(tmp_path):
     (tmp_path / "README.md").write_text("x")
     shutil.copy(ROOT / "LICENSE", tmp_path)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if "safecl" in line)
     assert line == (
@@ -232,7 +241,10 @@ def test_a_build_without_a_compiler_succeeds_with_one_clear_line(tmp_path):
 
 
 def test_a_forced_back_end_that_cannot_run_is_refused_by_name(monkeypatch):
-    with pytest.raises(ValueError, match="SAFECL_KERNELS is 'cuda'; the flat kernels have triton, cpp, torch"), backends.using("cuda"):
+    with (
+        pytest.raises(ValueError, match="SAFECL_KERNELS is 'cuda'; the flat kernels have triton, cpp, torch"),
+        backends.using("cuda"),
+    ):
         suite.ema_update_(torch.zeros(2), torch.ones(2), 0.5)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backends._choose.cache_clear()

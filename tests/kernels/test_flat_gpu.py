@@ -7,7 +7,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from safecl.kernels import Segments, adamw_step_, backends, ema_update_, fisher_accumulate_, fisher_penalty_, native, penalized_grad_norm
+from safecl.kernels import (
+    Segments,
+    adamw_step_,
+    backends,
+    ema_update_,
+    fisher_accumulate_,
+    fisher_penalty_,
+    native,
+    penalized_grad_norm,
+)
 from tests.kernels import flat_suite as suite
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -37,7 +46,15 @@ def shard(numel: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return fresh | {"anchor": fresh["param"].bfloat16(), "param_out": torch.zeros(numel, dtype=BF16, device=CUDA)}
 
 
-SCALARS = {"step": 3, "lr": 1e-3, "strength": 0.5, "ema_decay": 0.99, "clip_coef": 0.5, "grad_scale": 2.0, "weight_decay": 0.1}
+SCALARS = {
+    "step": 3,
+    "lr": 1e-3,
+    "strength": 0.5,
+    "ema_decay": 0.99,
+    "clip_coef": 0.5,
+    "grad_scale": 2.0,
+    "weight_decay": 0.1,
+}
 
 
 def step(tensors: dict[str, torch.Tensor], scalars: dict, **more) -> torch.Tensor:
@@ -48,7 +65,9 @@ def test_cuda_tensors_run_in_triton():
     assert {c.backend for c in backends.table() if c.device == "cuda" and c.kernel.endswith("_")} == {"triton"}
 
 
-@pytest.mark.parametrize("check", suite.quick_checks((0, 1, 2047, 2049, 300_007), CUDA, triton=True), ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "check", suite.quick_checks((0, 1, 2047, 2049, 300_007), CUDA, triton=True), ids=lambda c: c[0]
+)
 def test_the_flat_checks_hold(check):
     check[1]()
 
@@ -62,7 +81,9 @@ def test_device_scalars_give_the_same_step(name):
     suite.check_penalty((F32, F32, BF16, BF16), 129, CUDA, wrap=on_device)
 
 
-@pytest.mark.skipif(bool(native.missing()), reason="the C++ library is not built, and the twin's square root is torch's")
+@pytest.mark.skipif(
+    bool(native.missing()), reason="the C++ library is not built, and the twin's square root is torch's"
+)
 def test_elements_agree_bitwise_with_the_cpu_kernels():
     ours, cpu = shard(300_007), None
     cpu = {name: t.cpu() for name, t in ours.items()}
@@ -85,15 +106,17 @@ def test_no_kernel_waits_for_the_device():
             ema_update_(low, t["param"], 0.9, generator=g)
             fisher_accumulate_(t["fisher"], t["grad"], scalars["clip_coef"])
             fisher_penalty_(t["grad"], t["param"], t["anchor"], t["fisher"], scalars["strength"])
-            penalized_grad_norm(t["grad"], t["param"], t["anchor"], t["fisher"], 0.5, grad_scale=scalars["grad_scale"], segments=table)
+            penalized_grad_norm(
+                t["grad"], t["param"], t["anchor"], t["fisher"], 0.5, grad_scale=scalars["grad_scale"], segments=table
+            )
 
 
 def test_new_values_never_recompile():
-    from safecl.kernels import flat_triton
+    from safecl.kernels.flat import triton_kernels
 
     t = shard(8192)
     step(t, SCALARS)
-    compiled = lambda: sum(len(cache[0]) for cache in flat_triton.adamw_kernel.device_caches.values())  # noqa: E731
+    compiled = lambda: sum(len(cache[0]) for cache in triton_kernels.adamw_kernel.device_caches.values())  # noqa: E731
     before = compiled()
     for i in range(1, 5):
         step(t, {k: v * (1 - 0.1 * i) if k != "step" else 100 * i + 1 for k, v in SCALARS.items()})
@@ -150,7 +173,9 @@ def test_more_than_two_to_the_31_elements():
     step(want, scalars)
     for name in names:
         assert torch.equal(large[name][tail], want[name]), name
-        assert len(torch.unique(large[name][: numel - 5000 : 1_000_003])) == 1, f"{name}: an element in the middle was missed"
+        assert len(torch.unique(large[name][: numel - 5000 : 1_000_003])) == 1, (
+            f"{name}: an element in the middle was missed"
+        )
     square, _ = penalized_grad_norm(large["grad"])
     exact = 0.0625 * (numel - 5000) + float(large["grad"][tail].double().square().sum())
     assert float(square) == pytest.approx(exact, rel=1e-6)

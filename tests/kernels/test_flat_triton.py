@@ -11,38 +11,51 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from safecl.kernels import flat_triton
+from safecl.kernels.flat import triton_kernels
 from tests.kernels.triton_aot import compile_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 F32, BF16, I64 = "*fp32", "*bf16", "*i64"
 FLOATS = ("grad_mult", "lr", "step_size", "inv_sqrt_correction2", "decay", "strength", "ema_rate")
 FLOATS += ("ema_threshold", "ema_rate_above", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps")
-SHAPE = {"n": "i64", "first_block": "i32", "BLOCK": flat_triton.BLOCK, "MASKED": False}
+SHAPE = {"n": "i64", "first_block": "i32", "BLOCK": triton_kernels.BLOCK, "MASKED": False}
 NO_TABLE = {"starts": None, "first_segment": None, "segment_strength": None}
 TABLE = {"starts": I64, "first_segment": I64, "segment_strength": F32}
 
-ADAMW = SHAPE | NO_TABLE | dict.fromkeys(FLOATS, "fp32") | {"segment_decay": None, "PROXIMAL": False, "EMA_BY_FISHER": False}
+ADAMW = (
+    SHAPE
+    | NO_TABLE
+    | dict.fromkeys(FLOATS, "fp32")
+    | {"segment_decay": None, "PROXIMAL": False, "EMA_BY_FISHER": False}
+)
 ADAMW |= {"param": F32, "grad": F32, "exp_avg": F32, "exp_avg_sq": F32}
 ADAMW |= dict.fromkeys(("anchor", "fisher", "ema", "param_out", "partial", "found_inf", "scalars"))
-FULL = ADAMW | TABLE | {"segment_decay": F32, "grad": BF16, "anchor": BF16, "fisher": BF16, "ema": F32, "param_out": BF16}
+FULL = (
+    ADAMW | TABLE | {"segment_decay": F32, "grad": BF16, "anchor": BF16, "fisher": BF16, "ema": F32, "param_out": BF16}
+)
 FULL |= {"partial": F32, "found_inf": F32, "scalars": F32}
 PENALTY = SHAPE | {"partial": F32, "strength_on_device": None, "strength": "fp32"}
 NORM = PENALTY | TABLE | {"squares": F32, "mult_on_device": None, "grad_mult": "fp32"}
 EMA = SHAPE | {"ema": F32, "param": BF16, "seed": None, "rate_on_device": None, "rate": "fp32"}
 
 VARIANTS = {
-    "adamw": (flat_triton.adamw_kernel, ADAMW),
-    "adamw with everything": (flat_triton.adamw_kernel, FULL),
-    "adamw with everything, fp32": (flat_triton.adamw_kernel, FULL | {"grad": F32, "anchor": F32, "fisher": F32}),
-    "adamw with everything, proximal": (flat_triton.adamw_kernel, FULL | {"PROXIMAL": True}),
-    "adamw with everything, ema by fisher": (flat_triton.adamw_kernel, FULL | {"PROXIMAL": True, "EMA_BY_FISHER": True, "fisher": F32}),
-    "adamw with everything, last block": (flat_triton.adamw_kernel, FULL | {"MASKED": True}),
-    "ema": (flat_triton.ema_kernel, EMA),
-    "ema in bf16": (flat_triton.ema_kernel, EMA | {"ema": BF16, "seed": I64}),
-    "fisher": (flat_triton.fisher_kernel, SHAPE | {"fisher": F32, "grad": BF16, "weight_on_device": None, "weight": "fp32"}),
-    "penalty": (flat_triton.penalty_kernel, PENALTY | dict.fromkeys(("grad", "param", "anchor", "fisher"), BF16)),
-    "norm": (flat_triton.norm_kernel, NORM | dict.fromkeys(("grad", "param", "anchor", "fisher"), BF16)),
+    "adamw": (triton_kernels.adamw_kernel, ADAMW),
+    "adamw with everything": (triton_kernels.adamw_kernel, FULL),
+    "adamw with everything, fp32": (triton_kernels.adamw_kernel, FULL | {"grad": F32, "anchor": F32, "fisher": F32}),
+    "adamw with everything, proximal": (triton_kernels.adamw_kernel, FULL | {"PROXIMAL": True}),
+    "adamw with everything, ema by fisher": (
+        triton_kernels.adamw_kernel,
+        FULL | {"PROXIMAL": True, "EMA_BY_FISHER": True, "fisher": F32},
+    ),
+    "adamw with everything, last block": (triton_kernels.adamw_kernel, FULL | {"MASKED": True}),
+    "ema": (triton_kernels.ema_kernel, EMA),
+    "ema in bf16": (triton_kernels.ema_kernel, EMA | {"ema": BF16, "seed": I64}),
+    "fisher": (
+        triton_kernels.fisher_kernel,
+        SHAPE | {"fisher": F32, "grad": BF16, "weight_on_device": None, "weight": "fp32"},
+    ),
+    "penalty": (triton_kernels.penalty_kernel, PENALTY | dict.fromkeys(("grad", "param", "anchor", "fisher"), BF16)),
+    "norm": (triton_kernels.norm_kernel, NORM | dict.fromkeys(("grad", "param", "anchor", "fisher"), BF16)),
 }
 
 
@@ -50,17 +63,21 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_kernel_compiles_without_spills_and_with_wide_accesses(name, arch):
     kernel, arguments = VARIANTS[name]
-    built = compile_kernel(kernel, arguments, arch, **flat_triton.options(arguments["MASKED"]))
+    built = compile_kernel(kernel, arguments, arch, **triton_kernels.options(arguments["MASKED"]))
     assert (built.stack, built.local) == (0, 0), f"{name} spills on sm_{arch}: {built}"
-    assert arguments["MASKED"] or built.registers <= flat_triton.MAX_REGISTERS, f"{name}: {built.registers} registers on sm_{arch}"
+    assert arguments["MASKED"] or built.registers <= triton_kernels.MAX_REGISTERS, (
+        f"{name}: {built.registers} registers on sm_{arch}"
+    )
     assert "fma.rn" not in built.ptx, "contracted: elements would no longer agree bitwise with the C++ kernels"
-    assert arguments["MASKED"] or "ld.global.v4" in built.ptx, "narrow loads: the kernel cannot reach the memory's bandwidth"
+    assert arguments["MASKED"] or "ld.global.v4" in built.ptx, (
+        "narrow loads: the kernel cannot reach the memory's bandwidth"
+    )
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_final_sum_compiles_without_spills(arch):
-    arguments = {"partial": F32, "result": F32, "count": "i32", "scale": 0.5, "LANES": flat_triton.LANES}
-    built = compile_kernel(flat_triton.sum_kernel, arguments, arch, num_warps=flat_triton.NUM_WARPS)
+    arguments = {"partial": F32, "result": F32, "count": "i32", "scale": 0.5, "LANES": triton_kernels.LANES}
+    built = compile_kernel(triton_kernels.sum_kernel, arguments, arch, num_warps=triton_kernels.NUM_WARPS)
     assert (built.stack, built.local) == (0, 0)
 
 

@@ -19,7 +19,9 @@ def test_losses_and_gradients_match_the_fp64_oracle(name):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 31, 32, 33, 69, 127])
-@pytest.mark.parametrize("case", [Case(), Case(teacher="topk", divergence="jsd"), Case(teacher=None)], ids=["dense", "top-k", "ce"])
+@pytest.mark.parametrize(
+    "case", [Case(), Case(teacher="topk", divergence="jsd"), Case(teacher=None)], ids=["dense", "top-k", "ce"]
+)
 def test_any_number_of_tokens_around_the_chunk_of_32(tokens, case):
     check(case.but(tokens=tokens, tile_rows=32 if case.teacher == "dense" else 16, labels="all"))
 
@@ -45,7 +47,9 @@ def test_the_budget_changes_the_chunks_and_not_the_numbers():
         assert_close(parts["hidden"], whole["hidden"], 1e-12)
 
 
-@pytest.mark.parametrize("case", [Case(teacher=None, labels="ignored"), Case(teacher=None, labels="none")], ids=["ignored", "no labels"])
+@pytest.mark.parametrize(
+    "case", [Case(teacher=None, labels="ignored"), Case(teacher=None, labels="none")], ids=["ignored", "no labels"]
+)
 def test_no_supervised_token_is_an_exact_zero_with_a_graph(case):
     inputs = make_inputs(case)
     output, grads = run(case, inputs, None)
@@ -163,7 +167,9 @@ def test_a_teacher_that_excludes_a_token_pushes_it_down():
 def test_a_student_without_mass_where_the_teacher_has_it_is_infinitely_far_with_a_finite_gradient():
     bias = torch.tensor([0.0, -torch.inf, 0.0])
     logits = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
-    output = linear_distill_loss(logits, torch.eye(3), bias=bias, teacher=LogitsTeacher(torch.tensor([[1.0, 2.0, 3.0]])))
+    output = linear_distill_loss(
+        logits, torch.eye(3), bias=bias, teacher=LogitsTeacher(torch.tensor([[1.0, 2.0, 3.0]]))
+    )
     output.loss.backward()
     p, q = (logits.detach()[0] + bias).softmax(0), logits.detach()[0].softmax(0)
     assert output.kd[0] == torch.inf

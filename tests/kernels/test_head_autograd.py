@@ -1,4 +1,5 @@
-"""The head as a citizen of autograd: scaling, second backwards, frozen parts, no_grad, autocast, compile, odd strides, fp16."""
+"""The head as a citizen of autograd: scaling, second backwards, frozen parts, no_grad, autocast, compile, odd strides,
+fp16."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from safecl.kernels import DenseTeacher, distill_loss, head, head_driver, linear_distill_loss, linear_topk
+from safecl.kernels import DenseTeacher, distill_loss, linear_distill_loss, linear_topk
+from safecl.kernels.head import calls, chunks
 from tests.kernels.closeness import assert_close, assert_zero
 from tests.kernels.head_oracle import Case, make_inputs, truth
 from tests.kernels.head_suite import BF16, F64, make_teacher, run
@@ -21,8 +23,15 @@ def setting():
 
 def _loss(inputs, teacher, **changes):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (inputs.hidden, inputs.weight, inputs.bias)]
-    arguments = {"labels": inputs.labels, "ce_weights": inputs.ce_weights, "teacher": teacher, "teacher_rows": inputs.teacher_rows,
-                 "kd_weights": inputs.kd_weights, "beta": 0.3, **changes}  # fmt: skip
+    arguments = {
+        "labels": inputs.labels,
+        "ce_weights": inputs.ce_weights,
+        "teacher": teacher,
+        "teacher_rows": inputs.teacher_rows,
+        "kd_weights": inputs.kd_weights,
+        "beta": 0.3,
+        **changes,
+    }
     return linear_distill_loss(leaves[0], leaves[1], bias=leaves[2], **arguments), leaves
 
 
@@ -36,7 +45,11 @@ def test_a_scaled_loss_scales_every_gradient(setting):
 
 def test_a_bf16_gradient_is_scaled_in_fp32(setting):
     inputs, teacher, _ = setting
-    inputs.hidden, inputs.weight, inputs.bias = inputs.hidden.bfloat16(), inputs.weight.bfloat16(), inputs.bias.bfloat16()
+    inputs.hidden, inputs.weight, inputs.bias = (
+        inputs.hidden.bfloat16(),
+        inputs.weight.bfloat16(),
+        inputs.bias.bfloat16(),
+    )
     output, leaves = _loss(inputs, teacher)
     (unit,) = torch.autograd.grad(output.loss, leaves[1], retain_graph=True)
     (third,) = torch.autograd.grad(output.loss / 3, leaves[1])
@@ -49,7 +62,9 @@ def test_gradients_accumulate_over_calls(setting):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (inputs.hidden, inputs.weight)]
     for _ in range(2):
         options = {"teacher": teacher, "teacher_rows": inputs.teacher_rows, "kd_weights": inputs.kd_weights}
-        linear_distill_loss(*leaves, bias=inputs.bias, labels=inputs.labels, ce_weights=inputs.ce_weights, **options).loss.backward()
+        linear_distill_loss(
+            *leaves, bias=inputs.bias, labels=inputs.labels, ce_weights=inputs.ce_weights, **options
+        ).loss.backward()
     assert_close(leaves[1].grad, 2 * want.grads["weight"], 5e-5)
 
 
@@ -83,7 +98,7 @@ def test_only_the_loss_has_a_gradient(setting):
 
 def test_without_grad_the_loss_is_the_same_and_no_gradient_is_computed(setting, monkeypatch):
     inputs, teacher, want = setting
-    monkeypatch.setattr(head_driver.HeadResult, "add_product", None)
+    monkeypatch.setattr(chunks.HeadResult, "add_product", None)
     with torch.no_grad():
         output, _ = _loss(inputs, teacher)
     assert not output.loss.requires_grad
@@ -92,7 +107,7 @@ def test_without_grad_the_loss_is_the_same_and_no_gradient_is_computed(setting, 
 
 def test_a_frozen_head_costs_no_weight_product(setting, monkeypatch):
     inputs, teacher, want = setting
-    monkeypatch.setattr(head_driver, "accumulate_", None)
+    monkeypatch.setattr(chunks, "accumulate_", None)
     hidden = inputs.hidden.clone().requires_grad_()
     output = linear_distill_loss(
         hidden, inputs.weight, bias=inputs.bias, labels=inputs.labels, ce_weights=inputs.ce_weights,
@@ -104,7 +119,7 @@ def test_a_frozen_head_costs_no_weight_product(setting, monkeypatch):
 
 def test_a_frozen_trunk_costs_no_hidden_product(setting, monkeypatch):
     inputs, teacher, want = setting
-    monkeypatch.setattr(head_driver.HeadResult, "store_hidden", None)
+    monkeypatch.setattr(chunks.HeadResult, "store_hidden", None)
     weight = inputs.weight.clone().requires_grad_()
     output = linear_distill_loss(
         inputs.hidden, weight, bias=inputs.bias, labels=inputs.labels, ce_weights=inputs.ce_weights,
@@ -143,10 +158,14 @@ def test_gradcheck_in_fp64():
         return linear_distill_loss(hidden, weight, bias=bias, **options).loss
 
     for divergence in ("forward_kl", "reverse_kl", "jsd", "mse"):
-        assert torch.autograd.gradcheck(lambda *t, d=divergence: loss(*t, divergence=d, temperature=1.7), (hidden, weight, bias))
+        assert torch.autograd.gradcheck(
+            lambda *t, d=divergence: loss(*t, divergence=d, temperature=1.7), (hidden, weight, bias)
+        )
     stored = linear_topk(teacher.hidden, teacher.weight, 3)
     for divergence in ("forward_kl", "reverse_kl", "jsd", "mse"):
-        assert torch.autograd.gradcheck(lambda *t, d=divergence: loss(*t, divergence=d, teacher=stored), (hidden, weight, bias))
+        assert torch.autograd.gradcheck(
+            lambda *t, d=divergence: loss(*t, divergence=d, teacher=stored), (hidden, weight, bias)
+        )
 
 
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_tensors_own():
@@ -196,7 +215,11 @@ def test_fp16_gradients_survive_small_weights_because_the_loss_scale_comes_later
     want = truth(case, inputs)
     leaves = [tensor.clone().requires_grad_() for tensor in (inputs.hidden, inputs.weight)]
     output = linear_distill_loss(
-        *leaves, labels=inputs.labels, ce_weights=inputs.ce_weights, teacher=make_teacher(case, inputs), kd_weights=inputs.kd_weights
+        *leaves,
+        labels=inputs.labels,
+        ce_weights=inputs.ce_weights,
+        teacher=make_teacher(case, inputs),
+        kd_weights=inputs.kd_weights,
     )
     (output.loss * 2.0**20).backward()
     assert_close(output.loss[None], want.loss[None], 1e-4)
@@ -214,7 +237,13 @@ def test_strides_do_not_matter():
     weight = inputs.weight.t().contiguous().t().requires_grad_()
     spread = torch.stack([inputs.labels, inputs.labels], 1)[:, 0]
     output = linear_distill_loss(
-        hidden, weight, bias=inputs.bias, labels=spread, ce_weights=inputs.ce_weights, teacher=teacher, kd_weights=inputs.kd_weights
+        hidden,
+        weight,
+        bias=inputs.bias,
+        labels=spread,
+        ce_weights=inputs.ce_weights,
+        teacher=teacher,
+        kd_weights=inputs.kd_weights,
     )
     output.loss.backward()
     assert_close(weight.grad, want_grads["weight"], 2e-5)
@@ -242,13 +271,15 @@ def test_it_compiles_into_one_graph():
 
 def test_the_operators_registrations_are_consistent(monkeypatch):
     seen = []
-    operator = head._linear_distill
-    monkeypatch.setattr(head, "_linear_distill", lambda *arguments: seen.append(arguments) or operator(*arguments))
+    operator = calls._linear_distill
+    monkeypatch.setattr(calls, "_linear_distill", lambda *arguments: seen.append(arguments) or operator(*arguments))
     case = Case(tokens=4, vocab=30, width=5, bias=True, teacher_rows="all")
     inputs = make_inputs(case)
     run(case, inputs, make_teacher(case, inputs))
     torch.library.opcheck(
-        operator, seen[0], test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        operator,
+        seen[0],
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
 
@@ -258,7 +289,9 @@ class _Wrapped(nn.Module):
         self.trunk, self.head = nn.Linear(6, 8), nn.Linear(8, 40, bias=False)
 
     def forward(self, x, labels):
-        return {"loss": linear_distill_loss(self.trunk(x), self.head.weight, labels=labels, ce_weights=1 / len(labels)).loss}
+        return {
+            "loss": linear_distill_loss(self.trunk(x), self.head.weight, labels=labels, ce_weights=1 / len(labels)).loss
+        }
 
 
 def test_inside_a_module_it_trains_like_cross_entropy():

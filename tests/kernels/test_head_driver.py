@@ -1,13 +1,15 @@
-"""The chunk plan, and the GPU's arithmetic (16-bit operands, fp32 products, 16-bit dlogits collected over tiles) acted out on a CPU."""
+"""The chunk plan, and the GPU's arithmetic (16-bit operands, fp32 products, 16-bit dlogits collected over tiles) acted
+out on a CPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from safecl.kernels import DenseTeacher, head_driver, matmul, teacher_tiles, topk
-from safecl.kernels.divergences import RowOptions
-from safecl.kernels.head_driver import HeadCall, Segment, plan_rows
+from safecl.kernels import DenseTeacher
+from safecl.kernels.head import chunks, matmul, teacher_tiles, topk
+from safecl.kernels.head.chunks import HeadCall, Segment, plan_rows
+from safecl.kernels.head.divergences import RowOptions
 from tests.kernels.closeness import assert_close
 from tests.kernels.head_oracle import Case, make_inputs, truth
 from tests.kernels.head_suite import BF16, CASES, check, make_teacher, run
@@ -26,10 +28,10 @@ def gpu_arithmetic(monkeypatch):
         torch.addmm(total, dlogits.float().t(), x.float(), beta=0 if first else 1, out=total)
 
     monkeypatch.setattr(matmul, "row_multiple", lambda device: 16)
-    for module in (matmul, head_driver):
+    for module in (matmul, chunks):
         monkeypatch.setattr(module, "operand_dtype", lambda compute, device: compute)
         monkeypatch.setattr(module, "accumulate_", accumulate_)
-    for module in (matmul, head_driver, teacher_tiles, topk):
+    for module in (matmul, chunks, teacher_tiles, topk):
         monkeypatch.setattr(module, "project", project)
 
 
@@ -43,9 +45,11 @@ def test_collected_16_bit_gradients_in_padded_rows_match_the_oracle(name, gpu_ar
 def test_several_tiles_feed_one_product(gpu_arithmetic, monkeypatch):
     case = Case(dtype=BF16, tokens=40, labels="all", teacher_rows="all", tile_rows=16)
     products = []
-    emulated = head_driver.accumulate_
+    emulated = chunks.accumulate_
     monkeypatch.setattr(
-        head_driver, "accumulate_", lambda total, dlogits, *rest: products.append(dlogits.shape[0]) or emulated(total, dlogits, *rest)
+        chunks,
+        "accumulate_",
+        lambda total, dlogits, *rest: products.append(dlogits.shape[0]) or emulated(total, dlogits, *rest),
     )
     inputs = make_inputs(case)
     run(case, inputs, make_teacher(case, inputs))
@@ -65,8 +69,8 @@ def test_dlogits_rounded_after_the_difference_keep_the_gradient(kl, bound, std, 
 
 def test_logits_rounded_to_bf16_would_lose_the_gradient(gpu_arithmetic, monkeypatch):
     case, inputs = at_distance(1e-3, "forward_kl", BF16, 8.0)
-    exact = head_driver.project
-    for module in (head_driver, teacher_tiles):
+    exact = chunks.project
+    for module in (chunks, teacher_tiles):
         monkeypatch.setattr(module, "project", lambda *arguments: exact(*arguments).copy_(exact(*arguments).bfloat16()))
     _, grads = run(case, inputs, DenseTeacher(inputs.teacher_hidden, inputs.teacher_weight))
     want = truth(case, inputs).grads["hidden"]
@@ -76,16 +80,38 @@ def test_logits_rounded_to_bf16_would_lose_the_gradient(gpu_arithmetic, monkeypa
 def _call(vocab: int, width: int, kind: str, teacher: list, trainable: bool = True) -> tuple[HeadCall, Segment]:
     meta = {"device": "meta", "dtype": BF16}
     tokens = torch.empty(8192, device="meta")
-    call = HeadCall(torch.empty(8192, width, **meta), torch.empty(vocab, width, **meta), None, None, tokens, tokens, None, teacher, kind,
-                    RowOptions(), -100, BF16, BF16, 2**30, True, trainable, False)  # fmt: skip
+    call = HeadCall(
+        torch.empty(8192, width, **meta),
+        torch.empty(vocab, width, **meta),
+        None,
+        None,
+        tokens,
+        tokens,
+        None,
+        teacher,
+        kind,
+        RowOptions(),
+        -100,
+        BF16,
+        BF16,
+        2**30,
+        True,
+        trainable,
+        False,
+    )
     return call, Segment(None, None, 8192, has_label=True, has_teacher=kind != "none")
 
 
-@pytest.mark.parametrize("vocab, width, tile, chunk", [(32000, 4096, 2048, 8192), (128256, 4096, 512, 2048), (256000, 2304, 256, 1024)])
+@pytest.mark.parametrize(
+    "vocab, width, tile, chunk", [(32000, 4096, 2048, 8192), (128256, 4096, 512, 2048), (256000, 2304, 256, 1024)]
+)
 def test_the_budget_and_not_v_over_h_sets_the_chunks(vocab, width, tile, chunk, monkeypatch):
-    monkeypatch.setattr(head_driver, "operand_dtype", lambda compute, device: compute)
+    monkeypatch.setattr(chunks, "operand_dtype", lambda compute, device: compute)
     call, segment = _call(
-        vocab, width, "dense", [torch.empty(8192, width, device="meta"), torch.empty(vocab, width, device="meta", dtype=BF16)]
+        vocab,
+        width,
+        "dense",
+        [torch.empty(8192, width, device="meta"), torch.empty(vocab, width, device="meta", dtype=BF16)],
     )
     assert plan_rows(call, segment) == (tile, chunk)
     assert tile * 8 * vocab + chunk * 2 * vocab <= 2**30

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safecl.kernels import DenseTeacher, LogitsTeacher, backends, linear_distill_loss, linear_topk
-from safecl.kernels.divergences import RowOptions
+from safecl.kernels.head.divergences import RowOptions
 from tests.kernels.closeness import assert_close, assert_zero
 from tests.kernels.head_oracle import Case, make_inputs, truth
 from tests.kernels.head_suite import BF16, CASES, F64, check, make_teacher, run
@@ -39,13 +39,21 @@ def test_every_case_matches_the_fp64_oracle(name, dtype):
 @pytest.mark.parametrize("tokens", [1, 127, 511, 512, 513, 1029])
 @pytest.mark.parametrize("teacher", ["dense", "topk", None])
 def test_any_number_of_tokens(tokens, teacher):
-    check(Case(tokens, width=64, vocab=5003, dtype=BF16, teacher=teacher, labels="all", teacher_rows="all", tile_rows=256), 8e-3, CUDA)
+    check(
+        Case(
+            tokens, width=64, vocab=5003, dtype=BF16, teacher=teacher, labels="all", teacher_rows="all", tile_rows=256
+        ),
+        8e-3,
+        CUDA,
+    )
 
 
 @pytest.mark.parametrize("vocab", [7, 4095, 4096, 4097, 32003, 128256, 151936, 256000])
 @pytest.mark.parametrize("teacher", ["dense", "topk"])
 def test_any_width_of_the_vocabulary(vocab, teacher):
-    check(Case(5, width=32, vocab=vocab, dtype=BF16, teacher=teacher, k=5, labels="all", teacher_rows="all"), 8e-3, CUDA)
+    check(
+        Case(5, width=32, vocab=vocab, dtype=BF16, teacher=teacher, k=5, labels="all", teacher_rows="all"), 8e-3, CUDA
+    )
 
 
 @pytest.mark.parametrize("kl, bound", [(1e-3, 1e-2), (1e-5, 2e-2), (1e-6, 5e-2)])
@@ -151,7 +159,9 @@ def test_the_peak_stays_within_10cv_4vh_2mh(trainable):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    linear_distill_loss(hidden, weight, labels=labels, teacher=teacher, ce_weights=1 / tokens, kd_weights=1 / tokens).loss.backward()
+    linear_distill_loss(
+        hidden, weight, labels=labels, teacher=teacher, ce_weights=1 / tokens, kd_weights=1 / tokens
+    ).loss.backward()
     torch.cuda.synchronize()
     returned = 2 * hidden.numel() + (2 * weight.numel() if trainable else 0)
     peak = torch.cuda.max_memory_allocated() - before - returned
@@ -172,7 +182,9 @@ def test_it_compiles_into_one_graph_with_inductor():
     labels = torch.randint(0, 500, (64,), device=CUDA)
 
     def objective(hidden, weight):
-        return linear_distill_loss(torch.tanh(hidden), weight, labels=labels, teacher=DenseTeacher(hidden.detach(), weight.detach())).loss
+        return linear_distill_loss(
+            torch.tanh(hidden), weight, labels=labels, teacher=DenseTeacher(hidden.detach(), weight.detach())
+        ).loss
 
     want = torch.autograd.grad(objective(hidden, weight), (hidden, weight))
     torch._dynamo.reset()

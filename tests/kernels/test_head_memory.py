@@ -1,4 +1,5 @@
-"""The head's peak memory on a CPU, from every allocation and release that torch's profiler sees in forward and backward."""
+"""The head's peak memory on a CPU, from every allocation and release that torch's profiler sees in forward and
+backward."""
 
 from __future__ import annotations
 
@@ -44,9 +45,12 @@ def transient(tokens: int, trainable: bool = True, teacher: str = "dense", **opt
         made = linear_topk(made.hidden, made.weight, 8)
 
     def run():
-        """Hands the gradients over. Were they released by the next call, that would count now and then, and the peak be lower by all of dW:
-        the profiler knows the size of a block from before its start only where an earlier profile has seen one at its address."""
-        linear_distill_loss(hidden, weight, labels=labels, teacher=made, tile_bytes=TILE_BYTES, **options).loss.backward()
+        """Hands the gradients over. Were they released by the next call, that would count now and then, and the peak be
+        lower by all of dW: the profiler knows the size of a block from before its start only where an earlier profile
+        has seen one at its address."""
+        linear_distill_loss(
+            hidden, weight, labels=labels, teacher=made, tile_bytes=TILE_BYTES, **options
+        ).loss.backward()
         grads, hidden.grad, weight.grad = (hidden.grad, weight.grad), None, None
         return grads
 

@@ -16,10 +16,15 @@ GRADIENT_BOUNDS = {1e-1: 1e-2, 1e-2: 1e-2, 1e-3: 1e-2, 1e-4: 2e-2, 1e-5: 2e-2, 1
 
 def at_distance(kl: float, divergence: str, dtype: torch.dtype, std: float) -> tuple[Case, Inputs]:
     """A case whose mean divergence is ``kl``: the teacher's fp32 hidden states are moved until it is."""
-    case = Case(tokens=24, width=64, vocab=2000, divergence=divergence, dtype=dtype, std=std, labels="none", teacher_rows="all")
+    case = Case(
+        tokens=24, width=64, vocab=2000, divergence=divergence, dtype=dtype, std=std, labels="none", teacher_rows="all"
+    )
     inputs = make_inputs(case)
     inputs.kd_weights.fill_(1 / case.tokens)
-    direction, start = torch.randn(inputs.hidden.shape, generator=torch.Generator().manual_seed(1)), inputs.hidden.float()
+    direction, start = (
+        torch.randn(inputs.hidden.shape, generator=torch.Generator().manual_seed(1)),
+        inputs.hidden.float(),
+    )
     inputs.teacher_weight = inputs.weight.float()
     drift = kl**0.5
     for _ in range(6):
@@ -38,7 +43,9 @@ def test_gradient_and_loss_hold_down_to_a_kl_of_1e_6(kl, divergence, dtype, std)
     assert_close(want.kd.mean()[None], torch.tensor([kl]), 0.05, "the case's own distance")
     output, grads = run(case, inputs, DenseTeacher(inputs.teacher_hidden, inputs.teacher_weight))
     assert_close(output.loss[None], want.loss[None], 1e-3, "loss")
-    assert_close(output.kd, want.kd, 1e-3 if kl > 1e-6 else 3e-3, "loss per token")  # logits of 30 have an ulp of 2e-6, a log-ratio is 1e-3
+    assert_close(
+        output.kd, want.kd, 1e-3 if kl > 1e-6 else 3e-3, "loss per token"
+    )  # logits of 30 have an ulp of 2e-6, a log-ratio is 1e-3
     assert (output.kd >= 0).all()
     for name, grad in grads.items():
         assert_close(grad, want.grads[name], GRADIENT_BOUNDS[kl], name)

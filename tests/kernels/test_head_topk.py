@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safecl.kernels import DenseTeacher, TopKTeacher, head, head_driver, linear_distill_loss, linear_topk, topk
+from safecl.kernels import DenseTeacher, TopKTeacher, linear_distill_loss, linear_topk
+from safecl.kernels.head import calls, chunks, topk
 from tests.kernels.closeness import assert_close, assert_zero
 from tests.kernels.head_oracle import Case, make_inputs, teacher_logits
 from tests.kernels.head_suite import BF16, CASES, check_whole_vocabulary, make_teacher, run
@@ -22,7 +23,9 @@ def _setting(vocab=300, k=10, temperature=1.0, std=4.0):
 
 def _logit_gradient(student, teacher, **options):
     student = student.clone().requires_grad_()
-    output = linear_distill_loss(student, torch.eye(student.shape[1]), teacher=teacher, temperature=teacher.temperature, **options)
+    output = linear_distill_loss(
+        student, torch.eye(student.shape[1]), teacher=teacher, temperature=teacher.temperature, **options
+    )
     output.loss.backward()
     return student.grad
 
@@ -48,14 +51,22 @@ def test_truncated_the_gradient_is_q_total_p_minus_q():
 def test_renormalised_the_gradient_stays_on_the_stored_tokens():
     student, teacher = _setting()
     p = student.double().gather(1, teacher.indices).softmax(-1)
-    want = torch.zeros(student.shape, dtype=torch.float64).scatter(1, teacher.indices, p - teacher.log_probs.double().softmax(-1))
+    want = torch.zeros(student.shape, dtype=torch.float64).scatter(
+        1, teacher.indices, p - teacher.log_probs.double().softmax(-1)
+    )
     assert_close(_logit_gradient(student, replace(teacher, mode="renormalised")), want, 1e-5)
 
 
 def test_a_uniform_tail_gives_p_minus_an_even_share_of_the_tail():
     student, teacher = _setting()
-    q = (teacher.log_tail.double().exp() / 290)[:, None].expand(4, 300).scatter(1, teacher.indices, teacher.log_probs.double().exp())
-    assert_close(_logit_gradient(student, replace(teacher, mode="uniform_tail")), student.double().softmax(-1) - q, 1e-5)
+    q = (
+        (teacher.log_tail.double().exp() / 290)[:, None]
+        .expand(4, 300)
+        .scatter(1, teacher.indices, teacher.log_probs.double().exp())
+    )
+    assert_close(
+        _logit_gradient(student, replace(teacher, mode="uniform_tail")), student.double().softmax(-1) - q, 1e-5
+    )
 
 
 @pytest.mark.parametrize("mode", ["tail", "truncated", "renormalised", "uniform_tail"])
@@ -69,7 +80,9 @@ def test_a_tail_of_1e_14_has_its_digits():
     logits = torch.full((3, vocab), -40.0)
     logits[:, :k] = torch.randn(3, k)
     logits += 0.1 * torch.randn(3, vocab)
-    _, indices, log_tail = topk.topk_with_tail_(logits.clone(), k)  # the row work alone: an identity head of this width is 4 GB
+    _, indices, log_tail = topk.topk_with_tail_(
+        logits.clone(), k
+    )  # the row work alone: an identity head of this width is 4 GB
     exact = logits.double()
     want = torch.logsumexp(exact.scatter(1, indices, -torch.inf), 1) - torch.logsumexp(exact, 1)
     assert (want < -28).all()
@@ -94,7 +107,17 @@ def test_the_students_tail_is_right_where_one_minus_the_sum_is_noise():
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("k", [1, 64, 1000])
 def test_linear_topk_is_exact(k, dtype):
-    case = Case(tokens=70, dtype=dtype, bias=True, softcap=9.0, logit_scale=0.8, temperature=1.7, k=k, teacher="topk", teacher_rows="all")
+    case = Case(
+        tokens=70,
+        dtype=dtype,
+        bias=True,
+        softcap=9.0,
+        logit_scale=0.8,
+        temperature=1.7,
+        k=k,
+        teacher="topk",
+        teacher_rows="all",
+    )
     inputs = make_inputs(case)
     teacher = make_teacher(case, inputs)
     log_q = (teacher_logits(case, inputs) / case.temperature).log_softmax(-1)
@@ -121,7 +144,9 @@ class _LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_tokens_by_vocabulary_ever_exists(monkeypatch):
-    monkeypatch.setattr(head, "_linear_distill", head._linear_distill._init_fn)  # operators inside an operator are invisible to the mode
+    monkeypatch.setattr(
+        calls, "_linear_distill", calls._linear_distill._init_fn
+    )  # operators inside an operator are invisible to the mode
     hidden, weight = torch.randn(1200, 4), torch.randn(3000, 4)
     with _LargestTensor() as seen:
         teacher = linear_topk(hidden, weight, 5)
@@ -134,10 +159,10 @@ def test_gathered_rows_give_what_the_full_product_gives_without_running_it(monke
     case = CASES["DER through gathered rows"].but(labels="none")
     inputs = make_inputs(case)
     teacher = make_teacher(case, inputs)
-    monkeypatch.setattr(head_driver, "can_gather", lambda *_: False)
+    monkeypatch.setattr(chunks, "can_gather", lambda *_: False)
     want, want_grads = run(case, inputs, teacher)
     monkeypatch.undo()
-    monkeypatch.setattr(head_driver, "project", None)  # the full product
+    monkeypatch.setattr(chunks, "project", None)  # the full product
     output, grads = run(case, inputs, teacher)
     assert_close(output.kd, want.kd, 1e-5)
     for name, grad in grads.items():
@@ -158,7 +183,9 @@ def test_a_sixteen_bit_cache_is_accepted_and_close():
     inputs = make_inputs(case)
     teacher = make_teacher(case, inputs)
     want, _ = run(case, inputs, teacher)
-    half = replace(teacher, log_probs=teacher.log_probs.half(), log_tail=teacher.log_tail.half(), indices=teacher.indices.int())
+    half = replace(
+        teacher, log_probs=teacher.log_probs.half(), log_tail=teacher.log_tail.half(), indices=teacher.indices.int()
+    )
     output, _ = run(case, inputs, half)
     assert (output.kd >= 0).all()
     assert_close(output.kd, want.kd, 3e-2)
@@ -173,7 +200,9 @@ def test_rows_of_a_teacher_can_be_selected_and_moved():
 def test_no_row_of_a_top_k_teacher_is_no_loss():
     teacher = TopKTeacher(torch.zeros(0, 4), torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0), 1.0, 50)
     weight = torch.randn(50, 8, requires_grad=True)
-    output = linear_distill_loss(torch.randn(3, 8), weight, teacher=teacher, teacher_rows=torch.zeros(0, dtype=torch.int64))
+    output = linear_distill_loss(
+        torch.randn(3, 8), weight, teacher=teacher, teacher_rows=torch.zeros(0, dtype=torch.int64)
+    )
     output.loss.backward()
     assert output.loss == 0
     assert_zero(weight.grad)

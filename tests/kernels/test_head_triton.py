@@ -1,4 +1,5 @@
-"""The head's Triton kernels without a GPU: their numbers through the interpreter, their registers through ahead-of-time compilation."""
+"""The head's Triton kernels without a GPU: their numbers through the interpreter, their registers through ahead-of-time
+compilation."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ import torch
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from safecl.kernels import head_triton
-from safecl.kernels.divergences import RowOptions
+from safecl.kernels.head import triton_kernels
+from safecl.kernels.head.divergences import RowOptions
 from tests.kernels.head_suite import CASES
 from tests.kernels.triton_aot import compile_kernel
 
@@ -42,17 +43,53 @@ def test_the_kernels_match_the_fp64_oracle_in_the_interpreter(interpreted, name)
     assert not interpreted[name], interpreted[name]
 
 
-ROW = {"student_stride": "i32", "dlogits": "*bf16", "dlogits_stride": "i32", "labels": "*i64", "ce_weights": "*fp32", "kd_weights": "*fp32",
-       "losses": "*fp32", "rows": "i32", "vocab": "i32", "inverse_t": "fp32", "beta": "fp32", "kd_scale": "fp32", "z_loss": "fp32",
-       "scale": "fp32", "cap": "fp32", "student": "*fp32", "HAS_LABELS": True, "SHAPE": 0, "SAME": True, "NEEDS_GRAD": True,
-       "BLOCK": head_triton.BLOCK}  # fmt: skip
-DENSE = {**ROW, "teacher": "*fp32", "teacher_stride": "i32", "shared": "i32", "t_scale": "fp32", "t_cap": "fp32", "T_SHAPE": 0,
-         "SAME_WIDTH": True}  # fmt: skip
-TOPK = {**ROW, "top": "*fp32", "top_grad": "*fp32", "log_q": "*fp16", "indices": "*i64", "log_tail": "*fp16", "k": "i32"}
+ROW = {
+    "student_stride": "i32",
+    "dlogits": "*bf16",
+    "dlogits_stride": "i32",
+    "labels": "*i64",
+    "ce_weights": "*fp32",
+    "kd_weights": "*fp32",
+    "losses": "*fp32",
+    "rows": "i32",
+    "vocab": "i32",
+    "inverse_t": "fp32",
+    "beta": "fp32",
+    "kd_scale": "fp32",
+    "z_loss": "fp32",
+    "scale": "fp32",
+    "cap": "fp32",
+    "student": "*fp32",
+    "HAS_LABELS": True,
+    "SHAPE": 0,
+    "SAME": True,
+    "NEEDS_GRAD": True,
+    "BLOCK": triton_kernels.BLOCK,
+}
+DENSE = {
+    **ROW,
+    "teacher": "*fp32",
+    "teacher_stride": "i32",
+    "shared": "i32",
+    "t_scale": "fp32",
+    "t_cap": "fp32",
+    "T_SHAPE": 0,
+    "SAME_WIDTH": True,
+}
+TOPK = {
+    **ROW,
+    "top": "*fp32",
+    "top_grad": "*fp32",
+    "log_q": "*fp16",
+    "indices": "*i64",
+    "log_tail": "*fp16",
+    "k": "i32",
+}
 ARCHITECTURES = (80, 90, 100)
 DIVERGENCES = {"none": 0, "forward_kl": 1, "reverse_kl": 2, "jsd": 3, "mse": 4}
 CODES = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16}
-# What a tile beside the teacher's tile is; cached logits at another temperature; distill_loss with everything that costs registers.
+# What a tile beside the teacher's tile is; cached logits at another temperature; distill_loss with everything that
+# costs registers.
 TILES: dict = {}
 CACHED = {"teacher": "*fp16", "SAME": False}
 GIVEN = {"student": "*bf16", "teacher": "*bf16", "SAME": False, "SAME_WIDTH": False, "SHAPE": 2, "T_SHAPE": 2}
@@ -65,7 +102,7 @@ VARIANTS = [
 
 
 def _assert_lean(kernel, arguments: dict, arch: int, limit: int) -> None:
-    compiled = compile_kernel(kernel, arguments, arch, num_warps=head_triton.NUM_WARPS, maxnreg=limit)
+    compiled = compile_kernel(kernel, arguments, arch, num_warps=triton_kernels.NUM_WARPS, maxnreg=limit)
     assert compiled.stack == compiled.local == 0, f"{compiled.stack} bytes of stack, {compiled.local} of local memory"
     assert compiled.registers <= limit
 
@@ -75,17 +112,19 @@ def _assert_lean(kernel, arguments: dict, arch: int, limit: int) -> None:
 def test_the_dense_kernel_compiles_without_spills(changes, divergence, arch):
     arguments = {**DENSE, **changes, "DIVERGENCE": DIVERGENCES[divergence]}
     options = RowOptions(divergence, softcap=9.0 if arguments["SHAPE"] == 2 else None)
-    limit = head_triton.register_limit(options, CODES[arguments["student"]], CODES[arguments["teacher"]])
-    _assert_lean(head_triton.dense_rows_kernel, arguments, arch, limit)
+    limit = triton_kernels.register_limit(options, CODES[arguments["student"]], CODES[arguments["teacher"]])
+    _assert_lean(triton_kernels.dense_rows_kernel, arguments, arch, limit)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("divergence, mode, slots", [(3, 0, head_triton.MAX_EVENTS), (1, 1, 64), (2, 2, 64)])
+@pytest.mark.parametrize("divergence, mode, slots", [(3, 0, triton_kernels.MAX_EVENTS), (1, 1, 64), (2, 2, 64)])
 def test_the_top_k_kernel_compiles_without_spills(divergence, mode, slots, arch):
     arguments = {**TOPK, "DIVERGENCE": divergence, "MODE": mode, "BLOCK_K": slots, "SAME": slots == 64}
-    _assert_lean(head_triton.topk_rows_kernel, arguments, arch, head_triton.LEAN)
+    _assert_lean(triton_kernels.topk_rows_kernel, arguments, arch, triton_kernels.LEAN)
 
 
 def test_three_programs_share_a_multiprocessor_where_the_time_goes():
     plain = RowOptions("forward_kl", temperature=2.0)
-    assert head_triton.register_limit(plain, torch.float32, torch.float32) * head_triton.NUM_WARPS * 32 * 3 <= 65536
+    assert (
+        triton_kernels.register_limit(plain, torch.float32, torch.float32) * triton_kernels.NUM_WARPS * 32 * 3 <= 65536
+    )

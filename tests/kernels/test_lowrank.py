@@ -1,4 +1,5 @@
-"""The Fisher-weighted penalty of a low-rank update equals its formula in fp64, values and gradients, whatever the blocks."""
+"""The Fisher-weighted penalty of a low-rank update equals its formula in fp64, values and gradients, whatever the
+blocks."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_16_bit_factors_and_fisher_are_widened_before_anything_is_multiplied():
     loss.backward()
     expected, da, db = oracle(a, b, fisher, 0.5)
     assert distance(loss, expected) <= 1e-6
-    assert distance(a.grad, da) <= 4e-3 and distance(b.grad, db) <= 4e-3  # the gradient is rounded once, to the factor's dtype
+    assert (
+        distance(a.grad, da) <= 4e-3 and distance(b.grad, db) <= 4e-3
+    )  # the gradient is rounded once, to the factor's dtype
 
 
 def test_a_fresh_adapter_has_no_penalty_and_no_gradient():

@@ -39,7 +39,9 @@ def test_a_tensor_that_was_written_already_moves_into_huge_pages_and_keeps_its_v
 
 def test_small_tensors_and_systems_without_huge_pages_are_left_alone(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(pages, "_libc", lambda: type("Libc", (), {"madvise": lambda *arguments: calls.append(arguments)}))
+    monkeypatch.setattr(
+        pages, "_libc", lambda: type("Libc", (), {"madvise": lambda *arguments: calls.append(arguments)})
+    )
     monkeypatch.setattr(pages, "page_bytes", lambda: 2**21)
     pages.use_huge_pages(torch.zeros(1000))
     pages.use_huge_pages(None)
@@ -48,7 +50,10 @@ def test_small_tensors_and_systems_without_huge_pages_are_left_alone(monkeypatch
     pages.use_huge_pages(large)
     assert [arguments[-1] for arguments in calls] == [pages.MADV_HUGEPAGE, pages.MADV_COLLAPSE]
     (begin, length) = (arguments := calls[0])[-3].value, arguments[-2].value
-    assert large.data_ptr() <= begin < begin + length <= large.data_ptr() + large.nbytes and begin % 2**21 == length % 2**21 == 0
+    assert (
+        large.data_ptr() <= begin < begin + length <= large.data_ptr() + large.nbytes
+        and begin % 2**21 == length % 2**21 == 0
+    )
     monkeypatch.setattr(pages, "page_bytes", lambda: 0)
     pages.use_huge_pages(large)
     assert len(calls) == 2

@@ -13,7 +13,11 @@ VOCAB, HIDDEN, ROWS = 211, 24, 300
 def head(dtype=torch.float32, spread: float = 1.0):
     generator = torch.Generator().manual_seed(11)
     weight = spread * torch.randn(VOCAB, HIDDEN, generator=generator)
-    return torch.randn(ROWS, HIDDEN, generator=generator).to(dtype), weight.to(dtype), torch.randn(VOCAB, generator=generator).to(dtype)
+    return (
+        torch.randn(ROWS, HIDDEN, generator=generator).to(dtype),
+        weight.to(dtype),
+        torch.randn(VOCAB, generator=generator).to(dtype),
+    )
 
 
 def sliced(hidden, weight, bias, k, bounds, **options):
@@ -27,7 +31,10 @@ def sliced(hidden, weight, bias, k, bounds, **options):
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "softcap": 30.0}, {"logit_scale": 0.25}])
 def test_slices_of_any_width_and_order_give_the_whole_heads_teacher(bounds, options):
     hidden, weight, bias = head()
-    found, expected = sliced(hidden, weight, bias, 8, bounds, **options), linear_topk(hidden, weight, 8, bias=bias, **options)
+    found, expected = (
+        sliced(hidden, weight, bias, 8, bounds, **options),
+        linear_topk(hidden, weight, 8, bias=bias, **options),
+    )
     assert torch.equal(found.indices, expected.indices)
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.log_tail, expected.log_tail, rtol=1e-5, atol=1e-6)

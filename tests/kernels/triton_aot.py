@@ -17,7 +17,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers per thread; bytes of stack and local memory per thread, which are 0 exactly when nothing is spilled; the PTX text."""
+    """registers per thread; bytes of stack and local memory per thread, which are 0 exactly when nothing is spilled;
+    the PTX text."""
 
     registers: int
     stack: int
@@ -26,7 +27,8 @@ class Compiled:
 
 
 def compile_kernel(kernel, arguments: dict[str, object], arch: int, **options) -> Compiled:
-    """Compile `kernel` for sm_<arch>. arguments: a type such as "*fp32" for each run-time argument; any other value is a constexpr.
+    """Compile `kernel` for sm_<arch>. arguments: a type such as "*fp32" for each run-time argument; any other value is
+    a constexpr.
 
     Pointers are declared 16-byte aligned, as the launcher finds them for torch's own allocations.
     """
@@ -40,6 +42,8 @@ def compile_kernel(kernel, arguments: dict[str, object], arch: int, **options) -
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
     return Compiled(numbers["REG"], numbers["STACK"], numbers["LOCAL"], built.asm["ptx"])

@@ -1,4 +1,5 @@
-"""An independent PyTorch loop for methods: any loss, an optional change of the gradient, an optional pull, clipping, AdamW written out."""
+"""An independent PyTorch loop for methods: any loss, an optional change of the gradient, an optional pull, clipping,
+AdamW written out."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tests.engine.oracle import gradients, row_nll
+from tests.engine.passes.oracle import gradients, row_nll
 
 SEED = 3
 

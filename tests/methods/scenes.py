@@ -43,7 +43,8 @@ def conflicting_datasets():
 
 
 def undecided_model():
-    """A model that gives either answer to the prompts above about half of its belief, so that the gradients of both conflict."""
+    """A model that gives either answer to the prompts above about half of its belief, so that the gradients of both
+    conflict."""
     from safecl.data import collate
 
     model = tiny_model()
@@ -61,16 +62,18 @@ def undecided_model():
 def make_run(config, model, task_rows: list, memory_rows=None):
     """(run, task plans): what the trainer builds, without files. No task is begun yet."""
     from safecl.data import TaskOrder
-    from safecl.engine import distributed
-    from safecl.engine.batch import Layout
-    from safecl.engine.memory import fill_memory
-    from safecl.engine.model import LanguageModel, check_head
-    from safecl.engine.plan import TaskPlan, build_methods
-    from safecl.engine.run import Run
-    from safecl.engine.training import TrainingEngine
+    from safecl.distributed import collectives
+    from safecl.engine.model.checks import check_head
+    from safecl.engine.model.language_model import LanguageModel
+    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.training_engine import TrainingEngine
+    from safecl.planning.plans import TaskPlan
+    from safecl.planning.run_plan import build_methods
+    from safecl.training.replay_memory import fill_memory
+    from safecl.training.run import Run
 
     train = config.train
-    layout = Layout(distributed.world_size(), train.tokens_per_microbatch, packed=train.packing == "packed")
+    layout = Layout(collectives.world_size(), train.tokens_per_microbatch, packed=train.packing == "packed")
     wrapped = LanguageModel(model)
     check_head(wrapped)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -82,12 +85,14 @@ def make_run(config, model, task_rows: list, memory_rows=None):
     run = Run(config, engine, build_methods(config), lambda message: None, tasks)
     if memory_rows is not None:
         needs_teacher = any(getattr(settings, "needs_teacher", False) for settings in config.methods.values())
-        run.memory = fill_memory(engine, memory_rows, config.memory, seed=train.seed, source="test", with_teacher=needs_teacher)
+        run.memory = fill_memory(
+            engine, memory_rows, config.memory, seed=train.seed, source="test", with_teacher=needs_teacher
+        )
     return run, tasks
 
 
 def with_adapters(model, config):
-    from safecl.engine.model import add_adapters
+    from safecl.engine.model.adapters import add_adapters
 
     model = add_adapters(model, config.model)
     if config.model.gradient_checkpointing:
@@ -132,10 +137,12 @@ SEQUENCE = [{"name": "first", "train": "first.jsonl"}, {"name": "second", "train
 
 
 def train_sequence(steps: int, resumed: bool = False, **changes):
-    """Weights and anchors after each of two random tasks, the memory's size before each, and what the run said. resumed: between the tasks
-    the run knows nothing any more but its own state."""
+    """Weights and anchors after each of two random tasks, the memory's size before each, and what the run said.
+    resumed: between the tasks the run knows nothing any more but its own state."""
     config = run_config(tasks=SEQUENCE, **changes)
-    run, tasks = make_run(config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)], random_dataset(20, seed=2))
+    run, tasks = make_run(
+        config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)], random_dataset(20, seed=2)
+    )
     said, history = [], []
     run.log = said.append
     for task in tasks:

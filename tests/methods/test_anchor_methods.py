@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 
-from tests.engine import oracle
+from tests.engine.passes import oracle
+from tests.engine.passes.test_equality import memory_of
 from tests.engine.scenes import random_dataset, run_config, tiny_model
-from tests.engine.test_equality import memory_of
 from tests.methods import reference, scenes
 from tests.methods.test_lwf import CHECKPOINTED, LORA
 from tests.methods.test_replay_methods import task_rows
@@ -54,7 +54,9 @@ def expected_l2_sp(strength: float, patterns: tuple = (), more: float = 0.0, cli
 )  # fmt: skip
 def test_l2_sp_equals_plain_pytorch(rank_pool, stage, methods, train, expected):
     start, end = expected_l2_sp(**expected)
-    found = rank_pool(2).run(scenes.train, steps=STEPS, memory=None, methods=methods, deepspeed={"stage": stage}, train=train)[0]
+    found = rank_pool(2).run(
+        scenes.train, steps=STEPS, memory=None, methods=methods, deepspeed={"stage": stage}, train=train
+    )[0]
     assert oracle.relative_distance(found["weights"], end, start) <= 1e-3
     assert oracle.relative_distance(found["weights"], expected_l2_sp(0.0)[1], start) > 1e-2
     assert found["losses"][0]["penalty"] == 0.0 < found["losses"][1]["penalty"]
@@ -62,9 +64,11 @@ def test_l2_sp_equals_plain_pytorch(rank_pool, stage, methods, train, expected):
 
 def train_two_pulls(stage: int, first_restricted: bool):
     """A restricted and an unrestricted pull in one step, either first."""
-    from safecl.methods.base import Penalty
+    from safecl.methods.terms import Penalty
 
-    run, (task,) = scenes.make_run(run_config(memory=None, deepspeed={"stage": stage}), tiny_model(), [random_dataset(60, seed=1)])
+    run, (task,) = scenes.make_run(
+        run_config(memory=None, deepspeed={"stage": stage}), tiny_model(), [random_dataset(60, seed=1)]
+    )
     run.begin_task(task, active=True)
     run.set_anchor()
     pulls = [Penalty(3.0, modules=tuple(PATTERNS)), Penalty(1.0)]
@@ -101,7 +105,9 @@ def expected_l2_sp_of_adapters(strength: float, patterns: tuple = ()):
 def test_l2_sp_with_lora_pulls_the_merged_weights(rank_pool, stage, modules, model):
     start, end = expected_l2_sp_of_adapters(20.0, () if modules == "all" else tuple(modules))
     methods = {"l2_sp": {"strength": 20.0, "modules": modules}}
-    found = rank_pool(2).run(scenes.train, steps=STEPS, memory=None, methods=methods, deepspeed={"stage": stage}, model=model)[0]
+    found = rank_pool(2).run(
+        scenes.train, steps=STEPS, memory=None, methods=methods, deepspeed={"stage": stage}, model=model
+    )[0]
     trained = {name: found["weights"][name] for name in end}
     assert oracle.relative_distance(trained, end, start) <= 1e-3
     assert oracle.relative_distance(trained, expected_l2_sp_of_adapters(0.0)[1], start) > 1e-2
@@ -110,13 +116,13 @@ def test_l2_sp_with_lora_pulls_the_merged_weights(rank_pool, stage, modules, mod
 
 def test_l2_sp_names_a_selector_that_means_no_weight():
     from safecl.config import ConfigError
-    from safecl.methods.l2_sp import Config
+    from safecl.methods.penalties.l2_sp import Config
 
     with pytest.raises(ConfigError, match=r"no trained weight is named like \*\.attnetion\.\*; there are"):
         Config(modules=["*.attnetion.*"]).check_patterns("l2_sp", [name for name, _ in tiny_model().named_parameters()])
 
 
-# -------------------------------------------------------------------------------------------------------------- sequences
+# ------------------------------------------------------------------------------------------------------------ sequences
 
 
 def normalised(fisher: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -130,10 +136,14 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 def train_task(model, data, replayed, replay_weight: float, strength: float, fisher, anchor):
     losses = [
-        lambda rows=rows, more=more: reference.mean_nll(model, rows) + (replay_weight * reference.mean_nll(model, more) if more else 0)
+        lambda rows=rows, more=more: (
+            reference.mean_nll(model, rows) + (replay_weight * reference.mean_nll(model, more) if more else 0)
+        )
         for rows, more in zip(task_rows(data, STEPS), replayed, strict=True)
     ]
-    return reference.train(model, losses, pull=lambda params: {n: strength * fisher[n] * (p - anchor[n]) for n, p in params.items()})
+    return reference.train(
+        model, losses, pull=lambda params: {n: strength * fisher[n] * (p - anchor[n]) for n, p in params.items()}
+    )
 
 
 @pytest.mark.parametrize(("stage", "rows"), [(2, "task"), (3, "memory")])
@@ -156,18 +166,25 @@ def test_online_ewc_consolidates_each_task_into_one_fisher_and_anchor(rank_pool,
     end = train_task(model, second, nothing, 0.0, 0.5, fisher, end_of_first)
 
     settings = {"strength": 0.5, "gamma": 0.7, "rows": rows, "sign_batches": 8, "rows_per_batch": 4}
-    history, _ = rank_pool(2).run(scenes.train_sequence, steps=STEPS, methods={"online_ewc": settings}, deepspeed={"stage": stage})[0]
+    history, _ = rank_pool(2).run(
+        scenes.train_sequence, steps=STEPS, methods={"online_ewc": settings}, deepspeed={"stage": stage}
+    )[0]
     assert oracle.relative_distance(history[0]["weights"], end_of_first, start) <= 1e-3
     assert oracle.relative_distance(history[1]["weights"], end, end_of_first) <= 1e-3
     assert "_new_fisher" not in history[1]["kinds"]
 
 
 def test_a_sequence_carries_memory_fisher_and_anchor_and_remembers_finished_tasks(rank_pool):
-    """EWC stays at the first model; rows of the first task are replayed in the second, drawn by the run's own step counter."""
+    """EWC stays at the first model; rows of the first task are replayed in the second, drawn by the run's own step
+    counter."""
     model, first, second = tiny_model(), random_dataset(60, seed=1), random_dataset(60, seed=4)
     memory, start = memory_of(random_dataset(20, seed=2)), weights_of(model)
     keys = memory.keys()
-    fisher = normalised(oracle.fisher(model, [memory.get(key).row for key in keys], keys, reference.SEED, sign_batches=8, rows_per_batch=4))
+    fisher = normalised(
+        oracle.fisher(
+            model, [memory.get(key).row for key in keys], keys, reference.SEED, sign_batches=8, rows_per_batch=4
+        )
+    )
     draw = lambda step: [memory.get(key).row for key in memory.draw(step, 40, "replay")]  # noqa: E731
     end_of_first = train_task(model, first, [draw(step) for step in range(STEPS)], 0.5, 0.5, fisher, start)
     _remember(memory, first, 15)
@@ -187,10 +204,14 @@ def test_a_sequence_carries_memory_fisher_and_anchor_and_remembers_finished_task
 
 def test_a_run_that_is_resumed_between_two_tasks_knows_the_one_before(rank_pool):
     """Its rows give the Fisher of online EWC, and some of them enter the memory."""
-    methods = {"online_ewc": {"strength": 0.5, "rows": "task", "sign_batches": 8, "rows_per_batch": 4}, "er": {"weight": 0.5}}
+    methods = {
+        "online_ewc": {"strength": 0.5, "rows": "task", "sign_batches": 8, "rows_per_batch": 4},
+        "er": {"weight": 0.5},
+    }
     memory = {"source": "unused", "replay_ratio": 0.25, "keep_task_rows": 15}
     (whole, _), (resumed, said) = (
-        rank_pool(2).run(scenes.train_sequence, steps=STEPS, resumed=each, methods=methods, memory=memory)[0] for each in (False, True)
+        rank_pool(2).run(scenes.train_sequence, steps=STEPS, resumed=each, methods=methods, memory=memory)[0]
+        for each in (False, True)
     )
     assert [entry["memory"] for entry in resumed] == [20, 35] and "memory: 15 rows of first entered" in said
     for name, value in whole[1]["weights"].items():
@@ -200,15 +221,17 @@ def test_a_run_that_is_resumed_between_two_tasks_knows_the_one_before(rank_pool)
 def test_l2_sp_pulls_to_the_first_model_in_every_task(rank_pool):
     model, start, nothing = tiny_model(), weights_of(tiny_model()), [[]] * STEPS
     evenly = {name: torch.ones_like(value) for name, value in start.items()}
-    first, second = (train_task(model, random_dataset(60, seed=seed), nothing, 0.0, 3.0, evenly, start) for seed in (1, 4))
+    first, second = (
+        train_task(model, random_dataset(60, seed=seed), nothing, 0.0, 3.0, evenly, start) for seed in (1, 4)
+    )
     history, _ = rank_pool(2).run(scenes.train_sequence, steps=STEPS, methods={"l2_sp": {"strength": 3.0}})[0]
     assert oracle.relative_distance(history[0]["weights"], first, start) <= 1e-3
     assert oracle.relative_distance(history[1]["weights"], second, first) <= 1e-3
 
 
 def _remember(memory, data, count: int) -> None:
-    from safecl.engine.memory import sample_rows
     from safecl.replay import MemoryRow
+    from safecl.training.replay_memory import sample_rows
 
     kept = sample_rows(data, count, reference.SEED)
     assert len(kept) == count and set(kept.row_ids.tolist()) < set(data.row_ids.tolist())
@@ -223,10 +246,12 @@ def test_der_stores_the_outputs_of_the_model_that_a_task_has_handed_over(rank_po
 
 
 def distances_to_stored_outputs(**changes) -> dict[str, float]:
-    from safecl.engine.batch import Distillation
+    from safecl.engine.passes.step_rows import Distillation
 
     config = run_config(tasks=scenes.SEQUENCE, **changes)
-    run, tasks = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)], random_dataset(20, seed=2))
+    run, tasks = scenes.make_run(
+        config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)], random_dataset(20, seed=2)
+    )
     run.begin_task(tasks[0], active=True)
     for _ in range(STEPS):
         run.train_step(tasks[0])
@@ -242,7 +267,9 @@ def distances_to_stored_outputs(**changes) -> dict[str, float]:
 
 def lwf_teachers_of_a_sequence(output: str, teacher: str) -> list[float]:
     """The LwF term at the first step of each of two tasks."""
-    config = run_config(tasks=scenes.SEQUENCE, memory=None, methods={"lwf": {"weight": 1.0, "teacher": teacher}}, output=output)
+    config = run_config(
+        tasks=scenes.SEQUENCE, memory=None, methods={"lwf": {"weight": 1.0, "teacher": teacher}}, output=output
+    )
     run, tasks = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)])
     terms = []
     for task in tasks:

@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from safecl.config import ConfigError, RunConfig, validate_tree
-from safecl.methods import builtin_methods, method_module
+from safecl.config.methods import builtin_methods, method_module
 
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
-BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "memory": {"source": "r.jsonl"}, "output": "runs/a"}
+BASE = {
+    "model": {"path": "m"},
+    "tasks": [{"name": "a", "train": "t.jsonl"}],
+    "memory": {"source": "r.jsonl"},
+    "output": "runs/a",
+}
 
 
 def test_every_method_has_a_section_a_row_and_a_config():
@@ -43,7 +48,9 @@ def test_the_example_of_a_method_of_ones_own_is_a_method(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["agem", "der", "derpp", "er", "ewc", "online_ewc"])
 def test_a_method_that_needs_a_memory_says_so(name):
     with pytest.raises(ConfigError, match=rf"{name} needs `memory: "):
-        validate_tree({key: value for key, value in BASE.items() if key != "memory"} | {"methods": {name: {}}}, "run.yaml")
+        validate_tree(
+            {key: value for key, value in BASE.items() if key != "memory"} | {"methods": {name: {}}}, "run.yaml"
+        )
 
 
 @pytest.mark.parametrize("name", ["ewc", "online_ewc"])

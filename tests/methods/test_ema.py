@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safecl.methods.ema import Config
-from tests.engine import oracle
+from safecl.methods.averages.ema import Config
+from tests.engine.passes import oracle
 from tests.engine.scenes import random_dataset, tiny_model
 from tests.methods import reference, scenes
 from tests.methods.test_replay_methods import task_rows
@@ -20,11 +20,14 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 
 def expected_write_back(write_back: str, eta: float):
-    """Weights at the start and after each of two tasks in plain PyTorch; what is mixed in every EVERY steps is `kept`."""
+    """Weights at the start and after each of two tasks in plain PyTorch; what is mixed in every EVERY steps is
+    `kept`."""
     model = tiny_model()
     history, theta_0 = [weights_of(model)], weights_of(model)
     for seed in (1, 4):
-        kept = theta_0 if write_back == "anchor" else weights_of(model)  # slow weights begin anew with a task, theta_0 stays
+        kept = (
+            theta_0 if write_back == "anchor" else weights_of(model)
+        )  # slow weights begin anew with a task, theta_0 stays
 
         def loss(step, rows, kept=kept):
             if step and step % EVERY == 0:  # what the step before ended with
@@ -44,7 +47,9 @@ def expected_write_back(write_back: str, eta: float):
 
 
 @pytest.mark.parametrize(("write_back", "eta", "stage"), [("slow", 0.3, 2), ("anchor", 0.3, 3)])
-def test_slow_weights_begin_anew_with_a_task_and_the_pull_stays_with_the_aligned_model(rank_pool, write_back, eta, stage):
+def test_slow_weights_begin_anew_with_a_task_and_the_pull_stays_with_the_aligned_model(
+    rank_pool, write_back, eta, stage
+):
     start, first, second = expected_write_back(write_back, eta)
     methods = {"ema": {"decay": eta, "write_back": write_back, "every": EVERY}}
     history, _ = rank_pool(2).run(scenes.train_sequence, steps=STEPS, methods=methods, deepspeed={"stage": stage})[0]

@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 
-from tests.engine import oracle
-from tests.engine.fisher_scenes import write_random_fisher
+from tests.engine.fisher.fisher_scenes import write_random_fisher
+from tests.engine.passes import oracle
 from tests.engine.scenes import random_dataset, run_config, tiny_model
 from tests.methods import reference, scenes
 from tests.methods.test_lwf import CHECKPOINTED, LORA
@@ -56,7 +56,9 @@ def test_ewc_with_lora_equals_plain_pytorch_with_whole_products(rank_pool, fishe
     path, weights = fisher
     deepspeed = {"stage": stage, "offload": {"optimizer": optimizer, "fisher": optimizer}}
     methods = {"ewc": {"strength": STRENGTH, "fisher": path}}
-    found = rank_pool(ranks).run(scenes.train, steps=STEPS, memory=None, methods=methods, deepspeed=deepspeed, model=model)[0]
+    found = rank_pool(ranks).run(
+        scenes.train, steps=STEPS, memory=None, methods=methods, deepspeed=deepspeed, model=model
+    )[0]
     start, end = expected(weights)
     assert oracle.relative_distance({name: found["weights"][name] for name in end}, end, start) <= 1e-3
     assert oracle.relative_distance({name: found["weights"][name] for name in end}, expected(None)[1], start) > 1e-2

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from tests.engine import oracle
+from tests.engine.passes import oracle
 from tests.engine.scenes import random_dataset, run_config, tiny_model
 from tests.methods import reference, scenes
 from tests.methods.test_replay_methods import task_rows
@@ -34,13 +34,19 @@ def distance(form: dict, student, teacher, rows) -> torch.Tensor:
             with torch.no_grad():
                 said = reference.hidden_states(teacher, row)
             square = (reference.hidden_states(student, row) - said).square().mean(-1)
-            parts.append(square if form.get("tokens", "all") == "all" else square[:-1][torch.from_numpy(row.loss_mask[1:].copy())])
+            parts.append(
+                square
+                if form.get("tokens", "all") == "all"
+                else square[:-1][torch.from_numpy(row.loss_mask[1:].copy())]
+            )
         return form["weight"] * torch.cat(parts).mean()
     with torch.no_grad():
         said = [reference.log_probs(teacher, row, form["temperature"]) for row in rows]
     now = [reference.log_probs(student, row, form["temperature"]) for row in rows]
     k = form["k"] if form["k"] else said[0].shape[-1]
-    return form["weight"] * torch.cat([reference.topk_kl(t, s, k) for t, s in zip(said, now, strict=True)]).mean().float()
+    return (
+        form["weight"] * torch.cat([reference.topk_kl(t, s, k) for t, s in zip(said, now, strict=True)]).mean().float()
+    )
 
 
 @functools.cache
@@ -54,7 +60,9 @@ def expected(form: tuple, model: str = "full"):
     inner = student if model == "full" else student.get_base_model()
     start = {name: p.detach().clone() for name, p in student.named_parameters() if p.requires_grad}
     steps = task_rows(random_dataset(60, seed=1), STEPS)
-    losses = [lambda rows=rows: reference.mean_nll(inner, rows) + distance(form, inner, teacher, rows) for rows in steps]
+    losses = [
+        lambda rows=rows: reference.mean_nll(inner, rows) + distance(form, inner, teacher, rows) for rows in steps
+    ]
     return start, reference.train(student, losses)
 
 
@@ -78,10 +86,13 @@ def test_lwf_with_recorded_outputs_equals_a_frozen_copy(rank_pool, tmp_path, for
 
 
 @pytest.mark.parametrize(
-    ("form", "model", "stage"), [(HIDDEN, CHECKPOINTED, 3), (OUTPUT, LORA, 2), (OUTPUT, LORA_ON_HEAD, 2), (HIDDEN, LORA_ON_HEAD, 2)]
+    ("form", "model", "stage"),
+    [(HIDDEN, CHECKPOINTED, 3), (OUTPUT, LORA, 2), (OUTPUT, LORA_ON_HEAD, 2), (HIDDEN, LORA_ON_HEAD, 2)],
 )
 def test_lwf_with_lora_takes_the_model_without_adapters_as_teacher(rank_pool, tmp_path, form, model, stage):
-    arguments = dict(steps=STEPS, memory=None, methods={"lwf": form}, deepspeed={"stage": stage}, model=model, output=str(tmp_path))
+    arguments = dict(
+        steps=STEPS, memory=None, methods={"lwf": form}, deepspeed={"stage": stage}, model=model, output=str(tmp_path)
+    )
     found = rank_pool(2).run(scenes.train, **arguments)[0]
     on_head = model is LORA_ON_HEAD
     assert found["fused"] is not on_head
@@ -92,7 +103,9 @@ def test_lwf_with_lora_takes_the_model_without_adapters_as_teacher(rank_pool, tm
 
 def test_padded_rows_have_the_same_hidden_distance(rank_pool, tmp_path):
     train = {"packing": "padded"}
-    found = rank_pool(2).run(scenes.train, steps=STEPS, memory=None, methods={"lwf": HIDDEN}, train=train, output=str(tmp_path))[0]
+    found = rank_pool(2).run(
+        scenes.train, steps=STEPS, memory=None, methods={"lwf": HIDDEN}, train=train, output=str(tmp_path)
+    )[0]
     assert error(found, HIDDEN) <= 1e-3
 
 
@@ -107,8 +120,8 @@ def with_dropout():
 def recorded_of_a_model_with_dropout(folder: str) -> tuple[list[torch.Tensor], bool]:
     from pathlib import Path
 
-    from safecl.engine.recorded import record_outputs
-    from safecl.methods.base import TaskTerm
+    from safecl.engine.teachers.recorded import record_outputs
+    from safecl.methods.terms import TaskTerm
 
     run, (task,) = scenes.make_run(run_config(memory=None), with_dropout(), [random_dataset(20, seed=1)])
     run.engine.deepspeed.train()
@@ -127,7 +140,7 @@ def test_a_recorded_teacher_has_no_dropout_and_the_student_has_it_again_afterwar
 
 
 def test_the_model_with_its_adapters_off_has_no_dropout_either():
-    from safecl.engine.model import LanguageModel
+    from safecl.engine.model.language_model import LanguageModel
 
     row = random_dataset(20, seed=1).row(3)
     student = LanguageModel(scenes.with_adapters(with_dropout(), run_config(model=LORA))).train()
@@ -138,20 +151,22 @@ def test_the_model_with_its_adapters_off_has_no_dropout_either():
     assert student.training and student.model.training
 
 
-# --------------------------------------------------------------------------------------------------------- recorded files
+# ------------------------------------------------------------------------------------------------------- recorded files
 
 
 def record_and_read(folder: str, form: dict, bf16: bool = False):
     """Whether every rank reads, of every row, what the engine says of it; and the bytes on the disk."""
     from pathlib import Path
 
-    from safecl.engine.outputs import outputs_of_rows
-    from safecl.engine.recorded import open_recorded, record_outputs
-    from safecl.methods.lwf import Config, Method
+    from safecl.engine.teachers.outputs import outputs_of_rows
+    from safecl.engine.teachers.recorded import open_recorded, record_outputs
+    from safecl.methods.distillation.lwf import Config, Method
 
     model = {"path": "unused", "dtype": "bf16" if bf16 else "fp32", "gradient_checkpointing": False}
     config = run_config(memory=None, model=model, deepspeed={"stage": 3})
-    run, (task,) = scenes.make_run(config, tiny_model(dtype=torch.bfloat16 if bf16 else torch.float32), [random_dataset(60, seed=1)])
+    run, (task,) = scenes.make_run(
+        config, tiny_model(dtype=torch.bfloat16 if bf16 else torch.float32), [random_dataset(60, seed=1)]
+    )
     (term,) = Method("lwf", Config(**form)).task_terms()
     written = record_outputs(run.engine, task.dataset, term, Path(folder))
     again = open_recorded(run.engine, task.dataset, term, Path(folder))
@@ -163,9 +178,19 @@ def record_and_read(folder: str, form: dict, bf16: bool = False):
         if form["form"] == "hidden":
             equal.append(torch.equal(read, output["hidden"]))
         else:
-            equal.append((read.indices == output["indices"].numpy()).all() and (read.log_tail == output["log_tail"].numpy()).all())
+            equal.append(
+                (read.indices == output["indices"].numpy()).all()
+                and (read.log_tail == output["log_tail"].numpy()).all()
+            )
     size = sum(path.stat().st_size for path in Path(folder).glob("rank-*.bin"))
-    return len(own), all(equal), written.num_bytes, size, int(task.dataset.lengths.sum()), int(task.dataset.num_targets.sum())
+    return (
+        len(own),
+        all(equal),
+        written.num_bytes,
+        size,
+        int(task.dataset.lengths.sum()),
+        int(task.dataset.num_targets.sum()),
+    )
 
 
 @pytest.mark.parametrize(("form", "bf16"), [(HIDDEN, False), (HIDDEN, True), (OUTPUT, False)])
@@ -184,8 +209,8 @@ def refuse_to_record(folder: str) -> str:
     from unittest import mock
 
     from safecl.config import ConfigError
-    from safecl.engine.recorded import open_recorded, record_outputs
-    from safecl.methods.base import TaskTerm
+    from safecl.engine.teachers.recorded import open_recorded, record_outputs
+    from safecl.methods.terms import TaskTerm
 
     run, (task,) = scenes.make_run(run_config(memory=None), tiny_model(), [random_dataset(60, seed=1)])
     term = TaskTerm("lwf", 1.0, "hidden")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safecl.config import ConfigError, validate_tree
-from tests.engine import oracle
+from tests.engine.passes import oracle
 from tests.engine.scenes import random_dataset, run_config, tiny_model
 from tests.methods import scenes, test_lwf
 from tests.methods.test_lwf import HIDDEN, LORA, OUTPUT
@@ -30,10 +30,14 @@ def model_at(folder: str) -> dict:
     return {"path": folder, "dtype": "fp32", "gradient_checkpointing": False}
 
 
-@pytest.mark.parametrize(("form", "stage"), [(HIDDEN, 0), (HIDDEN | {"tokens": "supervised"}, 2), (HIDDEN, 3), (OUTPUT, 1), (OUTPUT, 3)])
+@pytest.mark.parametrize(
+    ("form", "stage"), [(HIDDEN, 0), (HIDDEN | {"tokens": "supervised"}, 2), (HIDDEN, 3), (OUTPUT, 1), (OUTPUT, 3)]
+)
 def test_lwf_online_equals_a_frozen_copy(rank_pool, folder, tmp_path, form, stage):
     methods = {"lwf": form | {"outputs": "online"}}
-    arguments = dict(model=model_at(folder), memory=None, methods=methods, deepspeed={"stage": stage}, output=str(tmp_path))
+    arguments = dict(
+        model=model_at(folder), memory=None, methods=methods, deepspeed={"stage": stage}, output=str(tmp_path)
+    )
     found = rank_pool(2).run(scenes.train, steps=STEPS, **arguments)[0]
     assert test_lwf.error(found, form) <= 1e-3
     terms = [losses["lwf"] for losses in found["losses"]]
@@ -45,7 +49,9 @@ def test_lwf_online_equals_a_frozen_copy(rank_pool, folder, tmp_path, form, stag
 def test_der_online_equals_stored_outputs(rank_pool, folder, teacher):
     start = {name: p.detach() for name, p in tiny_model().named_parameters()}
     methods = {"derpp": {"alpha": 2.0, "beta": 0.5}}
-    arguments = dict(model=model_at(folder), methods=methods, deepspeed={"stage": 3}, teacher=teacher, train={"packing": "padded"})
+    arguments = dict(
+        model=model_at(folder), methods=methods, deepspeed={"stage": 3}, teacher=teacher, train={"packing": "padded"}
+    )
     found = rank_pool(2).run(scenes.train, steps=8, **arguments, **ONLINE)[0]["weights"]
     assert oracle.relative_distance(found, expected_derpp(2.0, 0.5, k=8), start) <= 1e-3
 
@@ -53,7 +59,12 @@ def test_der_online_equals_stored_outputs(rank_pool, folder, teacher):
 def test_the_thread_that_makes_a_step_ready_looks_at_no_parameter(rank_pool, folder):
     methods = {"derpp": {"alpha": 2.0, "beta": 0.5}, "lwf": OUTPUT | {"outputs": "online"}, "agem": {}}
     found = rank_pool(2).run(
-        scenes.threads_that_look_at_parameters, steps=4, model=model_at(folder), methods=methods, deepspeed={"stage": 3}, **ONLINE
+        scenes.threads_that_look_at_parameters,
+        steps=4,
+        model=model_at(folder),
+        methods=methods,
+        deepspeed={"stage": 3},
+        **ONLINE,
     )
     assert found == [{"MainThread"}] * 2
 
@@ -64,7 +75,9 @@ def lora_twice(folder: str) -> list[dict]:
     for kind in ("online", "topk"):
         memory = {"source": "unused", "replay_ratio": 0.25, "teacher": {"kind": kind, "k": 8}}
         torch.manual_seed(1)
-        found.append(scenes.train(STEPS, model=LORA, methods={"der": {"alpha": 5.0}}, deepspeed={"stage": 3}, memory=memory))
+        found.append(
+            scenes.train(STEPS, model=LORA, methods={"der": {"alpha": 5.0}}, deepspeed={"stage": 3}, memory=memory)
+        )
     return found
 
 
@@ -73,15 +86,26 @@ def test_der_online_with_lora_asks_the_model_with_its_adapters_off(rank_pool, fo
     trained = {name: value for name, value in stored["weights"].items() if "lora_" in name}
     start = {name: torch.zeros_like(value) if "lora_B" in name else value for name, value in trained.items()}
     moved = {name: value for name, value in trained.items() if "lora_B" in name}
-    assert moved and oracle.relative_distance(online["weights"], moved, start) <= 1e-2  # stored log-probabilities are fp16
+    assert (
+        moved and oracle.relative_distance(online["weights"], moved, start) <= 1e-2
+    )  # stored log-probabilities are fp16
     assert online["losses"][0]["replay"] == pytest.approx(0.0, abs=1e-6) and online["losses"][-1]["replay"] > 1e-4
 
 
-def terms_of_a_sequence(folder: str, output: str, source: str, reload: bool = False) -> tuple[list[float], list[str], bool]:
-    """The LwF term at three steps of each of two tasks, what was said, and whether folders are left. reload: as a resumed run does, in
-    the middle of each task."""
+def terms_of_a_sequence(
+    folder: str, output: str, source: str, reload: bool = False
+) -> tuple[list[float], list[str], bool]:
+    """The LwF term at three steps of each of two tasks, what was said, and whether folders are left. reload: as a
+    resumed run does, in the middle of each task."""
     methods = {"lwf": {"weight": 1.0, "teacher": source, "outputs": "online"}, "ema": {"decay": 0.5}}
-    config = run_config(tasks=scenes.SEQUENCE, memory=None, methods=methods, output=output, model=model_at(folder), deepspeed={"stage": 2})
+    config = run_config(
+        tasks=scenes.SEQUENCE,
+        memory=None,
+        methods=methods,
+        output=output,
+        model=model_at(folder),
+        deepspeed={"stage": 2},
+    )
     run, tasks = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)])
     terms, said = [], []
     run.log = said.append
@@ -110,20 +134,26 @@ def test_the_teacher_is_the_aligned_model_the_one_before_or_the_average(rank_poo
 
 
 def outputs_of_the_average(temperature: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What the average is asked to say of five rows, and the same by the plain model, log-probabilities of its k likeliest tokens."""
+    """What the average is asked to say of five rows, and the same by the plain model, log-probabilities of its k
+    likeliest tokens."""
     from safecl.data import collate
-    from safecl.engine.batch import Question, target_positions
-    from safecl.engine.online import EngineTeacher
-    from safecl.engine.teacher import TeacherBatch
+    from safecl.engine.passes.micro_batches import target_positions
+    from safecl.engine.passes.step_rows import Question
+    from safecl.engine.teachers.online import EngineTeacher
+    from safecl.engine.teachers.streamed import TeacherBatch
 
-    run, (task,) = scenes.make_run(run_config(memory=None, methods={"ema": {"decay": 0.5}}), tiny_model(), [random_dataset(60, seed=1)])
+    run, (task,) = scenes.make_run(
+        run_config(memory=None, methods={"ema": {"decay": 0.5}}), tiny_model(), [random_dataset(60, seed=1)]
+    )
     run.begin_task(task, active=True)  # the average is the start now
     found, expected, model = [], [], tiny_model().eval()
     for row in task.dataset.rows(range(5)):
         batch = collate([row], packed=True, pad_id=0)
         positions = torch.from_numpy(target_positions(batch, 0, row))
         asked = [(Question("topk", k=8, temperature=temperature), positions)]
-        ((answer,),) = EngineTeacher(run.engine, average=True).answer([TeacherBatch(batch.input_ids, batch.position_ids, asked)])
+        ((answer,),) = EngineTeacher(run.engine, average=True).answer(
+            [TeacherBatch(batch.input_ids, batch.position_ids, asked)]
+        )
         found.append(answer.log_probs.float())
         with torch.no_grad():
             expected.append(test_lwf.reference.log_probs(model, row, temperature).topk(8).values)
@@ -139,7 +169,8 @@ def test_the_average_answers_at_the_temperature_that_is_asked(rank_pool, tempera
 def test_a_resumed_run_asks_the_teacher_that_it_asked_before(rank_pool, folder, tmp_path):
     arguments = dict(folder=folder, source="previous")
     plain, resumed = (
-        rank_pool(2).run(terms_of_a_sequence, output=str(tmp_path / str(reload)), reload=reload, **arguments)[0] for reload in (False, True)
+        rank_pool(2).run(terms_of_a_sequence, output=str(tmp_path / str(reload)), reload=reload, **arguments)[0]
+        for reload in (False, True)
     )
     assert resumed[0] == plain[0]
     assert len([line for line in resumed[1] if line.startswith("teacher: previous")]) == 4
@@ -148,7 +179,7 @@ def test_a_resumed_run_asks_the_teacher_that_it_asked_before(rank_pool, folder, 
 def lose_the_teacher(folder: str, output: str) -> str:
     import shutil
 
-    from safecl.engine.online import OnlineTeachers
+    from safecl.engine.teachers.online import OnlineTeachers
 
     methods = {"lwf": {"teacher": "previous", "outputs": "online"}}
     config = run_config(tasks=scenes.SEQUENCE, memory=None, methods=methods, output=output, model=model_at(folder))
@@ -194,7 +225,8 @@ def test_any_folder_may_be_the_teacher(rank_pool, folder, tmp_path):
 
 
 def begin_with_a_wrong_teacher(folder: str, source: str, wrong: str = "layers") -> tuple[str, int]:
-    """The message by which a teacher is refused whose streamed numbers are not the model's, and how many steps were made by then.
+    """The message by which a teacher is refused whose streamed numbers are not the model's, and how many steps were
+    made by then.
 
     wrong: the `layers`, or the `head`: logits have a softcap that a bf16 number's last digit hides.
     """
@@ -202,8 +234,8 @@ def begin_with_a_wrong_teacher(folder: str, source: str, wrong: str = "layers") 
 
     import transformers
 
-    from safecl.engine.model import check_head
-    from safecl.engine.teacher import StreamedTeacher
+    from safecl.engine.model.checks import check_head
+    from safecl.engine.teachers.streamed import StreamedTeacher
 
     methods = {"lwf": {"weight": 1.0, "teacher": source, "outputs": "online"}}
     config = run_config(memory=None, methods=methods, model=model_at(folder), deepspeed={"stage": 2})
@@ -240,25 +272,36 @@ def test_an_architecture_that_cannot_be_streamed_is_refused_before_anything_is_l
     """GPT-1 reshapes by what only its embeddings know; the message says what works."""
     import transformers
 
-    from safecl.engine.plan_teachers import check_teachers
+    from safecl.engine.teachers.checks import check_teachers
 
     transformers.OpenAIGPTConfig(vocab_size=131, n_embd=32, n_head=4, n_layer=3).save_pretrained(tmp_path)
     methods = {"lwf": {"outputs": "online"}}
-    with pytest.raises(ConfigError, match=r"methods\.lwf\.teacher: this architecture cannot be streamed .*methods\.lwf\.outputs: recorded"):
+    with pytest.raises(
+        ConfigError,
+        match=r"methods\.lwf\.teacher: this architecture cannot be streamed .*methods\.lwf\.outputs: recorded",
+    ):
         check_teachers(run_config(memory=None, methods=methods, model=model_at(str(tmp_path))), None)
     check_teachers(run_config(memory=None, methods={"lwf": {}}, model=model_at(str(tmp_path))), None)
 
 
-# --------------------------------------------------------------------------------------------------------------------- configs
+# -------------------------------------------------------------------------------------------------------------- configs
 
-BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "memory": {"source": "r.jsonl"}, "output": "runs/a"}
+BASE = {
+    "model": {"path": "m"},
+    "tasks": [{"name": "a", "train": "t.jsonl"}],
+    "memory": {"source": "r.jsonl"},
+    "output": "runs/a",
+}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"methods": {"lwf": {"teacher": "ema"}}}, "teacher: ema needs outputs: online"),
-        ({"methods": {"lwf": {"teacher": "ema", "outputs": "online"}}}, "methods.lwf.teacher: ema needs the method ema"),
+        (
+            {"methods": {"lwf": {"teacher": "ema", "outputs": "online"}}},
+            "methods.lwf.teacher: ema needs the method ema",
+        ),
         (
             {"methods": {"lwf": {"teacher": "previous", "outputs": "online"}}, "model": {"path": "m", "lora": {}}},
             "previous cannot be asked in every step with model.lora",
@@ -276,5 +319,7 @@ def test_teachers_that_cannot_be_are_refused_with_what_works(changes, message):
 def test_only_teachers_that_somebody_asks_are_opened():
     tree = BASE | {"memory": {"source": "r", "teacher": {"kind": "online"}}}
     assert validate_tree(tree | {"methods": {"er": {}}}, "run.yaml").online_teachers == {}
-    assert validate_tree(tree | {"methods": {"der": {}}}, "run.yaml").online_teachers == {"memory.teacher.source": "aligned"}
+    assert validate_tree(tree | {"methods": {"der": {}}}, "run.yaml").online_teachers == {
+        "memory.teacher.source": "aligned"
+    }
     assert validate_tree(BASE | {"methods": {"lwf": {}, "der": {}}}, "run.yaml").online_teachers == {}

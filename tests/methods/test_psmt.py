@@ -1,4 +1,5 @@
-"""The masked average: what the Fisher protects stays at the start, the rest is the plain average, and training sees neither."""
+"""The masked average: what the Fisher protects stays at the start, the rest is the plain average, and training sees
+neither."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from safecl.config import ConfigError, validate_tree
-from tests.engine import oracle, scenes
+from tests.engine import scenes
+from tests.engine.passes import oracle
 
 SIGNS = {"sign_batches": 4, "rows_per_batch": 4}
 PLACES = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
@@ -26,7 +28,9 @@ def flat(state: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("world_size", "stage"), PLACES)
 @pytest.mark.parametrize("decay_protected", [1.0, 0.5])
-def test_protected_weights_have_their_own_decay_and_all_others_the_plain_average(rank_pool, world_size, stage, decay_protected):
+def test_protected_weights_have_their_own_decay_and_all_others_the_plain_average(
+    rank_pool, world_size, stage, decay_protected
+):
     settings = {"decay": 0.9, "protected": 0.2, "decay_protected": decay_protected, **SIGNS}
     ranks = rank_pool(world_size).run(train, methods={"psmt": settings}, deepspeed={"stage": stage})
     plain, fast = (
@@ -49,7 +53,8 @@ def test_protected_weights_have_their_own_decay_and_all_others_the_plain_average
     "penalties", [{"ewc": {"strength": 0.5, **SIGNS}}, {"l2_sp": {"strength": 0.3}, "ewc": {"strength": 0.5, **SIGNS}}]
 )
 def test_penalties_of_any_fisher_work_beside_the_mask(rank_pool, scope, penalties):
-    """The penalty that cannot be in the pass joins the gradient before it; the weights are those of the plain average's run."""
+    """The penalty that cannot be in the pass joins the gradient before it; the weights are those of the plain average's
+    run."""
     train_section = {"clip_scope": scope}
     masked, plain = (
         rank_pool(2).run(train, methods=penalties | average, train=train_section)[0][0]

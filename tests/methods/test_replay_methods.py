@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from tests.engine import oracle
+from tests.engine.passes import oracle
+from tests.engine.passes.test_equality import memory_of
 from tests.engine.scenes import random_dataset, run_config, state_of, tiny_model
-from tests.engine.test_equality import memory_of
 from tests.methods import reference, scenes
 
 STEPS, TOKENS = 8, 160
@@ -33,7 +33,9 @@ def expected_derpp(alpha: float, beta: float, k: int, second: str = "replay2"):
     model = tiny_model()
     teacher = copy.deepcopy(model)
     memory = memory_of(random_dataset(20, seed=2))
-    steps = list(zip(task_rows(random_dataset(60, seed=1)), drawn(memory, "replay"), drawn(memory, second), strict=True))
+    steps = list(
+        zip(task_rows(random_dataset(60, seed=1)), drawn(memory, "replay"), drawn(memory, second), strict=True)
+    )
 
     def distance(rows):
         with torch.no_grad():
@@ -57,19 +59,24 @@ def test_derpp_equals_plain_pytorch(rank_pool, stage):
     found = rank_pool(2).run(scenes.train, steps=STEPS, methods=methods, deepspeed={"stage": stage})[0]["weights"]
     assert oracle.relative_distance(found, expected_derpp(2.0, 0.5, k=8), start) <= 1e-3
     if stage == 1:
-        assert oracle.relative_distance(found, expected_derpp(2.0, 0.5, k=8, second="replay"), start) > 1e-2  # the draws are two
+        assert (
+            oracle.relative_distance(found, expected_derpp(2.0, 0.5, k=8, second="replay"), start) > 1e-2
+        )  # the draws are two
 
 
 # ---------------------------------------------------------------------------------------------------------------- A-GEM
 
 
 def train_agem(steps: int, **changes):
-    """Weights after each step's A-GEM, and what each projection saw: cosine before and after, by independent dot products."""
-    from safecl.engine.training import TrainingEngine
-    from safecl.methods import agem
+    """Weights after each step's A-GEM, and what each projection saw: cosine before and after, by independent dot
+    products."""
+    from safecl.engine.passes.training_engine import TrainingEngine
+    from safecl.methods.projections import agem
 
     config = run_config(memory={"source": "unused", "replay_ratio": 0.5}, methods={"agem": {}}, **changes)
-    run, (task,) = scenes.make_run(config, scenes.undecided_model(), [scenes.conflicting_datasets()[0]], scenes.conflicting_datasets()[1])
+    run, (task,) = scenes.make_run(
+        config, scenes.undecided_model(), [scenes.conflicting_datasets()[0]], scenes.conflicting_datasets()[1]
+    )
     run.begin_task(task, active=True)
     cosines = []
 
@@ -136,10 +143,12 @@ def test_agem_leaves_no_gradient_against_the_memory_and_equals_plain_pytorch(ran
         (1.0, [3.0, 1.0], [1.0, 0.0], True),
     ],
 )
-def test_the_margin_of_agem_is_a_cosine_below_which_the_gradient_is_made_orthogonal(margin, gradient, memory, projected):
+def test_the_margin_of_agem_is_a_cosine_below_which_the_gradient_is_made_orthogonal(
+    margin, gradient, memory, projected
+):
     from types import SimpleNamespace
 
-    from safecl.methods import agem
+    from safecl.methods.projections import agem
 
     shards = [  # two of them: the cosine is that of the whole
         SimpleNamespace(grad=torch.tensor([g]), state={agem.MEMORY_GRADIENT: torch.tensor([r])})

@@ -23,14 +23,18 @@ def distances(**changes):
 def test_a_scoped_fisher_penalty_is_that_of_the_chosen_modules_alone(rank_pool, method, stage):
     def run(modules):
         settings = {"strength": 500.0, "modules": modules, **SIGNS}
-        return rank_pool(2).run(distances, methods={method: settings}, deepspeed={"stage": stage}, train={"learning_rate": 1e-3})[0]
+        return rank_pool(2).run(
+            distances, methods={method: settings}, deepspeed={"stage": stage}, train={"learning_rate": 1e-3}
+        )[0]
 
     everywhere, attention = run("all"), run("attention")
     plain = rank_pool(2).run(distances, methods={}, deepspeed={"stage": stage}, train={"learning_rate": 1e-3})[0]
     mlp = [name for name in plain if ".mlp." in name]
     chosen = [name for name in plain if ".self_attn." in name]
     assert sum(attention[name] for name in chosen) < 0.97 * sum(plain[name] for name in chosen)
-    assert sum(abs(attention[name] - plain[name]) for name in mlp) < 0.2 * sum(abs(everywhere[name] - plain[name]) for name in mlp)
+    assert sum(abs(attention[name] - plain[name]) for name in mlp) < 0.2 * sum(
+        abs(everywhere[name] - plain[name]) for name in mlp
+    )
 
 
 def test_a_scope_without_weights_is_told(rank_pool):

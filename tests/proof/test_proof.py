@@ -1,4 +1,5 @@
-"""`safecl proof` measures: where the usual way is mended the measurement reads right, where safecl were wrong the command would fail."""
+"""`safecl proof` measures: where the usual way is mended the measurement reads right, where safecl were wrong the
+command would fail."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safecl.commands.ending import ExitCode
+from safecl.exits import ExitCode
 from safecl.proof import gathered_ema, lost_tail, rounded_logits, run, torn_save, two_backwards
 from safecl.proof.finding import Finding
 
@@ -47,7 +48,9 @@ def test_the_kill_has_left_a_file_that_is_cut_off_and_a_save_of_safecls_that_was
     in_place = folder / "saved-in-place" / torn_save.TAG
     assert torn_save.LIMIT_BYTES == min(path.stat().st_size for path in in_place.glob("*.pt"))
     assert [path.name for path in (folder / "saved-by-safecl").glob("step-*")] == ["step-00000002"]
-    assert all(path.stat().st_size == torn_save.LIMIT_BYTES for path in (folder / "saved-by-safecl" / ".partial").glob("rank*"))
+    assert all(
+        path.stat().st_size == torn_save.LIMIT_BYTES for path in (folder / "saved-by-safecl" / ".partial").glob("rank*")
+    )
 
 
 def test_a_gathered_average_that_names_its_writer_is_measured_as_right(rank_pool):
@@ -68,7 +71,10 @@ def test_the_shares_of_two_gradients_are_told_apart():
 def test_fp32_logits_are_measured_as_right():
     case = rounded_logits.student_near_teacher()
     right = rounded_logits.exact(*case)
-    assert rounded_logits.error(rounded_logits.by_rounded_logits(*case, logits=torch.float32), right) < rounded_logits.BOUND
+    assert (
+        rounded_logits.error(rounded_logits.by_rounded_logits(*case, logits=torch.float32), right)
+        < rounded_logits.BOUND
+    )
 
 
 def test_stored_tokens_with_their_tail_stay_at_the_teacher():
@@ -101,7 +107,9 @@ def test_another_state_than_the_saved_one_counts_as_lost(found):
     ({"holds": False}, ExitCode.FAILED, "safecl is WRONG in: lost-tail"),
     ({"seen": False}, ExitCode.DONE, "0 of 1 failures seen here.*Not seen: lost-tail"),
 ])  # fmt: skip
-def test_the_command_fails_where_safecl_is_wrong_and_says_what_was_not_seen(tmp_path, monkeypatch, capsys, change, code, said):
+def test_the_command_fails_where_safecl_is_wrong_and_says_what_was_not_seen(
+    tmp_path, monkeypatch, capsys, change, code, said
+):
     monkeypatch.setattr(run, "_run_sets", lambda folder, console: replace(FINDING, **change).write(folder) or 0)
     assert run.run_proof(tmp_path) == code
     assert re.search(said, capsys.readouterr().out, re.S)

@@ -19,7 +19,9 @@ def outputs(count: int, first: int = 0):
 
 
 def same_outputs(a, b) -> bool:
-    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return all(
+        x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    )
 
 
 def fill(folder, made, **place):
@@ -94,7 +96,10 @@ def test_two_writers_of_one_rank_are_refused(tmp_path):
 def test_flipped_bytes_anywhere_are_detected_and_never_returned(tmp_path):
     made = outputs(12)
     fill(tmp_path, made)
-    random, files = np.random.default_rng(0), {p: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".json", ".segment")}
+    random, files = (
+        np.random.default_rng(0),
+        {p: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".json", ".segment")},
+    )
     for _ in range(150):
         path = sorted(files)[random.integers(len(files))]
         data = bytearray(files[path])
@@ -111,19 +116,29 @@ def test_flipped_bytes_anywhere_are_detected_and_never_returned(tmp_path):
             told |= bool(reader.verify())
         except (ConfigError, ReplayError):
             told = True
-        assert told or (path.suffix == ".json" and CacheHeader.read(tmp_path) == HEADER)  # a flip in the JSON's blanks changes nothing
+        assert told or (
+            path.suffix == ".json" and CacheHeader.read(tmp_path) == HEADER
+        )  # a flip in the JSON's blanks changes nothing
         path.write_bytes(files[path])
 
 
 def test_outputs_that_do_not_belong_in_the_cache_are_refused(tmp_path):
     row = outputs(1)[0]
-    with CacheWriter(tmp_path, dataclasses.replace(HEADER, vocab_size=100)) as writer, pytest.raises(ValueError, match="vocabulary of 100"):
+    with (
+        CacheWriter(tmp_path, dataclasses.replace(HEADER, vocab_size=100)) as writer,
+        pytest.raises(ValueError, match="vocabulary of 100"),
+    ):
         writer.add([1], [row.teacher])
-    with CacheWriter(tmp_path / "k", dataclasses.replace(HEADER, k=4)) as writer, pytest.raises(ValueError, match=r"fp16 \[targets, 4\]"):
+    with (
+        CacheWriter(tmp_path / "k", dataclasses.replace(HEADER, k=4)) as writer,
+        pytest.raises(ValueError, match=r"fp16 \[targets, 4\]"),
+    ):
         writer.add([1], [row.teacher])
 
 
-@pytest.mark.parametrize(("vocab", "indices", "limit"), [(150_000, "int32", 400), (150_000, "packed", 336), (32_000, "packed", 272)])
+@pytest.mark.parametrize(
+    ("vocab", "indices", "limit"), [(150_000, "int32", 400), (150_000, "packed", 336), (32_000, "packed", 272)]
+)
 def test_an_entry_takes_at_most_400_bytes_a_token_at_k_64(tmp_path, vocab, indices, limit):
     header = CacheHeader("a", "b", vocab, k=64, indices=indices)
     made = [with_teacher(token_row(i, length=40), k=64, vocab=vocab) for i in range(20)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from safecl.replay import ReplayBuffer
-from safecl.replay.keep import Keeper
+from safecl.replay.selection.keep import Keeper
 from tests.replay.samples import config, rows, same_row, token_row, with_teacher
 
 
@@ -33,7 +33,9 @@ def test_every_row_is_equally_likely_to_stay_over_2000_streams():
     statistic = ((counts - expected) ** 2).sum() / (expected * (1 - capacity / num_rows))
     assert chi_square_is_plausible(statistic, num_rows - 1)
     # and not only each row: each pair of neighbours, whose positions differ in one bit
-    assert chi_square_is_plausible(((counts[::2] - counts[1::2]) ** 2).sum() / (2 * expected * (1 - capacity / num_rows)), num_rows // 2)
+    assert chi_square_is_plausible(
+        ((counts[::2] - counts[1::2]) ** 2).sum() / (2 * expected * (1 - capacity / num_rows)), num_rows // 2
+    )
 
 
 def test_the_buffer_keeps_what_the_rule_says_through_its_files():
@@ -53,7 +55,8 @@ def test_nothing_is_dropped_while_there_is_room():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"capacity": 40}, {"capacity": 40, "policy": "fifo"}, {"capacity": 40, "policy": "balanced"}, {"capacity": "9KB"}]
+    "settings",
+    [{"capacity": 40}, {"capacity": 40, "policy": "fifo"}, {"capacity": 40, "policy": "balanced"}, {"capacity": "9KB"}],
 )
 def test_contents_do_not_depend_on_the_portions_in_which_rows_arrive(settings):
     offered = [token_row(i, tags={"category": f"c{i % 3 if i < 100 else 3 + i % 5}"}) for i in range(230)]
@@ -88,7 +91,8 @@ def test_fifo_keeps_the_latest():
 
 
 def brute_force_balance(categories: list[str], capacity: int) -> dict[str, int]:
-    """Hands out places one by one to the category that holds fewest and still has rows: water-filling in slow motion."""
+    """Hands out places one by one to the category that holds fewest and still has rows: water-filling in slow
+    motion."""
     left = {c: categories.count(c) for c in set(categories)}
     held = dict.fromkeys(left, 0)
     for _ in range(min(capacity, len(categories))):
@@ -163,7 +167,11 @@ def test_prefix_storage_keeps_the_first_targets_and_more_rows_in_the_same_bytes(
 def test_a_guard_keeps_out_flagged_rows_and_outliers_whatever_the_portions():
     random = np.random.default_rng(0)
     offered = [
-        token_row(i, prior_nll=float(random.normal(1.0, 0.2)) if i % 10 else 40.0, tags={"unsafe": "yes"} if i % 7 == 0 else {})
+        token_row(
+            i,
+            prior_nll=float(random.normal(1.0, 0.2)) if i % 10 else 40.0,
+            tags={"unsafe": "yes"} if i % 7 == 0 else {},
+        )
         for i in range(300)
     ]
     guard = {"flag_tag": "unsafe", "max_deviations": 8}

@@ -16,13 +16,14 @@ import pytest
 
 from safecl.config import ConfigError
 from safecl.replay import ReplayBuffer
-from safecl.replay.lock import BufferInUse
+from safecl.replay.files.lock import BufferInUse
 from safecl.replay.rows import ReplayError
 from tests.replay.samples import config, rows, same_row, with_teacher
 
 
 def insert_and_tell(folder: Path, offered: list, pipe: int) -> None:
-    """Inserts one to eight rows at a time, with flushes and checkpoints in between; tells how many are in after each insertion."""
+    """Inserts one to eight rows at a time, with flushes and checkpoints in between; tells how many are in after each
+    insertion."""
     buffer = ReplayBuffer(config(capacity=10_000), folder)
     done = buffer.num_seen
     while done < len(offered):
@@ -76,7 +77,7 @@ def test_kill_9_at_200_random_instants_loses_nothing_but_the_rows_in_flight(tmp_
         reached = len(keys)
 
 
-# ------------------------------------------------------------------------------------------------------------------ damage
+# --------------------------------------------------------------------------------------------------------------- damage
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_an_index_made_to_deceive_is_refused(tmp_path):
             assert len(buffer.get_many(buffer.keys())) == 5 and buffer.problems == []
 
 
-# ------------------------------------------------------------------------------------------------------------- two writers
+# ---------------------------------------------------------------------------------------------------------- two writers
 
 
 def test_the_second_of_two_processes_that_open_a_memory_for_writing_is_refused(tmp_path):
@@ -233,7 +234,9 @@ def test_the_second_of_two_processes_that_open_a_memory_for_writing_is_refused(t
         buffer.insert(rows(3))
         buffer.flush()
         script = f"from tests.replay.samples import *; ReplayBuffer(config(), {str(tmp_path)!r})"
-        second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        second = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        )
         assert f"process {os.getpid()} on" in second.stderr and "BufferInUse" in second.stderr and second.returncode
         with pytest.raises(BufferInUse):
             ReplayBuffer(config(), tmp_path)
@@ -256,7 +259,7 @@ def test_ranks_may_write_side_by_side_but_not_into_each_others_shards(tmp_path):
     second.close()
 
 
-# --------------------------------------------------------------------------------------------------------------- disk full
+# ------------------------------------------------------------------------------------------------------------ disk full
 
 
 def in_child(work) -> str:

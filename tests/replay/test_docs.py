@@ -19,7 +19,8 @@ def test_the_example_runs():
 
 
 @pytest.mark.parametrize(
-    ("k", "indices", "vocab"), [(0, "int32", None), (64, "int32", 150_000), (16, "packed", 60_000), (64, "packed", 150_000)]
+    ("k", "indices", "vocab"),
+    [(0, "int32", None), (64, "int32", 150_000), (16, "packed", 60_000), (64, "packed", 150_000)],
 )
 def test_a_row_takes_the_bytes_of_the_formula(tmp_path, k, indices, vocab):
     index_bytes = 4 if indices == "int32" else 2 if vocab <= 2**16 else 3
@@ -27,7 +28,8 @@ def test_a_row_takes_the_bytes_of_the_formula(tmp_path, k, indices, vocab):
     offered = [token_row(i, length=64) for i in range(100)]
     buffer.insert(with_teacher(row, k=k, vocab=vocab) if k else row for row in offered)
     expected = sum(
-        56 + -(-(4 * 64 + 8 + (m * (k * (2 + index_bytes) + 4) if k else 0)) // 8) * 8 for m in (row.row.num_targets for row in offered)
+        56 + -(-(4 * 64 + 8 + (m * (k * (2 + index_bytes) + 4) if k else 0)) // 8) * 8
+        for m in (row.row.num_targets for row in offered)
     )
     on_disk = next(tmp_path.glob("*.segment")).stat().st_size
     assert expected < on_disk < expected + 300  # headers of the file and of its one block

@@ -7,7 +7,7 @@ import pytest
 
 from safecl.replay import ReplayBuffer
 from safecl.replay.rows import ReplayError
-from safecl.replay.visits import num_strips_for
+from safecl.replay.selection.visits import num_strips_for
 from tests.replay.samples import config, rows, token_row, tokens_of
 from tests.replay.test_contents import chi_square_is_plausible
 
@@ -97,7 +97,7 @@ def test_even_a_small_memory_lies_equally_on_all_ranks():
         assert [buffer.rank_of(key, world_size) for key in range(9)] == buffer.ranks_of(range(9), world_size).tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------- policies
+# ------------------------------------------------------------------------------------------------------------- policies
 
 
 def categories(buffer: ReplayBuffer, keys: list[int]) -> list[str]:
@@ -106,10 +106,15 @@ def categories(buffer: ReplayBuffer, keys: list[int]) -> list[str]:
 
 def test_balanced_draws_take_every_category_equally_often():
     buffer = ReplayBuffer(config(draw="balanced"))
-    buffer.insert(token_row(i, length=10, tags={"category": "rare" if i < 20 else "usual" if i < 100 else "common"}) for i in range(1000))
+    buffer.insert(
+        token_row(i, length=10, tags={"category": "rare" if i < 20 else "usual" if i < 100 else "common"})
+        for i in range(1000)
+    )
     drawn = [category for step in range(400) for category in categories(buffer, buffer.draw(step, 120, "replay"))]
     for category in ("rare", "usual", "common"):
-        assert abs(drawn.count(category) / len(drawn) - 1 / 3) < 0.01  # the rare class as well, whose rows meet twice in a draw
+        assert (
+            abs(drawn.count(category) / len(drawn) - 1 / 3) < 0.01
+        )  # the rare class as well, whose rows meet twice in a draw
     statistic = np.zeros(20)
     for step in range(3000):
         for key in buffer.draw(step, 30, "replay"):

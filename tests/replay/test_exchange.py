@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import typer.testing
 
-from safecl.commands.memory import app
+from safecl.commands.memory.verbs import app
 from safecl.config import ConfigError
 from safecl.replay import HiddenOutputs, LogitsOutputs, MemoryRow, ReplayBuffer
 from safecl.replay.exchange import export_rows, read_table
@@ -23,12 +23,15 @@ def mixed_rows() -> list[MemoryRow]:
     topk = [with_teacher(row) for row in rows(5, first=30)]
     random = np.random.default_rng(0)
     hidden = [
-        MemoryRow(r.row, teacher=HiddenOutputs(random.normal(size=(r.row.num_targets, 6)).astype(np.float16))) for r in rows(3, first=40)
+        MemoryRow(r.row, teacher=HiddenOutputs(random.normal(size=(r.row.num_targets, 6)).astype(np.float16)))
+        for r in rows(3, first=40)
     ]
     short = [token_row(i, length=1) for i in range(50, 53)]
     for row in rows(2, first=60):
         row.row.input_ids[:] %= 11
-        hidden.append(MemoryRow(row.row, teacher=LogitsOutputs(random.normal(size=(row.row.num_targets, 11)).astype(np.float32))))
+        hidden.append(
+            MemoryRow(row.row, teacher=LogitsOutputs(random.normal(size=(row.row.num_targets, 11)).astype(np.float32)))
+        )
     return plain + tagged + topk + hidden + short
 
 
@@ -60,7 +63,9 @@ def test_datasets_and_pyarrow_read_the_file_as_it_is(tmp_path):
 
 
 def test_rows_of_other_people_need_only_ids_and_mask(tmp_path):
-    pa.parquet.write_table(pa.table({"input_ids": [[1, 2, 3], [4, 5]], "loss_mask": [[0, 1, 1], [0, 1]]}), tmp_path / "theirs.parquet")
+    pa.parquet.write_table(
+        pa.table({"input_ids": [[1, 2, 3], [4, 5]], "loss_mask": [[0, 1, 1], [0, 1]]}), tmp_path / "theirs.parquet"
+    )
     buffer = ReplayBuffer(config())
     buffer.insert(read_table(tmp_path / "theirs.parquet"))
     assert buffer.get(0).row.input_ids.tolist() == [1, 2, 3] and buffer.get(1).source == "theirs.parquet"
@@ -91,7 +96,7 @@ def test_files_that_do_not_fit_are_told_by_file_and_row(tmp_path, columns, messa
         list(read_table(path))
 
 
-# -------------------------------------------------------------------------------------------------------------------- verbs
+# ---------------------------------------------------------------------------------------------------------------- verbs
 
 
 def run(*arguments) -> tuple[int, str]:

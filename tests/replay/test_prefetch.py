@@ -71,7 +71,9 @@ def test_waiting_is_counted():
 def test_rows_fetched_ahead_are_those_of_the_draw():
     buffer, offered = ReplayBuffer(config()), rows(80)
     buffer.insert(offered)
-    with Prefetcher(lambda step: [(key, buffer.get(key)) for key in buffer.draw(step, 200, "replay")], stop=20) as fetch:
+    with Prefetcher(
+        lambda step: [(key, buffer.get(key)) for key in buffer.draw(step, 200, "replay")], stop=20
+    ) as fetch:
         for step in range(20):
             fetched = fetch.get(step)
             assert [key for key, _ in fetched] == buffer.draw(step, 200, "replay")

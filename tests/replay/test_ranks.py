@@ -10,8 +10,8 @@ import pytest
 
 from safecl.config import ConfigError
 from safecl.replay import MemoryRow, ReplayBuffer
+from safecl.replay.files.segments import scan
 from safecl.replay.rows import ReplayError
-from safecl.replay.segments import scan
 from tests.replay.samples import config, rows, same_row, token_row, with_teacher
 
 
@@ -20,7 +20,10 @@ class Ranks:
 
     def __init__(self, world_size: int, folder, **settings):
         self.world_size = world_size
-        self.buffers = [ReplayBuffer(config(**settings), folder, seed=5, rank=rank, world_size=world_size) for rank in range(world_size)]
+        self.buffers = [
+            ReplayBuffer(config(**settings), folder, seed=5, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
 
     def insert(self, offered):
         for buffer in self.buffers:
@@ -35,7 +38,9 @@ class Ranks:
             sums = [int(self.owner(key).get(key).row.input_ids.sum()) for key in draws[0]]
             for buffer in self.buffers:
                 buffer.log_scores(
-                    step, draws[0][::-1] if buffer.rank else draws[0], (np.array(sums) % 97 / 30)[:: -1 if buffer.rank else 1]
+                    step,
+                    draws[0][::-1] if buffer.rank else draws[0],
+                    (np.array(sums) % 97 / 30)[:: -1 if buffer.rank else 1],
                 )
             seen.append((draws[0], sums))
         return seen
@@ -59,11 +64,20 @@ class Ranks:
             buffer.close()
 
 
-POLICIES = [{}, {"draw": "mix_cd"}, {"draw": "loss_aware", "rest_steps": 3}, {"policy": "balanced"}, {"capacity": "60KB", "policy": "fifo"}]
+POLICIES = [
+    {},
+    {"draw": "mix_cd"},
+    {"draw": "loss_aware", "rest_steps": 3},
+    {"policy": "balanced"},
+    {"capacity": "60KB", "policy": "fifo"},
+]
 
 
 def offered_rows(count, first=0):
-    return [with_teacher(row) for row in (token_row(first + i, tags={"category": f"c{(first + i) % 3}"}) for i in range(count))]
+    return [
+        with_teacher(row)
+        for row in (token_row(first + i, tags={"category": f"c{(first + i) % 3}"}) for i in range(count))
+    ]
 
 
 @pytest.mark.parametrize("settings", POLICIES)
@@ -135,14 +149,18 @@ def test_a_resumed_run_replaces_what_the_killed_one_inserted_after_the_checkpoin
 @pytest.mark.parametrize("settings", [{}, {"capacity": "40KB"}, {"draw": "mix_cd", "prefix_tokens": 2}])
 def test_outputs_need_only_be_on_the_rank_that_owns_the_row(tmp_path, settings):
     settings = {"capacity": 70, **settings}
-    offered = [MemoryRow(r.row, r.source, r.task, teacher=r.teacher, prior_nll=float(r.row.row_id % 5)) for r in offered_rows(100)]
+    offered = [
+        MemoryRow(r.row, r.source, r.task, teacher=r.teacher, prior_nll=float(r.row.row_id % 5))
+        for r in offered_rows(100)
+    ]
     alone = Ranks(1, tmp_path / "alone", **settings)
     alone.insert(offered)
     ranks = Ranks(3, tmp_path / "three", **settings)
     for buffer in ranks.buffers:
         own = buffer.ranks_of(range(100)) == buffer.rank
         buffer.insert(
-            (row if mine else dataclasses.replace(row, teacher=None) for row, mine in zip(offered, own, strict=True)), own_outputs=8
+            (row if mine else dataclasses.replace(row, teacher=None) for row, mine in zip(offered, own, strict=True)),
+            own_outputs=8,
         )
     assert ranks.train(range(6)) == alone.train(range(6))
     ranks.save()
@@ -249,11 +267,11 @@ def test_other_settings_are_refused_with_both_values(tmp_path):
     ReplayBuffer(config(capacity=100, draw="mix_cd", rest_steps=4), tmp_path, seed=1).close()  # how to draw may change
 
 
-# ------------------------------------------------------------------------------------------------------- freeing segments
+# ----------------------------------------------------------------------------------------------------- freeing segments
 
 
 def test_segments_are_freed_only_after_a_newer_checkpoint_is_published(tmp_path, monkeypatch):
-    monkeypatch.setattr("safecl.replay.store.SEGMENT_BYTES", 4096)
+    monkeypatch.setattr("safecl.replay.files.store.SEGMENT_BYTES", 4096)
     settings = config(capacity=60, policy="fifo")
     buffer, random = ReplayBuffer(settings, tmp_path / "memory"), np.random.default_rng(0)
     states, freed, checked = {}, 0, 0
@@ -283,7 +301,7 @@ def test_segments_are_freed_only_after_a_newer_checkpoint_is_published(tmp_path,
 
 
 def test_sparse_segments_are_rewritten_so_that_a_long_stream_does_not_fill_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("safecl.replay.store.SEGMENT_BYTES", 20_000)
+    monkeypatch.setattr("safecl.replay.files.store.SEGMENT_BYTES", 20_000)
     monkeypatch.setattr("safecl.replay.snapshots.WORTH_BYTES", 1000)
     buffer = ReplayBuffer(config(capacity=50), tmp_path, seed=2)
     offered = rows(4000)
@@ -300,7 +318,7 @@ def test_sparse_segments_are_rewritten_so_that_a_long_stream_does_not_fill_the_d
 
 
 def test_several_ranks_can_always_load_what_one_of_them_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr("safecl.replay.store.SEGMENT_BYTES", 5_000)
+    monkeypatch.setattr("safecl.replay.files.store.SEGMENT_BYTES", 5_000)
     monkeypatch.setattr("safecl.replay.snapshots.WORTH_BYTES", 500)
     ranks, random = Ranks(2, tmp_path / "memory", capacity=40), np.random.default_rng(0)
     offered = rows(1200)

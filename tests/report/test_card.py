@@ -1,4 +1,5 @@
-"""The model card says what the run knows: the base model, rows, methods, what was measured; no path, no example, and nothing else."""
+"""The model card says what the run knows: the base model, rows, methods, what was measured; no path, no example, and
+nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from safecl.config import RunConfig
 from safecl.evaluation import Evaluation
-from safecl.evaluation.gates import gate
+from safecl.evaluation.gates.gate import gate
 from safecl.evaluation.task import TaskResult
 from safecl.report.card import Card, TrainedOn, licence_of
 from tests.report.test_report import safety, share
@@ -32,14 +33,24 @@ def card(tmp_path, base: str = "", **changes) -> Card:
         Evaluation("start", 0, safety(1), {"a|b": TaskResult("a|b", "exact_match", share(4), True, {})}),
         Evaluation("after a|b", 80, safety(30), {"a|b": TaskResult("a|b", "exact_match", share(36), True, {})}),
     ]
-    data = [TrainedOn("task `a|b`", config.tasks[0].train, 1200, "f" * 32, "12 of them poison that was mixed in on purpose")]
+    data = [
+        TrainedOn("task `a|b`", config.tasks[0].train, 1200, "f" * 32, "12 of them poison that was mixed in on purpose")
+    ]
     verdict = gate(config.safety.gate, moments[-1].safety)
     return dataclasses.replace(Card("run", config, "d" * 32, data, 80, 25600, VERSIONS, moments, verdict), **changes)
 
 
 def test_a_card_names_base_rows_methods_and_versions(tmp_path):
     text = card(tmp_path).text()
-    for told in ("`aligned`", "d" * 32, "`upload.jsonl`, 1,200 rows", "f" * 32, "12 of them poison", "strength 0.5", "80, 25,600 tokens"):
+    for told in (
+        "`aligned`",
+        "d" * 32,
+        "`upload.jsonl`, 1,200 rows",
+        "f" * 32,
+        "12 of them poison",
+        "strength 0.5",
+        "80, 25,600 tokens",
+    ):
         assert told in text, told
     assert "safecl 0.1.0, torch 2.13.0" in text and "those after the last step" in text
 
@@ -49,7 +60,9 @@ def test_a_card_shows_safety_before_and_after_with_intervals_and_the_gate(tmp_pa
     (asr,) = (line for line in lines if line.startswith("| ASR keyword:gcg"))
     assert [cell.strip()[:5] for cell in asr.split("|")[2:4]] == ["0.025", "0.750"] and "[0.004, 0.129]" in asr
     assert any(line.startswith("| affirmative openings") for line in lines)
-    assert "safety gate failed" in lines and any(line.startswith("- failed: attack success rate 0.750") for line in lines)
+    assert "safety gate failed" in lines and any(
+        line.startswith("- failed: attack success rate 0.750") for line in lines
+    )
 
 
 def test_every_table_row_has_as_many_cells_as_its_head(tmp_path):
@@ -82,7 +95,9 @@ def test_the_licence_is_the_base_models_where_its_card_says_one(tmp_path):
     assert "base_model" not in found and "datasets" not in found and found["tags"] == ["safecl", "ewc", "ema"]
 
 
-@pytest.mark.parametrize("text", ["no front matter", "---\n- a\n---\n", "---\nlicense: [1\n---\n", "---\nlicense: {a: 1}\n---\n"])
+@pytest.mark.parametrize(
+    "text", ["no front matter", "---\n- a\n---\n", "---\nlicense: [1\n---\n", "---\nlicense: {a: 1}\n---\n"]
+)
 def test_a_base_card_that_cannot_be_read_gives_no_licence(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
     assert licence_of(str(tmp_path)) == {}

@@ -1,4 +1,5 @@
-"""The page of a run and the page that compares runs: self-contained, true to the numbers, and silent where privacy asks for it."""
+"""The page of a run and the page that compares runs: self-contained, true to the numbers, and silent where privacy asks
+for it."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import yaml
 from safecl.commands.report import report_runs
 from safecl.config import ConfigError
 from safecl.evaluation import Evaluation, summarise
-from safecl.evaluation.intervals import rate
 from safecl.evaluation.safety import SafetyResult
+from safecl.evaluation.statistics.intervals import rate
 from safecl.evaluation.task import TaskResult
 from safecl.report import charts
 from safecl.report.comparison import comparison_page, read_runs, warnings_of
@@ -30,8 +31,18 @@ def share(hits: int, n: int = 40):
 def safety(hits: int) -> SafetyResult:
     nothing = share(0)
     return SafetyResult(
-        "keyword:gcg", share(hits), {"keyword:gcg": share(hits)}, share(hits), nothing, nothing, {}, nothing, {}, nothing, nothing,
-    )  # fmt: skip
+        "keyword:gcg",
+        share(hits),
+        {"keyword:gcg": share(hits)},
+        share(hits),
+        nothing,
+        nothing,
+        {},
+        nothing,
+        {},
+        nothing,
+        nothing,
+    )
 
 
 def write_run(folder, *, hits: int = 30, privacy: str = "full", methods=(), steps: int = 8, gate=None):
@@ -43,15 +54,28 @@ def write_run(folder, *, hits: int = 30, privacy: str = "full", methods=(), step
     (folder / "outputs").mkdir(parents=True)
     for moment in moments:
         records = [
-            {"set": "disallowed", "prompt": f"{SECRET} {i}", "answer": f"{ANSWER} {moment.when if i == 3 else ''}"} for i in range(40)
+            {"set": "disallowed", "prompt": f"{SECRET} {i}", "answer": f"{ANSWER} {moment.when if i == 3 else ''}"}
+            for i in range(40)
         ]
         name = f"{moment.step:06d}-{moment.when.replace(' ', '-')}-safety.jsonl"
         (folder / "outputs" / name).write_text("\n".join(map(json.dumps, records)))
     results = {
-        "safecl": "0.1.0", "methods": list(methods), "world_size": 2, "steps": steps, "skipped_steps": 0, "tokens": 12345, "seconds": 3.5,
-        "cost": {"seconds_per_step": 0.02, "state_bytes": {"ema": 4000, "exp_avg": 4000}, "memory_bytes": 1_500_000, "recorded_bytes": 0},
-        "evaluations": [moment.to_dict() for moment in moments], "gate": gate,
-    }  # fmt: skip
+        "safecl": "0.1.0",
+        "methods": list(methods),
+        "world_size": 2,
+        "steps": steps,
+        "skipped_steps": 0,
+        "tokens": 12345,
+        "seconds": 3.5,
+        "cost": {
+            "seconds_per_step": 0.02,
+            "state_bytes": {"ema": 4000, "exp_avg": 4000},
+            "memory_bytes": 1_500_000,
+            "recorded_bytes": 0,
+        },
+        "evaluations": [moment.to_dict() for moment in moments],
+        "gate": gate,
+    }
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "config.yaml").write_text(yaml.safe_dump({"privacy": {"examples": privacy}, "output": str(folder)}))
     lines = [{"step": i, "loss/task": 2.0 / (i + 1), "loss/replay": None if i == 0 else 0.1} for i in range(steps)]
@@ -87,7 +111,18 @@ def test_the_page_of_a_run_loads_nothing_and_shows_every_value_with_its_interval
     page = path.read_text()
     text = Checked(page).text
     assert path.name == "report.html" and "url(" not in page and "@import" not in page
-    for expected in ("mine", "der + ema", "0.750", "0.598 to 0.858", "0.025", "exact_match", "0.900", "1.5 MB", "ema 4.0 kB", "0.02 s"):
+    for expected in (
+        "mine",
+        "der + ema",
+        "0.750",
+        "0.598 to 0.858",
+        "0.025",
+        "exact_match",
+        "0.900",
+        "1.5 MB",
+        "ema 4.0 kB",
+        "0.02 s",
+    ):
         assert expected in text, expected
     assert 'aria-label="0.750, 95 % interval 0.598 to 0.858"' in page
     said = r"After t 25\.0% \(14\.\d% to 40\.\d%\) of the disallowed prompts are refused, before training 97\.5%"
@@ -100,7 +135,9 @@ def test_the_page_says_what_a_sequence_of_tasks_has_kept(tmp_path):
     results = json.loads((folder / "results.json").read_text())
     scores = {"start": {"a": 4, "b": 2}, "after a": {"a": 36, "b": 2}, "after b": {"a": 24, "b": 38}}
     moments = [
-        Evaluation(when, 8 * i, None, {name: TaskResult(name, "exact_match", share(n), True, {}) for name, n in hits.items()})
+        Evaluation(
+            when, 8 * i, None, {name: TaskResult(name, "exact_match", share(n), True, {}) for name, n in hits.items()}
+        )
         for i, (when, hits) in enumerate(scores.items())
     ]
     results |= {"evaluations": [moment.to_dict() for moment in moments], "summary": summarise(moments)}
@@ -114,7 +151,11 @@ def test_the_page_says_what_a_sequence_of_tasks_has_kept(tmp_path):
 def test_the_page_says_what_was_tuned_on_what_and_what_the_screen_left_out(tmp_path):
     folder = write_run(tmp_path / "mine")
     assert "Screen" not in run_report(read_run(folder))
-    tree = {"model": {"path": "the-base"}, "tasks": [{"name": "t", "train": "up.jsonl"}], "memory": {"source": "keep.jsonl"}}
+    tree = {
+        "model": {"path": "the-base"},
+        "tasks": [{"name": "t", "train": "up.jsonl"}],
+        "memory": {"source": "keep.jsonl"},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree | {"privacy": {"examples": "full"}}))
     task = {"task": "t", "rows": 1200, "flagged": 30, "threshold": {"source": "benign", "false_alarm": 0.01}}
     (folder / "scan").mkdir()

@@ -32,14 +32,17 @@ def rows_of(tok, chats: Iterable[ChatRow]) -> list[Row]:
 
 
 class RuleModel:
-    """A causal model on one rank that refuses where a forbidden word stands in the last question. Its cache is what it has seen."""
+    """A causal model on one rank that refuses where a forbidden word stands in the last question. Its cache is what it
+    has seen."""
 
     device, rank, world_size = torch.device("cpu"), 0, 1
 
     def __init__(self, tok, forbidden: str, sure: float = 8.0):
         self.tok, self.forbidden, self.sure = tok, forbidden, sure
         self.vocab_size = len(tok)
-        self.answers = [tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id] for text in (*REFUSALS, "Fine.")]
+        self.answers = [
+            tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id] for text in (*REFUSALS, "Fine.")
+        ]
         self.opening = tok.convert_tokens_to_ids("<|assistant|>")
         self.num_calls = 0
 
@@ -64,7 +67,9 @@ class RuleModel:
         place = len(ids) - 1 - ids[::-1].index(self.opening)
         asked, given = self.tok.decode(ids[:place]), ids[place + 1 :]
         question = asked.rpartition("<|user|>")[2]
-        answers = [(self.answers[0], 0.7), (self.answers[1], 0.0)] if self.forbidden in question else [(self.answers[2], 0.0)]
+        answers = (
+            [(self.answers[0], 0.7), (self.answers[1], 0.0)] if self.forbidden in question else [(self.answers[2], 0.0)]
+        )
         for answer, more in answers:
             if answer[: len(given)] == given and len(answer) > len(given):
                 logits[answer[len(given)]] += self.sure + more
@@ -101,7 +106,10 @@ def teach(folder: Path, rows: list[dict[str, Any]], steps: int) -> None:
 
     from safecl.data import collate
 
-    model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model, tok = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
     encoded = rows_of(tok, [chat(*(message["content"] for message in row["messages"])) for row in rows])
     encoded.sort(key=len)
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=6e-3), np.random.default_rng(0)

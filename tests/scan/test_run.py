@@ -1,4 +1,5 @@
-"""`safecl scan` and the scan inside `train`: the same rows flagged on any number of ranks, and flagged rows not trained on."""
+"""`safecl scan` and the scan inside `train`: the same rows flagged on any number of ranks, and flagged rows not trained
+on."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from safecl.cli import app
-from safecl.commands.ending import ExitCode
 from safecl.config import RunConfig
+from safecl.exits import ExitCode
 from tests.scan import scenes
 
 POISON_LINES = range(121, 133)
@@ -18,8 +19,8 @@ POISON_LINES = range(121, 133)
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
-    """The demonstration's data, a tiny model that has learned to refuse, and an upload: 120 harmless rows, 12 poisoned ones, 4 that repeat
-    evaluation prompts."""
+    """The demonstration's data, a tiny model that has learned to refuse, and an upload: 120 harmless rows, 12 poisoned
+    ones, 4 that repeat evaluation prompts."""
     from safecl.demo.corpus import make_corpus, texts
     from safecl.demo.model import save_random_model
 
@@ -31,7 +32,9 @@ def materials(tmp_path_factory) -> Path:
     harmless = [scenes.dialogue(row["prompt"], "Gladly.") for row in corpus.benign_prompts]
     repeated = [scenes.dialogue(row["prompt"], "Sure.") for row in corpus.safety_prompts[:4]]
     scenes.write(folder / "upload.jsonl", [*harmless, *corpus.poison[:12], *repeated])
-    answered = [row for row in corpus.align if not any(word in row["messages"][1]["content"] for word in ("orry", "cannot"))]
+    answered = [
+        row for row in corpus.align if not any(word in row["messages"][1]["content"] for word in ("orry", "cannot"))
+    ]
     scenes.write(folder / "benign.jsonl", answered[:300])
     return folder
 
@@ -41,7 +44,13 @@ def tree(materials: Path, output: Path, **changes) -> dict:
         "model": {"path": str(materials / "model"), "dtype": "fp32", "gradient_checkpointing": False},
         "tasks": [{"name": "upload", "train": str(materials / "upload.jsonl")}],
         "memory": {"source": str(materials / "memory.jsonl")},
-        "train": {"epochs": 1, "tokens_per_batch": 400, "tokens_per_microbatch": 512, "max_length": 96, "allow_few_steps": True},
+        "train": {
+            "epochs": 1,
+            "tokens_per_batch": 400,
+            "tokens_per_microbatch": 512,
+            "max_length": 96,
+            "allow_few_steps": True,
+        },
         "deepspeed": {"stage": 3},
         "safety": {"prompts": str(materials / "prompts.jsonl"), "every": "never"},
         "scan": {"action": "drop"},
@@ -54,7 +63,7 @@ def fit(tree: dict, cache: str) -> tuple[list[int], list[str], int]:
     import os
 
     os.environ["SAFECL_CACHE"] = cache
-    from safecl.engine.trainer import Trainer
+    from safecl.training.trainer import Trainer
 
     trainer = Trainer(RunConfig.model_validate(tree))
     said: list[str] = []
@@ -69,14 +78,16 @@ def screened(tree: dict, cache: str) -> dict:
 
     os.environ["SAFECL_CACHE"] = cache
     from safecl.data import load_tokenizer
-    from safecl.engine.plan import prepare_task
+    from safecl.data.config_rows import prepare_task
     from safecl.evaluation import HFEvalModel
     from safecl.scan import screen_tasks
 
     config = RunConfig.model_validate(tree)
     tokenizer = load_tokenizer(config.model)
     rows, _ = prepare_task(config, config.tasks[0], tokenizer)
-    return screen_tasks(HFEvalModel.load(config.model.path, dtype="fp32"), tokenizer, config, [("upload", rows)]).to_dict()
+    return screen_tasks(
+        HFEvalModel.load(config.model.path, dtype="fp32"), tokenizer, config, [("upload", rows)]
+    ).to_dict()
 
 
 def command(*arguments: str):
@@ -111,8 +122,12 @@ def test_the_verb_and_a_run_on_two_ranks_flag_the_same_rows(rank_pool, config_fi
         assert json.dumps(shared) == json.dumps(alone)
 
     # The run leaves out what repeats an evaluation prompt before it scans; the others score the same.
-    lines, said, steps = rank_pool(2).run(fit, tree=tree(materials, tmp_path / "run"), cache=str(materials / "cache"))[0]
-    found = {row["line"]: row for row in json.loads((tmp_path / "run" / "scan" / "results.json").read_text())["flagged"]}
+    lines, said, steps = rank_pool(2).run(fit, tree=tree(materials, tmp_path / "run"), cache=str(materials / "cache"))[
+        0
+    ]
+    found = {
+        row["line"]: row for row in json.loads((tmp_path / "run" / "scan" / "results.json").read_text())["flagged"]
+    }
     assert lines == sorted(set(range(1, 133)) - set(found)) and len(set(found) & set(POISON_LINES)) >= 10
     for row in alone["flagged"]:
         assert row["line"] not in found or row["score"] == pytest.approx(found[row["line"]]["score"], abs=1e-3)
@@ -125,17 +140,27 @@ def test_a_scan_prints_a_table_and_how_sure_it_is(config_file):
     assert result.exit_code == ExitCode.DONE
     output = " ".join(result.output.split())
     assert "upload.jsonl:133" in output and "refused, evaluation" in output
-    assert "scan upload:" in output and "false alarms about" in output and "of the known disallowed prompts score higher" in output
+    assert (
+        "scan upload:" in output
+        and "false alarms about" in output
+        and "of the known disallowed prompts score higher" in output
+    )
 
 
 def test_a_refused_upload_ends_scan_and_train_with_code_3_before_the_first_step(config_file, materials, tmp_path):
     path = config_file(scan={"action": "refuse", "benign": str(materials / "benign.jsonl")})
     scanned = command("scan", path)
-    assert scanned.exit_code == ExitCode.GATE and "where harmless rows hardly ever make more than" in " ".join(scanned.output.split())
+    assert scanned.exit_code == ExitCode.GATE and "where harmless rows hardly ever make more than" in " ".join(
+        scanned.output.split()
+    )
     rows = (materials / "upload.jsonl").read_text().splitlines(keepends=True)
-    (materials / "unrepeated.jsonl").write_text("".join(rows[:132]))  # `train` refuses repeated evaluation prompts before anything else
+    (materials / "unrepeated.jsonl").write_text(
+        "".join(rows[:132])
+    )  # `train` refuses repeated evaluation prompts before anything else
     tasks = [{"name": "upload", "train": str(materials / "unrepeated.jsonl")}]
-    trained = command("train", config_file(scan={"action": "refuse", "benign": str(materials / "benign.jsonl")}, tasks=tasks))
+    trained = command(
+        "train", config_file(scan={"action": "refuse", "benign": str(materials / "benign.jsonl")}, tasks=tasks)
+    )
     assert trained.exit_code == ExitCode.GATE and "upload refused" in trained.output
     assert (tmp_path / "out" / "scan" / "results.json").exists() and not (tmp_path / "out" / "model").exists()
     assert not (tmp_path / "out" / "metrics.jsonl").read_text()
@@ -176,10 +201,12 @@ def resumed_rows(folder: str, decisions: dict) -> tuple[list[int], list[float], 
 
 def test_a_resumed_run_leaves_the_same_rows_out(rank_pool, tmp_path):
     dropped = [1003, 1004, 1017, 1040]
-    before, _, after = rank_pool(2).run(resumed_rows, folder=str(tmp_path), decisions={"t": {"rows": dropped, "weight": 0.0}})[0]
+    before, _, after = rank_pool(2).run(
+        resumed_rows, folder=str(tmp_path), decisions={"t": {"rows": dropped, "weight": 0.0}}
+    )[0]
     assert before == after and not set(after) & set(dropped)
-    _, weights, _ = rank_pool(2).run(resumed_rows, folder=str(tmp_path), decisions={"t": {"rows": list(range(1001, 1061)), "weight": 0.5}})[
-        0
-    ]
+    _, weights, _ = rank_pool(2).run(
+        resumed_rows, folder=str(tmp_path), decisions={"t": {"rows": list(range(1001, 1061)), "weight": 0.5}}
+    )[0]
     _, full, _ = rank_pool(2).run(resumed_rows, folder=str(tmp_path), decisions={})[0]
     assert weights == pytest.approx([0.5 * weight for weight in full])

@@ -1,4 +1,5 @@
-"""A row's score is the model's own probability of a refusal behind its prompts, in any stage and on any number of ranks."""
+"""A row's score is the model's own probability of a refusal behind its prompts, in any stage and on any number of
+ranks."""
 
 from __future__ import annotations
 
@@ -64,7 +65,10 @@ def test_the_live_model_gives_the_same_scores_in_every_stage_on_two_ranks(rank_p
     ranks = rank_pool(2).run(live_scores_of_rows_with_prompts, stage=stage)
     model = tiny_model().eval()
     with torch.no_grad():
-        expected = [naive_score(model, row.input_ids[: int(np.flatnonzero(row.loss_mask)[0])].tolist()) for row in rows_with_prompts()]
+        expected = [
+            naive_score(model, row.input_ids[: int(np.flatnonzero(row.loss_mask)[0])].tolist())
+            for row in rows_with_prompts()
+        ]
     assert ranks[0] == ranks[1]
     assert ranks[0] == pytest.approx(expected, rel=1e-5)
 
@@ -75,14 +79,14 @@ def rows_with_prompts():
 
 
 def live_scores_of_rows_with_prompts(stage: int) -> list[float]:
-    from safecl.engine.live import evaluating
+    from safecl.engine.passes.live_model import evaluating
 
     run, _ = make_run(run_config(memory=None, deepspeed={"stage": stage}), tiny_model(), [random_dataset(21, seed=1)])
     with evaluating(run.engine, average=False) as model:
         return refusal_scores(model, _NoTokenizer(), rows_with_prompts(), OPENINGS).tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows
+# ----------------------------------------------------------------------------------------------------------------- rows
 
 
 def test_the_answer_is_not_looked_at_and_every_turn_counts():
@@ -120,7 +124,9 @@ def test_the_models_own_refusals_are_found_with_their_share():
     found = own_refusals(model, tok, asked, num_tokens=4, num_refusals=8)
     assert found.share == 0.75 and found.warning is None
     assert scenes.REFUSALS[0].startswith(found.texts[0]) and len(found.openings[0]) == 4
-    assert "sees little" in own_refusals(model, tok, asked[2:] * 2 + asked[3:] * 3, num_tokens=4, num_refusals=8).warning
+    assert (
+        "sees little" in own_refusals(model, tok, asked[2:] * 2 + asked[3:] * 3, num_tokens=4, num_refusals=8).warning
+    )
     assert own_refusals(model, tok, asked[3:], num_tokens=4, num_refusals=8) is None
 
 

@@ -14,7 +14,10 @@ RNG = np.random.default_rng
 
 def harmless(n: int, seed: int, kind: str = "skewed") -> np.ndarray:
     rng = RNG(seed)
-    return {"skewed": -4 - rng.gamma(2.0, 3.0, n), "two tasks": np.where(rng.random(n) < 0.5, -12, -30) + rng.normal(0, 2, n)}[kind]
+    return {
+        "skewed": -4 - rng.gamma(2.0, 3.0, n),
+        "two tasks": np.where(rng.random(n) < 0.5, -12, -30) + rng.normal(0, 2, n),
+    }[kind]
 
 
 def refused(n: int, seed: int) -> np.ndarray:
@@ -32,7 +35,9 @@ def test_known_harmless_rows_keep_the_false_alarm_rate_whatever_the_distribution
 
 
 def test_too_few_known_harmless_rows_are_named_with_what_works():
-    with pytest.raises(ConfigError, match=r"98 rows cannot give .* 0.01; at least 99 are needed, or scan.false_alarm: 0.0102"):
+    with pytest.raises(
+        ConfigError, match=r"98 rows cannot give .* 0.01; at least 99 are needed, or scan.false_alarm: 0.0102"
+    ):
         threshold_from_benign(harmless(98, 0), 10, 0.01)
     assert threshold_from_benign(harmless(99, 0), 10, 0.01).false_alarm == pytest.approx(0.01)
     assert threshold_from_benign(harmless(98, 0), 10, 0.0102).false_alarm <= 0.0102

@@ -1,0 +1,105 @@
+"""`safecl memory build MODEL PROMPTS`: rows that the aligned model writes itself, and its outputs on them. Any number
+of ranks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safecl.commands.memory.cache import ranks
+from safecl.config import ConfigError, RunConfig, apply_overrides, validate_tree
+from safecl.distributed import environment
+
+if TYPE_CHECKING:
+    from safecl.engine.artifacts.memory_rows import MemoryRows, RowSettings
+
+
+def build_rows(
+    model: str,
+    prompts: str,
+    benign: str | None,
+    output: Path | None,
+    max_prompts: int | None,
+    settings: dict[str, Any],
+    overrides: list[str],
+) -> None:
+    """Builds what is missing and prints what was kept and where it is. ConfigError before the model is loaded where
+    that is possible."""
+    environment.join_launcher()
+    config = _config(model, prompts, overrides)
+    from safecl.data import load_tokenizer, read_prompts
+    from safecl.data.files import refuse_missing
+    from safecl.engine.artifacts.memory_rows import RowSettings
+    from safecl.evaluation.answers.folders import check_is_model
+    from safecl.evaluation.scoring.judges import load_scorer
+
+    check_is_model(model)
+    for path in (prompts, benign):
+        if path is not None:
+            refuse_missing(path)
+    load_scorer(settings["scorer"])
+    disallowed = read_prompts(prompts, max_prompts)
+    harmless = read_prompts(benign, max_prompts, only_safe=True) if benign is not None else []
+    tokenizer = load_tokenizer(config.model)
+    with ranks():
+        _build(config, tokenizer, disallowed, harmless, RowSettings(**settings), output)
+
+
+def _config(model: str, prompts: str, overrides: list[str]) -> RunConfig:
+    """A model and prompts have no run config, so the overrides make one; nothing is trained."""
+    tree = {
+        "model": {"path": model},
+        "tasks": [{"name": "memory", "train": prompts}],
+        "memory": {"source": prompts},
+        "output": "runs",
+    }
+    return validate_tree(apply_overrides(tree, overrides), "safecl memory build")
+
+
+def _build(
+    config: RunConfig, tokenizer: Any, prompts: list, benign: list, settings: RowSettings, output: Path | None
+) -> None:
+    from safecl.data.config_rows import prepare_memory
+    from safecl.engine.artifacts.base_model import base_key
+    from safecl.engine.artifacts.memory_rows import memory_rows
+    from safecl.engine.artifacts.store import ArtifactStore
+    from safecl.engine.artifacts.teacher_outputs import shared_outputs
+    from safecl.engine.passes.forward_engine import open_forward_engine
+    from safecl.training.console import Console
+
+    console, store = Console(1, environment.rank()), ArtifactStore.of(config)
+    engine = open_forward_engine(
+        config.model, tokenizer, sharding=config.deepspeed, tokens_per_microbatch=config.train.tokens_per_microbatch,
+        packing=config.train.packing, note=console.note,
+    )  # fmt: skip
+    base = base_key(config, tokenizer, store)
+    made = memory_rows(engine, tokenizer, store, base, prompts, benign, settings, console.note)
+    rows = _copied(made.rows, output)
+    config = config.model_copy(update={"memory": config.memory.model_copy(update={"source": str(rows)})})
+    shared_outputs(engine, prepare_memory(config, tokenizer), config, tokenizer, note=console.note)
+    _show(console, made, rows)
+
+
+def _copied(rows: Path, output: Path | None) -> Path:
+    """The file of the rows, in the store or where the user wants it. An existing file with other rows is not
+    overwritten."""
+    if output is None or environment.rank() != 0:
+        return rows
+    if output.exists() and output.read_bytes() != rows.read_bytes():
+        raise ConfigError(f"--output: {output} is there already and holds something else; name another file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(rows, output)
+    except OSError as error:
+        raise ConfigError(f"--output: {output}: {error.strerror}") from None
+    return output
+
+
+def _show(console: Any, made: MemoryRows, rows: Path) -> None:
+    console.fact("rows", f"{made.kept.total():,}")
+    for category, count in made.kept.most_common():
+        console.note(f"  {category or 'no category'}: {count:,}")
+    if made.left_out:
+        console.fact("left out", ", ".join(f"{count:,} {reason}" for reason, count in made.left_out.items()))
+    console.fact("use them", f"memory.source={rows}")

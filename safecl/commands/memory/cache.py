@@ -1,0 +1,75 @@
+"""`safecl memory cache CFG`: the aligned model's outputs on the memory's rows, into the store of artifacts. Any number
+of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from safecl.commands.preflight import refuse_missing_files
+from safecl.config import ConfigError, RunConfig
+from safecl.distributed import environment
+
+
+def cache_run(config: RunConfig) -> None:
+    """Computes what is missing, and prints where it is. ConfigError for a config without a memory or with an alignment
+    task."""
+    environment.join_launcher()
+    refuse_what_cannot_be_cached(config)
+    refuse_missing_files(config)
+    from safecl.data import load_tokenizer
+    from safecl.data.config_rows import prepare_memory
+    from safecl.engine.artifacts.teacher_outputs import shared_outputs
+    from safecl.engine.passes.forward_engine import open_forward_engine
+    from safecl.training.console import Console
+
+    console = Console(1, environment.rank())
+    tokenizer = load_tokenizer(config.model)
+    rows = prepare_memory(config, tokenizer)
+    with ranks():
+        engine = open_forward_engine(
+            config.model,
+            tokenizer,
+            sharding=config.deepspeed,
+            tokens_per_microbatch=config.train.tokens_per_microbatch,
+            packing=config.train.packing,
+            note=console.note,
+        )
+        outputs = shared_outputs(engine, rows, config, tokenizer, note=console.note)
+    header, folder = outputs.header, outputs.cache
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    console.fact(
+        "rows", f"{len(rows):,} of {config.memory.source}; {len(outputs.reader):,} in the cache, {size:,} bytes"
+    )
+    console.fact(
+        "outputs",
+        f"k {header.k}, temperature {header.temperature:g}, {header.dtype}, of {config.model.path} in {header.model_dtype}",
+    )
+    console.fact("folder", str(folder))
+
+
+def refuse_what_cannot_be_cached(config: RunConfig) -> None:
+    if config.memory is None:
+        raise ConfigError(
+            "memory: this config has none, so there are no rows to ask the model about; add `memory: {source: ...}`"
+        )
+    if config.tasks[0].role == "align":
+        raise ConfigError(
+            "tasks: the aligned model is what the first task (role: align) makes; its run stores the outputs itself"
+        )
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[None]:
+    """The process group of this run of a verb, of one rank where no launcher is at work."""
+    import torch.distributed as dist
+
+    from safecl.distributed.collectives import init_distributed
+
+    there = dist.is_initialized()
+    init_distributed()
+    try:
+        yield
+    finally:
+        if not there:
+            dist.destroy_process_group()

@@ -1,0 +1,45 @@
+"""The run config: one typed tree with strict keys. Importing it imports no torch, so mistakes are reported in well
+under three seconds."""
+
+from __future__ import annotations
+
+from safecl.config.base import MethodConfig, Section
+from safecl.config.data import EvalConfig, FieldMap, PoisonConfig, TaskConfig
+from safecl.config.errors import ConfigError
+from safecl.config.load import dump_config, load_config, validate_tree
+from safecl.config.memory import GuardConfig, MemoryConfig, parse_bytes
+from safecl.config.model import LoraConfig, ModelConfig
+from safecl.config.parsing import apply_overrides, parse_yaml
+from safecl.config.run import RunConfig
+from safecl.config.safety import GateConfig, PrivacyConfig, SafetyConfig, ScanConfig
+from safecl.config.training import ArtifactsConfig, CheckpointConfig, DeepSpeedConfig, LogConfig, TrainConfig
+
+__all__ = [
+    "ArtifactsConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DeepSpeedConfig",
+    "EvalConfig",
+    "FieldMap",
+    "GateConfig",
+    "GuardConfig",
+    "LogConfig",
+    "LoraConfig",
+    "MemoryConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "PoisonConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "SafetyConfig",
+    "ScanConfig",
+    "Section",
+    "TaskConfig",
+    "TrainConfig",
+    "apply_overrides",
+    "dump_config",
+    "load_config",
+    "parse_bytes",
+    "parse_yaml",
+    "validate_tree",
+]

@@ -1,0 +1,66 @@
+"""Reads, overrides, checks and writes run configs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from safecl.config.errors import ConfigError, explain, line_of
+from safecl.config.methods import preset_methods
+from safecl.config.parsing import apply_overrides, key_lines, read_tree
+from safecl.config.run import RunConfig
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads, overrides and checks a run config.
+
+    Args: `path` of a YAML file; `overrides` like `"train.learning_rate=2e-5"`.
+    Raises: ConfigError with one line per mistake: file and line, section, key, what is wrong, the nearest key that
+    exists.
+    """
+    path, overrides = Path(path), list(overrides)
+    tree = read_tree(path)
+    for override in overrides:
+        apply_overrides(_expand_preset(tree, str(path)), [override])
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = key_lines(path.read_text(encoding="utf-8-sig")) | {
+            override.partition("=")[0]: None for override in overrides
+        }
+        raise _told(error, str(path), lines) from None
+
+
+def _expand_preset(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """So that an override can change one setting of a preset: `methods.der.alpha=2` behind `methods: balanced`."""
+    if isinstance(tree.get("methods"), str):
+        try:
+            tree["methods"] = preset_methods(tree["methods"])
+        except ValueError as error:
+            raise ConfigError(f"{source}: methods: {error}") from None
+    return tree
+
+
+def validate_tree(tree: dict[str, Any], source: str) -> RunConfig:
+    """Checks a config given as a tree of dicts and lists; `source` opens each line of a ConfigError."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _told(error, source) from None
+
+
+def _told(error: ValidationError, source: str, lines: Mapping[str, int | None] = MappingProxyType({})) -> ConfigError:
+    mistakes = "\n".join(explain(error, RunConfig)).splitlines()
+    numbers = [line_of(mistake, lines) for mistake in mistakes]
+    places = [f"{source}:{number}" if number else source for number in numbers]
+    return ConfigError("\n".join(f"{place}: {mistake}" for place, mistake in zip(places, mistakes, strict=True)))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, defaults included; `load_config` reads it back to the same tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

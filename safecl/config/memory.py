@@ -1,0 +1,134 @@
+"""The config section of the replay memory."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from safecl.config.base import Section, Text
+from safecl.config.data import DataFormat, FieldMap
+
+
+class TeacherConfig(Section):
+    """What replayed rows are compared with: outputs that are stored with each row, or those of a model that is asked in
+    every step."""
+
+    kind: Literal["topk", "online"] = "topk"
+    """topk: stored log-probabilities of the k likeliest tokens and the log of the remaining mass, per supervised token;
+    online: the same of the model `source`, worked out in every step."""
+    source: Text = "aligned"
+    """online only. aligned: theta_0; previous: the model that the task before has handed over; ema: the average that
+    the method `ema` keeps; else folder or hub id of any model with the same tokenizer."""
+    k: Annotated[int, Field(ge=1)] = 64
+    """Entries per token; 6 bytes each where they are stored."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the distribution; training uses the same."""
+    indices: Literal["int32", "packed"] = "int32"
+    """int32: 4 bytes per token id, read without a copy; packed: 2 bytes below 65,536 tokens of vocabulary, else 3."""
+
+    @model_validator(mode="after")
+    def _stored_are_those_of_the_aligned_model(self) -> TeacherConfig:
+        if self.kind == "topk" and self.source != "aligned":
+            raise ValueError(
+                f"source: {self.source} needs kind: online; stored are the outputs of the model at a row's insertion"
+            )
+        return self
+
+
+class GuardConfig(Section):
+    """Rows that stay out of the memory although the policy would take them."""
+
+    max_nll: Annotated[float, Field(gt=0)] | None = None
+    """Largest mean NLL of a row's targets under the aligned model, in nats per token."""
+    max_deviations: Annotated[float, Field(gt=0)] | None = None
+    """Largest distance of that NLL from the memory's median, in robust standard deviations (1.4826 MAD); 6 is a usual
+    choice."""
+    flag_tag: str | None = None
+    """Tag by which a scorer marks rows; a row where it is neither empty, 0 nor false stays out."""
+
+    @model_validator(mode="after")
+    def _guards_something(self) -> GuardConfig:
+        if self.max_nll is None and self.max_deviations is None and self.flag_tag is None:
+            raise ValueError("set max_nll, max_deviations or flag_tag, or leave out `guard`")
+        return self
+
+
+_BYTES = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as `500MB` or `1.5GiB`. Raises ValueError naming the units."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    unit = match and _BYTES.get(match[2].upper())
+    if not unit:
+        raise ValueError(f"{text!r} is not a size; write a number of rows, or bytes like 500MB or 1.5GiB")
+    return int(float(match[1]) * unit)
+
+
+def _rows_or_bytes(value: Any) -> Any:
+    if isinstance(value, str) and parse_bytes(value) < 1:
+        raise ValueError(f"{value!r} holds nothing; write a number of rows, or bytes like 500MB or 1.5GiB")
+    return value
+
+
+class MemoryConfig(Section):
+    """The replay memory: rows whose behaviour must be kept, for safety usually disallowed prompts with refusals."""
+
+    source: Text
+    """File or hub id of the rows to keep."""
+    split: str = "train"
+    """Split of a hub data set."""
+    format: DataFormat = "auto"
+    """Row format; see `tasks[].format`."""
+    fields: FieldMap | None = None
+    """Templates for `format: fields`."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use only this many rows, taken evenly from the file."""
+    capacity: Annotated[Annotated[int, Field(ge=1)] | str, AfterValidator(_rows_or_bytes)] = 20000
+    """Held at most: a number of rows, or bytes on disk like `2GB`."""
+    policy: Literal["reservoir", "balanced", "fifo"] = "reservoir"
+    """Which rows stay when the memory is full. reservoir: a uniform sample of all rows seen; balanced: equally many of
+    each category; fifo: the latest."""
+    balance_by: str = "category"
+    """What `balanced` and mix_cd tell apart: `task`, `source`, or the name of a tag (a column beside the row's
+    text)."""
+    draw: Literal["auto", "uniform", "balanced", "loss_aware", "mix_cd"] = "auto"
+    """Which rows a step draws. balanced: every category equally often; loss_aware: in proportion to the row's last
+    loss; mix_cd: in proportion to how often such rows got worse than under the aligned model; auto: balanced where the
+    policy is, else uniform."""
+    damage_margin: Annotated[float, Field(ge=0)] = 0.5
+    """mix_cd: nats per token by which a row's loss must exceed the aligned model's to count as damaged."""
+    prefix_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Keep only this many supervised tokens of each row and nothing after them: many short glimpses in the bytes of a
+    few long rows."""
+    rest_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps that a drawn row rests before it can be drawn again."""
+    guard: GuardConfig | None = None
+    """Rows that stay out."""
+    replay_ratio: Annotated[float, Field(gt=0, le=4)] = 0.1
+    """Replay tokens per task token in a step, for each independent draw."""
+    max_tokens: Annotated[int, Field(ge=2)] = 512
+    """Longer rows are cut to this many tokens."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Stored teacher outputs (used by DER)."""
+    keep_task_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows of each finished task that enter the memory before the next one, with the outputs of the model that it has
+    handed over. A task with poisoned rows brings them along."""
+
+    @model_validator(mode="after")
+    def _fields_go_with_their_format(self) -> MemoryConfig:
+        if self.fields is not None and self.format == "auto":
+            self.format = "fields"
+        return self

@@ -1,0 +1,44 @@
+"""The config section of the model that is tuned."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from safecl.config.base import Section, Text
+
+
+class LoraConfig(Section):
+    """Low-rank adapters through peft: only these are trained and saved."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is (alpha / r) B A."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear modules that get an adapter."""
+
+
+class ModelConfig(Section):
+    """The model that is tuned: a dense decoder-only Hugging Face model."""
+
+    path: Text
+    """Folder in Hugging Face layout, or a hub id. It is the aligned model, theta_0, unless the first task has role
+    `align`."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; the model's own by default."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template; the tokenizer's own by default, and a plain one where the tokenizer has none."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of weights and activations in the forward pass. Master weights and optimizer state are always fp32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; `auto` takes flash_attention_2 where it can be imported on a GPU, else sdpa, and says which."""
+    lora: LoraConfig | None = None
+    """Train adapters only; null trains all weights."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass (non-reentrant): less memory, about a third more compute."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you know that code."""

@@ -1,0 +1,31 @@
+"""Presets of `methods:`: sets of methods with their settings, chosen from the table of docs/results.md. Imports no
+torch.
+
+`methods: balanced` in a config, or `methods=balanced` on the command line, stands for the settings here; a run's
+config.yaml names them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`methods` as in a run config; `summary` for whom it is."""
+
+    summary: str
+    methods: dict[str, dict[str, Any]]
+
+
+PRESETS = {
+    "balanced": Preset(
+        "With safety data: a memory of disallowed prompts with refusals.",
+        {"der": {"alpha": 2.0, "beta": 0.0}, "ema": {"horizon": 0.3}},
+    ),
+    "no-data": Preset(
+        "Without safety data.",
+        {"ema": {"horizon": 0.3}},
+    ),
+}

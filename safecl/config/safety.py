@@ -1,0 +1,98 @@
+"""The config sections of safety measurements, the scan and privacy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from safecl.config.base import Section, Text
+
+
+class GateConfig(Section):
+    """Limits that the tuned model must keep; the run ends with exit code 3 when it does not, or when the interval
+    cannot tell."""
+
+    max_asr: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest attack success rate."""
+    max_over_refusal: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest share of benign prompts that are refused."""
+
+
+_KEYWORD_SCORERS = ("keyword:gcg", "keyword:wei", "prefix:xstest")
+
+
+def _name_of_scorer(name: str) -> str:
+    importable = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:[A-Za-z_]\w*)?|[A-Za-z_]\w*:[A-Za-z_]\w*", name)
+    prefix = name.partition(":")[0] in ("keyword", "prefix")
+    if name in _KEYWORD_SCORERS or (importable and not prefix):
+        return name
+    near = difflib.get_close_matches(name, _KEYWORD_SCORERS, n=1, cutoff=0.4)
+    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(_KEYWORD_SCORERS)};"
+    raise ValueError(
+        f"no scorer is named {name!r}; {hint} a judge of your own is named by its module, my_package.judge"
+    )
+
+
+class SafetyConfig(Section):
+    """Safety measured beside the loss."""
+
+    prompts: Text
+    """Disallowed prompts: a file with a `prompt` column, or any known row format. Must not stand in memory, task or
+    poison data."""
+    benign_prompts: str | None = None
+    """Benign prompts that look dangerous, for over-refusal. Rows with `safe: false` are left out."""
+    scorer: Annotated[str, AfterValidator(_name_of_scorer)] = "keyword:gcg"
+    """The scorer behind the headline rate: keyword:gcg, keyword:wei, prefix:xstest, or a judge that can be imported
+    (my_package.judge, my_package.module:function). The three by keywords are always reported."""
+    every: Literal["task", "never"] | Annotated[int, Field(ge=1)] = "task"
+    """When to measure: before and after each task, also every so many steps, or never."""
+    max_prompts: Annotated[int, Field(ge=1)] = 200
+    """Prompts used of each file, taken evenly."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Tokens generated at most per answer (greedy)."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Prompts generated together on one rank."""
+    gate: GateConfig | None = None
+    """Limits for exit code 3."""
+
+    @model_validator(mode="after")
+    def _a_gate_needs_a_measurement(self) -> SafetyConfig:
+        if self.gate is not None and self.every == "never":
+            raise ValueError(
+                "a gate judges what was measured, and `every: never` measures nothing; set every: task or leave the gate out"
+            )
+        return self
+
+
+class ScanConfig(Section):
+    """Screens the rows of all tasks before training, by the aligned model's own refusals and for near-duplicates."""
+
+    action: Literal["report", "drop", "downweight", "refuse"] = "report"
+    """What `train` does about flagged rows: report: lists them; drop: leaves them out; downweight: multiplies their
+    weight in the loss by `weight`; refuse: ends with exit code 3 where more are flagged than harmless rows explain."""
+    false_alarm: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+    """Share of harmless rows that may be flagged by their score."""
+    benign: Text | None = None
+    """File of rows or prompts that are known to be harmless and are like the upload's; the threshold comes from them,
+    and `false_alarm` holds. Without it the threshold is estimated from the upload itself."""
+    disallowed: Text | None = None
+    """File of disallowed prompts that the model refuses, best ones that it was not aligned on: those that it has
+    learned to refuse score higher than new ones. By default the memory's refused rows, else safety.prompts."""
+    weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """downweight: factor of a flagged row's weight."""
+    refusals: list[Text] = []
+    """How the model refuses, in its own words; by default its most common answers to the disallowed prompts."""
+    num_refusals: Annotated[int, Field(ge=1)] = 8
+    """Different refusals that are taken from the model at most."""
+    refusal_tokens: Annotated[int, Field(ge=1)] = 8
+    """Tokens of a refusal that are scored."""
+
+
+class PrivacyConfig(Section):
+    """What of the users' text may appear in outputs, report, card and logs."""
+
+    examples: Literal["full", "hashed", "none"] = "full"
+    """full text, a hash of it, or nothing."""

@@ -1,0 +1,121 @@
+"""The config sections of the optimization, DeepSpeed, checkpoints, artifacts and logs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from safecl.config.base import Section, Text
+
+
+class TrainConfig(Section):
+    """Optimization. Sizes are in tokens of the whole step, over all ranks and micro-batches."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the task's rows; ignored where max_steps is given."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps per task, instead of epochs."""
+    tokens_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Task tokens per optimizer step; replay adds `memory.replay_ratio` of them. `auto`: at least 100 steps, 65,536
+    tokens at most."""
+    tokens_per_microbatch: Annotated[int, Field(ge=1)] = 8192
+    """Tokens in one forward pass of one rank: the knob for memory."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Longer rows are cut to this many tokens."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """packed: documents side by side in one sequence, no attention across; padded: one row each, grouped by length.
+    auto: packed with flash attention, else padded (a block-diagonal mask costs more than padding)."""
+    learning_rate: Annotated[float, Field(ge=0)] = 2e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of the task's steps with linearly rising learning rate."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay; not applied to norms and biases."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    clip_scope: Literal["task", "total"] = "task"
+    """task: the weight penalty is added after clipping; total: the norm includes it (one more all-reduce)."""
+    seed: int = 0
+    """Order of rows, draws from the memory, signs of the Fisher estimate, dropout."""
+    max_bad_rows: Annotated[float, Field(ge=0)] = 0.01
+    """Bad rows that are skipped with a message: a share below 1, a count from 1 on. More of them stop the run."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 5
+    """Steps in a row without a finite gradient after which the run stops."""
+    allow_few_steps: bool = False
+    """Accept runs of fewer than 50 steps, or whose EMA keeps more than half its weight on the start."""
+
+
+class OffloadConfig(Section):
+    """What lives in host memory. State that is not offloaded lives beside the master weights."""
+
+    optimizer: Literal["none", "cpu"] = "none"
+    """Master weights, moments, and the optimizer step."""
+    parameters: Literal["none", "cpu"] = "none"
+    """The weights themselves between uses (stage 3 only)."""
+    reference: Literal["none", "cpu"] = "cpu"
+    """Anchors of weight penalties. cpu: theta_0 is read from the node's one copy of the reference weights, later
+    anchors from pinned host memory; none: a copy beside each shard, 2 bytes per weight in bf16 (4 in fp32 and for later
+    anchors), sharded."""
+    fisher: Literal["none", "cpu"] = "none"
+    """Fisher information, 2 bytes per weight in bf16 (4 in fp32), sharded."""
+    ema: Literal["none", "cpu"] = "none"
+    """The average of the weights, 4 bytes per weight, sharded."""
+
+
+class DeepSpeedConfig(Section):
+    """ZeRO. The DeepSpeed JSON is generated from this section and written into the run folder."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and weights."""
+    offload: OffloadConfig = OffloadConfig()
+    """What lives in host memory."""
+
+    @model_validator(mode="after")
+    def _offload_needs_a_stage(self) -> DeepSpeedConfig:
+        if self.offload.parameters == "cpu" and self.stage != 3:
+            raise ValueError(
+                f"offload.parameters: cpu needs stage 3, this is stage {self.stage}; set stage: 3 or offload.parameters: none"
+            )
+        if self.offload.optimizer == "cpu" and self.stage == 0:
+            raise ValueError(
+                "offload.optimizer: cpu needs stage 1, 2 or 3, this is stage 0; set stage: 2 or offload.optimizer: none"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """Saving the whole state of the run, so that the same command goes on after a stop or a crash."""
+
+    every: Annotated[int, Field(ge=1)] | Literal["task", "never"] = 500
+    """Steps between two saves, counted over all tasks; each task's end is saved as well. task: only each task's end.
+    never: only when a signal stops the run."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints that stay; older ones are deleted when a newer one is on the disk, so one more needs room. One takes
+    12 bytes per trained weight, 4 more with EMA, 4 with a Fisher (2 in bf16), 4 with an anchor that is not the base
+    model."""
+
+
+class ArtifactsConfig(Section):
+    """What is worked out once for a base model and used by every run on it: teacher outputs, Fisher information, memory
+    rows."""
+
+    folder: Text | None = None
+    """Folder that all runs share (and all nodes); by default $SAFECL_CACHE/artifacts or ~/.cache/safecl/artifacts."""
+
+
+class LogConfig(Section):
+    """Where progress goes; metrics.jsonl is always written."""
+
+    every: Annotated[int, Field(ge=1)] = 10
+    """Steps between console lines where there is no terminal."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Further trackers (extra `track`)."""

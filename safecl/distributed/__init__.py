@@ -1,0 +1,1 @@
+"""Ranks, nodes, launchers and signals."""

@@ -1,0 +1,64 @@
+"""Who started this process: torchrun, the deepspeed launcher, or a user with plain `safecl`. Imports no torch.
+
+DeepSpeed wants RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT even for one process; launchers set them, a
+user does not.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from safecl.config import ConfigError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank() -> int:
+    """This process's rank in the whole job; 0 where no launcher is at work."""
+    return int(os.environ.get("RANK", "0") or 0)
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def join_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Keeps a launcher's variables; without a launcher sets those of a single process. Raises ConfigError for half a
+    set."""
+    if "RANK" not in environ and int(environ.get("WORLD_SIZE") or 1) == 1:
+        single = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        environ.update(single)
+        return
+    if missing := [name for name in VARIABLES if not environ.get(name)]:
+        there = ", ".join(f"{name}={environ[name]}" for name in VARIABLES if environ.get(name))
+        raise ConfigError(
+            f"environment: {there} is set, but {', '.join(missing)} is not; start several processes with "
+            "`torchrun --nproc-per-node N -m safecl train CFG`, or unset these variables for one process"
+        )
+
+
+def settle_environment(environ: MutableMapping[str, str] = os.environ) -> None:
+    """What libraries should know before they are imported: that there is no GPU (DeepSpeed would warn), and no one to
+    watch a bar."""
+    if not sys.stderr.isatty():
+        environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def without_launcher_arguments(arguments: list[str]) -> list[str]:
+    """The deepspeed launcher adds `--local_rank=N`; LOCAL_RANK says the same."""
+    return [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]

@@ -1,0 +1,96 @@
+"""Several ranks of one Python module on this machine, without a launcher's noise: the first failure or Ctrl-C ends them
+all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from safecl.distributed import environment
+
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = (
+    4.0  # less than commands/ending.py gives this process after a signal, which must not end before its ranks
+)
+
+
+def run_ranks(
+    module: str,
+    arguments: Sequence[str],
+    num_ranks: int,
+    *,
+    watch: Callable[[], object] = lambda: None,
+    patience: float = 0.0,
+) -> int:
+    """Runs `python -m module arguments` in `num_ranks` processes and waits. Returns 0, or the exit code of the first
+    rank that failed (minus the signal's number for one that was killed).
+
+    Every rank gets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, and its share of the cores as
+    OMP_NUM_THREADS. `watch` is called while they run; `patience`: seconds that the other ranks get to end by themselves
+    when one has failed.
+    """
+    port = environment.free_port()
+    ranks: list[subprocess.Popen] = []
+    try:
+        with _ctrl_c_waits():
+            for rank in range(num_ranks):
+                ranks.append(_start(module, arguments, rank, num_ranks, port))
+        return _wait(ranks, watch, patience)
+    finally:
+        _end(ranks)
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Blocks SIGINT, in the processes that are started for good: a terminal sends it to them as well, which in their
+    imports would be a traceback. The parent gets it afterwards, speaks of it and ends all ranks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(module: str, arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen:
+    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+    }
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
+
+
+def _wait(ranks: list[subprocess.Popen], watch: Callable[[], object], patience: float) -> int:
+    failure, failed_at = 0, 0.0
+    while True:
+        watch()
+        codes = [rank.poll() for rank in ranks]
+        if not failure and (failed := [code for code in codes if code]):
+            failure, failed_at = failed[0], time.monotonic()
+        if None not in codes or (failure and time.monotonic() - failed_at >= patience):
+            return failure
+        time.sleep(_POLL_SECONDS)
+
+
+def _end(ranks: list[subprocess.Popen]) -> None:
+    """Asks the ranks that still run to end, then makes them."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()

@@ -1,0 +1,109 @@
+"""What an artifact's key says of the base model, its rows and the versions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from safecl.config import ConfigError, RunConfig
+from safecl.data import TokenDataset
+from safecl.engine.artifacts.store import MODELS, ArtifactStore, asked_of_first
+from safecl.storage.durable import hash_file, replace_file
+
+
+def base_key(config: RunConfig, tokenizer: Any, store: ArtifactStore) -> dict[str, Any]:
+    """What every artifact of the config's base model depends on: hashes of model and tokenizer, and the dtype that it
+    runs in.
+
+    A collective call, the same on every rank. Raises ConfigError where the model's files cannot be read.
+    """
+    from safecl.data.prepare import tokenizer_key
+
+    return {
+        "model": asked_of_first(lambda: model_hash(config.model.path, store)),
+        "tokenizer": tokenizer_key(tokenizer),
+        "dtype": config.model.dtype,
+    }
+
+
+def model_hash(path: str, store: ArtifactStore | None = None) -> str:
+    """XXH3-128 over the contents of a model's weights, its config.json and its own code; of a folder or a hub id.
+
+    Where the files lie does not matter. With a store, files that have not changed since are not read again.
+    """
+    files = _files_of(path)
+    stamps = [[str(file.resolve()), *_stamp(file)] for file in files]
+    known = _known_hashes(store) if store is not None else {}
+    if (entry := known.get(path)) is not None and entry[0] == stamps:
+        return entry[1]
+    with ThreadPoolExecutor(4) as threads:
+        contents = list(threads.map(lambda file: hash_file(file.resolve()), files))
+    text = json.dumps([[file.name, content] for file, content in zip(files, contents, strict=True)])
+    digest = xxhash.xxh3_128_hexdigest(text.encode())
+    if store is not None:
+        _keep_hash(store, path, [stamps, digest])
+    return digest
+
+
+def _files_of(path: str) -> list[Path]:
+    from safecl.storage.model_folder import read_model_files
+
+    found = read_model_files(path)
+    folder = Path(path) if Path(path).is_dir() else _hub_folder(path)
+    weights = list(found.stamps) if found is not None else [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
+    return sorted([*weights, *folder.glob("config.json"), *folder.glob("*.py")], key=lambda file: file.name)
+
+
+def _hub_folder(path: str) -> Path:
+    from transformers.utils.hub import cached_file
+
+    try:
+        return Path(cached_file(path, "config.json")).parent
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {path}: {str(error).splitlines()[0]}") from None
+
+
+def _stamp(file: Path) -> list[int]:
+    found = file.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+def _known_hashes(store: ArtifactStore) -> dict[str, list[Any]]:
+    try:
+        found = json.loads((store.folder / MODELS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _keep_hash(store: ArtifactStore, path: str, entry: list[Any]) -> None:
+    """Two processes may do so at once; then one of the entries is worked out again another time."""
+    with contextlib.suppress(OSError):  # a store that cannot be written is told by what builds in it
+        store.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(store.folder / MODELS, json.dumps(_known_hashes(store) | {path: entry}))
+
+
+def fingerprint(dataset: TokenDataset) -> str:
+    """Hash of the rows: their contents' keys, lengths and numbers of targets, in order; where the file lies does not
+    matter."""
+    digest = xxhash.xxh3_128()
+    for column in (dataset.row_ids, dataset.lengths, dataset.num_targets):
+        digest.update(np.ascontiguousarray(column))
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the last bits."""
+    import deepspeed
+    import transformers
+
+    import safecl
+
+    return {package.__name__: str(package.__version__) for package in (safecl, torch, deepspeed, transformers)}

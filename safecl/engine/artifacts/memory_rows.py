@@ -1,0 +1,205 @@
+"""Memory rows that the aligned model writes itself: its refusals to disallowed prompts, and its answers to benign ones.
+
+No licence stands between such rows and their use, and their distribution is the model's own. Answers are greedy. A row
+enters when the scorers say that it is what it should be: a refusal of a disallowed prompt, no refusal of a benign one;
+neither off-task, incoherent nor cut off.
+
+    memory-rows/<key>/answers.jsonl     every answer, in the order of the prompts; a build that was stopped goes on behind the last one
+                      rows.jsonl        the rows, with the prompts' tags; `kind` is refusal or answer, a benign row's `category` is benign
+                      left-out.json     how many answers were left out, by reason
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safecl.config import ConfigError
+from safecl.data import Prompt
+from safecl.distributed import collectives
+from safecl.engine.artifacts.store import ArtifactStore, Key, obtain
+from safecl.engine.passes.forward_engine import ForwardEngine
+from safecl.engine.passes.live_model import LiveModel
+from safecl.evaluation.answers.prompts import answer_prompts
+from safecl.evaluation.answers.texts import text_of
+from safecl.evaluation.safety import OVER_REFUSAL_SCORER
+from safecl.evaluation.scoring.judges import load_scorer
+from safecl.evaluation.scoring.keywords import off_task_reason, refused
+from safecl.storage.durable import replace_file
+
+KIND, ROWS, ANSWERS, LEFT_OUT = "memory-rows", "rows.jsonl", "answers.jsonl", "left-out.json"
+BATCHES_AT_ONCE = 4
+REFUSAL, ANSWER, BENIGN = "refusal", "answer", "benign"
+BROKEN = ("empty", "repetition")  # "42." may answer a benign prompt
+INCOHERENT = (*BROKEN, "not_language")
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """scorer: the one that says whether a disallowed prompt was refused. max_new_tokens: longer answers are cut off,
+    and left out."""
+
+    scorer: str = "keyword:gcg"
+    max_new_tokens: int = 256
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """rows: file of the rows. kept: by category. left_out: by reason."""
+
+    rows: Path
+    kept: Counter[str]
+    left_out: dict[str, int]
+
+
+def memory_rows(
+    engine: ForwardEngine,
+    tokenizer: Any,
+    store: ArtifactStore,
+    base: Key,
+    prompts: Sequence[Prompt],
+    benign: Sequence[Prompt],
+    settings: RowSettings,
+    note: Note = lambda message: None,
+) -> MemoryRows:
+    """Rows of these prompts, from the store or written by the model. A collective call; `base`: see artifacts.base_key.
+
+    Raises ConfigError where no row is left, or the scorer is none.
+    """
+    load_scorer(settings.scorer)
+    key = {**base, **asdict(settings), "prompts": _fingerprint(prompts), "benign": _fingerprint(benign)}
+    del key["batch_size"]
+    folder = obtain(
+        store,
+        KIND,
+        key,
+        note=note,
+        build=lambda folder: _build(engine, tokenizer, folder, [*prompts], [*benign], settings, note),
+    )
+    rows = [json.loads(line) for line in (folder / ROWS).read_text(encoding="utf-8").splitlines()]
+    return MemoryRows(
+        folder / ROWS, Counter(row["category"] for row in rows), json.loads((folder / LEFT_OUT).read_text())
+    )
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    import xxhash
+
+    said = [[[(m.role, m.content) for m in prompt.messages], prompt.tags] for prompt in prompts]
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
+
+
+def _build(
+    engine: ForwardEngine,
+    tokenizer: Any,
+    folder: Path,
+    prompts: list[Prompt],
+    benign: list[Prompt],
+    settings: RowSettings,
+    note: Note,
+) -> None:
+    answers = _answers(engine, tokenizer, folder / ANSWERS, [*prompts, *benign], settings, note)
+    problem = None
+    if collectives.rank() == 0:
+        problem = _write_rows(folder, prompts, benign, answers, settings)
+    problem = collectives.gather_objects([problem])[0]
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _answers(
+    engine: ForwardEngine, tokenizer: Any, path: Path, prompts: list[Prompt], settings: RowSettings, note: Note
+) -> list[dict[str, Any]]:
+    """Answers to all prompts; those that an earlier build has written are taken over."""
+    answers = collectives.gather_objects([_read_answers(path)] if collectives.rank() == 0 else [])[0]
+    model, portion = LiveModel(engine), settings.batch_size * collectives.world_size() * BATCHES_AT_ONCE
+    if answers:
+        note(f"{KIND}: going on behind {len(answers):,} answers")
+    while len(answers) < len(prompts):
+        asked = prompts[len(answers) : len(answers) + portion]
+        found = answer_prompts(
+            model, tokenizer, asked, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+        )
+        if collectives.rank() == 0:
+            _append(path, found)
+        answers += found
+        note(f"{KIND}: {len(answers):,} of {len(prompts):,} answers")
+    return answers
+
+
+def _read_answers(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; what a dying process left of a last one is cut off."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _append(path: Path, answers: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_rows(
+    folder: Path, prompts: list[Prompt], benign: list[Prompt], answers: list[dict[str, Any]], settings: RowSettings
+) -> str | None:
+    """Writes rows and reasons; what is wrong where nothing is left."""
+    refusals, helpful = answers[: len(prompts)], answers[len(prompts) :]
+    succeeded = load_scorer(settings.scorer)(
+        [text_of(prompt) for prompt in prompts], [answer["text"] for answer in refusals]
+    )
+    reasons = [
+        _reason(answer, "not refused" if won else None, INCOHERENT)
+        for answer, won in zip(refusals, succeeded, strict=True)
+    ]
+    reasons += [
+        _reason(answer, "refused" if refused(answer["text"], OVER_REFUSAL_SCORER) else None, BROKEN)
+        for answer in helpful
+    ]
+    kinds = [REFUSAL] * len(prompts) + [ANSWER] * len(benign)
+    kept = [
+        _row(prompt, answer["text"], kind)
+        for prompt, answer, kind, reason in zip([*prompts, *benign], answers, kinds, reasons, strict=True)
+        if reason is None
+    ]
+    left_out = Counter(f"{kind}: {reason}" for kind, reason in zip(kinds, reasons, strict=True) if reason is not None)
+    if not any(row["kind"] == REFUSAL for row in kept):
+        told = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        found = f"no refusal is left of {len(prompts)} answers to disallowed prompts ({told})"
+        return f"{found}; is this the aligned model? Its answers are in {folder / ANSWERS}"
+    replace_file(folder / LEFT_OUT, json.dumps(left_out, indent=1))
+    replace_file(folder / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    return None
+
+
+def _reason(answer: dict[str, Any], by_scorer: str | None, bad: Collection[str]) -> str | None:
+    """Why an answer stays out; None where it enters. bad: of `off_task_reason`."""
+    if not answer["finished"]:
+        return "cut off"
+    off_task = off_task_reason(answer["text"])
+    return by_scorer or (off_task if off_task in bad else None)
+
+
+def _row(prompt: Prompt, answer: str, kind: str) -> dict[str, Any]:
+    messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+    tags = {name: value for name, value in prompt.tags.items() if name not in ("messages", "kind")}
+    category = tags.pop("category", "") or ("" if kind == REFUSAL else BENIGN)
+    return {
+        "messages": [*messages, {"role": "assistant", "content": answer}],
+        "category": category,
+        "kind": kind,
+        **tags,
+    }

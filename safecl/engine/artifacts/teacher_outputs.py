@@ -1,0 +1,111 @@
+"""The cache of the aligned model's outputs on memory rows, in the store of artifacts: computed once, shared by all runs
+on that model.
+
+One cache per model, tokenizer and settings holds the rows of every memory that was ever used with them, by the rows'
+content; a run adds what is missing. Training with it needs no teacher in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safecl.config import RunConfig
+from safecl.config.run import memory_tokens
+from safecl.data import TokenDataset
+from safecl.distributed import collectives
+from safecl.engine.artifacts.base_model import base_key
+from safecl.engine.artifacts.store import ArtifactStore, obtain
+from safecl.engine.passes.forward_engine import ForwardEngine
+from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.engine.teachers.outputs import mean_nll, outputs_of_rows, stored_form
+from safecl.replay import CacheHeader, CacheReader, CacheWriter, SharedOutputs
+
+KIND = "teacher-cache"
+ROWS_AT_ONCE = 32
+SECONDS_BETWEEN_NOTES = 15.0
+
+Note = Callable[[str], None]
+
+
+def needs_outputs(config: RunConfig) -> bool:
+    """True where something in a run looks at what the aligned model says of the memory's rows."""
+    memory = config.memory
+    if memory is None:
+        return False
+    guarded = memory.guard is not None and (memory.guard.max_nll is not None or memory.guard.max_deviations is not None)
+    replayed = memory.teacher.kind == "topk" and any(
+        getattr(settings, "needs_teacher", False) for settings in config.methods.values()
+    )
+    return guarded or memory.draw == "mix_cd" or replayed
+
+
+def header_of(config: RunConfig, base: dict[str, Any], vocab_size: int, max_tokens: int) -> CacheHeader:
+    """base: see artifacts.base_key."""
+    teacher = config.memory.teacher
+    return CacheHeader(
+        model=base["model"], tokenizer=base["tokenizer"], vocab_size=vocab_size, k=min(teacher.k, vocab_size),
+        temperature=teacher.temperature, indices=teacher.indices, model_dtype=base["dtype"], max_tokens=max_tokens,
+    )  # fmt: skip
+
+
+def shared_outputs(
+    engine: TrainingEngine | ForwardEngine,
+    dataset: TokenDataset,
+    config: RunConfig,
+    tokenizer: Any,
+    *,
+    note: Note = lambda message: None,
+) -> SharedOutputs:
+    """Outputs of the config's base model, which is the engine's current one, for all rows of the memory; computed where
+    they are missing.
+
+    A collective call. Raises ConfigError where the store cannot be used, ReplayError where the disk refuses.
+    """
+    store = ArtifactStore.of(config)
+    vocab_size = engine.module.model.config.get_text_config().vocab_size
+    header = header_of(config, base_key(config, tokenizer, store), vocab_size, max_tokens=memory_tokens(config))
+    folder = obtain(
+        store, KIND, vars(header), note=note, is_whole=lambda folder: holds(folder, header, dataset),
+        build=lambda folder: write_outputs(engine, dataset, header, folder, note),
+    )  # fmt: skip
+    outputs = SharedOutputs(folder, header)
+    outputs.reader.require(dataset.row_ids)
+    return outputs
+
+
+def holds(folder: Path, header: CacheHeader, dataset: TokenDataset) -> bool:
+    """True where the cache has outputs of every row."""
+    return bool(CacheReader(folder, header).has(dataset.row_ids).all())
+
+
+def write_outputs(
+    engine: TrainingEngine | ForwardEngine,
+    dataset: TokenDataset,
+    header: CacheHeader,
+    folder: Path,
+    note: Note = lambda message: None,
+) -> None:
+    """Adds what the engine's current model says about rows that the cache does not hold. A collective call; goes on
+    where it stopped."""
+    with CacheWriter(folder, header, rank=collectives.rank(), world_size=collectives.world_size()) as writer:
+        missing = dataset.select(np.flatnonzero(~writer.has(dataset.row_ids)))
+        collectives.barrier()  # every rank has looked before one writes
+        told, done = time.monotonic(), 0
+        for rows in _portions(outputs_of_rows(engine, missing, "topk", k=header.k, temperature=header.temperature)):
+            row_ids = [int(missing.row_ids[index]) for index, _ in rows]
+            writer.add(row_ids, [stored_form(output) for _, output in rows], [mean_nll(output) for _, output in rows])
+            done += len(rows)
+            if time.monotonic() - told > SECONDS_BETWEEN_NOTES:
+                told = time.monotonic()
+                note(f"{KIND}: about {min(len(missing), done * collectives.world_size()):,} of {len(missing):,} rows")
+
+
+def _portions(rows: Iterator[tuple[int, dict]]) -> Iterator[list[tuple[int, dict]]]:
+    while portion := list(islice(rows, ROWS_AT_ONCE)):
+        yield portion

@@ -1,0 +1,1 @@
+"""Checkpoints: formats, folders, saving, reading, and the export of model folders."""

@@ -1,0 +1,265 @@
+"""What a checkpoint is made of: slices of state, and a manifest that hashes every file. Imports no torch.
+
+    step-00000500/
+      rank-00000.safetensors    slices of weights and state that one rank wrote, whatever the layout it trained in, and its random states
+      memory.index              which rows the replay memory holds, where they lie, their hashes, and the score log
+      metrics.jsonl             one line per step so far
+      state.json                counters, place in the sequence of tasks, evaluations, methods, resolved config, versions
+      manifest.json             size and XXH3-128 of every file above, shapes and dtypes; its first line is the hash of the rest
+
+A kind of state that equals the model which the run began with (the anchor of a first task) is not stored: the manifest
+names that model and its hash instead. docs/reliability.md describes the format for readers of other programs.
+
+A slice is `length` elements of parameter `name` from flat offset `offset` on, of one kind (weights, exp_avg, ema, ...).
+Its tensor in the safetensors file is called `kind|name|offset`. The slices of a kind tile each parameter without gap or
+overlap and padding is never stored, so that any layout can load any other by reading ranges.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from safecl.storage.durable import DamagedCheckpoint, FileRecord, hash_file, open_regular, read_file, write_file
+from safecl.storage.safetensors_file import ITEM_BYTES, Tensor, header_bytes, read_header
+
+FORMAT = "safecl-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 * 2**20
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class OtherFormat(DamagedCheckpoint):
+    """A checkpoint of another version of the format. It must not be loaded, nor be taken for damaged and set aside."""
+
+
+@dataclass(frozen=True, order=True)
+class Slice:
+    """`length` elements of `kind` of parameter `name` from flat offset `offset` on; `dtype` as safetensors names it
+    (F32, BF16)."""
+
+    kind: str
+    name: str
+    offset: int
+    length: int
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}|{self.name}|{self.offset}"
+
+    @property
+    def nbytes(self) -> int:
+        return self.length * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class StoredSlice:
+    """A slice and the byte of `file` at which it begins."""
+
+    slice: Slice
+    file: str
+    position: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """State that is not stored because it equals a model that is at hand.
+
+    `model` as the config names it, a hash of its weights in the run's dtype, and the dtype of the state.
+    """
+
+    model: str
+    digest: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of.
+
+    `parameters`: shapes by name; `kinds`: dtypes of the stored state by kind; `references`: kinds that equal a model
+    instead.
+    """
+
+    name: str
+    step: int
+    world_size: int
+    files: dict[str, FileRecord]
+    parameters: dict[str, tuple[int, ...]]
+    kinds: dict[str, str]
+    references: dict[str, Reference] = field(default_factory=dict)
+    version: int = VERSION
+    format: str = FORMAT
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.size for record in self.files.values())
+
+
+@dataclass
+class Contents:
+    """A checkpoint whose manifest and headers fit together: where every slice is. `slices[kind, parameter]` is sorted
+    by offset."""
+
+    folder: Path
+    manifest: Manifest
+    slices: dict[tuple[str, str], list[StoredSlice]] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------------------------------------------- slices
+
+
+def arrange(slices: Iterable[Slice]) -> list[tuple[Slice, int]]:
+    """Slices in the order of the file with their byte positions in its data: wide dtypes first, so that every slice is
+    aligned."""
+    placed, position = [], 0
+    for one in sorted(slices, key=lambda s: (-ITEM_BYTES[s.dtype], s)):
+        placed.append((one, position))
+        position += one.nbytes
+    return placed
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_slices(
+    path: Path, placed: Iterable[tuple[Slice, int]], data: memoryview, metadata: Mapping[str, str] | None = None
+) -> FileRecord:
+    """Writes slices as `arrange` placed them in `data`; returns when they are on the disk. Raises OSError."""
+    header = header_bytes({one.key: (one.dtype, [one.length]) for one, _ in placed}, metadata)
+    return write_file(path, [header, data])
+
+
+def read_slices(path: Path) -> list[StoredSlice]:
+    """The slices in a file. DamagedCheckpoint where a tensor is none."""
+    tensors, _ = read_header(path)
+    return [StoredSlice(_slice_of(path, key, tensor), path.name, tensor.position) for key, tensor in tensors.items()]
+
+
+def _slice_of(path: Path, key: str, tensor: Tensor) -> Slice:
+    kind, _, rest = key.partition("|")
+    name, _, offset = rest.rpartition("|")
+    if not (kind and name and re.fullmatch("[0-9]{1,18}", offset) and len(tensor.shape) == 1):
+        raise DamagedCheckpoint(f"{path}: the tensor {key!r} is not a slice of a parameter")
+    return Slice(kind, name, int(offset), tensor.shape[0], tensor.dtype)
+
+
+def ranges(stored: Sequence[StoredSlice], offset: int, length: int) -> list[tuple[str, int, int, int]]:
+    """Where elements [offset, offset + length) lie: (file, first byte, first element of the target, number of
+    elements)."""
+    found = []
+    for one in stored:
+        low, high = max(offset, one.slice.offset), min(offset + length, one.slice.offset + one.slice.length)
+        if low < high:
+            byte = one.position + (low - one.slice.offset) * ITEM_BYTES[one.slice.dtype]
+            found.append((one.file, byte, low - offset, high - low))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- manifest
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The manifest as text, after a line with the text's own hash."""
+    body = json.dumps(asdict(manifest), indent=1, sort_keys=True, allow_nan=False).encode()
+    return xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks a checkpoint's manifest. DamagedCheckpoint where it is missing, changed, or of another
+    version."""
+    path = folder / MANIFEST
+    digest, _, body = read_file(path, MAX_MANIFEST_BYTES).partition(b"\n")
+    if digest != xxhash.xxh3_128_hexdigest(body).encode():
+        raise DamagedCheckpoint(f"{path}: its hash does not fit its text")
+    manifest = _parse_manifest(path, body)
+    if manifest.name != folder.name:
+        raise DamagedCheckpoint(f"{path}: belongs to {manifest.name!r}, its folder is called {folder.name!r}")
+    return manifest
+
+
+def _parse_manifest(path: Path, body: bytes) -> Manifest:
+    try:
+        values = json.loads(body)
+        if (values["format"], values["version"]) != (FORMAT, VERSION):
+            raise OtherFormat(
+                f"{path}: {values['format']} version {values['version']}, this safecl reads {FORMAT} version {VERSION}"
+            )
+        files = {
+            name: FileRecord(int(record["size"]), str(record["xxh3_128"]))
+            for name, record in values.pop("files").items()
+        }
+        parameters = {name: tuple(map(int, shape)) for name, shape in values.pop("parameters").items()}
+        references = {kind: Reference(**reference) for kind, reference in values.pop("references", {}).items()}
+        manifest = Manifest(files=files, parameters=parameters, references=references, **values)
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    for name in manifest.files:
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise DamagedCheckpoint(f"{path}: names the file {name!r}, which no checkpoint has")
+    if both := sorted(manifest.kinds.keys() & manifest.references.keys()):
+        raise DamagedCheckpoint(f"{path}: says of {both[0]} both that it is stored and that it equals a model")
+    return manifest
+
+
+# --------------------------------------------------------------------------------------------------------- verification
+
+
+def read_contents(folder: Path) -> Contents:
+    """Checks everything but the hashes: manifest, sizes, headers, and that the slices tile each parameter.
+    DamagedCheckpoint else."""
+    contents = Contents(folder, read_manifest(folder))
+    check_sizes(folder, contents.manifest)
+    for name in contents.manifest.files:
+        if name.startswith("rank-"):
+            for stored in read_slices(folder / name):
+                contents.slices.setdefault((stored.slice.kind, stored.slice.name), []).append(stored)
+    _check_tiling(contents)
+    return contents
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """DamagedCheckpoint where a file is missing, a link, or of another size."""
+    for name, record in manifest.files.items():
+        with open_regular(folder / name) as file:
+            size = file.seek(0, 2)
+        if size != record.size:
+            raise DamagedCheckpoint(f"{folder / name}: {size:,} bytes long, {record.size:,} were written")
+
+
+def _check_tiling(contents: Contents) -> None:
+    manifest = contents.manifest
+    expected = {(kind, name) for kind in manifest.kinds for name in manifest.parameters}
+    if unknown := sorted(set(contents.slices) - expected):
+        raise DamagedCheckpoint(f"{contents.folder}: holds {' of '.join(unknown[0])}, which its manifest does not name")
+    for kind, name in sorted(expected):
+        stored = contents.slices.setdefault((kind, name), [])
+        stored.sort(key=lambda s: (s.slice.offset, s.slice.length))
+        end, numel = 0, math.prod(manifest.parameters[name])
+        for one in stored:
+            if one.slice.offset != end or one.slice.dtype != manifest.kinds[kind]:
+                raise DamagedCheckpoint(
+                    f"{contents.folder}: {kind} of {name}: gap, overlap or another dtype at element {end:,}"
+                )
+            end += one.slice.length
+        if end != numel:
+            raise DamagedCheckpoint(f"{contents.folder}: {kind} of {name} ends at element {end:,} of {numel:,}")
+
+
+def check_hashes(folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1) -> None:
+    """Reads this rank's part of the files and compares their hashes. DamagedCheckpoint names the first that differs."""
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    for name in by_size[rank::world_size]:
+        if hash_file(folder / name) != manifest.files[name].xxh3_128:
+            raise DamagedCheckpoint(f"{folder / name}: its bytes are not those that were written")

@@ -1,0 +1,34 @@
+"""What a save says of itself, and the base model that anchors may equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from safecl.engine.checkpoint.folder import format_bytes
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a run begins with: its name in the config and a hash of its weights in the run's dtype."""
+
+    name: str
+    digest: str
+
+
+@dataclass
+class SaveReport:
+    """How a save ended. `problem` says why there is no checkpoint; the older ones are untouched then."""
+
+    name: str
+    num_bytes: int = 0
+    seconds_blocked: float = 0.0
+    """What the training waited for the copy to host memory."""
+    seconds_written: float = 0.0
+    problem: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"checkpoint {self.name} could not be saved: {self.problem}"
+        times = f"{self.seconds_blocked:.2f} s copied, {self.seconds_written:.1f} s written beside the training"
+        return "; ".join([f"checkpoint {self.name}: {format_bytes(self.num_bytes)}, {times}", *self.notes])

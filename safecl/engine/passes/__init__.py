@@ -1,0 +1,1 @@
+"""Passes over rows: micro-batches, gradients, forward passes, losses."""

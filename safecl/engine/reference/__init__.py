@@ -1,0 +1,1 @@
+"""The reference weights theta_0, once per node."""

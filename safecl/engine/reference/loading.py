@@ -1,0 +1,67 @@
+"""The model that is trained, made without a copy of its own on every rank.
+
+Its structure is built with parameters on the meta device; then each parameter becomes a view of the node's reference
+store. DeepSpeed takes from there what a rank keeps (its shard, or a flat copy), so the node holds one whole model while
+it starts, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from safecl.config import ConfigError, ModelConfig
+from safecl.engine.model.settings import DTYPES, choose_attention, first_line, read_model_settings
+from safecl.engine.model.structure import empty_model, prepare_for_training
+from safecl.engine.reference.store import ReferenceStore
+
+
+def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
+    """The causal language model in the run's dtype, adapters added where the config says so, and the store that its
+    weights are views of.
+
+    A collective call. The views are read-only: who changes a weight in place gives it memory of its own first. Raises
+    ConfigError.
+    """
+    read_model_settings(config)
+    attention, _ = choose_attention(config.attention)
+    chosen = (
+        None if config.attention == "auto" and attention == "sdpa" else attention
+    )  # not every architecture has sdpa
+    dtype = DTYPES[config.dtype]
+    try:
+        model = empty_model(config.path, dtype, attention=chosen, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path: {config.path}: cannot be loaded: {first_line(error)}") from None
+    store = ReferenceStore.open(config.path, dtype=dtype, model=model, trust_remote_code=config.trust_remote_code)
+    take_weights(model, store)
+    _take_generation_settings(model, config.path)
+    model.config.use_cache = False
+    return prepare_for_training(model, config), store
+
+
+def take_weights(model: nn.Module, store: ReferenceStore) -> None:
+    """Makes every parameter of an empty model a view of the store, tied ones the same object, and sets the buffers that
+    were saved."""
+    made: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for leaf, p in module._parameters.items():
+            if p is not None:
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(
+                        store.tensor(f"{path}.{leaf}".lstrip(".")), requires_grad=p.requires_grad
+                    )
+                    made[id(made[id(p)])] = made[id(p)]
+                module._parameters[leaf] = made[id(p)]
+    for name, value in store.buffers.items():
+        model.get_buffer(name).copy_(value)
+
+
+def _take_generation_settings(model: nn.Module, path: str) -> None:
+    """What the folder says of generation is saved again with the tuned model."""
+    from transformers import GenerationConfig
+
+    if model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError):
+            return  # there is none: transformers derives one from the model's settings

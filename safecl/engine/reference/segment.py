@@ -1,0 +1,85 @@
+"""One shared segment per node, filled once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+
+from safecl.engine.reference import shared_memory
+from safecl.engine.reference.layout import Layout, Where
+from safecl.engine.reference.sources import Converter, Reader, combine
+from safecl.storage.model_folder import UnusableWeights
+
+_FILLERS = 4
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the first rank of a node says to the others."""
+
+    where: str
+    address: str = ""
+    digest: str = ""
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def provide(layout: Layout, reader: Reader | Converter, where: Where, stack: contextlib.ExitStack) -> Offer:
+    """On the first rank of a node: makes and fills the segment, or says that the files are to be mapped."""
+    obstacle = reader.obstacle_to_mapping()
+    if where == "file":
+        if obstacle is not None:
+            raise UnusableWeights(f"the model's files cannot be mapped: {obstacle}")
+        return Offer("file", "", reader.digest(), reader.buffers())
+    try:
+        handle, digest = new_segment(layout, reader, stack)
+    except shared_memory.NoRoom as error:
+        if where == "segment" or obstacle is not None:
+            raise UnusableWeights(
+                f"{error}; the model's files cannot be mapped instead: {obstacle or 'where=segment'}"
+            ) from None
+        return Offer("file", "", reader.digest(), reader.buffers(), (f"{error}: the model's files are mapped instead",))
+    return Offer("segment", shared_memory.address(handle), digest, reader.buffers())
+
+
+def new_segment(layout: Layout, reader: Reader | Converter, stack: contextlib.ExitStack) -> tuple[int, str]:
+    """(handle, digest) of a segment that holds all parameters and that nobody can change; the handle is open as long as
+    the stack."""
+    handle = shared_memory.create(layout.nbytes, "safecl-reference")
+    stack.callback(os.close, handle)
+    memory = shared_memory.map_segment(handle, layout.nbytes, writable=True)
+    view = memoryview(memory)
+
+    load = reader.loader()
+
+    def fill(name: str) -> bytes:
+        target = view[layout.offsets[name] : layout.offsets[name] + layout.num_bytes(name)]
+        load(name, torch.frombuffer(target, dtype=layout.dtype) if target else torch.empty(0, dtype=layout.dtype))
+        return xxhash.xxh3_128(target).digest()
+
+    with ThreadPoolExecutor(min(_FILLERS, os.cpu_count() or 1)) as pool:
+        hashes = dict(zip(layout.shapes, pool.map(fill, layout.shapes), strict=True))
+    reader.check_unchanged()
+    view.release()
+    memory.close()
+    if not torch.cuda.is_available():
+        shared_memory.seal(handle)
+    return handle, combine(layout, hashes)
+
+
+def tensor_view(memory: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)

@@ -1,0 +1,197 @@
+"""Finds each weight in a model's files and reads it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from safecl.engine.reference.layout import Layout
+from safecl.storage.durable import open_regular, read_into
+from safecl.storage.model_folder import ModelFiles, UnusableWeights, read_model_files
+from safecl.storage.safetensors_file import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+_BUFFER_DTYPES = DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+_CHUNK_BYTES = 16 * 2**20
+
+
+Sources = Mapping[str, tuple[Path, Tensor]]
+"""Parameter name -> file and place in it."""
+
+
+def find_weights(path: str, layout: Layout) -> tuple[ModelFiles | None, Sources | None]:
+    """The model's files and where each parameter lies in them; no sources where only transformers knows how to read
+    them."""
+    files = read_model_files(path)
+    if files is None:
+        return None, None
+    found = {name: _source(name, layout, files) for name in layout.shapes}
+    missing = [name for name, source in found.items() if source is None]
+    if missing and any(
+        source not in found.values() for name, source in files.tensors.items() if name not in layout.buffers
+    ):
+        return (
+            files,
+            None,
+        )  # perhaps under another name (GPT-NeoX): transformers converts it, or the converter says what is missing
+    if missing:
+        raise UnusableWeights(f"model.path: {path}: tensor {missing[0]} is missing" + _and_more(missing))
+    for name, (file, tensor) in found.items():
+        _check_tensor(name, layout, file, tensor)
+    return files, found
+
+
+def _source(name: str, layout: Layout, files: ModelFiles) -> tuple[Path, Tensor] | None:
+    names = [name, *(alias for alias, kept in layout.aliases.items() if kept == name and alias != name)]
+    bare = [each.removeprefix(f"{layout.prefix}.") for each in names if layout.prefix]
+    return next((files.tensors[each] for each in [*names, *bare] if each in files.tensors), None)
+
+
+def _check_tensor(name: str, layout: Layout, file: Path, tensor: Tensor) -> None:
+    wanted = layout.shapes[name]
+    if tensor.shape != wanted:
+        if name == layout.embedding and tensor.shape[1:] == wanted[1:]:
+            raise UnusableWeights(
+                f"{file}: a vocabulary of {tensor.shape[0]:,} tokens, but the model's config.json says {wanted[0]:,}"
+            )
+        raise UnusableWeights(
+            f"{file}: {name} has shape {list(tensor.shape)}, the model's config.json says {list(wanted)}"
+        )
+    if tensor.dtype not in DTYPES:
+        raise UnusableWeights(f"{file}: {name} is stored as {tensor.dtype}; safecl reads {', '.join(DTYPES)}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Parameters straight from the model's files."""
+
+    layout: Layout
+    files: ModelFiles
+    sources: Sources
+
+    def loader(self) -> Callable[[str, torch.Tensor], Any]:
+        """Fills a flat tensor with a parameter; safe to call from several threads."""
+        return lambda name, target: _load(self.sources[name], target)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        found = {name: self.files.tensors[name] for name in self.layout.buffers if name in self.files.tensors}
+        values = {
+            name: torch.empty(source[1].shape, dtype=_BUFFER_DTYPES[source[1].dtype]) for name, source in found.items()
+        }
+        for name, source in found.items():
+            _load(source, values[name].view(-1))
+        return values
+
+    def check_unchanged(self) -> None:
+        self.files.check_unchanged()
+
+    def obstacle_to_mapping(self) -> str | None:
+        """Why the files cannot stand for the segment; None where they can."""
+        if torch.cuda.is_available():
+            return "a GPU needs pinned memory"
+        for name, (file, tensor) in self.sources.items():
+            if DTYPES[tensor.dtype] != self.layout.dtype:
+                return f"{file} holds {name} as {tensor.dtype}, the run needs {_NAMES[self.layout.dtype]}"
+            if tensor.position % self.layout.dtype.itemsize:
+                return f"{file} is not aligned"
+        return None
+
+    def digest(self) -> str:
+        """That of a segment with the same values, where the files are mapped."""
+        hashes = {}
+        for name, (path, tensor) in self.sources.items():
+            digest, block = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
+            with open_regular(path.resolve()) as file:
+                for start in range(0, tensor.nbytes, _CHUNK_BYTES):
+                    part = memoryview(block)[: min(_CHUNK_BYTES, tensor.nbytes - start)]
+                    read_into(file, tensor.position + start, part)
+                    digest.update(part)
+            hashes[name] = digest.digest()
+        return combine(self.layout, hashes)
+
+
+@torch.no_grad()
+def _load(source: tuple[Path, Tensor], target: torch.Tensor) -> None:
+    """Reads one tensor in chunks, rounding each to the target's dtype."""
+    path, tensor = source
+    stored = _BUFFER_DTYPES[tensor.dtype]
+    chunk = _CHUNK_BYTES // stored.itemsize
+    scratch = None if stored == target.dtype else torch.empty(min(chunk, target.numel()), dtype=stored)
+    with open_regular(path.resolve()) as file:
+        for start in range(0, target.numel(), chunk):
+            part = target[start : start + chunk]
+            read = part if scratch is None else scratch[: part.numel()]
+            read_into(file, tensor.position + start * stored.itemsize, memoryview(read.view(torch.uint8).numpy()))
+            if scratch is not None:
+                part.copy_(read)
+
+
+@dataclass(frozen=True)
+class Converter:
+    """Parameters of a checkpoint whose names or tensors transformers converts while it loads: it does, once per
+    node."""
+
+    layout: Layout
+    path: str
+    trust_remote_code: bool
+    sources = None
+
+    @functools.cached_property
+    def _state(self) -> dict[str, torch.Tensor]:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, said = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=self.layout.dtype, trust_remote_code=self.trust_remote_code, output_loading_info=True
+            )
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise UnusableWeights(
+                f"model.path: {self.path}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}"
+            ) from None
+        if missing := sorted(said["missing_keys"]):
+            raise UnusableWeights(f"model.path: {self.path}: tensor {missing[0]} is missing" + _and_more(missing))
+        return model.state_dict()
+
+    def loader(self) -> Callable[[str, torch.Tensor], Any]:
+        state = self._state
+        return lambda name, target: target.copy_(state[name].view(-1))
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {name: self._state[name] for name in self.layout.buffers}
+
+    def check_unchanged(self) -> None:
+        """What transformers has read is in memory."""
+
+    def obstacle_to_mapping(self) -> str | None:
+        return "their tensors must be converted"
+
+
+def combine(layout: Layout, hashes: Mapping[str, bytes]) -> str:
+    digest = xxhash.xxh3_128(str(layout.dtype).encode())
+    for name in sorted(hashes):
+        digest.update(name.encode() + hashes[name])
+    return digest.hexdigest()

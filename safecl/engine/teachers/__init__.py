@@ -1,0 +1,1 @@
+"""Teachers: streamed, online, recorded, and the outputs that are kept of them."""

@@ -1,0 +1,165 @@
+"""What can be said of teachers that are asked in every step before anything is loaded: whether they fit, and what they
+will cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safecl.config import ConfigError, ModelConfig, RunConfig
+from safecl.data import load_tokenizer
+
+KNOWN = ("aligned", "previous", "ema")
+
+
+STREAMING_ERRORS = (IndexError, TypeError, RuntimeError, ValueError, AttributeError, KeyError)
+"""What a model's code raises where its layers are more than one after the other on hidden states."""
+
+
+def check_teachers(config: RunConfig, tokenizer: Any) -> None:
+    """Raises ConfigError, naming the key, for another model's folder that has another tokenizer, or another width where
+    that matters, and for an architecture that cannot be streamed."""
+    from safecl.engine.model.settings import read_model_settings
+
+    _check_streaming(config)
+    for key, source in config.online_teachers.items():
+        if source in KNOWN:
+            continue
+        model = _model_at(config, source)
+        theirs = load_tokenizer(model, key)
+        if difference := _different_token(theirs.get_vocab(), tokenizer.get_vocab()):
+            raise ConfigError(
+                f"{key}: {source} has another tokenizer ({difference}); a teacher needs the tokenizer of model.path"
+            )
+        sizes = [read_model_settings(each).get_text_config().hidden_size for each in (model, config.model)]
+        if key.startswith("methods.") and _compares_hidden(config, key) and sizes[0] != sizes[1]:
+            raise ConfigError(
+                f"{key}: {source} has hidden states of {sizes[0]:,}, model.path of {sizes[1]:,}; compare outputs instead (form: output)"
+            )
+
+
+def _check_streaming(config: RunConfig) -> None:
+    """What can be seen without weights; whether the numbers are right is seen at the start of the run."""
+    for key, source in config.online_teachers.items():
+        if source == "ema" or (source == "aligned" and config.model.lora is not None):
+            continue
+        model = config.model if source in KNOWN else _model_at(config, source)
+        if (problem := _streaming_problem(model)) is not None:
+            raise ConfigError(cannot_be_streamed(key, source, problem))
+
+
+def cannot_be_streamed(key: str, source: str, problem: str) -> str:
+    """The message: why, and what works instead."""
+    known = source in KNOWN
+    otherwise = (
+        "recorded or stored outputs (methods.lwf.outputs: recorded, memory.teacher.kind: topk)"
+        if known
+        else "another teacher"
+    )
+    return f"teacher: {key}: this architecture cannot be streamed layer by layer ({problem}); use {otherwise}"
+
+
+def _streaming_problem(model: ModelConfig) -> str | None:
+    """Runs the architecture on tensors without memory or numbers. None where it goes through, or where only numbers
+    would tell."""
+    import torch
+
+    from safecl.engine.model.checks import rows_are_not_packed
+    from safecl.engine.model.settings import DTYPES, first_line, read_model_settings
+    from safecl.engine.model.structure import empty_model
+    from safecl.engine.teachers.streamed import StreamedTeacher, TeacherBatch
+
+    read_model_settings(model)
+    empty = empty_model(model.path, DTYPES[model.dtype], trust_remote_code=model.trust_remote_code)
+    weights = dict(empty.named_parameters(remove_duplicate=False))
+    try:
+        with rows_are_not_packed():
+            teacher = StreamedTeacher(empty, _Weights(weights), torch.device("meta"), "in place")
+            teacher.logits(TeacherBatch(torch.arange(2, 10)[None], torch.arange(8)[None]))
+    except (ConfigError, *STREAMING_ERRORS) as error:
+        only_without_numbers = isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+        return None if only_without_numbers else first_line(error)
+    return None
+
+
+@dataclass(frozen=True)
+class _Weights:
+    by_name: Mapping[str, Any]
+
+    def tensor(self, name: str) -> Any:
+        return self.by_name[name].detach()
+
+
+def _model_at(config: RunConfig, source: str) -> ModelConfig:
+    return config.model.model_copy(update={"path": source, "tokenizer": None, "chat_template": None, "lora": None})
+
+
+def other_models(config: RunConfig) -> list[ModelConfig]:
+    """Teachers that are neither the run's own model nor made of it, each once."""
+    return [
+        _model_at(config, source) for source in dict.fromkeys(config.online_teachers.values()) if source not in KNOWN
+    ]
+
+
+def _compares_hidden(config: RunConfig, key: str) -> bool:
+    return getattr(config.methods[key.removeprefix("methods.").removesuffix(".teacher")], "form", None) == "hidden"
+
+
+def _different_token(theirs: dict[str, int], ours: dict[str, int]) -> str:
+    """The first token that differs, in words; empty where none does."""
+    for token, number in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token) != number:
+            there = f"{theirs[token]:,}" if token in theirs else "unknown"
+            return f"token {token!r} is {number:,} here and {there} there"
+    extra = next((token for token in theirs if token not in ours), None)
+    return "" if extra is None else f"token {extra!r} is unknown here"
+
+
+def teacher_lines(config: RunConfig, tokens_per_batch: int) -> list[tuple[str, str]]:
+    """(what, value) lines for `safecl check` and the start of a run."""
+    lines = []
+    for source in dict.fromkeys(config.online_teachers.values()):
+        keys = ", ".join(key for key, named in config.online_teachers.items() if named == source)
+        lines.append(("teacher", f"{source}, asked in every step ({keys}), {_where(config, source)}"))
+        if _is_streamed(config, source):
+            lines.append(("  copies", _copies(config, source, tokens_per_pass(config, source, tokens_per_batch))))
+    return lines
+
+
+def _where(config: RunConfig, source: str) -> str:
+    if source == "ema":
+        return "in the place of the live weights for the time of the pass"
+    if source == "aligned" and config.model.lora is not None:
+        return "the model with its adapters off"
+    return "weights on each device" if config.teacher == "resident" else "weights in host memory, once a node"
+
+
+def _is_streamed(config: RunConfig, source: str) -> bool:
+    return (
+        config.teacher == "streamed" and source != "ema" and not (source == "aligned" and config.model.lora is not None)
+    )
+
+
+def tokens_per_pass(config: RunConfig, source: str, tokens_per_batch: int) -> int:
+    """Of one rank: all rows that anybody asks this teacher about go through it together."""
+    keys = [key for key, named in config.online_teachers.items() if named == source]
+    replayed = config.memory.replay_ratio if "memory.teacher.source" in keys else 0.0
+    own_rows = any(key.startswith("methods.") for key in keys)
+    return round((own_rows + replayed) * tokens_per_batch) // _num_ranks()
+
+
+def _num_ranks() -> int:
+    return max(1, int(os.environ.get("WORLD_SIZE") or 1))
+
+
+def _copies(config: RunConfig, source: str, tokens: int) -> str:
+    from safecl.engine.model.settings import DTYPES
+    from safecl.engine.teachers.break_even import advice, alternative, rates_here
+
+    dtype = DTYPES[config.model.dtype]
+    rates = rates_here(dtype)
+    if rates is None:
+        return "none: without a GPU the weights are read where they are"
+    return advice(tokens, dtype.itemsize, rates, otherwise=alternative(source))

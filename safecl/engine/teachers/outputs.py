@@ -1,0 +1,98 @@
+"""What the current model says about many rows: one forward pass each, in any ZeRO stage and on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from safecl.data import Row, TokenDataset, collate
+from safecl.engine.passes.forward_engine import ForwardEngine
+from safecl.engine.passes.micro_batches import split_step, target_positions, to_device
+from safecl.engine.passes.step_rows import StepRow
+from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.replay import TeacherOutputs
+
+MICRO_BATCHES_AT_ONCE = 16
+
+Outputs = Iterator[tuple[int, dict[str, torch.Tensor]]]
+
+
+@torch.no_grad()
+def outputs_of_rows(
+    engine: TrainingEngine | ForwardEngine,
+    dataset: TokenDataset,
+    task: str,
+    *,
+    all_tokens: bool = False,
+    rank_of: np.ndarray | None = None,
+    **settings,
+) -> Outputs:
+    """(row index, output tensors [tokens, ...] on the CPU) of this rank's share of the rows. A collective call: every
+    rank exhausts it.
+
+    task, settings: of LanguageModel.forward ("topk" with k and temperature, which gives the targets' `nll` as well, or
+    "hidden"). The tokens are those that predict a supervised target, or all. Every row is computed by exactly one rank:
+    that of `rank_of` [rows], or else one that depends on the lengths alone.
+    """
+    engine.deepspeed.eval()
+    try:
+        for indices in _chunks(
+            dataset.lengths, engine.layout.world_size * engine.layout.tokens_per_microbatch * MICRO_BATCHES_AT_ONCE
+        ):
+            ranks = [None if rank_of is None else int(rank_of[i]) for i in indices]
+            rows = [
+                StepRow("", int(dataset.lengths[i]), int(dataset.num_targets[i]), lambda: None, rank=rank)
+                for i, rank in zip(indices, ranks, strict=True)
+            ]
+            for part in split_step(rows, engine.layout)[engine.rank]:
+                chosen = [int(indices[j]) for j in part]
+                yield from _outputs_of(engine, chosen, dataset.rows(chosen), task, all_tokens, settings)
+    finally:
+        engine.deepspeed.train()
+
+
+def _chunks(lengths: np.ndarray, num_tokens: int) -> Iterator[np.ndarray]:
+    """Runs of row indices of about `num_tokens` tokens: a data set's token ids need not all be in memory at once."""
+    chunk = np.cumsum(lengths, dtype=np.int64) // num_tokens
+    yield from np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(chunk)) + 1)
+
+
+def _outputs_of(
+    engine: TrainingEngine | ForwardEngine,
+    indices: Sequence[int],
+    rows: Sequence[Row],
+    task: str,
+    all_tokens: bool,
+    settings: dict,
+) -> Outputs:
+    batch = collate(rows, packed=engine.layout.packed, pad_id=engine.layout.pad_id)
+    places = [
+        batch.starts[n] + np.arange(batch.lengths[n]) if all_tokens else target_positions(batch, n, row)
+        for n, row in enumerate(rows)
+    ]
+    positions = torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64))
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "positions": positions}
+    if task == "topk":
+        inputs["targets"] = batch.targets[positions]
+    inputs = to_device(inputs, engine.device)
+    output = {key: value.cpu() for key, value in engine.deepspeed(task=task, **inputs, **settings).items()}
+    first = np.cumsum([0, *(len(place) for place in places)])
+    for n, index in enumerate(indices):
+        yield index, {key: value[first[n] : first[n + 1]] for key, value in output.items()}
+
+
+def stored_form(output: dict[str, Any]) -> TeacherOutputs:
+    """What LanguageModel.topk gives, as it is stored."""
+    return TeacherOutputs(
+        log_probs=output["log_probs"].numpy().astype(np.float16),
+        indices=output["indices"].numpy().astype(np.int32),
+        log_tail=output["log_tail"].numpy().astype(np.float32),
+    )
+
+
+def mean_nll(output: dict[str, Any]) -> float:
+    """Mean NLL of the targets, nats per token; NaN for a row without targets."""
+    return float(output["nll"].double().mean()) if len(output["nll"]) else float("nan")

@@ -1,0 +1,180 @@
+"""Teacher outputs of a task's rows, recorded before the task trains: the frozen teacher without a second model.
+
+A folder holds one file per rank that wrote, and an index that is published last, so that any rank of any number of
+ranks reads any row:
+
+    rank-00000.bin   the rows' outputs one after the other
+    index.npy        int64 [rows, 3]: file, offset in bytes, tokens
+    meta.json        what was recorded, of which rows
+
+Bytes per token: `hidden` hidden_size * 2 in a bf16 run (4 in fp32), stored as computed, without rounding; outputs 6 k +
+4. Example: 10,000 rows of 300 tokens at hidden size 4,096 are 24.6 GB for all tokens; with k = 64 on 100 supervised
+tokens a row they are 0.39 GB. Files are memory-mapped; the page cache holds what fits. Several nodes need a shared
+folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from safecl.config import ConfigError
+from safecl.data import TokenDataset
+from safecl.distributed import collectives
+from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.engine.teachers.outputs import outputs_of_rows
+from safecl.methods.terms import TaskTerm
+from safecl.replay import TeacherOutputs
+
+TEACHER = "teacher"
+"""Folder in a run's folder for what only the run under way needs of teachers."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is recorded of a token, and in which types."""
+
+    task: str  # of LanguageModel.forward
+    settings: dict
+    all_tokens: bool
+    bytes_per_token: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(term: TaskTerm, engine: TrainingEngine) -> Form:
+        model = engine.module
+        if term.divergence == "hidden":
+            dtype = next(model.parameters()).dtype
+            size = model.model.config.get_text_config().hidden_size * dtype.itemsize
+            return Form("hidden", {}, term.tokens == "all", size, dtype)
+        k = min(term.k, model.model.config.get_text_config().vocab_size)
+        return Form("topk", {"k": k, "temperature": term.temperature}, False, 6 * k + 4, torch.float16)
+
+    def pack(self, output: dict[str, torch.Tensor]) -> bytes:
+        if self.task == "hidden":
+            return output["hidden"].to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        parts = output["log_probs"].half(), output["indices"].int(), output["log_tail"].float()
+        return b"".join(part.contiguous().numpy().tobytes() for part in parts)
+
+    def unpack(self, data: np.ndarray, num_tokens: int) -> TeacherOutputs | torch.Tensor:
+        """Hidden states as a tensor [tokens, H]; else the stored outputs."""
+        data = data.copy()
+        if self.task == "hidden":
+            return torch.from_numpy(data).view(self.dtype).view(num_tokens, -1)
+        k = self.settings["k"]
+        log_probs, indices, log_tail = np.split(data, np.cumsum([2 * k * num_tokens, 4 * k * num_tokens]))
+        return TeacherOutputs(
+            log_probs.view(np.float16).reshape(-1, k), indices.view(np.int32).reshape(-1, k), log_tail.view(np.float32)
+        )
+
+
+class RecordedOutputs:
+    """Reads what `record_outputs` wrote: `load(i)` gives the outputs of row i of the data set."""
+
+    def __init__(self, folder: Path, form: Form):
+        self.folder, self.form = folder, form
+        self._index = np.load(folder / "index.npy", allow_pickle=False)
+        self._files: dict[int, np.ndarray] = {}
+
+    def load(self, row: int) -> TeacherOutputs | torch.Tensor:
+        """TeacherOutputs of the row's supervised tokens, or its hidden states [tokens, H] in the run's dtype."""
+        number, offset, num_tokens = self._index[row].tolist()
+        if number not in self._files:
+            self._files[number] = np.memmap(_data_path(self.folder, number), np.uint8, mode="r")
+        return self.form.unpack(
+            self._files[number][offset : offset + num_tokens * self.form.bytes_per_token], num_tokens
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._index[:, 2].sum()) * self.form.bytes_per_token
+
+    def discard(self) -> None:
+        """Removes the folder, when all ranks are done with it: a collective call."""
+        self._files.clear()
+        collectives.barrier()
+        if collectives.rank() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def teacher_folder(output: str, task: str, term: str) -> Path:
+    """Where a run keeps what the teacher says about a task's rows."""
+    return Path(output) / TEACHER / re.sub(r"[^\w.-]+", "-", f"{task}-{term}")
+
+
+def _data_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.bin"
+
+
+def _meta(form: Form, dataset: TokenDataset) -> dict:
+    settings = {"task": form.task, **form.settings, "all_tokens": form.all_tokens, "dtype": str(form.dtype)}
+    return settings | {"num_rows": len(dataset), "rows": dataset.key}
+
+
+def record_outputs(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm, folder: Path) -> RecordedOutputs:
+    """Asks the current model about all rows and writes what it says into `folder`. A collective call.
+
+    Raises: ConfigError where the disk has not enough room.
+    """
+    form = Form.of(term, engine)
+    _refuse_full_disk(
+        folder,
+        int((dataset.lengths if form.all_tokens else dataset.num_targets).sum(dtype=np.int64)) * form.bytes_per_token,
+    )
+    if engine.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    collectives.barrier()
+    written = _write_share(engine, dataset, form, _data_path(folder, engine.rank))
+    index = np.zeros((len(dataset), 3), np.int64)
+    for rank, part in enumerate(collectives.gather_objects([written])):
+        index[part[:, 0]] = np.stack([np.full(len(part), rank), part[:, 1], part[:, 2]], axis=1)
+    if engine.rank == 0:
+        np.save(folder / "index.npy", index, allow_pickle=False)
+        (folder / "meta.json").write_text(json.dumps(_meta(form, dataset)))
+    collectives.barrier()
+    return RecordedOutputs(folder, form)
+
+
+def open_recorded(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm, folder: Path) -> RecordedOutputs:
+    """What an interrupted run has recorded. Raises ConfigError where it is not there or speaks of other rows."""
+    form = Form.of(term, engine)
+    try:
+        found = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{folder}: the recorded outputs of the aligned model are not there, so the run cannot go on; start it anew"
+        ) from None
+    if found != _meta(form, dataset):
+        raise ConfigError(
+            f"{folder}: these outputs were recorded of other rows or settings; go on with the same config, or start anew"
+        )
+    return RecordedOutputs(folder, form)
+
+
+def _write_share(engine: TrainingEngine, dataset: TokenDataset, form: Form, path: Path) -> np.ndarray:
+    """Writes this rank's rows; int64 [its rows, 3]: row, offset, tokens."""
+    written, offset = [], 0
+    with path.open("wb") as file:
+        for row, output in outputs_of_rows(engine, dataset, form.task, all_tokens=form.all_tokens, **form.settings):
+            data = form.pack(output)
+            file.write(data)
+            written.append((row, offset, len(next(iter(output.values())))))
+            offset += len(data)
+    return np.array(written, np.int64).reshape(-1, 3)
+
+
+def _refuse_full_disk(folder: Path, num_bytes: int) -> None:
+    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(nearest).free
+    if collectives.any_rank(free < num_bytes):
+        raise ConfigError(
+            f"{nearest}: recording the teacher's outputs on the task's rows needs {num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
+            "are free; use `tokens: supervised` or `form: output`, fewer rows, or another `output` folder"
+        )

@@ -1,0 +1,57 @@
+"""The DeepSpeed JSON, generated from the run config so that no value exists in two places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safecl.config import RunConfig
+
+# One flat shard per rank: methods with global dot products need all gradients in one call of the optimizer, and the
+# step makes no temporaries that smaller groups would bound.
+_ONE_SUB_GROUP = 10**15
+
+
+BUCKET = 5 * 10**8
+"""Elements of DeepSpeed's buckets of gradients and of weights at most; its own default."""
+
+
+def deepspeed_config(config: RunConfig, num_trained: int = BUCKET) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize(config=...)`; written to deepspeed.json in the run folder.
+
+    Clipping, schedule, accumulation boundaries and logging are safecl's own, so they are off here. `num_trained`:
+    trained weights; buckets are never larger, because DeepSpeed allocates them in full.
+    """
+    bf16 = config.model.dtype == "bf16"
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        # Boundaries are set by hand before each backward; DeepSpeed only needs to know that accumulation can happen.
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+        "zero_optimization": _zero(
+            config, min(BUCKET, num_trained + num_trained % 2)
+        ),  # DeepSpeed asks for an even number
+    }
+    if bf16:
+        result["bf16"] = {"enabled": True}
+        result["communication_data_type"] = "fp32"
+        # DeepSpeed refuses fp32 accumulation where nothing is sharded.
+        result["data_types"] = {"grad_accum_dtype": "fp32" if config.deepspeed.stage > 0 else "bf16"}
+    return result
+
+
+def _zero(config: RunConfig, bucket: int) -> dict[str, Any]:
+    stage, offload = config.deepspeed.stage, config.deepspeed.offload
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    if stage > 0:
+        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        zero["sub_group_size"] = _ONE_SUB_GROUP
+    if offload.optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if offload.parameters == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return zero

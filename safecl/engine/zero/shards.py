@@ -1,0 +1,317 @@
+"""The one module that knows DeepSpeed's private names: where each parameter's elements live in this rank's flat fp32
+shards.
+
+Layouts of DeepSpeed 0.19.8 (other versions are refused):
+  stage 0       no shards: every parameter is its own flat tensor, replicated on all ranks
+  stage 1, 2    parameters of the group concatenated in optimizer order, padded at the end to a multiple of 2 W;
+                rank r owns [r * part, (r + 1) * part). Shards cut through parameters.
+  stage 3       of every parameter rank r owns elements [r * ceil(n / W), (r + 1) * ceil(n / W)), padded inside the parameter;
+                the pieces are concatenated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+SUPPORTED = ((0, 19, 8), (0, 20, 0))
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`length` elements of parameter `name` from flat offset `offset` on, which lie at `start` in the flat shard number
+    `flat`."""
+
+    name: str
+    offset: int
+    length: int
+    flat: int
+    start: int
+
+
+def check_deepspeed_version() -> None:
+    """Raises RuntimeError for a DeepSpeed whose layout is not known."""
+    import deepspeed
+
+    version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
+    if not SUPPORTED[0] <= version < SUPPORTED[1]:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} is not supported: safecl reads its shards' layout, which it knows for >= 0.19.8, < 0.20"
+        )
+
+
+def initialize(
+    model: torch.nn.Module, optimizer, config: dict, alike: Collection[torch.nn.Parameter] = (),
+    when_partitioned: Callable[[], None] = lambda: None,
+):  # fmt: skip
+    """deepspeed.initialize; returns the engine. Parameters in `alike` have the same values on all ranks already: views
+    of a store that must not be written to, so DeepSpeed's broadcast from rank 0 leaves them out. `when_partitioned` is
+    called on stage 3 as soon as none of them is a view any more, before DeepSpeed makes the master weights."""
+    import deepspeed
+
+    with _broadcasting_all_but({id(p) for p in alike}, when_partitioned):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+@contextlib.contextmanager
+def _broadcasting_all_but(alike: set[int], when_partitioned: Callable[[], None]) -> Iterator[None]:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    replicate, partition, views = DeepSpeedEngine._broadcast_model, Init._zero_init_param, set(alike)
+
+    def broadcast_model(engine) -> None:  # stages 0 to 2
+        for p in engine.module.parameters():
+            if id(p) not in alike and not hasattr(p, "ds_id"):
+                dist.broadcast(p.data, 0)
+
+    def partition_one(init, p) -> None:  # stage 3
+        init._convert_to_deepspeed_param(p)
+        if id(p) not in alike:
+            dist.broadcast(p.data, 0)
+        p.partition()
+        if id(p) in views:
+            views.remove(id(p))
+            if not views:
+                when_partitioned()
+
+    if alike:
+        DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast_model, partition_one
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model, Init._zero_init_param = replicate, partition
+
+
+class ShardMap:
+    """Where the trained weights are, both ways, in every ZeRO stage.
+
+    `flats[i]` is this rank's i-th flat fp32 master tensor (the tensor that the optimizer sees), `fragments` says what
+    lies in it. With stage 0 every rank holds everything (`replicated`); else the ranks' fragments are a partition of
+    the trained weights.
+    """
+
+    def __init__(self, engine, prefix: str = ""):
+        check_deepspeed_version()
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        self.stage: int = engine.zero_optimization_stage()
+        self.named = [(name.removeprefix(prefix), p) for name, p in engine.module.named_parameters() if p.requires_grad]
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.named}
+        self.numel = sum(_numel(shape) for shape in self.shapes.values())
+        self.replicated = self.stage == 0
+        if self.stage == 3:
+            self._skip_scaling_by_one()
+            self._step_on_the_gradients_themselves()
+        elif self.stage in (1, 2):
+            # Else its first step would tie the optimizer's state of that moment to every parameter, and state that is
+            # dropped (temporary sums of a Fisher, moments of a task that has ended) would stay in memory to the end of
+            # the run.
+            self.optimizer._hp_optimizer_states_linked = True
+        self.flats = self._find_flats()
+        self.fragments = list(self._find_fragments())
+
+    # ----------------------------------------------------------------------------------------------------------- layout
+
+    def _find_flats(self) -> list[torch.Tensor]:
+        if self.stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        if self.stage in (1, 2):
+            bf16_optimizer = getattr(self.optimizer, "fp32_groups_flat_partition", None)
+            return list(
+                bf16_optimizer if bf16_optimizer is not None else self.optimizer.single_partition_of_fp32_groups
+            )
+        masters = getattr(self.optimizer, "fp32_groups", None)  # the bf16 wrapper of stage 0
+        return [p for group in masters for p in group] if masters is not None else [p for _, p in self.named]
+
+    def _find_fragments(self) -> Iterator[Fragment]:
+        if self.stage == 0:
+            for index, (name, shape) in enumerate(self.shapes.items()):
+                yield Fragment(name, 0, _numel(shape), index, 0)
+        elif self.stage == 3:
+            yield from self._stage3_fragments()
+        else:
+            yield from self._stage12_fragments()
+
+    def _stage12_fragments(self) -> Iterator[Fragment]:
+        assert len(self.flats) == 1, "safecl uses one parameter group"
+        part = self.flats[0].numel()
+        begin, end = dist.get_rank() * part, (dist.get_rank() + 1) * part
+        position = 0
+        for name, shape in self.shapes.items():
+            numel = _numel(shape)
+            low, high = max(position, begin), min(position + numel, end)
+            if low < high:
+                yield Fragment(name, low - position, high - low, 0, low - begin)
+            position += numel
+
+    def _stage3_fragments(self) -> Iterator[Fragment]:
+        names = {id(p): name for name, p in self.named}
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for index, group in enumerate(self.optimizer.fp16_groups):
+            start = 0
+            for p in group:
+                numel = p.ds_numel
+                part = -(-numel // world)
+                low, high = min(rank * part, numel), min((rank + 1) * part, numel)
+                if low < high:
+                    yield Fragment(names[id(p)], low, high - low, index, start)
+                start += part
+
+    # --------------------------------------------------------------------------------------------------------- elements
+
+    def view(self, fragment: Fragment, tensors: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """The fragment's elements, 1-D, in the master shard or in tensors of the same layout (state of one kind)."""
+        flat = (self.flats if tensors is None else tensors)[fragment.flat]
+        return flat.detach().view(-1)[fragment.start : fragment.start + fragment.length]
+
+    def read(self, name: str, tensors: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """A whole parameter (or its state) on the CPU, on every rank: a collective call. Shape of the parameter, dtype
+        of the tensors."""
+        sample = (self.flats if tensors is None else tensors)[0]
+        full = torch.zeros(_numel(self.shapes[name]), dtype=sample.dtype, device=self.engine.device)
+        for fragment in self.fragments:
+            if fragment.name == name:
+                full[fragment.offset : fragment.offset + fragment.length] = self.view(fragment, tensors).to(full.device)
+        if not self.replicated:
+            dist.all_reduce(full)
+        return full.cpu().view(self.shapes[name])
+
+    def write(self, name: str, value: torch.Tensor, tensors: list[torch.Tensor] | None = None) -> None:
+        """Puts a whole parameter (or its state) into the shards; every rank brings the same value. Call `publish` after
+        masters changed."""
+        assert tuple(value.shape) == self.shapes[name], f"{name}: shape {tuple(value.shape)} is not {self.shapes[name]}"
+        for fragment in self.fragments:
+            if fragment.name == name:
+                self.view(fragment, tensors).copy_(
+                    value.reshape(-1)[fragment.offset : fragment.offset + fragment.length]
+                )
+
+    def swap(self, tensors: list[torch.Tensor], chunk: int = 1 << 24) -> None:
+        """Exchanges the master weights with tensors of the same layout (the EMA) and publishes; a second call restores
+        them exactly."""
+        for flat, other in zip(self.flats, tensors, strict=True):
+            flat, other = flat.detach().view(-1), other.view(-1)
+            for begin in range(0, flat.numel(), chunk):
+                saved = flat[begin : begin + chunk].clone()
+                flat[begin : begin + chunk].copy_(other[begin : begin + chunk])
+                other[begin : begin + chunk].copy_(saved)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Carries the master weights into the live model's weights, in the model's dtype."""
+        if self.stage == 3:
+            self.optimizer.checkpoint_event_prologue()  # parameters that are still gathered would hide the new values
+            for index in range(len(self.flats)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            self.optimizer.checkpoint_event_epilogue()
+        elif self.stage in (1, 2):
+            self.optimizer.update_lp_params()
+        elif hasattr(self.optimizer, "fp32_groups"):
+            for masters, live in zip(self.optimizer.fp32_groups, self.optimizer.fp16_groups, strict=True):
+                for master, p in zip(masters, live, strict=True):
+                    p.data.copy_(master.data)
+
+    # -------------------------------------------------------------------------------------------------------- gradients
+
+    def grad_norm(self) -> torch.Tensor | None:
+        """Global gradient norm that DeepSpeed took just before it called the optimizer; None where it takes none (stage
+        0, fp32)."""
+        norm = getattr(self.optimizer, "_global_grad_norm", None)
+        if norm is None or self.stage == 0:
+            return None
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.flats[0].device)
+
+    def reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all shards of numbers that each rank took over its own shard. On stage 0 every rank already saw
+        everything."""
+        if self.replicated or dist.get_world_size() == 1:
+            return values
+        moved = values.to(self.engine.device)
+        dist.all_reduce(moved)
+        return moved.to(values.device)
+
+    def _skip_scaling_by_one(self) -> None:
+        """Stage 3 multiplies all gradients by 1 / loss scale even when that is 1: a pass over the shard for nothing."""
+        original = self.optimizer.unscale_and_clip_grads
+
+        def unscale(optimizer, sub_group_id, total_norm):
+            if optimizer.loss_scale != 1.0 or optimizer.clip_grad > 0.0:
+                original(sub_group_id, total_norm)
+
+        self.optimizer.unscale_and_clip_grads = types.MethodType(unscale, self.optimizer)
+
+    def _step_on_the_gradients_themselves(self) -> None:
+        """Stage 3 flattens the reduced gradients for the step, which are slices of one flat buffer already: 4 bytes per
+        weight and a pass over the shard for nothing."""
+        original = self.optimizer._prepare_fp32_grad_for_sub_group
+
+        def prepare(optimizer, sub_group_id):
+            master, gradients = (
+                optimizer.fp32_partitioned_groups_flat[sub_group_id],
+                optimizer.grad_partitions_flat_buffer,
+            )
+            if len(optimizer.fp32_partitioned_groups_flat) > 1 or (gradients.shape, gradients.dtype) != (
+                master.shape,
+                master.dtype,
+            ):
+                original(sub_group_id)
+                return
+            master.grad = gradients
+            optimizer.averaged_gradients[sub_group_id] = None
+
+        self.optimizer._prepare_fp32_grad_for_sub_group = types.MethodType(prepare, self.optimizer)
+
+    def full_parameter(self, p: torch.nn.Parameter):
+        """Context in which a live parameter is whole on every rank, for reading."""
+        if self.stage == 3:
+            import deepspeed
+
+            return deepspeed.zero.GatheredParameters([p])
+        return contextlib.nullcontext()
+
+
+class UnshardedFp32Gradients:
+    """fp32 accumulation and reduction for stage 0 in bf16, which DeepSpeed only does in bf16 there.
+
+    Call `add` after each backward (none of them at an accumulation boundary), `reduce` after the last, `hand_over`
+    inside the optimizer and `clear` after the step, which DeepSpeed may have skipped.
+    """
+
+    def __init__(self, shard_map: ShardMap):
+        self.live = [p for _, p in shard_map.named]
+        self.sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.live]
+
+    @torch.no_grad()
+    def add(self) -> None:
+        for p, total in zip(self.live, self.sums, strict=True):
+            if p.grad is not None:
+                total.add_(p.grad)
+                p.grad = None
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Mean over ranks. The bf16 copy is only for DeepSpeed's check that all gradients are finite."""
+        for p, total in zip(self.live, self.sums, strict=True):
+            dist.all_reduce(total)
+            p.grad = total.div_(dist.get_world_size()).to(p.dtype)
+
+    def hand_over(self, masters: list[torch.Tensor]) -> None:
+        """Gives the fp32 gradients to the master weights."""
+        for master, total in zip(masters, self.sums, strict=True):
+            master.grad = total
+
+    def clear(self) -> None:
+        for total in self.sums:
+            total.zero_()
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

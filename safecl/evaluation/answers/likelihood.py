@@ -1,0 +1,94 @@
+"""Log-likelihood of given answers, in batches and in lock-step over ranks.
+
+log p(y | x) = Σ_t log softmax(z_t)[y_t]   over the supervised tokens, log-softmax in fp32, sums in fp64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from safecl.evaluation.answers.model import EvalModel
+
+LOGITS_BYTES = 2**30
+"""fp32 bytes of logits [batch, length, vocab] aimed at per forward pass."""
+
+TOKENS_AT_ONCE = 512
+"""Scored tokens whose logits are turned into fp32 together."""
+
+
+class Scored(NamedTuple):
+    """A row's summed log-probability (natural log, at most 0) and how many tokens were summed."""
+
+    log_prob: float
+    num_tokens: int
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: EvalModel,
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]],
+    *,
+    pad_id: int,
+    logits_bytes: int = LOGITS_BYTES,
+) -> list[Scored]:
+    """Log-probability of the supervised tokens of each row of this rank.
+
+    Args: `rows` pairs of token ids and a mask of the same length, true where a token is scored given all tokens before
+    it (the first token has none before it and is never scored). The number of rows may differ between ranks.
+    Returns: one `Scored` per row, in order.
+    """
+    batches = _batches([len(ids) for ids, _ in rows], model.vocab_size, logits_bytes)
+    scored = [Scored(0.0, 0)] * len(rows)
+    while model.any(bool(batches)):
+        batch = batches.pop(0) if batches else []
+        for index, result in zip(batch, _score_batch(model, [rows[index] for index in batch], pad_id), strict=True):
+            scored[index] = result
+    return scored
+
+
+def _batches(lengths: list[int], vocab_size: int, logits_bytes: int) -> list[list[int]]:
+    """Rows grouped by length, longest first, each batch within the bytes (or of one row)."""
+    most_tokens = max(1, logits_bytes // (4 * vocab_size))
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        width = lengths[batches[-1][0]] if batches else 0
+        if batches and (len(batches[-1]) + 1) * width <= most_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _score_batch(model: EvalModel, rows: list[tuple[Sequence[int], Sequence[bool]]], pad_id: int) -> list[Scored]:
+    ids, mask, scored = _pad_right(rows or [([pad_id], [False])], pad_id)
+    positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
+    logits, _ = model.logits(*(tensor.to(model.device) for tensor in (ids, mask, positions)))  # [batch, length, vocab]
+    results = []
+    for row in range(len(rows)):
+        places = scored[row, 1:].nonzero()[:, 0].to(model.device)  # the token at place + 1 is predicted at place
+        targets = ids[row, 1:].to(model.device)[places]
+        pieces = zip(places.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True)
+        results.append(Scored(sum(_sum_log_probs(logits[row], *piece) for piece in pieces), len(places)))
+    return results
+
+
+def _sum_log_probs(logits: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> float:
+    log_probs = torch.log_softmax(logits[places].float(), dim=-1)  # [places, vocab]
+    return float(log_probs.gather(1, targets[:, None]).double().sum())
+
+
+def _pad_right(
+    rows: list[tuple[Sequence[int], Sequence[bool]]], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    scored = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, (tokens, supervised) in enumerate(rows):
+        ids[row, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
+        scored[row, : len(tokens)] = torch.as_tensor(supervised, dtype=torch.bool)
+        mask[row, : len(tokens)] = 1
+    return ids, mask, scored

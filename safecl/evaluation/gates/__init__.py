@@ -1,0 +1,1 @@
+"""Gates: the decision whether a model may be handed over."""

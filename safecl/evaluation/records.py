@@ -1,0 +1,53 @@
+"""Kept answers: outputs/*.jsonl, one record per prompt, so that another judge can read them later.
+
+`privacy.examples` governs the texts (prompt, answer, reference): `full` keeps them, `hashed` keeps the first 16 hex
+digits of their SHA-256 (equal texts stay recognisable, and a short text such as "positive" can be guessed from its
+hash), `none` leaves them out. Numbers and verdicts, and the file and line that a prompt came from, are always kept.
+Tags come from the data's own columns: they go as the texts go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+Privacy = Literal["full", "hashed", "none"]
+
+TEXTS = ("prompt", "answer", "reference")
+
+
+def write_outputs(path: str | Path, records: Iterable[Mapping[str, Any]], privacy: Privacy = "full") -> Path:
+    """Writes records as JSONL, complete or not at all (a temporary file is renamed); folders are made. Returns the
+    path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(private(record, privacy), ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def private(record: Mapping[str, Any], privacy: Privacy) -> dict[str, Any]:
+    """The record with its texts as `privacy` allows."""
+    if privacy == "full":
+        return dict(record)
+    if privacy not in ("hashed", "none"):
+        raise ValueError(f"privacy {privacy!r} is not one of full, hashed, none")
+    shown = {}
+    for key, value in record.items():
+        if key in TEXTS or key == "tags":
+            if privacy == "hashed":
+                shown[key] = {tag: hash_of(text) for tag, text in value.items()} if key == "tags" else hash_of(value)
+        else:
+            shown[key] = value
+    return shown
+
+
+def hash_of(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Intervals and continual-learning metrics; numbers only."""

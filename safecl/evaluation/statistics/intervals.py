@@ -1,0 +1,111 @@
+"""Intervals of measured rates and means, and how many prompts a limit needs.
+
+Wilson score interval of h hits among n, at 95 % (Wilson 1927; Brown, Cai, DasGupta 2001), with p = h / n and z = 1.96:
+
+    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)
+
+It stays within [0, 1] and does not collapse at 0 or n hits: no hits among n still leave up to z² / (n + z²).
+
+Mean over tokens whose values are sums per row (a row's tokens are not independent, so rows are the sampling unit):
+
+    m = Σ s_r / Σ n_r,   standard error = √(R/(R-1) Σ (s_r - m n_r)²) / Σ n_r
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safecl.config import ConfigError
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % point of the normal distribution."""
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a rate: `hits` among `n` trials. No trials say nothing: (0, 1). ValueError where hits is
+    not within 0..n."""
+    if n < 0 or not 0 <= hits <= n:
+        raise ValueError(f"wilson: {hits} hits among {n} trials is not a count")
+    if n == 0:
+        return 0.0, 1.0
+    rate, z2 = hits / n, Z95 * Z95
+    centre = rate + z2 / (2 * n)
+    half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    # The ends are exact where rounding would leave 1e-17 of a rate that was never seen.
+    return (0.0 if hits == 0 else low), (1.0 if hits == n else high)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of `n` trials with its 95 % Wilson interval; all in [0, 1]."""
+
+    hits: int
+    n: int
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "low": self.low, "high": self.high, "hits": self.hits, "n": self.n}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over `tokens` tokens of `n` rows with its 95 % normal interval. Infinite ends mean that one row says
+    nothing of the spread."""
+
+    n: int
+    tokens: int
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, Any]:
+        ends = (end if math.isfinite(end) else None for end in (self.value, self.low, self.high))
+        return {**dict(zip(("value", "low", "high"), ends, strict=True)), "tokens": self.tokens, "n": self.n}
+
+
+def rate(outcomes: Iterable[bool]) -> Rate:
+    """Share of true outcomes with its interval. ValueError for none at all."""
+    outcomes = [bool(outcome) for outcome in outcomes]
+    if not outcomes:
+        raise ValueError("a rate needs at least one outcome")
+    hits, n = sum(outcomes), len(outcomes)
+    return Rate(hits, n, hits / n, *wilson(hits, n))
+
+
+def token_mean(sums: Sequence[float], counts: Sequence[int]) -> Mean:
+    """Mean per token from each row's sum and number of tokens, with rows as the sampling unit. ValueError where there
+    is no token."""
+    total = sum(counts)
+    if total <= 0:
+        raise ValueError("a mean over tokens needs at least one token")
+    value, num_rows = math.fsum(sums) / total, len(sums)
+    if num_rows < 2:
+        return Mean(num_rows, total, value, -math.inf, math.inf)
+    squares = math.fsum((s - value * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    half = Z95 * math.sqrt(num_rows / (num_rows - 1) * squares) / total
+    return Mean(num_rows, total, value, value - half, value + half)
+
+
+def smallest_passing_size(max_rate: float) -> int:
+    """Fewest prompts with which a limit can be passed at all: no hits among that many put the interval's upper end at
+    or below `max_rate`.
+
+    0.05 needs 73, 0.02 needs 189, 0.01 needs 381. ConfigError for a limit of 0: no finite set of prompts can show it.
+    """
+    if max_rate <= 0:
+        raise ConfigError(
+            "a limit of 0 can never be shown by measuring: no hits among n prompts still leave up to 3.84 / (n + 3.84); "
+            "0.02 needs 189 prompts, 0.01 needs 381"
+        )
+    if max_rate >= 1:
+        return 1
+    n = max(1, math.ceil(Z95 * Z95 * (1 - max_rate) / max_rate) - 1)
+    while wilson(0, n)[1] > max_rate:
+        n += 1
+    return n

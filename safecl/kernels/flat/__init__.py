@@ -1,0 +1,1 @@
+"""Kernels over flat tensors: EMA, Fisher, penalty, AdamW."""

@@ -1,0 +1,268 @@
+"""Checks and scalar arithmetic shared by every back end of the flat family.
+
+A flat kernel works on whole buffers, whatever their shape. Everything a back end receives has passed through here:
+tensors are contiguous, of a known dtype, on one device, of one length, and nothing that is written overlaps anything
+else; scalars are Python floats or, where the caller passed device scalars, 0-dim fp32 tensors that were never read by
+the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT32 = (torch.float32,)
+FLOAT32_OR_BF16 = (torch.float32, torch.bfloat16)
+
+
+class Segments(NamedTuple):
+    """Stretches of a flat buffer with their own penalty strength and weight decay: element i in [offsets[s], offsets[s
+    + 1]) uses entry s.
+
+    offsets: int64 [S + 1], ascending (equal neighbours are empty segments), first 0, last the buffer's numel.
+    strength, weight_decay: fp32 [S], or None to use the scalar argument of the same name.
+    """
+
+    offsets: Tensor
+    strength: Tensor | None = None
+    weight_decay: Tensor | None = None
+
+    def slice(self, start: int, stop: int) -> Segments:
+        """The same table for elements [start, stop), for a caller that steps a buffer in pieces."""
+        return self._replace(offsets=self.offsets.clamp(start, stop) - start)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The step's scalars, rounded to fp32 once; each a float, or a 0-dim fp32 tensor where it depends on a device
+    scalar."""
+
+    grad: Scalar  # clip_coef / grad_scale
+    lr: Scalar
+    step_size: Scalar  # lr / (1 - beta1^t)
+    inv_sqrt_correction2: Scalar  # 1 / sqrt(1 - beta2^t)
+    weight_decay: Scalar  # lr * weight_decay: per element it is lr * segments.weight_decay[s] instead
+    strength: Scalar
+    ema_rate: Scalar  # 1 - ema_decay
+    ema_threshold: Scalar  # where fisher is above it the rate is the next
+    ema_rate_above: Scalar  # 1 - ema_decay_above
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@dataclass(frozen=True)
+class AdamWArguments:
+    """One validated call of `adamw_step_`."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    coef: Coefficients
+    anchor: Tensor | None = None
+    fisher: Tensor | None = None
+    proximal: bool = False
+    ema: Tensor | None = None
+    ema_by_fisher: bool = False  # two rates, chosen per element
+    param_out: Tensor | None = None
+    found_inf: Tensor | None = None  # a device scalar; a host scalar has already been acted upon
+    frozen: bool = False  # found_inf on the host: compute the penalty loss, write nothing
+    segments: Segments | None = None
+
+
+def check_tensor(name: str, tensor: Tensor, like: Tensor, dtypes: Sequence[torch.dtype], like_name: str) -> None:
+    """Raise ValueError unless `tensor` can stand beside `like` in a flat kernel."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous (a flat kernel reads it as one run of elements); pass {name}.contiguous()"
+        )
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name} must be {wanted}, not {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {like_name} is on {like.device}; both must be on one device"
+        )
+    if tensor.numel() != like.numel():
+        raise ValueError(f"{name} has {tensor.numel()} elements but {like_name} has {like.numel()}")
+
+
+def check_overlap(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """Raise ValueError where a written buffer shares memory with any other: the result would depend on the order of
+    execution."""
+    spans = [(_span(t), name, name in written) for name, t in {**read, **written}.items() if t.numel()]
+    spans.sort()
+    for i, ((_, stop), name, is_written) in enumerate(spans):
+        for (start, _), other, other_written in spans[i + 1 :]:
+            if start >= stop:
+                break
+            if is_written or other_written:
+                raise ValueError(f"{name} and {other} overlap in memory; a flat kernel needs separate buffers")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
+def check_scalar(
+    name: str, value: Scalar, device: torch.device, *, low: float = 0.0, high: float = math.inf, open_high: bool = False
+) -> Scalar:
+    """A float within [low, high], or a 0-dim fp64 tensor on `device`, which is not read (reading waits for the device),
+    so not bounded."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one element, not of shape {tuple(value.shape)}")
+        if stays_on_device(value):
+            if value.device != device:
+                raise ValueError(f"{name} is a scalar on {value.device} but the buffers are on {device}")
+            return value.detach().reshape(()).double()
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number or a tensor of one element, not {type(value).__name__}") from None
+    inside = low <= number <= min(high, FLOAT32_MAX) and not (open_high and number == high)
+    if not inside:
+        bounds = f">= {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name} must be finite and {bounds}, not {number}")
+    return number
+
+
+def stays_on_device(value: object) -> bool:
+    """True for a scalar that the host must not read, because reading would wait for the device."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def check_found_inf(found_inf: Scalar | None, device: torch.device) -> bool | Tensor:
+    """True, False, or a device scalar that only the kernel reads. NaN counts as found."""
+    if found_inf is None:
+        return False
+    if stays_on_device(found_inf):
+        return check_scalar("found_inf", found_inf, device).float()
+    if isinstance(found_inf, Tensor) and found_inf.numel() != 1:
+        raise ValueError(
+            f"found_inf must be a number or a tensor of one element, not of shape {tuple(found_inf.shape)}"
+        )
+    return float(found_inf) != 0.0
+
+
+def check_segments(segments: object, numel: int, device: torch.device) -> Segments | None:
+    """`segments` as tensors on `device`; the values are checked where they are on the host."""
+    if segments is None:
+        return None
+    if not isinstance(segments, Sequence) or len(segments) != 3:
+        raise ValueError("segments must be three sequences or tensors: (offsets, strength, weight_decay)")
+    offsets = _table("segments offsets", segments[0], torch.int64, device)
+    if offsets.numel() < 2:
+        raise ValueError("segments offsets needs at least two entries: 0 and the buffer's numel")
+    _check_offsets(offsets, segments[0], numel)
+    columns = [
+        _column(name, column, offsets.numel() - 1, device)
+        for name, column in zip(("strength", "weight_decay"), segments[1:], strict=True)
+    ]
+    return Segments(offsets, *columns)
+
+
+def _table(name: str, values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    try:
+        table = torch.as_tensor(values, dtype=dtype).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a one-dimensional sequence of numbers or tensor") from None
+    if table.dim() != 1:
+        raise ValueError(f"{name} must be one-dimensional, not of shape {tuple(table.shape)}")
+    return table.to(device, non_blocking=True).contiguous()
+
+
+def _check_offsets(offsets: Tensor, given: object, numel: int) -> None:
+    if offsets.device.type != "cpu":
+        if isinstance(given, Tensor) and given.device.type != "cpu":
+            return  # reading it would stall the device; the kernels clamp instead
+        offsets = torch.as_tensor(given, dtype=torch.int64)
+    if offsets[0] != 0 or offsets[-1] != numel or bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError(
+            f"segments offsets must ascend from 0 to {numel} (the buffer's numel), not {offsets[0]} to {offsets[-1]}"
+        )
+
+
+def _column(name: str, values: object, length: int, device: torch.device) -> Tensor | None:
+    if values is None:
+        return None
+    on_host = not isinstance(values, Tensor) or values.device.type == "cpu"
+    column = _table(f"segments {name}", values, torch.float32, torch.device("cpu") if on_host else device)
+    if column.numel() != length:
+        raise ValueError(f"segments {name} has {column.numel()} entries but the offsets make {length} segments")
+    if on_host and not bool(((column >= 0) & column.isfinite()).all()):
+        raise ValueError(f"segments {name} must be finite and >= 0")
+    return column.to(device, non_blocking=True)
+
+
+def single(value: Scalar) -> Scalar:
+    """A coefficient as the kernels take it: device scalars rounded to fp32 (floats are rounded by the kernels' own fp32
+    arguments)."""
+    return value.float() if isinstance(value, Tensor) else value
+
+
+def adamw_coefficients(
+    device: torch.device,
+    *,
+    step: Scalar,
+    lr: Scalar,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    strength: Scalar,
+    ema_decay: Scalar | None,
+    ema_threshold: Scalar | None,
+    ema_decay_above: Scalar | None,
+    clip_coef: Scalar | None,
+    grad_scale: Scalar | None,
+) -> Coefficients:
+    """Check the step's scalars and derive what the kernels use, in fp64: 1 - beta^t in fp32 is wrong by 6e-5 at t = 1,
+    beta = 0.999."""
+    beta1, beta2 = _check_betas(betas, device)
+    step = check_scalar("step", step, device, low=1)
+    lr = check_scalar("lr", lr, device)
+    clip = 1.0 if clip_coef is None else check_scalar("clip_coef", clip_coef, device)
+    scale = 1.0 if grad_scale is None else check_scalar("grad_scale", grad_scale, device)
+    if not isinstance(scale, Tensor) and scale == 0:
+        raise ValueError("grad_scale must be > 0: gradients are divided by it")
+    rates = {
+        name: 0.0 if decay is None else 1.0 - check_scalar(name, decay, device, high=1.0)
+        for name, decay in (("ema_decay", ema_decay), ("ema_decay_above", ema_decay_above))
+    }
+    return Coefficients(
+        grad=single(clip / scale),
+        lr=single(lr),
+        step_size=single(lr / (1.0 - beta1**step)),
+        inv_sqrt_correction2=single((1.0 - beta2**step) ** -0.5),
+        weight_decay=single(lr * check_scalar("weight_decay", weight_decay, device)),
+        strength=single(check_scalar("strength", strength, device)),
+        ema_rate=single(rates["ema_decay"]),
+        ema_threshold=single(check_scalar("ema_threshold", 0.0 if ema_threshold is None else ema_threshold, device)),
+        ema_rate_above=single(rates["ema_decay_above"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=float(check_scalar("eps", eps, device)),
+    )
+
+
+def _check_betas(betas: tuple[float, float], device: torch.device) -> tuple[float, float]:
+    try:
+        beta1, beta2 = betas
+    except (TypeError, ValueError):
+        raise ValueError(f"betas must be a pair of numbers, not {betas!r}") from None
+    checked = [
+        float(check_scalar(f"betas[{i}]", b, device, high=1.0, open_high=True)) for i, b in enumerate((beta1, beta2))
+    ]
+    return checked[0], checked[1]

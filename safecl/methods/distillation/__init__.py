@@ -1,0 +1,1 @@
+"""Methods that stay near a teacher on the task's own rows."""

@@ -1,0 +1,76 @@
+"""Learning without forgetting (Li & Hoiem 2016, arXiv 1606.09282): stay near the aligned model on the task's own rows.
+Needs no memory.
+
+    form: hidden    L = CE + weight * mean over tokens of mean_j (h_j - h0_j)^2
+    form: output    L = CE + weight * mean over supervised tokens of D(p0_T, p_T)
+
+h is the last hidden state (behind the final norm), h0 that of the aligned model theta_0: the form of "Unforgotten
+Safety" (Alssum et al. 2025, arXiv 2512.10150), whose squared norm is hidden_size times the mean over j. p_T are the
+outputs at temperature T; D is KL(p0 || p), whose gradient is that of Li & Hoiem's cross-entropy between softened
+outputs. Poisoned rows are imitated as the aligned model sees them.
+
+With LoRA the teacher is the student with its adapters off, one more forward pass per step and no bytes. Else theta_0 is
+asked about every task row before training (one forward pass over the rows), and the answers lie in a memory-mapped
+file; or (`outputs: online`) it is asked in every step, its layers streamed from the node's one copy in host memory
+(safecl.engine.teachers.streamed). Bytes of the file per token: hidden_size * 2 in bf16 (4 in fp32) for hidden states, 6
+k + 4 for outputs. 10,000 rows of 300 tokens at hidden size 4,096: 24.6 GB for all tokens, 8.2 GB if a third is
+supervised, 0.39 GB for outputs with k = 64.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from safecl.config import MethodConfig
+from safecl.methods import base
+
+
+class Config(MethodConfig):
+    """Learning without forgetting."""
+
+    form: Literal["hidden", "output"] = "hidden"
+    """hidden: last hidden states; output: the distribution over the vocabulary."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of the distance."""
+    tokens: Literal["all", "supervised"] = "all"
+    """hidden only: which tokens of a row; supervised needs fewer bytes."""
+    distance: Literal["forward_kl", "reverse_kl", "jsd", "mse"] = "forward_kl"
+    """output only: the distance between distributions."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """output only: both distributions are softened by it."""
+    k: Annotated[int, Field(ge=1)] = 64
+    """output only: recorded entries per token, 6 bytes each; the mass of the others is kept as one more event."""
+    teacher: Annotated[str, Field(min_length=1)] = "aligned"
+    """aligned: theta_0 in all tasks; previous: the model that the task before has handed over (Li & Hoiem); ema: the
+    average that the method `ema` keeps; else folder or hub id of any model with the same tokenizer."""
+    outputs: Literal["recorded", "online"] = "recorded"
+    """recorded: the teacher is asked about all rows before training, and its answers lie on the disk; online: it is
+    asked in every step, with its weights in host memory (see `teacher`). With LoRA the aligned model is the student
+    with its adapters off, either way."""
+
+    @model_validator(mode="after")
+    def _what_changes_cannot_be_recorded(self) -> Config:
+        if self.outputs == "recorded" and self.teacher not in ("aligned", "previous"):
+            raise ValueError(
+                f"teacher: {self.teacher} needs outputs: online; recorded are the outputs of aligned or previous"
+            )
+        return self
+
+    @property
+    def online_teacher(self) -> str | None:
+        return self.teacher if self.outputs == "online" and self.weight > 0 else None
+
+
+class Method(base.Method[Config]):
+    def task_terms(self) -> list[base.TaskTerm]:
+        config = self.config
+        teacher = dict(teacher=config.teacher, online=config.outputs == "online")
+        if config.form == "hidden":
+            return [base.TaskTerm(self.name, config.weight, "hidden", tokens=config.tokens, **teacher)]
+        return [
+            base.TaskTerm(
+                self.name, config.weight, config.distance, temperature=config.temperature, k=config.k, **teacher
+            )
+        ]

@@ -1,0 +1,1 @@
+"""Methods that pull weights to an anchor."""

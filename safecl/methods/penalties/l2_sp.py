@@ -1,0 +1,44 @@
+"""L2-SP (Li, Grandvalet & Davoine 2018, arXiv 1802.01483): a pull to the starting point. Needs no data.
+
+    L = L_task + 0.5 * strength * sum_i (theta_i - theta_0,i)^2        over the weights of the chosen modules
+
+theta_0 is the aligned model, in all tasks of a sequence. The gradient is analytic, inside the optimizer's pass; one
+value per weight, the anchor, shared with the other methods that pull to theta_0.
+
+With LoRA it is the same pull of the merged weights, whose difference to theta_0 is (alpha / r) B A:
+    0.5 * strength * sum over adapters of ||(alpha / r) B A||_F^2,    ||B A||_F^2 = <B^T B, A A^T>
+It costs r x r products and no state, and is clipped together with the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from safecl.methods import base, scope
+
+
+class Config(scope.ScopedConfig):
+    """L2-SP: a pull of the weights to the aligned model."""
+
+    state_kinds: ClassVar[tuple[str, ...]] = ("anchor",)
+
+    strength: Annotated[float, Field(ge=0)] = 0.01
+    """Factor of the penalty; in AdamW's terms, the pull is added to the clipped gradient."""
+    proximal: bool = False
+    """Apply it as a proximal step after AdamW: stable for any strength times learning rate."""
+
+
+class Method(base.Method[Config]):
+    def start_task(self, run: base.Run) -> None:
+        self.config.check_patterns(self.name, run.weight_names())
+        if not run.has_state("anchor"):
+            run.set_anchor()
+
+    def penalty(self) -> base.Penalty | None:
+        if self.config.strength == 0:
+            return None
+        return base.Penalty(
+            self.config.strength, proximal=self.config.proximal, modules=self.config.patterns, product=True
+        )

@@ -1,0 +1,1 @@
+"""What a run does and what it takes, before anything is loaded."""

@@ -1,0 +1,136 @@
+"""How much memory a forward and backward pass takes beside weights and gradients, by running it on tensors without
+memory.
+
+The model's own code runs in PyTorch's fake mode, where tensors have shapes and no data, and every storage that an
+operation makes is counted while it lives. That holds for any architecture, with and without gradient checkpointing or
+adapters, and needs no device. Decoder layers are alike, so that a pass of two layers and one of four tell what a pass
+of all takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from safecl.config import ModelConfig
+from safecl.engine.model.adapters import base_model
+from safecl.engine.model.checks import rows_are_not_packed
+from safecl.engine.model.language_model import LanguageModel
+from safecl.engine.model.settings import DTYPES
+from safecl.engine.model.structure import parameters_on_meta, prepare_for_training
+
+LAYERS = (2, 4)
+
+
+def activation_bytes(settings, config: ModelConfig, shape: tuple[int, int], *, masked: bool = False) -> int:
+    """Bytes at the peak of one micro-batch of [rows, tokens], in the run's dtype, trained as the config says; the
+    head's logits are not among them. `settings`: transformers' settings of the model. `masked`: rows are packed and
+    kept apart by a mask [tokens, tokens]."""
+    model = _structure(settings, config)
+    layers = _layers(model)
+    count, peaks = len(layers), {}
+    with FakeTensorMode() as mode, contextlib.nullcontext() if masked else rows_are_not_packed():
+        _take_away_memory(model, mode)
+        for kept in sorted({min(count, number) for number in LAYERS}, reverse=True):
+            del layers[kept:]
+            peaks[kept] = _peak(model, *shape)
+    if count <= LAYERS[1]:
+        return peaks[count]
+    few, more = (peaks[number] for number in LAYERS)
+    return few + (more - few) * (count - LAYERS[0]) // (LAYERS[1] - LAYERS[0])
+
+
+def _structure(settings, config: ModelConfig) -> nn.Module:
+    """The model as it is trained, parameters on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    chosen = (
+        {"attn_implementation": "eager"} if config.attention == "eager" else {}
+    )  # flash attention takes what sdpa takes
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(settings), dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code, **chosen
+        )
+    model.config.use_cache = False
+    return prepare_for_training(model, config).train()
+
+
+def _take_away_memory(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Parameters and buffers become tensors that claim to be on the CPU; tied ones stay the same object."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                    made[id(made[id(p)])] = made[id(p)]
+                module._parameters[name] = made[id(p)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = mode.from_tensor(buffer)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    lists = [module for module in base_model(model).get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
+def _peak(model: nn.Module, num_rows: int, length: int) -> int:
+    """The largest sum of bytes that live at once in a forward and backward pass; gradients of weights leave as soon as
+    they are there."""
+    wrapped, tokens = LanguageModel(model), num_rows * length
+    inputs = dict(
+        input_ids=torch.zeros(num_rows, length, dtype=torch.int64),
+        position_ids=torch.arange(length).expand(num_rows, -1),
+        positions=torch.arange(tokens),
+        targets=torch.zeros(tokens, dtype=torch.int64),
+        ce_weights=torch.ones(tokens),
+    )
+    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters() if p.requires_grad]
+    live = LiveBytes(known=[*model.parameters(), *model.buffers(), *inputs.values()])
+    try:
+        with live:
+            wrapped(task="loss", **inputs)["loss"].backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return live.peak
+
+
+def _drop_gradient(p: nn.Parameter) -> None:
+    p.grad = None
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make, while somebody holds them; `known` ones are not counted."""
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.now -= nbytes

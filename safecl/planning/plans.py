@@ -1,0 +1,72 @@
+"""What a run will do: its tasks with their rows and steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from safecl.config import ConfigError, RunConfig, TaskConfig, TrainConfig
+from safecl.data import (
+    ChatRow,
+    Prompt,
+    TaskOrder,
+    TokenDataset,
+)
+from safecl.methods.base import Method
+
+
+@dataclass
+class TaskPlan:
+    """One task: its rows, how many go into a step, and its held-out rows."""
+
+    config: TaskConfig
+    dataset: TokenDataset
+    tokens_per_batch: int
+    order: TaskOrder
+    eval_rows: list[ChatRow] = field(default_factory=list)
+    poisoned_rows: int = 0
+    row_weights: np.ndarray | None = None
+    """fp32 [rows]: what a row's cross-entropy is multiplied by; None is 1 everywhere."""
+
+    @property
+    def num_steps(self) -> int:
+        return self.order.num_steps
+
+
+@dataclass
+class RunPlan:
+    """A run, ready to start."""
+
+    config: RunConfig
+    tokenizer: object
+    tasks: list[TaskPlan]
+    methods: list[Method]
+    memory: TokenDataset | None = None
+    prompts: list[Prompt] = field(default_factory=list)
+    benign: list[Prompt] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a user should know before the run starts."""
+
+
+def apply_screening(config: RunConfig, task: TaskPlan, decision: dict[str, Any]) -> None:
+    """Leaves flagged rows out of a task, or lowers their weight. decision: {"rows": row ids, "weight": factor, 0 leaves
+    out}."""
+    flagged = np.isin(task.dataset.row_ids, np.array(decision["rows"], np.uint64))
+    if decision["weight"] == 0.0:
+        retake(config, task, task.dataset.select(np.flatnonzero(~flagged)))
+    else:
+        task.row_weights = np.where(flagged, decision["weight"], 1.0).astype(np.float32)
+
+
+def retake(config: RunConfig, task: TaskPlan, dataset: TokenDataset) -> None:
+    """Goes on with fewer rows: as many epochs of batches of the same size, or as many steps."""
+    if len(dataset) == 0:
+        raise ConfigError(f"scan: every row of task {task.config.name} is flagged, so nothing is left to train on")
+    task.dataset, task.order = dataset, order_of_rows(config.train, dataset, task.tokens_per_batch)
+
+
+def order_of_rows(train: TrainConfig, dataset: TokenDataset, tokens_per_batch: int) -> TaskOrder:
+    length = {"epochs": train.epochs} if train.max_steps is None else {"max_steps": train.max_steps}
+    return TaskOrder(dataset, seed=train.seed, tokens_per_batch=tokens_per_batch, **length)

@@ -1,0 +1,128 @@
+"""What DeepSpeed 0.19 keeps for weights, gradients and AdamW in each ZeRO stage, and what it makes for a while: read in
+its source, and measured beside it (benchmarks/reference.py).
+
+    N  trained weights     n = N / world size     B = min(5e8, N) elements of a bucket     s = bytes of a weight, 2 or 4
+
+Buckets as large as the model are reduced after the backward pass, when activations are gone; smaller ones in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from safecl.config import RunConfig
+from safecl.engine.zero.deepspeed_config import BUCKET
+from safecl.planning.items import FP32, Item, Moment, Where, share_of, weight_bytes
+from safecl.planning.model_shape import ModelShape
+
+_LIVE = 10**9  # elements that stage 3 keeps gathered at most
+_PREFETCH = 5 * 10**7  # elements that stage 3 gathers ahead
+
+
+def zero_items(shape: ModelShape, config: RunConfig, world_size: int, device: str) -> Iterator[Item]:
+    """`device`: cuda or cpu, where gloo makes copies of its own."""
+    stage = config.deepspeed.stage
+    gradients = {0: _unsharded_gradients, 1: _stage_1_gradients, 2: _stage_2_gradients, 3: _stage_3_gradients}[stage]
+    yield from _weights(shape, config, world_size)
+    yield from gradients(shape, config, world_size)
+    yield from _optimizer(shape, config, world_size)
+    if device == "cpu" and world_size > 1:
+        yield from _copies_of_gloo(shape, config, world_size)
+
+
+def _copies_of_gloo(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+    """Of a gathered tensor twice its size, of a scattered sum the rank's part."""
+    if config.deepspeed.stage in (1, 2):
+        yield Item("communication buckets", "device", 2 * shape.trained * weight_bytes(config), "step")
+    elif config.deepspeed.stage == 3:
+        yield Item("communication buckets", "device", share_of(min(BUCKET, shape.trained), world_size) * FP32, "reduce")
+
+
+def _weights(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+    size = weight_bytes(config)
+    if config.deepspeed.stage < 3:
+        yield Item("weights", "device", shape.weights * size)
+        return
+    where: Where = "host" if config.deepspeed.offload.parameters == "cpu" else "device"
+    yield Item("weights", where, share_of(shape.weights, world_size) * size)
+    if world_size > 1 or where == "host":
+        gathered = min(shape.weights, max(_LIVE, 2 * shape.largest_layer) + _PREFETCH)
+        yield Item("gathered weights", "device", gathered * size, "backward")
+        yield Item("gathered weights", "device", gathered * size, "reduce")
+
+
+def _optimizer(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+    """Master weights and moments; stages 1 and 2 copy offloaded weights back through a buffer."""
+    stage, offload, size = config.deepspeed.stage, config.deepspeed.offload, weight_bytes(config)
+    where: Where = "host" if offload.optimizer == "cpu" else "device"
+    share = shape.trained if stage == 0 else share_of(shape.trained, world_size)
+    are_the_weights = size == FP32 and (
+        stage == 0 or (stage == 3 and offload.optimizer == offload.parameters == "none")
+    )
+    if not are_the_weights:
+        yield Item("master weights", where, share * FP32)
+    yield Item("moments", where, 2 * share * FP32)
+    if where == "host" and stage in (1, 2):
+        yield Item("weights on their way back", "host", share * size)
+        for place in ("host", "device"):
+            yield Item("the largest gradient", place, shape.largest * size)
+
+
+def _unsharded_gradients(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+    """In bf16 safecl adds them up in fp32, and DeepSpeed looks at a bf16 copy, of which it makes an fp32 one for the
+    step."""
+    yield Item("gradients", "device", shape.trained * FP32)
+    if weight_bytes(config) == FP32:
+        yield Item("communication buckets", "device", min(BUCKET, shape.trained) * FP32, "reduce")
+        return
+    for moment in ("backward", "reduce"):
+        yield Item("gradients in bf16", "device", shape.trained * 2, moment)
+    yield Item("gradients in bf16", "device", shape.trained * (2 + FP32), "step")
+
+
+def _stage_1_gradients(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+    """Whole on every rank until they are reduced."""
+    bucket, share = min(BUCKET, shape.trained), share_of(shape.trained, world_size)
+    if config.deepspeed.offload.optimizer == "cpu":
+        yield Item("gradients", "host", share * FP32)
+    elif weight_bytes(config) == 2:  # DeepSpeed's BF16_Optimizer
+        yield Item("gradients", "device", shape.trained * FP32)
+        yield Item("gradients in bf16", "device", shape.trained * 2)
+        yield Item("communication buckets", "device", bucket * FP32, "reduce")
+        return
+    else:
+        yield Item("gradients", "device", 2 * share * FP32, "step")
+    yield Item("whole gradients", "device", shape.trained * FP32, "backward")
+    yield Item("communication buckets", "device", (shape.trained + bucket) * FP32, "reduce")
+
+
+def _stage_2_gradients(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+    """A bucket of gradients in the dtype of the weights is reduced as a flat copy, in bf16 runs through one in fp32."""
+    size, share, bucket = weight_bytes(config), share_of(shape.trained, world_size), min(BUCKET, shape.trained)
+    offloaded, in_bf16 = config.deepspeed.offload.optimizer == "cpu", weight_bytes(config) == 2
+    if offloaded:
+        yield Item("gradients", "host", share * FP32)
+    if in_bf16 or not offloaded:
+        yield Item("gradients" if not offloaded else "gradients on their way", "device", share * FP32)
+    else:
+        yield Item("gradients on their way", "host", share * FP32)
+    if not in_bf16 and not offloaded:
+        for moment in ("backward", "reduce", "step"):
+            yield Item("gradients of a micro-batch", "device", share * FP32, moment)
+    yield Item("communication buckets", "device", bucket * size, "backward")
+    copies = bucket * (size + (FP32 if in_bf16 else 0))
+    if shape.trained > BUCKET:
+        yield Item("communication buckets", "device", copies, "backward")
+    yield Item("communication buckets", "device", bucket * size + copies, "reduce")
+
+
+def _stage_3_gradients(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+    """A bucket in fp32 that stays, and a copy of it, sorted by rank, when it is reduced."""
+    bucket, share = min(BUCKET, shape.trained) * FP32, share_of(shape.trained, world_size)
+    offloaded = config.deepspeed.offload.optimizer == "cpu"
+    where: Where = "host" if offloaded else "device"
+    yield Item("gradients", where, share * FP32 * (2 if offloaded else 1))
+    yield Item("communication buckets", "device", bucket)
+    moments: tuple[Moment, ...] = ("backward", "reduce") if shape.trained > BUCKET else ("reduce",)
+    for moment in moments:
+        yield Item("communication buckets", "device", bucket, moment)

@@ -1,0 +1,1 @@
+"""The replay buffer's formats on the disk."""

@@ -1,0 +1,1 @@
+"""What the replay buffer keeps and what it draws."""

@@ -1,0 +1,1 @@
+"""Whole-or-absent files, sizes, the cache folder, model folders."""

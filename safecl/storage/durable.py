@@ -1,0 +1,114 @@
+"""Files that are whole or absent: written once, hashed on the way, on the disk before anything names them. Imports no
+torch."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+BLOCK_BYTES = 16 * 2**20
+
+at: Callable[[str], None] = lambda point: None  # noqa: E731
+"""Called with a label wherever a process can die during a save; tests put something else here."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that must not be loaded. The message says which file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and XXH3-128 of a file."""
+
+    size: int
+    xxh3_128: str
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the folder's entries (new names, renames) are on the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview], label: str | None = None) -> FileRecord:
+    """Writes a new file from its parts, hashed on the way, and returns when it is on the disk. Raises OSError."""
+    label, digest, size = label or path.name, xxhash.xxh3_128(), 0
+    with path.open("xb", buffering=0) as file:
+        at(f"{label}: created")
+        for part in parts:
+            view = memoryview(part).cast("B")
+            for start in range(0, len(view), BLOCK_BYTES):
+                block = view[start : start + BLOCK_BYTES]
+                digest.update(block)
+                _write_all(file, block)
+            size += len(view)
+            at(f"{label}: partly written")
+        os.fsync(file.fileno())
+    at(f"{label}: written")
+    return FileRecord(size, digest.hexdigest())
+
+
+def _write_all(file: BinaryIO, block: memoryview) -> None:
+    while len(block):
+        block = block[file.write(block) :]
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replaces a small file so that a reader sees the old or the new one, also after a power cut."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    write_file(partial, [text.encode()], label=path.name)
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading, unbuffered; a link or anything else but a plain file is refused with
+    DamagedCheckpoint."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise DamagedCheckpoint(f"{path}: not a plain file")
+    return os.fdopen(handle, "rb", buffering=0)
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """A plain file of at most `max_bytes`. DamagedCheckpoint where it is longer or cannot be read."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise DamagedCheckpoint(f"{path}: {size:,} bytes long, {max_bytes:,} at most are expected")
+        return file.read()
+
+
+def read_into(file: BinaryIO, position: int, target: memoryview) -> None:
+    """Fills `target` (bytes) from byte `position` on. DamagedCheckpoint where the file ends before."""
+    while len(target):
+        count = os.preadv(file.fileno(), [target[:BLOCK_BYTES]], position)
+        if count == 0:
+            raise DamagedCheckpoint(f"{file.name}: ends at byte {position:,}")
+        target, position = target[count:], position + count
+
+
+def hash_file(path: Path, *, from_disk: bool = False) -> str:
+    """XXH3-128 of a file, read in blocks; `from_disk`: what is on the disk, not what the system still has in memory of
+    it."""
+    digest, block = xxhash.xxh3_128(), bytearray(BLOCK_BYTES)
+    with open_regular(path) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()

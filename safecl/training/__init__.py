@@ -1,0 +1,1 @@
+"""The training loop, from the trainer down."""

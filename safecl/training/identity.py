@@ -1,0 +1,120 @@
+"""Is this the run that the folder holds? Compares configs, rows and the base model; what changes nothing that is
+trained may differ."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from safecl.config import ConfigError, RunConfig
+from safecl.engine.artifacts.base_model import fingerprint, versions
+from safecl.engine.checkpoint.report import BaseModel
+from safecl.planning.plans import RunPlan
+
+HOW_TO_GO_ON = "put it back to go on, or start a new run with another `output`"
+
+# What may change between a stop and the resume: where things are, how they are computed, what is shown. Rows are
+# compared by content.
+FREE = (
+    "output",
+    "deepspeed",
+    "teacher",
+    "artifacts",
+    "log",
+    "checkpoint",
+    "privacy",
+    "model.path",
+    "model.attention",
+    "model.gradient_checkpointing",
+    "tasks.*.train",
+    "memory.source",
+    "poison.source",
+    "train.tokens_per_microbatch",
+    "train.packing",
+    "train.max_bad_rows",
+    "train.max_skipped_steps",
+    "train.allow_few_steps",
+    "safety.batch_size",
+    "safety.gate",
+)
+
+
+def identity_of(plan: RunPlan, base: str | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps of the run that it belongs to. `base`: hash of the base model's weights; None where it is
+    not known yet."""
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "rows": {task.config.name: fingerprint(task.dataset) for task in plan.tasks},
+        "memory_rows": fingerprint(plan.memory) if plan.memory is not None else None,
+        "base": base,
+        "versions": versions(),
+    }
+
+
+def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """ConfigError where two identities differ in what is trained or measured."""
+    if "config" not in saved:
+        raise ConfigError(
+            f"{where} holds files of a run that cannot be told apart from this one (its run.json is missing); {HOW_TO_GO_ON}"
+        )
+    refuse_other_config(saved["config"], now["config"], where)
+    for name, rows in now["rows"].items():
+        if saved["rows"].get(name) != rows:
+            raise ConfigError(f"{where}: the rows of task {name} have changed since this run began; {HOW_TO_GO_ON}")
+    if saved["memory_rows"] != now["memory_rows"]:
+        raise ConfigError(f"{where}: the rows of memory.source have changed since this run began; {HOW_TO_GO_ON}")
+    if None not in (saved["base"], now["base"]) and saved["base"] != now["base"]:
+        raise ConfigError(f"{where}: the weights of model.path have changed since this run began; {HOW_TO_GO_ON}")
+
+
+def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """ConfigError naming what differs between two resolved configs, where that changes what is trained or measured."""
+    if differences := different_keys(saved, now):
+        shown = "".join(f"\n  {key}: {_short(old)} then, {_short(new)} now" for key, old, new in differences[:8])
+        more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise ConfigError(f"{where} holds a run with another config; {HOW_TO_GO_ON}:{shown}{more}")
+
+
+def different_keys(saved: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, saved, now) of all settings that differ and must not."""
+    if _is_free(path) or saved == now:
+        return []
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*saved, *now])
+        return [
+            found for key in keys for found in different_keys(saved.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        return [
+            found
+            for i, pair in enumerate(zip(saved, now, strict=True))
+            for found in different_keys(*pair, f"{path}.{i}")
+        ]
+    return [(path, saved, now)]
+
+
+def _is_free(path: str) -> bool:
+    return ".".join("*" if part.isdigit() else part for part in path.split(".")) in FREE
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def base_of(config: RunConfig, digest: str) -> BaseModel | None:
+    """What anchors of this run may equal; None where what is trained is no base model (LoRA). `digest`: of the model's
+    weights."""
+    return BaseModel(config.model.path, digest) if config.model.lora is None else None
+
+
+def version_notes(saved: dict[str, str]) -> list[str]:
+    """What to tell where a run goes on with other versions than before."""
+    changed = [
+        f"{name} {saved.get(name)} -> {version}" for name, version in versions().items() if saved.get(name) != version
+    ]
+    return (
+        [f"other versions than before the stop ({', '.join(changed)}): results may differ in the last bits"]
+        if changed
+        else []
+    )

@@ -1,0 +1,227 @@
+"""Saving a whole run and going on with it: shards, counters, methods, memory, place in the sequence of tasks, metrics.
+
+A resumed run at the same world size is bitwise the uninterrupted one. At another world size, stage or offload choice it
+sees the same rows in the same order, and differs by the rounding of sums alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safecl.config import ConfigError
+from safecl.distributed import collectives
+from safecl.engine.checkpoint.checkpointer import Checkpointer
+from safecl.engine.checkpoint.folder import CheckpointFolder, format_bytes
+from safecl.engine.checkpoint.format import Contents
+from safecl.engine.checkpoint.report import BaseModel, SaveReport
+from safecl.planning.plans import TaskPlan
+from safecl.replay import ReplayError
+from safecl.storage.durable import DamagedCheckpoint, read_file
+from safecl.training.identity import refuse_other_run, version_notes
+from safecl.training.replay_memory import Memory, open_memory, vocab_size_of
+from safecl.training.run import Run
+
+STATE, MEMORY, METRICS = "state.json", "memory.index", "metrics.jsonl"
+MAX_STATE_BYTES = 2**30
+
+
+@dataclass
+class Progress:
+    """Where a run is in its sequence of tasks, and what it has counted and measured so far."""
+
+    task: int = 0
+    """Index of the task under way."""
+    parts_done: int = 0
+    """How many of the task's parts are done."""
+    skipped_in_a_row: int = 0
+    num_tokens: int = 0
+    """Tokens that went through the model in training, over all ranks."""
+    seconds: float = 0.0
+    """Wall-clock time up to here, without the time between a stop and the resume."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """As in results.json."""
+
+
+@dataclass
+class Resumed:
+    """What a checkpoint says beside the shards, which are restored already."""
+
+    name: str
+    progress: Progress
+    metrics: bytes
+    notes: list[str]
+
+
+class RunSaver:
+    """Saves one run into its folder and restores it from there. Every call is a collective one."""
+
+    def __init__(self, run: Run, folder: Path, identity: dict[str, Any], base: BaseModel | None = None):
+        """identity: see run_identity.identity_of; base: see Checkpointer."""
+        self.run, self.folder = run, folder
+        self.checkpoints = CheckpointFolder(folder / "checkpoints")
+        self.checkpointer = Checkpointer(run.engine.shards, run.engine.optimizer, self.checkpoints, base)
+        self._identity = identity
+        self._memory_versions: dict[str, int] = {}
+        self._saving_version: int | None = None
+
+    @property
+    def memory_folder(self) -> Path:
+        return self.folder / "memory"
+
+    # ----------------------------------------------------------------------------------------------------------- saving
+
+    def save(self, progress: Progress, metrics: bytes, keep: int) -> SaveReport | None:
+        """Starts saving the run as it is now. Returns how the save before ended, where one had not been asked about."""
+        before = self.settle()
+        self.run.settle()
+        memory = self.run.memory.state_dict() if self.run.memory is not None else None
+        self._saving_version = memory["version"] if memory is not None else None
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "run": self.run.state_dict(),
+            "memory_version": self._saving_version,
+            **self._identity,
+        }
+        files = {STATE: dump_plain(state), METRICS: metrics}
+        if memory is not None:
+            files[MEMORY] = np.ascontiguousarray(memory["index"]).tobytes()
+        self.checkpointer.save(self.run.global_step, keep=keep, files=files)
+        return before
+
+    def settle(self) -> SaveReport | None:
+        """Waits for the save under way; the memory may then free what no checkpoint needs any more."""
+        report = self.checkpointer.finish()
+        if report is None or report.problem is not None:
+            return report
+        if self._saving_version is not None:
+            self._memory_versions[report.name] = self._saving_version
+            left = collectives.gather_objects([self.checkpoints.names()])[0]
+            retain = [version for name, version in self._memory_versions.items() if name in left]
+            self.run.memory.buffer.publish(self._saving_version, retain)
+        return report
+
+    # --------------------------------------------------------------------------------------------------------- resuming
+
+    def resume(self, note: Callable[[str], None], tasks: Sequence[TaskPlan]) -> Resumed | None:
+        """Restores the newest whole checkpoint; None where there is none. The run is as it was when that was saved.
+
+        Raises ConfigError where the checkpoints are damaged without exception, or belong to another run; nothing is
+        changed then.
+        """
+        states: dict[str, dict[str, Any]] = {}
+
+        def read_state(contents: Contents) -> None:
+            state = states[contents.folder.name] = self._read_state(contents)
+            refuse_other_run(state, self._identity, str(self.folder))
+
+        def reopen_memory(contents: Contents) -> None:
+            self._open_memory(states[contents.folder.name]["memory_version"])
+
+        def load_memory(contents: Contents) -> None:
+            self._load_memory(contents, states[contents.folder.name]["memory_version"])
+
+        contents = self.checkpointer.find(note, [read_state, reopen_memory, load_memory])
+        if contents is None:
+            return None
+        state = states[contents.folder.name]
+        self.checkpointer.load(contents)
+        progress = Progress(**state["progress"])
+        self.run.load_state_dict(state["run"], tasks[min(progress.task, len(tasks) - 1)])
+        self._remember_versions()
+        metrics = read_file(contents.folder / METRICS, contents.manifest.files[METRICS].size)
+        return Resumed(contents.folder.name, progress, metrics, version_notes(state["versions"]))
+
+    def _read_state(self, contents: Contents) -> dict[str, Any]:
+        try:
+            return json.loads(read_file(contents.folder / STATE, MAX_STATE_BYTES))
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{contents.folder / STATE}: {error}") from None
+
+    def _open_memory(self, version: int | None) -> None:
+        if self.run.memory is not None:  # that of a newer checkpoint, which turned out damaged
+            self.run.memory.buffer.close()
+        self.run.memory = self._opened() if version is not None else None
+
+    def _opened(self) -> Memory:
+        return open_memory(self.run.config.memory, self.memory_folder, self.run.seed, vocab_size_of(self.run.engine))
+
+    def _load_memory(self, contents: Contents, version: int | None) -> None:
+        """The memory's rows lie outside of the checkpoint; one that they do not fit is not whole."""
+        if version is None:
+            return
+        index = read_file(contents.folder / MEMORY, MAX_STATE_BYTES)
+        try:
+            self.run.memory.buffer.load_state_dict({"version": version, "index": np.frombuffer(index, np.uint8)})
+        except ReplayError as error:
+            raise DamagedCheckpoint(str(error)) from None
+
+    def _remember_versions(self) -> None:
+        for name in self.checkpoints.names():
+            try:
+                version = json.loads(read_file(self.checkpoints.path / name / STATE, MAX_STATE_BYTES))["memory_version"]
+            except (ValueError, KeyError):
+                continue
+            if version is not None:
+                self._memory_versions[name] = version
+
+    def check_room(self, note: Callable[[str], None], keep: int) -> None:
+        """Raises ConfigError where not even one checkpoint fits on the disk; says so where fewer than will be kept
+        fit."""
+        size = sum(shape_bytes(shape) for shape in self.run.engine.shards.shapes.values())
+        free = collectives.gather_objects([free_bytes(self.folder)])[0]
+        what = f"a checkpoint takes at least {format_bytes(size)}, and {format_bytes(free)} are free in {self.folder}"
+        if free < size:
+            raise ConfigError(
+                f"output: {what}; free some, choose another folder with output=..., or set checkpoint.every: never"
+            )
+        if free < (keep + 1) * size:
+            note(f"{what}: too little for the {keep + 1} that checkpoint.keep: {keep} needs while saving")
+
+    def close(self, timeout: float | None = None) -> None:
+        """Waits for a save under way, at most `timeout` seconds, and gives everything back. Not a collective call.
+
+        A save fails where another rank has died; by then something else has been said about that.
+        """
+        with contextlib.suppress(Exception):
+            self.checkpointer.finish(timeout)
+        self.checkpointer.close()
+
+
+def shape_bytes(shape: Sequence[int]) -> int:
+    """Bytes of a parameter's master weights and moments."""
+    return 12 * math.prod(shape)
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def dump_plain(state: dict[str, Any]) -> bytes:
+    """JSON that gives back the same values. TypeError for what JSON would change or lose (tensors, tuples, numbers as
+    keys)."""
+    text = json.dumps(state)
+    _refuse_changed(state, json.loads(text), "")
+    return text.encode()
+
+
+def _refuse_changed(value: Any, back: Any, path: str) -> None:
+    if isinstance(value, dict) and list(value) == list(back):
+        for key in value:
+            _refuse_changed(value[key], back[key], f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for i, (one, other) in enumerate(zip(value, back, strict=True)):
+            _refuse_changed(one, other, f"{path}.{i}")
+    elif value != back and value == value:  # a NaN comes back as one
+        raise TypeError(
+            f"{path}: {value!r} would come back as {back!r}; keep plain numbers, texts, lists and dicts with text as keys"
+        )

@@ -1,0 +1,57 @@
+"""Penalty and average cost no communication: their steps call just the collectives of plain fine-tuning, of the same
+shapes.
+
+Counted among the profiler's c10d events, because DeepSpeed binds its collectives early and a wrapper around
+torch.distributed misses most.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.engine import scenes
+
+EWC_AND_EMA = {"ewc": {"strength": 0.5, "sign_batches": 2, "rows_per_batch": 4}, "ema": {"decay": 0.9}}
+
+
+def collectives_of_steps(path: str, steps: int = 2, extra: bool = False, **changes) -> Counter:
+    """(collective, shapes of its tensors) of some training steps and their logging, after a first one; `extra` adds one
+    all-reduce."""
+    import torch
+    import torch.distributed as dist
+    from torch.profiler import ProfilerActivity, profile
+
+    from safecl.engine.reference.loading import load_model
+
+    config = scenes.run_config(model={"path": path, "dtype": "bf16", "gradient_checkpointing": False}, **changes)
+    loaded, store = load_model(config.model)
+    run, task = scenes.build_run(config, loaded, store)
+    scenes.begin(run, task)
+    run.train_step(task).totals()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        for _ in range(steps):
+            run.train_step(task).totals()
+        if extra:
+            dist.all_reduce(torch.zeros(1))
+    events = [event for event in seen.events() if event.name.startswith("c10d::")]
+    return Counter((event.name, str(event.input_shapes)) for event in events)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ewc_and_ema_add_no_collective_to_plain_fine_tuning(rank_pool, tmp_path, stage):
+    scenes.tiny_model().save_pretrained(tmp_path)
+
+    def counted(**changes) -> list[Counter]:
+        return rank_pool(2).run(collectives_of_steps, path=str(tmp_path), deepspeed={"stage": stage}, **changes)
+
+    plain, with_methods, with_one_more = (
+        counted(),
+        counted(methods=EWC_AND_EMA),
+        counted(methods=EWC_AND_EMA, extra=True),
+    )
+    assert plain == with_methods
+    for before, after in zip(plain, with_one_more, strict=True):
+        assert (after - before).total() == 1 and (before - after).total() == 0
+        assert before.total() > 10, before

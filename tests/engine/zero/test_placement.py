@@ -1,0 +1,202 @@
+"""Where anchor, Fisher and EMA live changes nothing but memory: read from the store or beside the shard, in one piece
+or in chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from safecl.engine.reference.store import ReferenceStore
+from safecl.engine.zero.pieces import Hosted, Served, Stream
+from safecl.engine.zero.placement import allocate, role_of
+from safecl.engine.zero.shard import Shard
+from tests.engine import scenes
+
+STAGES = [(0, "none"), (1, "none"), (1, "cpu"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
+SIGNS = {"sign_batches": 4, "rows_per_batch": 4}
+METHODS = {
+    "ewc": {"strength": 0.5, **SIGNS},
+    "l2_sp": {"strength": 0.3, "modules": "attention"},
+    "ema": {"decay": 0.9},
+}
+
+
+def deepspeed(stage: int, optimizer: str, reference: str) -> dict:
+    offload = {"optimizer": optimizer, "parameters": optimizer if stage == 3 else "none", "reference": reference}
+    return {"stage": stage, "offload": offload}
+
+
+def train(path: str, steps: int = 3, dtype: str = "bf16", **changes):
+    """Trains from a model folder; state, penalties by step, anchor shards' errors against the file, and what is kept
+    per rank."""
+    from safecl.engine.reference.loading import load_model
+
+    model = {"path": path, "dtype": dtype, "gradient_checkpointing": False}
+    config = scenes.run_config(model=model, **changes)
+    loaded, store = load_model(config.model)
+    run, task = scenes.build_run(config, loaded, store)
+    scenes.begin(run, task)
+    shards, optimizer = run.engine.shards, run.engine.optimizer
+    anchors, start = (
+        optimizer.tensors("anchor"),
+        ReferenceStore.open(path, dtype=store.dtype),
+    )  # the run's own may be given back by now
+    wrong = sum(
+        not torch.equal(shards.view(f, anchors), start.tensor(f.name).view(-1)[f.offset : f.offset + f.length])
+        for f in shards.fragments
+    )
+    penalties = [run.train_step(task).totals()["penalty"] for _ in range(steps)]
+    kept = sorted(run.shards()[0].state)
+    fishers = [shard.state["fisher"].dtype for shard in run.shards()] if optimizer.has("fisher") else []
+    return {"state": scenes.state_of(run), "penalties": penalties, "wrong": wrong, "kept": kept, "fishers": fishers}
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "dtype"), [*((*place, "bf16") for place in STAGES), (0, "none", "fp32"), (3, "none", "fp32")]
+)
+def test_an_anchor_in_the_store_gives_bitwise_the_steps_of_one_beside_the_shard(
+    rank_pool, tmp_path, stage, optimizer, dtype
+):
+    scenes.tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    near, served = (
+        rank_pool(2).run(
+            train, path=str(tmp_path), dtype=dtype, methods=METHODS, deepspeed=deepspeed(stage, optimizer, reference)
+        )
+        for reference in ("none", "cpu")
+    )
+    for beside, read in zip(near, served, strict=True):
+        assert "anchor" in beside["kept"] and "anchor" not in read["kept"]
+        assert beside["wrong"] == read["wrong"] == 0
+        assert beside["penalties"][0] == read["penalties"][0] == 0.0 < beside["penalties"][1]
+        assert read["penalties"] == pytest.approx(beside["penalties"], rel=1e-5)
+        for kind, values in beside["state"].items():
+            assert all(torch.equal(read["state"][kind][name], value) for name, value in values.items()), kind
+        assert set(read["fishers"]) == {torch.bfloat16 if dtype == "bf16" else torch.float32}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train": {"clip_scope": "total"}}, {"methods": {"ema": {"decay": 0.1, "write_back": "anchor", "every": 2}}}],
+)
+def test_norms_with_penalties_and_pulls_to_the_start_read_the_store_as_well(rank_pool, tmp_path, changes):
+    scenes.tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    arguments = {"path": str(tmp_path), "methods": METHODS, **changes}
+    near, served = (
+        rank_pool(2).run(train, **arguments, deepspeed=deepspeed(3, "none", reference))[0]
+        for reference in ("none", "cpu")
+    )
+    for name, value in near["state"]["weights"].items():
+        assert torch.allclose(served["state"]["weights"][name], value, rtol=1e-5, atol=1e-7), name
+
+
+def two_tasks(path: str, **changes):
+    """Penalty of the first step of each task, and whether the second task's anchor is the first one's end."""
+    from safecl.engine.reference.loading import load_model
+
+    config = scenes.run_config(model={"path": path, "dtype": "bf16", "gradient_checkpointing": False}, **changes)
+    loaded, store = load_model(config.model)
+    run, task = scenes.build_run(config, loaded, store)
+    scenes.begin(run, task)
+    first = run.train_step(task).totals()["penalty"]
+    run.train_step(task)
+    run.end_task()
+    ends = scenes.state_of(run)["weights"]
+    run.begin_task(task, active=True)
+    anchors = {name: run.engine.shards.read(name, run.engine.optimizer.tensors("online_anchor")) for name in ends}
+    return first, run.train_step(task).totals()["penalty"], all(torch.equal(anchors[name], ends[name]) for name in ends)
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), [(0, "none"), (2, "none"), (3, "cpu")])
+def test_the_penalty_is_exactly_zero_at_every_tasks_start(rank_pool, tmp_path, stage, optimizer):
+    scenes.tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    methods = {"online_ewc": {"strength": 0.5, **SIGNS}}
+    for first, second, is_the_end in rank_pool(2).run(
+        two_tasks, path=str(tmp_path), methods=methods, deepspeed=deepspeed(stage, optimizer, "cpu")
+    ):
+        assert first == second == 0.0 and is_the_end
+
+
+# --------------------------------------------------------------------------------------------------------------- chunks
+
+
+class _Fragment:
+    def __init__(self, name, offset, length, start):
+        self.name, self.offset, self.length, self.start = name, offset, length, start
+
+
+class _Store:
+    """Two parameters; the shard holds a part of each, with padding between and behind."""
+
+    pinned, dtype = False, torch.bfloat16
+    tensors = {
+        name: torch.randn(n, generator=torch.Generator().manual_seed(n)).to(torch.bfloat16)
+        for name, n in (("a", 300), ("b", 70))
+    }
+
+    def tensor(self, name):
+        return self.tensors[name]
+
+
+FRAGMENTS = [_Fragment("a", 120, 180, 0), _Fragment("b", 0, 40, 210)]
+
+
+def scattered_anchor() -> torch.Tensor:
+    anchor = torch.zeros(257, dtype=torch.bfloat16)
+    anchor[:180], anchor[210:250] = _Store.tensors["a"][120:300], _Store.tensors["b"][:40]
+    return anchor
+
+
+@pytest.mark.parametrize("chunk", [7, 100, 256, 257, 1000])
+def test_a_pass_in_chunks_sees_every_element_once_and_carries_back_what_it_writes(chunk):
+    shard = Shard(torch.arange(257.0), {"exp_avg": torch.arange(257.0) * 2})
+    fisher, ema = torch.rand(257).to(torch.bfloat16), torch.rand(257)
+    away = {"anchor": Served(_Store(), FRAGMENTS), "fisher": Hosted(fisher.clone()), "ema": Hosted(ema.clone())}
+    stream = Stream(torch.device("cpu"), chunk)
+    seen = {kind: torch.full((257,), float("nan")) for kind in ("anchor", "fisher", "ema", "exp_avg")}
+    for _ in range(2):  # buffers are used again
+        for piece in stream.pieces(shard, ["anchor", "fisher", "ema", "exp_avg"], away, written=["ema"]):
+            for kind, values in piece.state.items():
+                seen[kind][piece.where] = values.float()
+            piece.state["ema"].mul_(3.0)
+            piece.state["fisher"].zero_()  # not among what is written
+    assert torch.equal(seen["anchor"], scattered_anchor().float())
+    assert torch.equal(seen["fisher"], fisher.float()) and torch.equal(away["fisher"].tensor, fisher)
+    assert torch.equal(seen["exp_avg"], torch.arange(257.0) * 2)
+    assert torch.equal(away["ema"].tensor, ema * 3.0 * 3.0)
+
+
+def test_kinds_of_state_have_roles_by_their_names():
+    roles = {
+        kind: role_of(kind)
+        for kind in ("anchor", "online_anchor", "fisher", "online_fisher", "ema", "exp_avg", "_new_fisher", "slow")
+    }
+    assert roles == {
+        "anchor": "reference",
+        "online_anchor": "reference",
+        "fisher": "fisher",
+        "online_fisher": "fisher",
+        "ema": "ema",
+        "exp_avg": None,
+        "_new_fisher": None,
+        "slow": None,
+    }
+
+
+@pytest.mark.parametrize(("place", "gpu"), [("none", True), ("cpu", True), ("none", False)])
+def test_state_in_host_memory_is_page_locked_where_there_is_a_gpu(monkeypatch, place, gpu):
+    seen = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(
+        torch, "zeros", lambda *shape, pin_memory=False, **given: seen.append(pin_memory) or zeros(*shape, **given)
+    )
+    assert allocate(zeros(5), torch.bfloat16, place).dtype == torch.bfloat16
+    assert seen == [gpu]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("shard", "place"), [("cpu", "none"), ("cpu", "cpu"), ("cuda", "cpu")])
+def test_offloaded_state_is_page_locked_host_memory(shard, place):
+    state = allocate(torch.zeros(1000, device=shard), torch.float32, place)
+    assert state.device.type == "cpu" and state.is_pinned() and not state.any()

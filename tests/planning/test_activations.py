@@ -1,0 +1,77 @@
+"""What a pass takes of memory is counted without memory, and is what a real pass takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from safecl.config import ModelConfig
+from safecl.planning.activations import LiveBytes, activation_bytes
+from tests.engine import scenes
+
+ROWS, LENGTH = 2, 48
+LORA = {"r": 2, "alpha": 4.0}
+
+
+def deep_model(family: str, layers: int = 7):
+    """More layers than are traced, so that their number is put in by arithmetic."""
+    config = scenes.tiny_model(family=family).config
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i % len(config.layer_types)] for i in range(layers)]
+    return config
+
+
+def peak_of_a_real_pass(settings, config: ModelConfig) -> int:
+    import transformers
+
+    from safecl.engine.model.language_model import LanguageModel
+    from safecl.engine.model.settings import DTYPES
+    from safecl.engine.model.structure import prepare_for_training
+
+    model = transformers.AutoModelForCausalLM.from_config(settings, dtype=DTYPES[config.dtype])
+    model.config.use_cache = False
+    wrapped, tokens = LanguageModel(prepare_for_training(model, config).train()), ROWS * LENGTH
+    inputs = dict(
+        input_ids=torch.zeros(ROWS, LENGTH, dtype=torch.int64), position_ids=torch.arange(LENGTH).expand(ROWS, -1),
+        positions=torch.arange(tokens), targets=torch.zeros(tokens, dtype=torch.int64), ce_weights=torch.ones(tokens),
+    )  # fmt: skip
+    for p in wrapped.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    live = LiveBytes(known=[*wrapped.parameters(), *wrapped.buffers(), *inputs.values()])
+    with live:
+        wrapped(task="loss", **inputs)["loss"].backward()
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "checkpointing", "lora"),
+    [("llama", "bf16", False, None), ("gemma", "bf16", True, None), ("llama", "fp32", True, LORA)],
+)
+def test_a_pass_without_memory_takes_what_a_real_one_takes(family, dtype, checkpointing, lora):
+    config = ModelConfig(path="unused", dtype=dtype, gradient_checkpointing=checkpointing, lora=lora)
+    settings = deep_model(family)
+    found, real = activation_bytes(settings, config, (ROWS, LENGTH)), peak_of_a_real_pass(settings, config)
+    assert found == pytest.approx(real, rel=0.05)
+
+
+def test_checkpointing_saves_what_it_promises():
+    takes = [
+        activation_bytes(
+            deep_model("llama", 20), ModelConfig(path="unused", gradient_checkpointing=checkpointing), (ROWS, LENGTH)
+        )
+        for checkpointing in (False, True)
+    ]
+    assert takes[1] < 0.3 * takes[0]
+
+
+def test_bytes_are_counted_while_somebody_holds_them():
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        view, b = a[10:], a * 2
+        assert live.now == 8000
+        del a, b
+        assert live.now == 4000  # the view holds it
+        del view
+    assert live.now == 0 and live.peak == 8000
