@@ -1,7 +1,7 @@
 """A hook of mkdocs.yml: links that lead out of docs/.
 
-CONTRIBUTING.md and CHANGELOG.md become pages of the site, the README is answered by the site's first page, and a link to any other
-file of the repository keeps its text alone. On the pages in the repository all of them are ordinary links.
+CONTRIBUTING.md and CHANGELOG.md become pages of the site, links to the README lead to the site's first page, and a link
+to any other file of the repository keeps its text alone. In the repository all of them are ordinary links.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def moved(path: Path) -> str:
 
 
 def relinked(markdown: str, folder: str, site_folder: str) -> str:
-    """The text with each link that leads to a file of the repository replaced by one inside the site, or by the link's text.
+    """The text with links to files of the repository replaced by links inside the site, or by their text.
 
     folder: where the text stands in the repository. site_folder: where it stands on the site.
     """
