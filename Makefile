@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. On a fresh machine with Python >= 3.10 and g++, nothing else needs to be typed.
+# make demo | test | lint | docs-site | clean. On a fresh machine with Python >= 3.10 and g++, nothing else needs to be typed.
 # Every step leaves a stamp in $(VENV) when it has succeeded, so a second run is quick and an interrupted one goes on where it was.
 #
 #   make demo PYTHON=python3.12                                   another Python
@@ -15,6 +15,7 @@ DEMO ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
 # DeepSpeed looks for a GPU and warns when there is none; compiled extensions stay in this folder, apart from other projects' builds.
@@ -25,15 +26,17 @@ ifeq ($(wildcard /dev/nvidiactl /dev/kfd /dev/dxg),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install demo demo-all test lint docs clean distclean
+.PHONY: help install demo demo-all test test-long lint docs docs-site clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install into $(VENV), then show on a tiny model how fine-tuning loses refusals and how safecl keeps them"
 	@echo "make demo-all    the same with every method, on clean data and with 10 % poison; goes on where it was stopped"
-	@echo "make test    install, then run all tests"
-	@echo "make lint    ruff check and format check"
+	@echo "make test    install, then run all tests but the long ones"
+	@echo "make test-long    the same with the long ones"
+	@echo "make lint    check style, types, the direction of imports, shell scripts and the documentation"
 	@echo "make docs    renew the generated pages"
+	@echo "make docs-site    build the documentation site into site/"
 	@echo "make clean   remove caches, builds and the demo's files (make distclean: $(VENV) as well)"
 
 install: $(STAMPS)/safecl
@@ -50,13 +53,27 @@ test: install
 	@echo "==> pytest $(PYTEST_ARGS)"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: install
+# `-m ''` takes back the `-m 'not long'` of pyproject.toml.
+test-long: install
+	@echo "==> pytest -m '' $(PYTEST_ARGS)"
+	@$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
+
+lint: install $(STAMPS)/docs
+	@echo "==> ruff, mypy, lint-imports, shellcheck, mkdocs"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/shellcheck launch/*.sh .ci/run
+	@$(MKDOCS) build --strict --quiet
 
 docs: install
 	@$(BIN)/python -m safecl.config.docs > docs/config.md.new && mv docs/config.md.new docs/config.md
-	@echo "==> wrote docs/config.md"
+	@$(BIN)/python docs/architecture.py
+	@echo "==> wrote docs/config.md and docs/architecture.svg"
+
+docs-site: $(STAMPS)/docs
+	@$(MKDOCS) build --strict
 
 $(STAMPS)/venv:
 	@set -e; \
@@ -78,8 +95,13 @@ $(STAMPS)/safecl: $(STAMPS)/torch pyproject.toml $(wildcard setup.py csrc/*)
 	@$(PIP) install -q -e ".[dev]"
 	@touch $@
 
+$(STAMPS)/docs: $(STAMPS)/safecl
+	@echo "==> installing the tools of the documentation site"
+	@$(PIP) install -q -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .torch_ext $(DEMO) $(DEMO)-all
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .torch_ext $(DEMO) $(DEMO)-all
 	find safecl tests launch benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

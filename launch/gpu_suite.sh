@@ -9,7 +9,7 @@
 # $OUT/summary.json lists each section's exit status and seconds. Exit status: 0 when all sections passed, 1 otherwise.
 # PYTHON names the interpreter (default python3); safecl itself need not be installed.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu-suite}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PIP_NO_INDEX=1

@@ -19,7 +19,7 @@ from safecl.config.docs import reference_page
 from safecl.config.methods import builtin_methods
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BASE = {
     "model": {"path": "m"},
     "tasks": [{"name": "a", "train": "t.jsonl"}],

@@ -25,7 +25,7 @@ def assign(
     packed: bool,
     rank_of: Sequence[int | None] | None = None,
 ) -> list[list[list[int]]]:
-    """Indices of `lengths` by [rank][micro-batch]; deterministic, so every rank computes it alone.
+    """Indices of `lengths` by `[rank][micro-batch]`; deterministic, so every rank computes it alone.
 
     Args: `lengths` in tokens; `rank_of[i]`: the rank that row i must stay on, None for any.
     Raises: ValueError where a row is longer than a micro-batch, or a rank does not exist.
