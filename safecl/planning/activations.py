@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from safecl.config import ModelConfig
 from safecl.engine.model.adapters import base_model
 from safecl.engine.model.checks import rows_are_not_packed
+from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.language_model import LanguageModel
-from safecl.engine.model.settings import DTYPES
 from safecl.engine.model.structure import parameters_on_meta, prepare_for_training
 
 LAYERS = (2, 4)
@@ -57,7 +57,10 @@ def _structure(settings, config: ModelConfig) -> nn.Module:
     )  # flash attention takes what sdpa takes
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(settings), dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code, **chosen
+            copy.deepcopy(settings),
+            dtype=CONFIG_DTYPES[config.dtype],
+            trust_remote_code=config.trust_remote_code,
+            **chosen,
         )
     model.config.use_cache = False
     return prepare_for_training(model, config).train()

@@ -146,7 +146,7 @@ def _checkpoints(shape: ModelShape, config: RunConfig, world_size: int) -> Itera
 
 
 def _activations(shape: ModelShape, config: RunConfig, device: str) -> Iterator[Item]:
-    from safecl.engine.model.settings import DTYPES
+    from safecl.engine.model.dtypes import CONFIG_DTYPES
     from safecl.kernels.head.chunks import workspace_bytes
 
     online = config.model.lora is not None and bool(config.online_teachers)
@@ -154,7 +154,7 @@ def _activations(shape: ModelShape, config: RunConfig, device: str) -> Iterator[
         config.train.tokens_per_microbatch,
         shape.vocab,
         shape.hidden,
-        DTYPES[config.model.dtype],
+        CONFIG_DTYPES[config.model.dtype],
         torch.device(device),
         teacher=online,
     )

@@ -26,10 +26,10 @@ def peak_of_a_real_pass(settings, config: ModelConfig) -> int:
     import transformers
 
     from safecl.engine.model.language_model import LanguageModel
-    from safecl.engine.model.settings import DTYPES
+    from safecl.engine.model.dtypes import CONFIG_DTYPES
     from safecl.engine.model.structure import prepare_for_training
 
-    model = transformers.AutoModelForCausalLM.from_config(settings, dtype=DTYPES[config.dtype])
+    model = transformers.AutoModelForCausalLM.from_config(settings, dtype=CONFIG_DTYPES[config.dtype])
     model.config.use_cache = False
     wrapped, tokens = LanguageModel(prepare_for_training(model, config).train()), ROWS * LENGTH
     inputs = dict(

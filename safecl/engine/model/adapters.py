@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
-from safecl.engine.model.settings import DTYPES, first_line
+from safecl.engine.model.dtypes import CONFIG_DTYPES
+from safecl.engine.model.settings import first_line
 
 AdapterPull = Callable[[nn.Module], torch.Tensor]
 """A function of the model, 0-dim fp32."""
@@ -71,5 +72,5 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
         raise ConfigError(f"model.lora: {first_line(error)}") from None
     for p in model.parameters():  # one dtype per shard
         if p.requires_grad:
-            p.data = p.data.to(DTYPES[config.dtype])
+            p.data = p.data.to(CONFIG_DTYPES[config.dtype])
     return model

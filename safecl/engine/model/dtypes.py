@@ -1,14 +1,16 @@
-"""The dtypes of weights and state, by their names in safetensors files."""
+"""The names of dtypes in a config and in safetensors files."""
 
 from __future__ import annotations
 
 import torch
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
+CONFIG_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""The dtypes that a model can run in, by their names in a config."""
+
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The dtypes that weights can have in a safetensors file, by their names there."""
+
+DTYPES = FLOAT_DTYPES | {
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -16,6 +18,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
+"""All dtypes of safetensors files that safecl reads, by their names there."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -12,8 +12,6 @@ from safecl.data.hub import refuse_unreachable
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 def choose_attention(wanted: str) -> tuple[str, str]:
     """(attention implementation, why)."""

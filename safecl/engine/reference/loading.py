@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
-from safecl.engine.model.settings import DTYPES, choose_attention, first_line, read_model_settings
+from safecl.engine.model.dtypes import CONFIG_DTYPES
+from safecl.engine.model.settings import choose_attention, first_line, read_model_settings
 from safecl.engine.model.structure import empty_model, prepare_for_training
 from safecl.engine.reference.store import ReferenceStore
 
@@ -27,7 +28,7 @@ def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
     chosen = (
         None if config.attention == "auto" and attention == "sdpa" else attention
     )  # not every architecture has sdpa
-    dtype = DTYPES[config.dtype]
+    dtype = CONFIG_DTYPES[config.dtype]
     try:
         model = empty_model(config.path, dtype, attention=chosen, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:

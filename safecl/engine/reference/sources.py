@@ -11,26 +11,11 @@ from typing import Any
 import torch
 import xxhash
 
+from safecl.engine.model.dtypes import DTYPE_NAMES, DTYPES, FLOAT_DTYPES
 from safecl.engine.reference.layout import Layout
 from safecl.storage.durable import open_regular, read_into
 from safecl.storage.model_folder import ModelFiles, UnusableWeights, read_model_files
 from safecl.storage.safetensors_file import Tensor
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-_BUFFER_DTYPES = DTYPES | {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -77,8 +62,8 @@ def _check_tensor(name: str, layout: Layout, file: Path, tensor: Tensor) -> None
         raise UnusableWeights(
             f"{file}: {name} has shape {list(tensor.shape)}, the model's config.json says {list(wanted)}"
         )
-    if tensor.dtype not in DTYPES:
-        raise UnusableWeights(f"{file}: {name} is stored as {tensor.dtype}; safecl reads {', '.join(DTYPES)}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise UnusableWeights(f"{file}: {name} is stored as {tensor.dtype}; safecl reads {', '.join(FLOAT_DTYPES)}")
 
 
 def _and_more(names: list[str]) -> str:
@@ -99,9 +84,7 @@ class Reader:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         found = {name: self.files.tensors[name] for name in self.layout.buffers if name in self.files.tensors}
-        values = {
-            name: torch.empty(source[1].shape, dtype=_BUFFER_DTYPES[source[1].dtype]) for name, source in found.items()
-        }
+        values = {name: torch.empty(source[1].shape, dtype=DTYPES[source[1].dtype]) for name, source in found.items()}
         for name, source in found.items():
             _load(source, values[name].view(-1))
         return values
@@ -114,8 +97,8 @@ class Reader:
         if torch.cuda.is_available():
             return "a GPU needs pinned memory"
         for name, (file, tensor) in self.sources.items():
-            if DTYPES[tensor.dtype] != self.layout.dtype:
-                return f"{file} holds {name} as {tensor.dtype}, the run needs {_NAMES[self.layout.dtype]}"
+            if FLOAT_DTYPES[tensor.dtype] != self.layout.dtype:
+                return f"{file} holds {name} as {tensor.dtype}, the run needs {DTYPE_NAMES[self.layout.dtype]}"
             if tensor.position % self.layout.dtype.itemsize:
                 return f"{file} is not aligned"
         return None
@@ -138,7 +121,7 @@ class Reader:
 def _load(source: tuple[Path, Tensor], target: torch.Tensor) -> None:
     """Reads one tensor in chunks, rounding each to the target's dtype."""
     path, tensor = source
-    stored = _BUFFER_DTYPES[tensor.dtype]
+    stored = DTYPES[tensor.dtype]
     chunk = _CHUNK_BYTES // stored.itemsize
     scratch = None if stored == target.dtype else torch.empty(min(chunk, target.numel()), dtype=stored)
     with open_regular(path.resolve()) as file:

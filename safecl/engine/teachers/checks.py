@@ -67,12 +67,13 @@ def _streaming_problem(model: ModelConfig) -> str | None:
     import torch
 
     from safecl.engine.model.checks import rows_are_not_packed
-    from safecl.engine.model.settings import DTYPES, first_line, read_model_settings
+    from safecl.engine.model.dtypes import CONFIG_DTYPES
+    from safecl.engine.model.settings import first_line, read_model_settings
     from safecl.engine.model.structure import empty_model
     from safecl.engine.teachers.streamed import StreamedTeacher, TeacherBatch
 
     read_model_settings(model)
-    empty = empty_model(model.path, DTYPES[model.dtype], trust_remote_code=model.trust_remote_code)
+    empty = empty_model(model.path, CONFIG_DTYPES[model.dtype], trust_remote_code=model.trust_remote_code)
     weights = dict(empty.named_parameters(remove_duplicate=False))
     try:
         with rows_are_not_packed():
@@ -155,10 +156,10 @@ def _num_ranks() -> int:
 
 
 def _copies(config: RunConfig, source: str, tokens: int) -> str:
-    from safecl.engine.model.settings import DTYPES
+    from safecl.engine.model.dtypes import CONFIG_DTYPES
     from safecl.engine.teachers.break_even import advice, alternative, rates_here
 
-    dtype = DTYPES[config.model.dtype]
+    dtype = CONFIG_DTYPES[config.model.dtype]
     rates = rates_here(dtype)
     if rates is None:
         return "none: without a GPU the weights are read where they are"

@@ -27,8 +27,9 @@ from safecl.distributed import collectives
 from safecl.distributed.node import this_node
 from safecl.engine.checkpoint.model_export import save_plain
 from safecl.engine.model.checks import check_head
+from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.language_model import LanguageModel
-from safecl.engine.model.settings import DTYPES, choose_attention
+from safecl.engine.model.settings import choose_attention
 from safecl.engine.model.structure import empty_model
 from safecl.engine.passes.live_model import evaluating
 from safecl.engine.passes.micro_batches import split_step, target_positions, to_device
@@ -242,7 +243,7 @@ class OnlineTeachers:
         model = teacher_model(self.config, path)
         store = self.engine.store
         if path != settings.path or store is None:
-            dtype = DTYPES[settings.dtype]
+            dtype = CONFIG_DTYPES[settings.dtype]
             store = ReferenceStore.open(path, dtype=dtype, model=model, trust_remote_code=settings.trust_remote_code)
             self._stores[source] = store
         teacher = StreamedTeacher(
@@ -301,7 +302,9 @@ def teacher_model(config: RunConfig, path: str) -> torch.nn.Module:
     attention, _ = choose_attention(settings.attention)
     chosen = None if settings.attention == "auto" and attention == "sdpa" else attention
     try:
-        return empty_model(path, DTYPES[settings.dtype], attention=chosen, trust_remote_code=settings.trust_remote_code)
+        return empty_model(
+            path, CONFIG_DTYPES[settings.dtype], attention=chosen, trust_remote_code=settings.trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"teacher: {path}: no model can be read there: {str(error).strip().splitlines()[0][:300]}"
