@@ -1,7 +1,7 @@
-"""Formats, chat templates and masks, packing, and the order of examples.
+"""Training rows: file formats, chat templates, loss masks, packing, and the order of examples.
 
-Names are imported on first use: reading and checking rows needs neither torch nor transformers, so that a wrong file is
-told at once.
+Names are imported on first use. Reading and checking rows then needs neither torch nor transformers, so that a wrong
+file is reported at once.
 """
 
 from __future__ import annotations

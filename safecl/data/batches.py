@@ -1,8 +1,10 @@
-"""Rows side by side as tensors.
+"""A micro-batch of rows as tensors, packed or padded.
 
-Packed, documents stand one after the other in one sequence and position ids restart at 0: with attention_mask=None and
-use_cache=False transformers builds a block-diagonal causal mask from them, so that no document sees another. Padded,
-rows are filled up at the right: a causal model never looks there, so no attention mask is needed either.
+Packed: the documents follow each other in one sequence, and the position ids restart at 0 for each. With
+attention_mask=None and use_cache=False, transformers builds a block-diagonal causal mask from these ids, so that no
+document attends to another.
+
+Padded: rows are filled up on the right. A causal model never attends to later tokens, so no attention mask is needed.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ IGNORE = -100
 
 @dataclass
 class MicroBatch:
-    """input_ids, position_ids: long [B, S]. targets: long [B * S], the next token, -100 for none.
+    """The tensors of one micro-batch of B sequences of S tokens.
 
-    starts: flat index of each row's first token in B * S; lengths: tokens of each row. The target that is token j >= 1
-    of row r stands at flat index starts[r] + j - 1.
+    input_ids, position_ids: long [B, S]. targets: long [B * S], the next token, -100 for none.
+    starts: flat index in [B * S] of each row's first token. lengths: tokens of each row.
+    Token j >= 1 of row r is the target at flat index starts[r] + j - 1.
     """
 
     input_ids: torch.Tensor
@@ -38,10 +41,10 @@ class MicroBatch:
 
 
 def collate(rows: Sequence[Row], *, packed: bool, pad_id: int) -> MicroBatch:
-    """Rows as one micro-batch: packed [1, total tokens] or padded [rows, longest].
+    """Put rows into one micro-batch: packed [1, total tokens], or padded [rows, longest].
 
-    No rows give a dummy of two tokens without targets, so that a rank with nothing to do takes part in every
-    collective.
+    Without rows the result is a dummy of two tokens without targets, so that a rank with nothing to do still takes part
+    in every collective.
     """
     lengths = [len(row) for row in rows]
     if not rows:

@@ -1,15 +1,14 @@
-"""The tokenizer with its chat template settled, and text as the template renders it.
+"""The tokenizer with its chat template, and the text that the template renders.
 
-The template is the tokenizer's own, the file that `model.chat_template` names, or, for base models, a plain one:
+The template is the file that `model.chat_template` names, else the tokenizer's own, else, for base models, a plain one:
 
     Answer briefly.
 
     User: What is two and two?
     Assistant: Four.</s>
 
-Control tokens (`<|im_end|>`, `</s>`, ...) that stand in somebody's text are that text, and not the token: a row must
-not be able to end its own turn and open another. Only the template writes control tokens. (`text` rows are taken as
-they are.)
+A control token (`<|im_end|>`, `</s>`, ...) in the text of a message is encoded as text, not as the token, so that a row
+cannot end its own turn and open another. Only the template writes control tokens. `text` rows are encoded as they are.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from safecl.data.hub import local_name, refuse_unreachable
 
 log = logging.getLogger("safecl")
 
-# No newline after the end token and no space after the colon: every boundary between what is given and what is learned
-# is one that any tokenizer also makes when it sees the given part alone.
+# No newline follows the end token, and no space the colon. Every boundary between prompt and answer is then one that
+# any tokenizer also makes when it sees the prompt alone.
 PLAIN_TEMPLATE = (
     "{{ BOS }}{% for message in messages %}"
     "{% if not loop.first %}{{ '\\n' }}{% endif %}"
@@ -39,17 +38,16 @@ PLAIN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
 )
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Private-use characters around a control token that stands in somebody's text, from rendering to encoding.
+# Private-use characters that enclose a control token in a message's own text, from rendering to encoding.
 OPEN, CLOSE = "\uf8f0", "\uf8f1"
 _PROBE = "safecl probe answer"
 
 
 def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
-    """The model's tokenizer with chat template and pad token settled; which template it is stands in the log and in
-    `template_source`.
+    """Load the model's tokenizer and set its chat template and pad token. The log names the template.
 
-    Raises: ConfigError where there is no tokenizer, the template does not work, or nothing ends an answer; it names
-    `key`, by default that of the model.
+    Args: `key`: the config key that an error names; by default the one that gives the tokenizer.
+    Raises: ConfigError where there is no tokenizer, the template does not work, or nothing ends an answer.
     """
     tokenizer = _from_pretrained(model, key or ("model.tokenizer" if model.tokenizer else "model.path"))
     if tokenizer.eos_token is None:
@@ -59,7 +57,7 @@ def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
         )
     _settle_template(tokenizer, model)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to nor trained, so no new token is needed
+        tokenizer.pad_token = tokenizer.eos_token  # padding is neither attended to nor trained: no new token is needed
     _try_template(tokenizer)
     log.info("chat template: %s", template_source(tokenizer))
     return tokenizer
@@ -74,8 +72,8 @@ def _from_pretrained(model: ModelConfig, key: str) -> Any:
         return AutoTokenizer.from_pretrained(local_name(name), trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the library raises many kinds for a missing, broken or unreachable tokenizer
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = clip(lines[0] if lines else type(error).__name__, 200)
-        raise ConfigError(f"{key}: {name}: no tokenizer could be loaded from here: {said}") from None
+        reason = clip(lines[0] if lines else type(error).__name__, 200)
+        raise ConfigError(f"{key}: {name}: no tokenizer could be loaded from here: {reason}") from None
 
 
 def _settle_template(tokenizer: Any, model: ModelConfig) -> None:
@@ -84,9 +82,8 @@ def _settle_template(tokenizer: Any, model: ModelConfig) -> None:
         try:
             tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"model.chat_template: {model.chat_template} cannot be read: {getattr(error, 'strerror', None) or error}"
-            ) from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"model.chat_template: {model.chat_template} cannot be read: {reason}") from None
         tokenizer.safecl_template = f"the file {model.chat_template}"
     elif tokenizer.chat_template:
         if isinstance(tokenizer.chat_template, dict):
@@ -99,14 +96,14 @@ def _settle_template(tokenizer: Any, model: ModelConfig) -> None:
 
 
 def use_plain_template(tokenizer: Any) -> None:
-    """Gives a base model's tokenizer the plain `User: ... / Assistant: ...` template."""
+    """Give a base model's tokenizer the plain `User: ... / Assistant: ...` template."""
     starts_with_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     tokenizer.chat_template = PLAIN_TEMPLATE.replace("{{ BOS }}", "{{ bos_token }}" if starts_with_bos else "")
     tokenizer.safecl_template = "safecl's plain `User: ... Assistant: ...`, since the tokenizer has none"
 
 
 def template_source(tokenizer: Any) -> str:
-    """Where the chat template comes from, in words."""
+    """Origin of the chat template, in words."""
     return getattr(tokenizer, "safecl_template", "the tokenizer's own")
 
 
@@ -136,18 +133,20 @@ def has_markers(tokenizer: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _control_pattern(tokens: tuple[str, ...]) -> re.Pattern:
+def _control_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Texts of the special tokens."""
+    """Texts of the special tokens, sorted."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted(added | set(tokenizer.all_special_tokens)))
 
 
-def as_dicts(tokenizer: Any, messages: Sequence[Message], pattern: re.Pattern | None = None) -> list[dict[str, str]]:
-    """Messages as templates want them, control tokens in their text enclosed in OPEN and CLOSE."""
+def as_dicts(
+    tokenizer: Any, messages: Sequence[Message], pattern: re.Pattern[str] | None = None
+) -> list[dict[str, str]]:
+    """Convert messages to the form that templates take, with control tokens in their text inside OPEN and CLOSE."""
     pattern = pattern or _control_pattern(control_tokens(tokenizer))
     turns = []
     for message in messages:
@@ -159,8 +158,10 @@ def as_dicts(tokenizer: Any, messages: Sequence[Message], pattern: re.Pattern | 
 
 
 def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool = False) -> list[str]:
-    """Each conversation as text, control tokens of the messages' own text enclosed in OPEN and CLOSE. Raises what the
-    template raises."""
+    """Render each conversation as text, with control tokens in the messages' own text inside OPEN and CLOSE.
+
+    Raises: whatever the template raises.
+    """
     pattern = _control_pattern(control_tokens(tokenizer))
     turns = [as_dicts(tokenizer, conversation, pattern) for conversation in conversations]
     return (
@@ -171,27 +172,27 @@ def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, genera
 def render_marked(
     tokenizer: Any, conversations: Sequence[Sequence[Message]]
 ) -> list[tuple[str, list[tuple[int, int]]]]:
-    """As `render`, with the character ranges that stand between `{% generation %}` and `{% endgeneration %}`."""
+    """Render as `render` does, and return the character ranges between `{% generation %}` and `{% endgeneration %}`."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     pattern = _control_pattern(control_tokens(tokenizer))
-    texts, ranges = render_jinja_template(
+    rendered: Any = render_jinja_template(  # (texts, ranges of each)
         conversations=[as_dicts(tokenizer, conversation, pattern) for conversation in conversations],
         chat_template=tokenizer.chat_template,
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    return list(zip(texts, [[tuple(pair) for pair in pairs] for pairs in ranges], strict=True))
+    return [(text, [(start, stop) for start, stop in pairs]) for text, pairs in zip(*rendered, strict=True)]
 
 
 def refusal(tokenizer: Any, error: Exception) -> RowProblem:
-    """A template's own objection (an unknown role, turns that do not alternate) as the row's problem."""
+    """Turn a template's own error (an unknown role, turns that do not alternate) into the row's problem."""
     reason = clip(str(error) or type(error).__name__, 80)
     return RowProblem(f"the chat template ({clip(template_source(tokenizer), 80)}) refuses this row: {reason}")
 
 
 def turn_shape(tokenizer: Any) -> tuple[str, str]:
-    """What the template writes before and after the content of a last answer: ("", "<|im_end|>\\n") for ChatML."""
+    """Texts that the template writes before and after a last answer's content: ("", "<|im_end|>\\n") for ChatML."""
     probe = [Message("user", "question"), Message("assistant", _PROBE)]
     text = render(tokenizer, [probe])[0]
     given = render(tokenizer, [probe[:1]], generation_prompt=True)[0]
@@ -200,23 +201,24 @@ def turn_shape(tokenizer: Any) -> tuple[str, str]:
 
 
 def turn_end(tokenizer: Any) -> str:
-    """The text after an answer, e.g. "<|im_end|>\\n"."""
+    """Text that the template writes after an answer, e.g. "<|im_end|>\\n"."""
     return turn_shape(tokenizer)[1]
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the end-of-text token, and the control tokens that the template writes after a turn."""
+    """Token ids that end an answer: the end-of-text token, and the control tokens that the template writes after it."""
     after = turn_end(tokenizer)
     written = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer) if token in after}
     return sorted(written | {tokenizer.eos_token_id})
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Ids of the turns before an answer, with the opening of the assistant's turn: what the model continues when it
-    generates.
+    """Token ids of the turns before an answer, with the opening of the assistant's turn: the input of generation.
 
-    They are the ids that stand before the answer in training (the same text in other tokens after an earlier answer
-    whose start the tokenizer joins with the template). Raises DataError where the template refuses the turns.
+    These ids also stand before the answer in training, with one exception: after an earlier answer whose start the
+    tokenizer joins with the template, the same text may have other tokens.
+
+    Raises: DataError where the template refuses the turns.
     """
     try:
         text = render(tokenizer, [messages], generation_prompt=True)[0]
@@ -232,8 +234,10 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text to be encoded on its own. `start`: where it begins in the rendered text; `literal`: control tokens in it are
-    text."""
+    """A part of the rendered text that is encoded on its own.
+
+    start: where it begins in the rendered text. literal: whether control tokens in it are plain text.
+    """
 
     text: str
     start: int
@@ -241,9 +245,12 @@ class Piece:
 
 
 def split_literals(text: str, cuts: Sequence[int] = ()) -> list[Piece]:
-    """Cuts rendered text at the given positions (counted in `text`, OPEN and CLOSE included) and around its literal
-    control tokens."""
-    pieces, literal, start = [], False, 0
+    """Cut rendered text at the given positions and around its literal control tokens.
+
+    The positions count characters of `text`, OPEN and CLOSE included.
+    """
+    pieces: list[Piece] = []
+    literal, start = False, 0
     stops = sorted({*cuts, *(m.start() for m in re.finditer(f"[{OPEN}{CLOSE}]", text)), len(text)})
     for stop in stops:
         if piece := text[start:stop].lstrip(OPEN + CLOSE):
@@ -255,14 +262,14 @@ def split_literals(text: str, cuts: Sequence[int] = ()) -> list[Piece]:
 
 
 def encode_pieces(tokenizer: Any, pieces: Sequence[Piece]) -> list[list[int]]:
-    """Ids of each piece of one text. Raises RowProblem where together they do not decode to the whole."""
+    """Encode each piece of one text. Raises RowProblem where the pieces together do not decode to the whole text."""
     ids = [
         _encode_inside(tokenizer, piece) if number else _encode(tokenizer, piece) for number, piece in enumerate(pieces)
     ]
     decoded = tokenizer.decode([i for part in ids for i in part], clean_up_tokenization_spaces=False)
     text = "".join(piece.text for piece in pieces)
     if any(piece.literal for piece in pieces):
-        # Decoders put spaces around control tokens, so that a literal one can be compared only without spaces.
+        # Decoders put spaces around control tokens, so texts with literal ones are compared without spaces.
         same = "".join(decoded.split()) == "".join(text.split())
     else:
         same = decoded == tokenizer.decode(
@@ -280,8 +287,8 @@ def _encode(tokenizer: Any, piece: Piece, before: str = "") -> list[int]:
 
 
 def _encode_inside(tokenizer: Any, piece: Piece) -> list[int]:
-    # SentencePiece puts a space before the start of a text, which a piece from the middle does not have: encode it
-    # after a newline.
+    # SentencePiece puts a space before the start of a text. A piece from the middle has none, so it is encoded after a
+    # newline.
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     ids = _encode(tokenizer, piece, "\n")
     return ids[len(newline) :] if newline and ids[: len(newline)] == newline else _encode(tokenizer, piece)

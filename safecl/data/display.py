@@ -1,8 +1,7 @@
-"""What the data looks like to the model, before the first step: sizes, the share of supervised tokens, and one example
-with its mask.
+"""A summary of prepared data for the terminal: sizes, the share of supervised tokens, and one example with its mask.
 
-Trained tokens stand in {+braces with plus signs+} as in a word diff, and in green, so that they can be told apart
-without colours too.
+Trained tokens are green and enclosed in {+braces with plus signs+}, as in a word diff, so that they also show without
+colours.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _SHOWN_TOKENS = 400
 
 
 def decode_marked(tokenizer: Any, row: Row, max_tokens: int = _SHOWN_TOKENS) -> Text:
-    """The row as text, every run of trained tokens green and in {+ +}."""
+    """Decode the row, with every run of trained tokens green and inside {+ +}."""
     text = Text()
     for trained, ids in _runs(row, max_tokens):
         decoded = "".join(
@@ -36,7 +35,7 @@ def decode_marked(tokenizer: Any, row: Row, max_tokens: int = _SHOWN_TOKENS) -> 
 
 
 def _runs(row: Row, max_tokens: int) -> list[tuple[bool, np.ndarray]]:
-    """Tokens in runs of equal mask. A long row is shown around the start of what is trained."""
+    """Split the row into runs of equal mask. Of a long row, keep the part around the first trained token."""
     first = int(np.argmax(row.loss_mask))
     start = max(0, min(first - max_tokens // 2, len(row) - max_tokens))
     ids, mask = row.input_ids[start : start + max_tokens], row.loss_mask[start : start + max_tokens]
@@ -45,11 +44,10 @@ def _runs(row: Row, max_tokens: int) -> list[tuple[bool, np.ndarray]]:
 
 
 def describe(dataset: TokenDataset, tokenizer: Any, *, examples: str = "full", title: str = "data") -> Group:
-    """A rich renderable: rows, tokens, the share of them that is supervised, lengths, bad and cut rows, and one decoded
-    example.
+    """Summarise a data set for rich: rows, tokens, their supervised share, lengths, bad and cut rows, one example.
 
-    Args: `examples` as `privacy.examples`: "full" shows one; "hashed" only its id; "none" nothing, and bad rows only as
-    a count.
+    Args: `examples` as `privacy.examples`: "full" shows the example, "hashed" only its id, "none" nothing, and bad rows
+    only as a count.
     """
     lines = [_sizes(dataset), _lengths(dataset), *(line for r in dataset.reports for line in _left_out(r, examples))]
     parts: list[Any] = [Text.from_markup(line) for line in lines]
@@ -66,10 +64,9 @@ def describe(dataset: TokenDataset, tokenizer: Any, *, examples: str = "full", t
 
 def _sizes(dataset: TokenDataset) -> str:
     share = 100 * dataset.supervised_share
-    return (
-        f"{len(dataset):,} rows, {dataset.num_tokens:,} tokens, {dataset.total_targets:,} of them supervised ([bold]{share:.1f} %[/bold]); "
-        f"chat template: {escape(dataset.reports[0].template)}"
-    )
+    supervised = f"{dataset.total_targets:,} of them supervised ([bold]{share:.1f} %[/bold])"
+    template = escape(dataset.reports[0].template)
+    return f"{len(dataset):,} rows, {dataset.num_tokens:,} tokens, {supervised}; chat template: {template}"
 
 
 def _lengths(dataset: TokenDataset) -> str:
@@ -78,14 +75,11 @@ def _lengths(dataset: TokenDataset) -> str:
 
 
 def _left_out(report: Report, examples: str) -> list[str]:
-    lines = []
+    lines, path = [], escape(report.path)
     if report.truncated:
-        lines.append(
-            f"[yellow]{report.truncated:,} rows of {escape(report.path)} were cut to max_length {report.max_length}[/yellow]"
-        )
+        lines.append(f"[yellow]{report.truncated:,} rows of {path} were cut to max_length {report.max_length}[/yellow]")
     if report.bad:
-        lines.append(
-            f"[yellow]{report.bad:,} of {report.seen:,} rows of {escape(report.path)} cannot be used and are skipped[/yellow]"
-        )
+        left_out = f"{report.bad:,} of {report.seen:,} rows of {path} cannot be used and are skipped"
+        lines.append(f"[yellow]{left_out}[/yellow]")
         lines += [] if examples == "none" else [f"  {escape(line)}" for line in report.examples]
     return lines

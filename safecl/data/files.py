@@ -1,7 +1,6 @@
-"""Rows as they stand in a file, with the number of their line, one by one: nothing here holds a whole JSONL, CSV or
-Parquet file in memory.
+"""Raw rows of a file with their line numbers, read one by one: no JSONL, CSV or Parquet file is held in memory whole.
 
-A row that cannot be read is handed on as a problem with its line number; only a file that cannot be read at all raises.
+A row that cannot be read becomes a problem with its line number. Only a file that cannot be read at all raises.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class RawRow:
-    """`columns`, or `problem`: why there are none. `line` counts from 1: see `unit_of`."""
+    """One row: its `columns`, or the `problem` that makes it unreadable. `line` counts from 1: see `unit_of`."""
 
     line: int
     columns: dict[str, Any] | None
@@ -37,8 +36,8 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Source:
-    """Something with rows. `rows()` starts from the first row each time; `fingerprint()` changes when the content
-    does."""
+    """A file, folder or hub data set. `rows()` starts from the first row at each call; `fingerprint()` changes with the
+    content."""
 
     path: str
     unit: str  # "line" or "row": what RawRow.line counts
@@ -46,35 +45,34 @@ class Source:
     fingerprint: Callable[[], str]
 
     def where(self, line: int) -> str:
-        return _told(self.path, line, self.unit)
+        return _place(self.path, line, self.unit)
 
 
 def unit_of(path: str) -> str:
-    """What a row's number counts: "line", or "row" where rows are not lines of their own (Parquet, a JSON list, a data
-    set of the hub)."""
+    """The unit of row numbers: "line", or "row" where rows are not lines (Parquet, a JSON list, a hub data set)."""
     local = Path(path).expanduser()
     if local.suffix.lower() not in _JSON:
         return "line" if local.suffix.lower() in _LINES else "row"
     return "row" if local.is_file() and _holds_one_value(local) else "line"
 
 
-_unit_once = functools.lru_cache(64)(unit_of)  # asked for every row of a file
+_unit_once = functools.lru_cache(64)(unit_of)  # called for every row of a file
 
 
 def where(path: str, line: int) -> str:
-    """Where a row stands: `file:line`, or `file, row 3`."""
-    return _told(path, line, _unit_once(path))
+    """Name a row by its place: `file:line`, or `file, row 3`."""
+    return _place(path, line, _unit_once(path))
 
 
-def _told(path: str, line: int, unit: str) -> str:
+def _place(path: str, line: int, unit: str) -> str:
     return f"{path}:{line}" if unit == "line" else f"{path}, row {line}"
 
 
 def open_source(path: str | Path, split: str = "train") -> Source:
-    """A local file, a folder written by `datasets.save_to_disk`, or a hub id (`name`, `owner/name`, or
-    `owner/name:config`).
+    """Open a local file, a folder written by `datasets.save_to_disk`, or a hub data set.
 
-    Raises: DataError when there is no such thing.
+    Args: `path`: a file, a folder, or a hub id (`name`, `owner/name`, or `owner/name:config`); `split` of a data set.
+    Raises: DataError where none of these exists.
     """
     path = str(path)
     refuse_missing(path)
@@ -87,7 +85,8 @@ def open_source(path: str | Path, split: str = "train") -> Source:
 
 
 def refuse_missing(path: str) -> None:
-    """Raises DataError where `path` can only be a local file and there is none. Reads nothing and asks no hub."""
+    """Raise DataError where `path` can only be a local file and does not exist. Reads no file and does not use the
+    network."""
     local = Path(path).expanduser()
     if local.is_dir() or local.is_file():
         return
@@ -109,26 +108,22 @@ def _nearest(path: Path) -> str:
 
 
 def _file_source(path: str, local: Path) -> Source:
-    readers = {
-        ".csv": (",", _csv_rows),
-        ".tsv": ("\t", _csv_rows),
-        ".parquet": (None, _parquet_rows),
-        ".txt": (None, _text_rows),
-    }
     suffix = local.suffix.lower()
     try:
         _refuse_other_encodings(path, local)
-        if suffix in readers:
-            option, read = readers[suffix]
-            rows = (lambda: read(path, local, option)) if option else (lambda: read(path, local))
-            return Source(path, unit_of(path), rows, lambda: _hash_file(local))
-        if suffix in _JSON:
-            unit = unit_of(path)
-            reader = _json_rows if unit == "row" else _jsonl_rows
-            return Source(path, unit, lambda: reader(path, local), lambda: _hash_file(local))
+        unit = unit_of(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    raise DataError(f"{path}: unknown kind of file `{suffix or local.name}`; known: {', '.join(SUFFIXES)}")
+    readers: dict[str, Callable[[str, Path], Iterator[RawRow]]] = {
+        ".csv": functools.partial(_csv_rows, delimiter=","),
+        ".tsv": functools.partial(_csv_rows, delimiter="\t"),
+        ".parquet": _parquet_rows,
+        ".txt": _text_rows,
+        **dict.fromkeys(_JSON, _json_rows if unit == "row" else _jsonl_rows),
+    }
+    if suffix not in readers:
+        raise DataError(f"{path}: unknown kind of file `{suffix or local.name}`; known: {', '.join(SUFFIXES)}")
+    return Source(path, unit, lambda: readers[suffix](path, local), lambda: _hash_file(local))
 
 
 def _hash_file(local: Path) -> str:
@@ -151,27 +146,27 @@ def _refuse_other_encodings(path: str, local: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- JSON
 
 
-class _Twice(dict):
-    """An object in which a key stands twice."""
+class _RepeatedKey(dict[str, Any]):
+    """A JSON object that has the key `key` more than once."""
 
     key = ""
 
 
-def _keep_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    columns = dict(pairs)
-    if len(columns) < len(pairs):
-        names = [name for name, _ in pairs]
-        columns = _Twice(columns)
-        columns.key = next(name for name in names if names.count(name) > 1)
-    return columns
+def _mark_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(columns := dict(pairs)) == len(pairs):
+        return columns
+    names = [name for name, _ in pairs]
+    marked = _RepeatedKey(columns)
+    marked.key = next(name for name in names if names.count(name) > 1)
+    return marked
 
 
-def _key_twice(value: Any) -> str | None:
-    """The first key that stands twice in an object somewhere in a parsed value."""
+def _repeated_key(value: Any) -> str | None:
+    """A key that some object in a parsed value has more than once, or None."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, _Twice):
+        if isinstance(value, _RepeatedKey):
             return value.key
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         waiting += [item for item in inner if isinstance(item, (dict, list))]
@@ -179,7 +174,7 @@ def _key_twice(value: Any) -> str | None:
 
 
 def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_keep_twice)
+    return json.loads(text, object_pairs_hook=_mark_repeated_key)
 
 
 def _parse_row(line: int, raw: bytes) -> RawRow:
@@ -199,13 +194,13 @@ def _parse_row(line: int, raw: bytes) -> RawRow:
 def _as_columns(line: int, value: Any) -> RawRow:
     if not isinstance(value, dict):
         return RawRow(line, None, f"a row must be a JSON object like {{...}}, not {clip(json.dumps(value)[:100], 24)}")
-    if (key := _key_twice(value)) is not None:
-        return RawRow(line, None, f"not usable JSON: the key `{clip(key)}` stands twice")
+    if (key := _repeated_key(value)) is not None:
+        return RawRow(line, None, f"not usable JSON: the key `{clip(key)}` appears twice")
     return RawRow(line, value) if value else RawRow(line, None, "the row is empty")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Lines without their end, the empty ones left out; None for a line that is longer than any row may be."""
+    """Yield (number, line without its end) of each line that is not empty; None for a line longer than the limit."""
     limit = 4 * MAX_ROW_CHARS  # a character has up to 4 bytes
     number = 0
     while raw := file.readline(limit):
@@ -230,8 +225,10 @@ def _jsonl_rows(path: str, local: Path) -> Iterator[RawRow]:
 
 
 def _holds_one_value(local: Path) -> bool:
-    """Whether the file is one JSON value (`[{...}, ...]` or `{"data": [...]}`) and not one per line; suffixes are often
-    wrong."""
+    """Whether the file is one JSON value (`[{...}, ...]` or `{"data": [...]}`) and not one per line.
+
+    The content decides, since suffixes are often wrong.
+    """
     with local.open("rb") as file:
         start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
     first, _, rest = start.partition(b"\n")
@@ -258,7 +255,7 @@ def _json_rows(path: str, local: Path) -> Iterator[RawRow]:
         yield _as_columns(number, row)
 
 
-def _list_of_rows(path: str, value: Any) -> list:
+def _list_of_rows(path: str, value: Any) -> list[Any]:
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         is_row = any(isinstance(value.get(name), list) for name in ("messages", "conversations"))
@@ -278,15 +275,14 @@ def _csv_rows(path: str, local: Path, delimiter: str) -> Iterator[RawRow]:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         names = _csv_header(path, reader)
         while True:
-            line = reader.line_num + 1  # where the row begins: a quoted cell may go on over several lines
+            line = reader.line_num + 1  # the row's first line: a quoted cell may span several
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                if "end of data" in str(
-                    error
-                ):  # the rest of the file is inside the quotes: how many rows that is, nobody can say
+                if "end of data" in str(error):
+                    # The rest of the file is inside the quotes, so the number of lost rows is unknown.
                     raise DataError(f"{path}:{line}: a quote is opened that is never closed") from None
                 yield RawRow(line, None, f"not valid CSV: {clip(str(error), 60)}")
                 continue
@@ -356,13 +352,12 @@ def _hub_source(path: str, split: str) -> Source:
     name, _, config = path.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # the library raises dozens of kinds, none of them ours
+    except Exception as error:  # the library raises errors of many types
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = clip(lines[0], 160) if lines else type(error).__name__
-        config_hint = (
-            " (write `name:config` to choose a configuration)" if "config" in str(error).lower() and not config else ""
-        )
-        raise DataError(f"{path}: no such file, and not a data set that the hub gives{config_hint}: {reason}") from None
+        has_configs = "config" in str(error).lower() and not config
+        hint = " (write `name:config` to choose a configuration)" if has_configs else ""
+        raise DataError(f"{path}: no such file, and not a data set that the hub gives{hint}: {reason}") from None
     return _dataset_source(path, loaded)
 
 

@@ -1,11 +1,14 @@
-"""From the columns of one row to its messages: the formats that people bring, detected or named.
+"""Converts the columns of one row to messages. The format is detected from the columns, or named in the config.
 
-messages           {"messages": [{"role": "user", "content": "..."}, ...]}                             OpenAI; `train`, `weight` per message
-prompt_completion  {"prompt": "..." or [messages], "completion" | "answer" | "response": the same}     TRL, TRACE
-alpaca             {"instruction", "input" | "context", "output" | "response", "system", "history"}    Stanford Alpaca, Dolly
-sharegpt           {"conversations": [{"from": "human", "value": "..."}, ...]}                         ShareGPT
-text               {"text": "..."}                                                                     every token is trained
-fields             templates over the row's own columns                                                anything else
+messages           {"messages": [{"role": "user", "content": "..."}, ...]}
+                   of OpenAI; `train` or `weight` per message
+prompt_completion  {"prompt": "..." or [messages], "completion" | "answer" | "response": the same}
+                   of TRL and TRACE
+alpaca             {"instruction", "input" | "context", "output" | "response", "system", "history"}
+                   of Stanford Alpaca and Dolly
+sharegpt           {"conversations": [{"from": "human", "value": "..."}, ...]}
+text               {"text": "..."}; every token is trained
+fields             templates over the row's own columns, for anything else
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 
 from safecl.config import ConfigError, FieldMap
 
-MAX_ROW_CHARS = 4 * 2**20  # about a million tokens: no context window takes more, so a longer row is a broken file
+MAX_ROW_CHARS = 4 * 2**20  # about a million tokens: more than any context window, so the file must be broken
 ROLES = ("system", "user", "assistant")
 _SPEAKERS = {
     "human": "user",
@@ -40,12 +43,12 @@ class DataError(ConfigError):
 
 
 class RowProblem(Exception):
-    """Why one row cannot be used; becomes a counted line in the report of bad rows."""
+    """The reason why one row cannot be used. It becomes a counted line in the report of bad rows."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `train`: True or False where the data says so, None for the default (assistant turns are trained)."""
+    """One turn. `train`: what the data says, or None for the default, by which assistant turns are trained."""
 
     role: str
     content: str
@@ -67,17 +70,16 @@ class ChatRow:
 
 
 def clip(value: Any, limit: int = 40) -> str:
-    """At most `limit` printable characters of a value, for messages: a customer's row must not fill the log."""
-    shown = (
-        ascii(value)
-        if not isinstance(value, str)
-        else "".join(c if c.isprintable() else "?" for c in value[: limit + 1])
-    )
+    """Shorten a value to `limit` printable characters for a message: a customer's row must not fill the log."""
+    if isinstance(value, str):
+        shown = "".join(c if c.isprintable() else "?" for c in value[: limit + 1])
+    else:
+        shown = ascii(value)
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 def columns_of(columns: Iterable[str]) -> str:
-    """Column names for a message, at most about 80 characters."""
+    """List column names for a message, in at most 80 characters."""
     names = ", ".join(f"`{clip(name, 24)}`" for name in list(columns)[:8])
     return clip(names, 80) if names else "no columns"
 
@@ -95,7 +97,7 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _joined_parts(parts: list, name: str) -> str:
+def _joined_parts(parts: list[Any], name: str) -> str:
     if not parts:
         raise RowProblem(f"{name} is an empty list")
     for part in parts:
@@ -121,7 +123,7 @@ def _check_text(text: str, name: str) -> None:
 
 
 def check_messages(messages: list[Message]) -> tuple[Message, ...]:
-    """The rules that every format's rows must meet. Raises RowProblem."""
+    """Check the rules for rows of every format, and drop empty system messages. Raises RowProblem."""
     messages = [m for m in messages if m.role != "system" or m.content.strip()]
     if not messages:
         raise RowProblem("the row is empty")
@@ -167,7 +169,7 @@ def _train_flag(turn: Mapping[str, Any], name: str) -> bool | None:
 
 
 def read_turns(value: Any, name: str, role_key: str = "role", text_key: str = "content") -> list[Message]:
-    """A list of turns as messages, unchecked but for their shape. Raises RowProblem."""
+    """Convert a list of turns to messages. Only their shape is checked. Raises RowProblem."""
     if isinstance(value, str):  # CSV and Parquet often hold the list as JSON text
         try:
             value = json.loads(value)
@@ -221,7 +223,7 @@ def _from_messages(row: Mapping[str, Any]) -> list[Message]:
     unmask = row.get("unmask")
     if unmask not in (None, False, True):
         raise RowProblem("`unmask` must be true or false")
-    if unmask:  # a row that asks for all of its turns to be trained, not only the assistant's
+    if unmask:  # the row asks for all of its turns to be trained, not only the assistant's
         messages = [
             m if m.role == "system" or m.train is not None else Message(m.role, m.content, True) for m in messages
         ]
@@ -278,7 +280,7 @@ _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 def template_columns(template: str) -> list[str]:
-    """The columns that a template names."""
+    """Names of the columns in a template."""
     return [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
 
 
@@ -298,7 +300,7 @@ def _cell(row: Mapping[str, Any], name: str, values: Mapping[str, Mapping[str, s
 
 
 def fill(template: str, row: Mapping[str, Any], values: Mapping[str, Mapping[str, str]] = {}) -> str:
-    """Replaces `{column}` by the row's value and `{{`, `}}` by braces. Raises RowProblem where a column is missing."""
+    """Replace `{column}` by the row's value and `{{`, `}}` by braces. Raises RowProblem where a column is missing."""
     fixed = {"{{": "{", "}}": "}"}
     return _PLACEHOLDER.sub(lambda match: fixed.get(match[0]) or _cell(row, match[1], values), template)
 
@@ -313,7 +315,7 @@ def _from_fields(fields: FieldMap) -> Callable[[Mapping[str, Any]], list[Message
 
 
 def check_fields(fields: FieldMap, columns: Iterable[str], path: str) -> None:
-    """Raises DataError where the templates or `values` name a column that none of the rows looked at has."""
+    """Raise DataError where the templates or `values` name a column that is not in `columns`."""
     columns = list(columns)
     templates = {"prompt": fields.prompt, "completion": fields.completion, "system": fields.system or ""}
     named = [(f"fields.{key}", name) for key, template in templates.items() for name in template_columns(template)]
@@ -326,7 +328,8 @@ def check_fields(fields: FieldMap, columns: Iterable[str], path: str) -> None:
             )
     if not template_columns(fields.completion):
         raise DataError(
-            f"{path}: fields.completion names no column, so every answer would be the same; the rows have {columns_of(columns)}"
+            f"{path}: fields.completion names no column, so every answer would be the same; "
+            f"the rows have {columns_of(columns)}"
         )
 
 
@@ -342,7 +345,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
 
 
 def detect(columns: Iterable[str]) -> str | None:
-    """The format that a row with these columns has, or None."""
+    """Format of a row with these columns, or None."""
     columns = set(columns)
     if "messages" in columns:
         return "messages"
@@ -356,7 +359,7 @@ def detect(columns: Iterable[str]) -> str | None:
 
 
 def suggest_fields(columns: Iterable[str]) -> str:
-    """A `fields` line that would fit columns of no known format."""
+    """Suggest a `fields` line for columns of no known format."""
     columns = list(columns)
     answers = [
         c for c in columns if re.search(r"answer|label|target|output|response|completion|summary|solution", c, re.I)
@@ -367,13 +370,13 @@ def suggest_fields(columns: Iterable[str]) -> str:
 
 
 def row_reader(format: str, fields: FieldMap | None) -> Callable[[Mapping[str, Any]], tuple[Message, ...]]:
-    """The function from a row's columns to its checked messages. It raises RowProblem."""
+    """Return the function from a row's columns to its checked messages. It raises RowProblem."""
     read = _from_fields(fields) if format == "fields" and fields is not None else _READERS[format]
     return lambda row: check_messages(read(row))
 
 
 def tags_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """Short scalar columns beside the text (`id`, `category`, `safe`, ...), as text."""
+    """Short scalar columns other than the text (`id`, `category`, `safe`, ...), as strings."""
     tags = {}
     for name, value in row.items():
         if name in ("text", "prompt", "instruction", "input", "output", "context", "system", *_ANSWERS):

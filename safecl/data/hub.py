@@ -1,7 +1,6 @@
-"""Names of models: a folder here, or owner/name on the hub. What cannot be had is told at once, before a library tries
-for a minute.
+"""Checks of model names: a local folder, or owner/name on the hub.
 
-Imports no torch.
+A model that cannot be had is reported at once, where a library would try for a minute. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _ONE_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.mod
 
 
 def refuse_missing_folder(key: str, name: str) -> None:
-    """Raises ConfigError where `name` is no folder and cannot be a model of the hub. Asks no hub."""
+    """Raise ConfigError where `name` is no model folder and cannot be a model of the hub. Does not use the network."""
     local = Path(name).expanduser()
     if local.is_dir():
         if not any((local / file).is_file() for file in _ONE_OF_A_TOKENIZER):
@@ -35,8 +34,7 @@ def refuse_missing_folder(key: str, name: str) -> None:
 
 
 def refuse_unreachable(key: str, name: str) -> None:
-    """Raises ConfigError for a missing folder, or for a model of the hub that is not in its cache while the hub cannot
-    be reached."""
+    """Raise ConfigError for a missing folder, or for a hub model that is not cached while the hub is out of reach."""
     refuse_missing_folder(key, name)
     if Path(name).expanduser().is_dir() or _is_cached(name):
         return
@@ -46,8 +44,8 @@ def refuse_unreachable(key: str, name: str) -> None:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether the hub's cache holds it; without the hub's library, which reads its environment once, when it is
-    imported."""
+    """Whether the hub's cache holds the model. The hub's library is not used: it reads its environment only once, when
+    it is imported."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     snapshots = cache / f"models--{name.replace('/', '--')}" / "snapshots"
@@ -56,7 +54,7 @@ def _is_cached(name: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _no_connection() -> str | None:
-    """Why the hub cannot be asked; None where its host (or the proxy on the way) takes connections."""
+    """Return why the hub cannot be reached, or None where its host (or the proxy before it) takes connections."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "the hub cannot be asked (there is no network, or HF_HUB_OFFLINE is set)"
     asked = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
@@ -71,6 +69,6 @@ def _no_connection() -> str | None:
 
 
 def local_name(name: str) -> str:
-    """The folder with ~ resolved, or the name on the hub as it is."""
+    """Return the folder with ~ resolved, or the name on the hub unchanged."""
     local = Path(name).expanduser()
     return os.fspath(local) if local.is_dir() else name

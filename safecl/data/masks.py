@@ -1,21 +1,21 @@
-"""From messages to ids and the loss mask: which tokens are learned.
+"""Token ids and loss masks of messages: which tokens are trained.
 
-Learned are the assistant's turns, all of them, each with the token that ends it, so that the model learns to stop.
-Where a turn stands in the text comes from the template's `{% generation %}` markers, or, where it has none, from
-prefixes: the turn i begins where the rendering of messages[:i] with the opening of an answer ends. Both are verified:
+All turns of the assistant are trained, each with the token that ends it, so that the model learns to stop. The place of
+a turn in the text comes from the template's `{% generation %}` markers. Without markers it comes from prefixes: turn i
+begins where the rendering of messages[:i], with the opening of an answer, ends. Both are verified:
 
     text    render(messages[:i], opening) is a prefix of render(messages)
-    tokens  encode(text[:start]) is a prefix of encode(text): what is learned follows exactly the ids that generation will start from
+    tokens  encode(text[:start]) is a prefix of encode(text): the answer follows the same ids as in generation
 
-Where the texts disagree the template is at fault, and is named. Where only the tokens disagree (an answer that begins
-with a newline, after a template that ends in one), the text is encoded in two parts, cut at the boundary, which is what
-the model sees when it generates.
+Where the texts differ, the template is at fault, and the error names it. Where only the tokens differ (an answer that
+begins with a newline, after a template that ends with one), the text is cut at the boundary and encoded in two parts,
+which gives the ids that the model sees when it generates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,13 @@ from safecl.data.files import where
 from safecl.data.formats import ChatRow, DataError, Message, RowProblem
 from safecl.data.tokens import Row, content_digest, row_key
 
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids: int32 [length]; loss_mask: bool [length]; num_tokens: length before it was cut."""
+    """A tokenised row. ids: int32 [length]; loss_mask: bool [length]; num_tokens: length before it was cut."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
@@ -50,18 +53,22 @@ class Encoded:
 
 @dataclass
 class _Chat:
-    """One conversation on its way: rendered text and the character ranges of its trained turns."""
+    """One conversation between rendering and encoding.
+
+    marked: character ranges that the template's markers enclose, None without markers. spans: those of trained turns.
+    """
 
     messages: tuple[Message, ...]
     text: str = ""
-    spans: list[tuple[int, int]] | None = None
+    marked: list[Span] | None = None
+    spans: list[Span] = field(default_factory=list)
     problem: RowProblem | None = None
 
 
 def tokenize_row(tokenizer: Any, row: ChatRow, max_length: int) -> Row:
-    """One row's ids and loss mask, cut to `max_length` tokens.
+    """Tokenise one row and cut it to `max_length` tokens.
 
-    Raises: DataError naming file and line where the row has no supervised token or the template refuses it.
+    Raises: DataError, with file and line, where the row has no supervised token or the template refuses it.
     """
     encoded = tokenize_rows(tokenizer, [row], max_length)[0]
     if isinstance(encoded, RowProblem):
@@ -70,25 +77,23 @@ def tokenize_row(tokenizer: Any, row: ChatRow, max_length: int) -> Row:
 
 
 def tokenize_rows(tokenizer: Any, rows: Sequence[ChatRow], max_length: int) -> list[Encoded | RowProblem]:
-    """Ids and masks of many rows at once; a RowProblem in the place of a row that cannot be used.
+    """Tokenise many rows at once; a row that cannot be used gives a RowProblem in its place.
 
     Raises: DataError where the chat template breaks the prefix property, so that no mask can be trusted.
     """
-    out: list[Encoded | RowProblem | None] = [None] * len(rows)
     plain = [i for i, row in enumerate(rows) if row.messages[0].role == "text"]
     chats = [i for i, row in enumerate(rows) if row.messages[0].role != "text"]
-    for i, encoded in zip(plain, _encode_texts(tokenizer, [rows[i].messages[0].content for i in plain]), strict=True):
-        out[i] = encoded
-    for i, encoded in zip(chats, _encode_chats(tokenizer, [rows[i] for i in chats]), strict=True):
-        out[i] = encoded
-    return [_cut(encoded, max_length) for encoded in out]
+    texts = _encode_texts(tokenizer, [rows[i].messages[0].content for i in plain])
+    conversations = _encode_chats(tokenizer, [rows[i] for i in chats])
+    encoded = dict(zip(plain, texts, strict=True)) | dict(zip(chats, conversations, strict=True))
+    return [_cut(encoded[i], max_length) for i in range(len(rows))]
 
 
 def _cut(encoded: Encoded | RowProblem, max_length: int) -> Encoded | RowProblem:
     if isinstance(encoded, RowProblem):
         return encoded
     mask = encoded.loss_mask[:max_length].copy()
-    mask[:1] = False  # nothing stands before the first token that could predict it
+    mask[:1] = False  # nothing before the first token can predict it
     if not mask.any():
         first = int(np.argmax(encoded.loss_mask[1:])) + 2  # counted from 1
         cut = f"cut to max_length {max_length}: the answer begins at token {first} of {encoded.num_tokens}"
@@ -98,7 +103,7 @@ def _cut(encoded: Encoded | RowProblem, max_length: int) -> Encoded | RowProblem
 
 
 def _encode_texts(tokenizer: Any, texts: list[str]) -> list[Encoded]:
-    """Raw text, every token trained: with the special tokens that the tokenizer puts around a text, and an end."""
+    """Encode raw texts with every token trained: the tokenizer's special tokens around the text, and an end token."""
     encoded = []
     for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else []:
         ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
@@ -118,26 +123,31 @@ def _encode_chats(tokenizer: Any, rows: Sequence[ChatRow]) -> list[Encoded | Row
     return [chat.problem or next(encoded) for chat in chats]
 
 
-# ------------------------------------------------------------------------------------------------ where the turns stand
+# ------------------------------------------------------------------------------------------------ places of the turns
 
 
 def _render_all(tokenizer: Any, chats: list[_Chat]) -> None:
-    marked = has_markers(tokenizer)
     try:
-        texts = (render_marked if marked else render)(tokenizer, [chat.messages for chat in chats])
-    except Exception as error:  # a template may raise anything; one by one shows which row it was
+        rendered = _rendered(tokenizer, [chat.messages for chat in chats])
+    except Exception as error:  # a template may raise anything; rendering one by one shows which row is at fault
         if len(chats) > 1:
             for chat in chats:
                 _render_all(tokenizer, [chat])
         else:
             chats[0].problem = refusal(tokenizer, error)
         return
-    for chat, text in zip(chats, texts, strict=True):
-        chat.text, chat.spans = text if marked else (text, None)
+    for chat, (text, marked) in zip(chats, rendered, strict=True):
+        chat.text, chat.marked = text, marked
+
+
+def _rendered(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> Sequence[tuple[str, list[Span] | None]]:
+    if has_markers(tokenizer):
+        return render_marked(tokenizer, conversations)
+    return [(text, None) for text in render(tokenizer, conversations)]
 
 
 def _locate_turns(tokenizer: Any, chats: list[_Chat], rows: Sequence[ChatRow]) -> None:
-    """Fills in the spans of the trained turns: from the markers where they mark one range per answer, else from
+    """Fill in the spans of the trained turns: from the markers where they mark one range per answer, else from
     prefixes."""
     by_prefix = []
     for chat, row in zip(chats, rows, strict=True):
@@ -145,8 +155,8 @@ def _locate_turns(tokenizer: Any, chats: list[_Chat], rows: Sequence[ChatRow]) -
             continue
         answers = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
         wanted = [i for i, m in enumerate(chat.messages) if m.is_trained]
-        if chat.spans is not None and len(chat.spans) == len(answers) and set(wanted) <= set(answers):
-            chat.spans = [span for i, span in zip(answers, chat.spans, strict=True) if i in wanted]
+        if chat.marked is not None and len(chat.marked) == len(answers) and set(wanted) <= set(answers):
+            chat.spans = [span for i, span in zip(answers, chat.marked, strict=True) if i in wanted]
         else:
             by_prefix.append((chat, row, wanted))
     if by_prefix:
@@ -155,7 +165,7 @@ def _locate_turns(tokenizer: Any, chats: list[_Chat], rows: Sequence[ChatRow]) -
 
 def _locate_by_prefix(tokenizer: Any, todo: list[tuple[_Chat, ChatRow, list[int]]]) -> None:
     openings = [(chat.messages[:i], chat.messages[i].role == "assistant") for chat, _, wanted in todo for i in wanted]
-    # The last turn ends where the text does; only earlier ones need a rendering of their own.
+    # The last turn ends with the text; only earlier turns need a rendering of their own.
     closings = [
         (chat.messages[: i + 1], False) for chat, _, wanted in todo for i in wanted if i + 1 < len(chat.messages)
     ]
@@ -171,20 +181,15 @@ def _locate_by_prefix(tokenizer: Any, todo: list[tuple[_Chat, ChatRow, list[int]
             chat.spans.append(span)
 
 
-def _span(text: str, start: str | None, stop: str | None) -> tuple[int, int] | None:
-    if (
-        start is None
-        or stop is None
-        or not text.startswith(start)
-        or not text.startswith(stop)
-        or len(stop) <= len(start)
-    ):
+def _span(text: str, start: str | None, stop: str | None) -> Span | None:
+    """Return the part of `text` between two of its prefixes, or None where they are not such prefixes."""
+    if start is None or stop is None or not text.startswith(start) or not text.startswith(stop):
         return None
-    return len(start), len(stop)
+    return (len(start), len(stop)) if len(stop) > len(start) else None
 
 
 def _render_prefixes(tokenizer: Any, prefixes: list[tuple[tuple[Message, ...], bool]]) -> list[str | None]:
-    """Texts of the prefixes, None where the template refuses one; an empty prefix is the empty text."""
+    """Render prefixes, given as (messages, whether an answer opens). None where the template refuses one."""
     out: list[str | None] = [""] * len(prefixes)
     for opening in (True, False):
         chosen = [i for i, (messages, flag) in enumerate(prefixes) if messages and flag == opening]
@@ -201,10 +206,12 @@ def _render_prefixes(tokenizer: Any, prefixes: list[tuple[tuple[Message, ...], b
 
 def _earlier_span(
     tokenizer: Any, chat: _Chat, i: int, opened: str | None, shape: tuple[str, str], tokens: tuple[str, ...]
-) -> tuple[int, int] | None:
-    """An earlier answer that the template renders otherwise than a last one: Qwen3 opens only the last with a <think>
-    block, Phi-3 closes only the last with one more token. It stands where the turns before it end, behind the header,
-    as its content with what ends a turn."""
+) -> Span | None:
+    """Find an earlier answer that the template renders otherwise than the last one.
+
+    Qwen3 opens only the last answer with a <think> block, and Phi-3 closes only the last with one more token. An
+    earlier one follows the turns before it and the header, as its content and the end of a turn.
+    """
     text, message = chat.text, chat.messages[i]
     if message.role != "assistant" or i + 1 == len(chat.messages) or opened is None:
         return None
@@ -230,17 +237,18 @@ def _earlier_span(
 def _no_prefix(tokenizer: Any, row: ChatRow, i: int) -> DataError:
     source = template_source(tokenizer)
     return DataError(
-        f"{where(row.path, row.line)}: the chat template ({source}) does not write before message {i + 1} what it writes when that message "
-        "is to be generated, so what is learned cannot be told from what is given; mark the assistant's turns in a copy of the template "
-        "with {% generation %} ... {% endgeneration %} and name the copy in model.chat_template"
+        f"{where(row.path, row.line)}: the chat template ({source}) does not write before message {i + 1} what it "
+        "writes when that message is to be generated, so the trained part cannot be told from the rest; mark the "
+        "assistant's turns in a copy of the template with {% generation %} ... {% endgeneration %} and name the copy "
+        "in model.chat_template"
     )
 
 
-def _settle_end(text: str, span: tuple[int, int], tokens: tuple[str, ...]) -> tuple[int, int]:
-    """The span up to and with the token that ends the turn.
+def _settle_end(text: str, span: Span, tokens: tuple[str, ...]) -> Span:
+    """Move the end of the span behind the token that ends the turn.
 
-    Whitespace behind that token is the template's: generation has stopped. And some templates close their marker before
-    the token, so that a model trained by it would never stop.
+    Whitespace after that token belongs to the template: generation has stopped. Some templates close their marker
+    before the token, and a model trained on that span would never stop.
     """
     start, stop = span
     trimmed = text[start:stop].rstrip()
@@ -255,8 +263,8 @@ def _settle_end(text: str, span: tuple[int, int], tokens: tuple[str, ...]) -> tu
 
 
 def _encode_spans(tokenizer: Any, chats: list[_Chat]) -> list[Encoded | RowProblem]:
-    """Whole texts in one batch; rows with control tokens in their own text, or with a token across a boundary, part by
-    part."""
+    """Encode whole texts in one batch, and in parts the rows with control tokens in their own text or with a token
+    across a boundary."""
     simple = [i for i, chat in enumerate(chats) if OPEN not in chat.text and CLOSE not in chat.text]
     out: list[Encoded | RowProblem | None] = [None] * len(chats)
     if tokenizer.is_fast and simple:
@@ -283,24 +291,26 @@ def _encode_whole(tokenizer: Any, chats: list[_Chat]) -> list[Encoded | None]:
 
 
 def _starts_to_check(chat: _Chat) -> list[int]:
-    """Boundaries whose prefix is encoded for comparison: the last, which covers all before it, and those behind a
-    space, because some tokenizers leave the space out of a token's offsets, so that offsets alone cannot show a token
-    across the boundary."""
+    """Return the boundaries whose prefix is encoded for comparison: the last one, and those after a space.
+
+    The last prefix covers all before it. Some tokenizers leave a space out of a token's offsets, which then cannot show
+    that a token crosses the boundary.
+    """
     starts = [start for start, _ in chat.spans]
     return [start for start in starts if start == starts[-1] or chat.text[start - 1 : start] == " "]
 
 
 def _mask_whole(
-    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], verified: dict[int, int | None]
+    ids: list[int], offsets: list[Span], spans: list[Span], verified: dict[int, int | None]
 ) -> Encoded | None:
-    """None where a token reaches across the start of a trained turn."""
+    """Mask the trained turns; None where a token crosses the start of one. `verified`: first token by its start."""
     begins, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     mask = np.zeros(len(ids), bool)
     for start, stop in spans:
-        first = int(np.searchsorted(ends, start, side="right"))  # first token that ends behind the boundary
+        first: int | None = int(np.searchsorted(ends, start, side="right"))  # first token that ends after the boundary
         if start in verified:
             first = verified[start]
-        elif first < len(ids) and begins[first] < start:
+        elif first is not None and first < len(ids) and begins[first] < start:
             first = None
         if first is None:
             return None
@@ -309,7 +319,7 @@ def _mask_whole(
 
 
 def _encode_in_parts(tokenizer: Any, chat: _Chat) -> Encoded | RowProblem:
-    """Ids with cuts at both ends of every trained turn; exact for any tokenizer, but slower."""
+    """Encode with cuts at both ends of every trained turn: exact for any tokenizer, but slower."""
     pieces = split_literals(chat.text, [edge for span in chat.spans for edge in span])
     try:
         ids = encode_pieces(tokenizer, pieces)

@@ -1,13 +1,13 @@
-"""Which rank computes which rows of a step, in which micro-batch.
+"""Assignment of a step's rows to ranks and micro-batches.
 
 Rows go to ranks by longest processing time first (Graham 1969): the longest row to the rank with the fewest tokens.
 Inside a rank they go into micro-batches of at most `tokens_per_microbatch` tokens:
 
-    packed   best-fit decreasing finds how few micro-batches suffice (Johnson 1974), then rows are spread over that many evenly
-    padded   rows of similar length together, since a micro-batch costs rows x longest
+    packed   best-fit decreasing gives a small number of micro-batches (Johnson 1974); rows are spread over them evenly
+    padded   rows of similar length go together, since a micro-batch costs rows x longest
 
-Every rank gets the same number of micro-batches, some perhaps empty, so that no rank ever waits in a collective that
-another never enters.
+Every rank gets the same number of micro-batches, some perhaps empty, so that no rank waits in a collective that another
+never enters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def assign(
     packed: bool,
     rank_of: Sequence[int | None] | None = None,
 ) -> list[list[list[int]]]:
-    """Indices of `lengths` by `[rank][micro-batch]`; deterministic, so every rank computes it alone.
+    """Assign rows: indices of `lengths` by `[rank][micro-batch]`. Deterministic, so that every rank computes it alone.
 
     Args: `lengths` in tokens; `rank_of[i]`: the rank that row i must stay on, None for any.
     Raises: ValueError where a row is longer than a micro-batch, or a rank does not exist.
@@ -82,7 +82,7 @@ def _pack(rows: list[int], lengths: list[int], capacity: int, num_bins: int | No
 
 
 def _best_fit(rows: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
-    """Each row into the fullest bin that still takes it."""
+    """Put each row into the fullest bin that still takes it."""
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, bin), sorted
     for i in rows:
@@ -96,7 +96,7 @@ def _best_fit(rows: list[int], lengths: list[int], capacity: int) -> list[list[i
 
 
 def _pack_evenly(rows: list[int], lengths: list[int], capacity: int, num_bins: int) -> list[list[int]] | None:
-    """Each row into the emptiest bin; None where one then overflows."""
+    """Put each row into the emptiest bin; None where one overflows."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     loads = [(0, number) for number in range(num_bins)]
     for i in rows:
@@ -116,7 +116,7 @@ def _group(rows: list[int], lengths: list[int], capacity: int, num_groups: int |
     groups = _group_under(rows, lengths, capacity)
     if not rows or num_groups is None:
         return groups
-    # The smallest cap that still gives `num_groups` groups makes them equally expensive.
+    # The smallest cap that still gives at most `num_groups` groups makes their costs about equal.
     low, high = lengths[rows[0]], capacity
     while low < high:
         middle = (low + high) // 2
@@ -125,7 +125,7 @@ def _group(rows: list[int], lengths: list[int], capacity: int, num_groups: int |
 
 
 def _group_under(rows: list[int], lengths: list[int], cap: int) -> list[list[int]]:
-    """Runs of rows sorted by falling length, each of cost rows x longest <= cap."""
+    """Cut rows, sorted by falling length, into runs of cost rows x longest <= cap."""
     groups, start = [], 0
     while start < len(rows):
         stop = start + max(1, cap // max(lengths[rows[start]], 1))

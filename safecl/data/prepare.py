@@ -1,8 +1,8 @@
-"""From a file to a mapped TokenDataset, once per node, before process groups exist.
+"""Prepares a file as a memory-mapped TokenDataset, once per node, before process groups exist.
 
-Every rank calls `prepare_dataset`; the first to get the file lock tokenises, the others wait on the lock (which the
-kernel frees when its holder dies) and map the result. Nothing here communicates, so no collective can time out while a
-large file is tokenised. The folder of a prepared file is named by hashes of its content, the tokenizer and the
+Every rank calls `prepare_dataset`. The first to get the file lock tokenises. The others wait for the lock, which the
+kernel frees when its holder dies, and map the result. Ranks do not communicate here, so no collective can time out
+while a large file is tokenised. The folder of a prepared file is named by a hash of its content, the tokenizer and the
 settings, and appears by rename when it is complete.
 """
 
@@ -18,7 +18,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,26 @@ from safecl.data.files import Source, open_source
 from safecl.data.formats import ChatRow, DataError, RowProblem
 from safecl.data.masks import Encoded, tokenize_rows
 from safecl.data.order import keyed_hash
-from safecl.data.rows import BadRows, scan, spread
+from safecl.data.rows import BadRows, good_rows, spread
 from safecl.data.tokens import Occurrences, Report, Row, StoreWriter, TokenDataset, concat, content_digest, map_store
+from safecl.storage.durable import sync_folder, write_file
 
 log = logging.getLogger("safecl")
 
-_VERSION = 2  # of the prepared files; another version is prepared anew
+_VERSION = 2  # of the prepared files; files of another version are prepared again
 _BATCH = 1024  # rows tokenised at once
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of `prepare_dataset`."""
+
+    format: str
+    fields: FieldMap | None
+    max_rows: int | None
+    max_bad_rows: float
+    tokenizer: Any
+    max_length: int
 
 
 def prepare_dataset(
@@ -52,40 +65,35 @@ def prepare_dataset(
     max_length: int,
     cache_dir: str | Path,
 ) -> TokenDataset:
-    """Reads, checks and tokenises a file, or maps what an earlier call with the same content and settings has left in
-    `cache_dir`.
+    """Read, check and tokenise a file, or map the result of an earlier call with the same content and settings.
 
-    Args: as `read_rows`; `max_length` in tokens, longer rows are cut.
-    Raises: DataError naming file and line where the data cannot be used, or the cache cannot be written.
+    Args: as `read_rows`; `max_length` in tokens, longer rows are cut; `cache_dir` keeps the prepared files.
+    Raises: DataError, with file and line, where the data cannot be used, or where the cache cannot be written.
     """
     fields = FieldMap.model_validate(fields) if isinstance(fields, Mapping) else fields
     source = open_source(path, split)
-    settings = [
-        _VERSION,
-        path,
-        source.fingerprint(),
-        format,
-        fields.model_dump() if fields else None,
-        max_rows,
-        max_length,
-    ]
-    key = hashlib.blake2b(json.dumps([*settings, tokenizer_key(tokenizer)]).encode(), digest_size=16).hexdigest()
+    settings = _Settings(format, fields, max_rows, max_bad_rows, tokenizer, max_length)
+    key = _key(path, source, settings)
     folder = Path(cache_dir).expanduser() / f"rows-{key}"
     try:
-        dataset = _map(folder) or _build_once(
-            folder, key, source, format, fields, max_rows, max_bad_rows, tokenizer, max_length
-        )
+        dataset = _map(folder) or _build_once(folder, key, source, settings)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: prepared data cannot be kept here: {error.strerror or error}; choose another folder"
         ) from None
-    report = dataset.reports[0]
-    _bad_rows(report).check(max_bad_rows)
+    _bad_rows(dataset.reports[0]).check(max_bad_rows)
     return dataset
 
 
+def _key(path: str, source: Source, settings: _Settings) -> str:
+    fields = settings.fields.model_dump() if settings.fields else None
+    file = [_VERSION, path, source.fingerprint()]
+    parts = [*file, settings.format, fields, settings.max_rows, settings.max_length, tokenizer_key(settings.tokenizer)]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
 def tokenizer_key(tokenizer: Any) -> str:
-    """A hash of what the tokenizer makes of a text, chat template included."""
+    """Hash all of the tokenizer that decides the ids of a text, chat template included."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     parts = [
@@ -113,20 +121,19 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build_once(folder: Path, key: str, source: Source, *settings: Any) -> TokenDataset:
+def _build_once(folder: Path, key: str, source: Source, settings: _Settings) -> TokenDataset:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix(".lock")):
         if (dataset := _map(folder)) is not None:
             return dataset
-        mine = (
-            f"{folder.name}.part-{socket.gethostname()}-"  # another node may work here too, where locks do not reach it
-        )
+        # Another node may work in the same folder, where file locks do not reach it: part names carry the host.
+        mine = f"{folder.name}.part-{socket.gethostname()}-"
         for torn in folder.parent.glob(glob.escape(mine) + "*"):
             shutil.rmtree(torn, ignore_errors=True)
         part = folder.with_name(f"{mine}{os.getpid()}")
         part.mkdir()
         try:
-            _build(part, key, source, *settings)
+            _build(part, key, source, settings)
             _publish(part, folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -137,7 +144,7 @@ def _build_once(folder: Path, key: str, source: Source, *settings: Any) -> Token
 
 
 def _publish(part: Path, folder: Path) -> None:
-    """Gives the files their final name; where another node was faster, its files stay."""
+    """Rename the files to their final name. Where another node was faster, its files stay."""
     if folder.exists() and _map(folder) is None:
         shutil.rmtree(folder)
     try:
@@ -146,67 +153,47 @@ def _publish(part: Path, folder: Path) -> None:
         if _map(folder) is None:
             raise
         shutil.rmtree(part)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
 
 
-def _sync(path: Path) -> None:
-    """Makes a folder's entries durable: after a power cut the name must not stand without its files."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _build(
-    part: Path,
-    key: str,
-    source: Source,
-    format: str,
-    fields: FieldMap | None,
-    max_rows: int | None,
-    max_bad_rows: float,
-    tokenizer: Any,
-    max_length: int,
-) -> None:
+def _build(part: Path, key: str, source: Source, settings: _Settings) -> None:
+    """Write the prepared files into `part`; all of them are on the disk when it returns."""
     bad = BadRows(source.path)
-    chosen = _chosen(source, format, fields, max_rows)
-    rows = (row for i, row in enumerate(scan(source, format, fields, bad)) if chosen is None or i in chosen)
     writer, truncated = StoreWriter(part), 0
-    for row, encoded, row_id in _tokenized(rows, source, tokenizer, max_length, bad):
+    for row, encoded, row_id in _tokenized(_chosen_rows(source, settings, bad), source, settings, bad):
         writer.add(Row(row_id, encoded.ids, encoded.loss_mask), row.line, row.tags)
-        truncated += encoded.num_tokens > max_length
-    bad.check(max_bad_rows)
+        truncated += encoded.num_tokens > settings.max_length
+    bad.check(settings.max_bad_rows)
     if writer.num_targets == 0:
         raise DataError(
             f"{source.path}: no token of the {bad.seen} rows is supervised, so there is nothing to learn:\n{bad}"
         )
-    name = template_source(tokenizer)
     report = Report(
-        source.path, bad.seen, bad.count, truncated, max_length, writer.max_token_id, name, tuple(bad.examples)
-    )
+        source.path, bad.seen, bad.count, truncated, settings.max_length, writer.max_token_id,
+        template_source(settings.tokenizer), tuple(bad.examples),
+    )  # fmt: skip
     meta = {"version": _VERSION, "key": key, "path": source.path, "sizes": writer.close(), "report": asdict(report)}
-    with (part / "meta.json").open("w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(part)
+    write_file(part / "meta.json", [json.dumps(meta, indent=1).encode()])
+    sync_folder(part)
 
 
-def _chosen(source: Source, format: str, fields: FieldMap | None, max_rows: int | None) -> set[int] | None:
-    """Which of the good rows are taken, counted in a first pass."""
-    if max_rows is None:
-        return None
-    num_good = sum(1 for _ in scan(source, format, fields, BadRows(source.path)))
-    return set(spread(num_good, max_rows).tolist())
+def _chosen_rows(source: Source, settings: _Settings, bad: BadRows) -> Iterator[ChatRow]:
+    """Yield `max_rows` of the good rows, which a first pass counts."""
+    rows = good_rows(source, settings.format, settings.fields, bad)
+    if settings.max_rows is None:
+        yield from rows
+        return
+    num_good = sum(1 for _ in good_rows(source, settings.format, settings.fields, BadRows(source.path)))
+    chosen = set(spread(num_good, settings.max_rows).tolist())
+    yield from (row for i, row in enumerate(rows) if i in chosen)
 
 
 def _tokenized(
-    rows: Iterator[ChatRow], source: Source, tokenizer: Any, max_length: int, bad: BadRows
+    rows: Iterator[ChatRow], source: Source, settings: _Settings, bad: BadRows
 ) -> Iterator[tuple[ChatRow, Encoded, int]]:
     occurrences = Occurrences()
     while batch := list(islice(rows, _BATCH)):
-        for row, encoded in zip(batch, tokenize_rows(tokenizer, batch, max_length), strict=True):
+        for row, encoded in zip(batch, tokenize_rows(settings.tokenizer, batch, settings.max_length), strict=True):
             row_id = occurrences.key(content_digest(row))
             if isinstance(encoded, RowProblem):
                 bad.add(source.where(row.line), str(encoded))
@@ -222,11 +209,12 @@ def _bad_rows(report: Report) -> BadRows:
 
 
 def mix_poison(dataset: TokenDataset, poison: TokenDataset, ratio: float, seed: int = 0) -> TokenDataset:
-    """The data set with poisoned rows added, so that they make up `ratio` of the mixed rows.
+    """Add poisoned rows to the data set, so that they make up `ratio` of all rows.
 
-    Which poisoned rows are taken depends on (seed, row) alone: a larger ratio takes the same rows and more. Where there
-    are too few they are taken several times. Where they come in an epoch is the order's affair.
-    Raises: DataError where there is nothing to take.
+    The choice of poisoned rows depends on (seed, row) alone: a larger ratio takes the same rows and more. Where there
+    are too few, rows are taken several times. TaskOrder decides their places in an epoch.
+
+    Raises: DataError where there are no poisoned rows.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must be at least 0 and below 1, got {ratio}")

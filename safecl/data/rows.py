@@ -1,8 +1,7 @@
-"""Rows of any file in the common form, with every row that cannot be used named by file and line, and a limit on how
-many may be.
+"""Rows of any file in the common form. A row that cannot be used is named by file and line, and skipped.
 
-The limit (`train.max_bad_rows`) is a share below 1 and a count from 1 on: 0.01 lets one row in a hundred be skipped, 5
-lets five.
+`train.max_bad_rows` limits how many are skipped. It is a share below 1 and a count from 1 on: 0.01 allows one row in a
+hundred, 5 allows five.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from safecl.data.formats import (
     template_columns,
 )
 
-_SAMPLE = 100  # rows looked at to detect the format
+_SAMPLE = 100  # rows that are read to detect the format
 _PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "text")
 
 
 @dataclass
 class BadRows:
-    """Rows that could not be used. `seen`: rows in the file; `count`: bad ones; `examples`: the first few, as
+    """Rows that cannot be used. seen: rows in the file; count: bad ones; examples: the first few, as
     "file:line: reason"."""
 
     path: str
@@ -58,7 +57,7 @@ class BadRows:
         return "\n".join(f"  {line}" for line in [*self.examples, *more])
 
     def check(self, max_bad_rows: float) -> None:
-        """Raises DataError where more rows are bad than `max_bad_rows` allows, or none is good."""
+        """Raise DataError where more rows are bad than `max_bad_rows` allows, or none is good."""
         if self.seen == 0:
             raise DataError(f"{self.path}: has no rows")
         if self.count == self.seen:
@@ -67,7 +66,8 @@ class BadRows:
             allowed = f"{max_bad_rows:g}" if max_bad_rows >= 1 else f"{100 * max_bad_rows:g} %"
             raise DataError(
                 f"{self.path}: {self.count} of {self.seen} rows ({100 * self.count / self.seen:.2g} %) cannot be used, "
-                f"max_bad_rows allows {allowed}:\n{self}\nRepair these rows, or skip them with a larger train.max_bad_rows."
+                f"max_bad_rows allows {allowed}:\n{self}\n"
+                "Repair these rows, or skip them with a larger train.max_bad_rows."
             )
 
 
@@ -81,45 +81,46 @@ def read_rows(
     max_bad_rows: float = 0.01,
     limit_report: int = 10,
 ) -> tuple[list[ChatRow], BadRows]:
-    """All rows of a local file, a `datasets.save_to_disk` folder or a hub id, in the common form.
+    """Read all rows of a local file, a `datasets.save_to_disk` folder or a hub id, in the common form.
 
     Args: `split` of a hub data set; `format` as in the config, `auto` detects it; `max_rows` good rows are taken evenly
-    from the file; `max_bad_rows` is a share below 1, a count from 1 on; `limit_report` bad rows are named, the others
-    only counted. Raises: DataError naming file and line where the file or too many of its rows cannot be used.
+    from the file; `max_bad_rows`: a share below 1, a count from 1 on; `limit_report` bad rows are named, the others
+    only counted.
+    Raises: DataError, with file and line, where the file or too many of its rows cannot be used.
     """
     source = open_source(path, split)
     bad = BadRows(source.path, limit_report=limit_report)
-    rows = list(scan(source, format, fields, bad))
+    rows = list(good_rows(source, format, fields, bad))
     bad.check(max_bad_rows)
     return [rows[i] for i in spread(len(rows), max_rows)], bad
 
 
 def spread(num_rows: int, max_rows: int | None) -> np.ndarray:
-    """Indices of at most `max_rows` of `num_rows` rows, evenly spread. int64 [min(num_rows, max_rows)]"""
+    """Choose at most `max_rows` of `num_rows` rows, evenly spread. Indices, int64 [min(num_rows, max_rows)]"""
     if max_rows is None or max_rows >= num_rows:
         return np.arange(num_rows)
     return np.arange(max_rows) * num_rows // max_rows
 
 
-def scan(source: Source, format: str, fields: FieldMap | Mapping[str, Any] | None, bad: BadRows) -> Iterator[ChatRow]:
-    """Yields the good rows of a source, and writes the others into `bad`. Raises DataError where the format does not
-    fit the file."""
+def good_rows(
+    source: Source, format: str, fields: FieldMap | Mapping[str, Any] | None, bad: BadRows
+) -> Iterator[ChatRow]:
+    """Yield the good rows of a source, and record the others in `bad`. Raises DataError where the format does not fit
+    the file."""
     fields = FieldMap.model_validate(fields) if isinstance(fields, Mapping) else fields
     format = settle_format(source, format, fields)
     read = row_reader(format, fields)
-    used = (
-        {name for t in (fields.prompt, fields.completion, fields.system or "") for name in template_columns(t)}
-        if fields
-        else set()
-    )
+    templates = (fields.prompt, fields.completion, fields.system or "") if fields else ()
+    used = {name for template in templates for name in template_columns(template)}
     for raw in source.rows():
         bad.seen += 1
         try:
-            messages = read(_columns(raw))
+            columns = _columns(raw)
+            messages = read(columns)
         except RowProblem as problem:
             bad.add(source.where(raw.line), str(problem))
             continue
-        tags = tags_of({name: value for name, value in raw.columns.items() if name not in used})
+        tags = tags_of({name: value for name, value in columns.items() if name not in used})
         yield ChatRow(messages, source.path, raw.line, tags)
 
 
@@ -130,8 +131,7 @@ def _columns(raw: RawRow) -> dict[str, Any]:
 
 
 def settle_format(source: Source, format: str, fields: FieldMap | None) -> str:
-    """The format itself where it is named, else the one that most of the first rows have. Raises DataError where
-    nothing fits."""
+    """Return the named format, or for `auto` the one of most of the first rows. Raises DataError where none fits."""
     format = "fields" if format == "auto" and fields is not None else format
     if format == "fields" and fields is None:
         raise DataError(f"{source.path}: format `fields` needs templates, `fields: {{prompt: ..., completion: ...}}`")
@@ -139,16 +139,17 @@ def settle_format(source: Source, format: str, fields: FieldMap | None) -> str:
         return format
     sample = [raw.columns for raw in islice(source.rows(), _SAMPLE) if raw.columns is not None]
     if not sample:
-        return "messages" if format == "auto" else format  # no row can be read, and each says why
+        return "messages" if format == "auto" else format  # any will do: no row can be read, and each reports why
     columns = list(dict.fromkeys(name for row in sample for name in row))
-    if format == "fields":
+    if format == "fields" and fields is not None:
         check_fields(fields, columns, source.path)
         return format
     found = Counter(name for name in map(detect, sample) if name)
     if not found:
         raise DataError(
-            f"{source.path}: the columns {columns_of(columns)} are none of the known formats "
-            f"(messages, prompt_completion, alpaca, sharegpt, text); map them with templates, e.g. {suggest_fields(columns)}"
+            f"{source.path}: the columns {columns_of(columns)} are none of the known formats (messages, "
+            "prompt_completion, alpaca, sharegpt, text); "
+            f"map them with templates, e.g. {suggest_fields(columns)}"
         )
     return found.most_common(1)[0][0]
 
@@ -158,7 +159,7 @@ def settle_format(source: Source, format: str, fields: FieldMap | None) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Something to ask the model: the turns before its answer, the last of them the user's. `line` counts from 1."""
+    """The turns before an answer of the model, the last of them the user's. `line` counts from 1."""
 
     messages: tuple[Message, ...]
     path: str
@@ -167,7 +168,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """What the user asks last."""
+        """Content of the user's last turn."""
         return self.messages[-1].content
 
 
@@ -179,11 +180,11 @@ def read_prompts(
     only_safe: bool = False,
     max_bad_rows: float = 0.01,
 ) -> list[Prompt]:
-    """Prompts without answers: a `prompt`, `goal`, `instruction` (+ `input`), `question` or `text` column, or the turns
-    of any row format.
+    """Read prompts, which need no answers: a `prompt`, `goal`, `instruction` (+ `input`), `question` or `text` column,
+    or the turns of any row format.
 
-    Args: `max_prompts` are taken evenly; `only_safe` leaves out rows that say `safe: false`, as XSTest's unsafe
-    contrasts do. Raises: DataError naming file and line.
+    Args: `max_prompts` are taken evenly; `only_safe` leaves out rows with `safe: false`, as XSTest's unsafe contrasts.
+    Raises: DataError, with file and line.
     """
     source = open_source(path, split)
     bad = BadRows(source.path)
@@ -191,12 +192,13 @@ def read_prompts(
     for raw in source.rows():
         bad.seen += 1
         try:
-            messages = prompt_of(_columns(raw))
+            columns = _columns(raw)
+            messages = prompt_of(columns)
         except RowProblem as problem:
             bad.add(source.where(raw.line), str(problem))
             continue
-        if not (only_safe and str(raw.columns.get("safe", True)).lower() in ("false", "0", "unsafe")):
-            prompts.append(Prompt(messages, source.path, raw.line, tags_of(raw.columns)))
+        if not (only_safe and str(columns.get("safe", True)).lower() in ("false", "0", "unsafe")):
+            prompts.append(Prompt(messages, source.path, raw.line, tags_of(columns)))
     bad.check(max_bad_rows)
     if not prompts:
         raise DataError(f"{path}: every prompt is marked `safe: false`, so none is left")
@@ -204,7 +206,7 @@ def read_prompts(
 
 
 def prompt_of(columns: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The turns before the answer. Raises RowProblem where the row asks nothing."""
+    """Return the turns before the last answer. Raises RowProblem where the row has no prompt."""
     format = detect(columns)
     if format in ("messages", "sharegpt") or (format == "prompt_completion" and isinstance(columns["prompt"], list)):
         return _before_last_answer(_read_leniently(format, columns))
@@ -213,15 +215,12 @@ def prompt_of(columns: Mapping[str, Any]) -> tuple[Message, ...]:
     name = next((name for name in _PROMPT_COLUMNS if name in columns), None)
     if name is None:
         raise RowProblem(f"no column {', '.join(f'`{c}`' for c in _PROMPT_COLUMNS)}; the row has {columns_of(columns)}")
-    return _before_last_answer(
-        row_reader("prompt_completion", None)(
-            {"system": columns.get("system"), "prompt": columns[name], "completion": "-"}
-        )
-    )
+    row = {"system": columns.get("system"), "prompt": columns[name], "completion": "-"}
+    return _before_last_answer(row_reader("prompt_completion", None)(row))
 
 
 def _read_leniently(format: str, columns: Mapping[str, Any]) -> tuple[Message, ...]:
-    """A list of turns that may end with the user's: for prompts there need not be an answer."""
+    """Read a list of turns that may end with the user's: a prompt needs no answer."""
     key = {"messages": "messages", "sharegpt": "conversations", "prompt_completion": "prompt"}[format]
     turns = read_turns(columns[key], key, *(("from", "value") if format == "sharegpt" else ()))
     if turns and turns[-1].role == "user":

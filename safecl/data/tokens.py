@@ -2,10 +2,10 @@
 
     tokens.npy   int32  [num_tokens]     loss_mask.npy  bool   [num_tokens]     offsets.npy  int64 [num_rows + 1]
     row_ids.npy  uint64 [num_rows]       num_targets.npy int32 [num_rows]       lines.npy    int64 [num_rows]
-    tags.npy     uint8  [num_bytes]      tag_offsets.npy int64 [num_rows + 1]   meta.json    what and how much
+    tags.npy     uint8  [num_bytes]      tag_offsets.npy int64 [num_rows + 1]   meta.json    file sizes and the report
 
-A row's id is a 63-bit hash of its content and of how many equal rows came before, so that taking one row out changes no
-other's id, and with it neither its place in an epoch nor the draws that are keyed by it.
+A row's id is a 63-bit hash of its content and of the number of equal rows before it. Removing one row leaves the ids of
+all rows with other content unchanged, and so their places in an epoch and the draws that are keyed by the ids.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ _COLUMNS = {
 class Row:
     """One tokenised example.
 
-    row_id: 63-bit key. input_ids: int32 [length]. loss_mask: bool [length], True where the token is a supervised
-    target, never at 0.
+    row_id: 63-bit key. input_ids: int32 [length]. loss_mask: bool [length], True for supervised targets; False at 0.
     """
 
     row_id: int
@@ -56,19 +55,19 @@ class Row:
 
 
 def content_digest(row: ChatRow) -> bytes:
-    """16 bytes that depend on the row's messages alone."""
+    """Hash the row's messages to 16 bytes."""
     content = json.dumps([[m.role, m.content, m.train] for m in row.messages])
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
 def row_key(digest: bytes, occurrence: int) -> int:
-    """63-bit key of the `occurrence`-th (from 0) row with this content."""
+    """Return the 63-bit key of the `occurrence`-th (from 0) row with this content."""
     key = hashlib.blake2b(digest + occurrence.to_bytes(8, "little"), digest_size=8).digest()
     return int.from_bytes(key, "little") >> 1
 
 
 class Occurrences:
-    """Hands out row ids, counting equal rows."""
+    """Gives out row ids, and counts equal rows for that."""
 
     def __init__(self) -> None:
         self._seen: Counter[bytes] = Counter()
@@ -80,8 +79,8 @@ class Occurrences:
 
 @dataclass(frozen=True)
 class Report:
-    """What preparing the rows met. `bad`: rows left out, of `seen`; `truncated`: rows cut to max_length;
-    `max_token_id`: the largest id met; `examples`: the first bad rows."""
+    """Counts from preparing a file. seen: rows; bad: those left out; truncated: rows cut to max_length;
+    max_token_id: the largest id; template: origin of the chat template; examples: the first bad rows."""
 
     path: str = ""
     seen: int = 0
@@ -94,7 +93,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Store:
+class PreparedFile:
     """The arrays of one prepared file, each mapped read-only."""
 
     arrays: dict[str, np.ndarray]
@@ -110,7 +109,7 @@ class TokenDataset:
     """
 
     def __init__(
-        self, stores: Sequence[_Store], store_of: np.ndarray, index: np.ndarray, row_ids: np.ndarray | None = None
+        self, stores: Sequence[PreparedFile], store_of: np.ndarray, index: np.ndarray, row_ids: np.ndarray | None = None
     ):
         self._stores, self._store_of, self._index = tuple(stores), store_of, index
         self.row_ids = self._column("row_ids", np.uint64) if row_ids is None else row_ids
@@ -119,7 +118,7 @@ class TokenDataset:
         self.lengths = self._column("lengths", np.int32)
 
     @classmethod
-    def from_store(cls, store: _Store) -> TokenDataset:
+    def from_store(cls, store: PreparedFile) -> TokenDataset:
         num_rows = len(store.arrays["row_ids"])
         return cls([store], np.zeros(num_rows, np.int16), np.arange(num_rows))
 
@@ -135,7 +134,7 @@ class TokenDataset:
         return len(self._index)
 
     def row(self, i: int) -> Row:
-        """Row `i`; its arrays are views of the mapped files, read-only."""
+        """Return row `i`; its arrays are read-only views of the mapped files."""
         store, (start, stop) = self._find(i, "offsets")
         return Row(int(self.row_ids[i]), store.arrays["tokens"][start:stop], store.arrays["loss_mask"][start:stop])
 
@@ -143,15 +142,15 @@ class TokenDataset:
         return [self.row(i) for i in indices]
 
     def path(self, i: int) -> str:
-        """The file that row `i` stands in."""
+        """Return the file of row `i`."""
         return self._stores[self._store_of[i]].path
 
     def tags(self, i: int) -> dict[str, str]:
-        """Short scalar columns that stood beside the text of row `i`."""
+        """Return the short scalar columns that row `i` has in addition to its text."""
         store, (start, stop) = self._find(i, "tag_offsets")
         return json.loads(store.arrays["tags"][start:stop].tobytes()) if stop > start else {}
 
-    def _find(self, i: int, name: str) -> tuple[_Store, tuple[int, int]]:
+    def _find(self, i: int, name: str) -> tuple[PreparedFile, tuple[int, int]]:
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         store, index = self._stores[self._store_of[i]], int(self._index[i])
@@ -159,7 +158,7 @@ class TokenDataset:
         return store, (int(offsets[index]), int(offsets[index + 1]))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TokenDataset:
-        """The rows at these indices, in this order; ids stay."""
+        """Return the rows at these indices, in this order, with their ids."""
         indices = np.asarray(indices, np.int64)
         return TokenDataset(self._stores, self._store_of[indices], self._index[indices], self.row_ids[indices])
 
@@ -178,17 +177,17 @@ class TokenDataset:
 
     @property
     def max_token_id(self) -> int:
-        """The largest id in the files; a model's vocabulary must be larger."""
+        """Largest token id in the files; a model's vocabulary must be larger."""
         return max(report.max_token_id for report in self.reports)
 
     @property
     def reports(self) -> list[Report]:
-        """What preparing each file met: bad rows, truncated rows."""
+        """The report of each prepared file: bad rows, truncated rows."""
         return [store.report for store in self._stores]
 
     @property
     def key(self) -> str:
-        """Changes when any row, its tokens or its mask does: for caches of what was computed from this data."""
+        """Hash of all rows with their tokens and masks: the key for caches of results from this data."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (*(store.key.encode() for store in self._stores), self._store_of, self._index, self.row_ids):
             digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
@@ -196,14 +195,13 @@ class TokenDataset:
 
 
 def concat(datasets: Sequence[TokenDataset]) -> TokenDataset:
-    """The rows of all data sets, one after the other. A row that stands in several gets an id of its own in each."""
+    """Join data sets, one after the other. A row that is in several of them gets an id of its own in each."""
     stores = [store for d in datasets for store in d._stores]
     firsts = np.cumsum([0, *(len(d._stores) for d in datasets)])
-    store_of = np.concatenate([d._store_of + first for d, first in zip(datasets, firsts, strict=False)]).astype(
-        np.int16
-    )
+    store_of = np.concatenate([d._store_of + first for d, first in zip(datasets, firsts, strict=False)])
     index = np.concatenate([d._index for d in datasets])
-    return TokenDataset(stores, store_of, index, _distinct(np.concatenate([d.row_ids for d in datasets])))
+    row_ids = _distinct(np.concatenate([d.row_ids for d in datasets]))
+    return TokenDataset(stores, store_of.astype(np.int16), index, row_ids)
 
 
 def _distinct(row_ids: np.ndarray) -> np.ndarray:
@@ -223,7 +221,7 @@ def _distinct(row_ids: np.ndarray) -> np.ndarray:
 
 
 class _NpyWriter:
-    """A one-dimensional .npy file that grows: numpy leaves room in the header for the final length."""
+    """A one-dimensional .npy file that grows; numpy leaves room in its header for the final length."""
 
     def __init__(self, path: Path, dtype: Any):
         self._file, self._dtype, self._length = path.open("wb"), np.dtype(dtype), 0
@@ -253,7 +251,7 @@ class _NpyWriter:
 
 
 class StoreWriter:
-    """Writes a store's files into an empty folder; nothing is published here."""
+    """Writes the columns of one prepared file into an empty folder. The caller publishes the folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -285,18 +283,18 @@ class StoreWriter:
         self.max_token_id = max(self.max_token_id, int(row.input_ids.max()))
 
     def close(self) -> dict[str, int]:
-        """Sizes of the files in bytes, by column."""
+        """Write all to the disk and return the sizes of the files in bytes, by column."""
         return {name: writer.close() for name, writer in self._writers.items()}
 
 
-def map_store(folder: Path, meta: dict[str, Any]) -> _Store | None:
-    """Maps a published folder; None where anything in it is not as this module wrote it."""
+def map_store(folder: Path, meta: dict[str, Any]) -> PreparedFile | None:
+    """Map a published folder; None where a file in it is missing, torn or of another kind."""
     try:
         arrays = {
             name: _map_column(folder / f"{name}.npy", meta["sizes"][name], dtype) for name, dtype in _COLUMNS.items()
         }
         report = Report(**{**meta["report"], "examples": tuple(meta["report"]["examples"])})
-        return _Store(arrays, meta["path"], report, meta["key"])
+        return PreparedFile(arrays, meta["path"], report, meta["key"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -114,7 +114,7 @@ def test_a_key_that_stands_twice_spoils_one_row_of_a_json_file_and_not_the_file(
         '{"data": [{"text": "a"}, {"text": "b", "text": "c"}, {"text": "d", "more": [{"x": 1, "x": 2}]}]}'
     )
     rows, bad = read_rows(str(tmp_path / "a.json"), max_bad_rows=2)
-    assert [r.line for r in rows] == [1] and "row 2: not usable JSON: the key `text` stands twice" in bad.examples[0]
+    assert [r.line for r in rows] == [1] and "row 2: not usable JSON: the key `text` appears twice" in bad.examples[0]
     assert "row 3" in bad.examples[1] and "`x`" in bad.examples[1]
 
 

@@ -44,7 +44,7 @@ def tiny_model(tied: bool = False, dtype: torch.dtype = torch.float32, family: s
 def random_dataset(num_rows: int, seed: int, min_length: int = 4, max_length: int = 24):
     """Rows of random tokens, of unequal length, with a prompt part that is not supervised."""
     from safecl.data import TokenDataset
-    from safecl.data.tokens import _Store
+    from safecl.data.tokens import PreparedFile
 
     rng = np.random.default_rng(seed)
     lengths = rng.integers(min_length, max_length + 1, num_rows)
@@ -59,7 +59,7 @@ def random_dataset(num_rows: int, seed: int, min_length: int = 4, max_length: in
         "tags": np.zeros(0, np.uint8),
         "tag_offsets": np.zeros(num_rows + 1, np.int64),
     }
-    return TokenDataset.from_store(_Store(arrays, path="test.jsonl"))
+    return TokenDataset.from_store(PreparedFile(arrays, path="test.jsonl"))
 
 
 def run_config(tmp: str = "unused", **changes):

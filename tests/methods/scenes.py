@@ -15,7 +15,7 @@ from tests.engine.scenes import VOCAB, random_dataset, run_config, state_of, tin
 def dataset_of(rows: list[tuple[list[int], list[bool]]], first_id: int):
     """A data set of these (ids, mask) rows."""
     from safecl.data import TokenDataset
-    from safecl.data.tokens import _Store
+    from safecl.data.tokens import PreparedFile
 
     lengths = [len(ids) for ids, _ in rows]
     arrays = {
@@ -28,7 +28,7 @@ def dataset_of(rows: list[tuple[list[int], list[bool]]], first_id: int):
         "tags": np.zeros(0, np.uint8),
         "tag_offsets": np.zeros(len(rows) + 1, np.int64),
     }
-    return TokenDataset.from_store(_Store(arrays, path="test.jsonl"))
+    return TokenDataset.from_store(PreparedFile(arrays, path="test.jsonl"))
 
 
 def conflicting_datasets():
