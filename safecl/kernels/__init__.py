@@ -1,5 +1,4 @@
-"""Device code: every kernel family is a Triton kernel, a CPU path and a torch twin of one signature. Knows tensors
-only."""
+"""Device code over plain tensors: each kernel family has Triton kernels, a CPU path and a torch twin."""
 
 from __future__ import annotations
 

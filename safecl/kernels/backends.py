@@ -1,7 +1,7 @@
-"""Which implementation each kernel uses on each device, and why: one table for the dispatchers and for `safecl env`.
+"""The choice of each kernel's back end on each device, with its reason, for the kernel calls and for `safecl env`.
 
 A family has up to three back ends of one signature: `triton` (CUDA), `cpp` (the C++ library, CPU) and `torch` (the
-twin, anywhere). The first that is usable for a device wins. `SAFECL_KERNELS=torch` in the environment, or
+twin, anywhere). The first one that works on the device is used. `SAFECL_KERNELS=torch` in the environment, or
 `using("torch")` in code, forces the twin.
 """
 
@@ -21,14 +21,14 @@ log = logging.getLogger("safecl.kernels")
 
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 
-# family -> back end -> module that implements it; every module offers the same functions.
+# family -> back end -> module; all modules of a family have the functions in its backend.py.
 FAMILIES = {
     "flat": {
         "triton": "safecl.kernels.flat.triton_kernels",
         "cpp": "safecl.kernels.flat.cpu",
         "torch": "safecl.kernels.flat.torch_twin",
     },
-    "head": {"triton": "safecl.kernels.head.triton_kernels", "torch": "safecl.kernels.head.divergences"},
+    "head": {"triton": "safecl.kernels.head.triton_kernels", "torch": "safecl.kernels.head.torch_twin"},
 }
 KERNELS = {
     "flat": ("ema_update_", "fisher_accumulate_", "fisher_penalty_", "penalized_grad_norm", "adamw_step_"),
@@ -40,8 +40,7 @@ _forced: str | None = None
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of the table: `kernel` of `family` on `device` runs on `backend`; `note` says why a faster one is not
-    used, if so."""
+    """One line of the table: the back end of a kernel on a device, and in `note` why it is not a faster one."""
 
     family: str
     kernel: str
@@ -51,15 +50,17 @@ class Choice:
 
 
 def implementation(family: str, kernel: str, device: str) -> ModuleType:
-    """The module that runs `kernel` of `family` for tensors of this device type."""
+    """Return the module that runs `kernel` of `family` for tensors of this device type."""
     name, _ = _choose(family, device, _forced or os.environ.get("SAFECL_KERNELS", ""))
     return importlib.import_module(FAMILIES[family][name])
 
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Force one back end ("torch", "cpp" or "triton") for the calls inside; for tests, benchmarks and bisecting a wrong
-    number."""
+    """Force one back end ("torch", "cpp" or "triton") inside the block.
+
+    It serves tests, benchmarks and the search for the cause of a wrong number.
+    """
     global _forced
     before, _forced = _forced, backend
     try:
@@ -69,7 +70,7 @@ def using(backend: str) -> Iterator[None]:
 
 
 def table() -> list[Choice]:
-    """Every kernel on every device with the back end in use."""
+    """Return the back end in use for every kernel on every device."""
     forced = _forced or os.environ.get("SAFECL_KERNELS", "")
     rows = []
     for family, kernels in KERNELS.items():
@@ -81,10 +82,10 @@ def table() -> list[Choice]:
 
 @lru_cache(maxsize=32)
 def _choose(family: str, device: str, forced: str) -> tuple[str, str]:
-    """(back end, why not a faster one); warns once where it had to take a slower one."""
+    """Return (back end, why it is not a faster one), and warn once if it is a slower one."""
     if forced and (forced in FAMILIES[family] or not any(forced in names for names in FAMILIES.values())):
         return _check_forced(family, device, forced), f"forced to {forced}"
-    notes = []
+    notes: list[str] = []
     for name in PREFERENCE.get(device, ("torch",)):
         if name not in FAMILIES[family]:
             continue
@@ -109,7 +110,7 @@ def _check_forced(family: str, device: str, name: str) -> str:
 
 
 def _missing(name: str) -> str:
-    """Why a back end cannot be used here; "" when it can."""
+    """Return why a back end cannot be used here, or "" if it can."""
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if name == "cpp":

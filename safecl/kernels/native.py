@@ -1,8 +1,8 @@
-"""Finds and loads the C++ library without torch headers: one build serves every torch and Python.
+"""Find and load the C++ library, which needs no torch headers: one build serves every torch and Python.
 
-setup.py builds `libsafecl.so` from `csrc/` beside this file. Where it is absent (no compiler when safecl was installed)
-or older than the sources of a checkout, `missing()` says so and the torch twins are used. Only the standard library is
-imported here, because setup.py loads this file too.
+setup.py builds `libsafecl.so` from `csrc/` into the folder of this file. If it is absent (no compiler at install time)
+or older than the sources of a checkout, `missing()` says so and the torch twins are used. This file imports only the
+standard library, because setup.py loads it too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REBUILD = "pip install -e . (or python setup.py build_ext --inplace) with g++ on
 
 
 class Buffer(ctypes.Structure):
-    """csrc/flat.h: the structs below mirror it field by field."""
+    """The struct of this name in csrc/flat.h, which all structs here mirror field by field."""
 
     _fields_ = [("data", c_void_p), ("is_bf16", c_int64)]
 
@@ -82,7 +82,7 @@ _SIGNATURES = {
 
 
 def source_hash(folder: Path = SOURCES) -> str:
-    """16 hex digits over the names and contents of the C++ sources."""
+    """Return 16 hex digits of the hash over the names and contents of the C++ sources."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".h", ".cpp", ".inc")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -90,12 +90,12 @@ def source_hash(folder: Path = SOURCES) -> str:
 
 
 def missing() -> str:
-    """Why the library cannot be used; "" when it can."""
+    """Return why the library cannot be used, or "" if it can."""
     return _load()[1]
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library, its threads set for this process. Only where `missing()` is empty."""
+    """Return the loaded library with this process's number of threads; RuntimeError unless `missing()` is empty."""
     lib, reason = _load()
     if lib is None:
         raise RuntimeError(reason)
@@ -106,16 +106,16 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """The instruction set the kernels run on: "avx512", "avx2" or "baseline"."""
-    return library().safecl_instruction_set().decode()
+    """Return the instruction set that the kernels use: "avx512", "avx2" or "baseline"."""
+    name: bytes = library().safecl_instruction_set()
+    return name.decode()
 
 
 _forked = False
 
 
 def _mark_forked() -> None:
-    """The library notices a fork itself once it is loaded; here for a parent that had used torch's OpenMP threads
-    without it."""
+    """Remember a fork that happened before the library was loaded; once loaded, the library notices forks itself."""
     global _forked
     _forked = True
 
@@ -138,7 +138,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load a build of the library and declare its functions. Calls release the GIL."""
+    """Load a build of the library and declare its functions, which release the GIL."""
     lib = ctypes.CDLL(str(path))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(lib, name)
@@ -147,11 +147,10 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def num_threads() -> int:
-    """Threads for one call: SAFECL_NUM_THREADS if set, else torch's number within this rank's share of the node's
-    cores.
+    """Return the threads of one call: SAFECL_NUM_THREADS, or torch's number up to this rank's share of the cores.
 
-    torchrun sets OMP_NUM_THREADS=1 where the user set nothing; one thread would starve an offloaded optimizer, so that
-    1 counts as unset.
+    torchrun sets OMP_NUM_THREADS=1 if the user has not set it. One thread would make an offloaded optimizer slow, so
+    this 1 counts as unset.
     """
     wish = os.environ.get("SAFECL_NUM_THREADS", "")
     if wish.isdigit() and int(wish) > 0:

@@ -1,8 +1,8 @@
-"""Huge pages for the long-lived tensors that the optimizer's pass streams through host memory.
+"""Huge pages for the long-lived tensors in host memory that the optimizer's pass reads and writes.
 
-The pass reads and writes up to twelve streams side by side. In pages of 4 KiB each of them comes to a new page every
-1,024 fp32 values, and a virtual machine looks each page up through two tables; in pages of 2 MiB that cost is gone.
-Linux gives them to programs that ask (`madvise`, the usual setting of /sys/kernel/mm/transparent_hugepage/enabled).
+The pass has up to twelve streams at once. With pages of 4 KiB each stream reaches a new page every 1,024 fp32 values,
+and a virtual machine looks up each page through two tables. With pages of 2 MiB that cost is negligible. Linux gives
+them to programs that ask (`madvise`, the usual setting of /sys/kernel/mm/transparent_hugepage/enabled).
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from pathlib import Path
 import torch
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-# Smaller tensors may lie in a heap that others share, where whole pages would be held for their neighbours too.
+# Smaller tensors may share a heap with others, whose memory would be in the same huge pages.
 SMALLEST_BYTES = 32 * 2**20
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # linux/mman.h; the second since Linux 6.1
 
 
 def use_huge_pages(tensor: torch.Tensor | None) -> None:
-    """Moves a tensor's memory into huge pages as far as it fills them; its values and its address stay. Does nothing
-    for small tensors, for those of a GPU or page-locked for one, and where the system offers no huge pages."""
+    """Move the part of a tensor's memory that fills whole huge pages into such pages; values and address stay.
+
+    Does nothing for small tensors, for tensors on a GPU, where a GPU is present (memory may be page-locked for it), and
+    where the system has no huge pages.
+    """
     size = page_bytes()
     if (
         not size
@@ -33,16 +36,14 @@ def use_huge_pages(tensor: torch.Tensor | None) -> None:
         return
     begin = -(-tensor.data_ptr() // size) * size
     length = (tensor.data_ptr() + tensor.nbytes - begin) // size * size
-    for advice in (
-        MADV_HUGEPAGE,
-        MADV_COLLAPSE,
-    ):  # an older kernel takes the first alone: what is written from now on, the rest in time
+    # Linux before 6.1 knows only the first: new pages are huge at once, existing ones become huge over time.
+    for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
         _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)
 
 
 @functools.lru_cache(1)
 def page_bytes() -> int:
-    """Size of a huge page; 0 where there are none or the system's owner has switched them off."""
+    """Return the size of a huge page; 0 if the system has none or they are switched off."""
     try:
         return 0 if "[never]" in (SETTINGS / "enabled").read_text() else int((SETTINGS / "hpage_pmd_size").read_text())
     except (OSError, ValueError):

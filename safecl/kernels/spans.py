@@ -1,4 +1,4 @@
-"""Consecutive chunks of a length."""
+"""Consecutive chunks of a range."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from collections.abc import Iterator
 
 
 def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of consecutive chunks of ``step``; the last one may be shorter."""
+    """Yield (start, end) of consecutive chunks of length ``step``; the last one may be shorter."""
     return ((start, min(start + step, total)) for start in range(0, total, step))

@@ -1,9 +1,8 @@
-"""Breaks the flat kernels on purpose, one line at a time, and reports which breaks the checks of `flat_suite` do not
-notice.
+"""Break the flat kernels deliberately, one line at a time, and report which breaks `flat_suite` does not notice.
 
     python -m tests.kernels.flat_mutations torch | cpp | triton
 
-Each mutant is a copy of the package with one line changed, imported (and for C++ compiled) in place of the original.
+Each mutant is a copy of the package with one line changed, imported (and for C++ compiled) instead of the original.
 """
 
 from __future__ import annotations
@@ -39,7 +38,10 @@ TORCH = {
         "None if call.anchor is None else (0.5 * total)",
         "None if call.anchor is None else (1.0 * total)",
     ),
-    "segments ignored": ("if values is None:\n        return scalar", "if True:\n        return scalar"),
+    "segments ignored": (
+        "if segments is None or values is None:\n        return scalar",
+        "if True:\n        return scalar",
+    ),
     "found_inf on the device ignored": ("new if found_inf is None else", "new if True else"),
     "stochastic rounding to nearest": ("(bits + noise)", "(bits + 0x7FFF)"),
     "ema decay swapped": ("rate * (p.float() - e32)", "(1.0 - rate) * (p.float() - e32)"),
@@ -102,7 +104,7 @@ SIZES = {"torch": (7, 40_001), "cpp": (7, 40_001), "triton": (7, 5000)}
 
 
 def survivors(backend: str) -> list[str]:
-    """Names of the mutants that pass every check."""
+    """Return the names of the mutants that pass every check."""
     failure = first_failure(backend, ROOT)
     if failure:
         raise SystemExit(f"the unbroken {backend} kernels fail {failure}")
@@ -131,7 +133,7 @@ def copy_tree(target: Path) -> Path:
 
 
 def build(tree: Path) -> None:
-    """The mutated library, baseline instruction set only and not optimised: a second instead of four."""
+    """Compile the mutated library for the baseline instruction set, not optimised: one second instead of four."""
     spec = importlib.util.spec_from_file_location("mutant_setup", tree / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
@@ -142,7 +144,7 @@ def build(tree: Path) -> None:
 
 
 def first_failure(backend: str, tree: Path) -> str:
-    """The first check that the kernels of `tree` fail; "" if they pass all."""
+    """Return the first check that the kernels of `tree` fail, or "" if they pass all."""
     for name in [n for n in sys.modules if n.split(".")[0] == "safecl" or n.startswith("tests.kernels.flat")]:
         del sys.modules[name]
     sys.path.insert(0, str(tree))

@@ -1,9 +1,9 @@
-"""Breaks the head on purpose, one line at a time, and reports which breaks the checks do not notice.
+"""Break the head deliberately, one line at a time, and report which breaks the checks do not notice.
 
     python -m tests.kernels.head_mutations torch | triton
 
-Each mutant is a copy of the package with one line changed, imported in place of the original; torch mutants face
-``quick_checks``, Triton mutants the interpreter's checks of ``head_interpreted``.
+Each mutant is a copy of the package with one line changed, imported instead of the original. Torch mutants must fail
+``quick_checks``, Triton mutants the checks of ``head_interpreted``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 # name -> (place, old, new): the first ``old`` after the first ``place`` becomes ``new``
-DRIVER = {
+SEGMENTS = {
     "dX zeroed": ("def store_hidden", "[start:end] = grad", "[start:end] = 0"),
     "dX of selected rows zeroed": ("def store_hidden", "grad.to(", "0 * grad.to("),
     "dW of the last chunk only": ("def add_product", "x, first)", "x, True)"),
@@ -33,8 +33,8 @@ DRIVER = {
         "positions = teacher_position if",
         "positions = None if True else teacher_position if",
     ),
-    "ce weights for kd": ("def row_losses", "call.kd_weights[index]", "call.ce_weights[index]"),
 }
+CHUNKS = {"ce weights for kd": ("def row_losses", "call.kd_weights[index]", "call.ce_weights[index]")}
 SPANS = {
     "last partial chunk skipped": (
         "def spans",
@@ -50,7 +50,7 @@ MATMUL = {
     ),
     "dW zeroed": ("def accumulate_", "torch.mm(dlogits.t(), x, out=total, **options)", "total.zero_()"),
 }
-HEAD = {
+CALLS = {
     "z-loss not in the value": ("def _linear_distill", "result.ce + z_loss * result.logsumexp.square()", "result.ce"),
     "upstream gradient ignored": ("def _backward", "grad_loss * scale", "scale"),
     "teacher softcap dropped": ("def _flat_teacher", "teacher.softcap", "None"),
@@ -80,14 +80,14 @@ DIVERGENCES = {
     "label's -1 missing": ("def cross_entropy_terms", "-torch.where(has_label", "0 * torch.where(has_label"),
     "beta swapped": ("def _near_terms", "torch.mul(e, beta, out=terms)", "torch.mul(e, 1 - beta, out=terms)"),
     "JSD without E": ("def _near_terms", "p_grad, p_grad.sum(-1, keepdim=True)", "p_grad, None"),
-    "kd weights ignored": ("def _weighted_gradient", "addcmul_(kd_grad, weights)", "add_(kd_grad)"),
     "plain sum for the loss": (
         "def _near_terms",
         "torch.sub(r, e, out=terms).addcmul_(e, r)",
         "torch.addcmul(r, e, r, out=terms)",
     ),
 }
-GATHER = {
+TORCH_TWIN = {"kd weights ignored": ("def _weighted_gradient", "addcmul_(kd_grad, weights)", "add_(kd_grad)")}
+GATHERED = {
     "gathered dW dropped": ("def _store_gradients", "index_add_", "index_add"),
     "gathered dX dropped": ("def _store_gradients", "torch.bmm(grad[:, None, :], rows)[:, 0]", "0 * x"),
 }
@@ -126,19 +126,21 @@ TRITON = {
 }
 LISTS = {
     "torch": {
-        "head_driver": DRIVER,
-        "spans": SPANS,
-        "matmul": MATMUL,
-        "head": HEAD,
-        "divergences": DIVERGENCES,
-        "head_gather": GATHER,
+        "spans.py": SPANS,
+        "head/segments.py": SEGMENTS,
+        "head/chunks.py": CHUNKS,
+        "head/matmul.py": MATMUL,
+        "head/calls.py": CALLS,
+        "head/divergences.py": DIVERGENCES,
+        "head/torch_twin.py": TORCH_TWIN,
+        "head/gathered.py": GATHERED,
     },
-    "triton": {"head_triton": TRITON},
+    "triton": {"head/triton_kernels.py": TRITON},
 }
 
 
 def quick_checks() -> dict[str, Callable[[], None]]:
-    """A few seconds' worth of the suite that together looks at every line."""
+    """Return checks of the suite that take a few seconds and together reach every line."""
     from tests.kernels import head_suite, test_head, test_head_topk
 
     found = {name: lambda case=case: head_suite.check(case) for name, case in head_suite.CASES.items()}
@@ -156,8 +158,10 @@ def quick_checks() -> dict[str, Callable[[], None]]:
 
 
 def first_failure(backend: str, tree: Path) -> str:
-    """The first check that the kernels of ``tree`` fail; "" if they pass all. In a forked child, which starts without
-    safecl imported."""
+    """Return the first check that the kernels of ``tree`` fail, or "" if they pass all.
+
+    The checks run in a forked child, which imports safecl anew.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -197,19 +201,19 @@ def _first_of(backend: str, tree: Path) -> str:
 
 
 def survivors(backend: str) -> list[str]:
-    """Names of the mutants that pass every check."""
+    """Return the names of the mutants that pass every check."""
     failure = first_failure(backend, ROOT)
     if failure:
         raise SystemExit(f"the unbroken {backend} kernels fail {failure}")
     found = []
-    for module, mutations in LISTS[backend].items():
+    for path, mutations in LISTS[backend].items():
         for name, (place, old, new) in mutations.items():
             with tempfile.TemporaryDirectory() as folder:
                 tree = _copy_tree(Path(folder))
-                file = tree / "safecl/kernels" / f"{module}.py"
+                file = tree / "safecl/kernels" / path
                 source = file.read_text()
                 before, here, after = source.partition(place)
-                assert here and old in after, f"{name}: no {old!r} after {place!r} in {module}.py"
+                assert here and old in after, f"{name}: no {old!r} after {place!r} in {path}"
                 file.write_text(before + here + after.replace(old, new, 1))
                 failure = first_failure(backend, tree)
             print(f"{backend}: {name}: {failure or 'NOT NOTICED'}", flush=True)
@@ -218,7 +222,7 @@ def survivors(backend: str) -> list[str]:
 
 
 def warm_up() -> None:
-    """The machinery behind the first custom operator, which every child would otherwise load again."""
+    """Load what the first custom operator needs, so that the forked children need not do it again."""
 
     @torch.library.custom_op("safecl_warm_up::double", mutates_args=())
     def double(x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from safecl.kernels import DenseTeacher, distill_loss, linear_distill_loss, linear_topk
-from safecl.kernels.head import calls, chunks
+from safecl.kernels.head import calls, segments
 from tests.kernels.closeness import assert_close, assert_zero
 from tests.kernels.head_oracle import Case, make_inputs, truth
 from tests.kernels.head_suite import BF16, F64, make_teacher, run
@@ -98,7 +98,7 @@ def test_only_the_loss_has_a_gradient(setting):
 
 def test_without_grad_the_loss_is_the_same_and_no_gradient_is_computed(setting, monkeypatch):
     inputs, teacher, want = setting
-    monkeypatch.setattr(chunks.HeadResult, "add_product", None)
+    monkeypatch.setattr(segments.HeadResult, "add_product", None)
     with torch.no_grad():
         output, _ = _loss(inputs, teacher)
     assert not output.loss.requires_grad
@@ -107,7 +107,7 @@ def test_without_grad_the_loss_is_the_same_and_no_gradient_is_computed(setting, 
 
 def test_a_frozen_head_costs_no_weight_product(setting, monkeypatch):
     inputs, teacher, want = setting
-    monkeypatch.setattr(chunks, "accumulate_", None)
+    monkeypatch.setattr(segments, "accumulate_", None)
     hidden = inputs.hidden.clone().requires_grad_()
     output = linear_distill_loss(
         hidden, inputs.weight, bias=inputs.bias, labels=inputs.labels, ce_weights=inputs.ce_weights,
@@ -119,7 +119,7 @@ def test_a_frozen_head_costs_no_weight_product(setting, monkeypatch):
 
 def test_a_frozen_trunk_costs_no_hidden_product(setting, monkeypatch):
     inputs, teacher, want = setting
-    monkeypatch.setattr(chunks.HeadResult, "store_hidden", None)
+    monkeypatch.setattr(segments.HeadResult, "store_hidden", None)
     weight = inputs.weight.clone().requires_grad_()
     output = linear_distill_loss(
         inputs.hidden, weight, bias=inputs.bias, labels=inputs.labels, ce_weights=inputs.ce_weights,

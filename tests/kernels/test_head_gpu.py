@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safecl.kernels import DenseTeacher, LogitsTeacher, backends, linear_distill_loss, linear_topk
-from safecl.kernels.head.divergences import RowOptions
+from safecl.kernels.head.backend import RowOptions
 from tests.kernels.closeness import assert_close, assert_zero
 from tests.kernels.head_oracle import Case, make_inputs, truth
 from tests.kernels.head_suite import BF16, CASES, F64, check, make_teacher, run

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from safecl.kernels.head import triton_kernels
-from safecl.kernels.head.divergences import RowOptions
+from safecl.kernels.head.backend import RowOptions
 from tests.kernels.head_suite import CASES
 from tests.kernels.triton_aot import compile_kernel
 

@@ -1,9 +1,8 @@
-"""Checks and scalar arithmetic shared by every back end of the flat family.
+"""Checks and scalar arithmetic that all back ends of the flat family share.
 
-A flat kernel works on whole buffers, whatever their shape. Everything a back end receives has passed through here:
-tensors are contiguous, of a known dtype, on one device, of one length, and nothing that is written overlaps anything
-else; scalars are Python floats or, where the caller passed device scalars, 0-dim fp32 tensors that were never read by
-the host.
+A flat kernel works on whole buffers of any shape. After these checks, tensors are contiguous, of a known dtype, on one
+device and of one length, and no written buffer overlaps another. Scalars are Python floats or, where the caller passed
+device scalars, 0-dim fp32 tensors that the host has never read.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ FLOAT32_OR_BF16 = (torch.float32, torch.bfloat16)
 
 
 class Segments(NamedTuple):
-    """Stretches of a flat buffer with their own penalty strength and weight decay: element i in [offsets[s], offsets[s
-    + 1]) uses entry s.
+    """Parts of a flat buffer with their own penalty strength and weight decay.
 
-    offsets: int64 [S + 1], ascending (equal neighbours are empty segments), first 0, last the buffer's numel.
-    strength, weight_decay: fp32 [S], or None to use the scalar argument of the same name.
+    Element i in [offsets[s], offsets[s + 1]) uses entry s. offsets: int64 [S + 1], ascending (equal neighbours make an
+    empty segment), from 0 to the buffer's numel. strength, weight_decay: fp32 [S], or None to use the scalar argument
+    of the same name.
     """
 
     offsets: Tensor
@@ -36,23 +35,31 @@ class Segments(NamedTuple):
     weight_decay: Tensor | None = None
 
     def slice(self, start: int, stop: int) -> Segments:
-        """The same table for elements [start, stop), for a caller that steps a buffer in pieces."""
+        """Return the table of elements [start, stop), for a caller that steps a buffer in pieces."""
         return self._replace(offsets=self.offsets.clamp(start, stop) - start)
+
+
+# `Segments`, or the three columns as sequences or tensors
+SegmentTable = (
+    Segments | tuple[Tensor | Sequence[int], Tensor | Sequence[float] | None, Tensor | Sequence[float] | None]
+)
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The step's scalars, rounded to fp32 once; each a float, or a 0-dim fp32 tensor where it depends on a device
-    scalar."""
+    """The step's scalars, rounded to fp32 once.
+
+    Each is a float, or a 0-dim fp32 tensor if it depends on a device scalar.
+    """
 
     grad: Scalar  # clip_coef / grad_scale
     lr: Scalar
     step_size: Scalar  # lr / (1 - beta1^t)
     inv_sqrt_correction2: Scalar  # 1 / sqrt(1 - beta2^t)
-    weight_decay: Scalar  # lr * weight_decay: per element it is lr * segments.weight_decay[s] instead
+    weight_decay: Scalar  # lr * weight_decay; lr * segments.weight_decay[s] replaces it in segments
     strength: Scalar
     ema_rate: Scalar  # 1 - ema_decay
-    ema_threshold: Scalar  # where fisher is above it the rate is the next
+    ema_threshold: Scalar  # elements whose fisher is above it use ema_rate_above
     ema_rate_above: Scalar  # 1 - ema_decay_above
     beta1: float
     beta2: float
@@ -74,13 +81,13 @@ class AdamWArguments:
     ema: Tensor | None = None
     ema_by_fisher: bool = False  # two rates, chosen per element
     param_out: Tensor | None = None
-    found_inf: Tensor | None = None  # a device scalar; a host scalar has already been acted upon
-    frozen: bool = False  # found_inf on the host: compute the penalty loss, write nothing
+    found_inf: Tensor | None = None  # a device scalar; a host scalar has become `frozen`
+    frozen: bool = False  # found_inf was true on the host: compute the penalty loss, write nothing
     segments: Segments | None = None
 
 
-def check_tensor(name: str, tensor: Tensor, like: Tensor, dtypes: Sequence[torch.dtype], like_name: str) -> None:
-    """Raise ValueError unless `tensor` can stand beside `like` in a flat kernel."""
+def check_tensor(name: str, tensor: Tensor | None, like: Tensor, dtypes: Sequence[torch.dtype], like_name: str) -> None:
+    """Raise ValueError unless a flat kernel can use `tensor` together with `like`."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.layout != torch.strided or not tensor.is_contiguous():
@@ -99,8 +106,7 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor, dtypes: Sequence[torch
 
 
 def check_overlap(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    """Raise ValueError where a written buffer shares memory with any other: the result would depend on the order of
-    execution."""
+    """Raise ValueError if a written buffer overlaps another: the result would depend on the order of execution."""
     spans = [(_span(t), name, name in written) for name, t in {**read, **written}.items() if t.numel()]
     spans.sort()
     for i, ((_, stop), name, is_written) in enumerate(spans):
@@ -119,15 +125,14 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def check_scalar(
     name: str, value: Scalar, device: torch.device, *, low: float = 0.0, high: float = math.inf, open_high: bool = False
 ) -> Scalar:
-    """A float within [low, high], or a 0-dim fp64 tensor on `device`, which is not read (reading waits for the device),
-    so not bounded."""
+    """Return a float within [low, high], or a device scalar as a 0-dim fp64 tensor.
+
+    A device scalar is not checked against the bounds, because reading it waits for the device.
+    """
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of one element, not of shape {tuple(value.shape)}")
+        _check_one_element(name, value)
         if stays_on_device(value):
-            if value.device != device:
-                raise ValueError(f"{name} is a scalar on {value.device} but the buffers are on {device}")
-            return value.detach().reshape(()).double()
+            return _device_scalar(name, value, device)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -139,26 +144,43 @@ def check_scalar(
     return number
 
 
+def check_grad_scale(grad_scale: Scalar | None, device: torch.device) -> Scalar:
+    """Return the divisor of the gradients, 1 by default; 0 on the host is refused."""
+    scale = 1.0 if grad_scale is None else check_scalar("grad_scale", grad_scale, device)
+    if not isinstance(scale, Tensor) and scale == 0:
+        raise ValueError("grad_scale must be > 0: gradients are divided by it")
+    return scale
+
+
 def stays_on_device(value: object) -> bool:
-    """True for a scalar that the host must not read, because reading would wait for the device."""
+    """Return whether a scalar is one that the host must not read, because reading would wait for the device."""
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
+def _check_one_element(name: str, value: Tensor) -> None:
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a tensor of one element, not of shape {tuple(value.shape)}")
+
+
+def _device_scalar(name: str, value: Tensor, device: torch.device) -> Tensor:
+    if value.device != device:
+        raise ValueError(f"{name} is a scalar on {value.device} but the buffers are on {device}")
+    return value.detach().reshape(()).double()
+
+
 def check_found_inf(found_inf: Scalar | None, device: torch.device) -> bool | Tensor:
-    """True, False, or a device scalar that only the kernel reads. NaN counts as found."""
+    """Return True, False, or a device scalar that only the kernel reads. NaN counts as found."""
     if found_inf is None:
         return False
-    if stays_on_device(found_inf):
-        return check_scalar("found_inf", found_inf, device).float()
-    if isinstance(found_inf, Tensor) and found_inf.numel() != 1:
-        raise ValueError(
-            f"found_inf must be a number or a tensor of one element, not of shape {tuple(found_inf.shape)}"
-        )
+    if isinstance(found_inf, Tensor):
+        _check_one_element("found_inf", found_inf)
+        if stays_on_device(found_inf):
+            return _device_scalar("found_inf", found_inf, device).float()
     return float(found_inf) != 0.0
 
 
 def check_segments(segments: object, numel: int, device: torch.device) -> Segments | None:
-    """`segments` as tensors on `device`; the values are checked where they are on the host."""
+    """Return `segments` as tensors on `device`; values on the host are checked."""
     if segments is None:
         return None
     if not isinstance(segments, Sequence) or len(segments) != 3:
@@ -187,7 +209,7 @@ def _table(name: str, values: object, dtype: torch.dtype, device: torch.device) 
 def _check_offsets(offsets: Tensor, given: object, numel: int) -> None:
     if offsets.device.type != "cpu":
         if isinstance(given, Tensor) and given.device.type != "cpu":
-            return  # reading it would stall the device; the kernels clamp instead
+            return  # reading it would wait for the device; the kernels clamp instead
         offsets = torch.as_tensor(given, dtype=torch.int64)
     if offsets[0] != 0 or offsets[-1] != numel or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(
@@ -208,8 +230,7 @@ def _column(name: str, values: object, length: int, device: torch.device) -> Ten
 
 
 def single(value: Scalar) -> Scalar:
-    """A coefficient as the kernels take it: device scalars rounded to fp32 (floats are rounded by the kernels' own fp32
-    arguments)."""
+    """Round a device scalar to fp32; the fp32 arguments of the kernels round a float."""
     return value.float() if isinstance(value, Tensor) else value
 
 
@@ -220,7 +241,7 @@ def adamw_coefficients(
     lr: Scalar,
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
+    weight_decay: Scalar,
     strength: Scalar,
     ema_decay: Scalar | None,
     ema_threshold: Scalar | None,
@@ -228,15 +249,15 @@ def adamw_coefficients(
     clip_coef: Scalar | None,
     grad_scale: Scalar | None,
 ) -> Coefficients:
-    """Check the step's scalars and derive what the kernels use, in fp64: 1 - beta^t in fp32 is wrong by 6e-5 at t = 1,
-    beta = 0.999."""
+    """Check the step's scalars and derive the coefficients of the kernels.
+
+    They are computed in fp64: in fp32 1 - beta^t is wrong by 6e-5 at t = 1, beta = 0.999.
+    """
     beta1, beta2 = _check_betas(betas, device)
     step = check_scalar("step", step, device, low=1)
     lr = check_scalar("lr", lr, device)
     clip = 1.0 if clip_coef is None else check_scalar("clip_coef", clip_coef, device)
-    scale = 1.0 if grad_scale is None else check_scalar("grad_scale", grad_scale, device)
-    if not isinstance(scale, Tensor) and scale == 0:
-        raise ValueError("grad_scale must be > 0: gradients are divided by it")
+    scale = check_grad_scale(grad_scale, device)
     rates = {
         name: 0.0 if decay is None else 1.0 - check_scalar(name, decay, device, high=1.0)
         for name, decay in (("ema_decay", ema_decay), ("ema_decay_above", ema_decay_above))

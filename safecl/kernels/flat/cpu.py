@@ -1,4 +1,4 @@
-"""The flat family on the CPU: hands validated tensors to the C++ library (`csrc/`) as raw pointers."""
+"""The flat family on the CPU: passes validated tensors to the C++ library (`csrc/`) as raw pointers."""
 
 from __future__ import annotations
 
@@ -39,17 +39,15 @@ def penalized_grad_norm(
     segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
     buffers = [_buffer(t) for t in (grad, param, anchor, fisher)]
-    call, sums = (
-        native.PenaltyCall(grad.numel(), *buffers, _segments(segments), float(strength), float(grad_mult)),
-        native.Sums(),
-    )
+    call = native.PenaltyCall(grad.numel(), *buffers, _segments(segments), float(strength), float(grad_mult))
+    sums = native.Sums()
     native.library().safecl_penalized_grad_norm(byref(call), byref(sums))
     return torch.tensor(sums.square, dtype=torch.float64), torch.tensor(0.5 * sums.penalty, dtype=torch.float64)
 
 
 def adamw_step(call: AdamWArguments) -> Tensor | None:
     if call.frozen:
-        return torch_twin.adamw_step(call)  # rare, and nothing but the loss to compute
+        return torch_twin.adamw_step(call)  # rare, and only the loss is computed
     tensors = {
         "param": call.param,
         "exp_avg": call.exp_avg,
@@ -92,7 +90,7 @@ def _buffer(tensor: Tensor | None) -> native.Buffer:
 
 
 def _segments(table: Segments | None) -> native.Segments:
-    """Points into the table's tensors, which the caller keeps alive for the call."""
+    """Return pointers into the table's tensors, which the caller keeps alive during the call."""
     if table is None:
         return native.Segments()
     columns = (None if t is None else t.data_ptr() for t in table)

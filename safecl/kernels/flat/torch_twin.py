@@ -1,28 +1,26 @@
-"""The flat family in plain torch: the definition that the Triton and C++ kernels are held to, and the fallback where
-neither runs.
+"""The flat family in plain torch: the definition of the Triton and C++ kernels, and the fallback where neither runs.
 
-Works through the buffers in chunks, so the temporaries stay in the cache and far below 1 % of a shard. The order of the
-operations is the kernels' own, one rounding each, so that the elements agree bitwise with the other back ends' (but for
-sqrt: torch's CPU sqrt is MKL's, which is an ulp off now and then).
+It processes the buffers in chunks, so that the temporaries fit the cache and are far below 1 % of a shard. The
+operations have the order of the kernels, with one rounding each, so that the elements agree bitwise with the other back
+ends, apart from sqrt: torch's CPU sqrt is that of MKL, which sometimes differs by one ulp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safecl.kernels.flat.arguments import AdamWArguments, Scalar, Segments
 
-CHUNK = {
-    "cpu": 1 << 15,
-    "cuda": 1 << 22,
-}  # elements: temporaries of a chunk fit the L2 cache of a core; a GPU needs longer launches
+# Elements of a chunk: its temporaries fit the L2 cache of a CPU core; a GPU needs longer launches.
+CHUNK = {"cpu": 1 << 15, "cuda": 1 << 22}
 
 
 def ema_update(ema: Tensor, param: Tensor, rate: Scalar, seed: Tensor | None) -> None:
-    """ema += rate * (param - ema); a bf16 ema is rounded stochastically from `seed`."""
+    """Add rate * (param - ema) to ema; a bf16 ema is rounded stochastically with random bits from `seed`."""
     for start, (e, p) in _chunks(ema, param):
         e32 = e.float()
         new = e32 + rate * (p.float() - e32)
@@ -30,8 +28,10 @@ def ema_update(ema: Tensor, param: Tensor, rate: Scalar, seed: Tensor | None) ->
 
 
 def stochastic_bf16(values: Tensor, seed: Tensor, start: int) -> Tensor:
-    """fp32 -> bf16, up with probability (value - lower) / (upper - lower): 16 random bits are added below its mantissa,
-    then cut off."""
+    """Round fp32 to bf16, upwards with probability (value - lower) / (upper - lower).
+
+    16 random bits are added below the mantissa of bf16, then these bits are cut off.
+    """
     index = torch.arange(start, start + values.numel(), device=values.device, dtype=torch.int64)
     noise = random_words(index, seed) >> 16
     bits = values.view(torch.int32).to(torch.int64)
@@ -40,15 +40,19 @@ def stochastic_bf16(values: Tensor, seed: Tensor, start: int) -> Tensor:
 
 
 def random_words(index: Tensor, seed: Tensor) -> Tensor:
-    """A uniform 32-bit word (in int64) for each element index: a counter-based hash, so that every back end draws the
-    same numbers."""
+    """Return a uniform 32-bit word (in int64) for each element index.
+
+    It is a counter-based hash, so that every back end draws the same numbers.
+    """
     low, high = index & 0xFFFFFFFF, index >> 32
     return _mix((_mix(low ^ seed[0]) + seed[1] + high * 0x9E3779B9) & 0xFFFFFFFF)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """32-bit finaliser "lowbias32" (C. Wellons, hash-prospector): each input bit flips each output bit about half of
-    the time."""
+    """Mix the bits of 32-bit words: "lowbias32" (C. Wellons, hash-prospector).
+
+    Each input bit flips each output bit in about half of the cases.
+    """
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ (x >> 15)
@@ -57,14 +61,14 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def fisher_accumulate(fisher: Tensor, grad: Tensor, weight: Scalar) -> None:
-    """fisher += weight * grad * grad."""
+    """Add weight * grad * grad to fisher."""
     for _, (f, g) in _chunks(fisher, grad):
         g32 = g.float()
         f.copy_(f + weight * g32 * g32)
 
 
 def fisher_penalty(grad: Tensor, param: Tensor, anchor: Tensor, fisher: Tensor | None, strength: Scalar) -> Tensor:
-    """grad += strength * fisher * (param - anchor); returns the penalty."""
+    """Add strength * fisher * (param - anchor) to grad; return the penalty loss."""
     total = torch.zeros((), dtype=torch.float64, device=grad.device)
     for _, (g, p, a, f) in _chunks(grad, param, anchor, fisher):
         distance = p.float() - a.float()
@@ -83,7 +87,7 @@ def penalized_grad_norm(
     grad_mult: Scalar,
     segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
-    """(sum (grad_mult * grad + strength F (p - a))^2, penalty), fp64."""
+    """Return (sum (grad_mult * grad + strength F (p - a))^2, penalty loss), fp64."""
     square, total = torch.zeros((2,), dtype=torch.float64, device=grad.device).unbind()
     for start, (g, p, a, f) in _chunks(grad, param, anchor, fisher):
         h = grad_mult * g.float()
@@ -97,7 +101,7 @@ def penalized_grad_norm(
 
 
 def adamw_step(call: AdamWArguments) -> Tensor | None:
-    """The step of `flat.adamw_step_`, chunk by chunk; returns the penalty loss or None."""
+    """Do the step of `adamw_step_` chunk by chunk; return the penalty loss or None."""
     total = torch.zeros((), dtype=torch.float64, device=call.param.device)
     buffers = (call.param, call.grad, call.exp_avg, call.exp_avg_sq, call.anchor, call.fisher, call.ema, call.param_out)
     for start, chunk in _chunks(*buffers):
@@ -117,11 +121,12 @@ def _step_chunk(
     ema: Tensor | None,
     out: Tensor | None,
 ) -> Tensor | float:
-    """Step one chunk; returns sum strength F d^2 over it, in fp64."""
+    """Step one chunk; return sum strength F d^2 over it, in fp64."""
     c, n = call.coef, p.numel()
     strength = _per_element(c.strength, call.segments, "strength", start, n)
     decay = _per_element(c.weight_decay, call.segments, "weight_decay", start, n, scale=c.lr)
-    g, twice_loss = c.grad * grad.float(), 0.0
+    g = c.grad * grad.float()
+    twice_loss: Tensor | float = 0.0
     if anchor is not None:
         stiffness, distance = _stiffness(fisher, strength), p - anchor.float()
         pull = stiffness * distance
@@ -141,15 +146,16 @@ def _step_chunk(
 
 
 def _stiffness(fisher: Tensor | None, strength: Scalar) -> Tensor:
-    """strength F, the penalty's spring constant at each element (0-dim where it is the same at all)."""
+    """Return strength F, the spring constant of the penalty per element; 0-dim if all elements share one."""
     return torch.as_tensor(strength, dtype=torch.float32) if fisher is None else strength * fisher.float()
 
 
 def _ema_rate(call: AdamWArguments, fisher: Tensor | None) -> Scalar:
-    """1 - decay of the average: one for all elements, or one of two by the element's Fisher."""
+    """Return 1 - decay of the average: one for all elements, or one of two according to the element's Fisher."""
     c = call.coef
     if not call.ema_by_fisher:
         return c.ema_rate
+    assert fisher is not None
     above, below = (
         torch.as_tensor(rate, dtype=torch.float32, device=fisher.device) for rate in (c.ema_rate_above, c.ema_rate)
     )
@@ -158,9 +164,8 @@ def _ema_rate(call: AdamWArguments, fisher: Tensor | None) -> Scalar:
 
 
 def _proximal(p: Tensor, anchor: Tensor, weight: Tensor) -> Tensor:
-    """argmin_q 1/2 |q - p|^2 + weight/2 (q - a)^2 with weight = lr strength F, written so that neither 1e-12 nor 1e38
-    loses it."""
-    weight = weight.clamp(max=1e37)  # keeps inf / inf away and NaN in
+    """Return argmin_q 1/2 |q - p|^2 + weight/2 (q - a)^2 with weight = lr strength F, accurate from 1e-12 to 1e38."""
+    weight = weight.clamp(max=1e37)  # avoids inf / inf and keeps NaN
     return p - weight / (1.0 + weight) * (p - anchor)
 
 
@@ -173,17 +178,18 @@ def _write(old: Tensor | None, new: Tensor | None, found_inf: Tensor | None) -> 
 def _per_element(
     scalar: Scalar, segments: Segments | None, column: str, start: int, n: int, scale: Scalar = 1.0
 ) -> Scalar:
-    """The scalar, or the segments' column spread over elements [start, start + n) and multiplied by `scale`."""
-    values = None if segments is None else getattr(segments, column)
-    if values is None:
+    """Return the scalar, or the segments' column per element of [start, start + n), multiplied by `scale`."""
+    values: Tensor | None = None if segments is None else getattr(segments, column)
+    if segments is None or values is None:
         return scalar
     index = torch.arange(start, start + n, device=values.device, dtype=torch.int64)
     which = torch.searchsorted(segments.offsets, index, right=True) - 1
     return scale * values[which.clamp(0, values.numel() - 1)]
 
 
-def _chunks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[int, tuple]]:
-    """(start, slices) of all buffers as flat views, None staying None."""
+# The slices are Any because only the caller knows which of its buffers may be None.
+def _chunks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Yield (start, slices) of all buffers as flat views; None stays None."""
     flat = [None if t is None else t.detach().view(-1) for t in (first, *others)]
     size = CHUNK.get(first.device.type, 1 << 20)
     for start in range(0, first.numel(), size):

@@ -1,5 +1,4 @@
-"""The fused distillation head: cross-entropy, KL, JSD and DER's MSE in one pass over lm_head, never holding [tokens,
-vocab].
+"""The fused distillation head: cross-entropy, KL, JSD and DER's MSE in one pass over lm_head, without [tokens, vocab].
 
     loss = sum_i ce_weights_i (ce_i + z_loss·logsumexp_i^2) + sum_i kd_weights_i kd_i
 
@@ -7,32 +6,34 @@ vocab].
     ce_i   = -log softmax(logits_i)[label_i]                                       at temperature 1
     kd_i   = s_T·D(teacher_i, student_i), both at ``temperature`` T                 s_T = 1 ("none") or T^2 ("square")
 
-The gradients are computed in the forward, chunk by chunk, and the backward only scales them: 8·tokens·H·V FLOP with an
-online teacher and 6 without, where recomputing designs need 12 to 16. That is right because the per-token weights are
-known beforehand and only the scalar ``loss`` has a gradient. Formulas of the divergences: ``divergences.py``; of the
-chunks: ``head_driver.py``.
+The forward computes the gradients, chunk by chunk, and the backward only scales them: 8·tokens·H·V FLOP with an online
+teacher and 6 without one, where designs that recompute need 12 to 16. This is possible because the per-token weights
+are known before the forward and only the scalar ``loss`` has a gradient. The formulas of the divergences are in
+``divergences.py``, those of the chunks in ``chunks.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from safecl.kernels.head import checks as checks
-from safecl.kernels.head.chunks import HeadCall, run_head
-from safecl.kernels.head.divergences import RowOptions
+from safecl.kernels.head import checks
+from safecl.kernels.head.backend import RowOptions
+from safecl.kernels.head.chunks import run_head
+from safecl.kernels.head.segments import HeadCall
 from safecl.kernels.head.teachers import LogitsTeacher, Teacher, TopKTeacher
 
 
 @dataclass(frozen=True)
 class LinearDistillOutput:
-    """loss: 0-dim, the only field with a gradient. ce, kd, logsumexp: detached, shaped like the tokens, unweighted,
-    fp32.
+    """The losses of one call.
 
+    loss: 0-dim, the only field with a gradient. ce, kd, logsumexp: detached, shaped like the tokens, unweighted, fp32.
     Rows that were not computed hold 0: no label or ce weight 0 (ce, logsumexp), no teacher or kd weight 0 (kd).
-    ``logsumexp`` (of the logits, at temperature 1) is the stability monitor that z_loss pulls towards 0.
+    ``logsumexp`` (of the logits, at temperature 1) is the measure of stability that z_loss pulls towards 0.
     """
 
     loss: Tensor
@@ -61,30 +62,27 @@ def linear_distill_loss(
     tile_bytes: int = 2**30,
     z_loss: float = 0.0,
 ) -> LinearDistillOutput:
-    """Cross-entropy and distillation from one pass over the output head.
+    """Compute cross-entropy and distillation in one pass over the output head.
 
     hidden: [..., H] fp32, bf16 or fp16 (fp64 on the CPU), any number of tokens, also none. weight: [V, H], bias: [V],
-    of the same dtype. labels: [...] integers below V; ``ignore_index`` takes a token out of the cross-entropy (not out
-    of the distillation); None: no
-        cross-entropy at all.
-    ce_weights, kd_weights: a number or [...] (one per token). They carry the normaliser, may be negative, and have no
-    gradient; a token
-        of weight 0 is skipped.
-    teacher: DenseTeacher, TopKTeacher, LogitsTeacher or None. teacher_rows: [rows] distinct integers, the (flattened)
-    tokens that its
-        rows speak about, in its order; None: all of them.
-    divergence: "forward_kl" KL(teacher || student), "reverse_kl", "jsd" (``beta`` of the teacher in the mixture, 0 <
-    beta < 1), "mse" (of
-        centred logits / temperature; DER).
+        of the same dtype.
+    labels: [...] integers below V. ``ignore_index`` excludes a token from the cross-entropy but not from the
+        distillation; None: no cross-entropy.
+    ce_weights, kd_weights: a number or [...] (one per token). They include the normaliser, may be negative, and have no
+        gradient; a token of weight 0 is skipped.
+    teacher: DenseTeacher, TopKTeacher, LogitsTeacher or None.
+    teacher_rows: [rows] distinct integers, the (flattened) tokens of the teacher's rows in the teacher's order; None:
+        all tokens.
+    divergence: "forward_kl" KL(teacher || student), "reverse_kl", "jsd" (``beta`` is the teacher's share of the
+        mixture, 0 < beta < 1), "mse" (of centred logits / temperature; DER).
     temperature_scale: "none", or "square" to multiply kd by temperature^2.
-    tile_bytes: the memory budget for logits. The peak beside inputs and returned gradients is tile_bytes + 4·V·H bytes
-    (dW in fp32; none
-        for a frozen head).
+    tile_bytes: the memory budget for logits. The peak on top of inputs and returned gradients is tile_bytes + 4·V·H
+        bytes (dW in fp32; none for a frozen head).
 
-    A row whose label is ignored and that has no teacher is never read, so NaN there does not leak. Without any row the
-    loss is an exact 0 whose gradients are exact zeros. Gradients are skipped for tensors that do not require them and
-    under ``torch.no_grad``. The values of ``weight`` are used in the forward only. Differentiating the gradient
-    (create_graph) is refused with a RuntimeError.
+    A row whose label is ignored and that has no teacher is never read, so NaN there does not spread. Without any row
+    the loss is an exact 0 whose gradients are exact zeros. Gradients are skipped for tensors that do not require them
+    and under ``torch.no_grad``. The values of ``weight`` are used in the forward only. Differentiating the gradient
+    (create_graph) raises RuntimeError.
 
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, a label or index outside the
     vocabulary, repeated teacher_rows, or a teacher of another temperature or vocabulary.
@@ -130,8 +128,8 @@ def linear_distill_loss(
 
 
 def _flat_teacher(teacher: Teacher | None) -> tuple[str, list[Tensor], torch.dtype, float | None, float | None, str]:
-    """(kind, tensors, compute dtype, softcap, logit_scale, top-k mode): a teacher in the types that an operator's
-    schema knows."""
+    """Return a teacher in types that an operator's schema knows: kind, tensors, compute dtype, softcap, logit_scale,
+    top-k mode."""
     if teacher is None:
         return "none", [], torch.float32, None, None, "tail"
     if isinstance(teacher, TopKTeacher):
@@ -142,14 +140,8 @@ def _flat_teacher(teacher: Teacher | None) -> tuple[str, list[Tensor], torch.dty
     tensors = [teacher.hidden.detach(), teacher.weight.detach()]
     if teacher.bias is not None:
         tensors.append(teacher.bias.detach())
-    return (
-        "dense",
-        tensors,
-        checks.compute_dtype(teacher.weight, teacher.weight),
-        teacher.softcap,
-        teacher.logit_scale,
-        "tail",
-    )
+    compute = checks.compute_dtype(teacher.weight, teacher.weight)
+    return "dense", tensors, compute, teacher.softcap, teacher.logit_scale, "tail"
 
 
 @torch.library.custom_op("safecl::linear_distill", mutates_args=())
@@ -181,8 +173,10 @@ def _linear_distill(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, ce, kd, logsumexp, scale, d_hidden, d_weight, d_bias): gradients of loss / scale, those of the head in
-    fp32."""
+    """Return (loss, ce, kd, logsumexp, scale, d_hidden, d_weight, d_bias).
+
+    The gradients are those of loss / scale; d_weight and d_bias are fp32.
+    """
     options = RowOptions(
         divergence,
         beta,
@@ -217,15 +211,16 @@ def _linear_distill(
     )
     with torch.autocast(hidden.device.type, enabled=False):
         result = run_head(call)
-    loss = weighted_sum(ce_weights, result.ce + z_loss * result.logsumexp.square()) + weighted_sum(
-        kd_weights, result.kd
-    )
+    with_z_loss = result.ce + z_loss * result.logsumexp.square()
+    loss = weighted_sum(ce_weights, with_z_loss) + weighted_sum(kd_weights, result.kd)
     return loss, result.ce, result.kd, result.logsumexp, scale, *result.gradients()
 
 
 def _gradient_scale(ce_weights: Tensor, kd_weights: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """1, or for fp16 the largest weight: probabilities / num_tokens would underflow before the loss scale arrives in
-    the backward."""
+    """Return 1, or for fp16 the largest weight.
+
+    In fp16 probabilities / num_tokens would underflow before the backward multiplies by the loss scale.
+    """
     if compute_dtype != torch.float16 or ce_weights.numel() == 0:
         return ce_weights.new_ones(())
     largest = torch.maximum(ce_weights.abs().max(), kd_weights.abs().max())
@@ -233,12 +228,14 @@ def _gradient_scale(ce_weights: Tensor, kd_weights: Tensor, compute_dtype: torch
 
 
 def weighted_sum(weights: Tensor, losses: Tensor) -> Tensor:
-    """sum weights·losses in fp64, where a weight of 0 silences an infinite loss."""
+    """Return sum weights·losses, added in fp64; a weight of 0 also removes an infinite loss."""
     return torch.where(weights != 0, weights * losses, 0.0).sum(dtype=torch.float64).to(losses.dtype)
 
 
 @_linear_distill.register_fake
-def _(hidden, weight, bias, labels, ce_weights, *rest):
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, ce_weights: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = rest[-3:]
     compute_dtype = rest[-6]
     tokens, wide = hidden.shape[0], torch.promote_types(compute_dtype, torch.float32)
@@ -254,13 +251,13 @@ def _(hidden, weight, bias, labels, ce_weights, *rest):
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs, ctx.num_teacher = inputs[-3:], len(inputs[7])
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.save_for_backward(*output[4:])
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("linear_distill_loss: the gradient cannot be differentiated again (create_graph=True)")
     scale, *saved = ctx.saved_tensors
@@ -272,8 +269,10 @@ def _backward(ctx, grad_loss, *_):
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad·factor, rounded once, for a 0-dim fp32 factor, which a product with a 0-dim tensor would first round to the
-    gradient's bf16."""
+    """Return grad·factor, rounded once, for a 0-dim fp32 factor.
+
+    A product with a 0-dim tensor would first round the factor to the gradient's bf16.
+    """
     return torch.mul(grad, factor.reshape([1] * grad.dim()), out=torch.empty_like(grad, dtype=dtype))
 
 

@@ -1,4 +1,4 @@
-"""What the head accepts. Every refusal is a ValueError that names the argument, what it is and what fits."""
+"""Checks of the head's arguments. Each raises a ValueError that names the argument, its value and what would fit."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from safecl.kernels.head.divergences import DIVERGENCES
-from safecl.kernels.head.teachers import TOPK_MODES, DenseTeacher, LogitsTeacher, TopKTeacher
+from safecl.kernels.head.teachers import TOPK_MODES, DenseTeacher, LogitsTeacher, Teacher, TopKTeacher
 
 TEMPERATURE_SCALES = ("none", "square")
-_PADDING_TOKENS = (
-    1024  # heads of one tokenizer differ by less than this, and by less than 1/16, when only their padding differs
-)
+# Heads of one tokenizer that differ in padding alone differ by fewer tokens than this, and by less than 1/16.
+_PADDING_TOKENS = 1024
 
 
-def flatten_tokens(hidden, labels, ce_weights, kd_weights):
-    """hidden [tokens, H], labels [tokens] or None, weights [tokens] fp32 (fp64 beside fp64 hidden)."""
+def flatten_tokens(
+    hidden: Tensor, labels: Tensor | None, ce_weights: float | Tensor, kd_weights: float | Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return hidden [tokens, H], labels [tokens] or None, and both weights [tokens] fp32 (fp64 for fp64 hidden)."""
     if hidden.dim() < 2:
         raise ValueError(
             f"hidden must be [tokens, hidden] (leading dimensions are flattened), got shape {tuple(hidden.shape)}"
@@ -32,14 +33,13 @@ def flatten_tokens(hidden, labels, ce_weights, kd_weights):
             raise ValueError(f"labels must be integers, got {labels.dtype}")
         _same_device("labels", labels, hidden)
         labels = labels.reshape(-1).long()
-    weights = [
-        token_weights(name, value, hidden) for name, value in (("ce_weights", ce_weights), ("kd_weights", kd_weights))
-    ]
-    return hidden.reshape(-1, hidden.shape[-1]), labels, *weights
+    ce_weights = token_weights("ce_weights", ce_weights, hidden)
+    kd_weights = token_weights("kd_weights", kd_weights, hidden)
+    return hidden.reshape(-1, hidden.shape[-1]), labels, ce_weights, kd_weights
 
 
-def token_weights(name: str, value, hidden: Tensor) -> Tensor:
-    """A number or one weight per token as [tokens], fp32."""
+def token_weights(name: str, value: float | Tensor, hidden: Tensor) -> Tensor:
+    """Return a number or one weight per token as [tokens], fp32."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     tokens = hidden.shape[:-1]
     if not isinstance(value, Tensor):
@@ -55,8 +55,18 @@ def token_weights(name: str, value, hidden: Tensor) -> Tensor:
     return value.to(device=hidden.device, dtype=dtype).expand(tokens).reshape(-1).clone()
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap, logit_scale, name: str = "") -> None:
-    """One hidden state and its head; name: "teacher " for the teacher's, whose hidden states may stay on the host."""
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    name: str = "",
+) -> None:
+    """Check hidden states and their head.
+
+    name: "teacher " for a teacher's, whose hidden states may be on the host.
+    """
     if not hidden.dtype.is_floating_point:
         raise ValueError(f"{name}hidden must be floating point, got {hidden.dtype}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -79,7 +89,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap, log
 
 
 def check_options(divergence: str, beta: float, temperature: float, temperature_scale: str) -> None:
-    """The choice of distance."""
+    """Check the choice of the divergence and its settings."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if divergence == "jsd" and not 0 < beta < 1:
@@ -93,12 +103,14 @@ def check_options(divergence: str, beta: float, temperature: float, temperature_
 
 
 def kd_scale(temperature: float, temperature_scale: str) -> float:
-    """The factor of the distillation loss: 1 or T^2."""
+    """Return the factor of the distillation loss: 1 or T^2."""
     return float(temperature) ** 2 if temperature_scale == "square" else 1.0
 
 
-def check_teacher(teacher, teacher_rows: Tensor | None, hidden: Tensor, weight: Tensor, temperature: float) -> None:
-    """The teacher's tensors among themselves and against the student's; hidden: [tokens, H]."""
+def check_teacher(
+    teacher: Teacher | None, teacher_rows: Tensor | None, hidden: Tensor, weight: Tensor, temperature: float
+) -> None:
+    """Check that the teacher's tensors fit each other and the student's; hidden: [tokens, H]."""
     if teacher is None:
         if teacher_rows is not None:
             raise ValueError("teacher_rows is given without a teacher")
@@ -116,7 +128,7 @@ def check_teacher(teacher, teacher_rows: Tensor | None, hidden: Tensor, weight: 
     _check_rows(teacher, teacher_rows, hidden)
 
 
-def _check_rows(teacher, teacher_rows: Tensor | None, hidden: Tensor) -> None:
+def _check_rows(teacher: Teacher, teacher_rows: Tensor | None, hidden: Tensor) -> None:
     if teacher_rows is None:
         if teacher.num_rows != hidden.shape[0]:
             raise ValueError(
@@ -143,7 +155,8 @@ def _check_dense(teacher: DenseTeacher, weight: Tensor) -> None:
 def _check_logits(teacher: LogitsTeacher, weight: Tensor) -> None:
     if teacher.logits.dim() != 2 or not teacher.logits.dtype.is_floating_point:
         raise ValueError(
-            f"teacher logits must be [rows, vocab] floating point, got {teacher.logits.dtype} {tuple(teacher.logits.shape)}"
+            "teacher logits must be [rows, vocab] floating point, "
+            f"got {teacher.logits.dtype} {tuple(teacher.logits.shape)}"
         )
     check_vocabulary("teacher logits", teacher.logits.shape[1], weight.shape[0])
 
@@ -160,7 +173,8 @@ def _check_topk(teacher: TopKTeacher, weight: Tensor, temperature: float) -> Non
         raise ValueError(f"teacher mode must be one of {', '.join(TOPK_MODES)}, got {teacher.mode!r}")
     if teacher.vocab_size != weight.shape[0]:
         raise ValueError(
-            f"the teacher was made for a vocabulary of {teacher.vocab_size} tokens, the student's head has {weight.shape[0]}"
+            f"the teacher was made for a vocabulary of {teacher.vocab_size} tokens, "
+            f"the student's head has {weight.shape[0]}"
         )
     if not 1 <= indices.shape[1] <= teacher.vocab_size:
         raise ValueError(f"the teacher stores k = {indices.shape[1]} tokens of a vocabulary of {teacher.vocab_size}")
@@ -172,7 +186,7 @@ def _check_topk(teacher: TopKTeacher, weight: Tensor, temperature: float) -> Non
 
 
 def check_vocabulary(name: str, teacher_vocab: int, student_vocab: int) -> None:
-    """Widths of one tokenizer's heads differ by padding only; anything more is another vocabulary."""
+    """Raise ValueError where the widths of two heads differ by more than padding: another vocabulary."""
     low, high = sorted((teacher_vocab, student_vocab))
     if high - low >= _PADDING_TOKENS or (high - low) * 16 > low:
         raise ValueError(
@@ -187,7 +201,7 @@ def _same_device(name: str, tensor: Tensor, other: Tensor) -> None:
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that the student's GEMM operands are rounded to: their own, or autocast's where it is on."""
+    """Return the dtype that GEMM operands are rounded to: their own, or autocast's where it is on."""
     device = hidden.device.type
     return (
         torch.get_autocast_dtype(device)
@@ -197,9 +211,15 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def value_questions(
-    labels, ignore_index: int, vocab: int, teacher_rows, tokens: int, teacher: list[Tensor], kind: str
+    labels: Tensor | None,
+    ignore_index: int,
+    vocab: int,
+    teacher_rows: Tensor | None,
+    tokens: int,
+    teacher: list[Tensor],
+    kind: str,
 ) -> dict[str, Tensor]:
-    """Index ranges and repetitions: message -> 0-dim bool, on the device of the tensors, whether it is wrong."""
+    """Return the checks of index ranges and repetitions: message -> 0-dim bool on the device, true where it applies."""
     questions = {}
     if labels is not None and labels.numel():
         outside = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
@@ -216,7 +236,7 @@ def value_questions(
 
 
 def raise_first(questions: dict[str, Tensor], answers: list[int]) -> None:
-    """ValueError of the first question whose answer, read back from the device, is yes."""
+    """Raise ValueError with the first message whose answer, read back from the device, is yes."""
     for message, wrong in zip(questions, answers, strict=True):
         if wrong:
             raise ValueError(message)

@@ -1,20 +1,22 @@
-"""The row work of the distillation head in plain PyTorch: fp32 logits in, per-token losses and dlogits out.
+"""The formulas of the distillation head in plain PyTorch: losses per token and gradients of given logits.
 
 With p the student, q the teacher (both at temperature T) and r = log q - log p:
 
     forward_kl   KL(q || p) = sum q r - q + p
     reverse_kl   KL(p || q) = sum q - p - p r
-    jsd          beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p          (Agarwal et al. 2024, arXiv:2306.13649, eq. 1)
-    mse          mean over the entries of (d - mean d)^2,  d = (student - teacher logits) / T  (DER, Buzzega et al. 2020, arXiv:2004.07211)
+    jsd          beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
+                 (Agarwal et al. 2024, arXiv:2306.13649, eq. 1)
+    mse          mean over the entries of (d - mean d)^2,  d = (student - teacher logits) / T
+                 (DER, Buzzega et al. 2020, arXiv:2004.07211)
 
-Every KL is summed in Bregman form, whose terms p·(e^r r - e^r + 1) are all non-negative: the plain sum of q (log q -
-log p) cancels, and in fp32 is wrong by 10 to 100 % and often negative once KL <= 1e-5. 0 log 0 is 0; a student that
-gives no mass to what the teacher may say has an infinite loss and a finite gradient.
+Every KL is summed in Bregman form, whose terms p·(e^r r - e^r + 1) are all non-negative. The plain sum of q (log q -
+log p) cancels: in fp32 it is wrong by 10 to 100 % and often negative once KL <= 1e-5. 0 log 0 is 0. A student that
+gives no mass to a token that the teacher may emit has an infinite loss and a finite gradient.
 
-Gradient: dD/dz_v = p_v (g_v - sum_e p_e g_e) with g = dD/dp. ``event_terms`` returns p·g and its sum, for the full
-vocabulary and for the k + 1 events of a top-k teacher alike. Two forms of the same algebra: ``_near_terms`` writes q as
-p·e^r with expm1 and is fast and exact while the ratios are moderate; ``_far_terms`` takes any ratio, infinities
-included.
+Gradient: dD/dz_v = p_v (g_v - sum_e p_e g_e) with g = dD/dp. ``event_terms`` returns p·g and its sum, both for the full
+vocabulary and for the k + 1 events of a top-k teacher. It has two forms of the same algebra: ``_near_terms`` writes q
+as p·e^r with expm1 and is fast and exact while the ratios are moderate; ``_far_terms`` takes any ratio, also an
+infinite one.
 """
 
 from __future__ import annotations
@@ -25,44 +27,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safecl.kernels.spans import spans
+from safecl.kernels.head.backend import RowOptions
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "mse")
-_NEAR_LOW, _NEAR_HIGH = (
-    -80.0,
-    30.0,
-)  # where p·expm1(r) is q - p to fp32: a p that underflows then belongs to a q below 1e-25
-_SERIES_LIMIT = 0.25  # below it the closed form of e^r r - e^r + 1 cancels; the series' own error is 2e-6
-_GRADIENT_LOG_RATIO = 100.0  # stands for an infinite log-ratio in the gradient
-_BLOCK_ELEMENTS = 2**18
-
-
-class RowOptions(NamedTuple):
-    """What the row work needs to know beside the tensors; ``kd_scale`` is the factor of temperature_scale (1 or
-    T^2)."""
-
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    temperature: float = 1.0
-    kd_scale: float = 1.0
-    z_loss: float = 0.0
-    softcap: float | None = None
-    logit_scale: float | None = None
-    teacher_softcap: float | None = None
-    teacher_logit_scale: float | None = None
-    topk_mode: str = "tail"
+# Log-ratios for which p·expm1(r) equals q - p to fp32: where p underflows, q is below 1e-25.
+_NEAR_LOW, _NEAR_HIGH = -80.0, 30.0
+_SERIES_LIMIT = 0.25  # below it the closed form of e^r r - e^r + 1 cancels; the series has an error of 2e-6
+_GRADIENT_LOG_RATIO = 100.0  # replaces an infinite log-ratio in the gradient
 
 
 class Scratch:
-    """Named buffers that are used again for every few rows: a fresh megabyte costs more in page faults than the
-    arithmetic on it."""
+    """Named buffers that every block of rows uses again.
+
+    The page faults of a fresh megabyte cost more time than the arithmetic on it.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, like: Tensor) -> Tensor:
-        """An uninitialised buffer of the shape and dtype of ``like`` [rows, ...]; the same memory under the same
-        name."""
+        """Return an uninitialised buffer like ``like`` [rows, ...]; the same name gives the same memory."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[0] < like.shape[0] or buffer.shape[1:] != like.shape[1:]:
             buffer = self._buffers[name] = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -75,7 +59,7 @@ class Softmax(NamedTuple):
 
 
 def softmax(logits: Tensor, scratch: Scratch, name: str = "p") -> Softmax:
-    """Over the last dimension, in buffers of ``name``."""
+    """Return the softmax over the last dimension, in scratch buffers called ``name``."""
     log_p = torch.log_softmax(logits, -1, out=scratch(f"log {name}", logits))
     return Softmax(log_p, torch.exp(log_p, out=scratch(name, logits)))
 
@@ -84,19 +68,19 @@ class EventTerms(NamedTuple):
     loss: Tensor  # [rows]
     p: Tensor  # [rows, events], the student's probabilities
     p_grad: Tensor  # [rows, events], p·g
-    total: Tensor | None  # [rows, 1], sum of p·g over the events; None: p_grad is the gradient already
+    total: Tensor | None  # [rows, 1], sum of p·g over the events; None where p_grad is already the gradient
 
     def gradient_(self) -> Tensor:
-        """dD/dz of the events [rows, events], in place of p_grad."""
+        """Return dD/dz of the events [rows, events]; overwrites p_grad."""
         return self.p_grad if self.total is None else self.p_grad.addcmul_(self.p, self.total, value=-1)
 
 
 def event_terms(
     student: Softmax, log_q: Tensor, divergence: str, beta: float, normalised: bool, scratch: Scratch
 ) -> EventTerms:
-    """Loss and gradient terms of one divergence over the last dimension; log_q: [rows, events].
+    """Return the loss and the gradient terms of one divergence over the last dimension; log_q: [rows, events].
 
-    normalised: p and q each sum to one (a softmax), so that p == q gives a gradient of exactly zero.
+    normalised: whether p and q each sum to one (a softmax); then p == q gives a gradient of exactly zero.
     """
     ratio = torch.sub(log_q, student.log_p, out=scratch("ratio", log_q))
     low, high = ratio.aminmax() if ratio.numel() else (ratio.new_zeros(()), ratio.new_zeros(()))
@@ -106,7 +90,7 @@ def event_terms(
 
 
 def _near_terms(p: Tensor, r: Tensor, divergence: str, beta: float, scratch: Scratch) -> EventTerms:
-    """With e = e^r - 1, so that q - p = p e: no term but p and r carries a rounding error of first order."""
+    """Compute the terms with e = e^r - 1, so that q - p = p e; only p and r have rounding errors of first order."""
     e = torch.expm1(r, out=scratch("expm1", r))
     terms, p_grad = scratch("terms", r), scratch("p_grad", r)
     if divergence == "forward_kl":
@@ -124,6 +108,7 @@ def _near_terms(p: Tensor, r: Tensor, divergence: str, beta: float, scratch: Scr
 
 
 def _far_terms(p: Tensor, q: Tensor, r: Tensor, divergence: str, beta: float, normalised: bool) -> EventTerms:
+    """Compute the terms for any log-ratio r, also an infinite one."""
     if divergence == "forward_kl":
         total = -torch.ones_like(r[..., :1]) if normalised else -q.sum(-1, keepdim=True)
         return EventTerms(kl_terms(p, q, r).sum(-1), p, -q, total)
@@ -138,8 +123,10 @@ def _far_terms(p: Tensor, q: Tensor, r: Tensor, divergence: str, beta: float, no
 
 
 def truncated_terms(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> EventTerms:
-    """The plain sum over a part of the support: where p and q do not sum to one, Bregman's extra terms would change the
-    loss."""
+    """Compute the terms as a plain sum over a part of the support.
+
+    p and q do not sum to one there, so the extra terms of the Bregman form would change the loss.
+    """
     p, q, r = log_p.exp(), log_q.exp(), log_q - log_p
     if divergence == "forward_kl":
         return EventTerms(_silent(q, q * r).sum(-1), p, -q, -q.sum(-1, keepdim=True))
@@ -153,14 +140,14 @@ def truncated_terms(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) 
 
 
 def kl_terms(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    """q r - q + p elementwise, the non-negative terms of KL(q || p), for r = log q - log p."""
+    """Return q r - q + p elementwise, the non-negative terms of KL(q || p), for r = log q - log p."""
     r = log_ratio
     series = p * r * r * (1 / 2 + r * (1 / 3 + r * (1 / 8 + r * (1 / 30 + r / 144))))
     return torch.where(r.abs() < _SERIES_LIMIT, series, _silent(q, q * r) - q + p)
 
 
 def mixture_log_ratios(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(log p/m, log q/m) of m = beta q + (1 - beta) p, without cancellation for small and large r = log q - log p."""
+    """Return (log p/m, log q/m) for m = beta q + (1 - beta) p, without cancellation for small and large r."""
     positive = log_ratio > 0
     weight = torch.full_like(log_ratio, beta).masked_fill(positive, 1 - beta)
     near = torch.log1p(weight * torch.expm1(-log_ratio.abs()))  # log m / max(p, q)
@@ -172,7 +159,7 @@ def _slope(divergence: str, beta: float) -> float:
 
 
 def _silent(probability: Tensor, term: Tensor) -> Tensor:
-    """0 log 0 = 0."""
+    """Return the term, and 0 where the probability is 0, since 0 log 0 = 0."""
     return torch.where(probability > 0, term, 0.0)
 
 
@@ -181,8 +168,10 @@ def _finite(log_ratio: Tensor) -> Tensor:
 
 
 def mse_terms(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss [rows], gradient [rows, entries]) of the centred mean squared difference; entries that are infinite on a
-    side do not count."""
+    """Return (loss [rows], gradient [rows, entries]) of the centred mean squared difference.
+
+    Entries whose difference is not finite do not count.
+    """
     difference = student - teacher
     valid = difference.isfinite()
     count = valid.sum(-1, keepdim=True, dtype=student.dtype).clamp(min=1)
@@ -192,7 +181,7 @@ def mse_terms(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shape_logits_(raw: Tensor, logit_scale: float | None, softcap: float | None) -> Tensor:
-    """softcap·tanh(logit_scale·raw / softcap) in place; a -inf entry (a masked token) stays -inf."""
+    """Compute softcap·tanh(logit_scale·raw / softcap) in place; a -inf entry (a masked token) stays -inf."""
     if logit_scale is not None:
         raw.mul_(logit_scale)
     if softcap is None:
@@ -203,7 +192,7 @@ def shape_logits_(raw: Tensor, logit_scale: float | None, softcap: float | None)
 
 
 def shape_backward_(grad: Tensor, logits: Tensor, logit_scale: float | None, softcap: float | None) -> Tensor:
-    """Chain rule of ``shape_logits_``, in place on grad; ``logits`` are the shaped ones."""
+    """Apply the chain rule of ``shape_logits_`` to ``grad`` in place; logits: the shaped ones."""
     if softcap is not None:
         slope = 1 - (logits / softcap).square()
         grad.mul_(torch.where(slope.isfinite(), slope, 0.0))
@@ -219,10 +208,9 @@ class CrossEntropy(NamedTuple):
 def cross_entropy_terms(
     logits: Tensor, student: Softmax, labels: Tensor, weights: Tensor, z_loss: float, grad: Tensor | None
 ) -> CrossEntropy:
-    """-log softmax(logits)[label] at temperature 1, and z_loss·logsumexp^2 in the gradient; labels < 0 and weight 0
-    mean "no label".
+    """Return -log softmax(logits)[label] at temperature 1, and its gradient, which includes that of z_loss·logsumexp^2.
 
-    grad: a buffer for the gradient, or None.
+    A label below 0 or a weight of 0 means that there is no label. grad: a buffer for the gradient, or None.
     """
     has_label = (labels >= 0) & (weights != 0)
     index = labels.clamp(min=0)[:, None]
@@ -238,10 +226,10 @@ def cross_entropy_terms(
 def dense_divergence(
     student: Tensor, teacher: Tensor, options: RowOptions, scratch: Scratch, known: Softmax | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss [rows], dD/d(student logits) [rows, shared vocab]) for shaped logits; the first min(V_s, V_t) tokens are
-    compared.
+    """Return (loss [rows], dD/d(student logits) [rows, shared vocab]) for shaped logits.
 
-    known: the softmax of ``student`` where there is one; it serves at T = 1 over the whole vocabulary.
+    Student and teacher share the first min(V_s, V_t) tokens. known: the softmax of ``student`` where it is already
+    computed; used at T = 1 when all of the student's tokens are shared.
     """
     shared = min(student.shape[-1], teacher.shape[-1])
     z = at_temperature(student[:, :shared], options, scratch, "student at T")
@@ -259,15 +247,17 @@ def dense_divergence(
 
 
 def at_temperature(logits: Tensor, options: RowOptions, scratch: Scratch, name: str) -> Tensor:
-    """logits / T, the logits themselves at T = 1."""
+    """Return logits / T; at T = 1 the logits themselves."""
     return logits if options.temperature == 1 else torch.div(logits, options.temperature, out=scratch(name, logits))
 
 
 def topk_divergence(
     student: Tensor, log_q: Tensor, indices: Tensor, log_tail: Tensor, options: RowOptions, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """(loss [rows], dD/d(student logits) [rows, vocab]) against a top-k teacher; student: shaped logits [rows,
-    vocab]."""
+    """Return (loss [rows], dD/d(student logits) [rows, vocab]) against a top-k teacher.
+
+    student: shaped logits [rows, vocab].
+    """
     if options.topk_mode == "uniform_tail" and options.divergence != "mse":
         spread = spread_tail(log_q, indices, log_tail, student.shape[-1])
         return dense_divergence(student, spread * options.temperature, options, scratch)
@@ -276,17 +266,18 @@ def topk_divergence(
     rest = scratch("rest", z).copy_(z).scatter_(-1, indices, -math.inf)
     log_rest = torch.logsumexp(rest, -1, keepdim=True)
     loss, top_grad, rest_grad = topk_event_gradients(top, log_rest, log_q, log_tail, options)
-    # p_v / p_tail; where no token is left, rest and log_rest are both -inf
+    # share = p_v / p_tail; where no token is left, rest and log_rest are both -inf
     share = rest.sub_(torch.where(log_rest == -math.inf, 0.0, log_rest)).exp_()
     return loss, share.mul_(rest_grad).scatter_(-1, indices, top_grad)
 
 
-def topk_event_gradients(top: Tensor, log_rest: Tensor | None, log_q: Tensor, log_tail: Tensor, options: RowOptions):
-    """(loss [rows], gradient of the stored tokens [rows, k], gradient of all other tokens together [rows, 1]), scaled
-    by kd_scale / T.
+def topk_event_gradients(
+    top: Tensor, log_rest: Tensor | None, log_q: Tensor, log_tail: Tensor, options: RowOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss [rows] and the gradients of the stored tokens [rows, k] and of all others together [rows, 1].
 
-    top: student logits / T at the stored tokens; log_rest: [rows, 1], logsumexp of all the others (unused by
-    "renormalised" and mse).
+    top: student logits / T at the stored tokens. log_rest: [rows, 1], logsumexp of all the others; None for
+    "renormalised" and for mse, which do not use it. The gradients include the factor kd_scale / T.
     """
     divergence, beta, k = options.divergence, options.beta, top.shape[-1]
     if divergence == "mse":
@@ -295,6 +286,7 @@ def topk_event_gradients(top: Tensor, log_rest: Tensor | None, log_q: Tensor, lo
         terms = event_terms(softmax(top, Scratch()), torch.log_softmax(log_q, -1), divergence, beta, True, Scratch())
         loss, grad = terms.loss, terms.gradient_()
     else:
+        assert log_rest is not None
         log_p = torch.cat([top, log_rest], -1)
         log_p = log_p - torch.logsumexp(log_p, -1, keepdim=True)  # [rows, k + 1]
         if options.topk_mode == "truncated":
@@ -309,83 +301,7 @@ def topk_event_gradients(top: Tensor, log_rest: Tensor | None, log_q: Tensor, lo
 
 
 def spread_tail(log_q: Tensor, indices: Tensor, log_tail: Tensor, vocab: int) -> Tensor:
-    """The teacher's log-probabilities over the whole vocabulary [rows, vocab] with the tail spread evenly."""
+    """Return the teacher's log-probabilities over the whole vocabulary [rows, vocab], with the tail spread evenly."""
     others = max(vocab - indices.shape[-1], 1)
     spread = (log_tail - math.log(others))[:, None].expand(-1, vocab)
     return spread.scatter(-1, indices, log_q)
-
-
-class RowLosses(NamedTuple):
-    ce: Tensor  # [rows], unweighted
-    kd: Tensor  # [rows], unweighted, times kd_scale
-    logsumexp: Tensor  # [rows], 0 where there is no label
-
-
-def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOptions, dlogits=None) -> RowLosses:
-    """One tile of raw logits: losses per row, and the weighted gradient of the raw logits written to ``dlogits``.
-
-    student: [rows, vocab], overwritten where it is fp32 and scaled or capped. teacher: [rows, teacher_vocab] or None.
-    labels: [rows] int64, negative = none; or None.
-    ce_weights, kd_weights: [rows]. dlogits: [rows, vocab] of any floating dtype (it may be ``student`` itself), or None
-    for losses only.
-    """
-    shaped_in_place = options.teacher_logit_scale is not None or options.teacher_softcap is not None
-
-    def divergence(logits, known, block, scratch):
-        raw = teacher[block].to(logits.dtype, copy=shaped_in_place)
-        shaped = shape_logits_(raw, options.teacher_logit_scale, options.teacher_softcap)
-        return dense_divergence(logits, shaped, options, scratch, known)
-
-    return _row_blocks(
-        student, labels, ce_weights, kd_weights, options, dlogits, divergence if teacher is not None else None
-    )
-
-
-def topk_rows(
-    student, log_q, indices, log_tail, labels, ce_weights, kd_weights, options: RowOptions, dlogits=None
-) -> RowLosses:
-    """``dense_rows`` against a top-k teacher; log_q, indices: [rows, k], log_tail: [rows]."""
-
-    def divergence(logits, known, block, scratch):
-        return topk_divergence(
-            logits, log_q[block].to(logits.dtype), indices[block], log_tail[block].to(logits.dtype), options, scratch
-        )
-
-    return _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence)
-
-
-def _row_blocks(student, labels, ce_weights, kd_weights, options, dlogits, divergence) -> RowLosses:
-    """A few rows at a time, so that they and their temporaries stay in the processor's cache."""
-    rows, vocab = student.shape
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    losses = student.new_zeros(3, rows, dtype=dtype)
-    scratch = Scratch()
-    for start, end in spans(rows, max(1, _BLOCK_ELEMENTS // vocab)):
-        block = slice(start, end)
-        logits = shape_logits_(student[block].to(dtype), options.logit_scale, options.softcap)
-        grad = kd_grad = known = None
-        if labels is not None:
-            known = softmax(logits, scratch)
-            grad = None if dlogits is None else scratch("grad", logits)
-            ce = cross_entropy_terms(logits, known, labels[block], ce_weights[block], options.z_loss, grad)
-            losses[0, block], losses[2, block], grad = ce
-        if divergence is not None:
-            losses[1, block], kd_grad = divergence(logits, known, block, scratch)
-        if dlogits is not None:
-            grad = _weighted_gradient(grad, kd_grad, kd_weights, block, vocab)
-            dlogits[block] = shape_backward_(grad, logits, options.logit_scale, options.softcap)
-    return RowLosses(*losses)
-
-
-def _weighted_gradient(
-    grad: Tensor | None, kd_grad: Tensor | None, kd_weights: Tensor, block: slice, vocab: int
-) -> Tensor:
-    """Gradient of the cross-entropy (weighted already) plus that of the divergence; a teacher's narrower vocabulary
-    comes first."""
-    if kd_grad is None:
-        return grad
-    weights = kd_weights[block, None]
-    if grad is None:
-        return torch.nn.functional.pad(kd_grad.mul_(weights), (0, vocab - kd_grad.shape[-1]))
-    grad[:, : kd_grad.shape[-1]].addcmul_(kd_grad, weights)
-    return grad

@@ -1,5 +1,4 @@
-"""Losses that only look at the k stored tokens, without the full-vocabulary product: DER's MSE and the renormalised
-top-k.
+"""Losses that need the k stored tokens only, without the full-vocabulary product: DER's MSE, renormalised top-k.
 
     z_ij = x_i · w_{index_ij},   dX_i = sum_j g_ij w_{index_ij},   dW_v += sum_{ij: index_ij = v} g_ij x_i
 
@@ -12,39 +11,43 @@ import torch
 from torch import Tensor
 
 from safecl.kernels.head.divergences import shape_backward_, shape_logits_, topk_event_gradients
+from safecl.kernels.head.segments import HeadCall, HeadResult, Segment
 from safecl.kernels.head.teacher_tiles import take, topk_tiles
 from safecl.kernels.spans import spans
 
-_GATHER_RATIO = 200  # k <= V / 200: gathering k rows of W per token beats the full product
+_GATHER_RATIO = 200  # up to k = V / 200, gathering k rows of W per token is faster than the full product
 _COPIES = 3  # gathered rows, their gradient, and one temporary
 
 
-def can_gather(call, segment) -> bool:
-    """No label and no tail asks for the other tokens, and k is small."""
+def can_gather(call: HeadCall, segment: Segment) -> bool:
+    """Return whether neither a label nor a tail needs the other tokens, and k is small."""
     if call.teacher_kind != "topk" or segment.has_label or not segment.has_teacher:
         return False
     stored_only = call.options.divergence == "mse" or call.options.topk_mode == "renormalised"
     return stored_only and call.teacher[1].shape[1] * _GATHER_RATIO <= call.vocab
 
 
-def run_gathered(call, segment, result) -> None:
-    """All rows of a segment through gathered rows of the head."""
+def run_gathered(call: HeadCall, segment: Segment, result: HeadResult) -> None:
+    """Process all rows of a segment with gathered rows of the head."""
     bytes_per_row = _COPIES * call.logits_dtype.itemsize * call.teacher[1].shape[1] * call.hidden.shape[1]
     tiles = list(spans(segment.count, max(1, call.tile_bytes // bytes_per_row)))
-    for (start, end), teacher in zip(
-        tiles, topk_tiles(call.teacher, segment.teacher_rows, tiles, call.hidden.device), strict=True
-    ):
+    teachers = topk_tiles(call.teacher, segment.teacher_rows, tiles, call.hidden.device)
+    for (start, end), (log_q, indices, log_tail) in zip(tiles, teachers, strict=True):
         x = take(call.hidden, segment.rows, start, end).to(call.compute_dtype).to(call.logits_dtype)
         weights = call.kd_weights[segment.batch(start, end)]
-        loss, grad, rows = gathered_losses(call, x, *teacher, weights)
+        loss, grad, rows = gathered_losses(call, x, log_q, indices, log_tail, weights)
         result.store_losses(segment, start, end, kd=loss)
         if call.needs_grad:
-            _store_gradients(call, segment, result, start, end, grad, teacher[1], x, rows)
+            _store_gradients(call, segment, result, start, end, grad, indices, x, rows)
 
 
-def gathered_losses(call, x: Tensor, log_q: Tensor, indices: Tensor, log_tail: Tensor, weights: Tensor):
-    """(loss [rows], weighted gradient of the raw logits [rows, k], rows of the head [rows, k, H]) for x: [rows, H]
-    fp32."""
+def gathered_losses(
+    call: HeadCall, x: Tensor, log_q: Tensor, indices: Tensor, log_tail: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss [rows], weighted gradient of the raw logits [rows, k], rows of the head [rows, k, H]).
+
+    x: [rows, H] fp32.
+    """
     options = call.options
     rows = call.weight.index_select(0, indices.flatten()).to(call.compute_dtype).to(x.dtype).view(*indices.shape, -1)
     raw = torch.bmm(rows, x[:, :, None])[:, :, 0]  # [rows, k]
@@ -58,12 +61,20 @@ def gathered_losses(call, x: Tensor, log_q: Tensor, indices: Tensor, log_tail: T
 
 
 def _store_gradients(
-    call, segment, result, start: int, end: int, grad: Tensor, indices: Tensor, x: Tensor, rows: Tensor
+    call: HeadCall,
+    segment: Segment,
+    result: HeadResult,
+    start: int,
+    end: int,
+    grad: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    rows: Tensor,
 ) -> None:
     if call.need_hidden:
         result.store_hidden(segment, start, end, torch.bmm(grad[:, None, :], rows)[:, 0])
     if call.need_weight:
         outer = torch.mul(grad[:, :, None], x[:, None, :], out=rows)
         result.weight_to_add_to().index_add_(0, indices.flatten(), outer.view(-1, x.shape[1]))
-    if call.need_bias:
+    if result.bias is not None:
         result.bias.index_add_(0, indices.flatten(), grad.flatten())

@@ -1,17 +1,20 @@
-"""The head's losses from logits that a model made itself, for heads that are more than one linear map.
+"""The head's losses from logits that the model itself has computed, for heads that are more than one linear map.
 
-Same terms and weights as `linear_distill_loss`, with [tokens, vocab] materialised by the caller; the gradient is formed
-in the forward too.
+The terms and weights are those of `linear_distill_loss`, and the forward forms the gradient here too, but the caller
+materialises [tokens, vocab].
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from safecl.kernels.head.backend import RowOptions
 from safecl.kernels.head.calls import LinearDistillOutput, weighted_sum
-from safecl.kernels.head.divergences import RowOptions, dense_rows, topk_rows
 from safecl.kernels.head.teachers import TopKTeacher
+from safecl.kernels.head.torch_twin import dense_rows, topk_rows
 
 
 def logits_distill_loss(
@@ -25,13 +28,13 @@ def logits_distill_loss(
     divergence: str = "forward_kl",
     temperature: float = 1.0,
 ) -> LinearDistillOutput:
-    """Cross-entropy and distillation of given logits.
+    """Compute cross-entropy and distillation of given logits.
 
-    logits: [tokens, V] floating point. labels: int64 [tokens], negative for none. ce_weights: fp32 [tokens], they carry
-    the normaliser. teacher: top-k outputs about `teacher_rows` (int64 [rows]). kd_weights: fp32 [tokens].
-    Returns what linear_distill_loss returns; ce and kd are [tokens].
+    logits: [tokens, V] floating point. labels: int64 [tokens], negative for none. ce_weights: fp32 [tokens], including
+    the normaliser. teacher: top-k outputs of the tokens `teacher_rows` (int64 [rows]). kd_weights: fp32 [tokens]; both
+    are needed with a teacher. Returns what linear_distill_loss returns; ce and kd are [tokens].
     """
-    loss, ce, kd, logsumexp = _LogitsLoss.apply(
+    loss, ce, kd, logsumexp = _LogitsLoss.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
         logits, labels, ce_weights, teacher, teacher_rows, kd_weights, divergence, temperature
     )
     return LinearDistillOutput(loss, ce, kd, logsumexp)
@@ -39,7 +42,17 @@ def logits_distill_loss(
 
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, ce_weights, teacher, teacher_rows, kd_weights, divergence, temperature):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        ce_weights: Tensor,
+        teacher: TopKTeacher | None,
+        teacher_rows: Tensor | None,
+        kd_weights: Tensor | None,
+        divergence: str,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mode = teacher.mode if teacher is not None else "tail"
         options = RowOptions(divergence, 0.5, temperature, 1.0, 0.0, None, None, None, None, mode)
         student = logits.detach().float()
@@ -48,6 +61,7 @@ class _LogitsLoss(torch.autograd.Function):
         kd = student.new_zeros(len(student))
         loss = weighted_sum(ce_weights, plain.ce)
         if teacher is not None:
+            assert teacher_rows is not None and kd_weights is not None
             chosen = student[teacher_rows]
             extra = torch.empty_like(chosen)
             weights = kd_weights[teacher_rows]
@@ -62,6 +76,6 @@ class _LogitsLoss(torch.autograd.Function):
         return loss, plain.ce, kd, plain.logsumexp
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (dlogits,) = ctx.saved_tensors
         return (dlogits * grad_loss).to(ctx.dtype), *[None] * 7

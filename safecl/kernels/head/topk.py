@@ -1,11 +1,10 @@
-"""Top-k teachers straight from hidden states: exact top-k log-probabilities, their indices and the log-mass of the
-rest.
+"""Top-k teachers from hidden states: exact top-k log-probabilities, their indices, and the log-mass of the rest.
 
     log p_v = z_v - lse(z),   log tail = lse(z without its k largest) - lse(z),   z = logits / temperature
 
 The k largest are taken out before the rest is summed, so the tail is right to fp32 even at a mass of 1e-14, where 1 -
-sum would be noise. `linear_topk` has the whole head at hand; `SlicedTopK` sees it slice by slice, and keeps the k
-largest so far and the others' log-mass.
+sum would be noise. `linear_topk` needs the whole head on the device. `SlicedTopK` gets it slice by slice, and keeps the
+k largest so far and the log-mass of the others.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from safecl.kernels.head import checks as checks
+from safecl.kernels.head import checks
 from safecl.kernels.head.divergences import shape_logits_
 from safecl.kernels.head.matmul import logits_dtype, new_tile, operand, project
 from safecl.kernels.head.teachers import TopKTeacher
@@ -38,9 +37,9 @@ def linear_topk(
     """The k most probable tokens of each row as a ``TopKTeacher``; [tokens, vocab] is never materialised.
 
     hidden: [rows, H], weight: [V, H], bias: [V], one floating dtype and device. k: 1..V. temperature: that of the
-    training to come. Returns log_probs [rows, k] descending, indices [rows, k] int64, log_tail [rows]; fp32 (for what
-    fp16 costs see ``TopKTeacher``). Raises ValueError for shapes, dtypes or devices that do not fit and for k outside
-    1..V.
+    later training. Returns log_probs [rows, k] in descending order, indices [rows, k] int64, log_tail [rows]; fp32
+    (``TopKTeacher`` says how much accuracy fp16 loses). Raises ValueError for shapes, dtypes or devices that do not fit
+    and for k outside 1..V.
     """
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be [rows, hidden], got shape {tuple(hidden.shape)}")
@@ -66,17 +65,18 @@ def linear_topk(
 
 
 class SlicedTopK:
-    """The same outputs from a head that comes in slices of the vocabulary, each looked at once: for heads that are not
-    on the device whole.
+    """The outputs of ``linear_topk`` for a head that comes in slices of the vocabulary, each read once.
+
+    It serves heads that are not on the device as a whole.
 
         found = SlicedTopK(hidden, k=64)
         for start, weight in slices:            # weight: rows start .. start + len(weight) of the head
             found.add(start, weight)
         teacher = found.result()                # a TopKTeacher
 
-    hidden: [rows, H]. k: clipped to the vocabulary when the result is made. temperature, softcap, logit_scale: as in
-    ``linear_topk``. Holds 12·k bytes a row and one tile of logits. Slices come in any order; together they must be the
-    vocabulary.
+    hidden: [rows, H]. k: clipped to the vocabulary in the result. temperature, softcap, logit_scale: as in
+    ``linear_topk``. Needs 12·k bytes per row and one tile of logits. Slices may come in any order; together they must
+    cover the vocabulary once.
     """
 
     def __init__(
@@ -100,8 +100,10 @@ class SlicedTopK:
 
     @torch.no_grad()
     def add(self, start: int, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Takes in the tokens start .. start + len(weight). weight: [slice, H], bias: [slice], in the dtype of
-        ``hidden``."""
+        """Add the tokens start .. start + len(weight).
+
+        weight: [slice, H], bias: [slice], in the dtype of ``hidden``.
+        """
         checks.check_head(self.hidden, weight, bias, self.softcap, self.logit_scale)
         width, device = weight.shape[0], self.hidden.device
         self._vocab += width
@@ -111,11 +113,11 @@ class SlicedTopK:
             tile = self.hidden.new_empty(min(step, self.hidden.shape[0]), width, dtype=self.dtype)
             for low, high in spans(self.hidden.shape[0], step):
                 raw = project(operand(self.hidden[low:high], self.hidden.dtype), head, bias, tile[: high - low])
-                self._merge(
-                    slice(low, high), shape_logits_(raw, self.logit_scale, self.softcap).div_(self.temperature), start
-                )
+                logits = shape_logits_(raw, self.logit_scale, self.softcap).div_(self.temperature)
+                self._merge(slice(low, high), logits, start)
 
     def _merge(self, rows: slice, logits: Tensor, start: int) -> None:
+        """Merge a slice's logits at the temperature into the k largest and the rest of these rows."""
         new, indices = logits.topk(min(self.k, logits.shape[1]), dim=-1)
         rest = torch.logsumexp(logits.scatter_(-1, indices, -math.inf), -1)
         both = torch.cat([self._top[rows], new], -1)
@@ -125,7 +127,7 @@ class SlicedTopK:
         self._rest[rows] = torch.logaddexp(self._rest[rows], torch.logaddexp(rest, fell_out))
 
     def result(self) -> TopKTeacher:
-        """The teacher of everything that was added."""
+        """Return the teacher of all slices added so far."""
         k = min(self.k, self._vocab)
         log_total = torch.logaddexp(torch.logsumexp(self._top, -1), self._rest)
         log_probs = (self._top - log_total[:, None])[:, :k]
@@ -137,8 +139,10 @@ def _tile_rows(dtype: torch.dtype, width: int, device: torch.device) -> int:
 
 
 def topk_with_tail_(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_probs [rows, k], indices [rows, k], log_tail [rows]); overwrites the top k of ``logits`` [rows, vocab] with
-    -inf."""
+    """Return (log_probs [rows, k], indices [rows, k], log_tail [rows]) of ``logits`` [rows, vocab].
+
+    Overwrites the k largest logits with -inf.
+    """
     top, indices = logits.topk(k, dim=-1)
     log_rest = torch.logsumexp(logits.scatter_(-1, indices, -math.inf), -1)
     log_total = torch.logaddexp(torch.logsumexp(top, -1), log_rest)

@@ -25,8 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from safecl.kernels.head import divergences
-from safecl.kernels.head.divergences import RowLosses, RowOptions
+from safecl.kernels.head import divergences, torch_twin
+from safecl.kernels.head.backend import RowLosses, RowOptions
 
 BLOCK, NUM_WARPS = 2048, 8
 # Registers per thread that let three or two programs of eight warps share a multiprocessor. Left to itself the
@@ -517,7 +517,7 @@ def topk_rows_kernel(
 def dense_rows(student, teacher, labels, ce_weights, kd_weights, options: RowOptions, dlogits=None) -> RowLosses:
     """``divergences.dense_rows`` on a GPU."""
     if student.dtype == torch.float64:
-        return divergences.dense_rows(student, teacher, labels, ce_weights, kd_weights, options, dlogits)
+        return torch_twin.dense_rows(student, teacher, labels, ce_weights, kd_weights, options, dlogits)
     rows, vocab = student.shape
     losses = student.new_zeros(3, rows, dtype=torch.float32)
     shared = vocab if teacher is None else min(vocab, teacher.shape[1])
@@ -571,9 +571,7 @@ def topk_rows(
         spread_options = options._replace(teacher_logit_scale=options.temperature, teacher_softcap=None)
         return dense_rows(student, spread, labels, ce_weights, kd_weights, spread_options, dlogits)
     if student.dtype != torch.float32 or indices.shape[1] > MAX_EVENTS:
-        return divergences.topk_rows(
-            student, log_q, indices, log_tail, labels, ce_weights, kd_weights, options, dlogits
-        )
+        return torch_twin.topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights, options, dlogits)
     rows, vocab = student.shape
     k = indices.shape[1]
     losses = student.new_zeros(3, rows)

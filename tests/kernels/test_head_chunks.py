@@ -1,5 +1,4 @@
-"""The chunk plan, and the GPU's arithmetic (16-bit operands, fp32 products, 16-bit dlogits collected over tiles) acted
-out on a CPU."""
+"""The chunk plan, and the GPU's arithmetic emulated on a CPU: 16-bit operands, fp32 products, 16-bit dlogits."""
 
 from __future__ import annotations
 
@@ -7,9 +6,10 @@ import pytest
 import torch
 
 from safecl.kernels import DenseTeacher
-from safecl.kernels.head import chunks, matmul, teacher_tiles, topk
-from safecl.kernels.head.chunks import HeadCall, Segment, plan_rows
-from safecl.kernels.head.divergences import RowOptions
+from safecl.kernels.head import chunks, matmul, segments, teacher_tiles, topk
+from safecl.kernels.head.backend import RowOptions
+from safecl.kernels.head.chunks import plan_rows
+from safecl.kernels.head.segments import HeadCall, Segment
 from tests.kernels.closeness import assert_close
 from tests.kernels.head_oracle import Case, make_inputs, truth
 from tests.kernels.head_suite import BF16, CASES, check, make_teacher, run
@@ -18,7 +18,7 @@ from tests.kernels.test_head_near_teacher import at_distance
 
 @pytest.fixture
 def gpu_arithmetic(monkeypatch):
-    """cuBLAS's mm(out_dtype=fp32) by widened operands; everything else, padded rows too, takes the GPU's path."""
+    """Replace cuBLAS's mm(out_dtype=fp32) by widened operands; all else, also padded rows, takes the GPU's path."""
 
     def project(x, weight, bias, out):
         torch.mm(x.float(), weight.float().t(), out=out)
@@ -28,8 +28,9 @@ def gpu_arithmetic(monkeypatch):
         torch.addmm(total, dlogits.float().t(), x.float(), beta=0 if first else 1, out=total)
 
     monkeypatch.setattr(matmul, "row_multiple", lambda device: 16)
-    for module in (matmul, chunks):
+    for module in (matmul, chunks, segments):
         monkeypatch.setattr(module, "operand_dtype", lambda compute, device: compute)
+    for module in (matmul, segments):
         monkeypatch.setattr(module, "accumulate_", accumulate_)
     for module in (matmul, chunks, teacher_tiles, topk):
         monkeypatch.setattr(module, "project", project)
@@ -45,9 +46,9 @@ def test_collected_16_bit_gradients_in_padded_rows_match_the_oracle(name, gpu_ar
 def test_several_tiles_feed_one_product(gpu_arithmetic, monkeypatch):
     case = Case(dtype=BF16, tokens=40, labels="all", teacher_rows="all", tile_rows=16)
     products = []
-    emulated = chunks.accumulate_
+    emulated = segments.accumulate_
     monkeypatch.setattr(
-        chunks,
+        segments,
         "accumulate_",
         lambda total, dlogits, *rest: products.append(dlogits.shape[0]) or emulated(total, dlogits, *rest),
     )
@@ -106,7 +107,7 @@ def _call(vocab: int, width: int, kind: str, teacher: list, trainable: bool = Tr
     "vocab, width, tile, chunk", [(32000, 4096, 2048, 8192), (128256, 4096, 512, 2048), (256000, 2304, 256, 1024)]
 )
 def test_the_budget_and_not_v_over_h_sets_the_chunks(vocab, width, tile, chunk, monkeypatch):
-    monkeypatch.setattr(chunks, "operand_dtype", lambda compute, device: compute)
+    monkeypatch.setattr(segments, "operand_dtype", lambda compute, device: compute)
     call, segment = _call(
         vocab,
         width,
