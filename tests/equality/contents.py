@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,25 @@ NAME_ONLY = {"report.html", "models.json"}
 """Files that hold times of the clock or of the file system throughout."""
 CLOCK = {"seconds", "seconds_per_step"}
 CLOCK_OF_A_STEP = {"tokens_per_second", "memory_bytes"}
-UNORDERED = {"target_modules"}
-"""Lists that peft writes from a set."""
+SEGMENTS = {".segment", ".index"}
+GENERATION = re.compile(r"-\d{4}-(?=\d{5}\.segment$)")
 
 
-def contents_of(folder: Path, below: Path) -> dict[str, Any]:
+def contents_of(folder: Path, below: Path, ranks: int = 1) -> dict[str, Any]:
     """Contents by path: trees for JSON and YAML, lists for JSON lines, hashes by tensor for safetensors, else one hash.
 
-    An absolute path in a text loses its part up to the folder `below`.
+    An absolute path in a text loses its part up to the folder `below`. Which of several ranks begins its segments first
+    is a race, so with `ranks` above 1 segments and their indices are told by their sizes.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LOCKS)
-    return {str(path.relative_to(folder)): _content(path, str(below)) for path in files}
+    found = {}
+    for path in files:
+        name = str(path.relative_to(folder))
+        if ranks > 1 and path.suffix in SEGMENTS:
+            found[GENERATION.sub("-any-", name)] = f"{path.stat().st_size} bytes"
+        else:
+            found[name] = _content(path, str(below))
+    return found
 
 
 def _content(path: Path, below: str) -> Any:
@@ -52,8 +61,7 @@ def _manifest(data: bytes) -> Any:
 
 def _settled(value: Any, without: Iterable[str]) -> Any:
     if isinstance(value, dict):
-        kept = {key: _settled(inner, without) for key, inner in value.items() if key not in without}
-        return {key: sorted(inner) if key in UNORDERED else inner for key, inner in kept.items()}
+        return {key: _settled(inner, without) for key, inner in value.items() if key not in without}
     return [_settled(inner, without) for inner in value] if isinstance(value, list) else value
 
 

@@ -58,6 +58,7 @@ def _environment(root: Path, rank: int, ranks: int, port: int) -> dict[str, str]
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     kept |= {"PYTHONPATH": str(root), "SAFECL_CACHE": CACHE, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     kept |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    kept |= {"PYTHONHASHSEED": "0"}  # some files list a set, e.g. the modules in peft's adapter_config.json
     values = (rank, ranks, rank, ranks, "127.0.0.1", port)
     return kept | dict(zip(LAUNCHER, map(str, values), strict=True)) if ranks > 1 else kept
 

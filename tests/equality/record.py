@@ -1,4 +1,4 @@
-"""Writes down all that three small runs leave, or compares them with what was written down: the check of bit equality.
+"""Writes down all that some small runs leave, or compares them with what was written down: the check of bit equality.
 
     python -m tests.equality.record --out before.json        before the change
     python -m tests.equality.record --compare before.json    after it; exit code 1 where something differs
@@ -10,6 +10,7 @@ The bits depend on the machine and on the versions of its libraries, so a record
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -21,7 +22,8 @@ import yaml
 
 from tests.equality.contents import contents_of
 from tests.equality.materials import write_materials
-from tests.equality.ranks import ROOT, run_safecl
+from tests.equality.memory import exported_rows
+from tests.equality.ranks import CACHE, ROOT, run_safecl
 
 MOST_SHOWN = 20
 FACTS = ("kernels", "versions")
@@ -68,6 +70,22 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
             "checkpoint": {"every": 8},
         },
     ),
+    "memory": (
+        1,
+        {
+            "model": MODEL,
+            "tasks": [FIRST, SECOND],
+            "memory": {
+                "source": "data/memory.jsonl", "replay_ratio": 0.5, "max_tokens": 24, "keep_task_rows": 6,
+                "capacity": 20, "policy": "balanced", "draw": "mix_cd", "rest_steps": 1,
+                "teacher": {"k": 8, "indices": "packed"},
+            },
+            "methods": {"derpp": {}, "ema": {"write_back": "slow", "decay": 0.5, "every": 3}},
+            "train": TRAIN,
+            "deepspeed": {"stage": 1},
+            "checkpoint": {"every": 8},
+        },
+    ),
     "lora": (
         2,
         {
@@ -90,6 +108,7 @@ def record(root: Path, folder: Path) -> dict[str, Any]:
     for name, (ranks, config) in RUNS.items():
         found["runs"][name] = _train(root, folder, name, ranks, config)
         print(f"{name}: {len(found['runs'][name]['run/metrics.jsonl'])} steps", flush=True)
+    found["prepared rows"] = contents_of(folder / CACHE, below=folder)
     return found
 
 
@@ -108,7 +127,13 @@ def _train(root: Path, folder: Path, name: str, ranks: int, config: dict[str, An
     ended = run_safecl(["train", f"{name}.yaml"], folder, ranks=ranks, root=root)
     if any(ended.codes):
         sys.exit(f"{name}: exit codes {ended.codes}\n{ended.said}")
-    return contents_of(folder / name, below=folder)
+    found = contents_of(folder / name, below=folder, ranks=ranks)
+    if "memory" in config:
+        found["memory rows"] = [
+            f"{row['row_id']} {row['task']} {hashlib.sha256(json.dumps(row).encode()).hexdigest()}"
+            for row in exported_rows(folder, f"{name}/run", root)
+        ]
+    return found
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
@@ -116,8 +141,10 @@ def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
             yield from differences(before.get(key), after.get(key), f"{path} > {key}" if path else key)
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for number, (one, other) in enumerate(zip(before, after, strict=True)):
+    elif isinstance(before, list) and isinstance(after, list):
+        if len(before) != len(after):
+            yield f"{path}: {len(before)} entries before, {len(after)} after"
+        for number, (one, other) in enumerate(zip(before, after, strict=False)):
             yield from differences(one, other, f"{path}[{number}]")
     elif before != after:
         yield f"{path}: {before!r} before, {after!r} after"

@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet
 import yaml
 
 from tests.equality.materials import write_materials
+from tests.equality.memory import exported_rows
 from tests.equality.ranks import CACHE, ROOT, Ended, run_safecl
 
 RANKS = 2
@@ -52,7 +52,7 @@ CONFIG: dict[str, Any] = {
     "output": "stopped",
 }  # fmt: skip
 STOPPED = 75
-ROW_COLUMNS = ["row_id", "task", "step", "input_ids"]
+ROW_COLUMNS = ("row_id", "task", "step", "input_ids")
 
 
 def make(root: Path, target: Path) -> None:
@@ -78,10 +78,7 @@ def train(folder: Path, *overrides: str, root: Path = ROOT, ranks: int = RANKS, 
 
 def memory_rows(folder: Path, *, root: Path = ROOT) -> list[dict[str, Any]]:
     """The rows that the run's memory holds: ids, tokens, and where they came from."""
-    output = folder / "rows.parquet"
-    _expect(0, run_safecl(["memory", "export", CONFIG["output"], output.name, "--no-text"], folder, root=root))
-    rows = parquet.read_table(output)
-    return rows.select([name for name in ROW_COLUMNS if name in rows.column_names]).to_pylist()
+    return [{name: row[name] for name in ROW_COLUMNS} for row in exported_rows(folder, CONFIG["output"], root)]
 
 
 def _stop_after(metrics: Path, steps: int, processes: list[subprocess.Popen]) -> None:

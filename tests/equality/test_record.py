@@ -15,14 +15,15 @@ STEP = {"step": 0, "loss/task": 1.5, "tokens_per_second": 7.0, "memory_bytes": 9
 
 def test_the_first_field_that_differs_is_told_first(capsys):
     before = {"runs": {"plain": {"metrics": [{"loss": 1.0}, {"loss": 2.0}], "model": "a"}}}
-    after = {"runs": {"plain": {"metrics": [{"loss": 1.0}, {"loss": 2.5}], "other": "b"}}}
+    after = {"runs": {"plain": {"metrics": [{"loss": 1.0}, {"loss": 2.5}, {"loss": 3.0}], "other": "b"}}}
     assert list(differences(before, after)) == [
+        "runs > plain > metrics: 2 entries before, 3 after",
         "runs > plain > metrics[1] > loss: 2.0 before, 2.5 after",
         "runs > plain > model: 'a' before, None after",
         "runs > plain > other: None before, 'b' after",
     ]
     assert compare(before, after) == 1 and compare(before, before) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == ["3 fields differ", "every field is equal"]
+    assert capsys.readouterr().out.splitlines()[-2:] == ["4 fields differ", "every field is equal"]
 
 
 def test_contents_are_numbers_and_bits_without_the_clock_and_the_place(tmp_path):
