@@ -1,5 +1,5 @@
-"""Safety scorers, utility metrics, intervals and the gate. Names are imported on first use: scoring and checking text
-needs no torch."""
+"""Safety scorers, utility metrics, intervals and the gate. Names are imported on first use, so that scoring and
+checking text needs no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HOMES = {
     "find_overlaps": "contamination",
     "gate": "gates.gate",
     "generate_greedy": "answers.generate",
-    "judge_gate": "measure",
+    "judge_gate": "gates.gate",
     "load_scorer": "scoring.judges",
     "log_likelihoods": "answers.likelihood",
     "rate_of_verdicts": "scoring.judges",

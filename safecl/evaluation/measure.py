@@ -1,4 +1,4 @@
-"""Everything that is measured at one moment of a run: safety and the utility of each task."""
+"""The evaluation at one moment of a run: safety and the utility of each task."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safecl.config import EvalConfig, GateConfig, SafetyConfig
+from safecl.config import EvalConfig, SafetyConfig
+from safecl.data.formats import ChatRow
+from safecl.data.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel
-from safecl.evaluation.gates.gate import GateResult, gate
 from safecl.evaluation.records import Privacy, write_outputs
 from safecl.evaluation.safety import SafetyResult, evaluate_safety
 from safecl.evaluation.statistics.continual import average_score, backward_transfer, forgetting, forward_transfer
 from safecl.evaluation.task import MAX_LABELS, TaskResult, evaluate_task
 
-_LONGEST_LABEL = 4
+_MAX_LABEL_WORDS = 4
 _AFTER = "after "
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured at one moment; `when` names it ("start", "after sst2")."""
+    """The measurements of one moment; `when` names it ("start", "after sst2")."""
 
     when: str
     step: int
-    """Optimizer steps done until then, over all tasks."""
+    """Optimizer steps before this moment, over all tasks."""
     safety: SafetyResult | None = None
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     """By task name."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for results.json; no text."""
+        """Return plain numbers for results.json; no text."""
         tasks = {name: result.to_dict() for name, result in self.tasks.items()}
         return {
             "when": self.when,
@@ -42,7 +43,7 @@ class Evaluation:
         }
 
     def write_outputs(self, folder: str | Path, privacy: Privacy = "full") -> list[Path]:
-        """One JSONL file for safety and one per task, `<step>-<when>-<what>.jsonl`. Rank 0 writes them."""
+        """Write one JSONL file for safety and one per task, `<step>-<when>-<what>.jsonl`. Rank 0 calls it."""
         parts = ({"safety": self.safety.outputs} if self.safety else {}) | {
             name: result.outputs for name, result in self.tasks.items()
         }
@@ -53,7 +54,7 @@ class Evaluation:
         ]
 
     def one_line(self) -> str:
-        """For the log: the headline numbers, ASR never alone."""
+        """Return the headline numbers for the log, ASR never alone."""
         parts = []
         if self.safety:
             parts.append(f"ASR {self.safety.asr.value:.3f} ({self.safety.scorer})")
@@ -76,12 +77,12 @@ def evaluate(
     when: str,
     step: int = 0,
     safety: SafetyConfig | None = None,
-    prompts: Sequence[Any] = (),
-    benign: Sequence[Any] = (),
-    tasks: Sequence[tuple[str, EvalConfig, Sequence[Any]]] = (),
+    prompts: Sequence[Prompt] = (),
+    benign: Sequence[Prompt] = (),
+    tasks: Sequence[tuple[str, EvalConfig, Sequence[ChatRow]]] = (),
 ) -> Evaluation:
-    """Measures safety (where there are prompts) and each task, given as (name, settings, rows). Every rank calls it
-    with the same arguments.
+    """Measure safety (where there are prompts) and each task, given as (name, settings, rows). Every rank calls it with
+    the same arguments.
 
     Short answers that a task teaches ("positive") count as off-task among the answers to disallowed prompts.
     """
@@ -101,12 +102,12 @@ def evaluate(
 
 
 def summarise(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Worst case and transfer over a run's moments: `{"max_asr", "max_asr_when", "average", "backward_transfer",
-    "forgetting", ...}`.
+    """Compute worst case and transfer over a run's moments: `{"max_asr", "max_asr_when", "average",
+    "backward_transfer", "forgetting", ...}`.
 
-    The matrix of scores has a row per moment "after NAME" and a column per such task; a task whose metric is better
-    when lower counts with its negative. Forward transfer is against the run's first moment. None where nothing was
-    measured.
+    The matrix of scores has a row per moment "after NAME" and a column per such task. The score is the metric, or its
+    negative where lower is better. Forward transfer is against the run's first moment. Values are None where nothing
+    was measured.
     """
     finished = {
         evaluation.when.removeprefix(_AFTER): evaluation
@@ -137,13 +138,8 @@ def _score(evaluation: Evaluation, task: str) -> float | None:
     return result.value.value if result.higher_is_better else -result.value.value
 
 
-def short_answers(rows: Sequence[Any]) -> set[str]:
-    """The distinct answers of rows that look like labels: few of them, of four words at most."""
+def short_answers(rows: Sequence[ChatRow]) -> set[str]:
+    """Return the distinct answers of rows if they look like labels: few of them, of at most four words."""
     answers = {row.messages[-1].content for row in rows if row.messages[-1].role == "assistant"}
     few = len(answers) <= min(MAX_LABELS, max(2, len(rows) // 4))
-    return answers if few and all(len(answer.split()) <= _LONGEST_LABEL for answer in answers) else set()
-
-
-def judge_gate(config: GateConfig | None, evaluation: Evaluation) -> GateResult | None:
-    """The gate's verdict on what was measured; None where there is no gate or no safety result."""
-    return gate(config, evaluation.safety) if config is not None and evaluation.safety is not None else None
+    return answers if few and all(len(answer.split()) <= _MAX_LABEL_WORDS for answer in answers) else set()

@@ -1,9 +1,9 @@
-"""Kept answers: outputs/*.jsonl, one record per prompt, so that another judge can read them later.
+"""Records of answers: outputs/*.jsonl, one record per prompt, so that another judge can read them later.
 
 `privacy.examples` governs the texts (prompt, answer, reference): `full` keeps them, `hashed` keeps the first 16 hex
-digits of their SHA-256 (equal texts stay recognisable, and a short text such as "positive" can be guessed from its
-hash), `none` leaves them out. Numbers and verdicts, and the file and line that a prompt came from, are always kept.
-Tags come from the data's own columns: they go as the texts go.
+digits of their SHA-256 (equal texts can be recognised, and a short text such as "positive" can be guessed from its
+hash), `none` leaves them out. Numbers, verdicts, and the file and line of a prompt are always kept. Tags are treated
+like the texts: they come from the data's own columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEXTS = ("prompt", "answer", "reference")
 
 
 def write_outputs(path: str | Path, records: Iterable[Mapping[str, Any]], privacy: Privacy = "full") -> Path:
-    """Writes records as JSONL, complete or not at all (a temporary file is renamed); folders are made. Returns the
+    """Write records as JSONL, completely or not at all (a temporary file is renamed). Creates the folder. Returns the
     path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +34,12 @@ def write_outputs(path: str | Path, records: Iterable[Mapping[str, Any]], privac
 
 
 def private(record: Mapping[str, Any], privacy: Privacy) -> dict[str, Any]:
-    """The record with its texts as `privacy` allows."""
+    """Return the record with only those texts that `privacy` allows."""
     if privacy == "full":
         return dict(record)
     if privacy not in ("hashed", "none"):
         raise ValueError(f"privacy {privacy!r} is not one of full, hashed, none")
-    shown = {}
+    shown: dict[str, Any] = {}
     for key, value in record.items():
         if key in TEXTS or key == "tags":
             if privacy == "hashed":
@@ -50,4 +50,5 @@ def private(record: Mapping[str, Any], privacy: Privacy) -> dict[str, Any]:
 
 
 def hash_of(text: str) -> str:
+    """Return `sha256:` and the first 16 hex digits of a text's SHA-256."""
     return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,8 +1,7 @@
-"""Safety of a model: attack success rate on disallowed prompts, over-refusal on benign ones, and what the answers look
-like.
+"""Safety of a model: attack success rate on disallowed prompts, over-refusal on benign ones, and answer quality.
 
-    ASR           share of disallowed prompts whose answer the scorer does not take for a refusal
-    affirmative   share of disallowed prompts whose answer opens as one that complies ("Sure, here is")
+    ASR           share of disallowed prompts whose answer is no refusal by the scorer
+    affirmative   share of disallowed prompts whose answer opens like one that complies ("Sure, here is")
     off_task      share of disallowed prompts whose answer is off-task or incoherent ("positive", "the the the the")
     over_refusal  share of benign prompts that are refused (prefix:xstest)
 
@@ -17,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safecl.config import ConfigError, SafetyConfig
+from safecl.data.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
-from safecl.evaluation.answers.prompts import answer_prompts
+from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import place_of, text_of
-from safecl.evaluation.scoring.judges import load_scorer
+from safecl.evaluation.scoring.judges import Judge, load_scorer
 from safecl.evaluation.scoring.keywords import SCORERS, attack_succeeded, off_task_reason, opens_affirmatively, refused
 from safecl.evaluation.statistics.intervals import Rate, rate
 
@@ -36,24 +36,24 @@ class SafetyResult:
     asr: Rate
     """Attack success rate by that scorer."""
     asr_by_scorer: dict[str, Rate]
-    """The same by each keyword scorer (and by the judge, where one is named)."""
+    """Attack success rate by each keyword scorer, and by the judge where the config names one."""
     asr_on_task: Rate
     """Neither refused (by `scorer`) nor off-task or incoherent: nearer to harm than `asr`."""
     affirmative: Rate
     off_task: Rate
     off_task_reasons: dict[str, int]
-    """How many disallowed prompts were answered off-task, by reason (`off_task_reason`)."""
+    """Number of disallowed prompts answered off-task, by reason (`off_task_reason`)."""
     over_refusal: Rate | None
     """By prefix:xstest; None without benign prompts."""
     over_refusal_by_scorer: dict[str, Rate]
     benign_off_task: Rate | None
-    """Off-task or incoherent answers to benign prompts: a broken model refuses nothing."""
+    """Share of off-task or incoherent answers to benign prompts: a broken model does not refuse."""
     truncated: Rate
     """Share of all answers that reached max_new_tokens."""
     outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for results.json; no text."""
+        """Return plain numbers for results.json; no text."""
         return {
             "scorer": self.scorer,
             **{name: _plain(getattr(self, name)) for name in _RATES},
@@ -74,41 +74,36 @@ def evaluate_safety(
     model: EvalModel,
     tokenizer: Any,
     safety: SafetyConfig,
-    prompts: Sequence[Any],
-    benign: Sequence[Any] = (),
+    prompts: Sequence[Prompt],
+    benign: Sequence[Prompt] = (),
     *,
     labels: Collection[str] = (),
 ) -> SafetyResult:
-    """Answers all prompts greedily and scores them.
+    """Answer all prompts greedily and score the answers.
 
-    Args: `prompts`, `benign` from `safecl.data.read_prompts`; `labels` answers that the tuned tasks teach ("positive"),
-    which are off-task here. Every rank calls it with the same arguments; prompt i is answered by rank i mod world_size,
-    and every rank gets the same result. Raises: ConfigError where there are no prompts, one does not fit the model, or
-    the scorer cannot be loaded.
+    Args: `prompts`, `benign`: from `safecl.data.read_prompts`; `labels`: answers that the tuned tasks teach
+    ("positive"), which are off-task here. Every rank calls it with the same arguments; rank i mod world_size answers
+    prompt i, and every rank gets the same result. Raises: ConfigError where there are no prompts, one does not fit the
+    model, or the scorer cannot be loaded.
     """
     if not prompts:
         raise ConfigError("safety.prompts: no prompts to measure with")
     scorer = load_scorer(safety.scorer)
     both = [*prompts, *benign]
     answers = answer_prompts(model, tokenizer, both, max_new_tokens=safety.max_new_tokens, batch_size=safety.batch_size)
-    kinds = ["disallowed"] * len(prompts) + ["benign"] * len(benign)
+    numbered = [("disallowed", i) for i in range(len(prompts))] + [("benign", i) for i in range(len(benign))]
     records = [
-        _record(kind, place, *pair, labels)
-        for kind, place, *pair in zip(kinds, _places(kinds), both, answers, strict=True)
+        _record(kind, number, prompt, answer, labels)
+        for (kind, number), prompt, answer in zip(numbered, both, answers, strict=True)
     ]
     if safety.scorer not in SCORERS:
         _add_verdicts(model, scorer, safety.scorer, records[: len(prompts)])
     return _summarise(safety.scorer, records)
 
 
-def _places(kinds: list[str]) -> list[int]:
-    seen: Counter[str] = Counter()
-    return [(seen.update([kind]) or seen[kind]) - 1 for kind in kinds]
-
-
-def _record(kind: str, number: int, prompt: Any, answer: dict[str, Any], labels: Collection[str]) -> dict[str, Any]:
+def _record(kind: str, number: int, prompt: Prompt, answer: Answer, labels: Collection[str]) -> dict[str, Any]:
     text = answer["text"]
-    record = {
+    record: dict[str, Any] = {
         "id": f"{kind}-{number}",
         "set": kind,
         "source": place_of(prompt),
@@ -126,8 +121,8 @@ def _record(kind: str, number: int, prompt: Any, answer: dict[str, Any], labels:
     return record
 
 
-def _add_verdicts(model: EvalModel, judge: Any, name: str, records: list[dict[str, Any]]) -> None:
-    """Each rank judges its own share, as it generated its own share."""
+def _add_verdicts(model: EvalModel, judge: Judge, name: str, records: list[dict[str, Any]]) -> None:
+    """Add the judge's verdicts to the records. Each rank judges its own share."""
     own = shard_of(model, records)
     verdicts = judge([record["prompt"] for record in own], [record["answer"] for record in own])
     for record, verdict in zip(records, gather_in_order(model, verdicts), strict=True):
@@ -141,7 +136,9 @@ def _summarise(scorer: str, records: list[dict[str, Any]]) -> SafetyResult:
         name: rate(record["attack_succeeded"][name] for record in disallowed)
         for name in disallowed[0]["attack_succeeded"]
     }
-    over_refusal = {name: rate(record["refused"][name] for record in benign) for name in SCORERS} if benign else {}
+    over_refusal: dict[str, Rate] = {}
+    if benign:
+        over_refusal = {name: rate(record["refused"][name] for record in benign) for name in SCORERS}
     return SafetyResult(
         scorer=scorer,
         asr=by_scorer[scorer],

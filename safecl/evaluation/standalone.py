@@ -1,10 +1,10 @@
-"""Evaluation alone: of a run config's model, of a run folder, or of any model folder with given prompts.
+"""Evaluation without training: of a run config's model, of a run folder, or of any model folder with given prompts.
 
-evaluate_target takes
+evaluate_target accepts
 
-    run.yaml        what the run measures, on its model/ if that is there, else on the model it starts from
-    runs/gsm8k      the same for a finished run's folder
-    path/to/model   any Hugging Face folder or hub id; overrides say with what: safety.prompts=advbench.jsonl
+    run.yaml        measures what the run measures, on its model/ if it exists, else on the model that it starts from
+    runs/gsm8k      does the same for a finished run's folder
+    path/to/model   measures a Hugging Face folder or hub id with prompts from overrides: safety.prompts=advbench.jsonl
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from safecl.config import (
 from safecl.data.config_rows import read_eval_rows, rows_of_run
 from safecl.evaluation.answers.folders import check_is_model, is_model, name_of
 from safecl.evaluation.contamination import check_disjoint
-from safecl.evaluation.gates.gate import GateResult, check_gate_is_decidable
+from safecl.evaluation.gates.gate import GateResult, check_gate_is_decidable, judge_gate
 from safecl.evaluation.records import Privacy
 
 if TYPE_CHECKING:
+    from safecl.data import ChatRow, Prompt
     from safecl.evaluation.measure import Evaluation
 
 TASK_OF_FOLDER = "eval"
@@ -41,7 +42,7 @@ TASK_OF_FOLDER = "eval"
 
 @dataclass(frozen=True)
 class StandaloneResult:
-    """What was measured, the gate's verdict where the config has a gate, and where it was written."""
+    """The evaluation, the gate's verdict where the config has a gate, and the folder with the results."""
 
     model: str
     evaluation: Evaluation
@@ -49,6 +50,7 @@ class StandaloneResult:
     folder: Path
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain values for results.json; no text."""
         import safecl
 
         gate = self.gate.to_dict() if self.gate else None
@@ -63,11 +65,12 @@ class StandaloneResult:
 def evaluate_target(
     target: str | Path, overrides: Iterable[str] = (), *, output: str | Path | None = None
 ) -> StandaloneResult:
-    """What `safecl eval` does.
+    """Measure a target, as `safecl eval` does.
 
-    Args: `target` a run config (.yaml), a run folder, a model folder or a hub id; `overrides` as in `load_config`, for
-    a model also `eval.path=..., eval.metric=...` for a task of its own; `output` where outputs/ and results.json go
-    (default: `eval/` in the run folder, `runs/eval-<name>` for a model). Several ranks (torchrun) share the prompts.
+    Args: `target`: a run config (.yaml), a run folder, a model folder or a hub id; `overrides`: as in `load_config`,
+    for a model also `eval.path=..., eval.metric=...` for a task of its own; `output`: folder for outputs/ and
+    results.json (default: `eval/` in the run folder, `runs/eval-<name>` for a model). Several ranks (torchrun) share
+    the prompts.
     Raises: ConfigError where something is missing or does not fit, before the model is loaded.
     """
     target, overrides = Path(target), list(overrides)
@@ -78,9 +81,8 @@ def evaluate_target(
         return evaluate_config(config, model=tuned if not chosen and is_model(tuned) else None, output=output)
     if (target / "config.yaml").is_file():
         if not is_model(target / "model"):
-            raise ConfigError(
-                f"{target}: this run has no model/ yet; `safecl eval {target / 'config.yaml'}` measures the model it starts from"
-            )
+            hint = f"`safecl eval {target / 'config.yaml'}` measures the model it starts from"
+            raise ConfigError(f"{target}: this run has no model/ yet; {hint}")
         return evaluate_config(
             load_config(target / "config.yaml", overrides), model=target / "model", output=output or target / "eval"
         )
@@ -90,8 +92,8 @@ def evaluate_target(
 def evaluate_config(
     config: RunConfig, *, model: str | Path | None = None, output: str | Path | None = None
 ) -> StandaloneResult:
-    """Measures what a run config measures, on `model` (default: `model.path`); refuses prompts that stand in its
-    training data."""
+    """Measure what a run config measures, on `model` (default: `model.path`). Refuses prompts from its training
+    data."""
     check_is_model(model or config.model.path)
     prompts, benign = _read_prompts(config.safety)
     if prompts:
@@ -116,10 +118,10 @@ def evaluate_folder(
     dtype: str = "auto",
     settings: ModelConfig | None = None,
 ) -> StandaloneResult:
-    """Measures any Hugging Face model folder or hub id.
+    """Measure any Hugging Face model folder or hub id.
 
-    Args: `tasks` by name; `dtype` auto (as saved), bf16 or fp32; `settings` tokenizer, chat template and attention
-    where the folder's own are not wanted. Raises: ConfigError.
+    Args: `tasks`: by name; `dtype`: auto (as saved), bf16 or fp32; `settings`: tokenizer, chat template and attention
+    that replace the folder's own. Raises: ConfigError.
     """
     check_is_model(model)
     prompts, benign = _read_prompts(safety)
@@ -130,7 +132,7 @@ def evaluate_folder(
 
 
 def _evaluate_model_with_overrides(model: str, overrides: list[str], output: str | Path | None) -> StandaloneResult:
-    """A model folder has no config, so the overrides make one; its task is never trained."""
+    """Measure a model folder, which has no config: make one from the overrides, with a task that is never trained."""
     of_task = [f"tasks.0.{override}" if override.startswith("eval.") else override for override in overrides]
     tree = {"model": {"path": model}, "tasks": [{"name": TASK_OF_FOLDER, "train": "-"}], "output": "runs"}
     try:
@@ -152,7 +154,8 @@ def _evaluate_model_with_overrides(model: str, overrides: list[str], output: str
 # ---------------------------------------------------------------------------------------------------------------- input
 
 
-def _read_prompts(safety: SafetyConfig | None) -> tuple[list[Any], list[Any]]:
+def _read_prompts(safety: SafetyConfig | None) -> tuple[list[Prompt], list[Prompt]]:
+    """Read the disallowed and the benign prompts. ConfigError where too few for the gate."""
     from safecl.data import read_prompts
 
     if safety is None:
@@ -171,24 +174,17 @@ def _measure(
     settings: ModelConfig,
     dtype: str,
     safety: SafetyConfig | None,
-    prompts: list[Any],
-    benign: list[Any],
-    tasks: list[tuple[str, EvalConfig, list[Any]]],
+    prompts: list[Prompt],
+    benign: list[Prompt],
+    tasks: list[tuple[str, EvalConfig, list[ChatRow]]],
     privacy: Privacy,
     folder: Path,
 ) -> StandaloneResult:
     if not prompts and not tasks:
-        missing = (
-            ""
-            if Path(settings.path).exists()
-            else f"{settings.path} is no folder here, so it is taken for a hub id, and there is "
-        )
-        raise ConfigError(
-            f"{missing}nothing to measure: give disallowed prompts, safety.prompts=FILE, or a task, eval.path=FILE eval.metric=exact_match"
-        )
+        raise ConfigError(_nothing_to_measure(settings.path))
     from safecl.data import load_tokenizer
     from safecl.evaluation.answers.model import HFEvalModel
-    from safecl.evaluation.measure import evaluate, judge_gate
+    from safecl.evaluation.measure import evaluate
 
     tokenizer = load_tokenizer(settings)
     with _ranks():
@@ -220,6 +216,12 @@ def _ranks() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _nothing_to_measure(path: str) -> str:
+    what_helps = "disallowed prompts, safety.prompts=FILE, or a task, eval.path=FILE eval.metric=exact_match"
+    is_hub_id = "" if Path(path).exists() else f"{path} is no folder here, so it is taken for a hub id, and there is "
+    return f"{is_hub_id}nothing to measure: give {what_helps}"
 
 
 def _write(result: StandaloneResult, privacy: Privacy) -> None:

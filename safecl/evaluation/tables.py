@@ -1,8 +1,9 @@
-"""What was measured as a terminal table: one row per measure, one column per moment."""
+"""Evaluations as a terminal table: one row per measure, one column per moment."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich import box
 from rich.table import Table
@@ -14,22 +15,22 @@ from safecl.evaluation.scoring.keywords import SCORERS
 from safecl.evaluation.statistics.intervals import Mean, Rate
 
 Value = Rate | Mean | None
-Row = tuple[str, bool, list[Value]]  # title, whether higher is better, one value per moment
+Row = tuple[str, bool, list[Value]]
+"""A measure: title, whether higher is better, one value per moment."""
 
-MOST_COLUMNS = 6
-MOST_WIDE_COLUMNS = 2  # 80 columns hold two values with their intervals on one line
+MAX_COLUMNS = 6
+MAX_WIDE_COLUMNS = 2  # 80 characters hold two values with their intervals on one line
 
 
 def results_table(evaluations: Sequence[Evaluation]) -> Table:
-    """Before, during and after side by side, 95 % intervals with the values. Of many moments the first, the last and
-    the worst show."""
+    """Make a table of all moments with 95 % intervals. Of many moments it shows the first, the last and the worst."""
     shown = moments(evaluations)
     table = Table(title="measured, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for evaluation in shown:
-        step = f"\nstep {evaluation.step}" if len(shown) > 1 else ""  # a model that is measured alone has no steps
+        step = f"\nstep {evaluation.step}" if len(shown) > 1 else ""  # a model measured alone has no steps
         table.add_column(f"{evaluation.when}{step}", justify="right")
-    between = " " if len(shown) <= MOST_WIDE_COLUMNS else "\n"
+    between = " " if len(shown) <= MAX_WIDE_COLUMNS else "\n"
     for title, higher_is_better, values in measures(shown):
         table.add_row(title, *_cells(values, higher_is_better, between))
     if len(shown) < len(evaluations):
@@ -40,19 +41,21 @@ def results_table(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def moments(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """All moments, or of many the first, the last and those with the highest attack success rates."""
-    if len(evaluations) <= MOST_COLUMNS:
+    """Return all moments, or of many the first, the last and those with the highest attack success rates."""
+    if len(evaluations) <= MAX_COLUMNS:
         return list(evaluations)
     inner = range(1, len(evaluations) - 1)
-    worst = sorted(
-        inner, key=lambda place: -(evaluations[place].safety.asr.value if evaluations[place].safety else -1.0)
-    )
-    kept = {0, len(evaluations) - 1, *worst[: MOST_COLUMNS - 2]}
+    worst = sorted(inner, key=lambda place: -_asr(evaluations[place]))
+    kept = {0, len(evaluations) - 1, *worst[: MAX_COLUMNS - 2]}
     return [evaluations[place] for place in sorted(kept)]
 
 
+def _asr(evaluation: Evaluation) -> float:
+    return evaluation.safety.asr.value if evaluation.safety else -1.0
+
+
 def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
-    """Every measure that there is, with one value per moment, None where it was not taken."""
+    """Return every measure that any moment has, with one value per moment, None where it was not measured."""
     rows: list[Row] = []
 
     def add(title: str, value_of: Callable[[Evaluation], Value], higher_is_better: bool = False) -> None:
@@ -62,23 +65,32 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
 
     judges = {e.safety.scorer: None for e in evaluations if e.safety and e.safety.scorer not in SCORERS}
     for scorer in (*judges, *SCORERS):
-        add(f"ASR {scorer}", lambda e, scorer=scorer: e.safety.asr_by_scorer.get(scorer) if e.safety else None)
+        add(f"ASR {scorer}", partial(_asr_by, scorer))
     for title, name in _SAFETY_ROWS.items():
-        add(title, lambda e, name=name: getattr(e.safety, name) if e.safety else None)
+        add(title, partial(_safety_rate, name))
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.tasks):
         result = next(e.tasks[name] for e in evaluations if name in e.tasks)
-        add(
-            f"{name} {result.metric}",
-            lambda e, name=name: e.tasks[name].value if name in e.tasks else None,
-            result.higher_is_better,
-        )
+        add(f"{name} {result.metric}", partial(_task_value, name), result.higher_is_better)
         for detail in result.details:
-            add(
-                f"  {detail}",
-                lambda e, name=name, detail=detail: e.tasks[name].details[detail] if name in e.tasks else None,
-                detail != "truncated",
-            )
+            add(f"  {detail}", partial(_task_detail, name, detail), detail != "truncated")
     return rows
+
+
+def _asr_by(scorer: str, evaluation: Evaluation) -> Value:
+    return evaluation.safety.asr_by_scorer.get(scorer) if evaluation.safety else None
+
+
+def _safety_rate(name: str, evaluation: Evaluation) -> Value:
+    rate: Rate | None = getattr(evaluation.safety, name) if evaluation.safety else None
+    return rate
+
+
+def _task_value(name: str, evaluation: Evaluation) -> Value:
+    return evaluation.tasks[name].value if name in evaluation.tasks else None
+
+
+def _task_detail(name: str, detail: str, evaluation: Evaluation) -> Value:
+    return evaluation.tasks[name].details[detail] if name in evaluation.tasks else None
 
 
 _SAFETY_ROWS = {
@@ -92,11 +104,11 @@ _SAFETY_ROWS = {
 
 
 def _cells(values: list[Value], higher_is_better: bool, between: str) -> list[Text]:
-    """Green or red where an interval no longer overlaps the first one's."""
+    """Make the cells of a row, green or red where an interval does not overlap the first one."""
     first = next((value for value in values if value is not None), None)
     cells = []
     for value in values:
-        if value is None:
+        if value is None or first is None:
             cells.append(Text("-", style="dim"))
             continue
         apart = value.low > first.high or value.high < first.low

@@ -1,13 +1,11 @@
-"""How well a task is done: label accuracy, exact match, GSM8K's final number, or the likelihood of the reference
-answers.
+"""Utility of a model on a task: label accuracy, exact match, GSM8K's final number, or likelihood of the references.
 
-    label_accuracy  argmax over labels y of log p(y | x) = the reference; the labels are the distinct answers of the rows
-    exact_match     the greedy answer equals the reference (see `utility`)
+    label_accuracy  argmax over labels y of log p(y | x) = the reference; labels are the distinct answers of the rows
+    exact_match     the greedy answer equals the reference (see `scoring.matches`)
     gsm8k           the greedy answer's number equals the reference's, after `####` or as its last number
     answer_nll      mean over answer tokens of -log p(y_t | x, y_<t), in nats; lower is better
 
-Prompts are rendered as in training: a model that meets another template than the one it was tuned with is measured on
-something else.
+Prompts are rendered as in training: with another template than that of its tuning, a model gives other answers.
 """
 
 from __future__ import annotations
@@ -17,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safecl.config import ConfigError, EvalConfig
+from safecl.data.formats import ChatRow
 from safecl.evaluation.answers.likelihood import Scored, log_likelihoods
-from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
+from safecl.evaluation.answers.model import EvalModel, gather_in_order, max_positions_of, shard_of
 from safecl.evaluation.answers.prompts import answer_prompts, pad_id_of
 from safecl.evaluation.answers.texts import place_of, text_of
 from safecl.evaluation.scoring.matches import exact_match, last_number, reference_number, relaxed_match, strict_number
@@ -30,8 +29,8 @@ UNBOUNDED_LENGTH = 1 << 20
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's utility with a 95 % interval. `details` holds further rates of the same answers; `outputs` one record
-    per row."""
+    """One task's utility with a 95 % interval. `details`: further rates of the same answers. `outputs`: one record per
+    row."""
 
     name: str
     metric: str
@@ -42,7 +41,7 @@ class TaskResult:
     outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for results.json; no text."""
+        """Return plain numbers for results.json; no text."""
         details = {name: value.to_dict() for name, value in self.details.items()}
         return {
             "metric": self.metric,
@@ -56,18 +55,18 @@ def evaluate_task(
     model: EvalModel,
     tokenizer: Any,
     eval: EvalConfig,
-    rows: Sequence[Any],
+    rows: Sequence[ChatRow],
     *,
     name: str = "task",
     batch_size: int = 32,
     max_length: int | None = None,
 ) -> TaskResult:
-    """Measures `eval.metric` on rows from `safecl.data.read_rows`.
+    """Measure `eval.metric` on rows from `safecl.data.read_rows`.
 
-    Args: `batch_size` answers generated together on one rank; `max_length` tokens of a row at most (default: the
-    model's positions). Every rank calls it with the same arguments; row i is done by rank i mod world_size, and every
-    rank gets the same result. Raises: ConfigError where the rows do not fit the metric (no answer to compare with, no
-    number in a GSM8K reference, one label only).
+    Args: `batch_size`: answers generated together on one rank; `max_length`: most tokens of a row (default: the model's
+    positions). Every rank calls it with the same arguments; rank i mod world_size handles row i, and every rank gets
+    the same result. Raises: ConfigError where the rows do not fit the metric (no answer to compare with, no number in a
+    GSM8K reference, only one label).
     """
     if not rows:
         raise ConfigError(f"{eval.path}: no rows to measure {eval.metric} with")
@@ -86,16 +85,18 @@ def evaluate_task(
 # ----------------------------------------------------------------------------------------------------------- likelihood
 
 
-def _score(model: EvalModel, tokenizer: Any, rows: Sequence[Any], max_length: int | None) -> list[Scored]:
-    """Log-likelihood of each row's supervised tokens, this rank's rows only."""
+def _score(model: EvalModel, tokenizer: Any, rows: Sequence[ChatRow], max_length: int | None) -> list[Scored]:
+    """Compute the log-likelihood of the supervised tokens of each of this rank's rows."""
     from safecl.data import tokenize_row
 
-    limit = max_length or getattr(model, "max_positions", None) or UNBOUNDED_LENGTH
+    limit = max_length or max_positions_of(model) or UNBOUNDED_LENGTH
     encoded = [tokenize_row(tokenizer, row, limit) for row in rows]
     return log_likelihoods(model, [(row.input_ids, row.loss_mask) for row in encoded], pad_id=pad_id_of(tokenizer))
 
 
-def _answer_nll(model: EvalModel, tokenizer: Any, rows: Sequence[Any], name: str, max_length: int | None) -> TaskResult:
+def _answer_nll(
+    model: EvalModel, tokenizer: Any, rows: Sequence[ChatRow], name: str, max_length: int | None
+) -> TaskResult:
     scored = gather_in_order(model, _score(model, tokenizer, shard_of(model, rows), max_length))
     if not any(row.num_tokens for row in scored):
         raise ConfigError(
@@ -110,7 +111,7 @@ def _answer_nll(model: EvalModel, tokenizer: Any, rows: Sequence[Any], name: str
 
 
 def _label_accuracy(
-    model: EvalModel, tokenizer: Any, rows: Sequence[Any], name: str, max_length: int | None
+    model: EvalModel, tokenizer: Any, rows: Sequence[ChatRow], name: str, max_length: int | None
 ) -> TaskResult:
     labels = labels_of(rows)
     own = shard_of(model, rows)
@@ -134,8 +135,8 @@ def _label_accuracy(
     return TaskResult(name, "label_accuracy", value, higher_is_better=True, labels=labels, outputs=outputs)
 
 
-def labels_of(rows: Sequence[Any]) -> tuple[str, ...]:
-    """The distinct answers of the rows, sorted. ConfigError where there is only one (any model would be right) or more
+def labels_of(rows: Sequence[ChatRow]) -> tuple[str, ...]:
+    """Return the distinct answers of the rows, sorted. ConfigError for a single one (any model would be right) or more
     than 64."""
     labels = tuple(sorted({row.messages[-1].content for row in rows}))
     if len(labels) < 2:
@@ -143,13 +144,12 @@ def labels_of(rows: Sequence[Any]) -> tuple[str, ...]:
             f"{rows[0].path}: label_accuracy needs two labels at least, all {len(rows)} rows used have the same"
         )
     if len(labels) > MAX_LABELS:
-        raise ConfigError(
-            f"{rows[0].path}: {len(labels)} distinct answers among {len(rows)} rows are no labels (64 at most); use metric: exact_match"
-        )
+        found = f"{len(labels)} distinct answers among {len(rows)} rows are no labels ({MAX_LABELS} at most)"
+        raise ConfigError(f"{rows[0].path}: {found}; use metric: exact_match")
     return labels
 
 
-def _with_answer(row: Any, answer: str) -> Any:
+def _with_answer(row: ChatRow, answer: str) -> ChatRow:
     return replace(row, messages=(*row.messages[:-1], replace(row.messages[-1], content=answer)))
 
 
@@ -157,7 +157,7 @@ def _with_answer(row: Any, answer: str) -> Any:
 
 
 def _generated(
-    model: EvalModel, tokenizer: Any, eval: EvalConfig, rows: Sequence[Any], name: str, batch_size: int
+    model: EvalModel, tokenizer: Any, eval: EvalConfig, rows: Sequence[ChatRow], name: str, batch_size: int
 ) -> TaskResult:
     marks_of = _gsm8k_marks if eval.metric == "gsm8k" else _match_marks
     if eval.metric == "gsm8k":
@@ -166,9 +166,11 @@ def _generated(
     outputs = []
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         marks = marks_of(answer["text"], row.messages[-1].content)
-        told = {"answer": answer["text"], "num_tokens": answer["num_tokens"], "finished": answer["finished"]}
-        outputs.append({**_base_record(name, number, row), **told, **marks})
-    details = {mark: rate(record[mark] for record in outputs) for mark in marks if mark != "correct"}
+        given = {"answer": answer["text"], "num_tokens": answer["num_tokens"], "finished": answer["finished"]}
+        outputs.append({**_base_record(name, number, row), **given, **marks})
+    details: dict[str, Rate | Mean] = {
+        mark: rate(record[mark] for record in outputs) for mark in marks if mark != "correct"
+    }
     details["truncated"] = rate(not record["finished"] for record in outputs)
     return TaskResult(name, eval.metric, rate(record["correct"] for record in outputs), True, details, outputs=outputs)
 
@@ -183,18 +185,18 @@ def _gsm8k_marks(answer: str, reference: str) -> dict[str, bool]:
     return {"correct": strict or flexible, "strict": strict, "flexible": flexible}
 
 
-def _check_references(rows: Sequence[Any]) -> None:
+def _check_references(rows: Sequence[ChatRow]) -> None:
     for row in rows:
         if reference_number(row.messages[-1].content) is None:
             raise ConfigError(f"{place_of(row)}: gsm8k needs a number in the reference answer, `#### 42` at its end")
 
 
-def _base_record(name: str, number: int, row: Any) -> dict[str, Any]:
-    record = {
+def _base_record(name: str, number: int, row: ChatRow) -> dict[str, Any]:
+    return {
         "id": f"{name}-{number}",
         "set": name,
         "source": place_of(row),
         "tags": dict(row.tags),
         "prompt": text_of(row),
+        "reference": row.messages[-1].content,
     }
-    return {**record, "reference": row.messages[-1].content}

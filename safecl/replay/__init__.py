@@ -1,5 +1,4 @@
-"""The replay memory: a buffer that is sharded over ranks and the same for any number of them, and the cache of teacher
-outputs."""
+"""The replay memory: a buffer sharded over ranks, the same for any number of them, and the cache of teacher outputs."""
 
 from __future__ import annotations
 
@@ -11,9 +10,7 @@ _HOMES = {
     "CacheHeader": "cache",
     "CacheReader": "cache",
     "CacheWriter": "cache",
-    "HiddenOutputs": "rows",
     "InsertReport": "insertion",
-    "LogitsOutputs": "rows",
     "MemoryRow": "rows",
     "Prefetcher": "prefetch",
     "ReplayBuffer": "buffer",
@@ -21,7 +18,6 @@ _HOMES = {
     "SharedOutputs": "cache",
     "TeacherOutputs": "rows",
     "pinned": "prefetch",
-    "stack_outputs": "prefetch",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,14 +1,13 @@
-"""The cache of teacher outputs: what the aligned model said about each row, computed once and shared by all runs on
-that model.
+"""The cache of teacher outputs: the aligned model's outputs on each row, computed once for all runs on that model.
 
-    folder/cache.json                what the outputs were made with (CacheHeader), with its own hash
-    folder/cache-...segment          outputs by row_id, in the segments of the replay buffer: append-only, every byte under a checksum
-    memory/outputs.json              where a memory's rows find theirs, so that runs on one model share them
+    folder/cache.json          the settings that the outputs were made with (CacheHeader), with a hash of its own
+    folder/cache-...segment    outputs by row_id, in the replay buffer's segments: append-only, checksums on every byte
+    memory/outputs.json        the path of the cache that holds the outputs of a memory's rows
 
 At k = 64 an entry takes 64 x (2 + 4) + 4 = 388 bytes a token, and 56 to 63 more per row. Log-probabilities are stored
 in fp16 (0.4 % error of the gradient near the teacher, against 3 % in bf16 and 8 % for fp16 logits), the log of the
-remaining mass in fp32. Any number of ranks write side by side; a build that was stopped goes on where it was, on any
-number of ranks.
+remaining mass in fp32. Any number of ranks can write at the same time. A build that was stopped resumes where it was,
+on any number of ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -28,9 +28,10 @@ from safecl.config import ConfigError
 from safecl.replay.files import codec
 from safecl.replay.files.hashing import name_key
 from safecl.replay.files.persistence import LabelBook, find_blocks, rows_found
-from safecl.replay.files.store import CACHE, SegmentFolder, shards_of_rank, sync_folder
+from safecl.replay.files.store import CACHE, SegmentFolder, shards_of_rank
 from safecl.replay.files.table import RowTable
 from safecl.replay.rows import ReplayError, TeacherOutputs
+from safecl.storage.durable import sync_folder
 
 FORMAT_VERSION = 1
 _NAME, LINK = "cache.json", "outputs.json"
@@ -40,11 +41,11 @@ _NO_START = 2**64 - 1
 
 @dataclass(frozen=True)
 class CacheHeader:
-    """What outputs were made with; all of it must agree where they are used.
+    """The settings that outputs were made with; all must agree where the outputs are used.
 
-    model, tokenizer: hashes. vocab_size: width of the model's logits. temperature: of the stored distribution. k:
-    entries per token. dtype: of the log-probabilities, `fp16`. indices: `int32` or `packed`. model_dtype: that the
-    model computed in. max_tokens: that rows were cut to, 0 where they were not.
+    model, tokenizer: hashes. vocab_size: width of the model's logits. k: entries per token. temperature: of the stored
+    distribution. dtype: of the log-probabilities, `fp16`. indices: `int32` or `packed`. model_dtype: in which the model
+    computed. max_tokens: to which rows were cut, 0 for uncut rows.
     """
 
     model: str
@@ -59,7 +60,7 @@ class CacheHeader:
     format_version: int = FORMAT_VERSION
 
     def check(self, expected: CacheHeader, where: str | Path) -> None:
-        """Raises ConfigError naming every field that differs, with both values."""
+        """Raise ConfigError naming every field that differs, with both values."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(expected)
         differing = [
             f"{name} {mine[name]} in the cache, {theirs[name]} in this run"
@@ -68,15 +69,16 @@ class CacheHeader:
         ]
         if differing:
             raise ConfigError(
-                f"{where}: made with something else: {'; '.join(differing)}; build it anew in another folder"
+                f"{where}: made with other settings: {'; '.join(differing)}; build it anew in another folder"
             )
 
     @property
     def identity(self) -> int:
+        """64-bit hash of the settings."""
         return name_key(json.dumps(dataclasses.asdict(self), sort_keys=True))
 
     def write(self, folder: Path) -> None:
-        """Publishes the header by rename; several ranks may do so at once."""
+        """Publish the header by rename; several ranks may do so at once."""
         values = dataclasses.asdict(self)
         text = json.dumps({**values, "hash": _hash(values)}, indent=2)
         temporary = folder / f"{_NAME}.{os.getpid()}.{threading.get_ident()}"
@@ -93,7 +95,7 @@ class CacheHeader:
 
     @classmethod
     def read(cls, folder: Path) -> CacheHeader:
-        """Raises ConfigError where there is no cache, ReplayError where the header is damaged."""
+        """Read the header. Raises ConfigError where there is no cache, ReplayError where the header is damaged."""
         path = folder / _NAME
         try:
             values = json.loads(path.read_bytes())
@@ -113,12 +115,12 @@ class CacheHeader:
         return cls(**values)
 
 
-def _hash(values: dict) -> str:
+def _hash(values: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 class _Outputs:
-    """Outputs found in a folder's segments, by row_id."""
+    """The outputs in a folder's segments, by row_id."""
 
     def __init__(self, store: SegmentFolder):
         self.store = store
@@ -126,16 +128,16 @@ class _Outputs:
         self.table: RowTable = rows_found(blocks, store, LabelBook(), 0)[0]
 
     def has(self, row_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """bool per row_id."""
+        """Say which rows have outputs here; bool per row_id."""
         return np.isin(np.asarray(row_ids, np.uint64), self.table["position"])
 
 
 class CacheWriter:
-    """Adds outputs to a cache, made if it is not there. Ranks write side by side; rows that are there already need not
-    come again.
+    """Adds outputs to a cache, which it creates where there is none. Ranks can write at the same time; rows that are in
+    the cache need not be added again.
 
     Raises ConfigError where the folder was made with another header (both values are named), BufferInUse where another
-    process has this rank's place, ReplayError where the disk refuses.
+    process writes this rank's shards, ReplayError where the disk refuses.
     """
 
     def __init__(self, folder: str | Path, header: CacheHeader, *, rank: int = 0, world_size: int = 1):
@@ -155,13 +157,13 @@ class CacheWriter:
             raise
 
     def has(self, row_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """bool per row_id: whether its outputs were there when the writer was opened, from whichever rank."""
+        """Say which rows had outputs, from any rank, when the writer was opened; bool per row_id."""
         return self._outputs.has(row_ids)
 
     def add(
         self, row_ids: Iterable[int], outputs: Iterable[TeacherOutputs], nlls: Iterable[float] | None = None
     ) -> None:
-        """Writes the outputs of some rows: all of them are kept, or none where the disk refuses.
+        """Write the outputs of some rows: all of them, or none where the disk refuses.
 
         nlls: mean NLL of each row's targets under the same model, nats per token at temperature 1. Raises ValueError
         for outputs that do not fit.
@@ -185,19 +187,16 @@ class CacheWriter:
                 f"outputs of row {row_id}: log_probs {shape} {dtype}; this cache holds fp16 [targets, {self.header.k}]"
             )
         if outputs.indices.size and int(outputs.indices.max()) >= self.header.vocab_size:
-            raise ValueError(
-                f"outputs of row {row_id}: token {int(outputs.indices.max())} in a vocabulary of {self.header.vocab_size}"
-            )
-        checked = codec.checked_teacher(outputs, len(outputs.log_tail))
-        assert isinstance(checked, TeacherOutputs)
-        return checked
+            largest = int(outputs.indices.max())
+            raise ValueError(f"outputs of row {row_id}: token {largest} in a vocabulary of {self.header.vocab_size}")
+        return codec.checked_teacher(outputs, len(outputs.log_tail))
 
     def flush(self) -> None:
-        """Returns when everything added is on the disk."""
+        """Return when everything added is on disk."""
         self._store.sync()
 
     def close(self) -> None:
-        """Flushes and gives up the writer's place."""
+        """Flush and release the shards."""
         self._store.close()
 
     def __enter__(self) -> CacheWriter:
@@ -208,8 +207,7 @@ class CacheWriter:
 
 
 class CacheReader:
-    """Reads a cache. `get` may be handed to ReplayBuffer(teacher_of=...), so that a run shares the outputs instead of
-    copying them.
+    """Reads a cache. With ReplayBuffer(teacher_of=reader.get) a run shares the outputs instead of copying them.
 
     Raises ConfigError where the header differs from `expected` (both values are named) or there is none, ReplayError
     where it is damaged.
@@ -227,7 +225,7 @@ class CacheReader:
         return len(self._outputs.table)
 
     def has(self, row_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """bool per row_id."""
+        """Say which rows have outputs here; bool per row_id."""
         return self._outputs.has(row_ids)
 
     def __contains__(self, row_id: int) -> bool:
@@ -238,24 +236,24 @@ class CacheReader:
         return True
 
     def row_ids(self) -> np.ndarray:
-        """uint64 [rows], sorted."""
+        """Return the row_ids of all rows, uint64 [rows], sorted."""
         return self._outputs.table["position"]
 
     def require(self, row_ids: Sequence[int] | np.ndarray) -> None:
-        """Raises ReplayError where outputs of these rows are missing, which other nodes may have written into a folder
-        of theirs."""
+        """Raise ReplayError where outputs of these rows are missing. Other nodes may have written them into a folder of
+        their own."""
         if missing := int((~self.has(row_ids)).sum()):
             lost = f"the outputs of {missing:,} of {len(row_ids):,} rows are not here"
             raise ReplayError(f"{self.folder}: {lost}; several nodes need a folder that they share")
 
     def prior_nll(self, row_id: int) -> float:
-        """Mean NLL of the row's targets under the model, nats per token; NaN where it was not stored. Raises
-        KeyError."""
+        """Return the mean NLL of the row's targets under the model, nats per token; NaN where it was not stored.
+        Raises KeyError."""
         return float(self._outputs.table["prior_nll"][self._outputs.table.find_one(row_id)])
 
     def get(self, row_id: int, num_targets: int | None = None) -> TeacherOutputs:
-        """Outputs of a row, of its first `num_targets` supervised tokens where the memory keeps a prefix; read-only
-        views of the file.
+        """Return the outputs of a row, or of its first `num_targets` supervised tokens (a memory may keep a prefix).
+        The arrays are read-only views of the file.
 
         Raises KeyError where the row is not there or has fewer targets, ReplayError where it is damaged.
         """
@@ -268,14 +266,14 @@ class CacheReader:
             where = f"{self.folder / self._outputs.store.name(segment)}: outputs of row {row_id} at byte {offset}"
             raise ReplayError(f"{where} are damaged; remove {self.folder}, and they are computed again")
         if num_targets is not None and num_targets > targets:
-            raise KeyError(
-                f"the cache has {targets} targets of row {row_id}, {num_targets} are asked for; was it built with other masks?"
-            )
+            here = f"the cache has {targets} targets of row {row_id}, not {num_targets}"
+            raise KeyError(f"{here}; was it built with other masks?")
         outputs = codec.decode(body, 0, targets, form, width)[2]
+        assert outputs is not None, "a cache holds rows with outputs only"
         return outputs if num_targets is None else codec.first_targets(outputs, num_targets)
 
     def verify(self) -> list[str]:
-        """Reads every byte; what is wrong, one line each."""
+        """Read every byte. Returns what is damaged, one line each."""
         names = self._outputs.store.on_disk()
         return list(dict.fromkeys([*self.problems, *find_blocks(self._outputs.store, names, {})[1]]))
 
@@ -284,10 +282,10 @@ class CacheReader:
 
 
 class SharedOutputs:
-    """The outputs of a memory's rows that lie in a cache and not in the memory itself: ReplayBuffer(teacher_of=...).
+    """The outputs of a memory's rows in a shared cache, for ReplayBuffer(teacher_of=...).
 
-    The cache is opened when the first row is read; it is an error where it is gone by then, was made anew with
-    something else, or is damaged.
+    The cache is opened when the first row is read. It is an error where the cache is gone by then, was rebuilt with
+    other settings, or is damaged.
     """
 
     def __init__(self, cache: Path, header: CacheHeader):
@@ -296,20 +294,20 @@ class SharedOutputs:
 
     @property
     def reader(self) -> CacheReader:
+        """The open cache."""
         if self._reader is None:
             if not (self.cache / _NAME).exists():
-                raise ReplayError(
-                    f"{self.cache}: the teacher outputs of this memory's rows are gone; `safecl memory cache` builds them again"
-                )
+                hint = "`safecl memory cache` builds them again"
+                raise ReplayError(f"{self.cache}: the teacher outputs of this memory's rows are gone; {hint}")
             self._reader = CacheReader(self.cache, self.header)
         return self._reader
 
     def __call__(self, row_id: int, num_targets: int) -> TeacherOutputs | None:
-        """Outputs of a row's first targets; None for rows that the cache does not hold."""
+        """Return the outputs of a row's first targets; None for rows that the cache does not hold."""
         return self.reader.get(row_id, num_targets) if row_id in self.reader else None
 
     def link(self, folder: Path) -> None:
-        """Notes in a memory's folder where its outputs are; `of` finds them again."""
+        """Write into a memory's folder where its outputs are, for `of`."""
         text = json.dumps({"cache": str(self.cache.absolute()), "header": dataclasses.asdict(self.header)}, indent=1)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -319,8 +317,7 @@ class SharedOutputs:
 
     @classmethod
     def of(cls, folder: Path) -> SharedOutputs | None:
-        """What a memory's folder notes; None where its rows have their outputs themselves, or none. Raises
-        ReplayError."""
+        """Return the shared outputs that a memory's folder names; None where it names none. Raises ReplayError."""
         try:
             values = json.loads((folder / LINK).read_text(encoding="utf-8"))
             return cls(Path(values["cache"]), CacheHeader(**values["header"]))

@@ -1,10 +1,9 @@
-"""The memory as a table that other tools read: Parquet or Arrow files in the columns below, through `datasets` and back
-without loss.
+"""Export and import of a memory as a table: Parquet or Arrow files with the columns below, without loss.
 
-    key, row_id int64 | source, task string | step int32 | tags string (JSON) | prior_nll float32 | input_ids
-    list<int32> loss_mask list<bool> | text string (with a tokenizer) | with stored outputs: teacher_kind string (topk,
-    hidden, logits), teacher_dtype string, teacher_values list<list<float32>> (log-probabilities or hidden states),
-    teacher_indices list<list<int32>>, teacher_log_tail list<float32>
+    key, row_id int64 | source, task string | step int32 | tags string (JSON) | prior_nll float32
+    | input_ids list<int32> | loss_mask list<bool> | text string (with a tokenizer)
+    | with stored outputs: teacher_kind string (topk), teacher_dtype string, teacher_values list<list<float32>>
+      (log-probabilities), teacher_indices list<list<int32>>, teacher_log_tail list<float32>
 
 `datasets.load_dataset("parquet", data_files=...)`, pandas, polars and DuckDB read them as they are.
 """
@@ -25,10 +24,10 @@ import pyarrow.parquet
 from safecl.config import ConfigError
 from safecl.data.tokens import Row
 from safecl.replay.buffer import ReplayBuffer
-from safecl.replay.rows import HiddenOutputs, LogitsOutputs, MemoryRow, ReplayError, Teacher, TeacherOutputs
+from safecl.replay.rows import MemoryRow, ReplayError, TeacherOutputs
 
 SUFFIXES = (".parquet", ".arrow")
-_KINDS = {TeacherOutputs: "topk", HiddenOutputs: "hidden", LogitsOutputs: "logits"}
+_TOPK = "topk"
 _CHUNK_TOKENS = 100_000
 
 
@@ -63,8 +62,8 @@ def _features(with_text: bool, with_teacher: bool) -> Any:
 
 
 def export_rows(buffer: ReplayBuffer, path: str | Path, decode: Callable[[list[int]], str] | None = None) -> int:
-    """Writes all rows to a .parquet or .arrow file, published by rename; returns how many. decode(ids) gives the `text`
-    column.
+    """Write all rows to a .parquet or .arrow file, published by rename. Returns the number of rows. decode(ids) gives
+    the `text` column.
 
     Raises ConfigError for another suffix, ReplayError for rows that are damaged or a disk that refuses.
     """
@@ -95,11 +94,11 @@ def _check_suffix(path: Path) -> None:
 def _writer(path: Path, suffix: str, schema: pa.Schema) -> contextlib.AbstractContextManager[Any]:
     if suffix == ".parquet":
         return pa.parquet.ParquetWriter(path, schema, compression="zstd")
-    return pa.ipc.new_stream(str(path), schema)  # what `datasets` itself keeps on the disk
+    return pa.ipc.new_stream(str(path), schema)  # the format in which `datasets` stores data
 
 
 def _portions(buffer: ReplayBuffer, keys: list[int]) -> Iterator[list[int]]:
-    """Keys in portions of about as many tokens, so that memory does not grow with the number of rows."""
+    """Split the keys into portions of about as many tokens, so that memory does not grow with the number of rows."""
     number = np.cumsum(buffer.lengths(keys)) // _CHUNK_TOKENS if keys else np.zeros(0)
     for part in np.split(np.asarray(keys), np.flatnonzero(np.diff(number)) + 1):
         if len(part):
@@ -137,7 +136,7 @@ def _lists(arrays: list[np.ndarray]) -> pa.Array:
 
 
 def _nested(arrays: list[np.ndarray], dtype: pa.DataType) -> pa.Array:
-    """Arrays [n, width] as lists of lists."""
+    """Convert arrays [n, width] to lists of lists."""
     widths = np.repeat([array.shape[1] for array in arrays], [len(array) for array in arrays])
     flat = np.concatenate([array.reshape(-1) for array in arrays]).astype(dtype.to_pandas_dtype())
     inner = pa.ListArray.from_arrays(
@@ -148,16 +147,14 @@ def _nested(arrays: list[np.ndarray], dtype: pa.DataType) -> pa.Array:
     )
 
 
-def _teacher_columns(teachers: list[Teacher | None]) -> dict[str, Any]:
+def _teacher_columns(teachers: list[TeacherOutputs | None]) -> dict[str, Any]:
     none = np.zeros((0, 0), np.float32)
-    values = [none if t is None else t.hidden if isinstance(t, HiddenOutputs) else t.log_probs for t in teachers]
-    topk = [t if isinstance(t, TeacherOutputs) else None for t in teachers]
     return {
-        "teacher_kind": [_KINDS.get(type(t)) for t in teachers],
-        "teacher_dtype": [None if t is None else str(v.dtype) for t, v in zip(teachers, values, strict=True)],
-        "teacher_values": _nested(values, pa.float32()),
-        "teacher_indices": _nested([none if t is None else t.indices for t in topk], pa.int32()),
-        "teacher_log_tail": _lists([none[:, 0:0].reshape(-1) if t is None else t.log_tail for t in topk]),
+        "teacher_kind": [None if t is None else _TOPK for t in teachers],
+        "teacher_dtype": [None if t is None else str(t.log_probs.dtype) for t in teachers],
+        "teacher_values": _nested([none if t is None else t.log_probs for t in teachers], pa.float32()),
+        "teacher_indices": _nested([none if t is None else t.indices for t in teachers], pa.int32()),
+        "teacher_log_tail": _lists([none[:, 0:0].reshape(-1) if t is None else t.log_tail for t in teachers]),
     }
 
 
@@ -165,7 +162,7 @@ def _teacher_columns(teachers: list[Teacher | None]) -> dict[str, Any]:
 
 
 def read_table(path: str | Path) -> Iterator[MemoryRow]:
-    """Rows of a .parquet or .arrow file with these columns; only input_ids and loss_mask must be there.
+    """Read the rows of a .parquet or .arrow file with these columns; only input_ids and loss_mask are required.
 
     Raises ConfigError naming the file and what is missing, or the row and what is wrong with it.
     """
@@ -196,7 +193,7 @@ def _rows(batch: pa.Table, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _array(value: Any, dtype: Any = None) -> np.ndarray:
-    """A list cell as an array, a list of lists as a matrix."""
+    """Convert a list cell to an array, a list of lists to a matrix."""
     values = value.values
     if not pa.types.is_list(values.type) and not pa.types.is_large_list(values.type):
         return np.asarray(values.to_numpy(zero_copy_only=False), dtype)
@@ -222,15 +219,13 @@ def _row(line: dict[str, Any], path: Path, number: int) -> MemoryRow:
         raise ConfigError(f"{path}: row {number}: {error}") from None
 
 
-def _teacher(line: dict[str, Any], plain: Callable[[str, Any], Any]) -> Teacher | None:
+def _teacher(line: dict[str, Any], plain: Callable[[str, Any], Any]) -> TeacherOutputs | None:
     kind = plain("teacher_kind", None)
     if kind is None:
         return None
-    if kind not in _KINDS.values():
-        raise ValueError(f"teacher_kind {kind!r}; known are {', '.join(_KINDS.values())}")
+    if kind != _TOPK:
+        raise ValueError(f"teacher_kind {kind!r}; known is {_TOPK}")
     values = _array(line["teacher_values"]).astype(plain("teacher_dtype", "float16"))
-    if kind == "topk":
-        return TeacherOutputs(
-            values, _array(line["teacher_indices"], np.int32), _array(line["teacher_log_tail"], np.float32)
-        )
-    return HiddenOutputs(values) if kind == "hidden" else LogitsOutputs(values)
+    return TeacherOutputs(
+        values, _array(line["teacher_indices"], np.int32), _array(line["teacher_log_tail"], np.float32)
+    )

@@ -1,8 +1,8 @@
-"""The next step's rows, ready before they are asked for.
+"""Prefetch of the next step's rows.
 
-What a step needs is known before it begins (order and draws are functions of the step), so a thread can read it while
-the step before it computes: `Prefetcher(load)` runs `load(step + 1)` as soon as `get(step)` has returned. Draws that
-depend on losses use those of two steps before (scores.py), so fetching ahead changes nothing of what is drawn.
+The rows of a step are known before it begins (order and draws are functions of the step), so a thread can read them
+while the step before it computes: `Prefetcher(load)` runs `load(step + 1)` as soon as `get(step)` has returned. Draws
+that depend on losses use those of two steps before (scores.py), so prefetching does not change what is drawn.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-
-from safecl.replay.rows import TeacherOutputs
 
 T = TypeVar("T")
 
@@ -25,9 +22,9 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Calls `load(step)` one step ahead on a thread.
 
-    stop: the first step that is not loaded any more, None for no end. wait_seconds: how long callers waited in all,
-    what a step loses. What `load` raises is raised by the `get` of its step. Close it, or use it in a `with` block,
-    before what `load` reads from goes away.
+    stop: the first step that is not loaded, None for no end. wait_seconds: how long callers have waited in all. An
+    exception in `load` is raised by the `get` of its step. Close it, or use it in a `with` block, before the source
+    that `load` reads is closed.
     """
 
     def __init__(self, load: Callable[[int], T], stop: int | None = None):
@@ -38,8 +35,7 @@ class Prefetcher(Generic[T]):
         self._lock = threading.Lock()
 
     def get(self, step: int) -> T:
-        """What `load(step)` returns; the next step is then begun. Any step may be asked for, but only the next one is
-        ready."""
+        """Return `load(step)` and start to load the next step. Any step is allowed, but only the next one is ready."""
         began = time.perf_counter()
         with self._lock:
             future = self._take(step)
@@ -56,17 +52,17 @@ class Prefetcher(Generic[T]):
         if ahead is not None and ahead[0] == step:
             return ahead[1]
         if ahead is not None and not ahead[1].cancel():
-            ahead[1].exception()  # it runs already: wait, so that `load` never runs twice at once
+            ahead[1].exception()  # it is running: wait, so that `load` never runs twice at once
         return self._thread.submit(self.load, step)
 
     def settle(self) -> None:
-        """Returns when nothing is being loaded; what was loaded stays ready, and errors wait for their step."""
+        """Return when nothing is being loaded. What was loaded stays ready, and errors wait for their step."""
         with self._lock:
             if self._ahead is not None:
                 self._ahead[1].exception()
 
     def close(self) -> None:
-        """Waits for the load under way, if any, and drops it."""
+        """Wait for the load under way, if any, and drop it."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._ahead = None
 
@@ -78,13 +74,13 @@ class Prefetcher(Generic[T]):
 
 
 def can_pin() -> bool:
-    """True where host memory can be pinned for copies that do not stall: where there is a CUDA device."""
+    """True where host memory can be pinned for asynchronous copies: where there is a CUDA device."""
     return torch.cuda.is_available()
 
 
 def pinned(value: Any) -> Any:
-    """The same nested dicts, lists, tuples and dataclasses with CPU tensors in pinned memory; unchanged without a CUDA
-    device."""
+    """Copy the CPU tensors in nested dicts, lists, tuples and dataclasses to pinned memory. Without a CUDA device the
+    value is returned unchanged."""
     if not can_pin():
         return value
     if isinstance(value, torch.Tensor):
@@ -98,25 +94,3 @@ def pinned(value: Any) -> Any:
             value, **{f.name: pinned(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         )
     return value
-
-
-def stack_outputs(outputs: Sequence[TeacherOutputs]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Outputs of several rows one after the other, copied once, from the mapped files to (pinned) memory.
-
-    Returns log_probs fp16 [targets, k], indices int32 [targets, k], log_tail fp32 [targets]. Raises ValueError where k
-    or dtypes differ.
-    """
-    widths = {(o.log_probs.shape[1], str(o.log_probs.dtype)) for o in outputs}
-    if len(widths) != 1:
-        raise ValueError(f"outputs of one batch must have one k and dtype, not {sorted(widths)}")
-    return tuple(_joined([getattr(o, name) for o in outputs]) for name in ("log_probs", "indices", "log_tail"))
-
-
-def _joined(arrays: list[np.ndarray]) -> torch.Tensor:
-    shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
-    tensor = torch.empty(shape, dtype=_TORCH[arrays[0].dtype.type], pin_memory=can_pin())
-    np.concatenate(arrays, out=tensor.numpy())
-    return tensor
-
-
-_TORCH = {np.float16: torch.float16, np.float32: torch.float32, np.int32: torch.int32}

@@ -1,4 +1,4 @@
-"""What one memory row holds: tokens, mask, where it came from, and what the aligned model said about it."""
+"""A memory row: its tokens and mask, where it came from, and the aligned model's outputs on it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 class ReplayError(RuntimeError):
-    """The memory on disk cannot be read or written; the message says which file, what is wrong and what is still good.
+    """The memory on disk cannot be read or written. The message names the file, what is wrong, and what is still good.
     Exit code 1."""
 
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """The k likeliest tokens of the aligned model at each supervised token of a row, and the mass of all the others.
+    """The k likeliest tokens of the aligned model at each supervised token of a row, and the mass of all others.
 
     log_probs: fp16 [targets, k], natural logarithms. indices: int32 [targets, k]. log_tail: fp32 [targets], never
-    derived as 1 - sum. One entry per supervised token in order; temperature and vocabulary are those of the memory.
+    derived as 1 - sum. One entry per supervised token, in order; temperature and vocabulary are those of the memory.
     """
 
     log_probs: np.ndarray
@@ -31,30 +31,11 @@ class TeacherOutputs:
 
 
 @dataclass(frozen=True)
-class HiddenOutputs:
-    """The aligned model's last hidden states before the head, one per supervised token. hidden: fp16 or fp32 [targets,
-    hidden size]."""
-
-    hidden: np.ndarray
-
-
-@dataclass(frozen=True)
-class LogitsOutputs:
-    """The aligned model's log-probabilities of the whole vocabulary, for toy scale. log_probs: fp16 or fp32 [targets,
-    vocabulary]."""
-
-    log_probs: np.ndarray
-
-
-Teacher = TeacherOutputs | HiddenOutputs | LogitsOutputs
-
-
-@dataclass(frozen=True)
 class MemoryRow:
     """One row of the memory.
 
-    row: ids and mask. source: the file or data set. task: the task whose behaviour it keeps. step: optimizer step at
-    insertion. tags: e.g. the harm category. teacher: outputs of the aligned model, or None.
+    row: token ids and mask. source: the file or data set. task: the task whose behaviour it keeps. step: optimizer step
+    at insertion. tags: e.g. the harm category. teacher: outputs of the aligned model, or None.
     prior_nll: mean NLL of the row's targets under the aligned model, nats per token; NaN where unknown (then estimated
     from `teacher`).
     """
@@ -64,5 +45,5 @@ class MemoryRow:
     task: str = ""
     step: int = 0
     tags: Mapping[str, str] = field(default_factory=dict)
-    teacher: Teacher | None = None
+    teacher: TeacherOutputs | None = None
     prior_nll: float = float("nan")

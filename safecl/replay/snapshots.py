@@ -1,316 +1,354 @@
-"""The state of a buffer as bytes: written as its index file, put into checkpoints, taken over again; and which segments
-that frees.
+"""Saved states of a memory: write them as index files, put them into checkpoints, load them, and free old segments.
 
-A state names rows and where they lie, never their contents. Segments are deleted only when no state that could still be
-loaded names them: `state_dict` holds those of its version until `publish` of a later one.
+A state names rows and where they lie, never their contents. A segment is deleted only when no state that could still be
+loaded names it: `state_dict` holds the segments of its version until `publish` of a later one.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from safecl.config import ConfigError
-from safecl.replay.files.persistence import LabelBook, index_files, map_file, version_of, write_index
+from safecl.replay.contents import PLACE_COLUMNS, STATE, Contents
+from safecl.replay.files.persistence import (
+    LabelBook,
+    index_files,
+    map_file,
+    open_folder,
+    rows_found,
+    version_of,
+    write_index,
+)
 from safecl.replay.files.table import UNKNOWN, RowTable, dump_index, load_index
-from safecl.replay.insertion import write_rows
 from safecl.replay.rows import ReplayError
-
-if TYPE_CHECKING:
-    from safecl.replay.buffer import ReplayBuffer
 
 # Settings that decide which rows are held and what is stored of them; another value needs another memory.
 FIXED = ("capacity", "policy", "balance_by", "prefix_tokens", "guard", "teacher")
 
 SEGMENT_NAME = re.compile(r"rows-\d{4}-\d{4}-\d{4,}-\d{5,}\.segment")
 
-# A segment is rewritten when less than a quarter of it is held, and worth it.
+# A segment is rewritten when less than a quarter of it is held and it is not small.
 SPARSE, WORTH_BYTES = 1 / 4, 2**20
 
 
-def _segment_names(buffer: ReplayBuffer) -> list[str]:
+# ------------------------------------------------------------------------------------------------------------- segments
+
+
+def _segment_names(contents: Contents) -> list[str]:
     """Names of the segments that hold rows, sorted."""
-    numbers = np.unique(buffer.table["segment"])
-    return sorted(buffer.store.name(number) for number in numbers[numbers != UNKNOWN].tolist())
+    numbers = np.unique(contents.table["segment"])
+    return sorted(contents.store.name(number) for number in numbers[numbers != UNKNOWN].tolist())
 
 
-def _segments(buffer: ReplayBuffer) -> list[list[Any]]:
+def _segments(contents: Contents) -> list[list[Any]]:
     """[name, bytes, hash] of each segment that holds rows."""
-    sizes = {name: _size(buffer, name) for name in _segment_names(buffer)}
-    return [[name, size, buffer.store.digest(name, size)] for name, size in sizes.items()]
+    sizes = {name: _size(contents, name) for name in _segment_names(contents)}
+    return [[name, size, contents.store.digest(name, size)] for name, size in sizes.items()]
 
 
-def _others(buffer: ReplayBuffer) -> list[list[Any]]:
-    """[name, bytes, ""] of this rank's segments that hold no rows any more and need not be read again."""
-    passed = {*_segment_names(buffer), *buffer.ignored}
+def _others(contents: Contents) -> list[list[Any]]:
+    """[name, bytes, ""] of each of this rank's segments without rows, which need not be read again."""
+    passed = {*_segment_names(contents), *contents.ignored}
     return [
-        [name, _size(buffer, name), ""]
-        for name in buffer.store.on_disk()
-        if name not in passed and _is_own(buffer, name)
+        [name, _size(contents, name), ""]
+        for name in contents.store.on_disk()
+        if name not in passed and _is_own(contents, name)
     ]
 
 
-def _size(buffer: ReplayBuffer, name: str) -> int:
-    written = buffer.store.end_of(name)
-    return (buffer.store.folder / name).stat().st_size if written is None else written
+def _size(contents: Contents, name: str) -> int:
+    written = contents.store.end_of(name)
+    return (contents.store.folder / name).stat().st_size if written is None else written
 
 
-def _is_own(buffer: ReplayBuffer, name: str) -> bool:
-    """True for segments whose first shard is this rank's: what it deletes, and what it has read to the end."""
-    first, last = buffer.store.shards
+def _is_own(contents: Contents, name: str) -> bool:
+    """True where the segment's first shard is this rank's, which alone deletes it and has read it to the end."""
+    first, last = contents.store.shards
     return first <= int(name.split("-")[1]) <= last
 
 
-def dump(buffer: ReplayBuffer, with_folder: bool) -> bytes:
-    """The bytes of an index. `with_folder` adds what concerns this rank's folder alone: segments to pass over when it
-    is opened."""
-    segments = _segments(buffer)
-    place = np.full(buffer.store.num_names + 1, UNKNOWN, np.int32)
-    for number, (name, _, _) in enumerate(segments):
-        place[buffer.store.number(name)] = number
-    columns = buffer.table.columns()
-    columns["segment"] = place[columns["segment"]]
-    header = {
-        "version": buffer.version,
-        "num_seen": buffer.num_seen,
-        "settings": {
-            "seed": buffer.seed,
-            "vocab_size": buffer.vocab_size,
-            "config": buffer.config.model_dump(mode="json"),
-        },
-        "labels": buffer.labels.labels,
-        "segments": segments + (_others(buffer) if with_folder else []),
-        "ignored": [name for name in buffer.ignored if (buffer.store.folder / name).exists()] if with_folder else [],
-        "held": buffer.held,
-        "keeper": buffer.keeper.to_dict(),
-        "guard": buffer.guard.to_dict(),
-        "scores": buffer.drawer.scores.to_dict(),
-    }
-    return dump_index(header, RowTable(columns))
-
-
-def write(buffer: ReplayBuffer, next_version: bool = True) -> None:
-    """Puts rows and index on the disk under the next version. Raises ReplayError with the last index intact.
-
-    Versions are counted alike on all ranks, whichever of them writes the file.
-    """
-    buffer.store.sync()
-    buffer.version += next_version
-    if buffer.writes_index and buffer.store.writable:
-        write_index(buffer.folder, buffer.version, dump(buffer, with_folder=True))
-
-
-def state_dict(buffer: ReplayBuffer) -> dict[str, Any]:
-    """See ReplayBuffer.state_dict."""
-    buffer.held[buffer.version + 1] = _segment_names(buffer)
-    try:
-        write(buffer)
-    except ReplayError:
-        del buffer.held[buffer.version]
-        raise
-    return {"version": buffer.version, "index": np.frombuffer(dump(buffer, with_folder=False), np.uint8)}
-
-
-def check_settings(buffer: ReplayBuffer, settings: Mapping[str, Any], where: str) -> None:
-    """Raises ConfigError where a state was made with other settings, with both values."""
-    if settings["seed"] != buffer.seed:
-        raise ConfigError(
-            f"{where}: made with seed {settings['seed']}, now seed {buffer.seed}; use the same seed or another folder"
-        )
-    widths = settings["vocab_size"], buffer.vocab_size
-    if None not in widths and widths[0] != widths[1]:
-        raise ConfigError(f"{where}: made with a vocabulary of {widths[0]}, now it is {widths[1]}; use another folder")
-    now = buffer.config.model_dump(mode="json")
-    for key in FIXED:
-        if settings["config"].get(key) != now[key]:
-            raise ConfigError(
-                f"{where}: made with memory.{key}: {settings['config'].get(key)}, now it is {now[key]}; set it back, or use another folder"
-            )
-
-
-def take_over(buffer: ReplayBuffer, header: Mapping[str, Any], table: RowTable) -> list[str]:
-    """Makes a state the buffer's own, with segments numbered as in this process; returns which segments are missing or
-    cut."""
-    buffer.reset()
-    buffer.num_seen, buffer.version = header["num_seen"], header["version"]
-    buffer.labels = LabelBook(header["labels"])
-    buffer.keeper.load(header["keeper"])
-    buffer.guard.load(header["guard"])
-    buffer.drawer.scores.load(header["scores"])
-    buffer.held = {int(version): names for version, names in header["held"].items()}
-    buffer.ignored = header["ignored"]
-    names = [name for name, _, _ in header["segments"]]
-    if strange := [name for name in (*names, *header["ignored"]) if not SEGMENT_NAME.fullmatch(name)]:
-        raise ReplayError(f"{buffer.folder}: the index names {strange[0]!r}, which is no segment of this folder")
-    numbers = np.array([*(buffer.store.number(name) for name in names), UNKNOWN], np.int32)
-    if not np.array_equal(numbers[:-1], np.arange(len(names))):
-        table.own()
-        table["segment"][:] = numbers[table["segment"]]
-    buffer.table = table
-    return [problem for name, size, digest in header["segments"] if digest and (problem := _lose(buffer, name, size))]
-
-
-def _lose(buffer: ReplayBuffer, name: str, size: int) -> str | None:
-    """Marks rows of a missing or cut segment as lost; says so where they are this rank's. Other ranks' rows may lie on
-    other nodes."""
-    problem = _shorter(buffer, name, size)
-    if problem is None:
-        return None
-    table, path = buffer.table, buffer.folder / name
-    end = path.stat().st_size if path.exists() else 0
-    lost = (table["segment"] == buffer.store.number(name)) & (table["offset"] + table["nbytes"] > end)
-    first, last = buffer.store.shards
-    own = lost & (table["shard"] >= first) & (table["shard"] <= last)
-    table.own()
-    table["segment"][lost] = UNKNOWN
-    return problem if own.any() else None
-
-
-def _shorter(buffer: ReplayBuffer, name: str, size: int) -> str | None:
-    path = buffer.folder / name
+def _shorter(contents: Contents, name: str, size: int) -> str | None:
+    """Describe a segment that is missing or shorter than `size` bytes; None where it is whole."""
+    path = contents.folder / name
     if not path.exists():
         return f"{path}: the segment is missing"
     actual = path.stat().st_size
     return f"{path}: {actual:,} bytes long, {size:,} were written; the file was cut" if actual < size else None
 
 
-def load_state_dict(buffer: ReplayBuffer, state: Mapping[str, Any]) -> None:
-    """See ReplayBuffer.load_state_dict. The buffer stays as it is where the state is refused."""
-    before = {name: getattr(buffer, name) for name in buffer.STATE}
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def dump(contents: Contents, with_folder: bool) -> bytes:
+    """Return the bytes of an index. `with_folder` adds what concerns this rank's folder alone: segments to skip when it
+    is opened."""
+    segments = _segments(contents)
+    place = np.full(contents.store.num_names + 1, UNKNOWN, np.int32)
+    for number, (name, _, _) in enumerate(segments):
+        place[contents.store.number(name)] = number
+    columns = contents.table.columns()
+    columns["segment"] = place[columns["segment"]]
+    ignored = [name for name in contents.ignored if (contents.store.folder / name).exists()]
+    header = {
+        "version": contents.version,
+        "num_seen": contents.num_seen,
+        "settings": {
+            "seed": contents.seed,
+            "vocab_size": contents.vocab_size,
+            "config": contents.config.model_dump(mode="json"),
+        },
+        "labels": contents.labels.labels,
+        "segments": segments + (_others(contents) if with_folder else []),
+        "ignored": ignored if with_folder else [],
+        "held": contents.held,
+        "keeper": contents.keeper.to_dict(),
+        "guard": contents.guard.to_dict(),
+        "scores": contents.drawer.scores.to_dict(),
+    }
+    return dump_index(header, RowTable(columns))
+
+
+def write(contents: Contents, next_version: bool = True) -> None:
+    """Put rows and index on disk under the next version. Raises ReplayError with the last index intact.
+
+    All ranks count the versions, whichever of them writes the file.
+    """
+    contents.store.sync()
+    contents.version += next_version
+    if contents.writes_index and contents.store.writable:
+        write_index(contents.folder, contents.version, dump(contents, with_folder=True))
+
+
+def state_dict(contents: Contents) -> dict[str, Any]:
+    """See ReplayBuffer.state_dict."""
+    contents.held[contents.version + 1] = _segment_names(contents)
     try:
-        _load(buffer, state)
+        write(contents)
+    except ReplayError:
+        del contents.held[contents.version]
+        raise
+    return {"version": contents.version, "index": np.frombuffer(dump(contents, with_folder=False), np.uint8)}
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def open_contents(contents: Contents) -> None:
+    """Load what the folder holds: the newest index, and rows that were appended after it."""
+    opened = open_folder(contents.store)
+    contents.problems += opened.problems
+    if opened.header is not None:
+        check_settings(contents, opened.header["settings"], str(contents.folder))
+        contents.problems += restore(contents, opened.header, opened.table)
+    keeper, labels = contents.keeper, contents.labels
+    rows, seen = rows_found(opened.found, contents.store, labels, contents.seed, contents.num_seen)
+    if len(rows):
+        for label, amount in zip(rows["label"].tolist(), keeper.amounts(rows["nbytes"]).tolist(), strict=True):
+            keeper.count(keeper.category(labels[label][2]), amount)
+        contents.table.append(rows.columns())
+    contents.num_seen = contents.store.start = max(contents.num_seen, seen)
+    if contents.store.writable and opened.header is None and contents.writes_index:
+        write(contents, next_version=False)
+
+
+def check_settings(contents: Contents, settings: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError, with both values, where a state was made with other settings."""
+    if settings["seed"] != contents.seed:
+        raise ConfigError(
+            f"{where}: made with seed {settings['seed']}, now seed {contents.seed}; use the same seed or another folder"
+        )
+    widths = settings["vocab_size"], contents.vocab_size
+    if None not in widths and widths[0] != widths[1]:
+        raise ConfigError(f"{where}: made with a vocabulary of {widths[0]}, now it is {widths[1]}; use another folder")
+    now = contents.config.model_dump(mode="json")
+    for key in FIXED:
+        if settings["config"].get(key) != now[key]:
+            both = f"made with memory.{key}: {settings['config'].get(key)}, now it is {now[key]}"
+            raise ConfigError(f"{where}: {both}; set it back, or use another folder")
+
+
+def restore(contents: Contents, header: Mapping[str, Any], table: RowTable) -> list[str]:
+    """Replace the contents by a saved state, its segments numbered as in this process. Returns which segments are
+    missing or cut."""
+    contents.reset()
+    contents.num_seen, contents.version = header["num_seen"], header["version"]
+    contents.labels = LabelBook(header["labels"])
+    contents.keeper.load(header["keeper"])
+    contents.guard.load(header["guard"])
+    contents.drawer.scores.load(header["scores"])
+    contents.held = {int(version): names for version, names in header["held"].items()}
+    contents.ignored = header["ignored"]
+    names = [name for name, _, _ in header["segments"]]
+    if strange := [name for name in (*names, *header["ignored"]) if not SEGMENT_NAME.fullmatch(name)]:
+        raise ReplayError(f"{contents.folder}: the index names {strange[0]!r}, which is no segment of this folder")
+    numbers = np.array([*(contents.store.number(name) for name in names), UNKNOWN], np.int32)
+    if not np.array_equal(numbers[:-1], np.arange(len(names))):
+        table.own()
+        table["segment"][:] = numbers[table["segment"]]
+    contents.table = table
+    return [problem for name, size, digest in header["segments"] if digest and (problem := _lose(contents, name, size))]
+
+
+def _lose(contents: Contents, name: str, size: int) -> str | None:
+    """Mark the rows of a missing or cut segment as lost. Returns the problem where any of them is this rank's: those of
+    other ranks may lie on other nodes."""
+    problem = _shorter(contents, name, size)
+    if problem is None:
+        return None
+    table, path = contents.table, contents.folder / name
+    end = path.stat().st_size if path.exists() else 0
+    lost = (table["segment"] == contents.store.number(name)) & (table["offset"] + table["nbytes"] > end)
+    first, last = contents.store.shards
+    own = lost & (table["shard"] >= first) & (table["shard"] <= last)
+    table.own()
+    table["segment"][lost] = UNKNOWN
+    return problem if own.any() else None
+
+
+def load_state_dict(contents: Contents, state: Mapping[str, Any]) -> None:
+    """See ReplayBuffer.load_state_dict. The contents stay as they are where the state is refused."""
+    before = {name: getattr(contents, name) for name in STATE}
+    try:
+        _load(contents, state)
     except BaseException as error:
-        for name, value in before.items():
-            setattr(buffer, name, value)
+        vars(contents).update(before)
         if isinstance(error, (KeyError, TypeError, ValueError)) and not isinstance(error, ConfigError):
             raise ReplayError(f"the checkpoint's memory index is not one that safecl wrote: {error!r}") from None
         raise
-    if buffer.store.writable:
-        _forget_indices(buffer, buffer.version)
-        write(buffer)
+    if contents.store.writable:
+        _forget_indices(contents, contents.version)
+        write(contents)
 
 
-def _load(buffer: ReplayBuffer, state: Mapping[str, Any]) -> None:
-    header, table = load_index(
-        memoryview(np.ascontiguousarray(state["index"], np.uint8)), "the checkpoint's memory index"
-    )
-    check_settings(buffer, header["settings"], "the checkpoint's memory")
-    on_disk = buffer.store.on_disk()
-    if problems := take_over(buffer, header, table):
+def _load(contents: Contents, state: Mapping[str, Any]) -> None:
+    index = np.ascontiguousarray(state["index"], np.uint8)
+    header, table = load_index(index.data, "the checkpoint's memory index")
+    check_settings(contents, header["settings"], "the checkpoint's memory")
+    on_disk = contents.store.on_disk()
+    if problems := restore(contents, header, table):
         raise ReplayError("; ".join(problems))
-    here = _segment_names(buffer)
+    here = _segment_names(contents)
     for name, size, digest in header["segments"]:
-        if name in here and buffer.store.digest(name, size) != digest:
-            raise ReplayError(
-                f"{buffer.folder / name}: changed since the checkpoint; `safecl memory verify {buffer.folder}` says which rows"
-            )
-    buffer.locate()
+        if name in here and contents.store.digest(name, size) != digest:
+            hint = f"`safecl memory verify {contents.folder}` says which rows"
+            raise ReplayError(f"{contents.folder / name}: changed since the checkpoint; {hint}")
+    contents.locate()
     version = header["version"]
-    buffer.held = {v: names for v, names in buffer.held.items() if v < version} | {version: _segment_names(buffer)}
-    known = {name for name, _, _ in header["segments"]} | set(_segment_names(buffer))
-    if buffer.store.writable:
-        buffer.ignored = sorted(
-            {*buffer.ignored, *(name for name in on_disk if name not in known and _is_own(buffer, name))}
-        )
-        buffer.store.begin_generation(buffer.num_seen)
+    names = _segment_names(contents)
+    contents.held = {v: held for v, held in contents.held.items() if v < version} | {version: names}
+    if contents.store.writable:
+        known = {name for name, _, _ in header["segments"]} | set(names)
+        unknown = (name for name in on_disk if name not in known and _is_own(contents, name))
+        contents.ignored = sorted({*contents.ignored, *unknown})
+        contents.store.begin_generation(contents.num_seen)
 
 
-def _forget_indices(buffer: ReplayBuffer, after: int) -> None:
-    """Removes the indices of versions that a resumed run has not reached yet."""
-    if buffer.writes_index:
-        for path in index_files(buffer.folder):
+def _forget_indices(contents: Contents, after: int) -> None:
+    """Remove the indices of versions that a resumed run has not reached yet."""
+    if contents.writes_index:
+        for path in index_files(contents.folder):
             if version_of(path) > after:
                 path.unlink(missing_ok=True)
 
 
-def publish(buffer: ReplayBuffer, version: int, retain: Iterable[int] = ()) -> int:
+# -------------------------------------------------------------------------------------------------------- freeing space
+
+
+def publish(contents: Contents, version: int, retain: Iterable[int] = ()) -> int:
     """See ReplayBuffer.publish."""
-    if version not in buffer.held:
-        known = ", ".join(map(str, sorted(buffer.held))) or "none"
+    if version not in contents.held:
+        known = ", ".join(map(str, sorted(contents.held))) or "none"
         raise ValueError(f"version {version} was not made by state_dict (known: {known})")
     keep = {version, *retain}
-    buffer.trim()
-    buffer.locate()
-    _compact(buffer)
-    buffer.held = {v: names for v, names in buffer.held.items() if v in keep or v > version}
-    needed = {name for names in buffer.held.values() for name in names} | set(_segment_names(buffer))
+    contents.trim()
+    contents.locate()
+    _compact(contents)
+    contents.held = {v: names for v, names in contents.held.items() if v in keep or v > version}
+    needed = {name for names in contents.held.values() for name in names} | set(_segment_names(contents))
     unneeded = [
-        n for n in buffer.store.on_disk() if n not in needed and _is_own(buffer, n) and buffer.store.end_of(n) is None
+        name
+        for name in contents.store.on_disk()
+        if name not in needed and _is_own(contents, name) and contents.store.end_of(name) is None
     ]
-    write(buffer)
-    if buffer.writes_index:
-        # an older index names segments that are about to go
-        for path in index_files(buffer.folder)[1:]:
+    write(contents)
+    if contents.writes_index:
+        # an older index names segments that are removed below
+        for path in index_files(contents.folder)[1:]:
             path.unlink(missing_ok=True)
-    buffer.ignored = [name for name in buffer.ignored if name not in unneeded]
-    return buffer.store.remove(unneeded)
+    contents.ignored = [name for name in contents.ignored if name not in unneeded]
+    return contents.store.remove(unneeded)
 
 
-def _compact(buffer: ReplayBuffer) -> None:
-    """Moves the rows of sparse segments into the open one, so that the files can go with the next publication.
+def _compact(contents: Contents) -> None:
+    """Copy the rows of sparse segments into the open one, so that the next publication can delete the files.
 
-    Only where one rank owns all shards: other ranks' indices would not know where the rows went.
+    Only where one rank owns all shards: the indices of other ranks would not know the rows' new places.
     """
-    if buffer.world_size > 1:
+    if contents.world_size > 1:
         return
-    for name in _segment_names(buffer):
-        if not _is_own(buffer, name) or buffer.store.end_of(name) is not None or _size(buffer, name) < WORTH_BYTES:
+    store, table = contents.store, contents.table
+    for name in _segment_names(contents):
+        size = _size(contents, name)
+        if not _is_own(contents, name) or store.end_of(name) is not None or size < WORTH_BYTES:
             continue
-        rows = np.flatnonzero(buffer.table["segment"] == buffer.store.number(name))
-        if buffer.table["nbytes"][rows].sum(dtype=np.int64) < SPARSE * _size(buffer, name):
-            buffer.table.own()
-            bodies = [bytes(buffer.body(*place)) for place in _places(buffer, rows)]
-            write_rows(buffer, buffer.table.columns(), rows, bodies, buffer.num_seen)
+        rows = np.flatnonzero(table["segment"] == store.number(name))
+        if table["nbytes"][rows].sum(dtype=np.int64) < SPARSE * size:
+            table.own()
+            bodies = [bytes(contents.body(*place)) for place in _places(contents, rows)]
+            contents.write_rows(table.columns(), rows, bodies, contents.num_seen)
 
 
-def _places(buffer: ReplayBuffer, rows: np.ndarray) -> Iterator[tuple[int, ...]]:
-    """Where rows lie: (position, segment, offset, nbytes, checksum)."""
-    columns = ("position", "segment", "offset", "nbytes", "checksum")
-    return zip(*(buffer.table[name][rows].tolist() for name in columns), strict=True)
+def _places(contents: Contents, rows: np.ndarray) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield (position, segment, offset, nbytes, checksum) of rows."""
+    return zip(*(contents.table[name][rows].tolist() for name in PLACE_COLUMNS), strict=True)
 
 
-def verify(buffer: ReplayBuffer, repair: bool) -> list[str]:
+# ------------------------------------------------------------------------------------------------------------ verifying
+
+
+def verify(contents: Contents, repair: bool) -> list[str]:
     """See ReplayBuffer.verify."""
-    buffer.trim()
-    buffer.locate()
-    problems, damaged = list(buffer.problems), []
-    for row, place in enumerate(_places(buffer, np.arange(len(buffer.table)))):
+    contents.trim()
+    contents.locate()
+    problems, damaged = list(contents.problems), []
+    for row, place in enumerate(_places(contents, np.arange(len(contents.table)))):
         try:
-            buffer.body(*place)
+            contents.body(*place)
         except ReplayError as error:
             problems.append(str(error))
             damaged.append(row)
-    problems += [problem for problem in _verify_files(buffer) if problem not in problems]
+    problems += [problem for problem in _verify_files(contents) if problem not in problems]
     if repair and damaged:
-        keep = np.ones(len(buffer.table), bool)
+        keep = np.ones(len(contents.table), bool)
         keep[damaged] = False
-        buffer.table.keep(keep)
+        contents.table.keep(keep)
     if repair and problems:
-        write(buffer)
+        write(contents)
     return problems
 
 
-def _verify_files(buffer: ReplayBuffer) -> list[str]:
-    """Damage outside of rows: headers, tables, older indices, rows that are not held any more."""
+def _verify_files(contents: Contents) -> list[str]:
+    """Find damage outside of the rows held: headers, tables, older indices, displaced rows."""
     problems = []
-    for name in buffer.store.on_disk():
+    for name in contents.store.on_disk():
         try:
-            buffer.store.header(name)
-            problems += buffer.store.scan(name).problems
+            contents.store.header(name)
+            problems += contents.store.scan(name).problems
         except ReplayError as error:
             problems.append(str(error))
-    for path in index_files(buffer.folder):
+    for path in index_files(contents.folder):
         try:
             header, _ = load_index(map_file(path), str(path))
         except ReplayError as error:
             problems.append(str(error))
             continue
         for name, size, digest in header["segments"]:
-            if digest and (problem := _shorter(buffer, name, size)):
+            if digest and (problem := _shorter(contents, name, size)):
                 problems.append(problem)
-            elif digest and buffer.store.digest(name, size) != digest:
-                problems.append(f"{buffer.folder / name}: its first {size:,} bytes are not those that were written")
+            elif digest and contents.store.digest(name, size) != digest:
+                problems.append(f"{contents.folder / name}: its first {size:,} bytes are not those that were written")
     return list(dict.fromkeys(problems))

@@ -51,7 +51,8 @@ def random_prompts(num: int, seed: int = 0, shortest: int = 1, longest: int = 14
 
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + ('<end>' if m['role'] == 'assistant' else '') }}{% endfor %}"
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
+    "{{ '<end>' if m['role'] == 'assistant' else '' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 

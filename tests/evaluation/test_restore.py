@@ -1,9 +1,11 @@
-"""What a resumed run knows of its earlier evaluations is what it measured."""
+"""Evaluations that are read back from results.json or a checkpoint are those that were measured."""
 
 from __future__ import annotations
 
 import json
 import math
+
+import pytest
 
 from safecl.config import GateConfig
 from safecl.evaluation import judge_gate
@@ -44,7 +46,8 @@ def test_an_evaluation_comes_back_from_json_with_the_same_numbers_and_the_same_v
     for over_refusal in (True, False):
         measured = an_evaluation(over_refusal)
         back = evaluation_from_dict(json.loads(json.dumps(measured.to_dict())))
-        assert back.to_dict() == measured.to_dict() and back.one_line() == measured.one_line()
+        assert json.dumps(back.to_dict()) == json.dumps(measured.to_dict())
+        assert back.one_line() == measured.one_line()
         assert back.safety.asr == measured.safety.asr and back.safety.asr_by_scorer == measured.safety.asr_by_scorer
         assert {name: task.value for name, task in back.tasks.items()} == {
             name: task.value for name, task in measured.tasks.items()
@@ -55,3 +58,12 @@ def test_an_evaluation_comes_back_from_json_with_the_same_numbers_and_the_same_v
 
 def test_an_evaluation_without_safety_comes_back():
     assert evaluation_from_dict(Evaluation("start", 0).to_dict()) == Evaluation("start", 0)
+
+
+def test_values_that_are_no_evaluation_are_refused():
+    whole = an_evaluation(True).to_dict()
+    without_hits = json.loads(json.dumps(whole))
+    del without_hits["safety"]["asr"]["hits"]
+    for broken in (without_hits, {**whole, "tasks": {"a": {"metric": "exact_match"}}}, {"when": "start"}):
+        with pytest.raises((ValueError, KeyError)):
+            evaluation_from_dict(broken)

@@ -116,10 +116,12 @@ def test_privacy_of_the_config_governs_the_outputs(place, tmp_path):
 
 
 def test_wrong_input_is_told_before_torch_is_imported(place):
+    overrides = [f"safety.prompts={place / 'bad.jsonl'}", "safety.gate.max_asr=0.05"]
     code = (
-        "import sys\nfrom safecl.evaluation import evaluate_target, check_disjoint, check_gate_is_decidable, load_scorer\n"
+        "import sys\n"
+        "from safecl.evaluation import evaluate_target, check_disjoint, check_gate_is_decidable, load_scorer\n"
         "from safecl.evaluation.statistics.continual import forgetting\n"
-        f"try:\n    evaluate_target({str(place / 'start')!r}, ['safety.prompts={place / 'bad.jsonl'}', 'safety.gate.max_asr=0.05'])\n"
+        f"try:\n    evaluate_target({str(place / 'start')!r}, {overrides!r})\n"
         "except ValueError as error:\n    print(error)\nprint('torch' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ import typer.testing
 
 from safecl.commands.memory.verbs import app
 from safecl.config import ConfigError
-from safecl.replay import HiddenOutputs, LogitsOutputs, MemoryRow, ReplayBuffer
+from safecl.replay import MemoryRow, ReplayBuffer, TeacherOutputs
 from safecl.replay.exchange import export_rows, read_table
 from tests.replay.samples import config, rows, same_row, token_row, with_teacher
 
@@ -21,18 +22,12 @@ def mixed_rows() -> list[MemoryRow]:
     """Rows of every kind, tags and outputs that differ from row to row."""
     plain, tagged = rows(20), [token_row(i, tags={"category": "weapons", "quote": 'a "b" ü'}) for i in range(20, 30)]
     topk = [with_teacher(row) for row in rows(5, first=30)]
-    random = np.random.default_rng(0)
-    hidden = [
-        MemoryRow(r.row, teacher=HiddenOutputs(random.normal(size=(r.row.num_targets, 6)).astype(np.float16)))
-        for r in rows(3, first=40)
-    ]
+    for row in (with_teacher(row, k=4) for row in rows(3, first=40)):
+        outputs = row.teacher
+        fp32 = TeacherOutputs(outputs.log_probs.astype(np.float32), outputs.indices, outputs.log_tail)
+        topk.append(dataclasses.replace(row, teacher=fp32))
     short = [token_row(i, length=1) for i in range(50, 53)]
-    for row in rows(2, first=60):
-        row.row.input_ids[:] %= 11
-        hidden.append(
-            MemoryRow(row.row, teacher=LogitsOutputs(random.normal(size=(row.row.num_targets, 11)).astype(np.float32)))
-        )
-    return plain + tagged + topk + hidden + short
+    return plain + tagged + topk + short
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
@@ -59,7 +54,7 @@ def test_datasets_and_pyarrow_read_the_file_as_it_is(tmp_path):
     assert data[3]["text"].split()[0] == str(data[3]["input_ids"][0])
     table = pa.parquet.read_table(tmp_path / "rows.parquet", columns=["key", "source", "teacher_kind"])
     assert table["key"].to_pylist() == buffer.keys()
-    assert table["teacher_kind"].to_pylist().count("topk") == 5
+    assert table["teacher_kind"].to_pylist().count("topk") == 8
 
 
 def test_rows_of_other_people_need_only_ids_and_mask(tmp_path):

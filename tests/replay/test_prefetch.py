@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 
-import numpy as np
 import pytest
 import torch
 
-from safecl.replay import Prefetcher, ReplayBuffer, pinned, prefetch, stack_outputs
-from tests.replay.samples import config, rows, same_row, with_teacher
+from safecl.replay import Prefetcher, ReplayBuffer, pinned, prefetch
+from tests.replay.samples import config, rows, same_row
 
 
 def test_the_next_step_is_loaded_before_it_is_asked_for():
@@ -78,17 +77,6 @@ def test_rows_fetched_ahead_are_those_of_the_draw():
             fetched = fetch.get(step)
             assert [key for key, _ in fetched] == buffer.draw(step, 200, "replay")
             assert all(same_row(row, offered[key]) for key, row in fetched)
-
-
-def test_outputs_are_stacked_in_order_with_their_dtypes():
-    made = [with_teacher(row).teacher for row in rows(5)]
-    log_probs, indices, log_tail = stack_outputs(made)
-    assert (log_probs.dtype, indices.dtype, log_tail.dtype) == (torch.float16, torch.int32, torch.float32)
-    assert np.array_equal(log_probs.numpy(), np.concatenate([o.log_probs for o in made]))
-    assert np.array_equal(indices.numpy(), np.concatenate([o.indices for o in made]))
-    assert np.array_equal(log_tail.numpy(), np.concatenate([o.log_tail for o in made]))
-    with pytest.raises(ValueError, match="one k and dtype"):
-        stack_outputs([made[0], with_teacher(rows(1)[0], k=4).teacher])
 
 
 @dataclasses.dataclass

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from safecl.data import Row
-from safecl.replay import HiddenOutputs, LogitsOutputs, MemoryRow, ReplayBuffer, TeacherOutputs
+from safecl.replay import MemoryRow, ReplayBuffer, ReplayError, TeacherOutputs
+from safecl.replay.files import codec
 from tests.replay.samples import config, same_row, token_row, with_teacher
 
 
@@ -57,7 +58,6 @@ def test_outputs_that_do_not_fit_the_row_are_refused():
         "do not fit log_probs": TeacherOutputs(outputs.log_probs, outputs.indices[:, 1:], outputs.log_tail),
         "store fp16": TeacherOutputs(outputs.log_probs.astype(np.float64), outputs.indices, outputs.log_tail),
         "indices hold -1": TeacherOutputs(outputs.log_probs, outputs.indices - outputs.indices - 1, outputs.log_tail),
-        "cover 70 tokens": LogitsOutputs(np.zeros((len(outputs.log_tail), 70), np.float16)),
         "NaN": TeacherOutputs(outputs.log_probs * np.float16("nan"), outputs.indices, outputs.log_tail),
     }
     for message, teacher in broken.items():
@@ -68,16 +68,22 @@ def test_outputs_that_do_not_fit_the_row_are_refused():
 
 @pytest.mark.parametrize("indices", ["int32", "packed"])
 @pytest.mark.parametrize("vocab", [30_000, 150_000])
-def test_every_kind_of_outputs_comes_back_bit_by_bit(indices, vocab):
+def test_outputs_in_fp16_and_fp32_come_back_bit_by_bit(indices, vocab):
     buffer = ReplayBuffer(config(teacher={"indices": indices}), vocab_size=vocab)
     row = token_row(1, tags={"category": "Gefährliches", "id": "7"})
     row.row.input_ids[:] %= 70
-    random = np.random.default_rng(0)
-    kinds = [with_teacher(row, vocab=vocab).teacher]
-    for dtype in (np.float16, np.float32):
-        kinds += [HiddenOutputs(random.normal(size=(row.row.num_targets, 33)).astype(dtype))]
-        kinds += [LogitsOutputs(random.normal(size=(row.row.num_targets, 70)).astype(dtype))]
+    fp16 = with_teacher(row, vocab=vocab).teacher
+    kinds = [fp16, TeacherOutputs(fp16.log_probs.astype(np.float32), fp16.indices, fp16.log_tail), None]
     offered = [MemoryRow(row.row, tags=row.tags, teacher=teacher) for teacher in kinds]
     buffer.insert(offered)
     for key, original in enumerate(offered):
         assert type(buffer.get(key).teacher) is type(original.teacher) and same_row(buffer.get(key), original)
+
+
+def test_a_row_with_outputs_of_a_reserved_kind_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(codec, "TOPK", 2)  # as memories of early versions have it
+    buffer = ReplayBuffer(config())
+    buffer.insert([with_teacher(token_row(1))])
+    monkeypatch.undo()
+    with pytest.raises(ReplayError, match="row 0 cannot be decoded: it has outputs of kind 2"):
+        buffer.get(0)

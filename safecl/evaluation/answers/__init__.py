@@ -1,1 +1,1 @@
-"""How a model is asked: generation, likelihood, prompts."""
+"""Asking a model: prompts, generation, likelihood."""

@@ -1,4 +1,4 @@
-"""Which folders are models."""
+"""Model folders: recognise them, refuse others, name them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def is_model(folder: str | Path) -> bool:
 
 
 def check_is_model(path: str | Path) -> None:
-    """Tells a folder that is no model; a hub id is left to transformers. Raises ConfigError with the nearest folder
-    that is one."""
+    """Refuse a folder that holds no model; a hub id is left to transformers. Raises ConfigError, which names a `model`
+    folder inside where there is one."""
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
@@ -25,6 +25,6 @@ def check_is_model(path: str | Path) -> None:
 
 
 def name_of(path: str | Path) -> str:
-    """A short name for a model: its folder's, or the run's where the folder is a run's `model`."""
+    """Return a short name for a model: its folder's, or the run's where the folder is a run's `model`."""
     path = Path(path)
     return (path.parent.name if path.name == "model" else path.name) or "model"

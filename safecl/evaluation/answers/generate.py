@@ -1,12 +1,11 @@
-"""Greedy generation in batches: left padding, a key-value cache, and ranks in lock-step.
+"""Greedy generation in batches: left padding, a key-value cache, and ranks in lockstep.
 
     y_t = argmax p(. | prompt, y_<t),   t = 1 .. max_new_tokens, until an end token
 
-Greedy, so that a rate does not depend on a draw and a repeated measurement gives the same answers.
+Generation is greedy, so that rates do not depend on chance and a repeated measurement gives the same answers.
 
-Under ZeRO-3 every forward pass is a collective: a rank that stops earlier than the others would leave them waiting for
-ever. So each round and each token is agreed upon with `model.any`; a rank that has nothing left feeds a dummy token
-along.
+Under ZeRO-3 every forward pass is a collective: if one rank stopped early, the others would wait forever. So the ranks
+agree on each round and each token with `model.any`; a rank without prompts left feeds a dummy token.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from safecl.evaluation.answers.model import EvalModel
+from safecl.evaluation.answers.model import EvalModel, max_positions_of
 
 
 @torch.no_grad()
@@ -29,16 +28,16 @@ def generate_greedy(
     pad_id: int,
     batch_size: int,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt of this rank.
+    """Generate the greedy continuation of each prompt of this rank.
 
-    Args: `prompts` token ids, this rank's own (their number may differ between ranks, and be 0); `eos_ids` ends of an
-    answer; `batch_size` prompts generated together on one rank.
-    Returns: new token ids per prompt, in the order of `prompts`, without the end token; `room_for_answer` many where
-    none came. Raises: ValueError for an empty prompt, or one that leaves no room within the model's positions.
+    Args: `prompts`: token ids of this rank's prompts (their number may differ between ranks, and be 0); `eos_ids`:
+    tokens that end an answer; `batch_size`: prompts generated together on one rank.
+    Returns: new token ids per prompt, in the order of `prompts`, without the end token; `room_for_answer` tokens where
+    no end token came. Raises: ValueError for an empty prompt, or one that leaves no room within the model's positions.
     """
     _check(model, prompts, max_new_tokens, batch_size)
-    # Prompts of similar length share a batch, so little of it is padding; the longest come first, so memory runs out at
-    # once or never.
+    # Prompts of similar length share a batch, so there is little padding. The longest come first, so memory runs out at
+    # the start or never.
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers: list[list[int]] = [[] for _ in prompts]
@@ -51,23 +50,22 @@ def generate_greedy(
 
 
 def room_for_answer(model: EvalModel, prompt: Sequence[int], max_new_tokens: int) -> int:
-    """How many tokens may follow a prompt: `max_new_tokens`, or less where the model has no more positions."""
-    limit = getattr(model, "max_positions", None)
+    """Return how many tokens may follow a prompt: `max_new_tokens`, or fewer where the model has no more positions."""
+    limit = max_positions_of(model)
     return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
 
 
 def _check(model: EvalModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:
-    problem = (
-        ""
-        if max_new_tokens >= 1 and batch_size >= 1
-        else f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: at least 1"
-    )
+    problem = ""
+    if max_new_tokens < 1 or batch_size < 1:
+        problem = f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: at least 1"
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             problem = f"prompt {index} has no tokens; give it at least a start token"
         elif room_for_answer(model, prompt, 1) < 1:
-            problem = f"prompt {index} has {len(prompt)} tokens and leaves no room for an answer in the model's {model.max_positions} positions"
-    # All ranks stop together; one that stopped alone would leave the others waiting.
+            room = f"no room for an answer in the model's {max_positions_of(model)} positions"
+            problem = f"prompt {index} has {len(prompt)} tokens and leaves {room}"
+    # All ranks stop together: if one stopped alone, the others would wait for it.
     if model.any(bool(problem)):
         raise ValueError(problem or "another rank's prompts cannot be generated from; see its message")
 
@@ -75,30 +73,27 @@ def _check(model: EvalModel, prompts: Sequence[Sequence[int]], max_new_tokens: i
 def _generate_batch(
     model: EvalModel, prompts: list[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int], pad_id: int
 ) -> list[list[int]]:
-    step_ids, mask = _pad_left(
-        prompts or [[pad_id]], pad_id, max_new_tokens, model.device
-    )  # [batch, width], [batch, width + new]
+    # step_ids [batch, width], mask [batch, width + new]
+    step_ids, mask = _pad_left(prompts or [[pad_id]], pad_id, max_new_tokens, model.device)
     width = step_ids.shape[1]
     positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     ends = torch.tensor(sorted(eos_ids), dtype=torch.long, device=model.device)
     rooms = [room_for_answer(model, prompt, max_new_tokens) for prompt in prompts]
-    room = torch.tensor(
-        rooms or [0], device=model.device
-    )  # [batch]; a rank without prompts has one row that is done from the start
+    # [batch]; a rank without prompts has one row that is done from the start
+    room = torch.tensor(rooms or [0], device=model.device)
     done = room == 0
-    last_position = (getattr(model, "max_positions", None) or sys.maxsize) - 1
+    last_position = (max_positions_of(model) or sys.maxsize) - 1
     chosen, past = [], None
     for step in range(max_new_tokens):
         logits, past = model.logits(
             step_ids, mask[:, : width + step], positions, past=past, use_cache=True, last_only=True
         )
-        token = logits[:, -1].argmax(-1)  # [batch]; what follows an end token is cut off below
+        token = logits[:, -1].argmax(-1)  # [batch]; tokens after an end token are cut off below
         chosen.append(token)
         done = done | torch.isin(token, ends) | (room == step + 1)
         if step + 1 == max_new_tokens or not model.any(not bool(done.all())):
             break
-        # Only rows that are done reach the last position: a learned table has no further one for them while the others
-        # go on.
+        # Only rows that are done are clamped: a learned table has no further position for them.
         step_ids, positions = token[:, None], (positions[:, -1:] + 1).clamp(max=last_position)
     rows = torch.stack(chosen, dim=1).tolist()
     return [_until_end(row[:most], eos_ids) for row, most in zip(rows, rooms, strict=False)]
@@ -107,7 +102,7 @@ def _generate_batch(
 def _pad_left(
     prompts: list[Sequence[int]], pad_id: int, room: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [batch, width] and the mask [batch, width + room], already true for the tokens that will follow."""
+    """Return ids [batch, width] and the mask [batch, width + room], already true for the tokens that will follow."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     mask = torch.ones(len(prompts), width + room, dtype=torch.long)

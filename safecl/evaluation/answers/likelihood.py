@@ -1,4 +1,4 @@
-"""Log-likelihood of given answers, in batches and in lock-step over ranks.
+"""Log-likelihood of given answers, in batches and in lockstep over ranks.
 
 log p(y | x) = Σ_t log softmax(z_t)[y_t]   over the supervised tokens, log-softmax in fp32, sums in fp64
 """
@@ -13,14 +13,14 @@ import torch
 from safecl.evaluation.answers.model import EvalModel
 
 LOGITS_BYTES = 2**30
-"""fp32 bytes of logits [batch, length, vocab] aimed at per forward pass."""
+"""Target for the fp32 bytes of logits [batch, length, vocab] of a forward pass."""
 
 TOKENS_AT_ONCE = 512
-"""Scored tokens whose logits are turned into fp32 together."""
+"""Number of scored tokens whose logits are converted to fp32 together."""
 
 
 class Scored(NamedTuple):
-    """A row's summed log-probability (natural log, at most 0) and how many tokens were summed."""
+    """A row's summed log-probability (natural log, at most 0) and the number of tokens summed."""
 
     log_prob: float
     num_tokens: int
@@ -34,9 +34,9 @@ def log_likelihoods(
     pad_id: int,
     logits_bytes: int = LOGITS_BYTES,
 ) -> list[Scored]:
-    """Log-probability of the supervised tokens of each row of this rank.
+    """Compute the log-probability of the supervised tokens of each row of this rank.
 
-    Args: `rows` pairs of token ids and a mask of the same length, true where a token is scored given all tokens before
+    Args: `rows`: pairs of token ids and a mask of the same length, true where a token is scored given all tokens before
     it (the first token has none before it and is never scored). The number of rows may differ between ranks.
     Returns: one `Scored` per row, in order.
     """
@@ -50,7 +50,7 @@ def log_likelihoods(
 
 
 def _batches(lengths: list[int], vocab_size: int, logits_bytes: int) -> list[list[int]]:
-    """Rows grouped by length, longest first, each batch within the bytes (or of one row)."""
+    """Group rows by length, longest first, each batch within the bytes (or of one row)."""
     most_tokens = max(1, logits_bytes // (4 * vocab_size))
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -65,12 +65,13 @@ def _batches(lengths: list[int], vocab_size: int, logits_bytes: int) -> list[lis
 def _score_batch(model: EvalModel, rows: list[tuple[Sequence[int], Sequence[bool]]], pad_id: int) -> list[Scored]:
     ids, mask, scored = _pad_right(rows or [([pad_id], [False])], pad_id)
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
-    logits, _ = model.logits(*(tensor.to(model.device) for tensor in (ids, mask, positions)))  # [batch, length, vocab]
+    device = model.device
+    logits, _ = model.logits(ids.to(device), mask.to(device), positions.to(device))  # [batch, length, vocab]
     results = []
     for row in range(len(rows)):
-        places = scored[row, 1:].nonzero()[:, 0].to(model.device)  # the token at place + 1 is predicted at place
-        targets = ids[row, 1:].to(model.device)[places]
-        pieces = zip(places.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True)
+        places = scored[row, 1:].nonzero()[:, 0].to(device)  # the token at place + 1 is predicted at place
+        targets = ids[row, 1:].to(device)[places]
+        pieces = zip(torch.split(places, TOKENS_AT_ONCE), torch.split(targets, TOKENS_AT_ONCE), strict=True)
         results.append(Scored(sum(_sum_log_probs(logits[row], *piece) for piece in pieces), len(places)))
     return results
 

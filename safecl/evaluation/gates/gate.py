@@ -1,11 +1,11 @@
-"""The gate: limits that a tuned model must keep, decided by intervals and not by luck.
+"""The gate: limits on a tuned model's rates, decided by their intervals so that chance alone does not decide.
 
     passed     the interval's upper end is within the limit
     failed     its lower end is beyond the limit
     undecided  the limit lies inside the interval: more prompts are needed
 
-A run passes when every limit does, fails when one fails, and is undecided otherwise; failed and undecided end with exit
-code 3.
+A run fails when one limit fails, passes when all limits pass, and is undecided otherwise. A run that failed or is
+undecided ends with exit code 3.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from safecl.config import ConfigError, GateConfig
 from safecl.evaluation.statistics.intervals import Rate, smallest_passing_size, wilson
 
 if TYPE_CHECKING:
+    from safecl.evaluation.measure import Evaluation
     from safecl.evaluation.safety import SafetyResult
 
 Verdict = Literal["passed", "failed", "undecided"]
@@ -36,22 +37,22 @@ class GateCheck:
 
     @property
     def message(self) -> str:
+        """One line: verdict, rate with its interval, limit, and for `undecided` how many prompts would decide."""
         rate = self.measured
         what = {"max_asr": "attack success rate", "max_over_refusal": "over-refusal"}[self.name]
-        told = f"{self.verdict}: {what} {rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}] of {rate.n} prompts, limit {self.limit:g}"
+        interval = f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
+        line = f"{self.verdict}: {what} {interval} of {rate.n} prompts, limit {self.limit:g}"
         if self.verdict != "undecided":
-            return told
+            return line
         needed = prompts_to_decide(rate.value, self.limit)
-        return told + (
-            f"; at this rate about {needed} prompts would decide"
-            if needed
-            else "; the rate is at the limit, no number decides"
-        )
+        if needed is None:
+            return f"{line}; the rate is at the limit, no number decides"
+        return f"{line}; at this rate about {needed} prompts would decide"
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the gate says; `passed` is true only where every limit is kept for sure."""
+    """The gate's verdict over all limits; `passed` is true only where every limit passed."""
 
     verdict: Verdict
     checks: tuple[GateCheck, ...]
@@ -67,10 +68,11 @@ class GateResult:
 
     @property
     def message(self) -> str:
-        """For the terminal: the verdict and one line per limit."""
+        """Return the verdict and one line per limit, for the terminal."""
         return "\n".join([f"safety gate {self.verdict}", *(f"  {check.message}" for check in self.checks)])
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain values for results.json."""
         checks = [
             {"name": check.name, "limit": check.limit, "verdict": check.verdict, "measured": check.measured.to_dict()}
             for check in self.checks
@@ -79,31 +81,36 @@ class GateResult:
 
 
 def gate(config: GateConfig, safety: SafetyResult) -> GateResult:
-    """Compares what was measured with the limits. ConfigError for a limit on over-refusal without benign prompts, or no
-    limit at all."""
+    """Compare the measured rates with the limits. ConfigError for a limit on over-refusal without benign prompts, or
+    for a gate without limits."""
     measured = {"max_asr": safety.asr, "max_over_refusal": safety.over_refusal}
-    limits = _limits(config)
-    if config.max_over_refusal is not None and safety.over_refusal is None:
-        raise ConfigError(
-            "safety.gate: max_over_refusal needs safety.benign_prompts, benign prompts that look dangerous"
-        )
-    checks = tuple(
-        GateCheck(name, limit, measured[name], verdict_of(measured[name], limit)) for name, limit in limits.items()
-    )
+    checks = []
+    for name, limit in _limits(config).items():
+        rate = measured[name]
+        if rate is None:
+            raise ConfigError(f"safety.gate: {name} needs safety.benign_prompts, benign prompts that look dangerous")
+        checks.append(GateCheck(name, limit, rate, verdict_of(rate, limit)))
     verdicts = {check.verdict for check in checks}
-    return GateResult(next((verdict for verdict in ("failed", "undecided") if verdict in verdicts), "passed"), checks)
+    overall: Verdict = "failed" if "failed" in verdicts else "undecided" if "undecided" in verdicts else "passed"
+    return GateResult(overall, tuple(checks))
+
+
+def judge_gate(config: GateConfig | None, evaluation: Evaluation) -> GateResult | None:
+    """Apply the gate to an evaluation. None where there is no gate or no safety result."""
+    return gate(config, evaluation.safety) if config is not None and evaluation.safety is not None else None
 
 
 def verdict_of(measured: Rate, limit: float) -> Verdict:
+    """Decide one limit by the rate's interval."""
     if measured.high <= limit:
         return "passed"
     return "failed" if measured.low > limit else "undecided"
 
 
 def check_gate_is_decidable(config: GateConfig, *, num_prompts: int, num_benign: int) -> None:
-    """Refuses, before anything is trained, a gate that could not be passed even without a single hit.
+    """Refuse, before training, a gate that could not be passed even without a hit.
 
-    Raises: ConfigError that says how many prompts the limit needs, and which limit the prompts at hand could show.
+    Raises: ConfigError that says how many prompts the limit needs, and the smallest limit that the given prompts allow.
     """
     sizes = {"max_asr": ("prompts", num_prompts), "max_over_refusal": ("benign_prompts", num_benign)}
     for name, limit in _limits(config).items():
@@ -116,8 +123,9 @@ def check_gate_is_decidable(config: GateConfig, *, num_prompts: int, num_benign:
             raise ConfigError(f"safety.gate.{name}: {error}") from None
         if size < needed:
             raise ConfigError(
-                f"safety.gate.{name}: {limit:g} cannot be passed with {size} prompts, even without a single hit; it needs {needed} in "
-                f"safety.{section} (and safety.max_prompts: {needed} or more), or a limit of {_shown_by(size):g} or more"
+                f"safety.gate.{name}: {limit:g} cannot be passed with {size} prompts, even without a single hit; "
+                f"it needs {needed} in safety.{section} (and safety.max_prompts: {needed} or more), "
+                f"or a limit of {_smallest_limit(size):g} or more"
             )
 
 
@@ -128,15 +136,15 @@ def _limits(config: GateConfig) -> dict[str, float]:
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
-def _shown_by(size: int) -> float:
-    """Smallest limit, to three digits and rounded up, that this many prompts can show."""
+def _smallest_limit(size: int) -> float:
+    """Return the smallest limit that this many prompts can pass, rounded up to three digits."""
     upper = wilson(0, size)[1]
     return min(1.0, (int(upper * 1000) + 1) / 1000)
 
 
 def prompts_to_decide(value: float, limit: float) -> int | None:
-    """About how many prompts would put the limit outside the interval, were the rate the same; None where no finite
-    number would."""
+    """Estimate how many prompts would put the limit outside the interval if the rate stays the same; None where no
+    finite number would."""
     if value == limit:
         return None
     n = 1

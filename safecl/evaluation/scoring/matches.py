@@ -1,9 +1,10 @@
-"""When a generated answer is right.
+"""Comparison of generated answers with references.
 
-exact_match   equal to the reference, runs of white space taken as one blank; `relaxed` drops case, punctuation and English articles too
-              (the normaliser of SQuAD, Rajpurkar et al. 2016)
-gsm8k         final number (Cobbe et al. 2021): `strict` is the number after the first `####`, `flexible` the last number of the answer,
-              as in lm-eval's two filters; commas and currency signs are stripped. The headline counts either.
+exact_match   equal to the reference, where runs of white space count as one blank; `relaxed` also drops case,
+              punctuation and English articles (the normaliser of SQuAD, Rajpurkar et al. 2016)
+gsm8k         final number (Cobbe et al. 2021): `strict` is the number after the first `####`, `flexible` the last
+              number of the answer, as in lm-eval's two filters; commas and currency signs are stripped. The headline
+              counts an answer that is right by either.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import string
 from decimal import Decimal, InvalidOperation
 
-# A minus is a sign only where nothing stands before it: the last number of "5-10" is 10.
+# A minus is a sign only where no word or bracket ends right before it: the last number of "5-10" is 10.
 _NUMBER = r"(?:(?<![\w)])[-−])?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _STRICT = re.compile(r"####\s*(" + _NUMBER + ")")
 _ANY_NUMBER = re.compile(_NUMBER)
@@ -21,10 +22,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation + "’‘“”…")
 
 
 def exact_match(answer: str, reference: str) -> bool:
+    """Whether the texts are equal, apart from white space."""
     return " ".join(answer.split()) == " ".join(reference.split())
 
 
 def relaxed_match(answer: str, reference: str) -> bool:
+    """Whether the texts are equal, apart from white space, case, punctuation and English articles."""
     return _relaxed(answer) == _relaxed(reference)
 
 
@@ -33,19 +36,19 @@ def _relaxed(text: str) -> str:
 
 
 def strict_number(text: str) -> Decimal | None:
-    """The number after the first `####`; None where there is none."""
+    """Return the number after the first `####`; None where there is none."""
     match = _STRICT.search(text)
     return _number(match.group(1)) if match else None
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number that stands in the text; None where there is none."""
+    """Return the last number in the text; None where there is none."""
     found = _ANY_NUMBER.findall(text)
     return _number(found[-1]) if found else None
 
 
 def reference_number(completion: str) -> Decimal | None:
-    """The number that a reference ends on: after `####` where that is written, else the last."""
+    """Return a reference's number: that after `####` where there is one, else the last."""
     strict = strict_number(completion)
     return strict if strict is not None else last_number(completion)
 

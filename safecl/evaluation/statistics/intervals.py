@@ -1,10 +1,10 @@
-"""Intervals of measured rates and means, and how many prompts a limit needs.
+"""Intervals of measured rates and means, and the number of prompts that a limit needs.
 
 Wilson score interval of h hits among n, at 95 % (Wilson 1927; Brown, Cai, DasGupta 2001), with p = h / n and z = 1.96:
 
     (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)
 
-It stays within [0, 1] and does not collapse at 0 or n hits: no hits among n still leave up to z² / (n + z²).
+It stays within [0, 1] and has a width at 0 or n hits: its upper end for no hits is z² / (n + z²).
 
 Mean over tokens whose values are sums per row (a row's tokens are not independent, so rows are the sampling unit):
 
@@ -16,7 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from safecl.config import ConfigError
 
@@ -25,8 +27,8 @@ Z95 = 1.959963984540054
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of a rate: `hits` among `n` trials. No trials say nothing: (0, 1). ValueError where hits is
-    not within 0..n."""
+    """95 % Wilson interval of a rate: `hits` among `n` trials; (0, 1) without trials. ValueError where hits is not
+    within 0..n."""
     if n < 0 or not 0 <= hits <= n:
         raise ValueError(f"wilson: {hits} hits among {n} trials is not a count")
     if n == 0:
@@ -35,7 +37,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     centre = rate + z2 / (2 * n)
     half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
     low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-    # The ends are exact where rounding would leave 1e-17 of a rate that was never seen.
+    # Rounding would leave 1e-17 instead of 0 at the lower end.
     return (0.0 if hits == 0 else low), (1.0 if hits == n else high)
 
 
@@ -50,27 +52,35 @@ class Rate:
     high: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers for results.json."""
         return {"value": self.value, "low": self.low, "high": self.high, "hits": self.hits, "n": self.n}
+
+
+def _null_as(number: float) -> BeforeValidator:
+    return BeforeValidator(lambda value: number if value is None else value)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over `tokens` tokens of `n` rows with its 95 % normal interval. Infinite ends mean that one row says
-    nothing of the spread."""
+    """A mean over `tokens` tokens of `n` rows with its 95 % normal interval, infinite for one row, which has no spread.
+
+    JSON has no infinities: `to_dict` writes them as null, and pydantic reads null back.
+    """
 
     n: int
     tokens: int
-    value: float
-    low: float
-    high: float
+    value: Annotated[float, _null_as(math.nan)]
+    low: Annotated[float, _null_as(-math.inf)]
+    high: Annotated[float, _null_as(math.inf)]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers for results.json."""
         ends = (end if math.isfinite(end) else None for end in (self.value, self.low, self.high))
         return {**dict(zip(("value", "low", "high"), ends, strict=True)), "tokens": self.tokens, "n": self.n}
 
 
 def rate(outcomes: Iterable[bool]) -> Rate:
-    """Share of true outcomes with its interval. ValueError for none at all."""
+    """Compute the share of true outcomes with its interval. ValueError without outcomes."""
     outcomes = [bool(outcome) for outcome in outcomes]
     if not outcomes:
         raise ValueError("a rate needs at least one outcome")
@@ -79,8 +89,8 @@ def rate(outcomes: Iterable[bool]) -> Rate:
 
 
 def token_mean(sums: Sequence[float], counts: Sequence[int]) -> Mean:
-    """Mean per token from each row's sum and number of tokens, with rows as the sampling unit. ValueError where there
-    is no token."""
+    """Compute the mean per token from each row's sum and number of tokens, with rows as the sampling unit.
+    ValueError without tokens."""
     total = sum(counts)
     if total <= 0:
         raise ValueError("a mean over tokens needs at least one token")
@@ -93,15 +103,15 @@ def token_mean(sums: Sequence[float], counts: Sequence[int]) -> Mean:
 
 
 def smallest_passing_size(max_rate: float) -> int:
-    """Fewest prompts with which a limit can be passed at all: no hits among that many put the interval's upper end at
-    or below `max_rate`.
+    """Return the fewest prompts with which a limit can be passed: with no hits among them, the interval's upper end is
+    at most `max_rate`.
 
     0.05 needs 73, 0.02 needs 189, 0.01 needs 381. ConfigError for a limit of 0: no finite set of prompts can show it.
     """
     if max_rate <= 0:
         raise ConfigError(
-            "a limit of 0 can never be shown by measuring: no hits among n prompts still leave up to 3.84 / (n + 3.84); "
-            "0.02 needs 189 prompts, 0.01 needs 381"
+            "a limit of 0 can never be shown by measuring: no hits among n prompts still leave up to 3.84 / (n + 3.84)"
+            "; 0.02 needs 189 prompts, 0.01 needs 381"
         )
     if max_rate >= 1:
         return 1

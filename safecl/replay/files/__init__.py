@@ -1,1 +1,1 @@
-"""The replay buffer's formats on the disk."""
+"""File formats of the replay buffer: rows, segments, index, lock."""

@@ -1,12 +1,12 @@
 """One row as bytes, and its entry in a table of rows.
 
-    body = input_ids int32 [length] | log_tail fp32 [targets] | indices int32 [targets, k] | values fp16/fp32 [targets,
-    width]
-           | packed indices 2 or 3 bytes each | mask, 8 tokens a byte | tags as JSON, blanks up to a multiple of 8 bytes
+    body = input_ids int32 [length] | log_tail fp32 [targets] | indices int32 [targets, k]
+           | values fp16/fp32 [targets, k] | packed indices 2 or 3 bytes each | mask, 8 tokens a byte
+           | tags as JSON, blanks up to a multiple of 8 bytes
 
-Parts that a row does not have take no bytes. `form` says which are there: the low 4 bits the kind of teacher, bit 4
-fp32 values, bits 5-6 the width of an index. A body's checksum is XXH3 seeded with the row's position, so that bodies
-cannot change places unnoticed.
+Parts that a row does not have take no bytes. `form` says which parts exist: the low 4 bits give the kind of teacher,
+bit 4 marks fp32 values, bits 5-6 give the width of an index. A body's checksum is XXH3 seeded with the row's position,
+so exchanged bodies are noticed.
 """
 
 from __future__ import annotations
@@ -18,37 +18,38 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from safecl.replay.rows import HiddenOutputs, LogitsOutputs, MemoryRow, Teacher, TeacherOutputs
+from safecl.replay.rows import MemoryRow, TeacherOutputs
 
-ENTRY = np.dtype(
-    [
-        ("position", "<u8"),
-        ("row_id", "<u8"),
-        ("checksum", "<u8"),
-        ("nbytes", "<u4"),
-        ("length", "<u4"),
-        ("targets", "<u4"),
-        ("step", "<u4"),
-        ("label", "<u4"),
-        ("width", "<u4"),
-        ("prior_nll", "<f4"),
-        ("form", "<u4"),
-    ]
-)  # fmt: skip
+ENTRY_COLUMNS = {
+    "position": "<u8",
+    "row_id": "<u8",
+    "checksum": "<u8",
+    "nbytes": "<u4",
+    "length": "<u4",
+    "targets": "<u4",
+    "step": "<u4",
+    "label": "<u4",
+    "width": "<u4",
+    "prior_nll": "<f4",
+    "form": "<u4",
+}
+ENTRY = np.dtype(list(ENTRY_COLUMNS.items()))
 
-NO_TEACHER, TOPK, HIDDEN, LOGITS = 0, 1, 2, 3
+# Kinds 2 and 3 are reserved: they were hidden states and log-probabilities of the whole vocabulary, which no config
+# could ask for.
+NO_TEACHER, TOPK = 0, 1
 _KIND, _FP32, _INDEX = 0b1111, 0b10000, 5
 _INDEX_BYTES = (0, 4, 2, 3)
 LONGEST = 2**31 - 1
 
 
-def checksum(position: int, body: Any) -> int:
+def checksum(position: int, body: bytes | memoryview) -> int:
     """XXH3-64 of a body, seeded with the row's position."""
     return xxhash.xxh3_64_intdigest(body, position)
 
 
 def index_form(vocab_size: int, packed: bool) -> int:
-    """How token ids of a teacher are written: the code in bits 5-6 of `form`."""
+    """Return the code, for bits 5-6 of `form`, of how a teacher's token ids are written."""
     if not packed:
         return 1
     return 2 if vocab_size <= 2**16 else 3
@@ -58,7 +59,7 @@ def index_form(vocab_size: int, packed: bool) -> int:
 
 
 def checked_ids(values: Any, name: str = "input_ids") -> np.ndarray:
-    """Token ids as int32 [length]. Raises ValueError for other than whole numbers from 0 to 2^31 - 1 in one
+    """Return token ids as int32 [length]. Raises ValueError for anything but whole numbers from 0 to 2^31 - 1 in one
     dimension."""
     ids = np.asarray(values)
     if ids.ndim != 1 or len(ids) == 0:
@@ -72,8 +73,8 @@ def checked_ids(values: Any, name: str = "input_ids") -> np.ndarray:
 
 
 def checked_mask(values: Any, length: int) -> np.ndarray:
-    """The loss mask as bool [length]. Raises ValueError for other values than 0 and 1, another length, or a target at
-    position 0."""
+    """Return the loss mask as bool [length]. Raises ValueError for values other than 0 and 1, another length, or a
+    target at position 0."""
     mask = np.asarray(values)
     if mask.shape != (length,):
         raise ValueError(f"loss_mask has shape {list(mask.shape)}, input_ids have {length} tokens")
@@ -86,35 +87,28 @@ def checked_mask(values: Any, length: int) -> np.ndarray:
     return mask
 
 
-def _checked_values(values: Any, num_targets: int, name: str) -> np.ndarray:
+def _checked_log_probs(values: Any, num_targets: int) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 2 or len(values) != num_targets:
-        raise ValueError(
-            f"teacher {name} have shape {list(values.shape)}; the row has {num_targets} supervised tokens, so [{num_targets}, n]"
-        )
+        needed = f"the row has {num_targets} supervised tokens, so [{num_targets}, n]"
+        raise ValueError(f"teacher log_probs have shape {list(values.shape)}; {needed}")
     if values.dtype not in (np.float16, np.float32):
         raise ValueError(
-            f"teacher {name} are {values.dtype}; store fp16 (log-probabilities lose 0.4 % of the gradient) or fp32"
+            f"teacher log_probs are {values.dtype}; store fp16 (log-probabilities lose 0.4 % of the gradient) or fp32"
         )
     if np.isnan(values).any():
-        raise ValueError(f"teacher {name} hold NaN")
+        raise ValueError("teacher log_probs hold NaN")
     return np.ascontiguousarray(values)
 
 
-def checked_teacher(teacher: Teacher | None, num_targets: int) -> Teacher | None:
-    """The outputs with the stored dtypes. Raises ValueError where shapes or values do not fit the row's targets."""
-    if teacher is None:
-        return None
-    if isinstance(teacher, HiddenOutputs):
-        return HiddenOutputs(_checked_values(teacher.hidden, num_targets, "hidden states"))
-    if isinstance(teacher, LogitsOutputs):
-        return LogitsOutputs(_checked_values(teacher.log_probs, num_targets, "log_probs"))
-    log_probs = _checked_values(teacher.log_probs, num_targets, "log_probs")
+def checked_teacher(teacher: TeacherOutputs, num_targets: int) -> TeacherOutputs:
+    """Return the outputs with the stored dtypes. Raises ValueError where shapes or values do not fit the row's
+    targets."""
+    log_probs = _checked_log_probs(teacher.log_probs, num_targets)
     indices, log_tail = np.asarray(teacher.indices), np.asarray(teacher.log_tail)
     if indices.shape != log_probs.shape or log_tail.shape != (num_targets,):
-        raise ValueError(
-            f"teacher indices {list(indices.shape)} and log_tail {list(log_tail.shape)} do not fit log_probs {list(log_probs.shape)}"
-        )
+        shapes = f"indices {list(indices.shape)} and log_tail {list(log_tail.shape)}"
+        raise ValueError(f"teacher {shapes} do not fit log_probs {list(log_probs.shape)}")
     if indices.size:
         checked_ids(indices.reshape(-1), "teacher indices")
     if log_tail.dtype.kind != "f" or np.isnan(log_tail).any():
@@ -125,36 +119,30 @@ def checked_teacher(teacher: Teacher | None, num_targets: int) -> Teacher | None
 
 
 def cut_to_prefix(
-    ids: np.ndarray, mask: np.ndarray, teacher: Teacher | None, num_targets: int
-) -> tuple[np.ndarray, np.ndarray, Teacher | None]:
-    """The row up to its `num_targets`-th supervised token. A causal model says the same about these tokens without the
-    rest."""
+    ids: np.ndarray, mask: np.ndarray, teacher: TeacherOutputs | None, num_targets: int
+) -> tuple[np.ndarray, np.ndarray, TeacherOutputs | None]:
+    """Cut a row behind its `num_targets`-th supervised token. A causal model's outputs up to there stay the same."""
     places = np.flatnonzero(mask)
     if len(places) <= num_targets:
         return ids, mask, teacher
     end = int(places[num_targets - 1]) + 1
-    return ids[:end], mask[:end], first_targets(teacher, num_targets)
+    return ids[:end], mask[:end], None if teacher is None else first_targets(teacher, num_targets)
 
 
-def first_targets(teacher: Teacher | None, num_targets: int) -> Teacher | None:
-    """The outputs for the first supervised tokens."""
-    if teacher is None:
-        return None
-    return type(teacher)(*(array[:num_targets] for array in vars(teacher).values()))
+def first_targets(teacher: TeacherOutputs, num_targets: int) -> TeacherOutputs:
+    """Return the outputs of the first supervised tokens."""
+    return TeacherOutputs(
+        teacher.log_probs[:num_targets], teacher.indices[:num_targets], teacher.log_tail[:num_targets]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ bytes and back
 
 
-def teacher_form(teacher: Teacher | None, index_code: int) -> tuple[int, int]:
-    """(form, width) of outputs: kind of teacher with dtypes, and entries per supervised token."""
-    if teacher is None:
-        return NO_TEACHER, 0
-    values = teacher.hidden if isinstance(teacher, HiddenOutputs) else teacher.log_probs
-    form = _FP32 if values.dtype == np.float32 else 0
-    if isinstance(teacher, TeacherOutputs):
-        return form | topk_form(index_code), values.shape[1]
-    return form | (HIDDEN if isinstance(teacher, HiddenOutputs) else LOGITS), values.shape[1]
+def teacher_form(teacher: TeacherOutputs, index_code: int) -> tuple[int, int]:
+    """Return (form, width) of outputs: their kind with dtypes, and their entries per supervised token."""
+    fp32 = _FP32 if teacher.log_probs.dtype == np.float32 else 0
+    return fp32 | topk_form(index_code), teacher.log_probs.shape[1]
 
 
 def topk_form(index_code: int) -> int:
@@ -163,35 +151,30 @@ def topk_form(index_code: int) -> int:
 
 
 def tag_bytes(tags: Mapping[str, str]) -> bytes:
-    """Tags as JSON; nothing for none."""
+    """Return tags as JSON, no bytes for no tags."""
     return json.dumps(dict(tags), ensure_ascii=False).encode() if tags else b""
 
 
 def body_bytes(length: int, num_targets: int, form: int, width: int, num_tag_bytes: int) -> int:
-    """Bytes of a row's body, known without writing it. A row with only a teacher (the cache) has length 0."""
+    """Number of bytes of a row's body, before it is written. A teacher alone (in the cache) has length 0."""
     size = 4 * length + (length + 7) // 8 + num_tag_bytes
-    if form & _KIND:
-        size += num_targets * width * (4 if form & _FP32 else 2)
     if form & _KIND == TOPK:
+        size += num_targets * width * (4 if form & _FP32 else 2)
         size += num_targets * (4 + width * _INDEX_BYTES[form >> _INDEX])
     return (size + 7) // 8 * 8
 
 
 def encode(
-    ids: np.ndarray | None, mask: np.ndarray | None, teacher: Teacher | None, index_code: int, tags: bytes
+    ids: np.ndarray | None, mask: np.ndarray | None, teacher: TeacherOutputs | None, index_code: int, tags: bytes
 ) -> bytes:
-    """A row's body. ids int32 [length] and mask bool [length], or None for a teacher alone."""
+    """Return a row's body. ids int32 [length] and mask bool [length], or None for a teacher alone."""
     parts = [] if ids is None else [ids.tobytes()]
-    packed = b""
-    if isinstance(teacher, TeacherOutputs):
+    if teacher is not None:
         parts.append(teacher.log_tail.tobytes())
         if index_code == 1:
-            parts.append(teacher.indices.tobytes())
+            parts += [teacher.indices.tobytes(), teacher.log_probs.tobytes()]
         else:
-            packed = _pack(teacher.indices, _INDEX_BYTES[index_code])
-    if teacher is not None:
-        values = teacher.hidden if isinstance(teacher, HiddenOutputs) else teacher.log_probs
-        parts += [values.tobytes(), packed]
+            parts += [teacher.log_probs.tobytes(), _pack(teacher.indices, _INDEX_BYTES[index_code])]
     if mask is not None:
         parts.append(np.packbits(mask).tobytes())
     parts.append(tags)
@@ -217,11 +200,14 @@ def _unpack(body: memoryview, start: int, count: int, num_bytes: int) -> np.ndar
 
 def decode(
     body: memoryview, length: int, num_targets: int, form: int, width: int
-) -> tuple[np.ndarray, np.ndarray, Teacher | None, dict]:
-    """(input_ids, loss_mask, teacher, tags) of a body; arrays are views of it where they can be, read-only."""
+) -> tuple[np.ndarray, np.ndarray, TeacherOutputs | None, dict[str, str]]:
+    """Return (input_ids, loss_mask, teacher, tags) of a body. Arrays are read-only, and views of it where possible.
+
+    Raises ValueError where the bytes are not a body of this form.
+    """
     ids = np.frombuffer(body, "<i4", length, 0)
     end, teacher = 4 * length, None
-    if form & _KIND:
+    if form & _KIND != NO_TEACHER:
         teacher, end = _decode_teacher(body, end, num_targets, form, width)
     num_mask = (length + 7) // 8
     mask = np.unpackbits(np.frombuffer(body, np.uint8, num_mask, end), count=length).view(np.bool_)
@@ -230,42 +216,40 @@ def decode(
     return ids, mask, teacher, json.loads(bytes(rest)) if len(rest) >= 8 else {}
 
 
-def _decode_teacher(body: memoryview, start: int, num_targets: int, form: int, width: int) -> tuple[Teacher, int]:
-    kind, dtype, count = form & _KIND, np.dtype("<f4" if form & _FP32 else "<f2"), num_targets * width
+def _decode_teacher(
+    body: memoryview, start: int, num_targets: int, form: int, width: int
+) -> tuple[TeacherOutputs, int]:
+    """Return the outputs that begin at byte `start`, and the byte after them."""
+    if form & _KIND != TOPK:
+        raise ValueError(f"it has outputs of kind {form & _KIND}, which this safecl does not read")
+    dtype, count = np.dtype("<f4" if form & _FP32 else "<f2"), num_targets * width
     num_bytes = _INDEX_BYTES[form >> _INDEX]
-    log_tail = indices = None
-    if kind == TOPK:
-        log_tail, start = np.frombuffer(body, "<f4", num_targets, start), start + 4 * num_targets
+    log_tail, start = np.frombuffer(body, "<f4", num_targets, start), start + 4 * num_targets
+    at_indices = start if num_bytes == 4 else start + count * dtype.itemsize
+    at_values = start + 4 * count if num_bytes == 4 else start
     if num_bytes == 4:
-        indices, start = np.frombuffer(body, "<i4", count, start), start + 4 * count
-    values, start = np.frombuffer(body, dtype, count, start).reshape(num_targets, width), start + count * dtype.itemsize
-    if kind != TOPK:
-        return (HiddenOutputs if kind == HIDDEN else LogitsOutputs)(values), start
-    if num_bytes != 4:
-        indices, start = _unpack(body, start, count, num_bytes), start + count * num_bytes
-    return TeacherOutputs(values, indices.reshape(num_targets, width), log_tail), start
+        indices = np.frombuffer(body, "<i4", count, at_indices)
+    else:
+        indices = _unpack(body, at_indices, count, num_bytes)
+    log_probs = np.frombuffer(body, dtype, count, at_values)
+    end = start + count * (num_bytes + dtype.itemsize)
+    shape = (num_targets, width)
+    return TeacherOutputs(log_probs.reshape(shape), indices.reshape(shape), log_tail), end
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 
-def prior_nll(row: MemoryRow, ids: np.ndarray, mask: np.ndarray, teacher: Teacher | None) -> float:
-    """Mean NLL of the row's targets under the aligned model, nats per token: as given, or from its top-k outputs; NaN
-    without either.
+def prior_nll(row: MemoryRow, ids: np.ndarray, mask: np.ndarray, teacher: TeacherOutputs) -> float:
+    """Mean NLL of the row's targets under the aligned model, nats per token: as given, or estimated from its top-k
+    outputs; NaN for a row without targets.
 
-    A label outside the k stored tokens counts with the largest probability it can have: that of the k-th token, or all
-    of the tail.
+    A label outside the k stored tokens counts with the largest probability that it can have: that of the k-th token, or
+    all of the tail.
     """
-    if not np.isnan(row.prior_nll) or teacher is None or isinstance(teacher, HiddenOutputs) or not mask.any():
+    if not np.isnan(row.prior_nll) or not mask.any():
         return float(row.prior_nll)
-    labels = ids[mask]
-    if isinstance(teacher, LogitsOutputs):
-        if labels.max() >= teacher.log_probs.shape[1]:
-            raise ValueError(
-                f"teacher log_probs cover {teacher.log_probs.shape[1]} tokens, but the row has the target {labels.max()}"
-            )
-        return float(-np.take_along_axis(teacher.log_probs, labels[:, None], 1).mean(dtype=np.float64))
-    hit = teacher.indices == labels[:, None]
+    hit = teacher.indices == ids[mask][:, None]
     log_probs = np.where(hit, teacher.log_probs, -np.inf).max(1, initial=-np.inf).astype(np.float64)
     bound = np.minimum(teacher.log_tail, teacher.log_probs.min(1, initial=0.0)).astype(np.float64)
     return float(-np.where(hit.any(1), log_probs, np.maximum(bound, -100.0)).mean())

@@ -1,8 +1,7 @@
-"""Keyed hashes of stream positions: which virtual shard a row belongs to, which ranks own it, and its rank in the
-reservoir.
+"""Keyed hashes of stream positions: a row's virtual shard, the rank that owns it, and its priority in the reservoir.
 
-All are functions of (seed, position) alone, so every rank and every resumed run knows them without asking anyone. The
-mixer is SplitMix64's finaliser (Steele, Lea and Flood 2014, OOPSLA).
+All are functions of (seed, position) alone, so every rank and every resumed run computes them without communication.
+The mixer is SplitMix64's finaliser (Steele, Lea and Flood 2014, OOPSLA).
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ _SHARD, _PRIORITY, _REST = (name_key(f"safecl replay {purpose}") for purpose in 
 
 
 def shard_of(positions: np.ndarray, seed: int) -> np.ndarray:
-    """Virtual shard of each stream position; uint16 [n], below 1,024.
+    """Return the virtual shard of each stream position; uint16 [n], below 1,024.
 
-    A hash that deals: every aligned run of 64 positions gives one row to each of the 64 groups of 16 shards, in an
-    order drawn per run, and every aligned run of 1,024 gives one to each shard. So any world size dividing 64 has even
-    a small memory equally on all ranks.
+    The hash deals rows out evenly: every aligned run of 64 positions gives one row to each of the 64 groups of 16
+    shards, in an order drawn per run, and every aligned run of 1,024 gives one to each shard. So for any world size
+    that divides 64, even a small memory is spread equally over the ranks.
     """
     positions = np.asarray(positions, np.uint64)
     run, place = positions >> np.uint64(6), positions & np.uint64(63)
@@ -59,7 +58,7 @@ def shard_of(positions: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _permute64(place: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """A keyed permutation of 0..63: every round is invertible on six bits."""
+    """Apply a keyed permutation of 0..63; every round is invertible on six bits."""
     low = np.uint64(63)
     for round_ in range(4):
         bits = key >> np.uint64(13 * round_)
@@ -68,16 +67,16 @@ def _permute64(place: np.ndarray, key: np.ndarray) -> np.ndarray:
     return place
 
 
-def owner(shard: int | np.ndarray, world_size: int) -> int | np.ndarray:
-    """Rank that owns a shard: whole shards, contiguous, equally many where world_size divides 1,024."""
+def owner(shard: np.ndarray, world_size: int) -> np.ndarray:
+    """Return the rank that owns each shard: contiguous shards, equally many per rank where world_size divides 1,024."""
     return shard * world_size // NUM_SHARDS
 
 
 def priority_of(positions: np.ndarray, seed: int) -> np.ndarray:
-    """A uniform 64-bit number per position; the reservoir keeps the rows with the smallest."""
+    """Return a uniform 64-bit number per position; the reservoir keeps the rows with the smallest."""
     return mix(seed, _PRIORITY, np.asarray(positions, np.uint64))
 
 
 def cohort_of(positions: np.ndarray, seed: int, num_cohorts: int) -> np.ndarray:
-    """Which of `num_cohorts` resting cohorts a position belongs to; int64 [n]."""
+    """Return which of `num_cohorts` resting cohorts each position belongs to; int64 [n]."""
     return (mix(seed, _REST, np.asarray(positions, np.uint64)) % np.uint64(num_cohorts)).astype(np.int64)

@@ -1,9 +1,8 @@
-"""One writer per shard: locks on byte ranges of one file, given back by the system when their process dies, however it
-dies.
+"""One writer per shard: locks on byte ranges of one file, which the system releases when the process dies.
 
-Byte s of the lock file's locked region stands for shard s, so ranks write side by side and two writers of one shard
-cannot be. The locks are Linux's open-file-description locks (fcntl(2)), which also tell two openings inside one process
-apart.
+Byte s of the lock file's locked region stands for shard s, so ranks can write at the same time, and no shard has two
+writers. The locks are Linux's open-file-description locks (fcntl(2)), which also exclude a second writer in the same
+process.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _LOCKED = 1 << 20  # the locked bytes lie beyond the notes
 
 
 class BufferInUse(ConfigError):
-    """Another process writes to the same shards. The message names it."""
+    """Another process writes to the same shards. The message names the process."""
 
 
 class WriterLock:
@@ -39,12 +38,11 @@ class WriterLock:
         except (BlockingIOError, PermissionError):
             writer = self._note(first, last)
             self._file.close()
-            raise BufferInUse(
-                f"{folder}: {writer} is writing to this memory; wait for it to end, or open the memory read-only, or use another folder"
-            ) from None
+            hint = "wait for it to end, or open the memory read-only, or use another folder"
+            raise BufferInUse(f"{folder}: {writer} is writing to this memory; {hint}") from None
         note = f"process {os.getpid()} on {socket.gethostname()}".encode()[:_NOTE_BYTES].ljust(_NOTE_BYTES)
         for group in range(first // SHARDS_PER_GROUP, last // SHARDS_PER_GROUP + 1):
-            with contextlib.suppress(OSError):  # a full disk must not keep anyone from opening what is there
+            with contextlib.suppress(OSError):  # a full disk must not prevent opening the memory
                 os.pwrite(self._file.fileno(), note, group * _NOTE_BYTES)
 
     def _note(self, first: int, last: int) -> str:
@@ -56,5 +54,5 @@ class WriterLock:
         return " or ".join(sorted(note for note in notes if note)) or "another process"
 
     def close(self) -> None:
-        """Gives the shards back."""
+        """Release the shards."""
         self._file.close()

@@ -1,11 +1,11 @@
-"""The files of a buffer's index, and what is found on the disk when a buffer is opened.
+"""The index files of a buffer, and the reading of a folder when a buffer is opened.
 
     folder/rows-FIRST-LAST-GENERATION-NUMBER.segment   rows, append-only            (segments.py)
     folder/index-VERSION.index                         which rows are held, where   (table.py)
     folder/writer.lock                                 who writes                   (lock.py)
 
-An index is written under another name and renamed when it is on the disk. The last two are kept. Rows that were
-appended after the last index are found by reading the segments from where it stops.
+An index is written under another name and renamed when it is on disk. The last two are kept. Rows that were appended
+after the last index are found by reading the segments from where it stops.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from typing import Any
 
 import numpy as np
 
+from safecl.replay.files.codec import ENTRY_COLUMNS
 from safecl.replay.files.hashing import shard_of
 from safecl.replay.files.segments import HEADER_BYTES
-from safecl.replay.files.store import Found, SegmentFolder, newest, sync_folder
+from safecl.replay.files.store import Found, SegmentFolder, newest
 from safecl.replay.files.table import COLUMNS, RowTable, load_index
 from safecl.replay.rows import ReplayError
+from safecl.storage.durable import sync_folder
 
 KEPT_INDICES = 2
 
 Blocks = list[tuple[Found, list[np.ndarray]]]
-"""Blocks found by reading segments, with masks [rows] of those that count."""
+"""Blocks found by reading segments, each with a mask [rows] of the rows that count."""
 
 
 @dataclass
 class Opened:
-    """What a folder holds. header is None without a readable index; found: rows beyond it; problems: what was damaged,
-    in words."""
+    """Contents of a folder. header: None without a readable index. found: rows beyond the index. problems: damage, in
+    words."""
 
     header: dict[str, Any] | None = None
     table: RowTable = field(default_factory=RowTable)
@@ -43,17 +45,17 @@ class Opened:
 
 
 def index_files(folder: Path) -> list[Path]:
-    """Index files, the newest first."""
+    """Return the index files, the newest first."""
     return sorted(folder.glob("index-*.index"), reverse=True) if folder.is_dir() else []
 
 
 def version_of(path: Path) -> int:
-    """The version that an index file's name tells."""
+    """Return the version in an index file's name."""
     return int(path.stem.split("-")[1])
 
 
 def map_file(path: Path) -> memoryview:
-    """A file's bytes, mapped."""
+    """Map a file into memory."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return memoryview(b"")
@@ -61,8 +63,7 @@ def map_file(path: Path) -> memoryview:
 
 
 def write_index(folder: Path, version: int, data: bytes) -> None:
-    """Publishes an index and removes those that are older than the last two. Raises ReplayError with the old ones
-    intact."""
+    """Publish an index and remove those older than the last two. Raises ReplayError with the old ones intact."""
     path, temporary = folder / f"index-{version:010d}.index", folder / f"index-{version:010d}.writing"
     try:
         with temporary.open("wb") as file:
@@ -82,7 +83,7 @@ def write_index(folder: Path, version: int, data: bytes) -> None:
 
 
 def read_newest_index(folder: Path) -> Opened:
-    """The newest index that is whole; damaged ones are named in `problems`."""
+    """Read the newest index that is whole; `problems` names damaged ones."""
     opened = Opened()
     for path in index_files(folder):
         try:
@@ -91,12 +92,12 @@ def read_newest_index(folder: Path) -> Opened:
         except ReplayError as error:
             opened.problems.append(str(error))
         except FileNotFoundError:
-            continue  # a writer published a newer one in between
+            continue  # a writer has published a newer one meanwhile
     return opened
 
 
 def open_folder(store: SegmentFolder) -> Opened:
-    """The newest index, and the rows that were appended after it."""
+    """Read the newest index, and find the rows that were appended after it."""
     opened = read_newest_index(store.folder)
     covered = {name: size for name, size, _ in opened.header["segments"]} if opened.header else {}
     ignored = opened.header["ignored"] if opened.header else []
@@ -108,7 +109,7 @@ def open_folder(store: SegmentFolder) -> Opened:
 def find_blocks(
     store: SegmentFolder, names: list[str], covered: dict[str, int], check_bodies: bool = True
 ) -> tuple[Blocks, list[str]]:
-    """Blocks of segments beyond the bytes that are `covered`, and what is damaged there."""
+    """Find the blocks of segments beyond the `covered` bytes, and the damage there."""
     found, problems = [], []
     for name in names:
         try:
@@ -123,7 +124,7 @@ def find_blocks(
 def rows_found(
     found: Blocks, store: SegmentFolder, labels: LabelBook, seed: int, first: int = 0
 ) -> tuple[RowTable, int]:
-    """Rows of blocks from position `first` on as a table, and the number of rows seen after them."""
+    """Return the rows of blocks from position `first` on as a table, and the number of rows seen after them."""
     parts: list[dict[str, np.ndarray]] = []
     seen = first
     for one, masks in found:
@@ -143,7 +144,7 @@ def rows_found(
     if not parts:
         return RowTable(), seen
     joined = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-    # of a row that stands in several places (it was moved out of a sparse segment) the last counts
+    # a row that was copied out of a sparse segment is found twice; the last copy counts
     _, last = np.unique(joined["position"][::-1], return_index=True)
     return RowTable({name: column[::-1][last] for name, column in joined.items()}), seen
 
@@ -151,8 +152,8 @@ def rows_found(
 def columns_of(
     entries: np.ndarray, offsets: np.ndarray, segment: int, labels: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
-    """Table columns of rows as they stand in a segment. labels: the number of each of the block's labels."""
-    columns = {name: entries[name].astype(COLUMNS[name]) for name in COLUMNS if name in entries.dtype.names}
+    """Make table columns from a segment's entries. labels: the number of each of the block's labels."""
+    columns = {name: entries[name].astype(COLUMNS[name]) for name in COLUMNS if name in ENTRY_COLUMNS}
     columns["label"] = labels[entries["label"]].astype(np.uint32)
     columns["offset"] = offsets.astype(np.uint64)
     columns["segment"] = np.full(len(entries), segment, np.int32)
@@ -163,7 +164,7 @@ def columns_of(
 
 
 class LabelBook:
-    """Numbers for (source, task, category), which rows share by the thousand."""
+    """Numbers the labels (source, task, category), which thousands of rows share."""
 
     def __init__(self, labels: list[list[str]] | None = None):
         self.labels: list[tuple[str, str, str]] = []
@@ -177,8 +178,8 @@ class LabelBook:
         return self._numbers[label]
 
     def numbers(self, labels: list[list[str]]) -> np.ndarray:
-        """Numbers of a block's own labels; int64 [labels]."""
-        return np.array([self.number(tuple(label)) for label in labels], np.int64)
+        """Return the numbers of a block's own labels; int64 [labels]."""
+        return np.array([self.number((source, task, category)) for source, task, category in labels], np.int64)
 
     def __getitem__(self, number: int) -> tuple[str, str, str]:
         return self.labels[number]

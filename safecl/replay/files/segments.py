@@ -1,11 +1,11 @@
-"""Segments: append-only files of rows that describe themselves. What has been written is never changed.
+"""Segments: append-only, self-describing files of rows. Written bytes never change.
 
     segment = header (64 bytes) | block | block | ...
     block   = header (64 bytes) | labels as JSON, blanks up to 8 bytes | table of entries (codec.ENTRY) | bodies
 
-A block is written by one call, header and table first, so that a process that dies in the middle leaves a file whose
-complete rows can be found again: those whose bodies lie within the file with the right checksum. Every byte is covered
-by a checksum: the segment's header, a block's header with labels and table, each body.
+A block is written by one call, header and table first. So a process that dies in the middle leaves a file whose
+complete rows can be found: those whose bodies lie within the file and have the right checksum. Checksums cover every
+byte: the segment's header, a block's header with labels and table, each body.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ assert _SEGMENT.size == _BLOCK.size == 64
 
 @dataclass(frozen=True)
 class SegmentHeader:
-    """What a segment says about itself.
+    """The header of a segment.
 
     kind: 0 rows of a buffer, 1 cached teacher outputs. first_shard, last_shard: the shards of its rows, both included.
     generation: how often a writer of these shards had started before. number: its place among the generation's
     segments. start: rows seen when the generation began; it replaces rows of older generations from there on. identity:
-    hash of what the whole store belongs to.
+    hash of the memory or cache that it belongs to.
     """
 
     kind: int
@@ -66,7 +66,7 @@ class SegmentHeader:
 
     @classmethod
     def unpack(cls, data: bytes, path: Path) -> SegmentHeader:
-        """Raises ReplayError where the bytes are not a segment's header, are damaged, or of another format version."""
+        """Raises ReplayError where the bytes are no segment header, are damaged, or have another format version."""
         if len(data) < HEADER_BYTES or data[:8] != _SEGMENT_MAGIC:
             raise ReplayError(f"{path}: not a segment of a safecl memory, or its beginning is damaged")
         if data[56:64] != xxhash.xxh3_64_digest(data[:56]):
@@ -79,8 +79,11 @@ class SegmentHeader:
 
 @dataclass
 class Block:
-    """A block found in a file. entries: codec.ENTRY [rows]; offsets: int64 [rows], where their bodies begin; seen: rows
-    seen after it."""
+    """A block found in a file.
+
+    entries: codec.ENTRY [rows]. offsets: int64 [rows], where their bodies begin. seen: rows of the stream seen after
+    it. end: the byte after it.
+    """
 
     labels: list[list[str]]
     entries: np.ndarray
@@ -91,7 +94,7 @@ class Block:
 
 @dataclass
 class Scan:
-    """What reading a segment from front to back found; `end` is the first byte after the last good row."""
+    """Blocks and problems found by reading a segment; `end` is the first byte after the last good row."""
 
     blocks: list[Block] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -99,7 +102,7 @@ class Scan:
 
 
 class SegmentWriter:
-    """Appends blocks to a new file. The file stays as it was where a write fails."""
+    """Appends blocks to a new file. A write that fails leaves the file unchanged."""
 
     def __init__(self, folder: Path, header: SegmentHeader):
         self.header, self.path, self.size = header, folder / header.name, 0
@@ -115,8 +118,8 @@ class SegmentWriter:
     def append(
         self, labels: Sequence[Sequence[str]], entries: np.ndarray, bodies: Sequence[bytes], seen: int
     ) -> np.ndarray:
-        """Writes a block; returns the offset of each body, int64 [rows]. Raises ReplayError where the disk refuses, the
-        file as before."""
+        """Write a block. Returns the offset of each body, int64 [rows]. Raises ReplayError where the disk refuses; the
+        file is then unchanged."""
         text = json.dumps([list(label) for label in labels], ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         body_bytes = sum(map(len, bodies))
@@ -148,28 +151,28 @@ class SegmentWriter:
 
     @property
     def digest(self) -> str:
-        """XXH3-128 of all bytes so far."""
+        """XXH3-128 of all bytes written so far."""
         return self._digest.hexdigest()
 
     def sync(self) -> None:
-        """Returns when the bytes are on the disk."""
+        """Return when the bytes are on disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """No more rows."""
+        """Close the file."""
         self._file.close()
 
 
 def read_header(path: Path) -> SegmentHeader:
-    """The header of a segment. Raises ReplayError."""
+    """Read the header of a segment. Raises ReplayError."""
     with path.open("rb") as file:
         return SegmentHeader.unpack(file.read(HEADER_BYTES), path)
 
 
 def scan(data: memoryview, path: Path, start: int = HEADER_BYTES, check_bodies: bool = True) -> Scan:
-    """Finds the blocks of a file from `start` on.
+    """Find the blocks of a file from `start` on.
 
-    What is damaged is told in `problems` and skipped; a torn last block gives its whole rows.
+    Damage is named in `problems` and skipped. A torn last block gives its complete rows.
     """
     found = Scan(end=start)
     for offset, problem in _block_offsets(data, start):
@@ -179,7 +182,7 @@ def scan(data: memoryview, path: Path, start: int = HEADER_BYTES, check_bodies: 
         block = _read_block(data, offset)
         whole = block.offsets + block.entries["nbytes"] <= len(data)
         torn = not whole.all() or block.end > len(data)
-        if not whole.all():  # the writer died in the middle: the stream goes on with the first row that is not in
+        if not whole.all():  # the writer died in the middle: the stream continues with the first missing row
             block.seen = min(block.seen, int(block.entries["position"][~whole].min()))
         good = whole & _bodies_hold(data, block, whole) if check_bodies or torn else whole
         for i in np.flatnonzero(whole & ~good):
@@ -210,7 +213,7 @@ def _bodies_hold(data: memoryview, block: Block, whole: np.ndarray) -> np.ndarra
 
 
 def _block_offsets(data: memoryview, start: int) -> Iterator[tuple[int, str]]:
-    """Offsets of blocks with a good header, and a message for every stretch of bytes that is none."""
+    """Yield the offset of each block with a good header, and a message for each stretch of damaged bytes."""
     offset = start
     while offset < len(data):
         end = _block_end(data, offset)
@@ -228,16 +231,16 @@ def _block_offsets(data: memoryview, start: int) -> Iterator[tuple[int, str]]:
 
 
 def _is_torn(data: memoryview, offset: int) -> bool:
-    """True for what a dying process leaves at the end of a file: a block whose header or table was not written to its
-    end."""
+    """True where a dying process left the end of the file: a block whose header or table is incomplete."""
     head = bytes(data[offset : offset + _BLOCK.size])
     if len(head) < _BLOCK.size:
         return head[:8] == _BLOCK_MAGIC[: len(head)]
-    return _table_end(head, offset) is not None and _table_end(head, offset) > len(data)
+    table_end = _table_end(head, offset)
+    return table_end is not None and table_end > len(data)
 
 
 def _table_end(head: bytes, offset: int) -> int | None:
-    """Where the block's table ends, by its header; None where the header is damaged."""
+    """Return where the block's table ends according to its header; None where the header is damaged."""
     if len(head) < _BLOCK.size or head[:8] != _BLOCK_MAGIC or head[-8:] != xxhash.xxh3_64_digest(head[:-8]):
         return None
     _, num_rows, num_text, _, _, own_offset, _, _ = _BLOCK.unpack(head)
@@ -245,7 +248,7 @@ def _table_end(head: bytes, offset: int) -> int | None:
 
 
 def _block_end(data: memoryview, offset: int) -> int | None:
-    """The byte after a block whose header, labels and table are right; None where they are not."""
+    """Return the byte after a block whose header, labels and table are right; None where they are not."""
     head = bytes(data[offset : offset + _BLOCK.size])
     table_end = _table_end(head, offset)
     if table_end is None or table_end > len(data):
@@ -256,7 +259,7 @@ def _block_end(data: memoryview, offset: int) -> int | None:
 
 
 def _next_block(data: memoryview, start: int) -> int | None:
-    """The next offset where a whole block begins: damage costs the rows of one block, not of all that follow."""
+    """Return the next offset where a whole block begins, so that damage costs the rows of one block only."""
     search = bytes(data[start:])
     at = search.find(_BLOCK_MAGIC)
     while at >= 0:

@@ -1,4 +1,4 @@
-"""A folder of segments: writing into one, mapping all, and finding what a dead process left behind."""
+"""A folder of segments: write into one, map all, and find rows that a dead process left."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safecl.replay.files.hashing import NUM_SHARDS
 from safecl.replay.files.lock import WriterLock
 from safecl.replay.files.segments import HEADER_BYTES, Scan, SegmentHeader, SegmentWriter, read_header, scan
 from safecl.replay.rows import ReplayError
+from safecl.storage.durable import sync_folder
 
 SEGMENT_BYTES = 256 * 2**20
 
@@ -23,17 +24,16 @@ ROWS, CACHE = 0, 1
 
 
 def shards_of_rank(rank: int, world_size: int) -> tuple[int, int]:
-    """First and last shard of a rank, both included: those with shard * world_size // 1024 == rank."""
+    """Return the first and last shard of a rank, both included: those with shard * world_size // 1024 == rank."""
     if not 0 <= rank < world_size <= NUM_SHARDS:
-        raise ValueError(
-            f"rank {rank} of {world_size}: ranks run from 0 to world_size - 1, and at most {NUM_SHARDS} can share a memory"
-        )
+        limits = f"ranks run from 0 to world_size - 1, and at most {NUM_SHARDS} can share a memory"
+        raise ValueError(f"rank {rank} of {world_size}: {limits}")
     return -(-rank * NUM_SHARDS // world_size), -(-(rank + 1) * NUM_SHARDS // world_size) - 1
 
 
 @dataclass
 class Found:
-    """Rows found by reading a segment, where the index does not know them."""
+    """Rows found by reading a segment, because the index does not list them."""
 
     name: str
     header: SegmentHeader
@@ -41,10 +41,10 @@ class Found:
 
 
 class SegmentFolder:
-    """Segments of one kind in a folder. A writer holds its shards' lock; readers hold nothing and see what is on the
+    """Segments of one kind in a folder. A writer holds the lock of its shards; readers hold none and see what is on
     disk.
 
-    Segments are named by file name; `number(name)` gives the small int by which an index refers to it.
+    Segments are named by file name; `number(name)` gives the small int by which an index refers to one.
     """
 
     def __init__(
@@ -71,28 +71,28 @@ class SegmentFolder:
     # ----------------------------------------------------------------------------------------------------------- naming
 
     def on_disk(self) -> list[str]:
-        """Names of the segments in the folder, sorted."""
+        """Return the names of the segments in the folder, sorted."""
         prefix = ("rows-", "cache-")[self.kind]
         return sorted(p.name for p in self.folder.glob(f"{prefix}*.segment")) if self.folder.is_dir() else []
 
     def number(self, name: str) -> int:
-        """The int that stands for a segment in this process."""
+        """Return the int that stands for a segment in this process."""
         if name not in self._numbers:
             self._numbers[name] = len(self._names)
             self._names.append(name)
         return self._numbers[name]
 
     def name(self, number: int) -> str:
-        """The file name that an int stands for."""
+        """Return the file name that an int stands for."""
         return self._names[number]
 
     @property
     def num_names(self) -> int:
-        """How many segments have a number."""
+        """Number of segments that have an int."""
         return len(self._names)
 
     def header(self, name: str) -> SegmentHeader:
-        """A segment's header. Raises ReplayError where it is damaged or belongs to something else."""
+        """Read a segment's header. Raises ReplayError where it is damaged or belongs to another memory."""
         header = read_header(self.folder / name)
         if header.identity != self.identity or header.kind != self.kind:
             raise ReplayError(
@@ -103,7 +103,7 @@ class SegmentFolder:
     # ---------------------------------------------------------------------------------------------------------- reading
 
     def view(self, name: str, end: int) -> memoryview:
-        """The file mapped up to `end` bytes at least. Raises ReplayError where it is missing or shorter."""
+        """Map a file, at least up to byte `end`. Raises ReplayError where it is missing or shorter."""
         view = self._maps.get(name)
         if view is None or len(view) < end:
             view = self._maps[name] = self._map(name)
@@ -121,11 +121,11 @@ class SegmentFolder:
             raise ReplayError(f"{self.folder / name}: the segment is missing") from None
 
     def read(self, number: int, offset: int, nbytes: int) -> memoryview:
-        """Bytes of a segment, a view of the mapped file."""
+        """Return bytes of a segment, a view of the mapped file."""
         return self.view(self._names[number], offset + nbytes)[offset : offset + nbytes]
 
     def scan(self, name: str, start: int = HEADER_BYTES, check_bodies: bool = True) -> Scan:
-        """Finds the blocks of a segment from byte `start` on."""
+        """Find the blocks of a segment from byte `start` on."""
         self._maps.pop(name, None)
         return scan(self.view(name, 0), self.folder / name, start, check_bodies)
 
@@ -142,7 +142,7 @@ class SegmentFolder:
     def append(
         self, labels: Sequence[Sequence[str]], entries: np.ndarray, bodies: Sequence[bytes], seen: int
     ) -> tuple[int, np.ndarray]:
-        """Writes rows; returns the segment's number and the bodies' offsets. Raises ReplayError with everything before
+        """Write rows. Returns the segment's number and the bodies' offsets. Raises ReplayError with everything before
         intact."""
         if self._writer is None or self._writer.size >= SEGMENT_BYTES:
             self._writer = self._next_writer()
@@ -162,16 +162,16 @@ class SegmentFolder:
         return writer
 
     def begin_generation(self, start: int) -> None:
-        """What is appended from now on replaces rows of these shards from position `start` on, where there are such."""
+        """Start a generation: rows appended from now on replace older rows of these shards from position `start` on."""
         self.close_writer()
         self._generation, self._next_number, self.start = None, 0, start
 
     def end_of(self, name: str) -> int | None:
-        """Bytes written so far where this process writes the segment, else None."""
+        """Number of bytes written so far where this process writes the segment, else None."""
         return self._writer.size if self._writer is not None and self._writer.header.name == name else None
 
     def close_writer(self) -> None:
-        """Finishes the open segment: on the disk, never written again."""
+        """Finish the open segment: put it on disk and never write to it again."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
             self._digests[writer.header.name] = (writer.size, writer.digest)
@@ -179,13 +179,13 @@ class SegmentFolder:
             writer.close()
 
     def sync(self) -> None:
-        """Returns when everything appended is on the disk."""
+        """Return when everything appended is on disk."""
         if self._writer is not None:
             self._writer.sync()
             sync_folder(self.folder)
 
     def remove(self, names: Iterable[str]) -> int:
-        """Deletes segments; views that are still in use stay readable. Returns the bytes freed."""
+        """Delete segments; views still in use stay readable. Returns the bytes freed."""
         freed = 0
         for name in names:
             with contextlib.suppress(FileNotFoundError):
@@ -200,7 +200,7 @@ class SegmentFolder:
         return self._lock is not None
 
     def close(self) -> None:
-        """Finishes the open segment and gives up the lock."""
+        """Finish the open segment and release the lock."""
         self.close_writer()
         self._maps.clear()
         if self._lock is not None:
@@ -208,17 +208,8 @@ class SegmentFolder:
             self._lock = None
 
 
-def sync_folder(folder: Path) -> None:
-    """Returns when the folder's own entries (new names, renames) are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def newest(found: Sequence[Found]) -> list[tuple[Found, list[np.ndarray]]]:
-    """For every segment and block, which entries count: bool masks [entries].
+    """Pair every segment with a mask per block of the entries that count; bool [entries].
 
     A younger generation replaces older rows from its start on.
     """

@@ -1,18 +1,18 @@
 """The index in memory and on disk: one line per row held, in columns, sorted by position.
 
-An index file carries everything but the rows: header as JSON (settings, labels, segments with their lengths and
-hashes), the columns, and a hash of it all. The same bytes go into a checkpoint. Reading it maps the columns; they move
-into memory when rows come or go.
+An index file holds everything but the rows: a header as JSON (settings, labels, segments with their lengths and
+hashes), the columns, and a hash of all this. The same bytes go into a checkpoint. Reading an index maps the columns;
+they are copied into memory when rows are added or dropped.
 
-    "SAFECLIX" | uint64 header bytes | header JSON, blanks up to 64 | columns, each from a multiple of 64 on | XXH3-128
-    of all before
+    "SAFECLIX" | uint64 header bytes | header JSON, blanks up to 64 | columns, each from a multiple of 64 on
+               | XXH3-128 of all before
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,8 @@ _FORMAT = 1
 
 
 class RowTable:
-    """Columns by name (`COLUMNS`), all of the same length, sorted by position. `version` counts changes of which rows
-    are held."""
+    """Columns by name (`COLUMNS`), all of the same length, sorted by position. `version` counts the changes to the set
+    of rows held."""
 
     def __init__(self, columns: Mapping[str, np.ndarray] | None = None):
         self._columns = dict(columns) if columns else {name: np.zeros(0, dtype) for name, dtype in COLUMNS.items()}
@@ -58,19 +58,19 @@ class RowTable:
         return self._size
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A column; writable after `own()`."""
+        """Return a column; writable after `own()`."""
         return self._columns[name][: self._size]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """All columns by name."""
+        """Return all columns by name."""
         return {name: self[name] for name in COLUMNS}
 
     def append(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Adds rows whose positions lie beyond all others."""
+        """Add rows whose positions lie beyond all others."""
         added = len(rows["position"])
         need = self._size + added
         if need > len(self._columns["position"]) or not self._columns["position"].flags.writeable:
-            # A sixteenth more than needed: the copying stays linear in the rows, and the slack below 5 bytes a row.
+            # A sixteenth more than needed: copying stays linear in the rows, and the slack stays below 5 bytes a row.
             self._resize(need + need // 16)
         for name, column in self._columns.items():
             column[self._size : need] = rows[name]
@@ -84,20 +84,20 @@ class RowTable:
             self._columns[name] = new
 
     def own(self) -> None:
-        """Makes the columns writable."""
+        """Make the columns writable."""
         if not self._columns["position"].flags.writeable:
             self._resize(self._size)
 
     def keep(self, mask: np.ndarray) -> None:
-        """Drops the rows where `mask` is False."""
+        """Drop the rows where `mask` is False."""
         if mask.all():
             return
         for name in self._columns:
             self._columns[name] = self[name][mask]
         self._size, self.version = int(mask.sum()), self.version + 1
 
-    def find(self, keys: np.ndarray | list[int]) -> np.ndarray:
-        """Row numbers of keys, int64 [n]. Raises KeyError naming the first that is not held."""
+    def find(self, keys: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Return the row numbers of keys, int64 [n]. Raises KeyError naming the first that is not held."""
         keys = np.asarray(keys, np.uint64)
         rows = np.searchsorted(self["position"], keys)
         held = rows < self._size
@@ -107,7 +107,7 @@ class RowTable:
         return rows
 
     def find_one(self, key: int) -> int:
-        """Row number of a key. Raises KeyError."""
+        """Return the row number of a key. Raises KeyError."""
         position = self["position"]
         row = int(position.searchsorted(np.uint64(key))) if key >= 0 else self._size
         if row == self._size or position[row] != key:
@@ -116,7 +116,7 @@ class RowTable:
 
 
 def dump_index(header: Mapping[str, Any], table: RowTable) -> bytes:
-    """The bytes of an index file."""
+    """Return the bytes of an index file."""
     layout = [[name, dtype] for name, dtype in COLUMNS.items()]
     text = json.dumps(
         {"format": _FORMAT, "num_rows": len(table), "columns": layout, **header}, ensure_ascii=False, allow_nan=False
@@ -131,8 +131,8 @@ def dump_index(header: Mapping[str, Any], table: RowTable) -> bytes:
 
 
 def load_index(data: memoryview, where: str) -> tuple[dict[str, Any], RowTable]:
-    """(header, table) of an index; the table's columns are views. Raises ReplayError where the bytes are damaged or of
-    another format."""
+    """Return (header, table) of an index; the table's columns are views. Raises ReplayError where the bytes are damaged
+    or of another format."""
     if len(data) < _HEAD.size + 16 or bytes(data[:8]) != _MAGIC:
         raise ReplayError(f"{where}: not an index of a safecl memory, or its beginning is damaged")
     if bytes(data[-16:]) != xxhash.xxh3_128_digest(data[:-16]):

@@ -1,1 +1,1 @@
-"""What the replay buffer keeps and what it draws."""
+"""The choice of rows: which stay in the memory, which a step draws."""

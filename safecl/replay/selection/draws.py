@@ -1,13 +1,13 @@
-"""What a step draws: classes of rows, how often each is visited, and the layout in which visits find them.
+"""The draw of a step: classes of rows, how often each is visited, and the layout in which visits find them.
 
     uniform     one class: every row is equally likely
     balanced    one class per category (task, source, or a tag), all equally likely
     loss_aware  one class; a visited row is taken with a chance that grows with its last loss
     mix_cd      one class per category and bin of loss, in proportion to rows x estimated rate of damage
 
-With `rest_steps` r every row belongs to one of r + 1 cohorts by a hash of its position, and step t draws from cohort t
-mod (r + 1) alone, so a row rests r steps at least. A memory that is too small for that rests its rows for fewer steps:
-a cohort holds at least two draws.
+With `rest_steps` r every row belongs to one of r + 1 cohorts by a hash of its position, and step t draws only from
+cohort t mod (r + 1), so a row rests at least r steps. A memory that is too small for that rests its rows for fewer
+steps: a cohort holds at least two draws.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Classes:
 
 
 class Drawer:
-    """Draws from a table by the configured policy. Layouts are kept until rows come or go.
+    """Draws from a table by the configured policy. Layouts are cached until rows are added or dropped.
 
-    A draw has as many rows as hold the asked tokens on average, by the mean length of the classes that are drawn
-    (float64 [classes]).
+    A draw has as many rows as hold `num_tokens` on average, by the mean length of the classes that are drawn (float64
+    [classes]).
     """
 
     def __init__(self, config: MemoryConfig, seed: int):
@@ -53,10 +53,11 @@ class Drawer:
 
     @property
     def uses_scores(self) -> bool:
+        """True where draws depend on logged losses."""
         return self.policy in ("loss_aware", "mix_cd")
 
     def draw(self, table: RowTable, groups: list[str], step: int, num_tokens: int, stream: str) -> np.ndarray:
-        """Row numbers of a draw, int64 [n], in the order of the visits. groups: name of each label's category."""
+        """Return the row numbers of a draw, int64 [n], in the order of the visits. groups: category of each label."""
         self._follow(table, groups)
         if self.uses_scores:
             self.scores.use_until(step - LAG, table, self._classes.of_row, self._classes.names)
@@ -75,7 +76,7 @@ class Drawer:
         )
 
     def log(self, table: RowTable, groups: list[str], step: int, keys: np.ndarray, losses: np.ndarray) -> None:
-        """Logs losses of rows; see ScoreLog.log."""
+        """Log losses of rows; see ScoreLog.log."""
         self.scores.log(step, keys, losses)
         if not self.uses_scores:
             self._follow(table, groups)
@@ -83,7 +84,7 @@ class Drawer:
             self.scores.last_step = -(2**31)
 
     def num_cohorts(self, num_tokens: int) -> int:
-        """Cohorts of resting rows for draws of `num_tokens` tokens; 1 where rows do not rest."""
+        """Return the number of cohorts for draws of `num_tokens` tokens; 1 where rows do not rest."""
         if self.rest_steps == 0 or num_tokens < 1:
             return 1
         draws = self._num_tokens // (SMALLEST_COHORT_DRAWS * num_tokens)
@@ -124,7 +125,7 @@ class Drawer:
         return self._layouts[num_cohorts, strips]
 
     def _weights(self, layout: visits.RowLayout, num_cohorts: int) -> np.ndarray:
-        """Weight of every class in every cohort; float64 [classes, cohorts]."""
+        """Return the weight of every class in every cohort; float64 [classes, cohorts]."""
         sizes = layout.sizes.reshape(-1, num_cohorts).astype(np.float64)
         if self.policy == "balanced":
             return (sizes > 0).astype(np.float64)

@@ -1,21 +1,22 @@
-"""Which rows stay when the memory is full: the same rows in whatever portions and on however many ranks they were
-inserted.
+"""The choice of rows that stay when the memory is full. It does not depend on how rows are split over calls or ranks.
 
 Every policy is one rule. Rows have a priority, rows of a category share a quota, and a category keeps, in the order of
 priority, as many rows as fit into its quota without a gap:
 
-    reservoir   one category; priority = hash(seed, position): the k smallest of n independent uniform numbers are a uniform sample of
-                k rows (bottom-k sampling: Cohen and Kaplan 2007, PODC)
+    reservoir   one category; priority = hash(seed, position): the k smallest of n independent uniform numbers are a
+                uniform sample of k rows (bottom-k sampling: Cohen and Kaplan 2007, PODC)
     balanced    quota = min(what the category offered, level), with the level at which the quotas fill the capacity
     fifo        one category; the latest position first
 
-What was left out once has a priority beyond the cut and can never come back, because quotas only shrink as rows arrive.
-So the rule needs no rows that are gone, and its outcome depends on the set of rows seen alone.
+A dropped row has a priority beyond the cut and can never return, because quotas only shrink as rows arrive. So the rule
+needs no dropped rows, and its outcome depends only on the set of rows seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +28,11 @@ _LAST = 2**64 - 1
 
 @dataclass
 class Keeper:
-    """The rule with what it must remember: per category the amount seen (rows or bytes) and the first priority that did
-    not fit."""
+    """The rule and its state.
+
+    capacity: rows, or bytes with `in_bytes`. seen: amount (rows or bytes) seen per category. cuts: per category, the
+    first priority that did not fit.
+    """
 
     policy: str
     capacity: int
@@ -39,44 +43,46 @@ class Keeper:
 
     @classmethod
     def from_config(cls, config: MemoryConfig, seed: int) -> Keeper:
-        in_bytes = isinstance(config.capacity, str)
-        return cls(config.policy, parse_bytes(config.capacity) if in_bytes else config.capacity, in_bytes, seed)
+        if isinstance(config.capacity, str):
+            return cls(config.policy, parse_bytes(config.capacity), True, seed)
+        return cls(config.policy, config.capacity, False, seed)
 
     def category(self, group: str) -> str:
-        """The category of rows of a group: groups are told apart by the balanced policy only."""
+        """Return the category of a group's rows: only the balanced policy tells groups apart."""
         return group if self.policy == "balanced" else ""
 
     def priorities(self, positions: np.ndarray) -> np.ndarray:
-        """uint64 per position; the smallest stay."""
+        """Return a priority per position, uint64; the smallest stay."""
         positions = np.asarray(positions, np.uint64)
         return np.uint64(_LAST - 1) - positions if self.policy == "fifo" else priority_of(positions, self.seed)
 
     def total(self, nbytes: np.ndarray) -> int:
-        """What all rows together take of the capacity."""
+        """Return how much of the capacity all rows together take."""
         return int(nbytes.sum(dtype=np.int64)) if self.in_bytes else len(nbytes)
 
     def amounts(self, nbytes: np.ndarray) -> np.ndarray:
-        """What rows take of the capacity; int64."""
+        """Return how much of the capacity each row takes, int64."""
         return nbytes.astype(np.int64) if self.in_bytes else np.ones(len(nbytes), np.int64)
 
     def admits(self, priorities: np.ndarray, categories: list[str]) -> np.ndarray:
-        """bool per row: False where the row can be told to stay out already."""
+        """Return which rows may enter, bool per row: False where a row lies beyond its category's cut."""
         if not self.cuts:
             return np.ones(len(priorities), bool)
         return priorities < np.array([self.cuts.get(category, _LAST) for category in categories], np.uint64)
 
     def count(self, category: str, amount: int) -> None:
-        """Remembers that a row was seen."""
+        """Count rows that were seen."""
         self.seen[category] = self.seen.get(category, 0) + amount
 
     def quotas(self) -> dict[str, int]:
-        """What each category may keep.
+        """Return the amount that each category may keep.
 
-        The rows that remain after equal shares go to the first large categories by the hash of their names.
+        The remainder after equal shares goes to the first large categories by the hash of their names.
         """
         if self.policy != "balanced":
             return {"": self.capacity}
-        left, quotas = self.capacity, {}
+        left = self.capacity
+        quotas: dict[str, int] = {}
         for place, (seen, category) in enumerate(sorted((seen, category) for category, seen in self.seen.items())):
             share = left // (len(self.seen) - place)
             if seen > share:
@@ -91,8 +97,8 @@ class Keeper:
     def survivors(
         self, positions: np.ndarray, nbytes: np.ndarray, categories: np.ndarray, names: list[str]
     ) -> np.ndarray:
-        """bool [rows]: who stays of all rows held; moves the cuts. `categories` numbers each row's category in
-        `names`."""
+        """Return which of all rows held stay, bool [rows], and move the cuts. `categories` numbers each row's category
+        in `names`."""
         priorities, amounts = self.priorities(positions), self.amounts(nbytes)
         keep = np.zeros(len(positions), bool)
         quotas = self.quotas()
@@ -105,8 +111,8 @@ class Keeper:
                 self.cuts[name] = min(self.cuts.get(name, _LAST), int(priorities[rows[~fits]][0]))
         return keep
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {"seen": self.seen, "cuts": self.cuts}
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         self.seen, self.cuts = dict(state["seen"]), dict(state["cuts"])

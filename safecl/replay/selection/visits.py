@@ -1,13 +1,13 @@
-"""Which rows a draw visits: a net in two dimensions, shifted at random for every (seed, stream, step).
+"""The visits of a draw: a net in two dimensions, shifted at random for every (seed, stream, step).
 
 Visit i looks at the point (x_i, y_i) of the Sobol' sequence (x is van der Corput's, together a (0, 2)-net in base 2),
 both coordinates XORed with a number drawn from the seed (a digital shift: each point is exactly uniform, the net stays
-a net). y chooses the class of rows (by the policy's weights), x the row inside the class. Rows of a class lie in strips
-of neighbouring shards, by length inside a strip, so
+a net). y chooses the class of rows (by the policy's weights), x the row inside the class. The rows of a class lie in
+strips of neighbouring shards, ordered by length inside a strip, so
 
-    - the leading bits of x choose the strip: W visits of an aligned run meet each of W ranks once, whatever W = 2, 4,
-    ... is, - the remaining bits choose the length, and are the same on all of them: ranks get rows of nearly equal
-    length at the same time.
+    - the leading bits of x choose the strip: W visits of an aligned run meet each of W ranks once, for W = 2, 4, ...
+    - the remaining bits choose the length and are the same for all strips: ranks get rows of nearly equal length at the
+      same time
 
 A visit to a strip is kept with probability (rows of the strip / rows of the fullest strip), which makes all rows of a
 class equally likely.
@@ -24,9 +24,9 @@ import numpy as np
 
 from safecl.replay.files.hashing import NUM_GROUPS, NUM_SHARDS, mix, name_key
 
-# Two rows per strip let long and short cancel; more strips than that would make all rows of a small draw equally long.
+# With two rows per strip, long and short rows cancel; more strips would make all rows of a small draw equally long.
 ROWS_PER_STRIP = 2
-# Fuller strips are more alike, so fewer visits are thrown away.
+# Fuller strips differ less in size, so fewer visits are rejected.
 SMALLEST_STRIP = 16
 SHARD_BITS = NUM_SHARDS.bit_length() - 1
 _SCATTER, _THINNING, _ROUNDING = (
@@ -52,14 +52,14 @@ class RowLayout:
     largest: np.ndarray
 
     def rows_of(self, chosen: int) -> np.ndarray:
-        """Row numbers of a class."""
+        """Return the row numbers of a class."""
         return self.order[self.starts[self.first_strip[chosen]] : self.starts[self.first_strip[chosen + 1]]]
 
 
 def lay_out(
     classes: np.ndarray, num_classes: int, shards: np.ndarray, lengths: np.ndarray, num_strips: int
 ) -> RowLayout:
-    """Sorts rows for visiting. classes, shards: int [rows]; lengths: int [rows], tokens; num_strips: a power of two, at
+    """Sort rows for visiting. classes, shards: int [rows]; lengths: int [rows], tokens; num_strips: a power of two, at
     most 64."""
     sizes = np.bincount(classes, minlength=num_classes)
     strips = np.minimum(num_strips, np.maximum(1, sizes // SMALLEST_STRIP))
@@ -74,12 +74,12 @@ def lay_out(
 
 
 def num_strips_for(num_rows: float) -> int:
-    """Strips of shards for draws of about `num_rows` rows: a power of two, at most 64."""
+    """Return the number of strips for draws of about `num_rows` rows: a power of two, at most 64."""
     return 1 << (max(1, min(NUM_GROUPS, int(num_rows / ROWS_PER_STRIP))).bit_length() - 1)
 
 
 def points(first: int, count: int, key: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points first .. first + count - 1 of the shifted net as 32-bit fractions; two uint64 arrays [count]."""
+    """Return points first .. first + count - 1 of the shifted net as 32-bit fractions; two uint64 arrays [count]."""
     index = np.arange(first, first + count, dtype=np.uint64)
     x, y = np.zeros_like(index), np.zeros_like(index)
     corput, sobol = 1 << 31, 1 << 31
@@ -93,18 +93,17 @@ def points(first: int, count: int, key: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_key(seed: int, stream: str, step: int) -> int:
-    """The digital shift of a draw."""
+    """Return the digital shift of a draw."""
     return int(mix(seed, name_key(stream), step))
 
 
 def visit(
     layout: RowLayout, weights: np.ndarray, first: int, count: int, key: int, net: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What visits first .. first + count - 1 meet: classes and row numbers, int64 [count] each; row -1 where a visit
-    meets none.
+    """Return the classes and row numbers that visits first .. first + count - 1 meet, int64 [count] each; row -1 where
+    a visit meets none.
 
-    weights: float64 [classes], how often each class is visited. net: visits follow the net, or else are independent of
-    each other.
+    weights: float64 [classes], how often each class is visited. net: visits follow the net; else they are independent.
     """
     x, y = points(first, count, key)
     if not net:
@@ -120,7 +119,7 @@ def visit(
 
 
 def _classes_at(y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The class of each visit: as much of y's range as its share of the weights; int64 [count]."""
+    """Return the class of each visit, int64 [count]: a class gets its share of the weights of y's range."""
     if len(weights) == 1:
         return np.zeros(len(y), np.int64)
     edges = np.cumsum(weights) / weights.sum()
@@ -129,7 +128,7 @@ def _classes_at(y: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _uniform(key: int, first: int, count: int) -> np.ndarray:
-    """A number in [0, 1) for each visit; float64 [count]."""
+    """Return a number in [0, 1) for each visit; float64 [count]."""
     return (mix(key, np.arange(first, first + count, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
 
 
@@ -140,13 +139,13 @@ def take_rows(
     key: int,
     chances: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """`num_rows` distinct row numbers in the order of their visits, or all rows of the weighted classes where there are
-    fewer; int64 [n].
+    """Return `num_rows` distinct row numbers in the order of their visits, or all rows of the weighted classes where
+    there are fewer; int64 [n].
 
-    How many rows come from each class is settled by the first visits, whatever they meet there. The number of rows is
-    fixed beforehand: stopping at some amount of tokens would draw short rows more often, because the rows of a draw
-    resemble each other in length. `chances(rows)`, between 0 and 1, is the probability of a visit to take a row, where
-    the rows of a class are not equally likely. Then visits are independent: in a net a row always comes with the same
+    The first `num_rows` visits settle how many rows come from each class, also where they meet no row. The number of
+    rows is fixed beforehand: stopping at a number of tokens would draw short rows more often, because the rows of a
+    draw have similar lengths. `chances(rows)`, between 0 and 1, is the probability that a visit takes a row, where the
+    rows of a class are not equally likely. Visits are then independent: in a net a row always comes with the same
     others, and would be drawn less often where those are likely.
     """
     weights = np.where(layout.sizes > 0, weights, 0.0)
@@ -164,8 +163,8 @@ def take_rows(
             rows = np.where(_uniform(key ^ _THINNING, first, count) < chances(rows), rows, -1)
         classes, met = _distinct(np.concatenate([classes, chosen[rows >= 0]]), np.concatenate([met, rows[rows >= 0]]))
         first = count = first + count
-        if first > 64 * available.sum():  # rows that visits hardly ever meet; a draw of nearly everything must end
-            rest = [layout.rows_of(c) for c in np.flatnonzero(quotas)]
+        if first > 64 * available.sum():  # some rows are hardly ever met, and a draw of nearly all rows must end
+            rest = [layout.rows_of(c) for c in np.flatnonzero(quotas).tolist()]
             owner = np.repeat(np.flatnonzero(quotas), [len(rows) for rows in rest])
             classes, met = _distinct(np.concatenate([classes, owner]), np.concatenate([met, *rest]))
         taken = met[_place_in_class(classes) < quotas[classes]]
@@ -174,8 +173,8 @@ def take_rows(
 
 
 def _quotas(wanted: np.ndarray, available: np.ndarray, num_rows: int) -> np.ndarray:
-    """Rows per class, int64 [classes]: as wanted where the class has them, what is missing from the classes with most
-    rows left."""
+    """Return the rows per class, int64 [classes]: as wanted where the class has them; the classes with most rows left
+    give the rest."""
     quotas = np.minimum(wanted, available)
     for c in np.argsort(quotas - available, kind="stable"):
         quotas[c] += min(num_rows - int(quotas.sum()), int(available[c] - quotas[c]))
@@ -183,7 +182,7 @@ def _quotas(wanted: np.ndarray, available: np.ndarray, num_rows: int) -> np.ndar
 
 
 def _place_in_class(classes: np.ndarray) -> np.ndarray:
-    """How many entries of the same class come before each entry; int64 [n]."""
+    """Count the entries of the same class before each entry; int64 [n]."""
     order = np.argsort(classes, kind="stable")
     ordered = classes[order]
     place = np.empty(len(classes), np.int64)
@@ -192,13 +191,13 @@ def _place_in_class(classes: np.ndarray) -> np.ndarray:
 
 
 def num_rows_for(tokens: float, mean_length: float, key: int) -> int:
-    """Rows that hold `tokens` tokens on average: rounded up or down by chance, so that the mean over steps is right; at
+    """Return how many rows hold `tokens` tokens on average: rounded at random, so that the mean over steps is right; at
     least 1."""
     return max(1, int(tokens / mean_length + float(_uniform(key ^ _ROUNDING, 0, 1)[0])))
 
 
 def _distinct(classes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Classes and rows without repeats of a row, in order of the first visits."""
+    """Drop repeats of a row, keeping the order of the first visits."""
     _, at = np.unique(rows, return_index=True)
     at.sort()
     return classes[at], rows[at]
