@@ -1,4 +1,4 @@
-"""What the ranks of the distributed tests do; importable, so that spawned processes find it."""
+"""The work of the ranks in the distributed tests; importable, so that spawned processes find it."""
 
 from __future__ import annotations
 

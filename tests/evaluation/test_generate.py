@@ -11,7 +11,7 @@ NEW = 12
 
 
 def hf_answers(model, prompts, eos, num_new=NEW):
-    """What transformers' own generate gives, one prompt at a time, without the end token."""
+    """Return the answers of transformers' own generate, one prompt at a time, without the end token."""
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

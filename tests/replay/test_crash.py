@@ -22,8 +22,8 @@ from tests.replay.samples import config, rows, same_row, with_teacher
 
 
 def insert_and_tell(folder: Path, offered: list, pipe: int) -> None:
-    """Inserts one to eight rows at a time, with flushes and checkpoints in between; tells how many are in after each
-    insertion."""
+    """Insert one to eight rows at a time, with flushes and checkpoints in between. Writes the number of rows inserted
+    to the pipe after each insertion."""
     buffer = ReplayBuffer(config(capacity=10_000), folder)
     done = buffer.num_seen
     while done < len(offered):
@@ -38,7 +38,7 @@ def insert_and_tell(folder: Path, offered: list, pipe: int) -> None:
 
 
 def run_until_killed(folder: Path, offered: list, answers: int, seconds: float) -> int:
-    """Kills an inserting child `seconds` after it told so many times how far it is; returns the last that it told."""
+    """Kill an inserting child `seconds` after its first `answers` reports. Returns the last number that it reported."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -101,7 +101,7 @@ def write_all(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def read_everything(folder: Path, offered: list) -> tuple[bool, int]:
-    """(whether damage was told, rows read right); fails when a wrong row is returned."""
+    """Return (whether damage was reported, number of rows read right). Fails when a wrong row is returned."""
     told, right = False, 0
     with ReplayBuffer(config(), folder, mode="read") as buffer:
         told |= bool(buffer.problems)
@@ -263,7 +263,7 @@ def test_ranks_may_write_side_by_side_but_not_into_each_others_shards(tmp_path):
 
 
 def in_child(work) -> str:
-    """What `work` returns, computed in a child process whose limits do not bind this one."""
+    """Return `work()`, computed in a child process whose limits do not apply to this one."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

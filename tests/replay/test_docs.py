@@ -1,4 +1,4 @@
-"""What docs/memory.md says is so."""
+"""The example and the sizes in docs/memory.md are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step draws."""
+"""The rows that a step draws."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tests.replay.samples import config, rows, same_row, token_row, with_teacher
 
 
 def mixed_rows() -> list[MemoryRow]:
-    """Rows of every kind, tags and outputs that differ from row to row."""
+    """Rows with and without tags, and with outputs in fp16 and fp32 of several k."""
     plain, tagged = rows(20), [token_row(i, tags={"category": "weapons", "quote": 'a "b" ü'}) for i in range(20, 30)]
     topk = [with_teacher(row) for row in rows(5, first=30)]
     for row in (with_teacher(row, k=4) for row in rows(3, first=40)):

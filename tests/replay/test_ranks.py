@@ -16,7 +16,7 @@ from tests.replay.samples import config, rows, same_row, token_row, with_teacher
 
 
 class Ranks:
-    """Buffers of all ranks of a run, sharing a folder, that do everything together."""
+    """The buffers of all ranks of a run, which share a folder and are called together."""
 
     def __init__(self, world_size: int, folder, **settings):
         self.world_size = world_size
