@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,24 @@ STATE = ("num_seen", "version", "table", "labels", "keeper", "guard", "drawer", 
 """The attributes that a saved state restores and `reset` empties."""
 
 PLACE_COLUMNS = ("position", "segment", "offset", "nbytes", "checksum")
-READ_COLUMNS = (*PLACE_COLUMNS, "row_id", "length", "targets", "form", "width", "label", "step", "prior_nll")
+
+
+class _Entry(NamedTuple):
+    """The columns of the table that reading a row needs."""
+
+    position: int
+    segment: int
+    offset: int
+    nbytes: int
+    checksum: int
+    row_id: int
+    length: int
+    targets: int
+    form: int
+    width: int
+    label: int
+    step: int
+    prior_nll: float
 
 
 class Contents:
@@ -100,26 +118,23 @@ class Contents:
         """Read rows by their row numbers in the table. Raises ReplayError for a damaged row."""
         if (self.table["segment"][rows] == UNKNOWN).any():
             self.locate()
-        columns = [self.table[name][rows].tolist() for name in READ_COLUMNS]
-        return [
-            self._decode(dict(zip(READ_COLUMNS, line, strict=True)), teacher_of) for line in zip(*columns, strict=True)
-        ]
+        found = []
+        for entry in map(_Entry._make, zip(*(self.table[name][rows].tolist() for name in _Entry._fields), strict=True)):
+            row = self._decode(entry)
+            if row.teacher is None and teacher_of is not None:
+                row = replace(row, teacher=teacher_of(row.row.row_id, entry.targets))
+            found.append(row)
+        return found
 
-    def _decode(
-        self, entry: dict[str, Any], teacher_of: Callable[[int, int], TeacherOutputs | None] | None
-    ) -> MemoryRow:
-        body = self.body(*(entry[name] for name in PLACE_COLUMNS))
-        targets = entry["targets"]
+    def _decode(self, entry: _Entry) -> MemoryRow:
+        body = self.body(entry.position, entry.segment, entry.offset, entry.nbytes, entry.checksum)
         try:
-            ids, mask, teacher, tags = codec.decode(body, entry["length"], targets, entry["form"], entry["width"])
+            ids, mask, teacher, tags = codec.decode(body, entry.length, entry.targets, entry.form, entry.width)
         except ValueError as error:
-            path = self.folder / self.store.name(entry["segment"])
-            raise ReplayError(f"{path}: row {entry['position']} cannot be decoded: {error}") from None
-        if teacher is None and teacher_of is not None:
-            teacher = teacher_of(entry["row_id"], targets)
-        source, task, _ = self.labels[entry["label"]]
-        row = Row(entry["row_id"], ids, mask)
-        return MemoryRow(row, source, task, entry["step"], tags, teacher, entry["prior_nll"])
+            path = self.folder / self.store.name(entry.segment)
+            raise ReplayError(f"{path}: row {entry.position} cannot be decoded: {error}") from None
+        source, task, _ = self.labels[entry.label]
+        return MemoryRow(Row(entry.row_id, ids, mask), source, task, entry.step, tags, teacher, entry.prior_nll)
 
     def body(self, position: int, segment: int, offset: int, nbytes: int, digest: int) -> memoryview:
         """Return the bytes of a row after checking them. Raises ReplayError."""

@@ -72,7 +72,7 @@ def test_contents_do_not_depend_on_the_portions_in_which_rows_arrive(settings):
 
 @pytest.mark.parametrize("policy", ["reservoir", "balanced"])
 def test_a_row_that_did_not_fit_lets_no_later_one_pass_it(policy):
-    """With unequal rows there is room after the first that does not fit. The order of arrival must not decide its use."""
+    """With unequal rows there is room after the first that does not fit. Its use must not depend on who came first."""
     for seed in range(12):
         lengths = np.random.default_rng(seed).choice([4, 600], 60, p=[0.7, 0.3])
         offered = [token_row(i, length=int(n), tags={"category": str(i % 2)}) for i, n in enumerate(lengths)]
