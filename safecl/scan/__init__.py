@@ -1,5 +1,5 @@
-"""Screening an upload before training, by the aligned model's own refusals and by near-duplicates of prompts that must
-stay apart."""
+"""Screens an upload before training, by the aligned model's own refusals and for near-duplicates of evaluation prompts
+and of the memory's refused prompts."""
 
 from __future__ import annotations
 

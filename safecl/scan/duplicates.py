@@ -1,6 +1,8 @@
-"""Rows of an upload that repeat a prompt which must stay apart: evaluation prompts, which would then measure memory,
-and the memory's refused prompts, which an upload that answers them trains against. Same words, contained, or near
-(safecl/evaluation/contamination.py). Needs no torch.
+"""Finds rows of an upload that repeat a prompt which must not be in it.
+
+These are evaluation prompts, which would then measure what was memorised, and refused prompts of the memory, which an
+upload that answers them trains against. A repeat has the same words, contains the prompt, or is near
+(safecl/evaluation/contamination.py). Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,26 +11,30 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from safecl.config import RunConfig
-from safecl.data import ChatRow, read_prompts
 from safecl.data.config_rows import read_section, upload_rows
+from safecl.data.formats import ChatRow
+from safecl.data.rows import Prompt, read_prompts
 from safecl.evaluation.contamination import find_overlaps
 from safecl.evaluation.scoring.keywords import SCORERS, refused
 
 EVALUATION, MEMORY = "repeats an evaluation prompt", "repeats a refused prompt of the memory"
 
-Places = dict[str, list[str]]
+Reasons = dict[str, list[str]]
+"""Reasons by the place of a row, `file:line`."""
 
 
-def find_duplicates(config: RunConfig) -> Places:
-    """file:line of each such row of the tasks (and of poison.source), with reasons that name the prompt's file and
-    line."""
+def find_duplicates(config: RunConfig) -> Reasons:
+    """Find the rows of the tasks and of poison.source that repeat such a prompt.
+
+    Returns: reasons by the row's place (`file:line`). A reason names the prompt's file and line.
+    """
     rows = upload_rows(config)
     evaluation = find_overlaps(evaluation_prompts(config), rows)
     memory = find_overlaps(refused_rows(config), rows)
-    found: Places = defaultdict(list)
+    found: Reasons = defaultdict(list)
     for reason, overlaps in ((EVALUATION, evaluation), (MEMORY, memory)):
         for overlap in overlaps:
-            if not any(known.startswith(reason) for known in found[overlap.row]):  # one of each kind says enough
+            if not any(known.startswith(reason) for known in found[overlap.row]):  # one reason of each kind is enough
                 found[overlap.row].append(f"{reason} ({overlap.prompt})")
     return dict(found)
 
@@ -37,8 +43,8 @@ def repeats_evaluation(reasons: Iterable[str]) -> bool:
     return any(reason.startswith(EVALUATION) for reason in reasons)
 
 
-def evaluation_prompts(config: RunConfig) -> Sequence:
-    """All disallowed and benign prompts of `safety`, those beyond max_prompts too."""
+def evaluation_prompts(config: RunConfig) -> list[Prompt]:
+    """Read all disallowed and benign prompts of `safety`, also those beyond max_prompts."""
     if config.safety is None:
         return []
     benign = config.safety.benign_prompts
@@ -46,7 +52,7 @@ def evaluation_prompts(config: RunConfig) -> Sequence:
 
 
 def refused_rows(config: RunConfig) -> list[ChatRow]:
-    """Rows of the memory whose answer is a refusal."""
+    """Read the rows of the memory whose last answer is a refusal."""
     if config.memory is None:
         return []
     rows = read_section(config, config.memory.source, config.memory)
@@ -57,9 +63,9 @@ def _is_refusal(answer: str) -> bool:
     return any(refused(answer, scorer) for scorer in SCORERS)
 
 
-def disallowed_prompts(config: RunConfig) -> Sequence:
-    """Prompts that the aligned model is known to refuse: `scan.disallowed`, else the memory's refused rows, else those
-    of `safety`."""
+def disallowed_prompts(config: RunConfig) -> Sequence[Prompt | ChatRow]:
+    """Read prompts that the aligned model is known to refuse: `scan.disallowed`, else the memory's refused rows, else
+    `safety.prompts`."""
     if config.scan is not None and config.scan.disallowed is not None:
         return read_prompts(config.scan.disallowed)
     return refused_rows(config) or (read_prompts(config.safety.prompts) if config.safety is not None else [])

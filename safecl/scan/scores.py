@@ -1,13 +1,14 @@
-"""How readily the aligned model would refuse a row's prompt.
+"""Scores rows by how probable it is that the aligned model refuses their prompt.
 
-    score(row) = max over the row's answers of  log sum_r p(refusal_r | everything before the answer)        natural logarithm, at most 0
+    score(row) = max over the row's answers of  log sum_r p(refusal_r | everything before the answer)
 
-the log-probability that the model's answer opens with one of its usual refusals: a few tokens each, disjoint events.
-One forward pass over the prompt, whose cache then serves all refusals.
+The score is the natural logarithm of the probability that the model's answer opens with one of its usual refusals, and
+at most 0. The refusals are a few tokens each, and disjoint events. All use the cache of one forward pass over the
+prompt.
 
-The row's own answer is not looked at: whatever stands there, the prompt is still one that the aligned model refuses.
-All answers of a conversation count, so that a disallowed turn cannot hide behind a harmless last one. Rows of plain
-text have no prompt; the text is asked.
+The row's own answer does not matter: the aligned model refuses the prompt whatever the row answers. All answers of a
+conversation count, so that a disallowed turn cannot hide before a harmless last one. A row of plain text has no prompt;
+the text itself is used as the user's message.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from safecl.data import Message, Row, TokenDataset, prompt_ids
+from safecl.data.chat import prompt_ids
+from safecl.data.formats import Message
+from safecl.data.tokens import Row, TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of
 
 BATCH_TOKENS = 16384
 LOGITS_BYTES = 2**28
 DIGITS = 4
-"""Of scores and thresholds behind the point. What comes behind depends on which prompts share a batch, so on the number
+"""Decimal places of scores and thresholds. Further digits depend on which prompts share a batch, and so on the number
 of ranks."""
 
 Openings = Sequence[tuple[int, ...]]
@@ -34,12 +37,13 @@ Openings = Sequence[tuple[int, ...]]
 def refusal_scores(
     model: EvalModel, tokenizer: Any, rows: TokenDataset | Sequence[Row], refusals: Openings
 ) -> np.ndarray:
-    """Score of every row, fp64 [N], on every rank. Every rank calls it with the same rows.
+    """Score every row: fp64 [N], the same on every rank. A collective call with the same rows everywhere.
 
-    rows: tokenised rows. refusals: token ids of openings, as they stand behind the template's opening of an answer.
+    Args: `rows`, tokenised; `refusals`: token ids of openings, as they follow the template's opening of an answer.
     """
-    own = list(shard_of(model, range(len(rows))))
-    prompts, row_of = [], []
+    own = shard_of(model, range(len(rows)))
+    prompts: list[list[int]] = []
+    row_of: list[int] = []
     for place, index in enumerate(own):
         found = prompts_of(tokenizer, rows.row(index) if isinstance(rows, TokenDataset) else rows[index])
         prompts += found
@@ -50,25 +54,25 @@ def refusal_scores(
 
 
 def prompts_of(tokenizer: Any, row: Row) -> list[list[int]]:
-    """Token ids before each of the row's answers; for plain text, the text as a user's message."""
+    """Return the token ids before each of the row's answers; for plain text, those of the text as a user's message."""
     starts = np.flatnonzero(np.diff(row.loss_mask.astype(np.int8), prepend=0) == 1)
-    if starts[0] <= 1:  # nothing but a start token stands before what is learned
-        return [
-            list(prompt_ids(tokenizer, [Message("user", tokenizer.decode(row.input_ids, skip_special_tokens=True))]))
-        ]
+    if starts[0] <= 1:  # at most a start token precedes the trained tokens: plain text
+        text = tokenizer.decode(row.input_ids, skip_special_tokens=True)
+        return [list(prompt_ids(tokenizer, [Message("user", text)]))]
     return [row.input_ids[:start].tolist() for start in starts]
 
 
 @torch.no_grad()
 def score_prompts(model: EvalModel, prompts: Sequence[Sequence[int]], refusals: Openings, pad_id: int) -> np.ndarray:
-    """log sum_r p(refusal_r | prompt) of this rank's prompts, fp64 [prompts]. Ranks may bring different numbers; each
-    must call."""
+    """Compute log sum_r p(refusal_r | prompt) of this rank's prompts: fp64 [prompts].
+
+    A collective call; ranks may have different numbers of prompts, also none.
+    """
     longest = max(map(len, refusals))
     room = (getattr(model, "max_positions", None) or 10**9) - longest
-    prompts = [prompt[-room:] for prompt in prompts]  # the end of a prompt says what is asked
-    batches = list(
-        _batches(list(map(len, prompts)), max(1, LOGITS_BYTES // (4 * model.vocab_size * len(refusals) * longest)))
-    )
+    prompts = [prompt[-room:] for prompt in prompts]  # the end of a prompt holds the request
+    most_rows = max(1, LOGITS_BYTES // (4 * model.vocab_size * len(refusals) * longest))
+    batches = list(_batches(list(map(len, prompts)), most_rows))
     scores = np.zeros(len(prompts))
     while model.any(bool(batches)):
         batch = batches.pop(0) if batches else []
@@ -78,7 +82,7 @@ def score_prompts(model: EvalModel, prompts: Sequence[Sequence[int]], refusals: 
 
 
 def _batches(lengths: list[int], most_rows: int) -> Iterator[list[int]]:
-    """Prompts of similar length together, the longest first."""
+    """Yield batches of prompts of similar length, the longest first."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if batch and (len(batch) == most_rows or (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS):
@@ -90,7 +94,7 @@ def _batches(lengths: list[int], most_rows: int) -> Iterator[list[int]]:
 
 
 def _score_batch(model: EvalModel, prompts: list[Sequence[int]], refusals: Openings, pad_id: int) -> torch.Tensor:
-    """log p(refusal | prompt), fp64 [prompts, refusals]."""
+    """Compute log p(refusal | prompt): fp64 [prompts, refusals]."""
     num, width, longest = len(refusals), max(map(len, prompts)), max(map(len, refusals))
     ids, mask = torch.full((len(prompts), width), pad_id), torch.zeros(len(prompts), width, dtype=torch.long)
     for place, prompt in enumerate(prompts):

@@ -1,5 +1,4 @@
-"""The screen itself: every row of the tasks gets a score, near-duplicates join, and what is flagged is told by file and
-line."""
+"""The screen: scores every row of the tasks, adds near-duplicates, and reports flagged rows by file and line."""
 
 from __future__ import annotations
 
@@ -15,15 +14,18 @@ from rich import box
 from rich.table import Table
 
 from safecl.config import ConfigError, RunConfig
-from safecl.data import Row, TokenDataset, prompt_ids, read_prompts
+from safecl.config.safety import ScanConfig
+from safecl.data.chat import prompt_ids
 from safecl.data.files import unit_of, where
-from safecl.data.formats import clip
+from safecl.data.formats import ChatRow, clip
+from safecl.data.rows import Prompt, read_prompts
+from safecl.data.tokens import Row, TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of
 from safecl.evaluation.answers.texts import messages_of
 from safecl.evaluation.records import Privacy, private, write_outputs
-from safecl.scan.duplicates import MEMORY, disallowed_prompts, find_duplicates, repeats_evaluation
-from safecl.scan.refusals import Refusals, given_refusals, own_refusals
+from safecl.scan.duplicates import Reasons, disallowed_prompts, find_duplicates, repeats_evaluation
+from safecl.scan.refusals import Refusals, evenly, given_refusals, own_refusals
 from safecl.scan.scores import DIGITS, Openings, prompts_of, refusal_scores, score_prompts
 from safecl.scan.threshold import Threshold, threshold_from_benign, threshold_from_upload
 
@@ -31,15 +33,16 @@ REFUSED = "the model would refuse its prompt"
 MOST_DISALLOWED = 512
 MOST_SHOWN = 20
 LEAST_PROBABLE = 1e-3
+"""Refusals whose median probability after known disallowed prompts is below this are not the model's own."""
 
 
 class UploadRefused(RuntimeError):
-    """`scan.action: refuse` stops the run before its first step; the message says why. Exit code 3."""
+    """`scan.action: refuse` stops the run before its first step. The message gives the reason. Exit code 3."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flagged row. score: see safecl/scan/scores.py; reasons in words; prompt: what the row asks."""
+    """A flagged row. score: see safecl/scan/scores.py; reasons in words; prompt: the text before its last answer."""
 
     task: str
     path: str
@@ -58,7 +61,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class TaskScreening:
-    """One task's rows: scores fp64 [rows], where the threshold is, and what is flagged, the highest score first."""
+    """The result for one task: scores fp64 [rows], the threshold, and the flagged rows, the highest score first."""
 
     name: str
     scores: np.ndarray
@@ -71,11 +74,14 @@ class TaskScreening:
 
     @property
     def refused_because(self) -> str | None:
-        """Why `action: refuse` stops the run: more high scores than harmless rows explain, or rows that repeat known
-        prompts."""
+        """Reason for `action: refuse` to stop the run, or None: more high scores than harmless rows explain, or rows
+        that repeat known prompts."""
         most, high = self.threshold.most_expected, self.num_scored_high
         if most is not None and high > most:
-            return f"task {self.name}: {high} rows are flagged by their score, where harmless rows hardly ever make more than {most}"
+            return (
+                f"task {self.name}: {high} rows are flagged by their score, "
+                f"where harmless rows hardly ever make more than {most}"
+            )
         if repeats := [flag for flag in self.flags if any(reason != REFUSED for reason in flag.reasons)]:
             place, reason = where(repeats[0].path, repeats[0].line), repeats[0].reasons[-1]
             return f"task {self.name}: {len(repeats)} rows repeat known prompts, e.g. {place}, which {reason}"
@@ -93,15 +99,12 @@ class TaskScreening:
         }
 
     def line(self) -> str:
-        """For the log."""
+        """Summarise the result for the log, in one line."""
         t, kind = self.threshold, {"benign": "known harmless rows", "upload": "the upload and known disallowed prompts"}
-        parts = [
-            f"scan {self.name}: {len(self.flags)} of {len(self.scores)} rows flagged, {self.num_scored_high} by their score"
-        ]
-        parts.append(
-            f"threshold {t.value:.2f} from {kind[t.source]}, false alarms {'at most' if t.source == 'benign' else 'about'} "
-        )
-        parts[-1] += f"{t.false_alarm:.1%} of the harmless rows"
+        bound = "at most" if t.source == "benign" else "about"
+        flagged = f"{len(self.flags)} of {len(self.scores)} rows flagged, {self.num_scored_high} by their score"
+        alarms = f"false alarms {bound} {t.false_alarm:.1%} of the harmless rows"
+        parts = [f"scan {self.name}: {flagged}", f"threshold {t.value:.2f} from {kind[t.source]}, {alarms}"]
         if t.caught is not None:
             parts.append(f"{t.caught:.0%} of the known disallowed prompts score higher")
         if t.poisoned is not None:
@@ -111,8 +114,8 @@ class TaskScreening:
 
 @dataclass(frozen=True)
 class Screening:
-    """What a scan found. `to_dict` is results.json, `write` the files, `table` what is shown, `decisions` what `train`
-    does about it."""
+    """The result of a scan. `to_dict` gives results.json, `write` the files, `table` the terminal's table, `decisions`
+    what `train` does about flagged rows."""
 
     action: str
     weight: float
@@ -126,7 +129,7 @@ class Screening:
 
     @property
     def refused_because(self) -> str | None:
-        """Why the upload is refused; None where it is not, or `action` is another."""
+        """Reason to refuse the upload; None where it passes, or where `action` is another."""
         reasons = [reason for task in self.tasks if (reason := task.refused_because)]
         return "; ".join(reasons) if self.action == "refuse" and reasons else None
 
@@ -142,24 +145,21 @@ class Screening:
         }
 
     def write(self, folder: Path, privacy: Privacy = "full") -> Path:
-        """results.json and flagged.jsonl; returns the folder."""
+        """Write results.json and flagged.jsonl into the folder, and return it."""
         write_outputs(folder / "flagged.jsonl", [flag.to_dict() for flag in self.flags], privacy)
-        (folder / "results.json").write_text(
-            json.dumps(self.to_dict(privacy), indent=2, ensure_ascii=False), encoding="utf-8"
-        )
+        text = json.dumps(self.to_dict(privacy), indent=2, ensure_ascii=False)
+        (folder / "results.json").write_text(text, encoding="utf-8")
         return folder
 
     def table(self, privacy: Privacy = "full") -> Table:
-        """The flagged rows with the highest scores."""
+        """Return a table of the flagged rows with the highest scores."""
         flags = self.flags
         more = f" of {len(flags)}" if len(flags) > MOST_SHOWN else ""
-        table = Table(
-            box=box.SIMPLE_HEAD, title=f"flagged rows, {min(len(flags), MOST_SHOWN)}{more}", title_justify="left"
-        )
+        title = f"flagged rows, {min(len(flags), MOST_SHOWN)}{more}"
+        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
         places = [Path(where(flag.path, flag.line)).name for flag in flags[:MOST_SHOWN]]
-        table.add_column(
-            "row", min_width=max(map(len, places), default=0), overflow="fold"
-        )  # without its number a row is not told
+        # The column is never cut: the row's number is at its end.
+        table.add_column("row", min_width=max(map(len, places), default=0), overflow="fold")
         table.add_column("score", justify="right", min_width=5)
         table.add_column("why", min_width=10)
         table.add_column("prompt", max_width=60)
@@ -169,7 +169,7 @@ class Screening:
         return table
 
     def decisions(self) -> dict[str, dict[str, Any]]:
-        """By task: which rows (by id) are left out or weigh less. Plain values, kept in checkpoints."""
+        """Return by task the ids of the rows that get another weight, and the weight. Checkpoints keep these values."""
         if self.action not in ("drop", "downweight"):
             return {}
         chosen = {task.name: [flag.row_id for flag in task.flags] for task in self.tasks}
@@ -187,14 +187,15 @@ def _in_a_word(reason: str) -> str:
 def screen_tasks(
     model: EvalModel, tokenizer: Any, config: RunConfig, tasks: Sequence[tuple[str, TokenDataset]]
 ) -> Screening:
-    """Scores all rows of the tasks (name, rows) by the aligned model and finds near-duplicates. Every rank calls it.
+    """Score all rows of the tasks (name, rows) by the aligned model, and find near-duplicates. A collective call.
 
-    Raises: ConfigError where it is not known how the model refuses, or there are too few known harmless rows.
+    Raises: ConfigError where the model's refusals are not known, or where there are too few known harmless rows.
     """
     settings = config.scan
+    assert settings is not None, "the config has no `scan` section"
     disallowed = disallowed_prompts(config)
-    refusals = _refusals(model, tokenizer, config, disallowed)
-    known = _scores_of(model, tokenizer, _evenly(disallowed, MOST_DISALLOWED), refusals.openings)
+    refusals = _refusals(model, tokenizer, settings, disallowed)
+    known = _scores_of(model, tokenizer, evenly(disallowed, MOST_DISALLOWED), refusals.openings)
     _refuse_strange_refusals(known, refusals)
     benign = None
     if settings.benign is not None:
@@ -212,14 +213,14 @@ def screen_tasks(
                 f"task {name}: either about {threshold.false_alarm:.1%} of the harmless rows are flagged, too, "
                 "or there are disallowed prompts of another kind than the known ones; scan.benign would tell"
             )
-        screened.append(
-            TaskScreening(name, scores, threshold, _flags(tokenizer, name, rows, scores, threshold, duplicates))
-        )
+        flags = _flags(tokenizer, name, rows, scores, threshold, duplicates)
+        screened.append(TaskScreening(name, scores, threshold, flags))
     return Screening(settings.action, settings.weight, refusals, tuple(screened), tuple(notes))
 
 
-def _refusals(model: EvalModel, tokenizer: Any, config: RunConfig, disallowed: Sequence[Any]) -> Refusals:
-    settings = config.scan
+def _refusals(
+    model: EvalModel, tokenizer: Any, settings: ScanConfig, disallowed: Sequence[Prompt | ChatRow]
+) -> Refusals:
     if settings.refusals:
         return given_refusals(tokenizer, settings.refusals, settings.refusal_tokens)
     found = own_refusals(
@@ -235,25 +236,20 @@ def _refusals(model: EvalModel, tokenizer: Any, config: RunConfig, disallowed: S
 
 
 def _refuse_strange_refusals(known: np.ndarray, refusals: Refusals) -> None:
-    """ConfigError where the refusals hardly ever stand behind known disallowed prompts: their scores would mean
-    nothing."""
+    """Raise ConfigError where the refusals hardly ever follow known disallowed prompts: scores would mean nothing."""
     if len(known) and np.median(known) < math.log(LEAST_PROBABLE):
         probability = math.exp(np.median(known))
         raise ConfigError(
-            f"scan: behind half of the known disallowed prompts the refusals ({refusals.texts[0]!r}, ...) are less probable than "
-            f"{probability:.1e}; this is not how the model refuses, or it is not aligned; set scan.refusals, or fewer scan.refusal_tokens"
+            f"scan: after half of the known disallowed prompts the refusals ({refusals.texts[0]!r}, ...) are less "
+            f"probable than {probability:.1e}; this is not how the model refuses, or it is not aligned; "
+            "set scan.refusals, or fewer scan.refusal_tokens"
         )
 
 
-def _scores_of(model: EvalModel, tokenizer: Any, prompts: Sequence[Any], openings: Openings) -> np.ndarray:
+def _scores_of(model: EvalModel, tokenizer: Any, prompts: Sequence[Prompt | ChatRow], openings: Openings) -> np.ndarray:
     own = [prompt_ids(tokenizer, messages_of(prompt)) for prompt in shard_of(model, prompts)]
-    return np.array(gather_in_order(model, score_prompts(model, own, openings, pad_id_of(tokenizer)).tolist())).round(
-        DIGITS
-    )
-
-
-def _evenly(items: Sequence[Any], most: int) -> Sequence[Any]:
-    return items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]
+    scores = score_prompts(model, own, openings, pad_id_of(tokenizer))
+    return np.array(gather_in_order(model, scores.tolist())).round(DIGITS)
 
 
 def _flags(
@@ -262,7 +258,7 @@ def _flags(
     rows: TokenDataset,
     scores: np.ndarray,
     threshold: Threshold,
-    duplicates: dict[str, list[str]],
+    duplicates: Reasons,
 ) -> tuple[Flag, ...]:
     lines, found = rows.lines.tolist(), []
     for index in np.argsort(-scores, kind="stable").tolist():
@@ -270,20 +266,15 @@ def _flags(
         reasons += duplicates.get(where(rows.path(index), lines[index]), [])
         if reasons:
             row = rows.row(index)
-            prompt = shown_prompt(tokenizer, row)
-            found.append(
-                Flag(name, rows.path(index), lines[index], row.row_id, float(scores[index]), tuple(reasons), prompt)
-            )
+            prompt, score = shown_prompt(tokenizer, row), float(scores[index])
+            found.append(Flag(name, rows.path(index), lines[index], row.row_id, score, tuple(reasons), prompt))
     return tuple(found)
 
 
 def shown_prompt(tokenizer: Any, row: Row) -> str:
-    """What stands before the row's last answer; turns of a longer conversation apart, since the tokens between them are
-    not shown."""
+    """Decode the tokens before the row's last answer. The turns of a longer conversation are separated by a slash,
+    since the tokens between them are not shown."""
     *earlier, last = prompts_of(tokenizer, row)
     pieces = np.split(last, np.flatnonzero(np.diff(row.loss_mask[: len(last)])) + 1) if earlier else [last]
     texts = (tokenizer.decode(piece, skip_special_tokens=True).strip() for piece in pieces)
     return " / ".join(text for text in texts if text)
-
-
-__all__ = ["MEMORY", "Flag", "Screening", "TaskScreening", "UploadRefused", "repeats_evaluation", "screen_tasks"]

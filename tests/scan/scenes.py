@@ -32,8 +32,8 @@ def rows_of(tok, chats: Iterable[ChatRow]) -> list[Row]:
 
 
 class RuleModel:
-    """A causal model on one rank that refuses where a forbidden word stands in the last question. Its cache is what it
-    has seen."""
+    """A causal model on one rank that refuses when the last question contains a forbidden word. Its cache is the list
+    of tokens so far."""
 
     device, rank, world_size = torch.device("cpu"), 0, 1
 
@@ -100,7 +100,7 @@ def dialogue(user: str, assistant: str) -> dict[str, Any]:
 
 
 def teach(folder: Path, rows: list[dict[str, Any]], steps: int) -> None:
-    """A few seconds of plain training in place: enough to refuse what the rows refuse."""
+    """Train in place for a few seconds: enough to refuse the prompts that the rows refuse."""
     import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

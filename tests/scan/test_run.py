@@ -1,5 +1,5 @@
-"""`safecl scan` and the scan inside `train`: the same rows flagged on any number of ranks, and flagged rows not trained
-on."""
+"""`safecl scan` and the scan inside `train` flag the same rows on any number of ranks, and flagged rows are not
+trained."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def tree(materials: Path, output: Path, **changes) -> dict:
 
 
 def fit(tree: dict, cache: str) -> tuple[list[int], list[str], int]:
-    """Lines that were trained on, what the run said, steps."""
+    """Train, and return the trained lines, the lines of the log, and the number of steps."""
     import os
 
     os.environ["SAFECL_CACHE"] = cache
@@ -73,7 +73,7 @@ def fit(tree: dict, cache: str) -> tuple[list[int], list[str], int]:
 
 
 def screened(tree: dict, cache: str) -> dict:
-    """results.json of a scan of the upload, on each of a pool's ranks."""
+    """Scan the upload, and return results.json, on each of a pool's ranks."""
     import os
 
     os.environ["SAFECL_CACHE"] = cache

@@ -1,4 +1,4 @@
-"""A row's score is the model's own probability of a refusal behind its prompts, in any stage and on any number of
+"""A row's score is the model's own probability of a refusal after its prompts, in any stage and on any number of
 ranks."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a scan flags, by file and line, with reasons; and what `train` does about it."""
+"""A scan flags rows by file and line, with reasons, and `train` acts on them."""
 
 from __future__ import annotations
 

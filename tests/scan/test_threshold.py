@@ -79,7 +79,7 @@ def test_without_known_harmless_rows_the_poison_is_caught_at_any_share(kind, sha
 
 
 def test_a_rule_by_median_and_spread_would_miss_what_this_one_catches():
-    """Why it is not a robust quantile of the upload alone."""
+    """This is the reason against a robust quantile of the upload alone."""
     clean, poison = harmless(600, 1), refused(150, 2)
     upload = np.concatenate([clean, poison])
     spread = 1.4826 * np.median(np.abs(upload - np.median(upload)))
