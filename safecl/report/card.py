@@ -1,8 +1,7 @@
-"""The model card of a model folder: README.md with the front matter that the hub reads, and what the run knows. No
-example, no path.
+"""The model card of a model folder: README.md with the front matter that the hub reads, and the facts of the run.
 
-It says what was measured and no more; a text that a run with the same config, rows and seed would write again, byte for
-byte.
+It has no examples and no paths, and claims no more than was measured. A run with the same config, rows and seed writes
+the same card, byte for byte.
 """
 
 from __future__ import annotations
@@ -26,21 +25,24 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """One file of rows as a run used it."""
+    """One file of rows that the run was trained on."""
 
     title: str
     """`task NAME` or `memory`."""
     path: str
     num_rows: int
     fingerprint: str
-    """Of the file's rows: see safecl.training.identity."""
+    """Hash of the file's rows: see safecl.training.identity."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is made of. `digest`: of the base model's weights; `average`: whether the folder holds the average of
-    the weights; `measured`: whether the evaluations are of the weights in this folder."""
+    """The contents of a card.
+
+    digest: XXH3-128 of the base model's weights. average: whether the folder holds the average of the weights.
+    measured: whether the evaluations are of the weights in this folder.
+    """
 
     name: str
     config: RunConfig
@@ -55,7 +57,7 @@ class Card:
     measured: bool = True
 
     def text(self) -> str:
-        """The whole file."""
+        """Return the whole file."""
         parts = [self._front_matter(), self._heading(), self._facts(), self._measured(), self._use()]
         return "\n\n".join(parts) + "\n"
 
@@ -63,56 +65,53 @@ class Card:
         from huggingface_hub import ModelCardData
 
         model = self.config.model
-        known = licence_of(model.path)
+        licence: dict[str, Any] = {**licence_of(model.path)}
         data = ModelCardData(
             base_model=model.path if _HUB_ID.fullmatch(model.path) and not Path(model.path).is_dir() else None,
             library_name="transformers" if model.lora is None else "peft",
             pipeline_tag="text-generation",
             tags=["safecl", *self.config.methods],
-            **known,
+            **licence,
         )
         return f"---\n{data.to_yaml()}\n---"
 
     def _heading(self) -> str:
         adapter = ", as a LoRA adapter," if self.config.model.lora is not None else ""
         version, methods = self.versions["safecl"], " + ".join(self.config.methods) or "plain fine-tuning"
-        return f"# {_plain(self.name)}\n\n`{file_name(self.config.model.path)}`{adapter} fine-tuned with safecl {version}: {methods}."
+        base = file_name(self.config.model.path)
+        return f"# {_plain(self.name)}\n\n`{base}`{adapter} fine-tuned with safecl {version}: {methods}."
 
     def _facts(self) -> str:
         train, model = self.config.train, self.config.model
         rows = [("base model", f"`{file_name(model.path)}`, XXH3-128 of its weights `{self.digest}`")]
         rows += [(data.title, _data(data)) for data in self.data]
         rows += [(f"method `{name}`", _settings(settings)) for name, settings in self.config.methods.items()]
-        rows.append(("steps", f"{self.num_steps:,}, {self.num_tokens:,} tokens through the model"))
-        rows.append(
-            (
-                "training",
-                f"learning rate {train.learning_rate:g}, at most {train.max_length:,} tokens a row, seed {train.seed}",
-            )
-        )
-        rows.append(
-            (
-                "weights",
-                f"{'the average over the steps (EMA)' if self.average else 'those after the last step'}, {model.dtype}",
-            )
-        )
-        licence = licence_of(model.path).get("license", "not known to safecl")
-        rows.append(
-            ("licence of the base model", f"{licence}{', as its own card says' if licence_of(model.path) else ''}")
-        )
-        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())))
+        learning = f"learning rate {train.learning_rate:g}, at most {train.max_length:,} tokens a row"
+        weights = "the average over the steps (EMA)" if self.average else "those after the last step"
+        rows += [
+            ("steps", f"{self.num_steps:,}, {self.num_tokens:,} tokens through the model"),
+            ("training", f"{learning}, seed {train.seed}"),
+            ("weights", f"{weights}, {model.dtype}"),
+            ("licence of the base model", self._licence()),
+            ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
+        ]
         return "## What was done\n\n" + _table([["", ""], *map(list, rows)])
 
+    def _licence(self) -> str:
+        found = licence_of(self.config.model.path)
+        return found.get("license", "not known to safecl") + (", as its own card says" if found else "")
+
     def _measured(self) -> str:
+        heading = "## What was measured\n\n"
         if not self.measured:
-            return "## What was measured\n\nNothing of these weights: the run measured the average of the weights, which lies in `../model`."
+            return f"{heading}Not these weights: the run measured the average of the weights, which lies in `../model`."
         if not self.evaluations:
-            return "## What was measured\n\nNothing: the run named neither safety prompts nor held-out rows."
+            return f"{heading}Nothing: the run named neither safety prompts nor held-out rows."
         shown = moments(self.evaluations)
         rows = [["", *(f"{each.when}, step {each.step}" for each in shown)]]
         rows += [[title.strip(), *map(_value, values)] for title, _, values in measures(shown)]
-        told = [self._prompts(), _table(rows), *([self.gate.message.replace("\n  ", "\n- ")] if self.gate else [])]
-        return "## What was measured\n\n" + "\n\n".join(told)
+        gate = [self.gate.message.replace("\n  ", "\n- ")] if self.gate else []
+        return heading + "\n\n".join([self._prompts(), _table(rows), *gate])
 
     def _prompts(self) -> str:
         safety = self.config.safety
@@ -120,18 +119,19 @@ class Card:
             return "Values with 95 % intervals. Safety was not measured: the run named no safety prompts."
         names = [f"`{file_name(path)}`" for path in (safety.prompts, safety.benign_prompts) if path is not None]
         return (
-            f"Values with 95 % intervals. Prompts: {' and '.join(names)}. ASR is the share of disallowed prompts that the scorer named "
-            "beside it did not see refused, which is not yet harm. Other prompts, and attacks on the model, were not tried."
+            f"Values with 95 % intervals. Prompts: {' and '.join(names)}. ASR is the share of disallowed prompts for "
+            "which the named scorer saw no refusal, which is not yet harm. "
+            "Other prompts, and attacks on the model, were not tried."
         )
 
     def _use(self) -> str:
-        package, auto = (
-            ("transformers", "AutoModelForCausalLM")
-            if self.config.model.lora is None
-            else ("peft", "AutoPeftModelForCausalLM")
-        )
-        lines = [f"from {package} import {auto}", "from transformers import AutoTokenizer", ""]
-        lines += [
+        package, auto = "transformers", "AutoModelForCausalLM"
+        if self.config.model.lora is not None:
+            package, auto = "peft", "AutoPeftModelForCausalLM"
+        lines = [
+            f"from {package} import {auto}",
+            "from transformers import AutoTokenizer",
+            "",
             'folder = "path/to/this/folder"',
             f"model, tokenizer = {auto}.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)",
         ]
@@ -139,27 +139,30 @@ class Card:
 
 
 def licence_of(model: str) -> dict[str, str]:
-    """The licence keys in the card of a local model folder, or of a hub model that is in the cache; empty where there
-    are none."""
-    from huggingface_hub import ModelCard, try_to_load_from_cache
+    """Read the licence keys in the card of a local model folder, or of a hub model in the cache; empty without them."""
+    from huggingface_hub import ModelCard
 
-    path = Path(model) / "README.md"
-    if not Path(model).is_dir():
-        found = try_to_load_from_cache(model, "README.md") if _HUB_ID.fullmatch(model) else None
-        path = Path(found) if isinstance(found, str) else None
+    path = _card_of(model)
+    if path is None:
+        return {}
     try:
-        data = (
-            ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-            if path is not None
-            else {}
-        )
+        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}  # no card, or none that can be read
     return {key: str(data[key]) for key in _LICENCE_KEYS if isinstance(data.get(key), str)}
 
 
+def _card_of(model: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).is_dir():
+        return Path(model) / "README.md"
+    found = try_to_load_from_cache(model, "README.md") if _HUB_ID.fullmatch(model) else None
+    return Path(found) if isinstance(found, str) else None
+
+
 def file_name(path: str) -> str:
-    """A hub id as it is, of a local path the last part: where a customer's files lie is nobody else's business."""
+    """Return a hub id as it is, and the last part of a local path: the card does not show where files lie."""
     return _plain(path if _HUB_ID.fullmatch(path) and not Path(path).exists() else Path(path).name)
 
 
@@ -169,10 +172,8 @@ def _data(data: TrainedOn) -> str:
 
 
 def _settings(settings: BaseModel) -> str:
-    return (
-        ", ".join(f"{key} {_setting(key, value)}" for key, value in settings if value is not None)
-        or "as it is by default"
-    )
+    known = [f"{key} {_setting(key, value)}" for key, value in settings if value is not None]
+    return ", ".join(known) or "default settings"
 
 
 def _setting(key: str, value: Any) -> str:
@@ -192,5 +193,5 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line, and no end of a code span."""
+    """Put the text on one line, without backticks, which would end a code span."""
     return " ".join(text.replace("`", "'").split())

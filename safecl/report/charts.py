@@ -1,28 +1,30 @@
-"""Inline SVG without scripts: intervals and curves. Every drawing says in words what it shows."""
+"""Inline SVG without scripts: intervals and curves. Every drawing has a label that says the same in words."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup
 
 COLOURS = ("#2f5fb3", "#c4522b", "#3c8a5a", "#8a5aa8", "#a07a1f", "#4a8a96")
-"""Told apart by most colour-blind readers, and each with a contrast of 3 or more on white."""
+"""Most colour-blind readers can distinguish them, and each has a contrast of 3 or more on white."""
 
 
 def interval(
     value: float, low: float, high: float, *, colour: str = COLOURS[0], width: int = 150, height: int = 14
 ) -> Markup:
-    """A rate between 0 and 1 as a dot on its 95 % interval."""
+    """Draw a rate between 0 and 1 as a dot on its 95 % interval."""
     left, right, middle = (4 + (width - 8) * min(1.0, max(0.0, x)) for x in (low, high, value))
     y = height / 2
     label = f"{value:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    ends = f'x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}"'
     return Markup(
-        f'<svg class="interval" role="img" aria-label="{label}" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+        f'<svg class="interval" role="img" aria-label="{label}" {size}>'
         f'<line x1="4" x2="{width - 4}" y1="{y}" y2="{y}" stroke="#d5d9e0" stroke-width="2"/>'
-        f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="5" stroke-opacity=".35"/>'
+        f'<line {ends} stroke="{colour}" stroke-width="5" stroke-opacity=".35"/>'
         f'<circle cx="{middle:.1f}" cy="{y}" r="4" fill="{colour}"/></svg>'
     )
 
@@ -30,24 +32,22 @@ def interval(
 def curves(
     series: Mapping[str, Sequence[tuple[float, float]]], *, width: int = 720, height: int = 220, what: str = "loss"
 ) -> Markup:
-    """Lines over steps, with a logarithmic scale where all values are positive. Long ones are thinned to about 300
+    """Draw lines over steps, on a logarithmic scale where all values are positive. Long lines are thinned to about 300
     points."""
     series = {name: finite for name, points in series.items() if (finite := [p for p in points if math.isfinite(p[1])])}
     values = [y for points in series.values() for _, y in points]
     if not values:
         return Markup("")
     log = min(values) > 0
-    scale = (lambda y: math.log10(y)) if log else (lambda y: y)
+    scale: Callable[[float], float] = math.log10 if log else lambda y: y
     xs = [x for points in series.values() for x, _ in points]
     box = _Box(min(xs), max(xs), min(map(scale, values)), max(map(scale, values)), width, height)
     lines = [
         box.line([(x, scale(y)) for x, y in _thinned(points)], COLOURS[i % len(COLOURS)])
         for i, points in enumerate(series.values())
     ]
-    label = html.escape(
-        f"{what} over steps: "
-        + "; ".join(f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in series.items())
-    )
+    ends = (f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in series.items())
+    label = html.escape(f"{what} over steps: {'; '.join(ends)}")
     return Markup(
         f'<svg class="curves" role="img" aria-label="{label}" viewBox="0 0 {width} {height}">'
         + box.axes(min(values), max(values), what + (", log scale" if log else ""))
@@ -58,7 +58,7 @@ def curves(
 
 
 class _Box:
-    """From data to places in the drawing."""
+    """Maps data to places in the drawing."""
 
     def __init__(self, left: float, right: float, low: float, high: float, width: int, height: int):
         self.left, self.low = left, low
@@ -66,9 +66,8 @@ class _Box:
         self.right, self.width, self.height = right, width, height
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        return 56 + (x - self.left) / self.across * (self.width - 70), self.height - 26 - (y - self.low) / self.up * (
-            self.height - 56
-        )
+        across, up = (x - self.left) / self.across, (y - self.low) / self.up
+        return 56 + across * (self.width - 70), self.height - 26 - up * (self.height - 56)
 
     def line(self, points: Sequence[tuple[float, float]], colour: str) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self.place(*point) for point in points))
@@ -78,7 +77,8 @@ class _Box:
         bottom, top = self.height - 26, 30
         return (
             f'<path d="M56 {top}V{bottom}H{self.width - 14}" fill="none" stroke="#9aa3af"/>'
-            f'<text x="50" y="{top + 4}" text-anchor="end">{high:.3g}</text><text x="50" y="{bottom}" text-anchor="end">{low:.3g}</text>'
+            f'<text x="50" y="{top + 4}" text-anchor="end">{high:.3g}</text>'
+            f'<text x="50" y="{bottom}" text-anchor="end">{low:.3g}</text>'
             f'<text x="56" y="{self.height - 8}">step {self.left:.0f}</text>'
             f'<text x="{self.width - 14}" y="{self.height - 8}" text-anchor="end">{self.right:.0f}</text>'
             f'<text x="{self.width - 14}" y="14" text-anchor="end">{html.escape(what)}</text>'
@@ -86,7 +86,7 @@ class _Box:
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
-    """Means of stretches of equal length."""
+    """Average over stretches of equal length."""
     size = max(1, math.ceil(len(points) / most))
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
@@ -94,16 +94,20 @@ def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tup
 
 def _key(name: str, place: int) -> str:
     x, colour = 60 + 130 * place, COLOURS[place % len(COLOURS)]
-    return f'<rect x="{x}" y="6" width="14" height="4" fill="{colour}"/><text x="{x + 20}" y="14">{html.escape(name)}</text>'
+    line = f'<rect x="{x}" y="6" width="14" height="4" fill="{colour}"/>'
+    return f'{line}<text x="{x + 20}" y="14">{html.escape(name)}</text>'
+
+
+Interval = tuple[float, float, float]
+"""(value, low, high)."""
 
 
 def dot_plot(
-    rows: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]], panels: Sequence[str], *, width: int = 760
+    rows: Sequence[tuple[str, Sequence[Interval | None]]], panels: Sequence[str], *, width: int = 760
 ) -> Markup:
-    """One row per model, one panel per rate: a dot with its 95 % interval and its number, on scales from 0 to 1. A
-    picture of its own.
+    """Draw rates with their 95 % intervals, on scales from 0 to 1, as a standalone SVG file.
 
-    rows: (title, [(value, low, high) or None for each panel]).
+    Args: `rows`, one per model: (title, interval or None for each panel); `panels`: titles, one per rate.
     """
     left, gap, step, top = 160, 84, 30, 48
     each = (width - left) / len(panels) - gap
@@ -113,19 +117,18 @@ def dot_plot(
         x = left + place * (each + gap)
         parts.append(_panel(title, x, each, top, height - 30))
         for i, (_, values) in enumerate(rows):
-            if values[place] is not None:
-                parts.append(_dot(values[place], x, each, top + step * (i + 0.5), COLOURS[2 * place]))
+            if (value := values[place]) is not None:
+                parts.append(_dot(value, x, each, top + step * (i + 0.5), COLOURS[2 * place]))
     for i, (title, _) in enumerate(rows):
         y = top + step * (i + 0.5) + 5
         parts.append(
             f'<text x="{left - 16}" y="{y}" text-anchor="end" font-size="14" fill="#1d2430">{html.escape(title)}</text>'
         )
-    return Markup(
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(_in_words(rows, panels))}" width="{width}" '
-        f'height="{height}" viewBox="0 0 {width} {height}" font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif">'
-        + "".join(parts)
-        + "</svg>"
-    )
+    label = html.escape(_in_words(rows, panels))
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    font = 'font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" {size} {font}>'
+    return Markup(head + "".join(parts) + "</svg>")
 
 
 def _panel(title: str, x: float, width: float, top: float, bottom: float) -> str:
@@ -134,12 +137,13 @@ def _panel(title: str, x: float, width: float, top: float, bottom: float) -> str
         at = x + share * width
         lines.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 8}" y2="{bottom}" stroke="#e2e6ec"/>')
         lines.append(
-            f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle" font-size="12" fill="#5a6472">{share:.0%}</text>'
+            f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle" font-size="12" fill="#5a6472">'
+            f"{share:.0%}</text>"
         )
     return "".join(lines)
 
 
-def _dot(value: tuple[float, float, float], x: float, width: float, y: float, colour: str) -> str:
+def _dot(value: Interval, x: float, width: float, y: float, colour: str) -> str:
     middle, low, high = (x + width * part for part in value)
     ends = f'x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"'
     return (
@@ -149,9 +153,9 @@ def _dot(value: tuple[float, float, float], x: float, width: float, y: float, co
     )
 
 
-def _in_words(rows: Sequence, panels: Sequence[str]) -> str:
-    said = [
+def _in_words(rows: Sequence[tuple[str, Sequence[Interval | None]]], panels: Sequence[str]) -> str:
+    texts = [
         f"{title}: " + ", ".join(f"{panel} {v[0]:.1%}" for panel, v in zip(panels, values, strict=True) if v)
         for title, values in rows
     ]
-    return "; ".join(said)
+    return "; ".join(texts)

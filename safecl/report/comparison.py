@@ -1,4 +1,4 @@
-"""Several finished runs side by side: as a table on the terminal, and as a page."""
+"""Comparison of several finished runs, for the table on the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ GENERATOR = '<meta name="generator" content="safecl">'
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[ReportedRun]:
-    """All of them; ConfigError that names every folder that holds no finished run, or none of whose measures can be
-    compared."""
+    """Read the runs. Raises ConfigError that names every folder without a finished run or without any measurement."""
     runs, problems = [], []
     for folder in folders:
         try:
@@ -31,7 +30,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[ReportedRun]:
 
 
 def named(runs: Sequence[ReportedRun]) -> list[str]:
-    """The folders' names, or the folders where two have one name."""
+    """Return the folders' names, or the whole paths of folders that have the same name."""
     names = [run.name for run in runs]
     return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
 
@@ -41,7 +40,7 @@ def last_moments(runs: Sequence[ReportedRun]) -> list[Evaluation]:
 
 
 def warnings_of(runs: Sequence[ReportedRun]) -> list[str]:
-    """Why the numbers of these runs may not be compared."""
+    """List the differences that make the numbers of these runs hard to compare."""
     sizes = {(safety.scorer, safety.asr.n) for run in runs if (safety := run.evaluations[-1].safety) is not None}
     steps = {run.results["steps"] for run in runs}
     found = ["Safety was measured with other scorers or other numbers of prompts."] if len(sizes) > 1 else []
@@ -49,7 +48,7 @@ def warnings_of(runs: Sequence[ReportedRun]) -> list[str]:
 
 
 def comparison_page(runs: Sequence[ReportedRun]) -> str:
-    """The page as text."""
+    """Return the page as HTML."""
     titles, withheld = named(runs), [run.name for run in runs if run.withheld]
     answers = [run.answers(run.evaluations[-1]) for run in runs]
     return render(
@@ -61,7 +60,7 @@ def comparison_page(runs: Sequence[ReportedRun]) -> str:
 
 
 def write_comparison(runs: Sequence[ReportedRun], path: Path) -> Path:
-    """Writes the page, whole or not at all. Raises ConfigError where the file is there and is not a page of safecl."""
+    """Write the page, whole or not at all. Raises ConfigError where the file exists and is not a page of safecl."""
     if path.is_dir():
         path = path / "report.html"
     if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:2000]:

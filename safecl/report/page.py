@@ -1,4 +1,4 @@
-"""Fills a template; every text from a run is escaped, since a model's answer is nothing to be trusted."""
+"""Fills the HTML templates. Every text from a run is escaped, since a model's answer may contain markup."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jinja2
 from safecl.report import charts
 
 PLAIN_STATE = ("exp_avg", "exp_avg_sq")
-"""AdamW's own moments, which plain fine-tuning has too: not what a method costs."""
+"""AdamW's own moments. Plain fine-tuning has them too, so they are not part of a method's cost."""
 
 
 def bytes_text(count: float) -> str:
-    """1,234,567 -> 1.2 MB."""
+    """Format a number of bytes: 1,234,567 -> 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -33,5 +33,5 @@ _environment.globals |= {"interval": charts.interval, "curves": charts.curves}
 
 
 def render(template: str, **values: Any) -> str:
-    """The whole page as text."""
+    """Return the whole page as HTML."""
     return _environment.get_template(template).render(**values)

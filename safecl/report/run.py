@@ -1,8 +1,7 @@
-"""The report of one run, read from its folder: what was measured, the gate, answers before and after, losses, cost,
-config.
+"""The report of one run, read from its folder: measurements, gate, answers before and after, losses, cost, config.
 
-`privacy.examples` of the run governs the answers: they are shown for `full` alone. (`hashed` outputs hold no text, and
-a page of hashes tells a reader nothing.)
+Answers are shown only where `privacy.examples` of the run is `full`. With `hashed` the outputs hold no text, and hashes
+would be of no use to a reader.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ import yaml
 from safecl.config import ConfigError
 from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.restore import evaluation_from_dict
-from safecl.evaluation.tables import measures, moments
+from safecl.evaluation.statistics.intervals import Rate
+from safecl.evaluation.tables import Row, measures, moments
 from safecl.report.page import PLAIN_STATE, render
 from safecl.storage.durable import replace_file
 
@@ -31,7 +31,7 @@ LONGEST_ANSWER = 400
 
 @dataclass
 class ReportedRun:
-    """A finished run, as its folder tells it."""
+    """A finished run, read from its folder."""
 
     folder: Path
     results: Mapping[str, Any]
@@ -48,7 +48,7 @@ class ReportedRun:
 
     @property
     def extra_state(self) -> int:
-        """Bytes that the methods keep beside weights and moments."""
+        """Bytes that the methods keep in addition to weights and moments."""
         return sum(size for kind, size in self.results["cost"]["state_bytes"].items() if kind not in PLAIN_STATE)
 
     @cached_property
@@ -62,12 +62,12 @@ class ReportedRun:
 
     @property
     def privacy(self) -> str:
-        """What the run's config says; the strictest where that cannot be read."""
+        """`privacy.examples` of the run's config; the strictest value where that cannot be read."""
         return (self.settings.get("privacy") or {}).get("examples", "none")
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """What was tuned on what, as the config says it."""
+        """Model, tasks, memory and methods of the config, as (name, value)."""
         model, memory = self.settings.get("model") or {}, self.settings.get("memory") or {}
         found = [("base model", model.get("path"))]
         found += [(f"task {task['name']}", task["train"]) for task in self.settings.get("tasks", ())]
@@ -76,7 +76,7 @@ class ReportedRun:
 
     @cached_property
     def scans(self) -> list[str]:
-        """What the screen of each task's rows has found and what was done about it, in words."""
+        """Results of screening each task's rows, in words; empty without a scan."""
         try:
             found = json.loads((self.folder / "scan" / "results.json").read_text(encoding="utf-8"))
             return [_scanned(task, found["action"]) for task in found["tasks"]] + found["notes"]
@@ -94,7 +94,7 @@ class ReportedRun:
         return moments(self.evaluations)
 
     @property
-    def rows(self) -> list:
+    def rows(self) -> list[Row]:
         return measures(self.shown)
 
     @property
@@ -107,25 +107,30 @@ class ReportedRun:
 
     @property
     def verdict(self) -> list[str]:
-        """What the numbers carry, in words."""
-        lines = []
-        safe = [evaluation for evaluation in self.evaluations if evaluation.safety is not None]
-        if safe:
-            first, last = safe[0].safety.asr, safe[-1].safety.asr
-            lines.append(
-                f"{_at(safe[-1])} {_refused(last)} of the disallowed prompts are refused, {_at(safe[0]).lower()} {_refused(first)}."
-            )
-            lines.append(
-                REFUSAL_LOST if last.low > first.high else "No loss of refusal is seen: the intervals overlap."
-            )
-            if (now := safe[-1].safety.over_refusal) and (before := safe[0].safety.over_refusal):
-                lines.append(
-                    f"Of the benign prompts {now.value:.1%} ({now.low:.1%} to {now.high:.1%}) are refused, before {before.value:.1%}."
-                )
-        lines += self._utility
+        """Sentences that the numbers support."""
+        lines = self._safety + self._utility
         if self.results["gate"]:
             lines.append(f"Safety gate: {self.results['gate']['verdict']}.")
         return lines or ["No safety prompts were named, so nothing is said about safety here."]
+
+    @property
+    def _safety(self) -> list[str]:
+        """Refusal and over-refusal at the last moment at which they were measured, and at the first."""
+        safe = [(evaluation, evaluation.safety) for evaluation in self.evaluations if evaluation.safety is not None]
+        if not safe:
+            return []
+        (start, before), (end, after) = safe[0], safe[-1]
+        lines = [
+            f"{_at(end)} {_refused(after.asr)} of the disallowed prompts are refused, "
+            f"{_at(start).lower()} {_refused(before.asr)}.",
+            REFUSAL_LOST if after.asr.low > before.asr.high else "No loss of refusal is seen: the intervals overlap.",
+        ]
+        if (now := after.over_refusal) and (then := before.over_refusal):
+            lines.append(
+                f"{now.value:.1%} ({now.low:.1%} to {now.high:.1%}) of the benign prompts are refused, "
+                f"{_at(start).lower()} {then.value:.1%}."
+            )
+        return lines
 
     @property
     def verdict_class(self) -> str:
@@ -135,8 +140,8 @@ class ReportedRun:
 
     @property
     def _utility(self) -> list[str]:
-        """Each task's own metric at the last moment at which it was taken, just after the task where others followed,
-        and at the first; and what a sequence of tasks has kept."""
+        """Each task's own metric at the last and the first moment at which it was taken, and just after the task where
+        other tasks followed; then the averages over a sequence of tasks."""
         lines = []
         for name in dict.fromkeys(name for evaluation in self.evaluations for name in evaluation.tasks):
             taken = [evaluation for evaluation in self.evaluations if name in evaluation.tasks]
@@ -148,11 +153,11 @@ class ReportedRun:
                 + f"{_at(taken[0]).lower()} {first.value.value:.3f}."
             )
         summary = self.results.get("summary") or {}
-        if None not in (kept := [summary.get(key) for key in ("average", "backward_transfer", "forgetting")]):
+        average, transfer, forgetting = (summary.get(key) for key in ("average", "backward_transfer", "forgetting"))
+        if average is not None and transfer is not None and forgetting is not None:
             lines.append(
-                "Over the sequence of tasks: average score {:.3f}, backward transfer {:+.3f}, forgetting {:.3f}.".format(
-                    *kept
-                )
+                f"Over the sequence of tasks: average score {average:.3f}, backward transfer {transfer:+.3f}, "
+                f"forgetting {forgetting:.3f}."
             )
         return lines
 
@@ -163,7 +168,7 @@ class ReportedRun:
         return self.privacy != "full" and any(evaluation.safety for evaluation in self.evaluations)
 
     def answers(self, evaluation: Evaluation) -> dict[str, str]:
-        """Disallowed prompt -> answer at that moment; empty where privacy or a missing file forbids."""
+        """Return the answer to each disallowed prompt at that moment; empty where privacy forbids it or files lack."""
         if self.privacy != "full":
             return {}
         records = [
@@ -203,7 +208,7 @@ class ReportedRun:
 
     @property
     def losses(self) -> dict[str, list[tuple[float, float]]]:
-        """Term of the loss -> (step, value)."""
+        """Points (step, value) of each term of the loss."""
         series: dict[str, list[tuple[float, float]]] = {}
         for line in _lines(self.folder / "metrics.jsonl"):
             for key, value in line.items():
@@ -217,15 +222,17 @@ def _at(evaluation: Evaluation) -> str:
 
 
 def _scanned(task: Mapping[str, Any], action: str) -> str:
-    """One task's part of scan/results.json."""
-    done = {"drop": "left out", "downweight": "weighed less"}.get(action, "listed")
-    alarms = (
-        f"{'at most' if task['threshold']['source'] == 'benign' else 'about'} {task['threshold']['false_alarm']:.1%}"
+    """Describe one task's part of scan/results.json."""
+    done = {"drop": "left out", "downweight": "given less weight"}.get(action, "listed")
+    threshold = task["threshold"]
+    alarms = f"{'at most' if threshold['source'] == 'benign' else 'about'} {threshold['false_alarm']:.1%}"
+    return (
+        f"{task['task']}: {task['flagged']:,} of {task['rows']:,} rows flagged and {done}; "
+        f"{alarms} of harmless rows are flagged, too."
     )
-    return f"{task['task']}: {task['flagged']:,} of {task['rows']:,} rows flagged and {done}; {alarms} of harmless rows are flagged, too."
 
 
-def _refused(asr) -> str:
+def _refused(asr: Rate) -> str:
     return f"{1 - asr.value:.1%} ({1 - asr.high:.1%} to {1 - asr.low:.1%})"
 
 
@@ -237,7 +244,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def side_by_side(answers: Sequence[Mapping[str, str]], most: int = MOST_ANSWERS) -> list[tuple[str, list[str]]]:
-    """Prompts that all have answered, those with differing answers first; long texts cut."""
+    """Pair the prompts that all have answered with their answers, differing answers first. Long texts are cut."""
     common = [prompt for prompt in answers[0] if all(prompt in other for other in answers)]
     common.sort(key=lambda prompt: len({other[prompt] for other in answers}) == 1)
     return [(_cut(prompt), [_cut(other[prompt]) for other in answers]) for prompt in common[:most]]
@@ -248,7 +255,7 @@ def _cut(text: str) -> str:
 
 
 def read_run(folder: str | Path) -> ReportedRun:
-    """A finished run. Raises ConfigError for a folder that holds none."""
+    """Read a finished run. Raises ConfigError for a folder that holds none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such run folder")
@@ -257,18 +264,14 @@ def read_run(folder: str | Path) -> ReportedRun:
         if not {"evaluations", "methods", "steps"} <= results.keys():
             raise ConfigError(f"{folder}: its results.json is of an evaluation alone, not of a run")
     except FileNotFoundError:
-        under_way = (folder / "run.json").exists()
-        hint = (
-            "the run is not finished; the command that began it goes on"
-            if under_way
-            else "not a run folder, there is no results.json in it"
-        )
+        hint = "not a run folder, there is no results.json in it"
+        if (folder / "run.json").exists():
+            hint = "the run is not finished; the command that started it continues it"
         raise ConfigError(f"{folder}: {hint}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / 'results.json'}: cannot be read: {error}") from None
-    return ReportedRun(
-        folder, {"cost": None, "gate": None, **results}, _text(folder / "config.yaml"), _versions(folder)
-    )
+    results = {"cost": None, "gate": None, **results}
+    return ReportedRun(folder, results, _text(folder / "config.yaml"), _versions(folder))
 
 
 def _text(path: Path) -> str:
@@ -286,12 +289,12 @@ def _versions(folder: Path) -> dict[str, str]:
 
 
 def run_report(run: ReportedRun) -> str:
-    """The page as text."""
+    """Return the page as HTML."""
     return render("run.html", run=run, results=run.results, version=run.results.get("safecl", ""))
 
 
 def write_run_report(folder: str | Path) -> Path:
-    """Writes report.html into the folder of a finished run, whole or not at all; returns its path."""
+    """Write report.html into the folder of a finished run, whole or not at all, and return its path."""
     run = read_run(folder)
     replace_file(run.folder / REPORT, run_report(run))
     return run.folder / REPORT

@@ -1,5 +1,4 @@
-"""The model card says what the run knows: the base model, rows, methods, what was measured; no path, no example, and
-nothing else."""
+"""The model card names the base model, rows, methods and measurements of the run, and no path and no example."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The page of a run and the page that compares runs: self-contained, true to the numbers, and silent where privacy asks
-for it."""
+"""The page of a run and the page that compares runs are self-contained, agree with the numbers, and respect privacy."""
 
 from __future__ import annotations
 
