@@ -1,4 +1,4 @@
-"""What is shown of the data before the first step, with and without colours, and how much of it privacy allows."""
+"""The summary of the data before the first step, with and without colours, shows no more than privacy allows."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_a_quote_that_is_never_closed_stops_the_run(tmp_path):
         read_rows(str(tmp_path / "a.csv"), max_bad_rows=0.99)
 
 
-def test_a_key_that_stands_twice_spoils_one_row_of_a_json_file_and_not_the_file(tmp_path):
+def test_a_key_that_appears_twice_spoils_one_row_of_a_json_file_and_not_the_file(tmp_path):
     (tmp_path / "a.json").write_text(
         '{"data": [{"text": "a"}, {"text": "b", "text": "c"}, {"text": "d", "more": [{"x": 1, "x": 2}]}]}'
     )

@@ -1,4 +1,4 @@
-"""Names of models that cannot be had are told at once, with the key, whether or not there is a network."""
+"""A model that cannot be had is reported at once, with the key, with and without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is learned: the assistant's turns, all of them, with their end, for every kind of tokenizer and template."""
+"""All turns of the assistant are trained, with their end tokens, for every kind of tokenizer and template."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plain(tokenizer):
 
 
 def learned(tokenizer, row: ChatRow, max_length: int = 10_000) -> list[str]:
-    """The trained runs of tokens as text."""
+    """Decode each run of trained tokens."""
     encoded = tokenize_row(tokenizer, row, max_length)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.loss_mask.astype(int), [0]])))
     return [tokenizer.decode(encoded.input_ids[a:b]) for a, b in edges.reshape(-1, 2)]

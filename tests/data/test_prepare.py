@@ -1,4 +1,4 @@
-"""Preparing a file: once, by one process, under a lock; mapped afterwards; and never half."""
+"""A file is prepared once, by one process under a lock, mapped afterwards, and never half written."""
 
 from __future__ import annotations
 

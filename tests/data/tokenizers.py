@@ -1,5 +1,5 @@
-"""Tiny tokenizers and chat templates, made in memory: byte-level BPE as in GPT-2 and Qwen, metaspace BPE as in Llama-2,
-and a slow one."""
+"""Small tokenizers and chat templates, made in memory: byte-level BPE as in GPT-2 and Qwen, metaspace BPE as in
+Llama-2, and a slow one."""
 
 from __future__ import annotations
 
@@ -37,32 +37,37 @@ LLAMA2 = (
     "{% else %}{{ raise_exception('no system role here') }}{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' "
+    "+ m['content'] | trim + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-# A last answer opens with an empty block of thoughts, an earlier one does not: messages[:i+1] is no prefix,
+# The last answer opens with an empty block of thoughts, and an earlier one does not: messages[:i+1] is no prefix, but
 # messages[:i] is.
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The opening of an answer holds the start of a block of thoughts, which earlier answers do not have (as Qwen3.5).
+# The opening of an answer contains the start of a block of thoughts, which earlier answers do not have (as Qwen3.5).
 OPENED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
-# A last answer is closed by one more token (as Phi-3).
+# One more token closes the last answer (as Phi-3).
 CLOSED_TWICE = CHATML.replace(
     "{% if add_generation_prompt %}", "{% if not add_generation_prompt %}{{ eos_token }}{% else %}"
 ).replace("<|im_end|>\n", "<|im_end|>")
-# Answers are asked for with thoughts, and written without (as DeepSeek-R1): training could not meet what generation
-# starts from.
+# The opening of an answer has thoughts, and a written answer has none (as DeepSeek-R1): no training row has the prefix
+# that generation starts from.
 ASKED_OTHERWISE = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}")
-# How many turns there are stands at the front, so no rendering is a prefix of a longer one.
+# The number of turns is at the front, so no rendering is a prefix of a longer one.
 NO_PREFIX = "{{ messages | length }}" + CHATML
 # The opening of an answer ends in a space, which byte-level tokenizers join to the next word.
 TRAILING_SPACE = (
@@ -91,7 +96,7 @@ def _byte_level(trim_offsets: bool) -> str:
 
 
 def byte_level(template: str | None = CHATML, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
-    """As GPT-2 and Qwen: byte-level BPE, no bos."""
+    """A tokenizer as that of GPT-2 and Qwen: byte-level BPE, no bos."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_byte_level(trim_offsets)),
         eos_token="<|endoftext|>",
@@ -122,7 +127,7 @@ def _metaspace() -> str:
 
 
 def metaspace(template: str | None = LLAMA2) -> PreTrainedTokenizerFast:
-    """As Llama-2: a space is put before the text, `<s>` in front of it."""
+    """A tokenizer as that of Llama-2, which puts `<s>` and a space before the text."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_metaspace()), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
