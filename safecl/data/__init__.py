@@ -7,7 +7,33 @@ file is reported at once.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safecl.data.batches import MicroBatch as MicroBatch
+    from safecl.data.batches import collate as collate
+    from safecl.data.chat import load_tokenizer as load_tokenizer
+    from safecl.data.chat import prompt_ids as prompt_ids
+    from safecl.data.chat import stop_ids as stop_ids
+    from safecl.data.chat import template_source as template_source
+    from safecl.data.display import decode_marked as decode_marked
+    from safecl.data.display import describe as describe
+    from safecl.data.formats import ChatRow as ChatRow
+    from safecl.data.formats import DataError as DataError
+    from safecl.data.formats import Message as Message
+    from safecl.data.masks import tokenize_row as tokenize_row
+    from safecl.data.microbatches import assign as assign
+    from safecl.data.order import TaskOrder as TaskOrder
+    from safecl.data.order import resolve_tokens_per_batch as resolve_tokens_per_batch
+    from safecl.data.prepare import mix_poison as mix_poison
+    from safecl.data.prepare import prepare_dataset as prepare_dataset
+    from safecl.data.rows import BadRows as BadRows
+    from safecl.data.rows import Prompt as Prompt
+    from safecl.data.rows import read_prompts as read_prompts
+    from safecl.data.rows import read_rows as read_rows
+    from safecl.data.tokens import Row as Row
+    from safecl.data.tokens import TokenDataset as TokenDataset
+    from safecl.data.tokens import concat as concat
 
 _HOMES = {
     "BadRows": "rows",

@@ -160,7 +160,7 @@ def as_dicts(
 def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool = False) -> list[str]:
     """Render each conversation as text, with control tokens in the messages' own text inside OPEN and CLOSE.
 
-    Raises: whatever the template raises.
+    Raises: any error of the template.
     """
     pattern = _control_pattern(control_tokens(tokenizer))
     turns = [as_dicts(tokenizer, conversation, pattern) for conversation in conversations]

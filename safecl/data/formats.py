@@ -142,7 +142,7 @@ def check_messages(messages: list[Message]) -> tuple[Message, ...]:
 def _check_turns(messages: list[Message]) -> None:
     roles = [m.role for m in messages]
     if "system" in roles[1:]:
-        raise RowProblem("a system message stands after the first turn; it must come first")
+        raise RowProblem("a system message comes after the first turn; it must come first")
     turns = [role for role in roles if role != "system"]
     if not turns or turns[0] != "user":
         raise RowProblem(

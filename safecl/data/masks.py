@@ -238,9 +238,9 @@ def _no_prefix(tokenizer: Any, row: ChatRow, i: int) -> DataError:
     source = template_source(tokenizer)
     return DataError(
         f"{where(row.path, row.line)}: the chat template ({source}) does not write before message {i + 1} what it "
-        "writes when that message is to be generated, so the trained part cannot be told from the rest; mark the "
-        "assistant's turns in a copy of the template with {% generation %} ... {% endgeneration %} and name the copy "
-        "in model.chat_template"
+        "writes when that message is to be generated, so the trained part cannot be separated from the rest; mark "
+        "the assistant's turns in a copy of the template with {% generation %} ... {% endgeneration %} and name the "
+        "copy in model.chat_template"
     )
 
 

@@ -6,7 +6,7 @@ The score is the natural logarithm of the probability that the model's answer op
 at most 0. The refusals are a few tokens each, and disjoint events. All use the cache of one forward pass over the
 prompt.
 
-The row's own answer does not matter: the aligned model refuses the prompt whatever the row answers. All answers of a
+The row's own answer does not matter: the aligned model refuses the prompt for any answer of the row. All answers of a
 conversation count, so that a disallowed turn cannot hide before a harmless last one. A row of plain text has no prompt;
 the text itself is used as the user's message.
 """
