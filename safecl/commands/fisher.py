@@ -1,44 +1,131 @@
 """`safecl fisher CFG`: estimates the diagonal Fisher of the aligned model on the memory's rows, once for all runs on
-that model."""
+that model. Any number of ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safecl.commands.preflight import preflight, refuse_unwritable
 from safecl.config import ConfigError, RunConfig
 from safecl.distributed import environment
 from safecl.exits import ExitCode
 
+if TYPE_CHECKING:
+    from safecl.data import TokenDataset
+    from safecl.engine.fisher.file import FisherHeader
+    from safecl.training.console import Console
+
 
 def fisher_run(config: RunConfig, output: Path | None, *, exact: bool) -> ExitCode:
-    """Writes the Fisher file and says how to use it. Raises ConfigError for what can be said before the model is
-    loaded."""
+    """Write the Fisher file and print how to use it. Raises ConfigError, before the model is loaded where possible."""
     environment.join_launcher()
     if config.memory is None:
         raise ConfigError("safecl fisher: needs `memory: {source: ...}`, the rows whose behaviour must be kept")
     if config.tasks[0].role == "align":
         raise ConfigError(
-            "safecl fisher: model.path is aligned only by the first task (role: align); train that first, then name its model"
+            "safecl fisher: model.path is aligned only by the first task (role: align); "
+            "train that first, then name its model"
         )
-    named = next(_named_files(config), None)
-    path = output or (Path(named) if named is not None else None)
-    # The file that the methods name is what this verb writes, so it need not be there.
+    named = [path for settings in config.methods.values() if (path := getattr(settings, "fisher", None)) is not None]
+    path = output or (Path(named[0]) if named else None)
+    config = _without_fisher(config)
+    preflight(config)
+    if path is not None:
+        refuse_unwritable(path.parent)
+    estimate_to_file(config, path, exact=exact)
+    return ExitCode.DONE
+
+
+def _without_fisher(config: RunConfig) -> RunConfig:
+    """Return the config without the files that its methods name: this verb writes them, so they need not exist yet."""
     methods = {
         name: settings.model_copy(update={"fisher": None})
         for name, settings in config.methods.items()
         if hasattr(settings, "fisher")
     }
-    config = config.model_copy(update={"methods": {**config.methods, **methods}})
-    preflight(config)
-    if path is not None:
-        refuse_unwritable(path.parent)
-    from safecl.commands.fisher_estimate import estimate_to_file
-
-    estimate_to_file(config, path, exact=exact)
-    return ExitCode.DONE
+    return config.model_copy(update={"methods": {**config.methods, **methods}})
 
 
-def _named_files(config: RunConfig) -> Iterator[str]:
-    return (path for settings in config.methods.values() if (path := getattr(settings, "fisher", None)) is not None)
+def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> None:
+    """Estimate the Fisher and write it; a file that holds it already is kept. A collective call. Raises ConfigError.
+
+    path: of the file; None for the store of artifacts, where runs with the same config find it. With LoRA, it is the
+    Fisher of the full weights, which weighs the adapters' product.
+    """
+    from safecl.data import load_tokenizer
+    from safecl.data.config_rows import prepare_memory
+    from safecl.distributed import collectives
+    from safecl.engine.artifacts.fisher import header_of, shared_fisher
+    from safecl.engine.fisher.file import open_fisher
+    from safecl.methods.penalties import ewc
+    from safecl.training.console import Console
+
+    console = Console(config.log.every, rank=environment.rank())
+    config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
+    settings = next((found for found in config.methods.values() if isinstance(found, ewc.Config)), ewc.Config())
+    tokenizer = load_tokenizer(config.model)
+    dataset = prepare_memory(config, tokenizer)
+    collectives.init_distributed()
+    header = header_of(
+        config,
+        tokenizer,
+        dataset,
+        sign_batches=settings.sign_batches,
+        rows_per_batch=settings.rows_per_batch,
+        exact=exact,
+    )
+
+    def build(path: Path) -> None:
+        _estimate(config, dataset, header, path, console, tokenizer.pad_token_id)
+
+    with console:
+        if path is None:
+            path = shared_fisher(config, header, build, console.note)
+        elif _holds(path, header):
+            console.note(f"{path} is there already")
+        else:
+            build(path)
+        mean = open_fisher(path).header.mean
+        console.note(f"{path}: {header.estimator}, mean {mean:.3g}; use it with methods.ewc.fisher={path}")
+
+
+def _holds(path: Path, wanted: FisherHeader) -> bool:
+    """True where the file holds this very Fisher already. Raises ConfigError where it holds something else."""
+    from safecl.engine.fisher.file import open_fisher
+
+    if not path.exists():
+        return False
+    if differences := open_fisher(path).header.differences(wanted):
+        raise ConfigError(
+            f"{path} holds another Fisher ({'; '.join(differences)}); remove it, or choose another file with --output"
+        )
+    return True
+
+
+def _estimate(
+    config: RunConfig, dataset: TokenDataset, header: FisherHeader, path: Path, console: Console, pad_id: int | None
+) -> None:
+    from safecl.distributed import collectives
+    from safecl.engine.artifacts.fisher import KIND, estimate_into
+    from safecl.training.opening import open_engine
+    from safecl.training.replay_memory import fill_memory
+
+    assert config.memory is not None
+    engine, _ = open_engine(config, pad_id=pad_id, keep_store=False, note=console.note)
+    memory = fill_memory(
+        engine,
+        dataset,
+        config.memory,
+        seed=config.train.seed,
+        source=config.memory.source,
+        with_teacher=config.memory.guard is not None,
+    )
+    rows = memory.all_rows(), memory.keys()
+    console.note(
+        f"{len(rows[0]):,} rows, {engine.shards.numel:,} weights, {collectives.world_size()} ranks on {engine.device}"
+    )
+    try:
+        estimate_into(path, header, engine, rows, KIND, console.note)
+    finally:
+        memory.buffer.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from safecl.data import (
     TokenDataset,
 )
 from safecl.methods.base import Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -40,7 +43,7 @@ class RunPlan:
     """A run, ready to start."""
 
     config: RunConfig
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     tasks: list[TaskPlan]
     methods: list[Method]
     memory: TokenDataset | None = None

@@ -1,33 +1,64 @@
-"""What a run's methods have cost: time per step, state beside the weights, memory rows on the disk. Goes into
+"""What a run's methods have cost: time per step, state of the optimizer, memory rows and teacher outputs. Goes into
 results.json."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections import Counter
-from typing import TYPE_CHECKING
+from typing import Any
 
 from safecl.distributed import collectives
 from safecl.training.replay_memory import vocab_size_of
-
-if TYPE_CHECKING:
-    from safecl.training.run import Run
+from safecl.training.state import RunState
 
 
-def cost_of(run: Run, metrics: bytes) -> dict:
-    """A collective call, before `run.finish()`. `metrics`: the lines of metrics.jsonl so far (rank 0's count).
+def cost_of(run: RunState, metrics: bytes, state: dict[str, int]) -> dict[str, Any]:
+    """Return `cost` of results.json. A collective call, before `run.finish()`.
 
-    seconds_per_step: median. state_bytes: of each kind beside the weights, over all ranks (with ZeRO stage 0, of one
-    rank). memory_bytes: of the replay memory's rows and their teacher outputs, also of those that all runs on a base
-    model share. recorded_bytes: of teacher outputs on the tasks' own rows.
+    metrics: the lines of metrics.jsonl so far, on rank 0. state: see `state_bytes`.
+
+    seconds_per_step: median. state_bytes: the optimizer's state by kind, moments included. memory_bytes: the replay
+    memory's rows on the disk and their teacher outputs, also those that all runs on a base model share.
+    recorded_bytes: teacher outputs on the tasks' own rows.
     """
     return {
         "seconds_per_step": collectives.gather_objects([_seconds_per_step(metrics)])[0],  # only rank 0 writes metrics
-        "state_bytes": _state_bytes(run),
-        "memory_bytes": _memory_bytes(run) if run.memory is not None else 0,
-        "recorded_bytes": run.recorded_bytes,
+        "state_bytes": dict(sorted((kind, size) for kind, size in state.items() if not kind.startswith("_"))),
+        "memory_bytes": _memory_bytes(run),
+        "recorded_bytes": sum(run.recorded_teachers.bytes_by_term().values()),
     }
+
+
+def kept_bytes(run: RunState, state: dict[str, int]) -> dict[str, Any]:
+    """Return `kept_bytes` of results.json: what the methods keep besides weights and moments. state: see `state_bytes`.
+
+    state: by kind. recorded: teacher outputs on task rows, by term. memory: rows held, and their bytes. reference:
+    theta_0 on each node.
+    """
+    kept: dict[str, int] = {}
+    for kind, size in state.items():
+        if not kind.startswith("exp_avg"):
+            kept[kind.lstrip("_")] = kept.get(kind.lstrip("_"), 0) + size
+    return {
+        "state": kept,
+        "recorded": run.recorded_teachers.bytes_by_term(),
+        "memory": run.memory.sizes() if run.memory is not None else {},
+        "reference": run.engine.store.nbytes if run.engine.store is not None else 0,
+    }
+
+
+def state_bytes(run: RunState) -> dict[str, int]:
+    """Bytes of each kind of state besides the weights, over all ranks. A collective call.
+
+    In ZeRO stage 0 every rank holds the same state, and one copy is counted: what a method keeps does not depend on the
+    number of ranks.
+    """
+    own = [(kind, value.nbytes) for shard in run.engine.optimizer.shards() for kind, value in shard.state.items()]
+    counted = collectives.gather_objects(own)
+    found: dict[str, int] = {}
+    for kind, size in own if run.engine.shards.replicated else counted:
+        found[kind] = found.get(kind, 0) + size
+    return found
 
 
 def _seconds_per_step(metrics: bytes) -> float | None:
@@ -36,7 +67,9 @@ def _seconds_per_step(metrics: bytes) -> float | None:
     return round(statistics.median(times), 6) if times else None
 
 
-def _memory_bytes(run: Run) -> int:
+def _memory_bytes(run: RunState) -> int:
+    if run.memory is None or run.config.memory is None:
+        return 0
     buffer, teacher = run.memory.buffer, run.config.memory.teacher
     own = sum(path.stat().st_size for path in buffer.folder.glob("*.segment"))
     if buffer.teacher_of is None:
@@ -45,11 +78,3 @@ def _memory_bytes(run: Run) -> int:
     index = 4 if teacher.indices == "int32" else 2 if vocab_size <= 2**16 else 3
     per_token = min(teacher.k, vocab_size) * (2 + index) + 4  # docs/memory.md
     return own + per_token * int(buffer.targets(buffer.keys()).sum())
-
-
-def _state_bytes(run: Run) -> dict[str, int]:
-    own: Counter[str] = Counter()
-    for shard in run.engine.optimizer.shards():
-        own.update({kind: tensor.nbytes for kind, tensor in shard.state.items() if not kind.startswith("_")})
-    counts = collectives.gather_objects([own])
-    return dict(sorted(own.items() if run.engine.shards.replicated else sum(counts, Counter()).items()))

@@ -1,9 +1,9 @@
-"""The folder of a run: one process at a time, never another run's files overwritten. Imports no torch.
+"""The folder of a run: one process at a time uses it, and no other run's files are overwritten. Imports no torch.
 
-run.json      which run it is: resolved config, fingerprints of the rows, versions
-run.lock      held while a run is under way; the system gives it back when the process ends, however it ends
-exit_code     how the last `safecl train` here ended (0, 3 or 75), for launchers that have exit codes of their own; absent while a run is
-              under way and after one that failed or was killed
+run.json    which run it is: resolved config, fingerprints of the rows, versions
+run.lock    locked while a run is under way; the system unlocks it when the process ends, however it ends
+exit_code   how the last `safecl train` here ended (0, 3 or 75), for launchers that have exit codes of their own; absent
+            while a run is under way, and after one that failed or was killed
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ IDENTITY, LOCK, RESULTS, EXIT_CODE = "run.json", "run.lock", "results.json", "ex
 
 
 class RunFolder:
-    """A run folder. Every rank looks into it; rank 0 locks and writes."""
+    """A run folder. Every rank reads it; rank 0 locks it and writes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -32,8 +33,8 @@ class RunFolder:
     # ------------------------------------------------------------------------------------------------------------- lock
 
     def lock(self) -> str | None:
-        """Takes the folder for this process. Returns a note where the file system cannot lock. Raises ConfigError where
-        another has it."""
+        """Lock the folder for this process. Returns a note where the file system has no locks. Raises ConfigError where
+        another process holds it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -45,41 +46,45 @@ class RunFolder:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(handle)
             raise ConfigError(
-                f"output: {self.path} is in use by {holder}; wait for that run or stop it, or choose another folder with output=..."
+                f"output: {self.path} is in use by {holder}; "
+                "wait for that run or stop it, or choose another folder with output=..."
             ) from None
         except OSError as error:
             os.close(handle)
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-            return f"{self.path}: this file system has no locks ({error.strerror}); make sure that no other run writes here"
+            return (
+                f"{self.path}: this file system has no locks ({error.strerror}); "
+                "make sure that no other run writes here"
+            )
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._lock = handle
         return None
 
     def forget_exit_code(self) -> None:
-        """Call it with the lock held: what the run before has left is no longer true."""
+        """Remove the exit code of the run before. Call it with the lock held."""
         (self.path / EXIT_CODE).unlink(missing_ok=True)
 
     def write_exit_code(self, code: int) -> None:
         replace_file(self.path / EXIT_CODE, f"{code}\n")
 
     def release(self) -> None:
-        """Gives the folder back."""
+        """Unlock the folder."""
         if self._lock is not None:
-            os.close(self._lock)  # the file stays: removing it would let two processes hold two files of one name
+            os.close(self._lock)  # the file stays: if it were removed, two processes could lock two files of one name
             self._lock = None
 
     # --------------------------------------------------------------------------------------------------------- contents
 
     def holdings(self) -> list[str]:
-        """What is here that a new run would destroy, in words; empty for a folder that can be begun anew."""
+        """Name what a new run would overwrite; empty where a new run can begin."""
         checkpoints = sorted(self.path.glob("checkpoints/*step-*"))
         found = [f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)}"] if checkpoints else []
         return found + [name for name in ("model", "model-live", RESULTS) if (self.path / name).exists()]
 
     def refuse_to_overwrite(self) -> None:
-        """Raises ConfigError where a fresh run would overwrite something."""
+        """Raise ConfigError where a new run would overwrite something."""
         if holdings := self.holdings():
             spare = next(
                 name for i in range(1, 10**6) if not (name := self.path.with_name(f"{self.path.name}-{i}")).exists()
@@ -91,18 +96,33 @@ class RunFolder:
             )
 
     def identity(self) -> dict[str, Any] | None:
-        """Which run this is, as `write_identity` wrote it; None where nothing readable is there."""
+        """Return what `write_identity` wrote; None where it cannot be read."""
         try:
             return json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
     def write_identity(self, identity: dict[str, Any]) -> None:
-        replace_file(self.path / IDENTITY, json.dumps(identity, indent=1))
+        """Raises ConfigError where the folder cannot be written."""
+        self._write(IDENTITY, json.dumps(identity, indent=1), replace_file)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the folder. Raises ConfigError where the folder cannot be written."""
+        self._write(name, text, lambda path, text: path.write_text(text, encoding="utf-8"))
+
+    def _write(self, name: str, text: str, write: Callable[[Path, str], object]) -> None:
+        try:
+            write(self.path / name, text)
+        except OSError as error:
+            raise ConfigError(f"output: {self.path}: cannot be written: {error.strerror}") from None
 
     def results(self) -> dict[str, Any] | None:
-        """results.json of a run that is finished, else None."""
+        """Return results.json of a finished run; None where the run is not finished."""
         try:
             return json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write results.json, whole or not at all: it marks the run as finished."""
+        replace_file(self.path / RESULTS, json.dumps(results, indent=2))

@@ -1,5 +1,5 @@
-"""Is this the run that the folder holds? Compares configs, rows and the base model; what changes nothing that is
-trained may differ."""
+"""The identity of a run: its config, its rows, its base model. A folder that holds another run is refused; settings
+that do not change what is trained or measured may differ."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from safecl.engine.artifacts.base_model import fingerprint, versions
 from safecl.engine.checkpoint.report import BaseModel
 from safecl.planning.plans import RunPlan
 
-HOW_TO_GO_ON = "put it back to go on, or start a new run with another `output`"
+HOW_TO_RESUME = "put it back to go on, or start a new run with another `output`"
 
-# What may change between a stop and the resume: where things are, how they are computed, what is shown. Rows are
-# compared by content.
-FREE = (
+MAY_DIFFER = (
     "output",
     "deepspeed",
     "teacher",
@@ -37,11 +35,13 @@ FREE = (
     "safety.batch_size",
     "safety.gate",
 )
+"""Keys that may change between a stop and the resume: where things are, how they are computed, what is shown. Rows are
+compared by content."""
 
 
 def identity_of(plan: RunPlan, base: str | None = None) -> dict[str, Any]:
-    """What a checkpoint keeps of the run that it belongs to. `base`: hash of the base model's weights; None where it is
-    not known yet."""
+    """Return the identity that run.json and every checkpoint keep. base: hash of the base model's weights; None before
+    the model is read."""
     return {
         "config": plan.config.model_dump(mode="json"),
         "rows": {task.config.name: fingerprint(task.dataset) for task in plan.tasks},
@@ -52,32 +52,33 @@ def identity_of(plan: RunPlan, base: str | None = None) -> dict[str, Any]:
 
 
 def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    """ConfigError where two identities differ in what is trained or measured."""
+    """Raise ConfigError where two identities differ in what is trained or measured."""
     if "config" not in saved:
         raise ConfigError(
-            f"{where} holds files of a run that cannot be told apart from this one (its run.json is missing); {HOW_TO_GO_ON}"
+            f"{where} holds files of a run that cannot be told apart from this one (its run.json is missing); "
+            f"{HOW_TO_RESUME}"
         )
     refuse_other_config(saved["config"], now["config"], where)
     for name, rows in now["rows"].items():
         if saved["rows"].get(name) != rows:
-            raise ConfigError(f"{where}: the rows of task {name} have changed since this run began; {HOW_TO_GO_ON}")
+            raise ConfigError(f"{where}: the rows of task {name} have changed since this run began; {HOW_TO_RESUME}")
     if saved["memory_rows"] != now["memory_rows"]:
-        raise ConfigError(f"{where}: the rows of memory.source have changed since this run began; {HOW_TO_GO_ON}")
+        raise ConfigError(f"{where}: the rows of memory.source have changed since this run began; {HOW_TO_RESUME}")
     if None not in (saved["base"], now["base"]) and saved["base"] != now["base"]:
-        raise ConfigError(f"{where}: the weights of model.path have changed since this run began; {HOW_TO_GO_ON}")
+        raise ConfigError(f"{where}: the weights of model.path have changed since this run began; {HOW_TO_RESUME}")
 
 
 def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    """ConfigError naming what differs between two resolved configs, where that changes what is trained or measured."""
+    """Raise ConfigError where two resolved configs differ in what is trained or measured; it names the keys."""
     if differences := different_keys(saved, now):
         shown = "".join(f"\n  {key}: {_short(old)} then, {_short(new)} now" for key, old, new in differences[:8])
         more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
-        raise ConfigError(f"{where} holds a run with another config; {HOW_TO_GO_ON}:{shown}{more}")
+        raise ConfigError(f"{where} holds a run with another config; {HOW_TO_RESUME}:{shown}{more}")
 
 
 def different_keys(saved: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, saved, now) of all settings that differ and must not."""
-    if _is_free(path) or saved == now:
+    """Return (key, saved, now) of all settings that differ and must not."""
+    if _may_differ(path) or saved == now:
         return []
     if isinstance(saved, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*saved, *now])
@@ -93,8 +94,8 @@ def different_keys(saved: Any, now: Any, path: str = "") -> list[tuple[str, Any,
     return [(path, saved, now)]
 
 
-def _is_free(path: str) -> bool:
-    return ".".join("*" if part.isdigit() else part for part in path.split(".")) in FREE
+def _may_differ(path: str) -> bool:
+    return ".".join("*" if part.isdigit() else part for part in path.split(".")) in MAY_DIFFER
 
 
 def _short(value: Any) -> str:
@@ -102,19 +103,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def base_of(config: RunConfig, digest: str) -> BaseModel | None:
-    """What anchors of this run may equal; None where what is trained is no base model (LoRA). `digest`: of the model's
-    weights."""
-    return BaseModel(config.model.path, digest) if config.model.lora is None else None
+def base_of(config: RunConfig, digest: str | None) -> BaseModel | None:
+    """Return the base model, whose weights a checkpoint need not save; None with LoRA, which trains other weights."""
+    return BaseModel(config.model.path, digest) if config.model.lora is None and digest is not None else None
 
 
 def version_notes(saved: dict[str, str]) -> list[str]:
-    """What to tell where a run goes on with other versions than before."""
+    """Return the note for a run that is resumed with other versions than before."""
     changed = [
         f"{name} {saved.get(name)} -> {version}" for name, version in versions().items() if saved.get(name) != version
     ]
-    return (
-        [f"other versions than before the stop ({', '.join(changed)}): results may differ in the last bits"]
-        if changed
-        else []
-    )
+    if not changed:
+        return []
+    return [f"other versions than before the stop ({', '.join(changed)}): results may differ in the last bits"]

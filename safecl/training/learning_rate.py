@@ -8,7 +8,7 @@ from safecl.config import TrainConfig
 
 
 def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of a task with `num_steps` steps. Steps of the warm-up rise to
+    """Return the learning rate of optimizer step `step` (from 0) of a task with `num_steps` steps. The warm-up rises to
     the peak."""
     warmup = math.ceil(train.warmup_ratio * num_steps)
     if step < warmup:

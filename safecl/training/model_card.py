@@ -1,33 +1,33 @@
-"""What a run's model card is made of, from the run's own state."""
+"""The model card of a run, made from the run's state."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safecl.evaluation import Evaluation, GateResult
+from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.report.card import Card, TrainedOn
-from safecl.training.run import Run
-
-if TYPE_CHECKING:
-    from safecl.planning.plans import RunPlan, TaskPlan
+from safecl.training.state import RunState
 
 
 def card_of(
-    run: Run,
+    run: RunState,
+    plan: RunPlan,
     name: str,
     identity: dict[str, Any],
     num_tokens: int,
     evaluations: Sequence[Evaluation],
     gate: GateResult | None,
 ) -> Card:
-    """The card of the run's last weights. `identity`: see run_identity.identity_of, with the base model's digest."""
-    plan = run.plan
+    """Return the card of the run's last weights.
+
+    name: of the run. identity: see safecl.training.identity, with the base model's hash. num_tokens: trained on.
+    """
     data = [_of_task(run, task, identity["rows"][task.config.name]) for task in plan.tasks]
-    if plan.memory is not None:
-        data.append(
-            TrainedOn("memory", plan.config.memory.source, len(plan.memory), identity["memory_rows"], _ratio(plan))
-        )
+    if plan.memory is not None and (memory := plan.config.memory) is not None:
+        ratio = f"{memory.replay_ratio:g} of a step's tokens replayed per draw"
+        data.append(TrainedOn("memory", memory.source, len(plan.memory), identity["memory_rows"], ratio))
     return Card(
         name,
         plan.config,
@@ -41,7 +41,7 @@ def card_of(
     )
 
 
-def _of_task(run: Run, task: TaskPlan, fingerprint: str) -> TrainedOn:
+def _of_task(run: RunState, task: TaskPlan, fingerprint: str) -> TrainedOn:
     notes = [f"{task.poisoned_rows:,} of them poison that was mixed in on purpose"] if task.poisoned_rows else []
     if (decision := run.screening.get(task.config.name)) is not None:
         what = "left out" if decision["weight"] == 0.0 else f"of weight {decision['weight']:g}"
@@ -50,7 +50,3 @@ def _of_task(run: Run, task: TaskPlan, fingerprint: str) -> TrainedOn:
     return TrainedOn(
         f"task `{task.config.name}`{role}", task.config.train, len(task.dataset), fingerprint, "; ".join(notes)
     )
-
-
-def _ratio(plan: RunPlan) -> str:
-    return f"{plan.config.memory.replay_ratio:g} of a step's tokens replayed per draw"

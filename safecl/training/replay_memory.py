@@ -1,34 +1,38 @@
-"""The replay memory inside a run: filled once from its source with the aligned model's outputs, then drawn from at
-every step."""
+"""The replay memory inside a run: filled once, with the aligned model's outputs, then drawn from at every step."""
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from safecl.config import MemoryConfig
-from safecl.data import TokenDataset
+from safecl.config import MemoryConfig, RunConfig
+from safecl.data import Row, TokenDataset
 from safecl.data.order import keyed_hash
 from safecl.distributed import collectives
+from safecl.engine.artifacts.teacher_outputs import needs_outputs, shared_outputs
 from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.outputs import mean_nll, outputs_of_rows, stored_form
 from safecl.replay import MemoryRow, ReplayBuffer, SharedOutputs, TeacherOutputs
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-class Memory:
-    """A replay buffer seen as rows of training steps."""
+
+class ReplayMemory:
+    """A replay buffer whose rows are rows of training steps."""
 
     def __init__(self, buffer: ReplayBuffer):
         self.buffer = buffer
 
     def draw(self, step: int, num_tokens: int, stream: str) -> list[StepRow]:
-        """Rows of about `num_tokens` tokens for global step `step`; the same list on every rank, a function of (seed,
+        """Draw rows of about `num_tokens` tokens for a global step: the same list on every rank, a function of (seed,
         step, stream)."""
         return [self._step_row(key) for key in self.buffer.draw(step, num_tokens, stream)]
 
@@ -38,11 +42,14 @@ class Memory:
         return self.buffer.drawer.uses_scores
 
     def log_losses(self, step: int, rows: Sequence[StepRow], own: dict[int, float]) -> None:
-        """Logs the mean NLL of a step's replayed rows, 16 bytes a row between ranks. A collective call, once a step.
+        """Log the mean NLL of a step's replayed rows; the ranks exchange 16 bytes a row. A collective call, once a
+        step.
 
-        rows: of the whole step, alike on all ranks. own: by key, of those that this rank computed.
+        rows: all rows of the step, the same list on every rank. own: losses by key, of the rows that this rank
+        computed.
         """
-        most = max(np.bincount([row.rank for row in rows if row.key is not None], minlength=1).tolist())
+        owners = np.array([row.rank for row in rows if row.key is not None], np.int64)
+        most = max(np.bincount(owners, minlength=1).tolist())
         values = torch.full((most, 2), float("nan"), dtype=torch.float64, device=collectives.device())
         values[: len(own)] = torch.tensor(list(own.items()), dtype=torch.float64).view(-1, 2)
         found = collectives.gather_tensors(values).view(-1, 2).cpu().numpy()
@@ -52,54 +59,110 @@ class Memory:
     def all_rows(self) -> list[StepRow]:
         return [self._step_row(key) for key in self.buffer.keys()]
 
-    def num_bytes(self) -> dict[str, int]:
-        """Rows held, and the bytes that they take on the disk; outputs in the shared cache are not among them."""
-        return {"rows": len(self.buffer), "bytes": int(self.buffer.table["nbytes"].sum())}
-
-    def row_ids(self) -> list[int]:
+    def keys(self) -> list[int]:
+        """Return the rows' keys, in the order of `all_rows`."""
         return list(self.buffer.keys())
 
+    def sizes(self) -> dict[str, int]:
+        """Rows that the memory holds, and their bytes on the disk without outputs in the shared cache."""
+        return {"rows": len(self.buffer), "bytes": int(self.buffer.table["nbytes"].sum())}
+
     def state_dict(self) -> dict[str, Any]:
-        """Which rows are held and where they lie, the same on every rank; rows are on the disk when it returns. A
+        """Return which rows are held and where they lie, the same on every rank. All rows are on the disk by then. A
         collective call."""
         self.buffer.flush()
         collectives.barrier()
         return self.buffer.state_dict()
 
     def _step_row(self, key: int) -> StepRow:
-        def load():
-            row = self.buffer.get(key)
-            return row.row, row.teacher
+        return StepRow(
+            "memory",
+            self.buffer.length(key),
+            self.buffer.num_targets(key),
+            functools.partial(self._load, key),
+            rank=self.buffer.rank_of(key, collectives.world_size()),
+            key=key,
+        )
 
-        rank = self.buffer.rank_of(key, collectives.world_size())
-        return StepRow("memory", self.buffer.length(key), self.buffer.num_targets(key), load, rank=rank, key=key)
+    def _load(self, key: int) -> tuple[Row, TeacherOutputs | None]:
+        row = self.buffer.get(key)
+        return row.row, row.teacher
 
 
-def open_memory(config: MemoryConfig, folder: Path | None, seed: int, vocab_size: int | None = None) -> Memory:
-    """The memory in a folder that all ranks share; each writes its own rows. Without a folder rows lie in temporary
-    ones.
+# -------------------------------------------------------------------------------------------------- opening and filling
 
-    All ranks must have opened it before one inserts: a rank counts what it finds. vocab_size: width of the model's
-    logits.
+
+def open_memory(config: MemoryConfig, folder: Path | None, seed: int, vocab_size: int | None = None) -> ReplayMemory:
+    """Open the memory in a folder that all ranks share; each rank writes its own rows.
+
+    Every rank must have opened it before one inserts, because opening counts the rows that are there. folder: None for
+    temporary files. vocab_size: width of the model's logits.
     """
-    ranks = dict(rank=collectives.rank(), world_size=collectives.world_size())
     outputs = SharedOutputs.of(folder) if folder is not None else None
-    return Memory(ReplayBuffer(config, folder, seed=seed, vocab_size=vocab_size, teacher_of=outputs, **ranks))
+    return ReplayMemory(
+        ReplayBuffer(
+            config,
+            folder,
+            seed=seed,
+            vocab_size=vocab_size,
+            teacher_of=outputs,
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
+        )
+    )
 
 
 def vocab_size_of(engine: TrainingEngine) -> int:
-    """Width of the model's logits."""
-    return engine.module.model.config.get_text_config().vocab_size
+    """Return the width of the model's logits."""
+    config: PretrainedConfig = engine.module.model.config  # type: ignore[assignment]  # nn.Module declares no `config`
+    return config.get_text_config().vocab_size
+
+
+def make_memory(
+    engine: TrainingEngine,
+    rows: TokenDataset,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    folder: Path,
+    note: Callable[[str], None],
+) -> ReplayMemory:
+    """Make the memory of a run from the rows of memory.source. A collective call.
+
+    The base model's outputs come from the store of artifacts. A model that this run has aligned is nobody else's, so
+    its outputs stay in the run's own memory.
+    """
+    assert config.memory is not None
+    with_teacher, shared = needs_outputs(config), None
+    if with_teacher and config.tasks[0].role != "align":
+        shared = shared_outputs(engine, rows, config, tokenizer, note=note)
+    return fill_memory(
+        engine,
+        rows,
+        config.memory,
+        seed=config.train.seed,
+        source=config.memory.source,
+        with_teacher=with_teacher,
+        folder=folder,
+        shared=shared,
+    )
 
 
 def fill_memory(
-    engine: TrainingEngine, dataset: TokenDataset, config: MemoryConfig, *, seed: int, source: str, with_teacher: bool,
-    folder: Path | None = None, shared: SharedOutputs | None = None,
-) -> Memory:  # fmt: skip
-    """A memory of all rows of `dataset`, with what the current model says of them where a method replays that. A
-    collective call.
+    engine: TrainingEngine,
+    dataset: TokenDataset,
+    config: MemoryConfig,
+    *,
+    seed: int,
+    source: str,
+    with_teacher: bool,
+    folder: Path | None = None,
+    shared: SharedOutputs | None = None,
+) -> ReplayMemory:
+    """Make a memory of all rows of `dataset`; what an earlier run left in `folder` is removed. A collective call.
 
-    `shared` outputs stay where they are and need not be computed. What an earlier run left in `folder` is removed.
+    with_teacher: insert the current model's outputs with the rows. shared: outputs in the store of artifacts, which
+    then need not be computed.
     """
     if folder is not None and collectives.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -109,7 +172,7 @@ def fill_memory(
     memory = open_memory(config, folder, seed, vocab_size_of(engine))
     collectives.barrier()
     if shared is None:
-        remember(engine, memory, dataset, config, source=source, task="memory", step=0, with_teacher=with_teacher)
+        insert_rows(engine, memory, dataset, config, with_teacher=with_teacher, source=source, task="memory", step=0)
     else:
         nlls = [shared.reader.prior_nll(row_id) for row_id in dataset.row_ids.tolist()]
         memory.buffer.insert(
@@ -119,34 +182,53 @@ def fill_memory(
     return memory
 
 
-def remember(
-    engine: TrainingEngine, memory: Memory, dataset: TokenDataset, config: MemoryConfig, *, with_teacher: bool, **origin
+def insert_rows(
+    engine: TrainingEngine,
+    memory: ReplayMemory,
+    dataset: TokenDataset,
+    config: MemoryConfig,
+    *,
+    with_teacher: bool,
+    source: str,
+    task: str,
+    step: int,
 ) -> None:
-    """Inserts all rows of `dataset`, with what the current model says of them where a method replays that. A collective
-    call.
+    """Insert all rows of `dataset`, with the current model's outputs where `with_teacher` says so. A collective call.
 
-    origin: source, task and step of the rows, see MemoryRow.
+    source, task, step: where the rows come from, see MemoryRow.
     """
-    buffer, outputs, nlls, k = memory.buffer, {}, np.full(len(dataset), np.nan), None
+    buffer, nlls = memory.buffer, np.full(len(dataset), np.nan)
+    outputs: dict[int, TeacherOutputs] = {}
+    k: int | None = None
     if with_teacher:
         k = min(config.teacher.k, vocab_size_of(engine))
         owners = buffer.ranks_of(range(buffer.num_seen, buffer.num_seen + len(dataset)), collectives.world_size())
-        outputs, nlls = own_outputs(engine, dataset, owners, k=k, temperature=config.teacher.temperature)
-        if config.teacher.kind != "topk":  # only the guard and the draws look at what the model said
+        outputs, nlls = _own_outputs(engine, dataset, owners, k=k, temperature=config.teacher.temperature)
+        if config.teacher.kind != "topk":  # the outputs are not stored; the guard and the draws use the losses alone
             outputs, k = {}, None
     rows = (
-        MemoryRow(dataset.row(i), tags=dataset.tags(i), teacher=outputs.get(i), prior_nll=float(nlls[i]), **origin)
+        MemoryRow(
+            dataset.row(i),
+            tags=dataset.tags(i),
+            teacher=outputs.get(i),
+            prior_nll=float(nlls[i]),
+            source=source,
+            task=task,
+            step=step,
+        )
         for i in range(len(dataset))
     )
     buffer.insert(rows, own_outputs=k)
 
 
-def own_outputs(
+def _own_outputs(
     engine: TrainingEngine, dataset: TokenDataset, owners: np.ndarray, *, k: int, temperature: float
 ) -> tuple[dict[int, TeacherOutputs], np.ndarray]:
-    """Top-k outputs of the current model for the rows of which this rank is the owner; and the mean NLL of all rows,
-    fp64 [rows]."""
-    outputs, own_nlls, nlls = {}, [], np.full(len(dataset), np.nan)
+    """Return the current model's top-k outputs for the rows that this rank owns, and the mean NLL of all rows (fp64
+    [rows])."""
+    outputs: dict[int, TeacherOutputs] = {}
+    own_nlls: list[tuple[int, float]] = []
+    nlls = np.full(len(dataset), np.nan)
     for index, output in outputs_of_rows(engine, dataset, "topk", rank_of=owners, k=k, temperature=temperature):
         outputs[index] = stored_form(output)
         own_nlls.append((index, mean_nll(output)))
@@ -156,7 +238,7 @@ def own_outputs(
 
 
 def sample_rows(dataset: TokenDataset, num_rows: int, seed: int) -> TokenDataset:
-    """`num_rows` of the rows (all where there are fewer), a function of the seed and the rows' ids; more rows keep
-    those that are in."""
+    """Choose `num_rows` rows (all where there are fewer) by the seed and the rows' ids; a larger sample contains the
+    smaller one."""
     chosen = np.argsort(keyed_hash(dataset.row_ids, "keep", seed), kind="stable")[:num_rows]
     return dataset.select(np.sort(chosen))

@@ -1,7 +1,9 @@
-"""Saving a whole run and going on with it: shards, counters, methods, memory, place in the sequence of tasks, metrics.
+"""Saves a whole run and resumes it: shards, counters, methods, memory, place in the sequence of tasks, metrics.
 
-A resumed run at the same world size is bitwise the uninterrupted one. At another world size, stage or offload choice it
-sees the same rows in the same order, and differs by the rounding of sums alone.
+A run that is resumed at the same world size is bitwise the uninterrupted one. At another world size, stage or offload
+choice it sees the same rows in the same order, and differs only by the rounding of sums.
+
+The checkpoint itself is written and published by safecl.engine.checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from safecl.planning.plans import TaskPlan
 from safecl.replay import ReplayError
 from safecl.storage.durable import DamagedCheckpoint, read_file
 from safecl.training.identity import refuse_other_run, version_notes
-from safecl.training.replay_memory import Memory, open_memory, vocab_size_of
+from safecl.training.replay_memory import open_memory, vocab_size_of
 from safecl.training.run import Run
 
 STATE, MEMORY, METRICS = "state.json", "memory.index", "metrics.jsonl"
@@ -37,24 +39,24 @@ MAX_STATE_BYTES = 2**30
 
 @dataclass
 class Progress:
-    """Where a run is in its sequence of tasks, and what it has counted and measured so far."""
+    """The place of a run in its sequence of tasks, and what it has counted and measured so far."""
 
     task: int = 0
     """Index of the task under way."""
     parts_done: int = 0
-    """How many of the task's parts are done."""
+    """Parts of the task that are done, see safecl.training.trainer."""
     skipped_in_a_row: int = 0
     num_tokens: int = 0
     """Tokens that went through the model in training, over all ranks."""
     seconds: float = 0.0
-    """Wall-clock time up to here, without the time between a stop and the resume."""
+    """Wall-clock time of the run so far, without the time between a stop and the resume."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """As in results.json."""
+    """All that was measured, in the form of results.json."""
 
 
 @dataclass
 class Resumed:
-    """What a checkpoint says beside the shards, which are restored already."""
+    """The contents of a checkpoint besides the state of the run, which is restored already."""
 
     name: str
     progress: Progress
@@ -63,10 +65,10 @@ class Resumed:
 
 
 class RunSaver:
-    """Saves one run into its folder and restores it from there. Every call is a collective one."""
+    """Saves one run into its folder and restores it from there. All methods but `close` are collective calls."""
 
     def __init__(self, run: Run, folder: Path, identity: dict[str, Any], base: BaseModel | None = None):
-        """identity: see run_identity.identity_of; base: see Checkpointer."""
+        """identity: see safecl.training.identity.identity_of. base: see Checkpointer."""
         self.run, self.folder = run, folder
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         self.checkpointer = Checkpointer(run.engine.shards, run.engine.optimizer, self.checkpoints, base)
@@ -81,14 +83,14 @@ class RunSaver:
     # ----------------------------------------------------------------------------------------------------------- saving
 
     def save(self, progress: Progress, metrics: bytes, keep: int) -> SaveReport | None:
-        """Starts saving the run as it is now. Returns how the save before ended, where one had not been asked about."""
+        """Start to save the run as it is now. Return how the save before it ended, unless `settle` has already."""
         before = self.settle()
         self.run.settle()
         memory = self.run.memory.state_dict() if self.run.memory is not None else None
         self._saving_version = memory["version"] if memory is not None else None
         state = {
             "progress": dataclasses.asdict(progress),
-            "run": self.run.state_dict(),
+            "run": state_of(self.run),
             "memory_version": self._saving_version,
             **self._identity,
         }
@@ -99,11 +101,11 @@ class RunSaver:
         return before
 
     def settle(self) -> SaveReport | None:
-        """Waits for the save under way; the memory may then free what no checkpoint needs any more."""
+        """Wait for the save under way. The memory then frees what no checkpoint needs any more."""
         report = self.checkpointer.finish()
         if report is None or report.problem is not None:
             return report
-        if self._saving_version is not None:
+        if self._saving_version is not None and self.run.memory is not None:
             self._memory_versions[report.name] = self._saving_version
             left = collectives.gather_objects([self.checkpoints.names()])[0]
             retain = [version for name, version in self._memory_versions.items() if name in left]
@@ -113,10 +115,9 @@ class RunSaver:
     # --------------------------------------------------------------------------------------------------------- resuming
 
     def resume(self, note: Callable[[str], None], tasks: Sequence[TaskPlan]) -> Resumed | None:
-        """Restores the newest whole checkpoint; None where there is none. The run is as it was when that was saved.
+        """Restore the newest whole checkpoint; None where there is no checkpoint.
 
-        Raises ConfigError where the checkpoints are damaged without exception, or belong to another run; nothing is
-        changed then.
+        Raises ConfigError where all checkpoints are damaged, or belong to another run; the run is then unchanged.
         """
         states: dict[str, dict[str, Any]] = {}
 
@@ -136,7 +137,7 @@ class RunSaver:
         state = states[contents.folder.name]
         self.checkpointer.load(contents)
         progress = Progress(**state["progress"])
-        self.run.load_state_dict(state["run"], tasks[min(progress.task, len(tasks) - 1)])
+        restore(self.run, state["run"], tasks[min(progress.task, len(tasks) - 1)])
         self._remember_versions()
         metrics = read_file(contents.folder / METRICS, contents.manifest.files[METRICS].size)
         return Resumed(contents.folder.name, progress, metrics, version_notes(state["versions"]))
@@ -148,16 +149,16 @@ class RunSaver:
             raise DamagedCheckpoint(f"{contents.folder / STATE}: {error}") from None
 
     def _open_memory(self, version: int | None) -> None:
-        if self.run.memory is not None:  # that of a newer checkpoint, which turned out damaged
-            self.run.memory.buffer.close()
-        self.run.memory = self._opened() if version is not None else None
-
-    def _opened(self) -> Memory:
-        return open_memory(self.run.config.memory, self.memory_folder, self.run.seed, vocab_size_of(self.run.engine))
+        run, settings = self.run, self.run.config.memory
+        if run.memory is not None:  # opened for a newer checkpoint, which turned out to be damaged
+            run.memory.buffer.close()
+        run.memory = None
+        if version is not None and settings is not None:
+            run.memory = open_memory(settings, self.memory_folder, run.seed, vocab_size_of(run.engine))
 
     def _load_memory(self, contents: Contents, version: int | None) -> None:
-        """The memory's rows lie outside of the checkpoint; one that they do not fit is not whole."""
-        if version is None:
+        """Read the memory's index. The rows lie outside of the checkpoint; where they do not fit it, it is damaged."""
+        if version is None or self.run.memory is None:
             return
         index = read_file(contents.folder / MEMORY, MAX_STATE_BYTES)
         try:
@@ -175,9 +176,8 @@ class RunSaver:
                 self._memory_versions[name] = version
 
     def check_room(self, note: Callable[[str], None], keep: int) -> None:
-        """Raises ConfigError where not even one checkpoint fits on the disk; says so where fewer than will be kept
-        fit."""
-        size = sum(shape_bytes(shape) for shape in self.run.engine.shards.shapes.values())
+        """Raise ConfigError where not even one checkpoint fits on the disk; note it where fewer fit than are kept."""
+        size = sum(adam_bytes(shape) for shape in self.run.engine.shards.shapes.values())
         free = collectives.gather_objects([free_bytes(self.folder)])[0]
         what = f"a checkpoint takes at least {format_bytes(size)}, and {format_bytes(free)} are free in {self.folder}"
         if free < size:
@@ -188,17 +188,58 @@ class RunSaver:
             note(f"{what}: too little for the {keep + 1} that checkpoint.keep: {keep} needs while saving")
 
     def close(self, timeout: float | None = None) -> None:
-        """Waits for a save under way, at most `timeout` seconds, and gives everything back. Not a collective call.
+        """Wait for a save under way, at most `timeout` seconds, and free everything. Not a collective call.
 
-        A save fails where another rank has died; by then something else has been said about that.
+        A save fails where another rank has died; another message has reported that by then.
         """
         with contextlib.suppress(Exception):
             self.checkpointer.finish(timeout)
         self.checkpointer.close()
 
 
-def shape_bytes(shape: Sequence[int]) -> int:
-    """Bytes of a parameter's master weights and moments."""
+def state_of(run: Run) -> dict[str, Any]:
+    """Return what a resumed run must know besides the shards' state and the memory, as plain values."""
+    optimizer = run.engine.optimizer
+    return {
+        "step": run.step,
+        "global_step": run.global_step,
+        "skipped_steps": run.skipped_steps,
+        "num_updates": optimizer.num_updates,
+        "fisher_means": dict(optimizer.fisher_means),
+        "active": bool(run.active_methods),
+        "previous": run.previous.config.name if run.previous is not None else None,
+        "screening": run.screening,
+        "recorded": [list(key) for key in run.recorded_teachers.keys()],
+        "methods": {method.name: method.state_dict() for method in run.methods},
+    }
+
+
+def restore(run: Run, state: dict[str, Any], task: TaskPlan) -> None:
+    """Put back what `state_of` returned; shards and memory are restored before. A collective call.
+
+    task: the one that was under way, or had ended, or not begun, when the state was taken.
+    """
+    run.stop_reading()
+    run.screen(state["screening"])
+    optimizer = run.engine.optimizer
+    run.step, run.num_steps, run.task = state["step"], task.num_steps, task
+    run.global_step, run.skipped_steps = state["global_step"], state["skipped_steps"]
+    run.first_step = run.global_step - run.step
+    optimizer.num_updates, optimizer.fisher_means = state["num_updates"], dict(state["fisher_means"])
+    run.active_methods = run.methods if state["active"] else []
+    run.online_teachers.resume(task.config.name)
+    run.previous = next((each for each in run.tasks if each.config.name == state["previous"]), None)
+    for method in run.methods:
+        method.load_state_dict(state["methods"][method.name])
+    terms = {term.name: term for method in run.methods for term in method.task_terms()}
+    tasks = {each.config.name: each for each in [task, *run.tasks]}
+    for task_name, term_name in state["recorded"]:
+        run.recorded_teachers.reopen(tasks[task_name], terms[term_name])
+    run.release_reference()
+
+
+def adam_bytes(shape: Sequence[int]) -> int:
+    """Bytes of a parameter's fp32 weights and its two moments."""
     return 12 * math.prod(shape)
 
 
@@ -207,7 +248,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def dump_plain(state: dict[str, Any]) -> bytes:
-    """JSON that gives back the same values. TypeError for what JSON would change or lose (tensors, tuples, numbers as
+    """Return the state as JSON. TypeError for a value that JSON would change or lose (tensors, tuples, numbers as
     keys)."""
     text = json.dumps(state)
     _refuse_changed(state, json.loads(text), "")
@@ -223,5 +264,6 @@ def _refuse_changed(value: Any, back: Any, path: str) -> None:
             _refuse_changed(one, other, f"{path}.{i}")
     elif value != back and value == value:  # a NaN comes back as one
         raise TypeError(
-            f"{path}: {value!r} would come back as {back!r}; keep plain numbers, texts, lists and dicts with text as keys"
+            f"{path}: {value!r} would come back as {back!r}; "
+            "keep plain numbers, texts, lists and dicts with text as keys"
         )

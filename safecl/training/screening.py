@@ -1,9 +1,10 @@
-"""The scan inside a run: before the first task that methods act on, on the aligned model as the run holds it, in any
-ZeRO stage."""
+"""The scan inside a run, before the first task that methods act on. It asks the aligned model as the run holds it, in
+any ZeRO stage."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safecl.distributed import collectives
 from safecl.engine.passes.live_model import evaluating
@@ -11,12 +12,14 @@ from safecl.scan.screening import UploadRefused, screen_tasks
 from safecl.training.console import Console
 from safecl.training.run import Run
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def screen_run(run: Run, tokenizer, console: Console, folder: Path) -> None:
-    """Screens the rows of all tasks, tells and writes what is flagged, and does what `scan.action` says. A collective
-    call.
 
-    Raises: UploadRefused where the upload must not be trained on.
+def screen_run(run: Run, tokenizer: PreTrainedTokenizerBase, console: Console, folder: Path) -> None:
+    """Screen the rows of all tasks, print and write what is flagged, and do what `scan.action` says. A collective call.
+
+    Raises UploadRefused where the upload must not be trained on.
     """
     privacy = run.config.privacy.examples
     with console.working("screening the rows"), evaluating(run.engine, average=False) as model:

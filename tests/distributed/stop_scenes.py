@@ -56,10 +56,10 @@ def exit_codes_of(tree: dict, cache: str, stop: dict) -> list[tuple[int, str]]:
 
 @contextlib.contextmanager
 def _stopping(rank: int, name: str, step: int | None = None, evaluation: int | None = None):
-    from safecl.training import trainer
+    from safecl.training import measuring
     from safecl.training.run import Run
 
-    train_step, evaluate, evaluations = Run.train_step, trainer.evaluate, []
+    train_step, evaluate, evaluations = Run.train_step, measuring.evaluate, []
 
     def stop_here() -> None:
         if collectives.rank() == rank:
@@ -76,7 +76,7 @@ def _stopping(rank: int, name: str, step: int | None = None, evaluation: int | N
             stop_here()
         return evaluate(*arguments, **options)
 
-    with mock.patch.object(Run, "train_step", stepping), mock.patch.object(trainer, "evaluate", evaluating):
+    with mock.patch.object(Run, "train_step", stepping), mock.patch.object(measuring, "evaluate", evaluating):
         yield
 
 

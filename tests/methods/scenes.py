@@ -139,6 +139,8 @@ SEQUENCE = [{"name": "first", "train": "first.jsonl"}, {"name": "second", "train
 def train_sequence(steps: int, resumed: bool = False, **changes):
     """Weights and anchors after each of two random tasks, the memory's size before each, and what the run said.
     resumed: between the tasks the run knows nothing any more but its own state."""
+    from safecl.training import resume
+
     config = run_config(tasks=SEQUENCE, **changes)
     run, tasks = make_run(
         config, tiny_model(), [random_dataset(60, seed=1), random_dataset(60, seed=4)], random_dataset(20, seed=2)
@@ -150,9 +152,9 @@ def train_sequence(steps: int, resumed: bool = False, **changes):
         history.append({"memory": len(run.memory.buffer)})
         for _ in range(steps):
             run.train_step(task)
-        history[-1] |= {"weights": state_of(run)["weights"], "kinds": sorted(run.shards()[0].state)}
+        history[-1] |= {"weights": state_of(run)["weights"], "kinds": sorted(run.view.shards()[0].state)}
         run.end_task()
         if resumed:
-            state, run.previous = run.state_dict(), None
-            run.load_state_dict(state, task)
+            state, run.previous = resume.state_of(run), None
+            resume.restore(run, state, task)
     return history, said

@@ -70,9 +70,9 @@ def train_two_pulls(stage: int, first_restricted: bool):
         run_config(memory=None, deepspeed={"stage": stage}), tiny_model(), [random_dataset(60, seed=1)]
     )
     run.begin_task(task, active=True)
-    run.set_anchor()
+    run.view.set_anchor()
     pulls = [Penalty(3.0, modules=tuple(PATTERNS)), Penalty(1.0)]
-    run._penalties = lambda: pulls if first_restricted else pulls[::-1]
+    run.penalties.of = lambda methods: pulls if first_restricted else pulls[::-1]
     for _ in range(STEPS):
         run.train_step(task)
     return {name: run.engine.shards.read(name) for name in run.engine.shards.shapes}

@@ -79,7 +79,7 @@ def share_of_rows(path: str) -> dict[str, tuple[int, int]]:
     config = run_config(memory=None, methods={"ewc": {"fisher": path}}, model=LORA)
     run, (task,) = scenes.make_run(config, scenes.with_adapters(tiny_model(), config), [random_dataset(60, seed=1)])
     run.begin_task(task, active=True)
-    (pull,) = (run._pull_of(penalty) for penalty in run._penalties())
+    (pull,) = (run.penalties.pull_of(penalty) for penalty in run.penalties.of(run.active_methods))
     return {name: (first, first + len(values)) for name, (first, values) in pull.shares.items()}
 
 

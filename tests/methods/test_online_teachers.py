@@ -97,6 +97,8 @@ def terms_of_a_sequence(
 ) -> tuple[list[float], list[str], bool]:
     """The LwF term at three steps of each of two tasks, what was said, and whether folders are left. reload: as a
     resumed run does, in the middle of each task."""
+    from safecl.training import resume
+
     methods = {"lwf": {"weight": 1.0, "teacher": source, "outputs": "online"}, "ema": {"decay": 0.5}}
     config = run_config(
         tasks=scenes.SEQUENCE,
@@ -113,7 +115,7 @@ def terms_of_a_sequence(
         run.begin_task(task, active=True)
         terms += [run.train_step(task).totals()["lwf"] for _ in range(2)]
         if reload:
-            run.load_state_dict(run.state_dict(), task)
+            resume.restore(run, resume.state_of(run), task)
         terms.append(run.train_step(task).totals()["lwf"])
         run.end_task()
     run.finish()
@@ -189,7 +191,7 @@ def lose_the_teacher(folder: str, output: str) -> str:
     torch.distributed.barrier()
     shutil.rmtree(output, ignore_errors=True)
     teachers.resume("second")
-    run.task, run._active = tasks[1], run.methods
+    run.task, run.active_methods = tasks[1], run.methods
     try:
         teachers.ask(run.step_rows(tasks[1]))
     except ConfigError as error:

@@ -182,6 +182,7 @@ def test_what_a_scan_cannot_work_with_is_told(config_file, materials):
 
 def resumed_rows(folder: str, decisions: dict) -> tuple[list[int], list[float], list[int]]:
     """Row ids of a step and their weights in a run that was screened, and in one that takes over its state."""
+    from safecl.training import resume
     from tests.engine.scenes import random_dataset, run_config, tiny_model
     from tests.methods.scenes import make_run
 
@@ -194,7 +195,7 @@ def resumed_rows(folder: str, decisions: dict) -> tuple[list[int], list[float], 
     first.begin_task(task, active=True)
     first.train_step(task)
     second, (again,) = make_run(config, tiny_model(), [random_dataset(60, seed=1)])
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())), again)
+    resume.restore(second, json.loads(json.dumps(resume.state_of(first))), again)
     weights = [row.ce_weight for row in second.step_rows(again)]
     return ids(first, task), weights, ids(second, again)
 

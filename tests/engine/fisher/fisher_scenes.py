@@ -79,7 +79,7 @@ def fisher_of(tree: dict, path: str, exact: bool, cache: str) -> None:
     """What `safecl fisher` does, on the ranks of the pool."""
     import os
 
-    from safecl.commands.fisher_estimate import estimate_to_file
+    from safecl.commands.fisher import estimate_to_file
     from safecl.config import RunConfig
 
     os.environ["SAFECL_CACHE"] = cache

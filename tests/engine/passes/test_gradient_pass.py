@@ -53,7 +53,7 @@ def use_all_primitives(**changes) -> dict:
         found[name] = state(name)
     found["squares"] = state("squares")
     found["dots"] = engine.dots(
-        run.shards(), [(lambda s: s.state["a"], lambda s: s.state["b"]), (lambda s: s.state["a"],) * 2]
+        run.view.shards(), [(lambda s: s.state["a"], lambda s: s.state["b"]), (lambda s: s.state["a"],) * 2]
     ).tolist()
     found["per_tensor"] = engine.dots_per_tensor(optimizer.tensors("a"), optimizer.tensors("b"))
     engine.gradient_pass(first, engine.perturb(RHO))
@@ -65,7 +65,7 @@ def use_all_primitives(**changes) -> dict:
     again = state("b_again")
     found["restored"] = all(torch.equal(start[name], end[name]) for name in start)
     found["live_restored"] = all(torch.equal(found["b"][name], again[name]) for name in again)
-    found["kinds"] = sorted(run.shards()[0].state)
+    found["kinds"] = sorted(run.view.shards()[0].state)
     return found
 
 
@@ -92,7 +92,7 @@ def sharpness_aware_steps(steps: int, **changes):
     for _ in range(steps):
         rows = run.step_rows(task)
         run.engine.gradient_pass(rows, run.engine.perturb(RHO))
-        run.engine.gradient_pass(rows, run.engine.restore(run.engine.update(run._update_plan())))
+        run.engine.gradient_pass(rows, run.engine.restore(run.engine.update(run.update_plan())))
         run.step += 1
     return scenes.state_of(run)["weights"]
 
@@ -149,7 +149,7 @@ def passes_without_a_finite_gradient(**changes):
         poisoned(engine.perturb(RHO)),
     ]
     engine.gradient_pass(rows, engine.perturb(RHO))
-    applied.append(poisoned(engine.restore(engine.update(run._update_plan()))))
+    applied.append(poisoned(engine.restore(engine.update(run.update_plan()))))
     clean = all(bool((squares == 0).all()) for squares in engine.optimizer.tensors("squares"))
     end = scenes.state_of(run)["weights"]
     engine.gradient_pass(rows, engine.stash("g"))

@@ -63,7 +63,8 @@ def fit_and_watch(tree: dict, cache: str, stops: list[dict | None]) -> list[tupl
 
     def watching(self, task):
         gc.collect()
-        seen.append((self.global_step, self.kept_bytes()["reference"], len(mapped_segments() - before)))
+        store = self.engine.store
+        seen.append((self.global_step, store.nbytes if store is not None else 0, len(mapped_segments() - before)))
         return train_step(self, task)
 
     with mock.patch.object(Run, "train_step", watching):

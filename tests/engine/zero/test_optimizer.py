@@ -20,8 +20,8 @@ def steps_with(plan_changes: dict, num_penalties: int, steps: int = 3, **changes
     from safecl.methods.terms import Penalty
 
     run, task = scenes.make_run(scenes.run_config(**changes))
-    run.set_anchor()
-    for shard in run.shards():
+    run.view.set_anchor()
+    for shard in run.view.shards():
         shard.state["anchor"].add_(0.05)
     seen = []
     for _ in range(steps):
@@ -171,7 +171,7 @@ def tensors_given_huge_pages(**changes):
     from safecl.engine.zero.optimizer import UpdatePlan
 
     run, task = scenes.make_run(scenes.run_config(**changes))
-    run.set_anchor()
+    run.view.set_anchor()
     asked: list[int] = []
     counts = []
     with mock.patch("safecl.engine.zero.shard.use_huge_pages", lambda tensor: asked.append(tensor.data_ptr())):
@@ -180,7 +180,7 @@ def tensors_given_huge_pages(**changes):
             run.step += 1
             run.global_step += 1
             counts.append(len(asked))
-    streamed = [tensor.data_ptr() for shard in run.shards() for tensor in (shard.param, *shard.state.values())]
+    streamed = [tensor.data_ptr() for shard in run.view.shards() for tensor in (shard.param, *shard.state.values())]
     return asked, streamed, counts
 
 

@@ -46,8 +46,8 @@ def train(path: str, steps: int = 3, dtype: str = "bf16", **changes):
         for f in shards.fragments
     )
     penalties = [run.train_step(task).totals()["penalty"] for _ in range(steps)]
-    kept = sorted(run.shards()[0].state)
-    fishers = [shard.state["fisher"].dtype for shard in run.shards()] if optimizer.has("fisher") else []
+    kept = sorted(run.view.shards()[0].state)
+    fishers = [shard.state["fisher"].dtype for shard in run.view.shards()] if optimizer.has("fisher") else []
     return {"state": scenes.state_of(run), "penalties": penalties, "wrong": wrong, "kept": kept, "fishers": fishers}
 
 

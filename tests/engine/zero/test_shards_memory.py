@@ -37,7 +37,7 @@ def what_stays_alive(bf16: bool, **changes) -> list[str]:
     with mock.patch.object(ShardAdamW, "step", watch):
         scenes.begin(run, task)
         run.train_step(task)
-        (shard, *_) = run.shards()
+        (shard, *_) = run.view.shards()
         watched |= {kind: weakref.ref(shard.state[kind].untyped_storage()) for kind in ("exp_avg", "exp_avg_sq")}
         run.end_task()
         run.begin_task(task, active=True)

@@ -1,0 +1,87 @@
+"""What a run measures, and when: at the start, between steps, after each task; and the gate's verdict on the last
+measurement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safecl.distributed import collectives
+from safecl.engine.passes.live_model import evaluating
+from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate
+from safecl.evaluation.restore import evaluation_from_dict
+from safecl.planning.plans import RunPlan, TaskPlan
+from safecl.training.console import Console
+from safecl.training.run import Run
+
+
+class Measurements:
+    """All evaluations of a run so far. Its methods measure where the config asks for it; they are collective calls."""
+
+    def __init__(self, plan: RunPlan, folder: Path, console: Console):
+        """folder: the run folder; each answer is written into its outputs/."""
+        self.plan, self.folder, self.console = plan, folder, console
+        self.evaluations: list[Evaluation] = []
+
+    def restore(self, evaluations: list[dict[str, Any]]) -> None:
+        """Take over what `to_dicts` returned before the run was stopped. Not a collective call."""
+        self.evaluations = [evaluation_from_dict(values) for values in evaluations]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return the evaluations in the form of results.json. Not a collective call."""
+        return [evaluation.to_dict() for evaluation in self.evaluations]
+
+    def before_task(self, run: Run, index: int) -> None:
+        """Measure the given model, and the one that an alignment task has made."""
+        task = self.plan.tasks[index]
+        if index == 0:
+            self.measure(run, "start")
+        elif task.config.role != "align" and self.plan.tasks[index - 1].config.role == "align":
+            self.measure(run, f"before {task.config.name}")
+
+    def between_steps(self, run: Run, task: TaskPlan) -> None:
+        """Measure before every `safety.every`-th step.
+
+        Before the step, not after the one before it: a run that is resumed here then measures what is missing, and
+        nothing twice.
+        """
+        every = self.plan.config.safety.every if self.plan.config.safety is not None else "never"
+        if not isinstance(every, int) or run.step == 0 or run.step % every:
+            return
+        when = f"{task.config.name} step {run.step}"
+        if all(done.when != when for done in self.evaluations):
+            self.measure(run, when)
+
+    def after_task(self, run: Run, task: TaskPlan) -> None:
+        self.measure(run, f"after {task.config.name}")
+
+    def measure(self, run: Run, when: str) -> None:
+        """Measure the model that the run would save now, and print it."""
+        plan, config = self.plan, self.plan.config
+        if config.safety is not None and config.safety.every == "never":
+            return
+        tasks = [(task.config.name, task.config.eval, task.eval_rows) for task in plan.tasks if task.eval_rows]
+        if not plan.prompts and not tasks:
+            return
+        with self.console.working(f"{when}: measuring"), evaluating(run.engine, average=run.saves_average) as model:
+            found = evaluate(
+                model,
+                plan.tokenizer,
+                when=when,
+                step=run.global_step,
+                safety=config.safety,
+                prompts=plan.prompts,
+                benign=plan.benign,
+                tasks=tasks,
+            )
+        self.evaluations.append(found)
+        if collectives.rank() == 0:
+            found.write_outputs(self.folder / "outputs", config.privacy.examples)
+        self.console.measured(found)
+
+    def verdict(self) -> GateResult | None:
+        """Return what the gate says of the last evaluation; None without a gate. Not a collective call."""
+        safety = self.plan.config.safety
+        if safety is None or safety.gate is None or not self.evaluations:
+            return None
+        return judge_gate(safety.gate, self.evaluations[-1])

@@ -1,0 +1,63 @@
+"""Opens a model under DeepSpeed, ready to be trained, and the run around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from safecl.config import RunConfig, dump_config
+from safecl.distributed import collectives
+from safecl.engine.checkpoint.random_state import seed_generators
+from safecl.engine.model.settings import choose_attention
+from safecl.engine.passes.opening import open_language_model
+from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.engine.reference.store import ReferenceStore
+from safecl.engine.zero.state_placement import needs_reference
+from safecl.planning.plans import RunPlan
+from safecl.training.console import Console
+from safecl.training.folder import RunFolder
+from safecl.training.identity import identity_of
+from safecl.training.run import Run
+
+
+def open_run(plan: RunPlan, folder: RunFolder, console: Console) -> Run:
+    """Write the identity and the config into the folder, open the model, and make the run. A collective call.
+
+    Raises ConfigError.
+    """
+    config = plan.config
+    if collectives.rank() == 0:
+        folder.write_identity(identity_of(plan))
+        folder.write_text("config.yaml", dump_config(config))
+    collectives.barrier()
+    engine, store = open_engine(
+        config, pad_id=plan.tokenizer.pad_token_id, keep_store=needs_reference(config), note=console.note
+    )
+    if collectives.rank() == 0:
+        folder.write_text("deepspeed.json", json.dumps(engine.deepspeed_config, indent=2))
+    attention, reason = choose_attention(config.model.attention)
+    console.fact("attention", f"{attention} ({reason}), rows {'packed' if engine.layout.packed else 'padded'}")
+    ranks = f"{collectives.world_size()} rank{'s' if collectives.world_size() > 1 else ''}"
+    console.fact("trained", f"{engine.shards.numel:,} weights on {ranks}, {engine.device}")
+    run = Run(config, engine, plan.methods, console.note, plan.tasks)
+    run.plan, run.base_digest = plan, store.digest
+    return run
+
+
+def open_engine(
+    config: RunConfig, *, pad_id: int | None, keep_store: bool, note: Callable[[str], None]
+) -> tuple[TrainingEngine, ReferenceStore]:
+    """Seed the generators and open the config's model. A collective call. Raises ConfigError.
+
+    Returns the engine, and the store of the model's weights, whose memory is free already unless `keep_store`. note: is
+    called with what a user should know.
+    """
+    seed_generators(config.train.seed)
+    model, layout, store = open_language_model(
+        config.model,
+        packing=config.train.packing,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        pad_id=pad_id,
+        note=note,
+    )
+    return TrainingEngine(model, config, layout, store, keep_store=keep_store), store

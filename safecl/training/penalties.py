@@ -1,0 +1,64 @@
+"""The quadratic penalties of the methods. Most belong to the optimizer's pass over the shard; with LoRA, a penalty of
+the adapters' products joins the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from safecl.engine.fisher.adapter_penalty import read_fisher_pull
+from safecl.engine.fisher.file import open_fisher
+from safecl.engine.model.adapters import AdapterPull, EvenPull
+from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.methods.base import Method
+from safecl.methods.terms import Penalty
+
+
+class Penalties:
+    """Finds the place of each penalty. What a penalty of products needs is made once."""
+
+    def __init__(self, engine: TrainingEngine, *, has_adapters: bool, fisher_on_host: bool):
+        """fisher_on_host: keep the Fisher of products in host memory instead of on the device."""
+        self.engine, self.has_adapters = engine, has_adapters
+        self._fisher_device = torch.device("cpu") if fisher_on_host else engine.device
+        self._pulls: dict[Penalty, AdapterPull] = {}
+
+    def of(self, methods: Sequence[Method[Any]]) -> list[Penalty]:
+        """Return all penalties of these methods."""
+        return [penalty for method in methods if (penalty := method.penalty()) is not None]
+
+    def in_update(self, methods: Sequence[Method[Any]]) -> list[Penalty]:
+        """Return those that the optimizer's pass applies."""
+        return [penalty for penalty in self.of(methods) if not (penalty.product and self.has_adapters)]
+
+    def in_loss(self, methods: Sequence[Method[Any]]) -> AdapterPull | None:
+        """Return the sum of those that are part of the loss; None where there is none."""
+        penalties = [penalty for penalty in self.of(methods) if penalty.product] if self.has_adapters else []
+        pulls = [self.pull_of(penalty) for penalty in penalties]
+
+        def all_pulls(model: nn.Module) -> torch.Tensor:
+            total = pulls[0](model)
+            for pull in pulls[1:]:
+                total = total + pull(model)
+            return total
+
+        return all_pulls if pulls else None
+
+    def pull_of(self, penalty: Penalty) -> AdapterPull:
+        """Return the penalty as a function of the model. This rank's share of its Fisher is read at the first call."""
+        if penalty not in self._pulls:
+            if penalty.fisher_file is None:
+                self._pulls[penalty] = EvenPull(penalty.strength, penalty.modules)
+            else:
+                self._pulls[penalty] = read_fisher_pull(
+                    open_fisher(penalty.fisher_file),
+                    self.engine.module.model,
+                    penalty.strength,
+                    rank=self.engine.rank,
+                    world_size=self.engine.layout.world_size,
+                    device=self._fisher_device,
+                )
+        return self._pulls[penalty]

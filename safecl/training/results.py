@@ -1,0 +1,85 @@
+"""What a finished run leaves: model folders with their cards, results.json and report.html."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safecl
+from safecl.distributed import collectives
+from safecl.engine.checkpoint.model_export import save_model
+from safecl.engine.passes.live_model import evaluating
+from safecl.engine.teachers.recorded import TEACHER
+from safecl.evaluation import Evaluation, GateResult, summarise
+from safecl.planning.plans import RunPlan
+from safecl.report.card import Card
+from safecl.report.run import REPORT, write_run_report
+from safecl.training.console import Console
+from safecl.training.cost import cost_of, kept_bytes, state_bytes
+from safecl.training.run import Run
+
+
+def save_models(run: Run, plan: RunPlan, folder: Path, card: Card) -> str:
+    """Save the last weights and, where the run has one, the average of the weights. A collective call.
+
+    The average is then `model`, and the last weights are `model-live`. Returns a line about it. card: of the last
+    weights.
+    """
+    has_average = run.saves_average
+    live = folder / ("model-live" if has_average else "model")
+    saved = save_model(run.engine, plan.tokenizer, live, card=replace(card, measured=not has_average).text())
+    if has_average:
+        with evaluating(run.engine, average=True):
+            text = replace(card, average=True).text()
+            saved = save_model(run.engine, plan.tokenizer, folder / "model", card=text)
+    both = " (the average) and model-live (the last weights)" if has_average else ""
+    return f"saved {folder / 'model'}{both}: {saved}"
+
+
+def results_of(
+    run: Run,
+    evaluations: Sequence[Evaluation],
+    gate: GateResult | None,
+    *,
+    num_tokens: int,
+    seconds: float,
+    metrics: bytes,
+) -> dict[str, Any]:
+    """Return the contents of results.json, the same on every rank. A collective call, before `run.finish()`.
+
+    num_tokens: trained on, over all ranks. seconds: of the whole run. metrics: the lines of metrics.jsonl, on rank 0.
+    """
+    state = state_bytes(run)
+    return {
+        "safecl": safecl.__version__,
+        "methods": list(run.config.methods),
+        "world_size": collectives.world_size(),
+        "steps": run.global_step,
+        "skipped_steps": run.skipped_steps,
+        "tokens": num_tokens,
+        "seconds": collectives.gather_objects([round(seconds, 3)])[0],
+        "cost": cost_of(run, metrics, state),
+        "saved": "average" if run.saves_average else "live",
+        "kept_bytes": kept_bytes(run, state),
+        "evaluations": [evaluation.to_dict() for evaluation in evaluations],
+        "summary": summarise(evaluations),
+        "gate": gate.to_dict() if gate is not None else None,
+    }
+
+
+def complete_folder(folder: Path, console: Console) -> None:
+    """Finish a run that was killed after results.json: write the report, remove what only a run under way needs."""
+    if not (folder / REPORT).exists():
+        write_report(folder, console)
+    shutil.rmtree(folder / TEACHER, ignore_errors=True)
+
+
+def write_report(folder: Path, console: Console) -> None:
+    """Write report.html. A run without it has not failed: all that the page shows is in results.json and outputs/."""
+    try:
+        write_run_report(folder)
+    except OSError as error:
+        console.note(f"report.html could not be written: {error.strerror}; `safecl report {folder}` makes it")

@@ -1,0 +1,66 @@
+"""The state of a run under way: its parts, and where it is in its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from safecl.config import RunConfig
+from safecl.engine.model.adapters import adapters
+from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.engine.teachers.online import OnlineTeachers
+from safecl.methods.base import Method
+from safecl.planning.plans import RunPlan, TaskPlan
+from safecl.training.recorded_teachers import RecordedTeachers
+from safecl.training.replay_memory import ReplayMemory
+
+
+class RunState:
+    """What a run holds. `safecl.training.run.Run` adds what it does."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: TrainingEngine,
+        methods: Sequence[Method[Any]],
+        log: Callable[[str], None],
+        tasks: Sequence[TaskPlan] = (),
+    ):
+        """log: prints a line on rank 0. tasks: all tasks of the run, in order; a run without them is given each task
+        when it begins."""
+        self.config, self.engine, self.methods, self.log = config, engine, list(methods), log
+        self.tasks = [task for task in tasks if task.config.role != "align"]
+        """The tasks that methods act on, in order."""
+        self.plan: RunPlan | None = None
+        """The plan of the whole run. With it, the Fisher of the base model is shared between runs."""
+        self.base_digest: str | None = None
+        """Hash of the base model's weights, see ReferenceStore.digest."""
+        self.memory: ReplayMemory | None = None
+        self.screening: dict[str, dict[str, Any]] = {}
+        """By task: the rows that a scan has flagged and their weight, see safecl.planning.plans.apply_screening."""
+        self.has_adapters = next(adapters(engine.module.model), None) is not None
+        self.online_teachers = OnlineTeachers(config, engine, log=lambda message: self.log(message))
+        self.recorded_teachers = RecordedTeachers(engine, config.output, self.has_adapters)
+
+        self.task: TaskPlan | None = None
+        """The task under way."""
+        self.previous: TaskPlan | None = None
+        """The task before it: online EWC consolidates its rows, and some of them may enter the memory."""
+        self.active_methods: list[Method[Any]] = []
+        """The methods that act on the task under way; none in the alignment task."""
+        self.step = self.num_steps = 0
+        """Steps made of the task under way, and all that it has."""
+        self.global_step = self.skipped_steps = 0
+        """Steps made over all tasks, and how many of them were skipped."""
+        self.first_step = 0
+        """The global step in which the task under way began."""
+        self.last_learning_rate = 0.0
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    @property
+    def saves_average(self) -> bool:
+        """True where the model to evaluate and to save is the EMA."""
+        return any(method.saves_average for method in self.active_methods) and self.engine.optimizer.has("ema")

@@ -1,0 +1,159 @@
+"""The rows of a step: task rows with their distances to teachers, and rows that are replayed from the memory.
+
+Every rank makes the same list. Each row carries its weight in the loss, normaliser included; a rank loads only the rows
+that it computes. Task rows depend on (seed, step), replayed rows also on the memory's score log.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from safecl.data import Row, TokenDataset
+from safecl.engine.passes.step_rows import HIDDEN, Asked, Distillation, Question, StepRow
+from safecl.methods.base import Method
+from safecl.methods.terms import ReplayTerm, TaskTerm
+from safecl.planning.plans import TaskPlan
+from safecl.training.recorded_teachers import access_to_teacher
+from safecl.training.state import RunState
+
+TASK = "task"
+"""Name of the step's own gradient, and of the term that its task rows belong to."""
+TOO_SMALL_TO_COUNT = 1e-30
+
+
+def rows_by_gradient(run: RunState, task: TaskPlan, step: int) -> dict[str, list[StepRow]]:
+    """Return the rows of every gradient of a step: those that methods take by themselves, and `TASK`."""
+    streams = [stream for method in run.active_methods for stream in method.gradient_streams()]
+    return {stream: gradient_rows(run, stream, step) for stream in streams} | {TASK: step_rows(run, task, step)}
+
+
+def gradient_rows(run: RunState, stream: str, step: int) -> list[StepRow]:
+    """Return the rows of a draw from the memory whose cross-entropy a method takes the gradient of."""
+    return _replay_rows(run, stream, [ReplayTerm(stream, ce_weight=1.0)], step)
+
+
+def step_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
+    """Return the rows of the step's own gradient: task rows first, then one draw from the memory per stream."""
+    rows = _task_rows(run, task, step)
+    for stream, terms in _by_stream(run.active_methods).items():
+        rows += _replay_rows(run, stream, terms, step)
+    return rows
+
+
+def task_terms(methods: Sequence[Method[Any]]) -> list[TaskTerm]:
+    """Return the terms of these methods that have a weight."""
+    return [term for method in methods for term in method.task_terms() if term.weight > 0]
+
+
+# ------------------------------------------------------------------------------------------------------------ task rows
+
+
+def dataset_rows(
+    data: TokenDataset, indices: np.ndarray, ce_weight: float, row_weights: np.ndarray | None = None
+) -> list[StepRow]:
+    """Return these rows of a data set as rows of a step. row_weights [N] multiply the weight of single rows."""
+    sizes = zip(indices.tolist(), data.lengths[indices].tolist(), data.num_targets[indices].tolist(), strict=True)
+    weights = [ce_weight * (1.0 if row_weights is None else float(row_weights[i])) for i in indices]
+    return [
+        StepRow(TASK, length, targets, functools.partial(_load_row, data, i), weight)
+        for (i, length, targets), weight in zip(sizes, weights, strict=True)
+    ]
+
+
+def _load_row(data: TokenDataset, index: int) -> tuple[Row, None]:
+    return data.row(index), None
+
+
+def _task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
+    data, indices, terms = task.dataset, task.order.rows_of_step(step), task_terms(run.active_methods)
+    num_targets, num_tokens = max(1, int(data.num_targets[indices].sum())), max(1, int(data.lengths[indices].sum()))
+    rows = dataset_rows(data, indices, 1.0 / num_targets, task.row_weights)
+    totals = [num_tokens if term.divergence == HIDDEN and term.tokens == "all" else num_targets for term in terms]
+    return [
+        replace(
+            row,
+            distillations=tuple(
+                _task_distillation(run, task, int(i), term, total) for term, total in zip(terms, totals, strict=True)
+            ),
+        )
+        for row, i in zip(rows, indices, strict=True)
+    ]
+
+
+def _task_distillation(run: RunState, task: TaskPlan, index: int, term: TaskTerm, total: int) -> Distillation:
+    """Return the distance of a term on one task row. total: tokens of the whole step that the term is a mean over."""
+    access = access_to_teacher(term, run.has_adapters)
+    asked: Asked | None = None
+    load: Callable[[], Any] | None = None
+    if access == "online":
+        asked = _question(run, term.teacher, term.divergence, term.tokens == "all", term.k, term.temperature)
+        load = asked.answer
+    elif access == "recorded":
+        load = functools.partial(run.recorded_teachers.load, task.config.name, term.name, index)
+    return Distillation(
+        term.divergence,
+        term.weight / total,
+        term.temperature,
+        term=term.name,
+        load=load,
+        live=access == "adapters off",
+        all_tokens=term.tokens == "all",
+        asked=asked,
+    )
+
+
+def _question(run: RunState, source: str, divergence: str, all_tokens: bool, k: int, temperature: float) -> Asked:
+    if divergence == HIDDEN:
+        return Asked(source, Question("hidden", all_tokens))
+    return Asked(source, Question("topk", k=min(k, int(run.engine.module.vocab_size)), temperature=temperature))
+
+
+# -------------------------------------------------------------------------------------------------------- replayed rows
+
+
+def _replay_rows(run: RunState, stream: str, terms: list[ReplayTerm], step: int) -> list[StepRow]:
+    """Return one draw from the memory, weighted as the terms of its stream say."""
+    settings, memory, task = run.config.memory, run.memory, run.task
+    assert settings is not None and memory is not None and task is not None
+    wanted = max(1, round(settings.replay_ratio * task.tokens_per_batch))
+    drawn = memory.draw(run.first_step + step, wanted, stream)
+    total = max(1, sum(row.num_targets for row in drawn))
+    ce_weight = sum(term.ce_weight for term in terms) / total
+    if ce_weight == 0 and memory.follows_losses:
+        ce_weight = TOO_SMALL_TO_COUNT  # the head computes cross-entropies only where they have a weight
+    kd_weights = {term.divergence: 0.0 for term in terms if term.kd_weight > 0}
+    for term in terms:
+        if term.kd_weight > 0:
+            kd_weights[term.divergence] += term.kd_weight / total
+    return [row.weighted(stream, ce_weight, _replay_distillations(run, kd_weights)) for row in drawn]
+
+
+def _replay_distillations(run: RunState, weights: dict[str, float]) -> tuple[Distillation, ...]:
+    """Return the distances of one replayed row to its stored outputs, or to the answer of an online teacher.
+
+    weights: of each divergence.
+    """
+    assert run.config.memory is not None
+    teacher = run.config.memory.teacher
+    if teacher.kind == "topk" or not weights:
+        return tuple(Distillation(divergence, weight, teacher.temperature) for divergence, weight in weights.items())
+    asked = _question(run, teacher.source, "topk", False, teacher.k, teacher.temperature)
+    return tuple(
+        Distillation(divergence, weight, teacher.temperature, load=asked.answer, asked=asked)
+        for divergence, weight in weights.items()
+    )
+
+
+def _by_stream(methods: Sequence[Method[Any]]) -> dict[str, list[ReplayTerm]]:
+    """Return replay terms by stream: those of one stream share their rows."""
+    streams: dict[str, list[ReplayTerm]] = {}
+    for method in methods:
+        for term in method.replay_terms():
+            if term.ce_weight or term.kd_weight or term.stream not in streams:
+                streams.setdefault(term.stream, []).append(term)
+    return streams
