@@ -1,1 +1,1 @@
-"""What a run does and what it takes, before anything is loaded."""
+"""The plan of a run, made before a model is loaded: its rows, steps and checks, and the bytes that it takes."""

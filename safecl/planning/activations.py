@@ -1,10 +1,9 @@
-"""How much memory a forward and backward pass takes beside weights and gradients, by running it on tensors without
-memory.
+"""Counts the bytes that a forward and backward pass takes besides weights and gradients.
 
 The model's own code runs in PyTorch's fake mode, where tensors have shapes and no data, and every storage that an
-operation makes is counted while it lives. That holds for any architecture, with and without gradient checkpointing or
-adapters, and needs no device. Decoder layers are alike, so that a pass of two layers and one of four tell what a pass
-of all takes.
+operation makes is counted while it lives. This works for any architecture, with and without gradient checkpointing or
+adapters, and needs no device. All decoder layers take the same, so the model is run with two layers and with four, and
+the difference gives the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -27,13 +27,20 @@ from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.model.structure import parameters_on_meta, prepare_for_training
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 LAYERS = (2, 4)
 
 
-def activation_bytes(settings, config: ModelConfig, shape: tuple[int, int], *, masked: bool = False) -> int:
-    """Bytes at the peak of one micro-batch of [rows, tokens], in the run's dtype, trained as the config says; the
-    head's logits are not among them. `settings`: transformers' settings of the model. `masked`: rows are packed and
-    kept apart by a mask [tokens, tokens]."""
+def activation_bytes(
+    settings: PretrainedConfig, config: ModelConfig, shape: tuple[int, int], *, masked: bool = False
+) -> int:
+    """Return the peak bytes of one micro-batch in the run's dtype, without the head's logits.
+
+    settings: transformers' settings of the model. shape: [rows, tokens] of the micro-batch. masked: rows are packed,
+    and a mask [tokens, tokens] separates them.
+    """
     model = _structure(settings, config)
     layers = _layers(model)
     count, peaks = len(layers), {}
@@ -48,13 +55,12 @@ def activation_bytes(settings, config: ModelConfig, shape: tuple[int, int], *, m
     return few + (more - few) * (count - LAYERS[0]) // (LAYERS[1] - LAYERS[0])
 
 
-def _structure(settings, config: ModelConfig) -> nn.Module:
-    """The model as it is trained, parameters on the meta device."""
+def _structure(settings: PretrainedConfig, config: ModelConfig) -> nn.Module:
+    """Return the model as it is trained, with its parameters on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    chosen = (
-        {"attn_implementation": "eager"} if config.attention == "eager" else {}
-    )  # flash attention takes what sdpa takes
+    # sdpa stands for flash attention, which takes as much
+    chosen = {"attn_implementation": "eager"} if config.attention == "eager" else {}
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(settings),
@@ -67,7 +73,7 @@ def _structure(settings, config: ModelConfig) -> nn.Module:
 
 
 def _take_away_memory(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Parameters and buffers become tensors that claim to be on the CPU; tied ones stay the same object."""
+    """Turn parameters and buffers into fake tensors on the CPU; tied parameters stay the same object."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -82,13 +88,14 @@ def _take_away_memory(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    lists = [module for module in base_model(model).get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    decoder = cast("PreTrainedModel", base_model(model)).get_decoder()
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
 
 
 def _peak(model: nn.Module, num_rows: int, length: int) -> int:
-    """The largest sum of bytes that live at once in a forward and backward pass; gradients of weights leave as soon as
-    they are there."""
+    """Return the largest sum of bytes that live at once in a forward and backward pass. Each gradient of a weight is
+    dropped as soon as it is complete."""
     wrapped, tokens = LanguageModel(model), num_rows * length
     inputs = dict(
         input_ids=torch.zeros(num_rows, length, dtype=torch.int64),
@@ -113,14 +120,20 @@ def _drop_gradient(p: nn.Parameter) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make, while somebody holds them; `known` ones are not counted."""
+    """Adds up the storages that operations make, as long as something holds them. Those of `known` are not counted."""
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.now = self.peak = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
         made = function(*arguments, **(options or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Checks of a planned run that need its rows or the model's files."""
+"""Checks of a planned run that read its rows or the model's files."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from safecl.distributed import environment
 from safecl.planning.plans import RunPlan
 
 FEW_STEPS = 50
-
-
-HALF = 0.5
+MOST_WEIGHT_ON_START = 0.5
 
 
 def check_vocabulary(plan: RunPlan) -> None:
-    """A tokenizer that knows more than the model would end in an index error inside the embedding."""
+    """Raise ConfigError for a token that the model does not know; the embedding would fail with an index error."""
     from safecl.engine.model.settings import read_model_settings
 
     vocabulary = read_model_settings(plan.config.model).get_text_config().vocab_size
     for data in [*(task.dataset for task in plan.tasks), *([plan.memory] if plan.memory is not None else [])]:
         if data.max_token_id >= vocabulary:
             raise ConfigError(
-                f"model.tokenizer: token id {data.max_token_id} occurs in {data.path(0)}, but the model knows only {vocabulary:,} tokens; "
-                "use the model's own tokenizer"
+                f"model.tokenizer: token id {data.max_token_id} occurs in {data.path(0)}, "
+                f"but the model knows only {vocabulary:,} tokens; use the model's own tokenizer"
             )
 
 
 def check_fisher(config: RunConfig) -> None:
-    """A Fisher of another model would hold still the wrong weights, silently."""
+    """Raise ConfigError for a Fisher of another model, which would silently hold the wrong weights."""
     from safecl.engine.artifacts.base_model import model_hash
     from safecl.engine.artifacts.store import ArtifactStore
     from safecl.engine.fisher.file import open_fisher, refuse_other_model
@@ -36,16 +34,15 @@ def check_fisher(config: RunConfig) -> None:
             continue
         if config.tasks[0].role == "align":
             raise ConfigError(
-                f"methods.{name}.fisher: the aligned model is what the first task (role: align) makes; leave `fisher` out"
+                f"methods.{name}.fisher: the first task (role: align) makes the aligned model; leave `fisher` out"
             )
         fisher = open_fisher(path)
-        if environment.rank() == 0:  # it reads the whole model; where it fails the launcher ends all ranks
+        if environment.rank() == 0:  # it reads the whole model; where it fails, the launcher ends all ranks
             refuse_other_model(fisher, config.model.path, model_hash(config.model.path, ArtifactStore.of(config)))
 
 
 def check_sizes(plan: RunPlan) -> None:
-    """A run that could not do what it is for needs an explicit flag: too few steps, or an average that mostly holds the
-    start."""
+    """Refuse, unless train.allow_few_steps is set, too few steps and an average that mostly holds the start."""
     allow = plan.config.train.allow_few_steps
     for task in plan.tasks:
         if task.config.role == "align":
@@ -56,7 +53,7 @@ def check_sizes(plan: RunPlan) -> None:
             _refuse_or_note(plan, allow, f"task {name}: only {steps} optimizer steps; {fix}")
         for method_name, settings in plan.config.methods.items():
             weight = settings.weight_on_start(steps) if hasattr(settings, "weight_on_start") else 0.0
-            if weight > HALF:
+            if weight > MOST_WEIGHT_ON_START:
                 fix = f"use methods.{method_name}.horizon: 0.3 instead of decay, or more steps"
                 problem = f"after {steps} steps the average keeps {weight:.0%} of its weight on the start"
                 _refuse_or_note(plan, allow, f"task {name}: {problem}; {fix}")

@@ -1,44 +1,45 @@
-"""A run plan as lines of text, for `safecl check` and the start of a run."""
+"""The plan of a run as lines of text, for `safecl check` and the start of a run."""
 
 from __future__ import annotations
 
 from safecl.engine.teachers.checks import teacher_lines
-from safecl.planning.plans import RunPlan
+from safecl.planning.plans import RunPlan, TaskPlan
 
 
 def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
-    """(what, value) lines of the plan, for `safecl check` and for the start of a run."""
+    """Return (what, value) lines."""
     config = plan.config
     lines = [("model", f"{config.model.path}, {config.model.dtype}" + (", LoRA" if config.model.lora else ""))]
     for task in plan.tasks:
-        data, name = task.dataset, task.config.name
-        rows = f"{len(data):,} rows" + (f" ({task.poisoned_rows:,} poisoned)" if task.poisoned_rows else "")
-        targets, tokens = int(data.num_targets.sum()), int(data.lengths.sum())
-        lines.append((f"task {name}", f"{rows}, {tokens:,} tokens, {targets / max(tokens, 1):.0%} supervised"))
-        epochs = task.num_steps * task.tokens_per_batch / max(tokens, 1)
-        lines.append(("  steps", f"{task.num_steps:,} of about {task.tokens_per_batch:,} tokens, {epochs:.2g} epochs"))
-        if task.config.role != "align":
-            lines += [(f"  {label}", text) for label, text in _method_lines(plan, task.num_steps)]
-    if plan.memory is not None:
-        tokens = int(plan.memory.lengths.sum())
-        lines.append(
-            ("memory", f"{len(plan.memory):,} rows, {tokens:,} tokens, ratio {config.memory.replay_ratio:g} per draw")
-        )
+        lines += _task_lines(plan, task)
+    if plan.memory is not None and config.memory is not None:
+        rows = f"{len(plan.memory):,} rows, {int(plan.memory.lengths.sum()):,} tokens"
+        lines.append(("memory", f"{rows}, ratio {config.memory.replay_ratio:g} per draw"))
     lines += teacher_lines(config, max(task.tokens_per_batch for task in plan.tasks))
     if (scan := config.scan) is not None:
         source = (
             f"by {scan.benign}" if scan.benign else "wanted, as far as the upload itself tells (scan.benign would tell)"
         )
         lines.append(("scan", f"{scan.action}, {scan.false_alarm:.2%} false alarms {source}"))
-    if plan.prompts:
-        lines.append(
-            (
-                "safety",
-                f"{len(plan.prompts)} disallowed, {len(plan.benign)} benign prompts, every {config.safety.every}",
-            )
-        )
+    if plan.prompts and config.safety is not None:
+        prompts = f"{len(plan.prompts)} disallowed, {len(plan.benign)} benign prompts"
+        lines.append(("safety", f"{prompts}, every {config.safety.every}"))
     optimizer, weights = _place(config.deepspeed.offload.optimizer), _place(config.deepspeed.offload.parameters)
     lines.append(("ZeRO", f"stage {config.deepspeed.stage}, optimizer on {optimizer}, weights on {weights}"))
+    return lines
+
+
+def _task_lines(plan: RunPlan, task: TaskPlan) -> list[tuple[str, str]]:
+    data, name = task.dataset, task.config.name
+    rows = f"{len(data):,} rows" + (f" ({task.poisoned_rows:,} poisoned)" if task.poisoned_rows else "")
+    targets, tokens = int(data.num_targets.sum()), int(data.lengths.sum())
+    epochs = task.num_steps * task.tokens_per_batch / max(tokens, 1)
+    lines = [
+        (f"task {name}", f"{rows}, {tokens:,} tokens, {targets / max(tokens, 1):.0%} supervised"),
+        ("  steps", f"{task.num_steps:,} of about {task.tokens_per_batch:,} tokens, {epochs:.2g} epochs"),
+    ]
+    if task.config.role != "align":
+        lines += [(f"  {label}", text) for label, text in _method_lines(plan, task.num_steps)]
     return lines
 
 

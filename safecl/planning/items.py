@@ -1,4 +1,4 @@
-"""The items of a memory plan: how many bytes lie where, and when."""
+"""The items of a memory plan: what takes how many bytes, where and when."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ from typing import Literal
 from safecl.config import RunConfig
 
 FP32 = 4
-
-
-RANKS_PER_NODE = 8
-
+"""Bytes of an fp32 value."""
 
 Where = Literal["device", "host"]
 
-
 Moment = Literal["always", "backward", "reduce", "step"]
-"""When something is there: all the time, while activations are, when gradients are reduced, in the optimizer's step."""
+"""When an item is there: all the time, while activations are, while gradients are reduced, in the optimizer's step."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something that takes memory: on one rank's device, in host memory for one rank, or in host memory once per
-    node."""
+    """Something that takes memory: on a rank's device, or in host memory for each rank or once per node."""
 
     what: str
     where: Where
@@ -33,9 +28,10 @@ class Item:
 
 
 def share_of(count: int, world_size: int) -> int:
-    """Elements of a rank's shard."""
+    """Return the number of elements in a rank's shard."""
     return -(-count // world_size)
 
 
 def weight_bytes(config: RunConfig) -> int:
+    """Return the bytes of a weight of the live model."""
     return 2 if config.model.dtype == "bf16" else FP32

@@ -1,4 +1,4 @@
-"""The memory plan as lines of text, and what to do where it does not fit."""
+"""The memory plan as lines of text for `safecl check`, with advice where it does not fit on this machine."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from collections.abc import Sequence
 import torch
 
 from safecl.config import RunConfig
+from safecl.engine.reference.shared_memory import available_memory
 from safecl.planning.device_memory import MemoryPlan, plan_memory
+from safecl.planning.items import Where
 from safecl.planning.model_shape import ModelShape
 from safecl.storage.sizes import format_bytes
 
 
 def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelShape] = ()) -> list[tuple[str, str]]:
-    """(what, value) lines for `safecl check`: on the ranks that are here, then on 8 and on 64."""
-    here, device = ranks_here(), "cuda" if _has_gpu() else "cpu"
-    planned = lambda ranks, on_node=None: plan_memory(shape, config, ranks, on_node, device=device, teachers=teachers)  # noqa: E731
+    """Return (what, value) lines: the memory on the ranks that are here, then on 8 and on 64.
+
+    teachers: further models that are asked in every step.
+    """
+    here, device = ranks_here(), "cuda" if torch.cuda.is_available() else "cpu"
+
+    def planned(ranks: int, ranks_per_node: int | None = None) -> MemoryPlan:
+        return plan_memory(shape, config, ranks, ranks_per_node, device=device, teachers=teachers)
+
     plan = planned(here, local_ranks_here())
+    places: tuple[Where, ...] = ("device", "host")
     lines = [("takes", f"{_totals(plan)}, on {here} rank{'s' if here > 1 else ''}")]
-    for where in ("device", "host"):
+    for where in places:
         items = sorted(plan.at_peak(where), key=lambda item: -item.nbytes)
         if items:
             lines.append((f"  {where}", ", ".join(f"{item.what} {format_bytes(item.nbytes)}" for item in items)))
@@ -30,22 +39,16 @@ def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelS
 
 
 def ranks_here() -> int:
-    """Ranks of the launcher that started this, else one per GPU."""
-    return (
-        int(os.environ.get("WORLD_SIZE") or 1)
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1
-        else max(1, torch.cuda.device_count())
-    )
+    """Return the ranks that the launcher has started; without a launcher, one per GPU."""
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    return launched if launched > 1 else max(1, torch.cuda.device_count())
 
 
 def local_ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 0) or min(
-        ranks_here(), max(1, torch.cuda.device_count()) if _has_gpu() else 10**6
-    )
-
-
-def _has_gpu() -> bool:
-    return torch.cuda.is_available()
+    """Return the ranks on this node, as the launcher says, or else as many as it has GPUs."""
+    if launched := int(os.environ.get("LOCAL_WORLD_SIZE") or 0):
+        return launched
+    return min(ranks_here(), max(1, torch.cuda.device_count())) if torch.cuda.is_available() else ranks_here()
 
 
 def _totals(plan: MemoryPlan) -> str:
@@ -54,12 +57,14 @@ def _totals(plan: MemoryPlan) -> str:
 
 
 def _shortage(plan: MemoryPlan) -> str | None:
-    """What does not fit on this machine; without a GPU the host holds everything."""
-    from safecl.engine.reference.shared_memory import available_memory
-
-    host = plan.host if _has_gpu() else plan.shared_host
-    if _has_gpu() and plan.device > (there := torch.cuda.get_device_properties(0).total_memory):
-        return f"a device has {format_bytes(there)}; use a higher deepspeed.stage, more ranks, offload, or smaller micro-batches"
+    """Return what does not fit on this machine. Without a GPU, host memory holds everything."""
+    has_gpu = torch.cuda.is_available()
+    host = plan.host if has_gpu else plan.shared_host
+    if has_gpu and plan.device > (there := torch.cuda.get_device_properties(0).total_memory):
+        return (
+            f"a device has {format_bytes(there)}; "
+            "use a higher deepspeed.stage, more ranks, offload, or smaller micro-batches"
+        )
     free = available_memory()
     if free is not None and host > free:
         return f"{format_bytes(host)} of host memory are needed and {format_bytes(free)} are available here"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from safecl.config import RunConfig
+from safecl.engine.model.structure import parameters_on_meta
 from safecl.planning.device_memory import plan_memory
 from safecl.planning.model_shape import ModelShape
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "1B": dict(
         hidden_size=2048,
         intermediate_size=8192,
@@ -32,22 +35,35 @@ SIZES = {
         vocab_size=32000,
     ),
 }
-"""Llama 3.2 1B, Llama 2 7B, 13B and 70B."""
-
+"""Settings of Llama 3.2 1B, and of Llama 2 7B, 13B and 70B."""
 
 RANKS = (1, 8, 64)
 
+DEVICE_COLUMNS = (
+    "weights",
+    "gathered weights",
+    "gradients",
+    "communication buckets",
+    "master weights",
+    "moments",
+    "fisher",
+    "ema",
+    "activations",
+    "logits",
+)
+HOST_COLUMNS = ("reference weights", "copy for the checkpoint")
+
 
 def shape_of_size(name: str, config: RunConfig) -> ModelShape:
+    """Return the sizes of the model of that name in `SIZES`."""
     import transformers
-
-    from safecl.engine.model.structure import parameters_on_meta
 
     with parameters_on_meta():
         return ModelShape.of(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES[name])), config)
 
 
 def _example(optimizer: str) -> RunConfig:
+    """Return a config with EWC and EMA. optimizer: "none" or "cpu", where the optimizer and the weights are."""
     place = {"optimizer": optimizer, "parameters": optimizer, "reference": "cpu", "fisher": "none", "ema": "none"}
     return RunConfig.model_validate(
         {
@@ -61,25 +77,8 @@ def _example(optimizer: str) -> RunConfig:
     )
 
 
-_COLUMNS = (
-    "weights",
-    "gathered weights",
-    "gradients",
-    "communication buckets",
-    "master weights",
-    "moments",
-    "fisher",
-    "ema",
-    "activations",
-    "logits",
-)
-
-
-_ON_THE_HOST = ("reference weights", "copy for the checkpoint")
-
-
 def markdown() -> str:
-    """The tables of docs/memory.md."""
+    """Return the tables of docs/memory.md."""
     shapes = {name: shape_of_size(name, _example("none")) for name in SIZES}
     parts = []
     for optimizer, title in (
@@ -88,7 +87,7 @@ def markdown() -> str:
     ):
         config = _example(optimizer)
         rows = [_row(name, shape, config, ranks) for name, shape in shapes.items() for ranks in RANKS]
-        head = ["model", "GPUs", *_COLUMNS, "**a GPU**", *_ON_THE_HOST, "**host, a node**"]
+        head = ["model", "GPUs", *DEVICE_COLUMNS, "**a GPU**", *HOST_COLUMNS, "**host, a node**"]
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows]
         parts.append(f"{title}; GB, of each GPU or (in italics) of host memory for it:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
@@ -96,16 +95,11 @@ def markdown() -> str:
 
 def _row(name: str, shape: ModelShape, config: RunConfig, ranks: int) -> str:
     plan = plan_memory(shape, config, ranks)
-    where = {item.what: item.where for place in ("device", "host") for item in plan.at_peak(place)}
-    cells = [_gigabytes(plan.bytes_of(what), where.get(what) == "host") for what in _COLUMNS]
-    on_the_host = [_gigabytes(plan.bytes_of(what)) for what in _ON_THE_HOST]
-    return (
-        "| "
-        + " | ".join(
-            [name, str(ranks), *cells, f"**{_gigabytes(plan.device)}**", *on_the_host, f"**{_gigabytes(plan.host)}**"]
-        )
-        + " |"
-    )
+    on_host = {item.what for item in plan.at_peak("host")}
+    cells = [_gigabytes(plan.bytes_of(what), italic=what in on_host) for what in DEVICE_COLUMNS]
+    host_cells = [_gigabytes(plan.bytes_of(what)) for what in HOST_COLUMNS]
+    totals = [f"**{_gigabytes(count)}**" for count in (plan.device, plan.host)]
+    return "| " + " | ".join([name, str(ranks), *cells, totals[0], *host_cells, totals[1]]) + " |"
 
 
 def _gigabytes(count: int, italic: bool = False) -> str:

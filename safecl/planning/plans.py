@@ -1,4 +1,4 @@
-"""What a run will do: its tasks with their rows and steps."""
+"""The plan of a run: its tasks with their rows and steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TaskPlan:
     eval_rows: list[ChatRow] = field(default_factory=list)
     poisoned_rows: int = 0
     row_weights: np.ndarray | None = None
-    """fp32 [rows]: what a row's cross-entropy is multiplied by; None is 1 everywhere."""
+    """fp32 [rows]: factors of the rows' cross-entropy; None is 1 everywhere."""
 
     @property
     def num_steps(self) -> int:
@@ -40,12 +40,12 @@ class TaskPlan:
 
 @dataclass
 class RunPlan:
-    """A run, ready to start."""
+    """A run that is ready to start."""
 
     config: RunConfig
     tokenizer: PreTrainedTokenizerBase
     tasks: list[TaskPlan]
-    methods: list[Method]
+    methods: list[Method[Any]]
     memory: TokenDataset | None = None
     prompts: list[Prompt] = field(default_factory=list)
     benign: list[Prompt] = field(default_factory=list)
@@ -54,22 +54,23 @@ class RunPlan:
 
 
 def apply_screening(config: RunConfig, task: TaskPlan, decision: dict[str, Any]) -> None:
-    """Leaves flagged rows out of a task, or lowers their weight. decision: {"rows": row ids, "weight": factor, 0 leaves
-    out}."""
+    """Leave flagged rows out of a task, or lower their weight. decision: {"rows": row ids, "weight": factor}, where a
+    factor of 0 leaves them out."""
     flagged = np.isin(task.dataset.row_ids, np.array(decision["rows"], np.uint64))
     if decision["weight"] == 0.0:
-        retake(config, task, task.dataset.select(np.flatnonzero(~flagged)))
+        replace_rows(config, task, task.dataset.select(np.flatnonzero(~flagged)))
     else:
         task.row_weights = np.where(flagged, decision["weight"], 1.0).astype(np.float32)
 
 
-def retake(config: RunConfig, task: TaskPlan, dataset: TokenDataset) -> None:
-    """Goes on with fewer rows: as many epochs of batches of the same size, or as many steps."""
+def replace_rows(config: RunConfig, task: TaskPlan, dataset: TokenDataset) -> None:
+    """Give the task fewer rows. The batch size stays, and so does the number of epochs or of steps."""
     if len(dataset) == 0:
         raise ConfigError(f"scan: every row of task {task.config.name} is flagged, so nothing is left to train on")
     task.dataset, task.order = dataset, order_of_rows(config.train, dataset, task.tokens_per_batch)
 
 
 def order_of_rows(train: TrainConfig, dataset: TokenDataset, tokens_per_batch: int) -> TaskOrder:
+    """Return which rows each step takes."""
     length = {"epochs": train.epochs} if train.max_steps is None else {"max_steps": train.max_steps}
     return TaskOrder(dataset, seed=train.seed, tokens_per_batch=tokens_per_batch, **length)

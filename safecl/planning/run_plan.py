@@ -1,10 +1,11 @@
-"""What a run will do, worked out before any model is loaded or any process group exists: rows, steps, tokens, and what
-is measured.
+"""Makes the plan of a run before a model is loaded and before a process group exists: rows, steps, prompts, checks.
 
-`safecl check` prints it, `Trainer` runs it, so the two cannot differ.
+`safecl check` prints the plan and `Trainer` runs it, so the two cannot differ.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,21 +16,24 @@ from safecl.data import (
     read_prompts,
     resolve_tokens_per_batch,
 )
-from safecl.data.config_rows import held_out_rows, prepare_memory, prepare_task, training_rows
+from safecl.data.config_rows import held_out_rows, prepare_memory, prepare_task, training_rows, upload_rows
 from safecl.data.files import where
 from safecl.engine.teachers.checks import check_teachers
+from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps
 from safecl.evaluation.answers.texts import place_of
 from safecl.methods.base import Method
 from safecl.planning.checks import check_fisher, check_sizes, check_vocabulary
-from safecl.planning.plans import RunPlan, TaskPlan, order_of_rows, retake
+from safecl.planning.plans import RunPlan, TaskPlan, order_of_rows, replace_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def plan_run(config: RunConfig) -> RunPlan:
-    """Reads and tokenises all data, checks it, and works out steps. Raises ConfigError (DataError for rows)."""
+    """Read and tokenise all data, check it, and compute the steps. Raises ConfigError (DataError for rows)."""
     tokenizer = load_tokenizer(config.model)
-    plan = RunPlan(
-        config, tokenizer, [_plan_task(config, task, tokenizer) for task in config.tasks], build_methods(config)
-    )
+    tasks = [_plan_task(config, task, tokenizer) for task in config.tasks]
+    plan = RunPlan(config, tokenizer, tasks, build_methods(config))
     plan.memory = prepare_memory(config, tokenizer) if config.memory is not None else None
     _plan_safety(plan)
     check_sizes(plan)
@@ -39,12 +43,12 @@ def plan_run(config: RunConfig) -> RunPlan:
     return plan
 
 
-def build_methods(config: RunConfig) -> list[Method]:
-    """The configured methods, in the order of the config."""
+def build_methods(config: RunConfig) -> list[Method[Any]]:
+    """Return the methods of the config, in its order."""
     return [method_module(name).Method(name, settings) for name, settings in config.methods.items()]
 
 
-def _plan_task(config: RunConfig, task: TaskConfig, tokenizer) -> TaskPlan:
+def _plan_task(config: RunConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> TaskPlan:
     train = config.train
     dataset, poisoned = prepare_task(config, task, tokenizer)
     tokens_per_batch = resolve_tokens_per_batch(train, dataset)
@@ -59,9 +63,9 @@ def _plan_task(config: RunConfig, task: TaskConfig, tokenizer) -> TaskPlan:
 
 
 def _plan_safety(plan: RunPlan) -> None:
-    from safecl.evaluation import check_disjoint, check_gate_is_decidable
-
-    safety = plan.config.safety
+    """Read the evaluation prompts. Refuse a gate that they cannot decide, and prompts that the run would train on."""
+    config = plan.config
+    safety = config.safety
     if safety is None:
         return
     plan.prompts = read_prompts(safety.prompts, safety.max_prompts)
@@ -69,20 +73,14 @@ def _plan_safety(plan: RunPlan) -> None:
         plan.benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True)
     if safety.gate is not None:
         check_gate_is_decidable(safety.gate, num_prompts=len(plan.prompts), num_benign=len(plan.benign))
-    left_out = (
-        _leave_out_repeats(plan)
-        if plan.config.scan is not None and plan.config.scan.action in ("drop", "downweight")
-        else set()
-    )
-    rows = [row for row in training_rows(plan.config) if place_of(row) not in left_out]
+    acts_on_rows = config.scan is not None and config.scan.action in ("drop", "downweight")
+    left_out = _leave_out_repeats(plan) if acts_on_rows else set()
+    rows = [row for row in training_rows(config) if place_of(row) not in left_out]
     check_disjoint([*plan.prompts, *plan.benign], rows)
 
 
 def _leave_out_repeats(plan: RunPlan) -> set[str]:
-    """Takes uploaded rows that repeat an evaluation prompt out of the tasks; returns where they stand."""
-    from safecl.data.config_rows import upload_rows
-    from safecl.evaluation import find_overlaps
-
+    """Leave uploaded rows that repeat an evaluation prompt out of the tasks. Returns their places (file and line)."""
     places = {overlap.row for overlap in find_overlaps([*plan.prompts, *plan.benign], upload_rows(plan.config))}
     for task in plan.tasks:
         data, lines = task.dataset, task.dataset.lines.tolist()
@@ -90,8 +88,7 @@ def _leave_out_repeats(plan: RunPlan) -> set[str]:
             [task.config.role == "align" or where(data.path(i), lines[i]) not in places for i in range(len(data))]
         )
         if not stays.all():
-            retake(plan.config, task, data.select(np.flatnonzero(stays)))
-            plan.notes.append(
-                f"scan: {int((~stays).sum())} rows of task {task.config.name} repeat evaluation prompts and are left out"
-            )
+            replace_rows(plan.config, task, data.select(np.flatnonzero(stays)))
+            count, name = int((~stays).sum()), task.config.name
+            plan.notes.append(f"scan: {count} rows of task {name} repeat evaluation prompts and are left out")
     return places

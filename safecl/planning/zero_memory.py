@@ -1,9 +1,8 @@
-"""What DeepSpeed 0.19 keeps for weights, gradients and AdamW in each ZeRO stage, and what it makes for a while: read in
-its source, and measured beside it (benchmarks/reference.py).
+"""The tensors of DeepSpeed 0.19 for weights, gradients and AdamW in each ZeRO stage, those that it keeps and those that
+it makes for a while.
 
-    N  trained weights     n = N / world size     B = min(5e8, N) elements of a bucket     s = bytes of a weight, 2 or 4
-
-Buckets as large as the model are reduced after the backward pass, when activations are gone; smaller ones in between.
+They were read in its source, and compared with measurements (benchmarks/reference.py). A bucket that holds the whole
+model is reduced after the backward pass, when activations are gone; smaller buckets are reduced during the pass.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _PREFETCH = 5 * 10**7  # elements that stage 3 gathers ahead
 
 
 def zero_items(shape: ModelShape, config: RunConfig, world_size: int, device: str) -> Iterator[Item]:
-    """`device`: cuda or cpu, where gloo makes copies of its own."""
+    """Yield all items of a stage. device: "cuda" or "cpu"; on the CPU, gloo makes copies of its own."""
     stage = config.deepspeed.stage
     gradients = {0: _unsharded_gradients, 1: _stage_1_gradients, 2: _stage_2_gradients, 3: _stage_3_gradients}[stage]
     yield from _weights(shape, config, world_size)
@@ -31,7 +30,7 @@ def zero_items(shape: ModelShape, config: RunConfig, world_size: int, device: st
 
 
 def _copies_of_gloo(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """Of a gathered tensor twice its size, of a scattered sum the rank's part."""
+    """Yield extra gloo copies: twice an all-gathered tensor, and this rank's part of a reduce-scatter."""
     if config.deepspeed.stage in (1, 2):
         yield Item("communication buckets", "device", 2 * shape.trained * weight_bytes(config), "step")
     elif config.deepspeed.stage == 3:
@@ -39,6 +38,7 @@ def _copies_of_gloo(shape: ModelShape, config: RunConfig, world_size: int) -> It
 
 
 def _weights(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
+    """Yield the live weights. Stage 3 shards them, and gathers some for a while."""
     size = weight_bytes(config)
     if config.deepspeed.stage < 3:
         yield Item("weights", "device", shape.weights * size)
@@ -52,7 +52,7 @@ def _weights(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[
 
 
 def _optimizer(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """Master weights and moments; stages 1 and 2 copy offloaded weights back through a buffer."""
+    """Yield master weights and moments. Stages 1 and 2 copy offloaded weights back through a buffer."""
     stage, offload, size = config.deepspeed.stage, config.deepspeed.offload, weight_bytes(config)
     where: Where = "host" if offload.optimizer == "cpu" else "device"
     share = shape.trained if stage == 0 else share_of(shape.trained, world_size)
@@ -69,8 +69,8 @@ def _optimizer(shape: ModelShape, config: RunConfig, world_size: int) -> Iterato
 
 
 def _unsharded_gradients(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """In bf16 safecl adds them up in fp32, and DeepSpeed looks at a bf16 copy, of which it makes an fp32 one for the
-    step."""
+    """Yield the gradients of stage 0. In bf16 runs safecl adds them up in fp32 and gives DeepSpeed a bf16 copy;
+    DeepSpeed makes an fp32 copy of that for the step."""
     yield Item("gradients", "device", shape.trained * FP32)
     if weight_bytes(config) == FP32:
         yield Item("communication buckets", "device", min(BUCKET, shape.trained) * FP32, "reduce")
@@ -81,7 +81,7 @@ def _unsharded_gradients(shape: ModelShape, config: RunConfig, world_size: int) 
 
 
 def _stage_1_gradients(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """Whole on every rank until they are reduced."""
+    """Yield the gradients of stage 1, which are whole on every rank until they are reduced."""
     bucket, share = min(BUCKET, shape.trained), share_of(shape.trained, world_size)
     if config.deepspeed.offload.optimizer == "cpu":
         yield Item("gradients", "host", share * FP32)
@@ -97,7 +97,8 @@ def _stage_1_gradients(shape: ModelShape, config: RunConfig, world_size: int) ->
 
 
 def _stage_2_gradients(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """A bucket of gradients in the dtype of the weights is reduced as a flat copy, in bf16 runs through one in fp32."""
+    """Yield the gradients of stage 2. A bucket in the dtype of the weights is reduced as a flat copy, in bf16 runs
+    through another copy in fp32."""
     size, share, bucket = weight_bytes(config), share_of(shape.trained, world_size), min(BUCKET, shape.trained)
     offloaded, in_bf16 = config.deepspeed.offload.optimizer == "cpu", weight_bytes(config) == 2
     if offloaded:
@@ -117,7 +118,7 @@ def _stage_2_gradients(shape: ModelShape, config: RunConfig, world_size: int) ->
 
 
 def _stage_3_gradients(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """A bucket in fp32 that stays, and a copy of it, sorted by rank, when it is reduced."""
+    """Yield the gradients of stage 3: an fp32 bucket that stays, and a copy sorted by rank when it is reduced."""
     bucket, share = min(BUCKET, shape.trained) * FP32, share_of(shape.trained, world_size)
     offloaded = config.deepspeed.offload.optimizer == "cpu"
     where: Where = "host" if offloaded else "device"

@@ -10,7 +10,7 @@ import pytest
 
 from safecl.config import CheckpointConfig, LoraConfig
 from safecl.config.methods import builtin_methods
-from safecl.planning import device_memory
+from safecl.planning import memory_tables
 from safecl.planning.device_memory import plan_memory
 from safecl.planning.model_shape import ModelShape
 from tests.engine import scenes
@@ -23,7 +23,7 @@ METHODS = {"ewc": {}, "ema": {}}
 def test_the_tables_of_the_page_are_printed_by_the_code():
     assert (
         re.search(r"<!-- plan -->\n(.*?)\n<!-- end -->", PAGE.read_text(encoding="utf-8"), re.S)[1]
-        == device_memory.markdown()
+        == memory_tables.markdown()
     )
 
 
