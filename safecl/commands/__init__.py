@@ -1,1 +1,1 @@
-"""Bodies of the verbs that are longer than a few lines. Each module imports torch only when its verb runs."""
+"""The bodies of the verbs, one module each. A module imports torch only when its verb runs."""

@@ -1,5 +1,5 @@
 """`safecl check CFG`: reads and tokenises all data, reads the model's settings, and prints what `safecl train` would
-do. Trains nothing."""
+do. It trains nothing."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from safecl.commands.preflight import preflight
 from safecl.config import ConfigError, ModelConfig, RunConfig
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
     from safecl.planning.model_shape import ModelShape
 
 
 def check_run(config: RunConfig) -> None:
-    """Prints the plan and one decoded example per task. Raises ConfigError for whatever would stop the run, with file
+    """Print the plan and one decoded example per task. Raises ConfigError for all that would stop the run, with file
     and line for rows."""
     preflight(config)
     from safecl.data import describe
@@ -46,8 +46,8 @@ def check_run(config: RunConfig) -> None:
     console.print(f"ready: safecl train would write {config.output}", style="green", markup=False)
 
 
-def model_structure(config: ModelConfig) -> torch.nn.Module:
-    """The model without its weights. ConfigError for one that cannot be tuned."""
+def model_structure(config: ModelConfig) -> PreTrainedModel:
+    """Return the model without its weights. Raises ConfigError for one that cannot be tuned."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -60,21 +60,25 @@ def model_structure(config: ModelConfig) -> torch.nn.Module:
 
 
 def teacher_shapes(config: RunConfig) -> list[ModelShape]:
-    """Of the further models that are asked in every step."""
+    """Return the sizes of the further models that are asked in every step."""
     from safecl.engine.teachers.checks import other_models
     from safecl.planning.model_shape import ModelShape
 
     return [ModelShape.without_activations(model_structure(other)) for other in other_models(config)]
 
 
-def model_facts(model: torch.nn.Module, config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
-    """(what, value) lines about the model. ConfigError where its vocabulary is smaller than the tokenizer's."""
+def model_facts(model: PreTrainedModel, config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
+    """Return (what, value) lines about the model. Raises ConfigError where it knows fewer tokens than the tokenizer.
+
+    num_tokens: of the tokenizer.
+    """
     from safecl.engine.model.settings import choose_attention
 
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
     if num_tokens > vocabulary:
         raise ConfigError(
-            f"model.tokenizer: it has {num_tokens:,} tokens, but the model knows only {vocabulary:,}; use the model's own tokenizer"
+            f"model.tokenizer: it has {num_tokens:,} tokens, but the model knows only {vocabulary:,}; "
+            "use the model's own tokenizer"
         )
     attention, reason = choose_attention(config.model.attention)
     return [
@@ -84,7 +88,7 @@ def model_facts(model: torch.nn.Module, config: RunConfig, num_tokens: int) -> l
 
 
 def refuse_without_weights(path: str) -> None:
-    """Raises ConfigError for a local folder that holds settings but no safetensors weights."""
+    """Raise ConfigError for a local folder that holds settings but no safetensors weights."""
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ConfigError(f"model.path: {folder} holds no .safetensors weights")

@@ -1,5 +1,5 @@
-"""`safecl env`: what an issue report needs, as a table or JSON. What cannot be found out is named, and never an
-error."""
+"""`safecl env`: what an issue report needs, as a table or JSON. A fact that cannot be found out is named as such, and
+is no error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Facts = dict[str, str]
 
 
 def print_environment(as_json: bool) -> None:
-    """Prints every section; with `as_json` as one JSON object {section: {name: value}}."""
+    """Print every section; with `as_json`, print one JSON object {section: {name: value}}."""
     sections = collect_environment()
     if as_json:
         print(json.dumps(sections, indent=2))
@@ -59,7 +59,7 @@ def print_environment(as_json: bool) -> None:
 
 
 def collect_environment() -> dict[str, Facts]:
-    """{section: {name: value}}, all text."""
+    """Return {section: {name: value}}, all text."""
     return {
         "versions": _versions(),
         "device": _or_reason(_device),
@@ -71,7 +71,7 @@ def collect_environment() -> dict[str, Facts]:
 def _or_reason(collect: Callable[[], Facts]) -> Facts:
     try:
         return collect()
-    except Exception as error:  # a broken driver or library is what this command is asked about
+    except Exception as error:  # a broken driver or library must show in the report, not end it
         return {"not available": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
@@ -93,14 +93,14 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     root = Path(safecl.__file__).resolve().parent.parent
-    return (
-        f" (commit {found})"
-        if (root / ".git").exists() and (found := _output("git", "-C", str(root), "rev-parse", "--short", "HEAD"))
-        else ""
-    )
+    if not (root / ".git").exists():
+        return ""
+    found = _output("git", "-C", str(root), "rev-parse", "--short", "HEAD")
+    return f" (commit {found})" if found else ""
 
 
 def _output(*command: str) -> str:
+    """Return what a command prints; empty where it cannot be run."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -115,18 +115,15 @@ def _device() -> Facts:
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     facts = {"cpu": f"{os.cpu_count()} cores, {capability}, {_host_memory()}, {threads} torch threads"}
     if not torch.cuda.is_available():
-        return facts | {
-            "gpu": "none" if torch.version.cuda or torch.version.hip else "none (this torch is a CPU build)"
-        }
+        has_gpu_support = torch.version.cuda or torch.version.hip
+        return facts | {"gpu": "none" if has_gpu_support else "none (this torch is a CPU build)"}
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        facts[f"gpu {index}"] = (
-            f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, compute capability {properties.major}.{properties.minor}"
-        )
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.1f} GiB"
+        facts[f"gpu {index}"] = f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}"
     facts["cuda of torch"] = str(torch.version.cuda)
-    facts["driver"] = (
-        _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines() or ["unknown"]
-    )[0]
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    facts["driver"] = drivers[0] if drivers else "unknown"
     facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return facts
 
@@ -151,7 +148,7 @@ def _kernels() -> Facts:
         backend = choice.backend + (f" ({', '.join(notes)})" if notes else "")
         if choice.device == device:
             rows[choice.kernel] = backend
-        elif choice.device == "cpu" and choice.family == "flat":  # what an offloaded optimizer runs on
+        elif choice.device == "cpu" and choice.family == "flat":  # an offloaded optimizer runs these
             rows[f"{choice.kernel} on cpu"] = backend
     return rows
 

@@ -1,4 +1,4 @@
-"""`safecl eval`: the measurements of a run without the run, on its tuned model or on any model folder."""
+"""`safecl eval`: makes the measurements of a run without the run, on its tuned model or on any model folder."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from safecl.exits import ExitCode
 
 
 def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -> ExitCode:
-    """Measures, prints the table on rank 0, and says where results.json is. ExitCode.GATE where a gate is not
-    passed."""
+    """Measure, print the table on rank 0, and name the folder of results.json. Returns ExitCode.GATE where a gate is
+    not passed."""
     environment.join_launcher()
     refuse_unwritable(output or _default_output(target, overrides))
     settle_hub([target])
@@ -34,7 +34,8 @@ def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -
 
 
 def _default_output(target: str, overrides: list[str]) -> Path:
-    """Where results go without --output. A wrong config is told here, before torch is imported."""
+    """Return the folder of the results without --output. Reads the config, so that a wrong one is refused before torch
+    is imported."""
     if target.endswith((".yaml", ".yml")):
         return Path(load_config(target, overrides).output)
     return Path(target) if (Path(target) / "config.yaml").is_file() else Path("runs")

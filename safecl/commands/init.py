@@ -1,4 +1,4 @@
-"""`safecl init`: four questions, one commented config. The text comes from the config's own docs
+"""`safecl init`: asks four questions and writes a commented config. The comments are the config's own documentation
 (safecl/config/docs.py)."""
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def init_config(
     safety_prompts: str | None,
     every_key: bool,
 ) -> None:
-    """Asks for what is not given (on a terminal), and writes `output`. Raises ConfigError where the file exists or
-    cannot be written."""
+    """Ask on a terminal for what is not given, and write `output`. Raises ConfigError where the file exists or cannot
+    be written."""
     if output.exists():
         raise ConfigError(f"{output}: exists and is not overwritten; write another file with --output, or remove it")
-    model = model or _ask("Model (a Hugging Face folder or hub id)", EXAMPLES["model.path"])
+    model = model or _ask("Model (a Hugging Face folder or hub id)", str(EXAMPLES["model.path"]))
     train_file = train_file or _ask(
-        "Training rows (.jsonl, .json, .csv, .parquet or a hub id)", EXAMPLES["tasks.train"]
+        "Training rows (.jsonl, .json, .csv, .parquet or a hub id)", str(EXAMPLES["tasks.train"])
     )
     memory = memory or _ask("Disallowed prompts with the refusals to keep (a file, or none)", "none")
     safety_prompts = safety_prompts or _ask("Other disallowed prompts to measure safety with (a file, or none)", "none")
@@ -50,10 +50,11 @@ def init_config(
 
 
 def starter_values(model: str, train_file: str, memory: str | None, safety_prompts: str | None) -> dict[str, Any]:
-    """The live keys of a starter: what was asked, the preset that fits, and the sizes that people change first.
+    """Return the keys that a starter sets: the answers, the preset that fits, and the sizes that people change first.
 
-    With prompts that the model is known to refuse the upload is screened. What is flagged is only listed: without known
-    harmless rows to compare with, a third of an honest upload may be flagged, and nobody should lose rows by a default.
+    Where there are prompts that the model is known to refuse, the upload is screened. Flagged rows are only listed:
+    without known harmless rows to compare with, a third of an honest upload may be flagged, and a default must not
+    drop rows.
     """
     name = re.sub(r"[^\w.-]+", "-", Path(train_file).stem).strip("-.") or EXAMPLES["tasks.name"]
     values: dict[str, Any] = {

@@ -1,11 +1,11 @@
-"""What can be said of a config's files before torch is imported: which are missing, and whether the run folder can be
-made."""
+"""Checks of a config's files that need no torch: which are missing, and whether the run folder can be made."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,44 +13,51 @@ from safecl.config import ConfigError, RunConfig
 
 
 def preflight(config: RunConfig) -> None:
-    """Raises ConfigError with one line for each missing file, and for a run folder that cannot be made. Makes
-    nothing."""
+    """Raise ConfigError with a line for each missing file, and for a run folder that cannot be made. Makes nothing."""
     mistakes: list[str] = []
-    _collect(mistakes, lambda: refuse_missing_files(config))
-    _collect(mistakes, lambda: refuse_unwritable(Path(config.output)))
+    with _collecting(mistakes):
+        refuse_missing_files(config)
+    with _collecting(mistakes):
+        refuse_unwritable(Path(config.output))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     settle_hub([name for _, name in (*_model_folders(config), *_data_files(config))])
 
 
 def refuse_missing_files(config: RunConfig) -> None:
-    """Raises ConfigError that names every local file and folder of the config that is not there. Hub ids are left to
-    their readers."""
+    """Raise ConfigError that names every local file and folder of the config that does not exist. Hub ids are checked
+    when they are read."""
     from safecl.data.files import refuse_missing
     from safecl.data.hub import refuse_missing_folder
 
     mistakes: list[str] = []
     for key, name in _model_folders(config):
-        _collect(mistakes, lambda key=key, name=name: refuse_missing_folder(key, name))
-    for key, path in _data_files(config):
-        _collect(mistakes, lambda path=path: refuse_missing(path), f"{key}: ")
+        with _collecting(mistakes):
+            refuse_missing_folder(key, name)
+    for key, name in _data_files(config):
+        with _collecting(mistakes, prefix=f"{key}: "):
+            refuse_missing(name)
     for name, settings in config.methods.items():
         if (path := getattr(settings, "fisher", None)) is not None and not Path(path).is_file():
             mistakes.append(
-                f"methods.{name}.fisher: {path}: no such file; `safecl fisher CFG` estimates the Fisher information and writes one"
+                f"methods.{name}.fisher: {path}: no such file; "
+                "`safecl fisher CFG` estimates the Fisher information and writes one"
             )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
 
 
-def _collect(mistakes: list[str], look: Callable[[], None], prefix: str = "") -> None:
+@contextlib.contextmanager
+def _collecting(mistakes: list[str], prefix: str = "") -> Iterator[None]:
+    """Append the message of a ConfigError instead of raising it, so that all mistakes are reported at once."""
     try:
-        look()
+        yield
     except ConfigError as error:
         mistakes.append(f"{prefix}{error}")
 
 
 def _model_folders(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield (key, folder or hub id) of the models and tokenizers that a config names."""
     yield "model.path", config.model.path
     if config.model.tokenizer is not None:
         yield "model.tokenizer", config.model.tokenizer
@@ -60,13 +67,14 @@ def _model_folders(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield (key, file or hub id) of the rows and prompts that a config names."""
     for index, task in enumerate(config.tasks):
         yield f"tasks.{index}.train", task.train
         if task.eval is not None:
             yield f"tasks.{index}.eval.path", task.eval.path
     if config.memory is not None:
         yield "memory.source", config.memory.source
-    if config.poison.ratio > 0:
+    if config.poison.ratio > 0 and config.poison.source is not None:
         yield "poison.source", config.poison.source
     if config.safety is not None:
         yield "safety.prompts", config.safety.prompts
@@ -82,8 +90,7 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def settle_hub(names: Iterable[str]) -> None:
-    """Where one of the names is of the hub and there is no network, only what was downloaded counts; the library would
-    try on."""
+    """Use only downloaded files where a name is a hub id and there is no network; the library would retry for long."""
     if all(Path(name).expanduser().exists() for name in names) or any(os.environ.get(name) for name in _PROXIES):
         return
     host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
@@ -94,7 +101,7 @@ def settle_hub(names: Iterable[str]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder that a verb writes into. Raises ConfigError where that cannot be."""
+    """Make a folder that a verb writes into. Raises ConfigError where it cannot be made."""
     refuse_unwritable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +110,7 @@ def make_folder(folder: Path) -> None:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Raises ConfigError where the run folder could not be made. Makes nothing."""
+    """Raise ConfigError where the run folder could not be made. Makes nothing."""
     nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not nearest.is_dir():
         raise ConfigError(f"output: {folder} cannot be a folder: {nearest} is a file")

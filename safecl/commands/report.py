@@ -8,17 +8,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from safecl.evaluation.tables import measures
 from safecl.report.comparison import last_moments, named, read_runs, warnings_of, write_comparison
-from safecl.report.run import ReportedRun
+from safecl.report.run import ReportedRun, write_run_report
 
 
 def report_runs(folders: list[Path], output: Path | None) -> Path:
-    """Prints a table and writes the page; returns its path. Raises ConfigError for folders that hold no finished
-    run."""
+    """Print a table, write the page, and return its path. Raises ConfigError for folders that hold no finished run."""
     runs = read_runs(folders)
     console = Console(highlight=False, soft_wrap=True)
     table = _table(runs)
-    # A narrower terminal breaks the lines; names and figures that the table cut away would be lost.
+    # On a narrower terminal rich would cut names and figures off; lines that break are better.
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=500)).maximum)
     console.print(table, soft_wrap=False)
     for warning in warnings_of(runs):
@@ -31,15 +31,11 @@ def report_runs(folders: list[Path], output: Path | None) -> Path:
 def _write(runs: list[ReportedRun], output: Path | None) -> Path:
     if len(runs) > 1 or output is not None:
         return write_comparison(runs, output or Path("report.html"))
-    from safecl.report.run import write_run_report
-
     return write_run_report(runs[0].folder)
 
 
 def _table(runs: list[ReportedRun]) -> Table:
-    """One row per run, values at its end with their intervals below."""
-    from safecl.evaluation.tables import measures
-
+    """Return a row per run: the values of its last measurement, with their intervals below."""
     rows = [
         row
         for row in measures(last_moments(runs))
@@ -61,7 +57,9 @@ def _table(runs: list[ReportedRun]) -> Table:
 
 
 _SHOWN = {
-    "ASR keyword:gcg": "ASR\nkeyword\ngcg", "  affirmative openings": "affirma-\ntive\nopenings",
+    "ASR keyword:gcg": "ASR\nkeyword\ngcg",
+    "  affirmative openings": "affirma-\ntive\nopenings",
     "  off-task or incoherent": "off-task\nanswers",
     "over-refusal prefix:xstest": "over-\nrefusal\nxstest",
-}  # fmt: skip
+}
+"""Headings of the measures of safety and refusal that are shown; of the tasks, all are shown."""

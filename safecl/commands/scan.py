@@ -1,5 +1,4 @@
-"""`safecl scan CFG`: screens the rows of the tasks by the aligned model, without training. One process, or several
-under a launcher."""
+"""`safecl scan CFG`: screens the rows of the tasks with the aligned model, without training. Any number of ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -17,10 +17,13 @@ from safecl.config import ConfigError, RunConfig, ScanConfig, validate_tree
 from safecl.distributed import environment
 from safecl.exits import ExitCode
 
+if TYPE_CHECKING:
+    from safecl.scan.screening import Screening
+
 
 def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
-    """Prints what is flagged (rank 0) and writes it into <output>/scan. ExitCode.GATE where `scan.action: refuse` would
-    stop the run."""
+    """Print the flagged rows on rank 0, and write them into <output>/scan. Returns ExitCode.GATE where `scan.action:
+    refuse` would stop the run."""
     environment.join_launcher()
     config = with_scan(config)
     if config.tasks[0].role == "align":
@@ -51,14 +54,14 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
 
 
 def with_scan(config: RunConfig) -> RunConfig:
-    """The config with a `scan` section, the default one where it has none. ConfigError where a scan lacks what it
-    needs."""
+    """Return the config with a `scan` section, by default the default one. Raises ConfigError where a scan lacks what
+    it needs."""
     if config.scan is not None:
         return config
     return validate_tree(config.model_dump(mode="json") | {"scan": ScanConfig().model_dump(mode="json")}, "safecl scan")
 
 
-def _show(screening, config: RunConfig, folder: Path, as_json: bool) -> None:
+def _show(screening: Screening, config: RunConfig, folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(screening.to_dict(config.privacy.examples), indent=2, ensure_ascii=False))
         return

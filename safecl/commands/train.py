@@ -1,4 +1,4 @@
-"""`safecl train CFG`: one process as it is, several under torchrun or the deepspeed launcher."""
+"""`safecl train CFG`: trains in one process, or in several under torchrun or the deepspeed launcher."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from safecl.exits import Ending, ExitCode, end_undisturbed, stderr
 
 
 def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
-    """Trains, or goes on with what is in the run folder; returns how the run ended.
+    """Train, or resume the run in the folder; return how it ended.
 
-    Raises ConfigError for what can be said before the model is loaded; with `fresh` also for a folder that holds a run.
+    Raises ConfigError, before the model is loaded where possible; with `fresh` also for a folder that holds a run.
     """
     environment.join_launcher()
     preflight(config)

@@ -1,4 +1,4 @@
-"""What makes a function a verb."""
+"""Makes a function a verb of the command line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import typer
 
 from safecl.exits import told_as_messages
 
-EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal."
+EPILOG = (
+    "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, "
+    "75 stopped by a signal."
+)
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 def verbs_of(app: typer.Typer, group: str = "") -> Callable[[Verb], Verb]:
-    """A decorator: the function becomes a verb of `app`, named like the function, whose errors become messages and exit
-    codes."""
+    """Return a decorator that makes a function a verb of `app` with the function's name. Its errors become messages and
+    exit codes."""
 
     def verb(function: Verb) -> Verb:
         name = function.__name__.rstrip("_")

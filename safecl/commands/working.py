@@ -1,4 +1,4 @@
-"""A sign of life while a verb works and has nothing to print yet."""
+"""Shows that a verb is working while it has nothing to print yet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safecl.exits import stderr
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner of rank 0 on a terminal; on stderr, so that what is piped on stays clean."""
+    """Show a spinner on rank 0's terminal; on stderr, so that a pipe gets the results only."""
     if environment.rank() != 0 or not stderr.is_terminal:
         yield
         return

@@ -1,5 +1,5 @@
-"""`safecl memory build MODEL PROMPTS`: rows that the aligned model writes itself, and its outputs on them. Any number
-of ranks."""
+"""`safecl memory build MODEL PROMPTS`: lets the aligned model write the memory's rows, and caches its outputs on them.
+Any number of ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from safecl.config import ConfigError, RunConfig, apply_overrides, validate_tree
 from safecl.distributed import environment
 
 if TYPE_CHECKING:
+    from safecl.data import Prompt
     from safecl.engine.artifacts.memory_rows import MemoryRows, RowSettings
+    from safecl.training.console import Console
 
 
 def build_rows(
@@ -24,8 +26,11 @@ def build_rows(
     settings: dict[str, Any],
     overrides: list[str],
 ) -> None:
-    """Builds what is missing and prints what was kept and where it is. ConfigError before the model is loaded where
-    that is possible."""
+    """Build what is missing, and print what was kept and where. Raises ConfigError, before the model is loaded where
+    possible.
+
+    output: file for a copy of the rows. settings: of RowSettings. overrides: of a run config.
+    """
     environment.join_launcher()
     config = _config(model, prompts, overrides)
     from safecl.data import load_tokenizer, read_prompts
@@ -47,7 +52,7 @@ def build_rows(
 
 
 def _config(model: str, prompts: str, overrides: list[str]) -> RunConfig:
-    """A model and prompts have no run config, so the overrides make one; nothing is trained."""
+    """Make the run config that the engine needs, from the model, the prompts and the overrides. Nothing is trained."""
     tree = {
         "model": {"path": model},
         "tasks": [{"name": "memory", "train": prompts}],
@@ -58,7 +63,12 @@ def _config(model: str, prompts: str, overrides: list[str]) -> RunConfig:
 
 
 def _build(
-    config: RunConfig, tokenizer: Any, prompts: list, benign: list, settings: RowSettings, output: Path | None
+    config: RunConfig,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    benign: list[Prompt],
+    settings: RowSettings,
+    output: Path | None,
 ) -> None:
     from safecl.data.config_rows import prepare_memory
     from safecl.engine.artifacts.base_model import base_key
@@ -68,11 +78,16 @@ def _build(
     from safecl.engine.passes.forward_engine import open_forward_engine
     from safecl.training.console import Console
 
+    assert config.memory is not None
     console, store = Console(1, environment.rank()), ArtifactStore.of(config)
     engine = open_forward_engine(
-        config.model, tokenizer, sharding=config.deepspeed, tokens_per_microbatch=config.train.tokens_per_microbatch,
-        packing=config.train.packing, note=console.note,
-    )  # fmt: skip
+        config.model,
+        tokenizer,
+        sharding=config.deepspeed,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        packing=config.train.packing,
+        note=console.note,
+    )
     base = base_key(config, tokenizer, store)
     made = memory_rows(engine, tokenizer, store, base, prompts, benign, settings, console.note)
     rows = _copied(made.rows, output)
@@ -82,8 +97,8 @@ def _build(
 
 
 def _copied(rows: Path, output: Path | None) -> Path:
-    """The file of the rows, in the store or where the user wants it. An existing file with other rows is not
-    overwritten."""
+    """Return the file of the rows: in the store, or the copy that the user wants. Raises ConfigError where another file
+    is in its place."""
     if output is None or environment.rank() != 0:
         return rows
     if output.exists() and output.read_bytes() != rows.read_bytes():
@@ -96,7 +111,7 @@ def _copied(rows: Path, output: Path | None) -> Path:
     return output
 
 
-def _show(console: Any, made: MemoryRows, rows: Path) -> None:
+def _show(console: Console, made: MemoryRows, rows: Path) -> None:
     console.fact("rows", f"{made.kept.total():,}")
     for category, count in made.kept.most_common():
         console.note(f"  {category or 'no category'}: {count:,}")

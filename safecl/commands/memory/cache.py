@@ -1,5 +1,5 @@
-"""`safecl memory cache CFG`: the aligned model's outputs on the memory's rows, into the store of artifacts. Any number
-of ranks."""
+"""`safecl memory cache CFG`: writes the aligned model's outputs on the memory's rows into the store of artifacts. Any
+number of ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from safecl.distributed import environment
 
 
 def cache_run(config: RunConfig) -> None:
-    """Computes what is missing, and prints where it is. ConfigError for a config without a memory or with an alignment
-    task."""
+    """Compute what is missing, and print where it is. Raises ConfigError for a config without a memory or with an
+    alignment task."""
     environment.join_launcher()
-    refuse_what_cannot_be_cached(config)
+    source = cacheable_source(config)
     refuse_missing_files(config)
     from safecl.data import load_tokenizer
     from safecl.data.config_rows import prepare_memory
@@ -38,30 +38,28 @@ def cache_run(config: RunConfig) -> None:
         outputs = shared_outputs(engine, rows, config, tokenizer, note=console.note)
     header, folder = outputs.header, outputs.cache
     size = sum(path.stat().st_size for path in folder.iterdir())
-    console.fact(
-        "rows", f"{len(rows):,} of {config.memory.source}; {len(outputs.reader):,} in the cache, {size:,} bytes"
-    )
-    console.fact(
-        "outputs",
-        f"k {header.k}, temperature {header.temperature:g}, {header.dtype}, of {config.model.path} in {header.model_dtype}",
-    )
+    console.fact("rows", f"{len(rows):,} of {source}; {len(outputs.reader):,} in the cache, {size:,} bytes")
+    form = f"k {header.k}, temperature {header.temperature:g}, {header.dtype}"
+    console.fact("outputs", f"{form}, of {config.model.path} in {header.model_dtype}")
     console.fact("folder", str(folder))
 
 
-def refuse_what_cannot_be_cached(config: RunConfig) -> None:
+def cacheable_source(config: RunConfig) -> str:
+    """Return memory.source. Raises ConfigError where its outputs cannot be cached before a run."""
     if config.memory is None:
         raise ConfigError(
             "memory: this config has none, so there are no rows to ask the model about; add `memory: {source: ...}`"
         )
     if config.tasks[0].role == "align":
         raise ConfigError(
-            "tasks: the aligned model is what the first task (role: align) makes; its run stores the outputs itself"
+            "tasks: the first task (role: align) makes the aligned model; its run stores the outputs itself"
         )
+    return config.memory.source
 
 
 @contextlib.contextmanager
 def ranks() -> Iterator[None]:
-    """The process group of this run of a verb, of one rank where no launcher is at work."""
+    """Keep a process group for the `with` block; without a launcher, a group of one rank."""
     import torch.distributed as dist
 
     from safecl.distributed.collectives import init_distributed

@@ -1,9 +1,7 @@
-"""`safecl memory build|cache|show|export|import|verify`: making a replay memory, and looking at it with the tools that
-people know."""
+"""The verbs of `safecl memory`, which make, show, export, fill and check a replay memory."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +41,7 @@ Tokenizer = Annotated[
 
 
 def memory_folder(run: Path) -> Path:
-    """The memory of a run folder, or the folder itself. Raises ConfigError where neither holds one."""
+    """Return the folder of a run's memory, or the folder itself. Raises ConfigError where neither holds a memory."""
     for folder in (run / "memory", run):
         if any(folder.glob("index-*.index")) or any(folder.glob("rows-*.segment")) or (folder / "cache.json").exists():
             return folder
@@ -103,13 +101,13 @@ def _outputs(buffer: ReplayBuffer) -> str:
     from safecl.replay import ReplayError, SharedOutputs
 
     own = int((buffer.table["form"] != 0).sum())
-    told = f"{own:,} rows with stored outputs of the aligned model"
+    stored = f"{own:,} rows with stored outputs of the aligned model"
     if not isinstance(buffer.teacher_of, SharedOutputs):
-        return told
+        return stored
     try:
         shared = int((buffer.teacher_of.reader.has(buffer.table["row_id"]) & (buffer.table["form"] == 0)).sum())
     except (ConfigError, ReplayError) as error:
-        return f"{told}; {error}"
+        return f"{stored}; {error}"
     return f"{shared + own:,} rows with outputs of the aligned model, {shared:,} of them in {buffer.teacher_of.cache}"
 
 
@@ -143,8 +141,8 @@ def _print_rows(console: Console, buffer: ReplayBuffer, count: int, decode: Call
 
 
 def _decoder(run: Path, tokenizer: str | None, buffer: ReplayBuffer) -> Callable[[list[int]], str] | None:
-    """Ids to text by the named or the run's own tokenizer; None without one, or where the run's privacy setting hides
-    text."""
+    """Return a function from ids to text, by the named or the run's own tokenizer. None without a tokenizer, or where
+    the run's `privacy.examples` hides text."""
     if tokenizer is None:
         settings = run / "config.yaml"
         if settings.is_file():
@@ -163,7 +161,7 @@ def _decoder(run: Path, tokenizer: str | None, buffer: ReplayBuffer) -> Callable
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{tokenizer}: no tokenizer can be loaded from it: {str(error).splitlines()[0]}") from None
-    return functools.partial(loaded.decode, skip_special_tokens=False)
+    return lambda ids: str(loaded.decode(ids, skip_special_tokens=False))
 
 
 @verb
@@ -235,7 +233,7 @@ def _new_settings(source: Path, capacity: str, policy: str) -> Any:
 
 
 def _shared_problems(buffer: ReplayBuffer) -> list[str]:
-    """What is wrong with outputs that the memory shares with other runs; `--repair` does not touch them."""
+    """Return what is wrong with the outputs that the memory shares with other runs; `--repair` does not change them."""
     from safecl.replay import ReplayError, SharedOutputs
 
     if not isinstance(buffer.teacher_of, SharedOutputs):

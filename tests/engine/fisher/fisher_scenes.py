@@ -39,7 +39,7 @@ def estimate(path: str, exact: bool = False, sign_batches: int = 64, **changes) 
     )
     rows, engine = run.memory.all_rows(), run.engine
     batches, size = (len(rows), 1) if exact else (sign_batches, 16)
-    ids = run.memory.row_ids()
+    ids = run.memory.keys()
     mean = estimate_fisher(engine, rows, ids, seed=3, sign_batches=batches, rows_per_batch=size, kind="fisher")
     header = header_of(mean=mean, num_weights=engine.shards.numel)
     write_fisher(Path(path), header, engine.shards, engine.optimizer.tensors("fisher"))
