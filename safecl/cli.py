@@ -1,7 +1,7 @@
-"""The verbs. One small function each; longer bodies stand in safecl/commands/<verb>.py and are imported when the verb
-runs.
+"""The command line: one small function per verb, with its arguments and its help. The bodies are in
+safecl/commands/<verb>.py and are imported when the verb runs.
 
-Nothing here imports torch, so that wrong usage and wrong configs are told at once. Exit codes: safecl/exits.py.
+Nothing here imports torch, so that wrong usage and wrong configs are reported at once. Exit codes: safecl/exits.py.
 """
 
 from __future__ import annotations
@@ -73,15 +73,14 @@ def demo(
     folder: Annotated[
         Path | None,
         typer.Argument(
-            help="Where everything is written; runs/demo or, with options, a name of their own.", show_default=False
+            help="Folder for all files; by default runs/demo, with options a name made of them.", show_default=False
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of corpus, model, order and draws.")] = 0,
     poison: Annotated[float, typer.Option(help="Share of poisoned rows in the task's data.", min=0.0, max=0.9)] = 0.0,
     every: Annotated[bool, typer.Option("--all", help="Every method, with clean and with poisoned data.")] = False,
 ) -> None:
-    """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them. A demonstration that was stopped
-    goes on."""
+    """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them. The same command resumes it."""
     from safecl.commands.preflight import make_folder
     from safecl.demo.run import chosen_arms, default_folder, run_demo
 
@@ -93,11 +92,9 @@ def demo(
 
 @verb
 def proof(
-    folder: Annotated[Path, typer.Argument(help="Where the numbers and the checkpoints are written.")] = Path(
-        "runs/proof"
-    ),
+    folder: Annotated[Path, typer.Argument(help="Folder for the numbers and the checkpoints.")] = Path("runs/proof"),
 ) -> None:
-    """Measure known silent failures of continual fine-tuning beside safecl, in about a minute; needs no model."""
+    """Measure known silent failures of continual fine-tuning, and safecl next to them, in a minute; needs no model."""
     from safecl.commands.preflight import make_folder
     from safecl.proof.run import run_proof
 
@@ -121,9 +118,7 @@ def init(
     safety_prompts: Annotated[
         str | None, typer.Option("--safety", help="Disallowed prompts to measure safety with, or `none`.")
     ] = None,
-    every_key: Annotated[
-        bool, typer.Option("--all", help="Write every key there is, not only the usual ones.")
-    ] = False,
+    every_key: Annotated[bool, typer.Option("--all", help="Write all keys, not only the usual ones.")] = False,
 ) -> None:
     """Write a commented starter config; asks four questions on a terminal."""
     from safecl.commands.init import init_config
@@ -152,10 +147,10 @@ def train(
     config: Config,
     overrides: Overrides = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Refuse a run folder that holds a run, instead of going on with it.")
+        bool, typer.Option("--fresh", help="Refuse a run folder that holds a run, instead of resuming it.")
     ] = False,
 ) -> None:
-    """Train the tasks of a run config and measure safety before, during and after. A run that was stopped goes on."""
+    """Train the tasks of a run config and measure safety before, during and after. The same command resumes a run."""
     loaded = _load(config, overrides)
     from safecl.commands.train import train_run
 
@@ -168,8 +163,8 @@ def scan(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Screen the tasks' rows before training: what the aligned model would refuse, and near-duplicates of prompts that
-    must stay apart."""
+    """Screen the tasks' rows before training: rows that the aligned model would refuse, and near-duplicates of
+    evaluation prompts."""
     loaded = _load(config, overrides)
     from safecl.commands.scan import scan_run
 
@@ -185,12 +180,12 @@ def fisher(
         typer.Option(
             "--output",
             "-o",
-            help="File to write; the one that methods.ewc.fisher names, else the store of artifacts.",
+            help="File to write; by default the one that methods.ewc.fisher names, or else the store of artifacts.",
             show_default=False,
         ),
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Each row's own gradient, one pass a row: slow, to check the estimate.")
+        bool, typer.Option("--exact", help="Use each row's own gradient, one pass a row: slow, to check the estimate.")
     ] = False,
 ) -> None:
     """Estimate the diagonal Fisher of the aligned model on the memory's rows, once, for ewc in all runs on that
@@ -228,12 +223,12 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            help="Page to write: report.html in the run's folder, or here for several.",
+            help="Page to write; by default report.html in the run's folder, or here for several runs.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Renew the page of one run, or compare several side by side in one page."""
+    """Write the page of one run again, or compare several runs in one page."""
     from safecl.commands.report import report_runs
 
     report_runs(runs, output)

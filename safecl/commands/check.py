@@ -4,7 +4,7 @@ do. It trains nothing."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
@@ -12,6 +12,7 @@ from safecl.commands.preflight import preflight
 from safecl.config import ConfigError, ModelConfig, RunConfig
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from safecl.planning.model_shape import ModelShape
@@ -74,7 +75,7 @@ def model_facts(model: PreTrainedModel, config: RunConfig, num_tokens: int) -> l
     """
     from safecl.engine.model.settings import choose_attention
 
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     if num_tokens > vocabulary:
         raise ConfigError(
             f"model.tokenizer: it has {num_tokens:,} tokens, but the model knows only {vocabulary:,}; "

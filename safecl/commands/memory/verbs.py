@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="memory",
-    help="The replay memory: make one, cache what the model says, look at it, take it out, put rows in, check it.",
+    help="The replay memory: make one, cache the model's outputs, show it, export it, import rows, check it.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -191,12 +191,12 @@ def import_(
     run: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN", help="Run folder or folder of a memory; made where there is none.", show_default=False
+            metavar="RUN", help="Run folder or folder of a memory; made if it does not exist.", show_default=False
         ),
     ],
-    capacity: Annotated[str, typer.Option(help="Of a new memory: rows, or bytes like 2GB.")] = "20000",
-    policy: Annotated[str, typer.Option(help="Of a new memory: reservoir, balanced or fifo.")] = "reservoir",
-    seed: Annotated[int, typer.Option(help="Of a new memory: decides which rows stay and are drawn.")] = 0,
+    capacity: Annotated[str, typer.Option(help="Size of a new memory: rows, or bytes like 2GB.")] = "20000",
+    policy: Annotated[str, typer.Option(help="Policy of a new memory: reservoir, balanced or fifo.")] = "reservoir",
+    seed: Annotated[int, typer.Option(help="Seed of a new memory: decides which rows stay and are drawn.")] = 0,
 ) -> None:
     """Insert the rows of a file into a memory."""
     from safecl.replay import ReplayBuffer
@@ -269,16 +269,16 @@ def build(
     max_prompts: Annotated[
         int | None, typer.Option(help="Prompts used of each file, taken evenly.", min=1, show_default=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longer answers are cut off, and left out.", min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer; longer ones are left out.", min=1)] = 256,
     scorer: Annotated[
-        str, typer.Option(help="Says what a refusal is: keyword:gcg, keyword:wei, or a judge to import.")
+        str, typer.Option(help="Decides what a refusal is: keyword:gcg, keyword:wei, or a judge to import.")
     ] = "keyword:gcg",
     batch_size: Annotated[int, typer.Option(help="Prompts answered together on one rank.", min=1)] = 32,
 ) -> None:
-    """Let the aligned model write its own memory: refusals to disallowed prompts, answers to benign ones, its outputs
-    cached.
+    """Let the aligned model write the memory: refusals to disallowed prompts, answers to benign ones. Its outputs on
+    them are cached.
 
-    Goes on where it was stopped.
+    The same command resumes it.
     """
     from safecl.commands.memory.build import build_rows
 
@@ -291,8 +291,8 @@ def cache(
     config: Annotated[Path, typer.Argument(metavar="CFG", help="Run config (YAML) with a memory.", show_default=False)],
     overrides: Overrides = None,
 ) -> None:
-    """Store what the aligned model says about the memory's rows, so that no run has to ask it again. Goes on where it
-    was stopped."""
+    """Store the aligned model's outputs on the memory's rows, so that no run has to compute them. The same command
+    resumes it."""
     from safecl.config import load_config
 
     loaded = load_config(config, overrides or [])
@@ -303,9 +303,9 @@ def cache(
 
 @verb
 def verify(
-    run: Run, repair: Annotated[bool, typer.Option("--repair", help="Let go of rows that cannot be read.")] = False
+    run: Run, repair: Annotated[bool, typer.Option("--repair", help="Drop rows that cannot be read.")] = False
 ) -> None:
-    """Read every byte of a memory or of a cache of teacher outputs and say what is damaged; exit code 1 where something
+    """Read every byte of a memory or of a cache of teacher outputs, and name what is damaged; exit code 1 if anything
     is."""
     from safecl.replay import CacheReader, ReplayBuffer
 
