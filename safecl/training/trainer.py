@@ -9,6 +9,10 @@ Read it from the top down:
 
 A run that was stopped or killed is resumed from its folder: the newest whole checkpoint says which part of which task
 comes next.
+
+Elsewhere: gradients are clipped in engine/zero/optimizer.py, the rows of a replay draw are chosen in
+replay/selection/draws.py, a checkpoint is published in engine/checkpoint/folder.py, and the gate decides in
+evaluation/gates/gate.py.
 """
 
 from __future__ import annotations

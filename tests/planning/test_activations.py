@@ -1,4 +1,4 @@
-"""What a pass takes of memory is counted without memory, and is what a real pass takes."""
+"""The memory of a pass is counted on tensors without memory, and equals that of a real pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LORA = {"r": 2, "alpha": 4.0}
 
 
 def deep_model(family: str, layers: int = 7):
-    """More layers than are traced, so that their number is put in by arithmetic."""
+    """Return settings with more layers than are traced, so that the rest is extrapolated."""
     config = scenes.tiny_model(family=family).config
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -25,8 +25,8 @@ def deep_model(family: str, layers: int = 7):
 def peak_of_a_real_pass(settings, config: ModelConfig) -> int:
     import transformers
 
-    from safecl.engine.model.language_model import LanguageModel
     from safecl.engine.model.dtypes import CONFIG_DTYPES
+    from safecl.engine.model.language_model import LanguageModel
     from safecl.engine.model.structure import prepare_for_training
 
     model = transformers.AutoModelForCausalLM.from_config(settings, dtype=CONFIG_DTYPES[config.dtype])

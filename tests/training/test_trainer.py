@@ -151,7 +151,7 @@ def test_a_run_that_was_killed_after_its_results_is_given_its_report_and_rid_of_
 
 
 def test_the_results_say_what_the_methods_keep_in_bytes(finished):
-    """ZeRO-3 on two ranks: one fp32 value per weight for EMA and Fisher, beside padding, and for theta_0; tokens and
+    """ZeRO-3 on two ranks: one fp32 value per weight, plus padding, for EMA, for Fisher and for theta_0; tokens and
     outputs of 24 rows."""
     folder, results = finished
     kept, numel = results["kept_bytes"], sum(p.numel() for p in _weights(folder / "model").values())

@@ -1,5 +1,5 @@
-"""What a run takes of memory is worked out from the model and the config, and the documentation's tables are that
-code's output."""
+"""The memory of a run is computed from the model and the config, and the documentation's tables are printed by that
+code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config_of(stage: int, methods=METHODS, dtype: str = "bf16", **offload):
 
 
 def state_of(stage: int, world_size: int = 4, **changes) -> dict[tuple[str, str], int]:
-    """What is there all the time."""
+    """Bytes of the items that are there all the time, by name and place."""
     plan = plan_memory(SHAPE, config_of(stage, **changes), world_size)
     return {(item.what, item.where): item.nbytes for item in plan.items if item.moment == "always"}
 
