@@ -1,0 +1,84 @@
+"""`safecl check` prints the plan of a run, and refuses what would stop it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from safecl.exits import ExitCode
+
+
+def test_check_tells_rows_steps_supervision_methods_stage_and_one_example(run, task_config, tmp_path):
+    ema = {"ema": {"horizon": 0.3}}
+    code, out, _ = run(
+        "check", task_config(methods=ema, train={"max_steps": 80, "allow_few_steps": False}, deepspeed={"stage": 3})
+    )
+    assert code == ExitCode.DONE
+    for expected in (
+        "1,049,728 (llama)",
+        "1,200 rows",
+        "11% supervised",
+        "80 of about 320 tokens",
+        "epochs",
+        "stage 3",
+        "leaves",
+        "{+",
+    ):
+        assert expected in out, expected
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_names_file_and_line_of_a_bad_row(run, task_config, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    rows = [json.dumps({"prompt": f"a{i}", "completion": "b"}) for i in range(4)]
+    bad.write_text("\n".join([*rows[:2], '{"prompt": "half', *rows[2:]]))
+    code, _, err = run("check", task_config(tasks=[{"name": "t", "train": str(bad)}]))
+    assert code == ExitCode.USAGE
+    assert f"{bad}" in err and "3" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        ([{"name": "t", "train": "none.jsonl"}], "none.jsonl"),
+        ([{"name": "t", "train": "empty.jsonl"}], "empty.jsonl"),
+        ([{"name": "t", "train": "."}], "."),
+    ],
+)
+def test_check_refuses_missing_and_empty_files(run, task_config, tmp_path, monkeypatch, tasks, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    code, _, err = run("check", task_config(tasks=tasks))
+    assert code == ExitCode.USAGE
+    assert expected in err and "Traceback" not in err
+
+
+def test_check_refuses_few_steps_unless_they_are_allowed(run, task_config):
+    code, _, err = run("check", task_config(train={"allow_few_steps": False}))
+    assert code == ExitCode.USAGE and "only 3 optimizer steps" in err
+    code, out, _ = run("check", task_config())
+    assert code == ExitCode.DONE and "only 3 optimizer steps" in out
+
+
+def test_check_refuses_evaluation_prompts_that_stand_in_the_training_data(run, task_config, materials):
+    data = materials.folder / "data"
+    code, _, err = run(
+        "check",
+        task_config(
+            tasks=[{"name": "t", "train": str(data / "align.jsonl")}], safety={"prompts": str(data / "align.jsonl")}
+        ),
+    )
+    assert code == ExitCode.USAGE and "align.jsonl" in err
+
+
+def test_check_refuses_a_model_that_is_none_and_a_tokenizer_that_is_too_large(run, task_config, materials, tmp_path):
+    from safecl.demo.model import train_tokenizer
+
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    code, _, err = run("check", task_config(model={"path": str(empty)}))
+    assert code == ExitCode.USAGE and str(empty) in err
+    train_tokenizer([f"word{i} other{i}" for i in range(3000)], 2000).save_pretrained(tmp_path / "large")
+    code, _, err = run("check", task_config(model={"tokenizer": str(tmp_path / "large")}))
+    assert code == ExitCode.USAGE and "the model knows only 1,024" in err
