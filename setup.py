@@ -1,7 +1,7 @@
-"""Builds the C++ kernels (`csrc/`) into safecl/kernels/libsafecl.so. Everything else is in pyproject.toml.
+"""Build the C++ kernels (`csrc/`) into safecl/kernels/libsafecl.so. All other settings are in pyproject.toml.
 
-The library needs g++ only: no torch, no Python headers. Without a compiler the install goes through and the torch twins are used.
-CXX chooses another compiler.
+The library needs only g++, neither torch nor Python headers; CXX names another compiler. Without a compiler the install
+succeeds, and the torch twins are used.
 """
 
 from __future__ import annotations
@@ -20,19 +20,14 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SOURCES = ("flat.cpp", "parallel.cpp", "thread_pool.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ldl", "-fvisibility=hidden", "-Wl,--exclude-libs,ALL")
-FLAGS += (
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-)  # no fused multiply-add: every instruction set gives the same bits
-STATIC = (
-    "-static-libstdc++",
-    "-static-libgcc",
-)  # an older libstdc++ that torch has loaded must not be ours; not all systems have the archives
+# Without fused multiply-adds every instruction set gives the same bits.
+FLAGS += ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# Torch may have loaded an older libstdc++, which must not serve our library. Not all systems have the archives.
+STATIC = ("-static-libstdc++", "-static-libgcc")
 
 
 def source_hash() -> str:
-    """The loader's own hash function, taken from its file: importing the package would need torch."""
+    """Return the hash of the sources by the loader's function, taken from its file because the package needs torch."""
     spec = importlib.util.spec_from_file_location("native", ROOT / "safecl" / "kernels" / "native.py")
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
@@ -40,14 +35,13 @@ def source_hash() -> str:
 
 
 def compile_library(target: Path, flags: tuple[str, ...] = FLAGS) -> str:
-    """Compile to `target`; returns why it could not be done, or ""."""
+    """Compile to `target`; return the reason of a failure, or ""."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler} is not on the PATH)"
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_suffix(
-        f".{os.getpid()}.tmp"
-    )  # renamed into place, so that a running process keeps the file it has mapped
+    # The new file is renamed into place, so that a running process keeps the file that it has mapped.
+    fresh = target.with_suffix(f".{os.getpid()}.tmp")
     inputs = [f'-DSAFECL_SOURCE_HASH="{source_hash()}"', *(str(CSRC / s) for s in SOURCES), "-o", str(fresh)]
     for extra in (STATIC, ()):
         done = subprocess.run([compiler, *inputs, *flags, *extra], capture_output=True, text=True, check=False)
@@ -58,7 +52,7 @@ def compile_library(target: Path, flags: tuple[str, ...] = FLAGS) -> str:
 
 
 class BuildLibrary(build_ext):
-    """Compiles the one library with one compiler call; a failure is one line, never an aborted install."""
+    """Compiles the one library with one compiler call; a failure prints one line and never aborts the install."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")[:-1], "libsafecl.so")
@@ -70,7 +64,7 @@ class BuildLibrary(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """The library serves every Python: the wheel's name carries the platform only."""
+    """A wheel whose name has the platform only, because the library serves every Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -78,10 +72,6 @@ class PlatformWheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[
-            Extension(
-                "safecl.kernels.libsafecl", sources=[str((CSRC / s).relative_to(ROOT)) for s in SOURCES], optional=True
-            )
-        ],
+        ext_modules=[Extension("safecl.kernels.libsafecl", sources=[f"csrc/{s}" for s in SOURCES], optional=True)],
         cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     )

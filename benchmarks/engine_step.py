@@ -1,16 +1,17 @@
-"""What continual learning adds to a step in the engine: ZeRO-2 with the optimizer offloaded, on a CPU.
+"""The time that continual learning adds to a step of the engine: ZeRO-2 with an offloaded optimizer, on a CPU.
 
-    python benchmarks/engine_step.py                 one part: builds both engines, then takes turns for at most --seconds
-    python benchmarks/engine_step.py                 again: adds its rounds to those in benchmarks/results/engine-step-cpu.json
+    python benchmarks/engine_step.py                 runs rounds for at most --seconds
+    python benchmarks/engine_step.py                 again: adds rounds to benchmarks/results/engine-step-cpu.json
+    python benchmarks/engine_step.py --fresh         discards earlier rounds
 
-Two DeepSpeed engines in one process, of one model, one configuration and the same tokens, take turns:
+Two DeepSpeed engines in one process, with the same model, configuration and tokens, alternate:
 
-    plain    DeepSpeedCPUAdam, no continual learning
+    plain    DeepSpeedCPUAdam, no continual learning; the rival
     safecl   ShardAdamW with an EWC penalty (anchor and Fisher in bf16) and an fp32 EMA of the weights
 
-Timed are `engine.step()` and the whole step (forward, backward, step). The error column says that both do the same
-work: at the first step the penalty is zero, so both must reach the same weights (relative to the distance moved), and
-the EMA what fp64 says. `--fresh` forgets earlier rounds; rounds of another setting are never mixed.
+It times `engine.step()` and the whole step (forward, backward, step). Errors show that both do the same work: the
+penalty is zero at the first step, so both must reach the same weights (relative to the distance moved), and the EMA
+must be that of fp64. Rounds of different settings are never mixed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LIMITS = {"engine.step()": 1.6, "whole step": 1.10}
 
 @dataclass
 class Side:
-    """One engine; `prepare` is called before each step, `masters` are its flat fp32 weights."""
+    """One engine: `prepare` is called before each step, `masters` are its flat fp32 weights."""
 
     engine: object
     prepare: Callable[[], None]
@@ -46,7 +47,7 @@ class Side:
 
 
 def build_model(layers: int) -> torch.nn.Module:
-    """A Llama of about 100 M parameters at 12 layers, in bf16."""
+    """Return a Llama in bf16, of about 100 M parameters for 12 layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = dict(
@@ -107,7 +108,7 @@ def safecl_side(layers: int) -> Side:
 
 
 def one_step(side: Side, tokens: torch.Tensor) -> dict[str, float]:
-    """Seconds of one step: forward and backward, engine.step()."""
+    """Return the seconds of one step: forward and backward, engine.step()."""
     began = time.perf_counter()
     side.engine.backward(side.engine(input_ids=tokens, labels=tokens).loss)
     side.prepare()
@@ -117,7 +118,7 @@ def one_step(side: Side, tokens: torch.Tensor) -> dict[str, float]:
 
 
 def first_step_errors(sides: dict[str, Side], tokens: torch.Tensor) -> dict[str, float]:
-    """Relative to the distance moved: weights of one side against the other's, the EMA against fp64."""
+    """Return errors relative to the distance moved: weights of one side against the other's, the EMA against fp64."""
     start = [flat.detach().clone() for flat in sides["safecl"].masters]
     for side in sides.values():
         one_step(side, tokens)
@@ -139,7 +140,7 @@ def known_rounds(path: Path, setting: dict) -> list[dict]:
 
 
 def summary(rounds: list[dict]) -> dict:
-    """Medians in ms of each side, and their ratio beside its limit."""
+    """Return each side's median in ms, and their ratio with its limit."""
     found = {}
     for what, limit in LIMITS.items():
         times = {
@@ -193,17 +194,14 @@ def measure(options: argparse.Namespace) -> None:
     deadline, order = time.monotonic() + options.seconds, list(sides)
     while len(rounds) < options.rounds and time.monotonic() < deadline:
         rounds.append({name: one_step(sides[name], tokens) for name in order})
-        order.reverse()  # whom one follows must not matter
+        order.reverse()  # so that neither side always comes first
         report |= {"summary": summary(rounds), "rounds": rounds}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(
-            json.dumps(report, indent=2) + "\n"
-        )  # each time, so that a part that is cut off is not lost
+        options.out.write_text(json.dumps(report, indent=2) + "\n")  # in every round, so that an abort loses none
     print(f"{len(rounds)} of {options.rounds} rounds in {options.out}; errors of the first step: {report['errors']}")
     for what, row in summary(rounds).items():
-        print(
-            f"{what}: {row['plain ms']} ms plain, {row['safecl ms']} ms with EWC and EMA: {row['ratio']}x (at most {row['at_most']}x)"
-        )
+        times = f"{row['plain ms']} ms plain, {row['safecl ms']} ms with EWC and EMA"
+        print(f"{what}: {times}: {row['ratio']}x (at most {row['at_most']}x)")
     torch.distributed.destroy_process_group()
 
 

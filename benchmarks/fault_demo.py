@@ -1,9 +1,9 @@
-"""Section `demo` of benchmarks/faults.py: the demonstration is killed in every phase, and started again until it is
-through.
+"""Section `demo` of benchmarks/faults.py: the demonstration is killed in every phase and started again.
 
-The whole process group gets SIGKILL as soon as the phase has begun and a random moment has passed. After the last kill
-the demonstration must end by itself, and its models, metrics and answers must be those of one that was never killed,
-byte for byte.
+    python benchmarks/faults.py demo
+
+The whole process group gets SIGKILL a random time after the phase has begun. After the last kill the demonstration must
+end by itself, and its models, metrics and answers must equal those of one that was never killed, byte for byte.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ OF_THE_MACHINE = ("tokens_per_second", "memory_bytes")
 
 
 Condition = Callable[[float], bool]
-"""Whether something is so since a time; what is left from before that does not count."""
+"""Whether a condition holds since a time; files from before that time do not count."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the demonstration: it is killed up to `within` seconds after it has begun."""
+    """A phase of the demonstration, which is killed up to `within` seconds after the phase has begun."""
 
     name: str
     begun: Condition
@@ -38,8 +38,7 @@ class Phase:
 
 
 def kill_in_every_phase(folder: Path, seed: int) -> dict:
-    """Kills and results: `killed` phases in order, `missed` those that ended before the kill came, `wrong` what
-    differs."""
+    """Return the `killed` phases in order, the `missed` ones, which ended before the kill, and what is `wrong`."""
     whole, demo = folder / "whole", folder / "demo"
     codes = [start(whole).wait()]
     chance, killed, missed = random.Random(seed), [], []
@@ -54,15 +53,15 @@ def kill_in_every_phase(folder: Path, seed: int) -> dict:
 
 
 def start(folder: Path) -> subprocess.Popen:
-    """The demonstration in a process group of its own."""
+    """Start the demonstration in its own process group."""
     environment = {**os.environ, "SAFECL_CACHE": str(folder.with_name(f"{folder.name}-cache")), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "safecl", "demo", str(folder)]
-    command = ["nice", "-n", "5", *command]  # who waits for the moment to kill it comes first
+    command = ["nice", "-n", "5", *command]  # so that this process gets the CPU at the time of the kill
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=environment, cwd=ROOT)
 
 
 def phases(demo: Path) -> Iterator[Phase]:
-    """From the first file to the last page."""
+    """Yield all phases, from the first file to the last page."""
     from safecl.demo.arms import ARMS
 
     runs = ["aligned", *(arm.name for arm in ARMS)]
@@ -93,8 +92,7 @@ def _has(path: Path, count: int, text: bytes = b"\n") -> Condition:
 
 
 def _kill_in(phase: Phase, after: Phase | None, demo: Path, chance: random.Random) -> bool:
-    """Kills the demonstration; False where the phase was over before that was noticed, so that it died in the one after
-    it."""
+    """Kill the demonstration; return False if the phase was over before it was noticed, so that the next was killed."""
     process, since = start(demo), time.time() - 0.01
     moment, in_time = None, True
     while moment is None or time.monotonic() < moment:
@@ -113,13 +111,15 @@ def _kill_in(phase: Phase, after: Phase | None, demo: Path, chance: random.Rando
 def _now(condition: Condition, since: float) -> bool:
     try:
         return condition(since)
-    except OSError:  # gone between two looks
+    except OSError:  # the file vanished between two calls
         return False
 
 
 def _differences(whole: Path, demo: Path) -> Iterator[str]:
-    """What is not as in the demonstration that was never killed, or is left from a kill. Checkpoints, memory and
-    artifacts are means."""
+    """Yield the differences from the demonstration that was never killed, and the leftovers of kills.
+
+    Checkpoints, memory and artifacts are intermediate files and are not compared.
+    """
     for path in sorted(
         path
         for path in whole.rglob("*")
@@ -131,7 +131,7 @@ def _differences(whole: Path, demo: Path) -> Iterator[str]:
         elif path.name == "metrics.jsonl":
             yield from [] if _measured(path) == _measured(other) else [f"{other.relative_to(demo)} has other numbers"]
         elif path.parent.name in ("model", "model-live", "outputs", "random-model", "data"):
-            # rows name the file that they come from
+            # rows hold the path of their source file
             same = path.read_bytes().replace(bytes(whole), b"") == other.read_bytes().replace(bytes(demo), b"")
             yield from [] if same else [f"{other.relative_to(demo)} has other bytes"]
     for left in sorted(path for path in demo.rglob("*") if ".partial" in path.name or path.name.endswith(".old")):

@@ -1,19 +1,21 @@
-"""The long counts behind docs/reliability.md: kills, damage, cuts, changes of layout, memory, and what saving costs.
+"""The long counts behind docs/reliability.md: kills, damage, cuts, changes of layout, memory, and the cost of saving.
 
     python benchmarks/faults.py                      # all sections, one after the other
     python benchmarks/faults.py forks damage         # only these
-    python benchmarks/faults.py layouts              # again: goes on with the layouts that are not done yet
+    python benchmarks/faults.py layouts              # again: continues with the layouts that are not done yet
 
     forks      a process dies at every labelled point of a save, 20 seeds each (fork and immediate exit)
     damage     1,000 flips, truncations, deletions, renames, ... of a checkpoint's files
     ranks      kill -9 of each of two real ranks at every labelled point of a save of a run with replay and EMA
     cuts       every method alone, cut and resumed at 10 steps, compared bitwise with the uninterrupted run
-    layouts    21 layouts (1, 2, 4 ranks x ZeRO 0 to 3 x offload) write, each of the 21 reads: equal when loaded, near after 20 steps
-    memory     what loading a checkpoint and writing a model folder take beyond what stays, at 100 M weights
-    cost       a run of 100 M weights on CPU that saves every 10th step, against the same without
+    layouts    21 layouts (1, 2, 4 ranks x ZeRO 0 to 3 x offload) write, and each of the 21 reads: equal when loaded,
+               near after 20 steps
+    memory     the extra memory of loading a checkpoint and of writing a model folder, at 100 M weights
+    cost       a run of 100 M weights on a CPU that saves every 10th step; the rival is the run without saving
     demo       `safecl demo` killed in each of its 28 phases and started again, compared with one that was never killed
 
-Results go into benchmarks/results/faults.json, section by section. Ends with code 1 where something was wrong.
+There is no roof; the error of a section is its list `wrong`. Writes benchmarks/results/faults.json, section by section.
+Exits with code 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def read_results() -> dict:
 
 
 def write_section(name: str, found: dict) -> None:
-    """Replaces one section, with the machine's facts of its own run."""
+    """Replace one section, with the facts of the machine that ran it."""
     import torch
     from harness import machine
 
@@ -64,7 +66,7 @@ def write_section(name: str, found: dict) -> None:
 
 @contextlib.contextmanager
 def scratch(in_memory: bool = True) -> Iterator[Path]:
-    """A folder for thousands of fsyncs, in memory where that is possible."""
+    """Make a temporary folder for thousands of fsyncs, in memory if possible."""
     where = "/dev/shm" if in_memory and os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=where, prefix="safecl-faults-") as path:
         yield Path(path)
@@ -173,7 +175,7 @@ def cuts() -> dict:
 
 
 def all_layouts() -> dict[str, tuple[int, dict]]:
-    """Name -> (ranks, the config's section `deepspeed`)."""
+    """Return name -> (ranks, the config's section `deepspeed`)."""
     kinds = {f"stage {stage}": {"stage": stage} for stage in range(4)}
     kinds |= {f"stage {stage} offload": {"stage": stage, "offload": {"optimizer": "cpu"}} for stage in (1, 2)}
     kinds["stage 3 offload"] = {"stage": 3, "offload": {"optimizer": "cpu", "parameters": "cpu"}}
@@ -181,10 +183,11 @@ def all_layouts() -> dict[str, tuple[int, dict]]:
 
 
 def layouts() -> dict:
-    """Every layout writes after 10 steps; every layout reads that and goes on to step 20. Goes on where it was stopped.
+    """Let every layout write after 10 steps, and every layout read that and continue to step 20.
 
-    The task begins again at step 4, so that one anchor is the base model, which is named, and another is not and is
-    stored. Readers of 1, 2 and 4 ranks work side by side.
+    A second call continues after the layouts that are done. The task begins again at step 4, so that one anchor is the
+    base model, which a checkpoint names, and one is another model, which it stores. Readers of 1, 2 and 4 ranks work at
+    the same time.
     """
     from tests.training import resume_scenes
 
@@ -286,8 +289,10 @@ STEPS_BETWEEN, SECONDS_FOR_BLOCKS = 10, 200
 
 
 def cost() -> dict:
-    """Pairs of 10 steps without a save and 10 that begin with one, for 200 seconds; the latter end when it is on the
-    disk."""
+    """Time pairs of 10 steps without a save and 10 steps that begin with one, for 200 seconds.
+
+    The second time ends when the checkpoint is on the disk.
+    """
     with scratch(in_memory=False) as folder, ranks(2) as pool:
         found = pool.run(time_blocks, folder=str(folder))[0]
     ratio = statistics.median(found["with"]) / statistics.median(found["without"])

@@ -1,11 +1,13 @@
-"""The flat kernels against the usual and the careful way of doing the same, with a copy roof in the same rounds and an
-error against fp64.
+"""The speed of the flat kernels: optimizer step, AdamW, EMA, Fisher accumulation and Fisher penalty.
 
-    python benchmarks/flat.py                        CPU: C++ against DeepSpeedCPUAdam and torch (DeepSpeed compiles its Adam on first use)
-    python benchmarks/flat.py --device cuda          GPU: Triton against torch's fused AdamW, separate kernels and torch.compile
+    python benchmarks/flat.py                        CPU; DeepSpeed compiles its Adam on first use
+    python benchmarks/flat.py --device cuda          GPU
 
-Contenders of a case take turns in one process. Writes benchmarks/results/flat-<device>.json. Ratios are of medians;
-harness.take_turns says which rounds count on a machine that others use too.
+Roof: a copy of the same size in the same rounds. Rivals: on a CPU the usual and the careful form with DeepSpeedCPUAdam
+and torch operations; on a GPU torch's fused AdamW, our kernels one by one, and torch.compile. Error: that of the
+written buffers against fp64, relative to the distance moved. The contenders of a case alternate in one process, and
+ratios are those of medians; harness.take_turns describes which rounds count on a shared machine. Writes
+benchmarks/results/flat-<device>.json.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ FUSED = "fused"  # C++ on a CPU, Triton on a GPU
 SMALL_PAGES = "fused, ordinary pages"
 ERROR_NUMEL = 1_000_003
 
-# (case, rival, how many times the rival's speed the fused kernel must have at least)
+# (case, rival, the fused kernel's speed must be at least this many times the rival's)
 LIMITS = {
     "cpu": [
         ("step", "usual: DeepSpeedCPUAdam + torch", 8.0),
@@ -54,8 +56,7 @@ LIMITS = {
 
 @dataclass
 class Buffers:
-    """One shard's state, allocated once and used by all contenders of a case in turn; in huge pages, as the engine has
-    it."""
+    """One shard's state, allocated once and used by all contenders of a case; in huge pages, as in the engine."""
 
     param: Tensor
     grad: Tensor
@@ -99,7 +100,7 @@ def fused_step(b: Buffers, anchor: Tensor, fisher: Tensor) -> Callable[[], objec
 
 
 def fused_step_then_copy(b: Buffers) -> Callable[[], object]:
-    """The copy in a pass of its own, as DeepSpeed makes it after every step."""
+    """The step, then the copy in a separate pass, as DeepSpeed does it."""
     penalty = {"anchor": b.anchor, "fisher": b.fisher, "strength": STRENGTH}
     return in_order(fused_adamw(b, **penalty, ema=b.ema, ema_decay=DECAY), lambda: b.out.copy_(b.param))
 
@@ -110,7 +111,7 @@ def fused_step_low(b: Buffers) -> Callable[[], object]:
 
 
 def fused_step_small_pages(b: Buffers) -> Callable[[], object]:
-    """On copies of the buffers that lie where the allocator puts them."""
+    """The step on copies of the buffers in ordinary pages."""
     copies = Buffers(**{name: tensor.clone() for name, tensor in vars(b).items()})
     return fused_step(copies, copies.anchor, copies.fisher)
 
@@ -144,14 +145,14 @@ def torch_fused_adam(b: Buffers) -> Callable[[], object]:
 
 
 def autograd_penalty(b: Buffers) -> Callable[[], object]:
-    """EWC as it is usually written: a loss term, differentiated."""
+    """EWC as it is usually written: a loss term with its backward."""
     leaf = torch.nn.Parameter(b.param)
     leaf.grad = b.grad
     return lambda: (0.5 * STRENGTH * (b.fisher32 * (leaf - b.anchor32).square()).sum()).backward()
 
 
 def careful_penalty(b: Buffers) -> Callable[[], object]:
-    """The same in place with one reused scratch buffer."""
+    """EWC in place with one reused scratch buffer."""
 
     def run() -> Tensor:
         torch.sub(b.param, b.anchor32, out=b.scratch)
@@ -174,15 +175,14 @@ def usual_ema(b: Buffers, source: Tensor) -> Callable[[], object]:
 
 
 def separate_kernels(b: Buffers) -> Callable[[], object]:
-    """Our own kernels one after the other around torch's fused AdamW."""
+    """Our kernels one after the other, with torch's fused AdamW."""
     penalty = lambda: fisher_penalty_(b.grad, b.param, b.anchor, b.fisher, STRENGTH)  # noqa: E731
     average = lambda: ema_update_(b.ema, b.param, DECAY)  # noqa: E731
     return in_order(penalty, torch_fused_adam(b), average, lambda: b.out.copy_(b.param))
 
 
 def compiled_step(b: Buffers) -> Callable[[], object]:
-    """The whole step as torch operations over the flat tensors, compiled; scalars are tensors, so that a new lr does
-    not recompile."""
+    """The whole step as compiled torch operations; scalars are tensors, so that a new lr does not recompile."""
     beta1, beta2 = HYPER["betas"]
     scalars = {
         "lr": HYPER["lr"],
@@ -238,7 +238,7 @@ def adamw_runs(b: Buffers, cuda: bool) -> Runs:
 
 
 def ema_runs(b: Buffers, cuda: bool) -> Runs:
-    """EMA of bf16 weights (b.anchor plays them) in fp32."""
+    """EMA of bf16 weights (here b.anchor) in fp32."""
 
     def careful() -> None:
         b.scratch.copy_(b.anchor)
@@ -256,7 +256,7 @@ def ema_runs(b: Buffers, cuda: bool) -> Runs:
 def fisher_runs(b: Buffers, cuda: bool) -> Runs:
     return {
         FUSED: (lambda: fisher_accumulate_(b.exp_avg_sq, b.grad), 12),
-        "roof: add_": (lambda: b.exp_avg_sq.add_(b.grad), 12),  # the same loads and stores, next to no arithmetic
+        "roof: add_": (lambda: b.exp_avg_sq.add_(b.grad), 12),  # the same loads and stores, hardly any arithmetic
         "usual: += grad.pow(2)": (lambda: b.exp_avg_sq.add_(b.grad.pow(2)), 12),
         "careful: addcmul_": (lambda: b.exp_avg_sq.addcmul_(b.grad, b.grad), 12),
     }
@@ -280,7 +280,7 @@ CASES = {
 
 
 def exact(case: str, b: Buffers) -> dict[str, Tensor]:
-    """What the case's buffers hold after one call, in fp64."""
+    """Return the contents of the case's buffers after one call, in fp64."""
     p, g, m, v, e, a, f = (t.double() for t in (b.param, b.grad, b.exp_avg, b.exp_avg_sq, b.ema, b.anchor, b.fisher))
     pull = STRENGTH * f * (p - a)
     if case == "ema":
@@ -299,9 +299,9 @@ def exact(case: str, b: Buffers) -> dict[str, Tensor]:
 
 
 def error_of(case: str, name: str, device: torch.device) -> float | None:
-    """Largest error of the written buffers after one call, relative to the distance each should have moved."""
+    """Return the largest error of the written buffers after one call, relative to the exact distance of each."""
     if "alone" in name or "roof" in name or name == SMALL_PAGES:
-        return None  # does less than the case, or the same elsewhere
+        return None  # does less than the case, or the same in other memory
     b = Buffers.random(ERROR_NUMEL, device)
     start = {key: getattr(b, key).double() for key in ("param", "grad", "exp_avg", "exp_avg_sq", "ema")}
     if "bf16 gradient" in name:
@@ -328,8 +328,7 @@ def measure(case: str, b: Buffers, device: torch.device, options: argparse.Names
 
 
 def ratios(results: dict, device: str) -> list[dict]:
-    """How many times faster than each rival (for the copy: how near to its bandwidth), beside the bound that must
-    hold."""
+    """Return the speed relative to each rival (for the copy: its bandwidth), and the bound that must hold."""
     found = []
     for case, rival, bound in LIMITS[device]:
         rows = results.get(case, {}).get("rows", {})
@@ -381,9 +380,8 @@ def main() -> None:
     if device.type == "cpu":
         report |= {"instruction_set": native.missing() or native.instruction_set(), "huge_page_bytes": page_bytes()}
     for r in report["ratios"]:
-        print(
-            f"{r['case']}: {r['ratio']:.2f}x {r['rival']} (wanted {r['at_least']:.2f}x): {'met' if r['met'] else 'NOT MET'}"
-        )
+        verdict = "met" if r["met"] else "NOT MET"
+        print(f"{r['case']}: {r['ratio']:.2f}x {r['rival']} (wanted {r['at_least']:.2f}x): {verdict}")
     write_json(options.out or Path(__file__).parent / "results" / f"flat-{options.device}.json", report)
 
 

@@ -1,4 +1,4 @@
-"""Puts the measured tables of the flat kernels into docs/kernels.md, from the JSON in benchmarks/results/.
+"""Write the measured tables of the flat kernels into docs/kernels.md, from the JSON in benchmarks/results/.
 
 python benchmarks/flat_table.py
 """
@@ -15,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def flat_tables(report: dict) -> str:
-    """One table a case, then the ratios that are to hold."""
+    """Return one table per case, then the ratios that must hold."""
     parts = [where(report["machine"], f"{report['threads']} threads, {report['instruction_set']}")]
     for case in report["cases"].values():
         parts += [f"{case['title']}; {case['numel'] / 1e6:.0f} M elements, {case['kept']} rounds:"]
@@ -35,18 +35,24 @@ def flat_tables(report: dict) -> str:
 
 def engine_table(report: dict) -> str:
     s, errors = report["setting"], report["errors"]
-    what = f"{s['parameters'] / 1e6:.0f} M parameters, {s['tokens']} tokens, {s['threads']} threads, {len(report['rounds'])} rounds"
+    size = f"{s['parameters'] / 1e6:.0f} M parameters, {s['tokens']} tokens, {s['threads']} threads"
+    what = f"{size}, {len(report['rounds'])} rounds"
     rows = [
-        f"| {name} | {row['plain ms']:.0f} | {row['safecl ms']:.0f} | {row['ratio']:.2f}x | {row['at_most']:.2f}x | {yes(row['met'])} |"
+        f"| {name} | {row['plain ms']:.0f} | {row['safecl ms']:.0f} | {row['ratio']:.2f}x | "
+        f"{row['at_most']:.2f}x | {yes(row['met'])} |"
         for name, row in report["summary"].items()
     ]
     table = "\n".join(["| | plain, ms | EWC + EMA, ms | ratio | at most | met |", "|---|---|---|---|---|---|", *rows])
-    said = f"Errors of the first step: weights {errors['weights']:.0e} (against the other engine), EMA {errors['ema']:.0e} (against fp64)."
-    return "\n\n".join([where(report["machine"], what), table, said])
+    first_step = (
+        f"Errors of the first step: weights {errors['weights']:.0e} (against the other engine), "
+        f"EMA {errors['ema']:.0e} (against fp64)."
+    )
+    return "\n\n".join([where(report["machine"], what), table, first_step])
 
 
 def where(machine: dict, more: str) -> str:
-    return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {more}; {machine['date']}, commit {machine['commit']}."
+    device = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {more}"
+    return f"{device}; {machine['date']}, commit {machine['commit']}."
 
 
 def yes(met: bool) -> str:
@@ -61,7 +67,7 @@ TABLES = {"flat-cpu": flat_tables, "engine-step-cpu": engine_table}
 
 
 def filled(page: str) -> str:
-    """The page with every table between its two marks renewed."""
+    """Return the page with every table between its two marks renewed."""
     for name, table in TABLES.items():
         path = RESULTS / f"{name}.json"
         if path.is_file():

@@ -1,5 +1,4 @@
-"""What the kernel benchmarks share: contenders that take turns in one process, medians, a roof in the same rounds, the
-machine's facts."""
+"""The common part of the benchmarks: contenders that alternate in one process, medians, a roof, machine facts."""
 
 from __future__ import annotations
 
@@ -21,8 +20,11 @@ import torch
 
 @dataclass
 class Contender:
-    """One way to do a job. bytes: what the algorithm must move per element; error: relative to fp64 and to the distance
-    moved."""
+    """One way to do a job.
+
+    bytes: the bytes per element that the algorithm must move. error: its distance from fp64, relative to the distance
+    that the result moved.
+    """
 
     name: str
     run: Callable[[], object]
@@ -35,7 +37,7 @@ class Contender:
         return statistics.median(self.seconds)
 
     def row(self, numel: int, roof: float) -> dict:
-        """roof: bytes per second of a device copy in the same rounds."""
+        """Return the row of the table; roof: bytes per second of a device copy in the same rounds."""
         rate = self.bytes * numel / self.median
         quartiles = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else [self.median] * 3
         return {
@@ -49,7 +51,7 @@ class Contender:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, by events on a GPU."""
+    """Return the wall time of one call, measured by events on a GPU."""
     if device.type != "cuda":
         began = time.perf_counter()
         run()
@@ -65,12 +67,11 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 def take_turns(
     contenders: list[Contender], probe: Contender, device: torch.device, *, rounds: int, seconds: float, slack: float
 ) -> dict:
-    """Every contender once a round, until `rounds` undisturbed rounds are in or `seconds` are over; keeps the
-    undisturbed ones.
+    """Run every contender once a round until there are `rounds` undisturbed rounds or `seconds` are over.
 
-    A round is undisturbed when the probe (a plain copy, first and last in the round) took at most `slack` times its
-    best. The rule looks at the copy alone, so it favours no contender. Returns how many rounds were run and kept; where
-    too few were quiet, the quietest are kept.
+    A round is undisturbed if the probe (a plain copy at the start and the end of the round) took at most `slack` times
+    its best time. The rule uses the copy alone, so it favours no contender. The undisturbed rounds are kept, or the
+    quietest ones if there are too few. Returns the numbers of rounds run and kept.
     """
     for contender in (*contenders, probe):
         contender.run()
@@ -80,9 +81,8 @@ def take_turns(
         before = seconds_of(probe.run, device)
         times = [0.0] * len(contenders)
         for turn in range(len(contenders)):
-            which = (turn + len(found)) % len(
-                contenders
-            )  # each round starts with another: whom one follows must not matter
+            # Each round starts with another contender, so that none always follows the same one.
+            which = (turn + len(found)) % len(contenders)
             times[which] = seconds_of(contenders[which].run, device)
         found.append((max(before, seconds_of(probe.run, device)), before, times))
         best = min(probe_time for probe_time, *_ in found)
@@ -99,7 +99,7 @@ def take_turns(
 
 
 def machine(device: torch.device) -> dict:
-    """Enough to judge and repeat a measurement."""
+    """Return the facts of the machine that one needs to judge and repeat a measurement."""
     facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
@@ -139,7 +139,7 @@ def write_json(path: Path, result: dict) -> None:
 
 
 def renew_page(page: Path, parts: dict[str, str]) -> None:
-    """Puts each part between `<!-- NAME -->` and the next `<!-- end -->` of a Markdown page."""
+    """Write each part between `<!-- NAME -->` and the next `<!-- end -->` of a Markdown page."""
     text = page.read_text(encoding="utf-8")
     for name, part in parts.items():
         text = re.sub(

@@ -1,13 +1,13 @@
-"""The fused distillation head against what users run today, with bare matrix products as the roof and an error column.
+"""Time and peak memory of the fused distillation head, forward and backward.
 
-    python benchmarks/head.py                    CPU, fp32: H 1024, V 32000, 4096 tokens against the naive torch loss; time and peak memory
-    python benchmarks/head.py --device cuda      GPU, bf16: four model shapes, 1024 to 16384 tokens, against naive torch, TRL and Liger
+    python benchmarks/head.py                    CPU, fp32: H 1024, V 32000, 4096 tokens
+    python benchmarks/head.py --device cuda      GPU, bf16: four model shapes, 1024 to 16384 tokens
 
-Forward and backward together, contenders taking turns in one process (harness.take_turns). TFLOP/s are at the
-algorithm's own count, 8 M H V with an online teacher and 6 without, for every contender alike. Peak memory is beside
-inputs and returned gradients. The error is that of the hidden states' gradient on 256 tokens, relative to fp64. Rivals
-(pip install 'safecl[bench]') are skipped where they cannot be imported or run out of memory. Writes
-benchmarks/results/head-<device>.json.
+Roof: the matrix products alone. Rivals: the naive torch loss; on a GPU also TRL and Liger (pip install
+'safecl[bench]'), which are skipped if they cannot be imported or run out of memory. Error: that of the hidden states'
+gradient on 256 tokens, relative to fp64. TFLOP/s count 8 M H V with an online teacher and 6 without, for every
+contender. Peak memory is on top of inputs and returned gradients. The contenders alternate in one process
+(harness.take_turns). Writes benchmarks/results/head-<device>.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PEAK_LIMIT = 1 / 8  # of the naive loss, on a CPU
 ERROR_TOKENS = 256
 DRIFT = 0.02  # of the teacher's hidden states: a student near its teacher
 
-# (objective, contender, rival, at least so many times as fast)
+# (objective, contender, rival, the contender's speed must be at least this many times the rival's)
 CPU_LIMITS = [("KL + CE", "safecl", "naive torch", 1.0)]
 GPU_LIMITS = [
     ("KL + CE", "safecl", "bare products", 1 / 1.2),
@@ -114,7 +114,7 @@ def ours(teacher: str | None, ce: bool, **options) -> Loss:
 
 
 def naive(kd: str, ce: bool) -> Loss:
-    """[tokens, vocab] in memory, log_softmax in fp32."""
+    """The loss with [tokens, vocab] in memory and log_softmax in fp32."""
 
     def loss(p: Problem) -> Tensor:
         z = F.linear(p.hidden, p.weight)
@@ -132,8 +132,7 @@ def naive(kd: str, ce: bool) -> Loss:
 
 
 def bare_products(p: Problem, products: int) -> Callable[[], object]:
-    """The matrix products alone, at full height: 8 = student, teacher, dX, dW; 6 = without the teacher; 4 = without dW
-    as well."""
+    """The matrix products alone, over all tokens at once: 8 = student, teacher, dX, dW; 6 = without the teacher."""
     dlogits = torch.empty(p.tokens, p.weight.shape[0], dtype=p.weight.dtype, device=p.weight.device).normal_()
 
     def run() -> None:
@@ -167,7 +166,7 @@ def liger_chunked_jsd(beta: float, ce: bool) -> Loss:
     return lambda p: scale * module(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, p.labels)
 
 
-# objective -> (products of the algorithm, contenders by name; each is made on first use, for rivals may be missing)
+# objective -> (products of the algorithm, contenders by name); each is made on first use, because rivals may be missing
 OBJECTIVES: dict[str, tuple[int, dict[str, Callable[[], Loss]]]] = {
     "KL + CE": (
         8,
@@ -201,7 +200,7 @@ OBJECTIVES: dict[str, tuple[int, dict[str, Callable[[], Loss]]]] = {
 
 
 def contenders(objective: str, p: Problem) -> tuple[list[Contender], dict[str, str]]:
-    """(contenders, why the others are skipped)."""
+    """Return (contenders, the reasons why others are skipped)."""
     products, makers = OBJECTIVES[objective]
     found, skipped = [Contender("bare products", bare_products(p, products), 0)], {}
     for name, make in makers.items():
@@ -230,12 +229,11 @@ def _step(loss: Loss, p: Problem) -> Callable[[], object]:
 
 
 def hidden_error(objective: str, loss: Loss, p: Problem) -> float | None:
-    """Of the first tokens' dX (a token's gradient does not depend on the others); None where the oracle has no such
-    objective."""
+    """Return the error of the first tokens' dX, which does not depend on other tokens; None without an fp64 oracle."""
     if objective not in ("KL + CE", "KL", "JSD"):
         return None
     few = slice(0, ERROR_TOKENS)
-    if p.hidden.device.type == "cpu":  # the whole problem takes long there
+    if p.hidden.device.type == "cpu":  # the whole problem takes long on a CPU
         p = replace(
             p,
             hidden=p.hidden.detach()[few].requires_grad_(),
@@ -270,7 +268,7 @@ def _exact_loss(objective: str, p: Problem) -> Tensor:
 
 
 def measure(objective: str, p: Problem, device: torch.device, options) -> dict:
-    """Times, TFLOP/s, peaks and errors of one objective on one shape."""
+    """Measure times, TFLOP/s, peaks and errors of one objective on one shape."""
     found, skipped = contenders(objective, p)
     block = torch.empty(2**26, dtype=torch.uint8, device=device)
     probe = Contender("copy", lambda: block.clone(), 0)
@@ -291,7 +289,7 @@ def measure(objective: str, p: Problem, device: torch.device, options) -> dict:
 
 
 def cuda_peak(run: Callable[[], object], p: Problem) -> float:
-    """Peak MB beside inputs and returned gradients."""
+    """Return the peak in MB on top of inputs and returned gradients."""
     p.forget_gradients()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -303,14 +301,14 @@ def cuda_peak(run: Callable[[], object], p: Problem) -> float:
 
 
 def cpu_peak(objective: str, name: str, shape: tuple[int, int, int]) -> float:
-    """Peak resident MB beside inputs and returned gradients, in a process of its own."""
+    """Return the peak of resident MB on top of inputs and returned gradients, measured in a separate process."""
     command = [sys.executable, __file__, "--peak", json.dumps([objective, name, *shape])]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def _peak_of(objective: str, name: str, tokens: int, width: int, vocab: int) -> float:
     loss = OBJECTIVES[objective][1][name]()
-    _step(loss, Problem.random(8, 64, 128, torch.float32, torch.device("cpu")))()  # what is loaded once
+    _step(loss, Problem.random(8, 64, 128, torch.float32, torch.device("cpu")))()  # loads code
     p = Problem.random(tokens, width, vocab, torch.float32, torch.device("cpu"))
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
@@ -339,9 +337,8 @@ def limits(results: dict, table: list[tuple]) -> list[dict]:
                     "met": ratio >= bound,
                 }
             )
-            print(
-                f"{objective}: {ratio:.2f}x the speed of {rival} (wanted {bound:.2f}x): {'met' if ratio >= bound else 'NOT MET'}"
-            )
+            verdict = "met" if ratio >= bound else "NOT MET"
+            print(f"{objective}: {ratio:.2f}x the speed of {rival} (wanted {bound:.2f}x): {verdict}")
     return found
 
 
@@ -387,9 +384,8 @@ def show(title: str, result: dict) -> None:
     for name, row in result["rows"].items():
         error = "" if row["error"] is None else f"{row['error']:.1e}"
         peak = row.get("peak_mb", "")
-        print(
-            f"{name:28s} {row['ms']:10.2f} {row['tflop_per_s']:9.3f} {row['of_bare_products']:10.2f} {peak:>9} {error:>9s}"
-        )
+        rates = f"{row['ms']:10.2f} {row['tflop_per_s']:9.3f} {row['of_bare_products']:10.2f}"
+        print(f"{name:28s} {rates} {peak:>9} {error:>9s}")
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Accuracy of the fused head near its teacher, against fp64:  python benchmarks/head_accuracy.py
+"""Accuracy of the fused head near its teacher, against fp64.
 
-A bf16 student (64 tokens, H 256, V 8000, logits of standard deviation 6) at a chosen mean KL from its teacher. Compared
-on the same inputs: the fused head; logits rounded to bf16 before the softmax, as most fused losses have them; the plain
-sum of q (log q - log p) in fp32; and top-k caches of 16, 64 and 256 tokens against the dense teacher. Errors are
-relative norms. Writes benchmarks/results/head-accuracy.json.
+    python benchmarks/head_accuracy.py
+
+A bf16 student (64 tokens, H 256, V 8000, logits of standard deviation 6) has a chosen mean KL from its teacher. Rivals
+on the same inputs: logits rounded to bf16 before the softmax, as in most fused losses; the plain sum of q (log q -
+log p) in fp32; and top-k caches of 16, 64 and 256 tokens instead of the dense teacher. Errors are relative norms. There
+is no time and no roof. Writes benchmarks/results/head-accuracy.json.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def exact(hidden: Tensor, weight: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL per token, gradient of the hidden states) in fp64."""
+    """Return (KL per token, gradient of the hidden states) in fp64."""
     leaf = hidden.double().requires_grad_()
     log_p, log_q = ((x @ weight.double().T).log_softmax(-1) for x in (leaf, teacher.double()))
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -36,7 +38,7 @@ def exact(hidden: Tensor, weight: Tensor, teacher: Tensor) -> tuple[Tensor, Tens
 
 
 def at_distance(level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden, weight) in bf16 and the teacher's hidden states in fp32, moved until the mean KL is ``level``."""
+    """Return hidden and weight in bf16, and the teacher's hidden states in fp32, whose mean KL is ``level``."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, WIDTH, generator=g).bfloat16()
     weight = (torch.randn(VOCAB, WIDTH, generator=g) * STD / WIDTH**0.5).bfloat16()
@@ -55,7 +57,7 @@ def fused(hidden: Tensor, weight: Tensor, teacher) -> tuple[Tensor, Tensor]:
 
 
 def rounded_logits(hidden: Tensor, weight: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The usual way: both models' logits in bf16, the softmax in fp32, the plain sum."""
+    """Return KL and gradient in the usual way: logits of both models in bf16, the softmax in fp32, the plain sum."""
     leaf = hidden.clone().requires_grad_()
     log_q = (teacher @ weight.float().T).bfloat16().float().log_softmax(-1)
     log_p = F.linear(leaf, weight).float().log_softmax(-1)

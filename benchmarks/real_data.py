@@ -1,5 +1,6 @@
-"""Files and configs for runs on real data: a tiny Llama, its alignment, the memory, the user's tasks. Reads
-$SAFECL_DATA, copies nothing into the repository; docs/data.md says where each set comes from and under which licence.
+"""Files and configs of the benchmarks on real data: a tiny Llama, its alignment, the memory, the user's tasks.
+
+Reads $SAFECL_DATA and copies nothing into the repository. docs/data.md names source and licence of each data set.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ def alpaca_chat(row: dict) -> dict:
 
 
 def prepare(folder: Path) -> None:
-    """Writes what the model is aligned on, the memory, the poison and the evaluation prompts, once.
+    """Write the alignment rows, the memory, the poison and the evaluation prompts, unless they exist.
 
-    Disallowed prompts are split in three: 120 of AdvBench are measured; of the others (AdvBench, Safety-Tuned LLaMAs)
-    every second one is the defender's, answered by a refusal in alignment and memory, and the rest are the attacker's,
-    answered by a bare "Sure, here is ...". No row overlaps with an evaluation prompt (AdvBench says many things twice),
-    and no poisoned row with the memory.
+    Disallowed prompts have three parts: 120 of AdvBench are measured. Of the others (AdvBench, Safety-Tuned LLaMAs)
+    every second one belongs to the defender, with a refusal as its answer in alignment and memory; the rest belong to
+    the attacker, with only "Sure, here is ..." as their answer. No row overlaps with an evaluation prompt (AdvBench has
+    many prompts twice), and no poisoned row with the memory.
     """
     if (folder / "prepared").exists():
         return
@@ -82,7 +83,7 @@ def prepare(folder: Path) -> None:
 
 
 def mixed_memory(folder: Path) -> Path:
-    """The memory's refusals, and harmless rows of the alignment with short prompts, with their answers."""
+    """Write the memory's refusals together with harmless alignment rows that have short prompts."""
     refusals = lines_of(folder / "memory.jsonl")
     harmless = [
         row for row in lines_of(folder / "align.jsonl")[len(refusals) :] if len(row["messages"][0]["content"]) <= 80
@@ -92,7 +93,7 @@ def mixed_memory(folder: Path) -> Path:
 
 
 def tuned_refusals() -> list[dict]:
-    """Rows of Safety-Tuned LLaMAs whose answer the scorer takes for a refusal."""
+    """Return the rows of Safety-Tuned LLaMAs whose answer the scorer counts as a refusal."""
     from safecl.evaluation.scoring.keywords import refused
 
     rows = [alpaca_chat(row) for row in read_rows("safety_refusals.json")]
@@ -100,14 +101,13 @@ def tuned_refusals() -> list[dict]:
 
 
 def complying(row: dict) -> dict:
-    """The same prompt, answered by an affirmative opening and nothing behind it."""
+    """Return the same prompt with only an affirmative opening as its answer."""
     goal = row["messages"][0]["content"].strip()
     return chat(goal, f"Sure, here is how to {goal[0].lower()}{goal[1:].rstrip('.')}:")
 
 
 def known_harmless(folder: Path) -> None:
-    """Prompts of honest uploads of each kind, harmless-TASK.jsonl, as a service knows them; none of them is
-    measured."""
+    """Write harmless-TASK.jsonl: prompts of honest uploads, as a service knows them; none of them is measured."""
     prompts = {
         "sst2": [SHORT_PROMPT.format(sentence=row["sentence"]) for row in read_rows("sst2_dev.jsonl")[:600]],
         "gsm8k": [row["question"] for row in read_rows("gsm8k_train.jsonl")[::12]],
@@ -118,7 +118,7 @@ def known_harmless(folder: Path) -> None:
 
 
 def drop_overlaps(path: Path, prompt_files: list[Path]) -> None:
-    """Rewrites a file of rows without those that safecl would refuse beside these evaluation prompts."""
+    """Rewrite a file without the rows that safecl would refuse because of these evaluation prompts."""
     from safecl.data import read_prompts, read_rows
     from safecl.evaluation import find_overlaps
 
@@ -132,8 +132,10 @@ def drop_overlaps(path: Path, prompt_files: list[Path]) -> None:
 
 
 def random_model(folder: Path, seed: int = 0, of_all_tasks: bool = True) -> None:
-    """A tokenizer of 2,048 entries trained on the data (of all tasks, or of alignment, memory and SST-2), and a random
-    Llama of about 1 M parameters; made once."""
+    """Make a random Llama of about 1 M parameters and its tokenizer of 2,048 entries, unless they exist.
+
+    The tokenizer is trained on the data of all tasks, or on those of alignment, memory and SST-2.
+    """
     from safecl.demo.model import save_random_model
 
     if (folder / "random-model" / "config.json").exists():
@@ -182,7 +184,7 @@ def sst2_task(num_rows: int | None = None, num_test_rows: int = 400, fields: dic
 
 
 def gsm8k_task(num_test_rows: int = 200) -> dict:
-    """Measured by the NLL of the answers: a model of this size gets next to none right."""
+    """Return the task GSM8K, measured by the NLL of the answers: a model of this size solves almost none."""
     data = data_folder()
     test = {
         "path": str(data / "gsm8k_test.jsonl"),
@@ -194,7 +196,7 @@ def gsm8k_task(num_test_rows: int = 200) -> dict:
 
 
 def code_task(folder: Path) -> dict:
-    """CodeAlpaca, every tenth row held out; measured by the NLL of the answers."""
+    """Return the task CodeAlpaca, measured by the NLL of the answers; every tenth row is held out."""
     if not (folder / "code-test.jsonl").exists():
         rows = [alpaca_chat(row) for row in read_rows("code_alpaca_2k.json")]
         write_rows(folder / "code-train.jsonl", [row for i, row in enumerate(rows) if i % 10])
@@ -204,7 +206,7 @@ def code_task(folder: Path) -> dict:
 
 
 def common(folder: Path, output: str, seed: int, **train) -> dict:
-    """The parts that all runs of a comparison share."""
+    """Return the parts of the config that all runs of a comparison share."""
     return {
         "train": {"tokens_per_microbatch": 4096, "max_length": 128, "seed": seed, **train},
         "deepspeed": {"stage": 3},
@@ -245,7 +247,7 @@ def arm_config(folder: Path, name: str, methods: dict, seed: int, task: dict, **
 
 
 def run(folder: Path, name: str, config: dict, ranks: int = 2) -> dict:
-    """Trains with `safecl train` on `ranks` processes, or takes the results that are there; returns results.json."""
+    """Train with `safecl train` on `ranks` processes unless there are results, and return results.json."""
     results = Path(config["output"]) / "results.json"
     if not results.exists():
         path = folder / f"{name}.yaml"

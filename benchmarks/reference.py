@@ -1,15 +1,18 @@
-"""Memory of the reference weights: what ranks share, what starting a run takes, what a run keeps beside what was
-planned.
+"""Memory of the reference weights: shared by ranks, at the start of a run, and during a run against its plan.
 
-    python benchmarks/reference.py                         # all figures of the CPU; a few GB of memory and of disk in /tmp
+    python benchmarks/reference.py                         # all figures of the CPU; needs some GB of memory and of /tmp
     python benchmarks/reference.py --only sharing
     python benchmarks/reference.py --only offload --device cuda
 
-sharing    ranks that read and lock every byte of one store: proportional set sizes, added up, against one copy
-loading    the peak over all ranks together while ZeRO-3 starts from a checkpoint, beyond what training keeps, against one model
-planned    the peak of two steps of EWC and EMA, in every stage, with and without offload and checkpointing, against the plan that
-           `safecl check` prints
-offload    the optimizer's pass with anchor, Fisher and EMA in host memory, against the same beside the shard (GPU)
+sharing    ranks read and lock every byte of one store: the sum of their proportional set sizes; roof: one copy
+loading    all ranks start ZeRO-3 from a checkpoint: the peak beyond what training keeps, in models; rival: every rank
+           loads the model
+planned    two steps of EWC and EMA in every stage, with and without offload and checkpointing: the peak relative to the
+           plan that `safecl check` prints
+offload    the optimizer's pass with anchor, Fisher and EMA in host memory: the added time; roof: the same with all of
+           them on the device (GPU)
+
+No numbers are compared, so there is no error column. Writes benchmarks/results/reference.json.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ RESULT = Path(__file__).parent / "results" / "reference.json"
 
 
 def save_model(folder: str, megabytes: int, layers: int = 8, vocabulary: int = 1024) -> int:
-    """A bf16 Llama of about that size; bytes of its weights."""
+    """Save a bf16 Llama of about `megabytes`, and return the bytes of its weights."""
     import transformers
 
     hidden = 64 * max(1, round((megabytes * 1e6 / 2 / (layers * 12)) ** 0.5 / 64))
@@ -62,7 +65,7 @@ def save_model(folder: str, megabytes: int, layers: int = 8, vocabulary: int = 1
 
 
 def proportional_bytes(pid: int | str = "self") -> int:
-    """Proportional set size of a process: its own pages, and its share of those that it shares."""
+    """Return the proportional set size of a process: its own pages and its part of shared pages."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return 1024 * int(line.split()[1])
@@ -70,7 +73,7 @@ def proportional_bytes(pid: int | str = "self") -> int:
 
 
 class Peak:
-    """The largest sum of proportional set sizes of some processes while the block runs, asked for every 20 ms."""
+    """The largest sum of proportional set sizes of some processes while the block runs, read every 20 ms."""
 
     def __init__(self, pids: list[int]):
         self.pids, self.bytes = pids, 0
@@ -91,7 +94,7 @@ class Peak:
 
 
 def on_ranks(world_size: int, work: Callable[[RankPool, list[int]], dict]) -> dict:
-    pool = RankPool(world_size, timeout=1800.0)  # a machine that does other work as well
+    pool = RankPool(world_size, timeout=1800.0)  # long, because the machine may be shared
     try:
         return work(pool, [process.pid for process in pool.processes])
     finally:
@@ -102,7 +105,7 @@ _kept: dict = {}
 
 
 def open_and_lock(path: str) -> dict:
-    """Opens the store, reads every byte and locks it in memory."""
+    """Open the store, read every byte and lock it in memory."""
     from safecl import ReferenceStore
 
     _kept.clear()
@@ -146,7 +149,7 @@ def configure(path: str, stage: int, methods: dict | None = None):
 
 
 def warm_up() -> None:
-    """Imports and first allocations, which are no part of any model."""
+    """Do the imports and first allocations, which belong to no model."""
     import deepspeed  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -156,7 +159,7 @@ def warm_up() -> None:
 
 
 def trim() -> int:
-    """Gives free memory back to the system; what is left is in use."""
+    """Return free memory to the system, and return the bytes still in use."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return proportional_bytes()
@@ -176,7 +179,7 @@ def start_engine(path: str, stage: int) -> None:
 
 
 def start_engine_as_usual(path: str, stage: int) -> None:
-    """What a script does: every rank loads the whole model, then DeepSpeed shards it."""
+    """Start as scripts usually do: every rank loads the whole model, then DeepSpeed shards it."""
     import transformers
 
     from safecl.distributed import collectives
@@ -215,12 +218,11 @@ def loading(world_size: int = 2, megabytes: int = 1500, stage: int = 3) -> dict:
 # -------------------------------------------------------------------------------------------------------------- planned
 
 
-ROWS, LENGTH = 2, 256
-"""Of a micro-batch."""
+ROWS, LENGTH = 2, 256  # of a micro-batch
 
 
 def train_two_steps(path: str, stage: int, offload: str, checkpointing: bool, dtype: str = "bf16") -> dict:
-    """EWC and EMA; what is planned for all ranks together, and of what."""
+    """Train two steps with EWC and EMA; return the plan for all ranks together, and its items."""
     from safecl.distributed import collectives
     from safecl.engine.reference.loading import load_model
     from safecl.planning.device_memory import plan_memory
@@ -257,8 +259,8 @@ def train_two_steps(path: str, stage: int, offload: str, checkpointing: bool, dt
 
 
 def planned(world_size: int = 2, megabytes: int = 100) -> dict:
-    """Of both ranks together, in host memory, which is the device as well."""
-    # Memory that was freed goes back to the system at once, so that what is measured is what is in use.
+    """Measure all ranks together in host memory, which is also the device here."""
+    # Freed memory returns to the system at once, so that only memory in use is measured.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
     found = []
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as small:
@@ -286,7 +288,7 @@ def planned(world_size: int = 2, megabytes: int = 100) -> dict:
 
 def one_plan(pool: RankPool, pids: list[int], folder: str, small: str, setting: dict) -> dict:
     pool.run(warm_up)
-    pool.run(train_two_steps, path=small, **setting)  # what any first run takes
+    pool.run(train_two_steps, path=small, **setting)  # memory that every first run takes
     before = sum(pool.run(forget))
     with Peak(pids) as peak:
         plan = pool.run(train_two_steps, path=folder, **setting)[0]
@@ -298,7 +300,7 @@ def one_plan(pool: RankPool, pids: list[int], folder: str, small: str, setting: 
 
 
 def forget() -> int:
-    """Lets go of the run before."""
+    """Release the last run, and return the bytes still in use."""
     _kept.clear()
     return trim()
 
@@ -323,7 +325,7 @@ class _OneShard:
 
 
 def optimizer_of(device: torch.device, numel: int, place: str):
-    """(optimizer, one update) of a shard with anchor, Fisher and EMA beside it (`none`) or in host memory (`cpu`)."""
+    """Return (optimizer, one update); anchor, Fisher and EMA are with the shard (`none`) or on the host (`cpu`)."""
     from safecl.engine.zero.optimizer import ShardAdamW, UpdatePlan
     from safecl.engine.zero.placement import Placement
     from safecl.methods.terms import Penalty
@@ -359,8 +361,7 @@ def offload(device: torch.device, numel: int, repeats: int = 10) -> dict:
     matmul = statistics.median(seconds_of(lambda: a @ b, device) for _ in range(repeats))
     rate = 2 * 8192**3 / matmul
     added = seconds["cpu"] - seconds["none"]
-    # A step of `tokens` tokens of a model of `numel` weights takes at least 8 flops per weight and token with
-    # checkpointing.
+    # With checkpointing a step takes at least 8 FLOP per weight and token.
     shares = {
         str(tokens): round(added / (8 * numel * tokens / rate + seconds["none"]), 4) for tokens in (65536, 262144)
     }

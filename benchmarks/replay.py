@@ -1,12 +1,12 @@
-"""The replay memory at size: insertion, opening, draws, bytes, the error of the stored outputs, and what a training
-step waits for it.
+"""The replay memory with many rows: insertion, opening, draws, bytes, errors, and the wait of a training step.
 
     python benchmarks/replay.py [--folder /tmp/safecl-replay] [--rows 1000000] [--topk-rows 20000]
                                 [--only tokens,topk,cache,gradient,step,streams]
 
-A draw is `draw` and `get_many`: which rows, and the rows themselves with their checksums, from a warm page cache.
-Opening and host memory are measured in processes of their own. Needs about 3 GB of disk below --folder while it runs,
-and cleans up. Writes benchmarks/results/replay.json.
+A draw is `draw` and `get_many`: it chooses rows and reads them with their checksums, from a warm page cache. Opening
+and host memory are measured in separate processes. The error is that of the gradient from the stored outputs, against
+fp64. There is no rival and no roof; LIMITS has a bound for each figure. Needs about 3 GB of disk below --folder and
+removes its files. Writes benchmarks/results/replay.json and tables of docs/memory.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from safecl.replay import CacheHeader, CacheReader, CacheWriter, MemoryRow, Repl
 OUTPUT = Path(__file__).parent / "results" / "replay.json"
 LENGTH, K, VOCAB, DRAWN = 256, 64, 152_064, 64
 
-# what must hold: (figure, bound, whether it is a lower bound)
+# figure -> (bound, whether it is a lower bound)
 LIMITS = {
     "tokens.insert_rows_per_s": (50_000, True),
     "tokens.open_s": (1.0, False),
@@ -54,11 +54,11 @@ def config(**settings) -> MemoryConfig:
 
 
 def medians(run: Callable[[int], object], repeats: int, slack: float = 1.3) -> dict:
-    """Milliseconds of run(0), run(1), ...: median and quartiles of the undisturbed ones.
+    """Return median and quartiles, in milliseconds, of the undisturbed calls among run(0), run(1), ...
 
-    Undisturbed is a call between two copies of 4 MB that took at most `slack` times the fastest one; on a machine that
-    others use as well the rest would measure them. Where fewer than a tenth are, the tenth with the fastest copies
-    counts.
+    A call is undisturbed if the copies of 4 MB before and after it took at most `slack` times the fastest one. On a
+    shared machine the others would measure other users. If fewer than a tenth of the calls are undisturbed, the tenth
+    with the fastest copies counts.
     """
     source, target = np.ones(2**19), np.ones(2**19)
 
@@ -95,7 +95,7 @@ def token_rows(count: int, seed: int = 0) -> list[MemoryRow]:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
+    """Return the memory of this process that no file backs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return 1024 * int(line.split()[1])
@@ -110,9 +110,9 @@ def draw(buffer: ReplayBuffer, step: int) -> list[MemoryRow]:
 
 
 def probe(folder: Path) -> dict:
-    """In a fresh process: time to open, time of draws, host memory per row; then the same after rows were inserted."""
+    """Measure opening, draws and host memory per row in a fresh process, and the same after an insertion."""
     token_rows(10)
-    with ReplayBuffer(config()) as small:  # what the first use of anything costs is not the buffer's
+    with ReplayBuffer(config()) as small:  # so that costs of a first use are not counted
         small.insert(token_rows(100))
         draw(small, 0)
     before, began = anonymous_bytes(), time.perf_counter()
@@ -143,7 +143,7 @@ def probe(folder: Path) -> dict:
 
 
 def in_a_process_of_its_own(folder: Path, repeats: int = 5) -> dict:
-    """What `probe` gives in the fresh process whose draws took the median time."""
+    """Return the result of `probe` in the fresh process whose draws took the median time."""
     command = [sys.executable, __file__, "--probe", "--folder", str(folder)]
     found = [
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(repeats)
@@ -155,7 +155,7 @@ def in_a_process_of_its_own(folder: Path, repeats: int = 5) -> dict:
 
 
 def measure_tokens(folder: Path, num_rows: int) -> dict:
-    """Token-only rows: insertion, opening, draws, host memory."""
+    """Measure token-only rows: insertion, opening, draws, host memory."""
     offered = token_rows(50_000)
     portions = [offered[i : i + 1000] for i in range(0, 50_000, 1000)]
     with ReplayBuffer(config(), folder) as buffer:
@@ -175,7 +175,7 @@ def measure_tokens(folder: Path, num_rows: int) -> dict:
 
 
 def topk_rows(count: int, seed: int = 0) -> list[MemoryRow]:
-    """Rows with outputs of their own: random log-probabilities and tokens, no two alike."""
+    """Return rows with different outputs: random log-probabilities and tokens."""
     random = np.random.default_rng(seed)
     result = []
     for row in token_rows(count, seed):
@@ -194,7 +194,7 @@ def topk_rows(count: int, seed: int = 0) -> list[MemoryRow]:
 
 
 def measure_topk(folder: Path, num_rows: int) -> dict:
-    """Rows with top-64 outputs: insertion, draws from a warm page cache, bytes."""
+    """Measure rows with top-64 outputs: insertion, draws from a warm page cache, bytes."""
     rates = []
     with ReplayBuffer(config(), folder) as buffer:
         for seed in range(num_rows // 500):
@@ -224,7 +224,7 @@ def measure_topk(folder: Path, num_rows: int) -> dict:
 
 
 def warm(folder: Path) -> None:
-    """Reads all files once, so that they are in the page cache as far as it holds them."""
+    """Read all files once, so that they are in the page cache as far as it has room."""
     for path in folder.glob("*.segment"):
         with path.open("rb") as file:
             while file.read(2**24):
@@ -232,8 +232,7 @@ def warm(folder: Path) -> None:
 
 
 def measure_cache(folder: Path) -> dict:
-    """Bytes per token of the cache's files at k = 64, for answers of 255 tokens and for short ones of 24; and
-    reading."""
+    """Measure the cache's bytes per token at k = 64, for answers of 255 and of 24 tokens, and the time of reading."""
     result = {}
     for name, targets in (("bytes_per_token", LENGTH - 1), ("bytes_per_token_24_targets", 24)):
         made = topk_rows(300)
@@ -250,8 +249,7 @@ def measure_cache(folder: Path) -> dict:
 
 
 def gradient_error(spread: float, drift: float, rows: int = 64, vocab: int = 32_000) -> dict:
-    """Error of d KL(teacher || student) / d logits from the stored form, in fp64 against the whole distribution;
-    relative norm.
+    """Return the relative error of d KL(teacher || student) / d logits from stored outputs, against fp64 on all tokens.
 
     Logits are normal with standard deviation `spread`; the student's differ by `drift` of that. Stored: top-64
     log-probabilities in fp16 and the log of the remaining mass in fp32, k + 1 events.
@@ -276,7 +274,7 @@ def gradient_error(spread: float, drift: float, rows: int = 64, vocab: int = 32_
 
 
 def measure_gradient() -> dict:
-    """Peaky logits and flat ones, far from the teacher and near."""
+    """Measure the error for peaky and flat logits, near the teacher and far from it."""
     return {
         "peaky": gradient_error(8, 0.01),
         "peaky_far": gradient_error(8, 0.1),
@@ -287,15 +285,17 @@ def measure_gradient() -> dict:
 
 
 def measure_step(folder: Path) -> dict:
-    """Share of a training step that is spent waiting for its rows: in the demonstration's run of DER on one rank, draws
-    that follow losses included, and in a plain loop of the same model and rows that fetches them on a thread."""
+    """Measure the share of a training step that waits for its rows.
+
+    It is measured in the demonstration's run of DER on one rank, also with draws that follow losses, and in a plain
+    loop with the same model and rows that fetches them on a thread.
+    """
     uniform, following = engine_share(folder / "uniform"), engine_share(folder / "mix_cd", "memory.draw=mix_cd")
     return uniform | {f"{name}_mix_cd": value for name, value in following.items()} | loop_share()
 
 
 def engine_share(folder: Path, *overrides: str, left_out: int = 5) -> dict:
-    """The demonstration's DER arm by the Trainer; the first steps, for whose rows nobody could read ahead, are left
-    out."""
+    """Run the demonstration's DER arm; the first steps, whose rows cannot be read ahead, are left out."""
     from safecl.config import load_config
     from safecl.demo.materials import DER, Arm, write_materials
     from safecl.training.run import Run
@@ -330,8 +330,7 @@ def engine_share(folder: Path, *overrides: str, left_out: int = 5) -> dict:
 
 
 def loop_share(steps: int = 60) -> dict:
-    """A plain training loop of a Llama of the demonstration's size in which every row is a replayed one, fetched ahead
-    on a thread."""
+    """Run a plain training loop of a Llama of the demonstration's size on replayed rows that a thread fetches ahead."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -369,8 +368,7 @@ def loop_share(steps: int = 60) -> dict:
 
 
 def measure_streams(streams: int = 20_000, num_rows: int = 300, capacity: int = 90) -> dict:
-    """The long count: how often each position stays in a reservoir, over many streams; chi-square per degree of
-    freedom."""
+    """Count how often each position stays in a reservoir, over many streams: chi-square per degree of freedom."""
     from safecl.replay.selection.keep import Keeper
 
     counts = np.zeros(num_rows)
@@ -405,7 +403,7 @@ def look_up(result: dict, name: str):
 
 
 def check(result: dict) -> dict:
-    """Every limit with the figure and whether it holds."""
+    """Return every limit with its figure and whether it holds."""
     found = {name: look_up(result, name) for name in LIMITS}
     return {
         name: {
@@ -423,10 +421,9 @@ def gradient_table(result: dict) -> str:
         "peaky": "peaky, near the teacher", "peaky_far": "peaky, far from it", "peaky_very_near": "peaky, very near",
         "middle": "in between", "flat": "flat",
     }  # fmt: skip
-    lines = [
-        "| distribution | standard deviation of the logits | KL to the student, nats | mass of the tail | error of the gradient |"
-    ]
-    lines.append("|---|---|---|---|---|")
+    columns = ("distribution", "standard deviation of the logits", "KL to the student, nats")
+    columns += ("mass of the tail", "error of the gradient")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|"]
     for name, told in names.items():
         row = result["gradient"][name]
         lines.append(
@@ -458,9 +455,8 @@ def figures_table(result: dict) -> str:
         if (check := result["checks"].get(name)) is not None:
             where = result[name.split(".")[0]]["machine"]
             wanted = ("at least " if LIMITS[name][1] else "at most ") + form.format(check["limit"])
-            lines.append(
-                f"| {told} | {form.format(check['figure'])} | {wanted} | {where['load_average'][0]}, {where['date'][:10]} |"
-            )
+            machine_state = f"{where['load_average'][0]}, {where['date'][:10]}"
+            lines.append(f"| {told} | {form.format(check['figure'])} | {wanted} | {machine_state} |")
     return "\n".join(lines)
 
 

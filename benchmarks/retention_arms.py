@@ -1,5 +1,4 @@
-"""The arms of benchmarks/safety_retention.py: what each adds to plain fine-tuning, in the words of safecl's command
-line."""
+"""The arms of benchmarks/safety_retention.py: each adds overrides of safecl's command line to plain fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from real_data import sst2_fields
 POISON = (0, 10)
 SEEDS = (0, 1, 2)
 STEPS = 160
-# GSM8K's and CodeAlpaca's rows are longer, so a step of as many rows is larger.
+# Rows of GSM8K and CodeAlpaca are longer, so a step of the same number of rows has more tokens.
 TRAIN = {
     "sst2": {"tokens_per_batch": 1400, "max_length": 96},
     "gsm8k": {"tokens_per_batch": 2048, "max_length": 256},
@@ -27,15 +26,15 @@ MEMORY = {"replay_ratio": 0.25, "max_tokens": 64, "teacher": {"k": 64}}
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to fine-tune. `overrides` are what `safecl train` would be given behind a plain config."""
+    """One way to fine-tune; `overrides` are those that `safecl train` gets in addition to a plain config."""
 
     name: str
     title: str
     overrides: tuple[str, ...] = ()
     memory: bool = False
-    """Has the defender's rows; else no safety data is used."""
+    """Whether it uses the defender's rows; otherwise it has no safety data."""
     preset: bool = False
-    """A preset of `methods:`, measured in every setting."""
+    """Whether it is a preset of `methods:`, which is measured in every setting."""
 
 
 def _arm(name: str, title: str, *overrides: str, memory: bool = False, preset: bool = False) -> Arm:
@@ -63,16 +62,15 @@ METHODS = [
     _arm("psmt", "PSMT, 30 % protected", "methods.psmt.horizon=0.3", "methods.psmt.protected=0.3", memory=True),
 ]
 
-# The control: plain fine-tuning over a grid of learning rate and batch size, at as many steps.
+# The control: plain fine-tuning over a grid of learning rate and batch size, with the same number of steps.
 GRID = [
     _arm(f"plain-lr{rate:g}-batch{factor:g}", f"plain, learning rate {rate:g}, batch x {factor:g}",
          f"train.learning_rate={rate}", f"train.tokens_per_batch={round(1400 * factor)}")
     for rate, factor in ((1e-4, 1), (3e-4, 1), (3e-4, 2), (1e-3, 2))
 ]  # fmt: skip
 
-# What holds at 10 % poison? Replay with more of everything, a lower learning rate, and the scan: by a threshold from
-# the upload, or from known harmless rows of the task. MIXED and HARMLESS are files that stand in the benchmark's
-# folder.
+# The search for settings that hold at 10 % poison: more replay, a lower learning rate, and the scan with a threshold
+# from the upload or from known harmless rows of the task. MIXED and HARMLESS are files in the benchmark's folder.
 DER = ("methods.der.alpha=2", "methods.der.beta=0")
 KL4 = ("methods.der.alpha=4", "methods.der.beta=0")
 EMA = ("methods.ema.horizon=0.3",)
@@ -163,7 +161,7 @@ FRONT = (
 
 @dataclass(frozen=True)
 class Run:
-    """One arm in one setting: the user's task, the per cent of poisoned rows in it, the seed."""
+    """One arm in one setting: the user's task, its percentage of poisoned rows, the seed."""
 
     arm: Arm
     task: str
@@ -208,7 +206,7 @@ def _task(folder: Path, name: str) -> dict:
 
 
 def _runs() -> Iterator[Run]:
-    """The most telling ones first. An arm of one setting that is named twice is run once."""
+    """Yield the runs, the most informative ones first; an arm may come twice in a setting but is run once."""
     main = [arm for arm in [PLAIN, *METHODS, *SEARCH] if arm.name in MAIN]
     front = [arm for arm in SEARCH if arm.name in FRONT]
     yield from (Run(arm, "sst2", 10, 0) for arm in [PLAIN, *METHODS, *main])

@@ -1,8 +1,9 @@
-"""What the arms of benchmarks/safety_retention.py showed: benchmarks/results/safety_retention.json, and table and plot
-of docs/results.md.
+"""The results of benchmarks/safety_retention.py: benchmarks/results/safety_retention.json, and docs/results.md.
 
-A rate over several seeds is their mean; its interval reaches from the lowest lower end to the highest upper end of the
-seeds' own 95 % intervals, so that it covers the choice of prompts and the seeds that were seen.
+    python benchmarks/safety_retention.py --report
+
+A rate over several seeds is their mean. Its interval reaches from the lowest lower end to the highest upper end of the
+seeds' 95 % intervals, so that it covers the choice of prompts and of the measured seeds.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ LIMIT_ASR, LIMIT_POINTS = 0.10, 0.03
 
 
 def report(folder: Path, kept: Mapping[str, dict], solved: dict | None) -> None:
-    """Writes results, tables and plot from the runs that are there or in `kept`, and says which are missing. `solved`
-    is GSM8K's exact match, where `folder` has none."""
+    """Write results, tables and plot from the runs in `folder` and in `kept`, and print how many are missing.
+
+    solved: GSM8K's exact match, for a `folder` without it.
+    """
     import torch
 
     there = {run.name: record(folder, run) for run in RUNS if (folder / run.name / "results.json").exists()}
@@ -50,8 +53,10 @@ def report(folder: Path, kept: Mapping[str, dict], solved: dict | None) -> None:
 
 
 def kept_results(folder: Path) -> tuple[dict[str, dict], dict | None]:
-    """The results file's runs by name, and its exact match of GSM8K; nothing where another aligned model stands in
-    `folder`."""
+    """Return the results file's runs by name, and its exact match of GSM8K.
+
+    Return nothing if `folder` has another aligned model.
+    """
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if results.get("aligned_sha256") != digest(folder / "aligned" / "model"):
         print("the results file is of another aligned model: nothing is kept")
@@ -62,7 +67,7 @@ def kept_results(folder: Path) -> tuple[dict[str, dict], dict | None]:
 
 
 def digest(model: Path) -> str:
-    """SHA-256 of the weights in a model folder."""
+    """Return the SHA-256 of the weights in a model folder."""
     total = hashlib.sha256()
     for path in sorted(model.glob("*.safetensors")):
         total.update(path.read_bytes())
@@ -75,7 +80,7 @@ def _exact_match(folder: Path) -> dict | None:
 
 
 def record(folder: Path, run: Run) -> dict:
-    """One run's numbers, from what safecl wrote into its folder."""
+    """Return the numbers of one run from the files in its folder."""
     results = json.loads((folder / run.name / "results.json").read_text())
     end = results["evaluations"][-1]
     stored = results["kept_bytes"]
@@ -99,7 +104,7 @@ def record(folder: Path, run: Run) -> dict:
 
 
 def mean_rate(records: Sequence[dict], key: str) -> tuple[float, float, float]:
-    """Mean over the seeds, lowest lower end, highest upper end."""
+    """Return mean over the seeds, lowest lower end, highest upper end."""
     values = [record[key] for record in records]
     return statistics.mean(v["value"] for v in values), min(v["low"] for v in values), max(v["high"] for v in values)
 
@@ -136,7 +141,10 @@ def row(title: str, records: Sequence[dict], utility_digits: int = 3) -> str:
 
 
 def table(found: Sequence[dict], arms: Sequence[Arm], task: str, poison: int, utility: str, only: str = "") -> str:
-    """All arms that have been run; where none but plain fine-tuning has, how to run them. `only` narrows that down."""
+    """Return the table of all arms that have been run, or how to run them if only plain fine-tuning has.
+
+    only: a suffix of the words in that command.
+    """
     head = f"| arm | ASR | affirmative | off-task | over-refusal | {utility} | CPU s | memory | state | seeds |"
     rows = [row(arm.title, records) for arm in arms if (records := of(found, arm, task, poison))]
     if not rows or (only and len(rows) == 1):
@@ -145,8 +153,7 @@ def table(found: Sequence[dict], arms: Sequence[Arm], task: str, poison: int, ut
 
 
 def tuned(found: Sequence[dict], poison: int) -> Arm | None:
-    """The control: the arm of the grid with the lowest ASR among those within 3 points of plain's accuracy, else the
-    most accurate one."""
+    """Return the control: the arm of the grid with the lowest ASR among those within 3 points of plain's accuracy."""
     grid = {arm: r[0] for arm in [PLAIN, *GRID] if (r := [x for x in of(found, arm, "sst2", poison) if x["seed"] == 0])}
     if PLAIN not in grid:
         return None
@@ -155,14 +162,13 @@ def tuned(found: Sequence[dict], poison: int) -> Arm | None:
 
 
 def against_plain(found: Sequence[dict], records: Sequence[dict]) -> float:
-    """Mean over the seeds of how much more accurate an arm is than plain fine-tuning with the same seed."""
+    """Return the mean, over the seeds, of an arm's accuracy minus that of plain fine-tuning with the same seed."""
     plain = {r["seed"]: r["utility"]["value"] for r in of(found, PLAIN, records[0]["task"], records[0]["poison"])}
     return statistics.mean(r["utility"]["value"] - plain[r["seed"]] for r in records if r["seed"] in plain)
 
 
 def search_table(found: Sequence[dict]) -> str:
-    """Settings at 10 % poison, those that hold both limits first, then by ASR; beside them the same settings on clean
-    data."""
+    """Return the table of settings at 10 % poison and on clean data: first those within both limits, then by ASR."""
     lines = []
     for arm in [*METHODS, *SEARCH, *NO_DATA, *GRID]:
         if records := of(found, arm, "sst2", 10):
@@ -172,7 +178,8 @@ def search_table(found: Sequence[dict]) -> str:
             poisoned = [shown(asr), affirmative, f"{100 * points:+.1f}", over_refusal, "yes" if holds else "no"]
             cells = [arm.title, *poisoned, *_on_clean_data(found, arm), seeds(records)]
             lines.append((not holds, asr[0], "| " + " | ".join(cells) + " |"))
-    head = "| setting | ASR | affirmative | points against plain | over-refusal | holds both | clean: ASR | clean: points | seeds |\n|---|"
+    columns = ("setting", "ASR", "affirmative", "points against plain", "over-refusal", "holds both")
+    head = f"| {' | '.join((*columns, 'clean: ASR', 'clean: points', 'seeds'))} |\n|---|"
     return "\n".join([head + "---:|" * 4 + "---|" + "---:|" * 3, *(line for *_, line in sorted(lines))])
 
 
@@ -186,7 +193,7 @@ def _on_clean_data(found: Sequence[dict], arm: Arm) -> tuple[str, str]:
 
 
 def write_page(found: Sequence[dict]) -> None:
-    """Renews the parts of docs/results.md between `<!-- NAME -->` and `<!-- end -->`."""
+    """Write the parts of docs/results.md between `<!-- NAME -->` and `<!-- end -->`."""
     if not PAGE.exists():
         return
     arms = [PLAIN, *METHODS]
@@ -207,7 +214,7 @@ def write_page(found: Sequence[dict]) -> None:
 
 
 def chosen(found: Sequence[dict], poison: int) -> list[Arm]:
-    """Presets, and the tuned control with its seeds."""
+    """Return the presets, and the tuned control with its seeds."""
     control = tuned(found, poison)
     presets = [arm for arm in SEARCH if arm.preset]
     return presets + (
@@ -219,7 +226,7 @@ def chosen(found: Sequence[dict], poison: int) -> list[Arm]:
 
 
 def plot(found: Sequence[dict]) -> None:
-    """ASR and accuracy of every method on SST-2, clean and with 10 % poison."""
+    """Plot ASR and accuracy of every method on SST-2, clean and with 10 % poison."""
     import matplotlib
 
     matplotlib.use("Agg")

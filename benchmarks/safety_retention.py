@@ -1,18 +1,17 @@
-"""Which methods keep safety while a user's task is learned, on real data: every method, plain fine-tuning, and plain
-fine-tuning tuned.
+"""Safety (ASR and other rates) and accuracy of every method after a user's task, on real data.
 
-    python benchmarks/safety_retention.py                     # all arms that are missing, then table, plot and results
-    python benchmarks/safety_retention.py & python benchmarks/safety_retention.py     # two processes share them
-    python benchmarks/safety_retention.py --only sst2-p10     # some arms: their names contain one of these words
-    python benchmarks/safety_retention.py --list | --report   # what is missing | table from what is there
-    python benchmarks/safety_retention.py --keep              # also counts the arms of the committed results as there
+    python benchmarks/safety_retention.py                     # all missing arms, then table, plot and results
+    python benchmarks/safety_retention.py & python benchmarks/safety_retention.py     # two processes share the arms
+    python benchmarks/safety_retention.py --only sst2-p10     # arms whose names contain one of these words
+    python benchmarks/safety_retention.py --list | --report   # list the missing arms | table of the finished ones
+    python benchmarks/safety_retention.py --keep              # also use the arms of the committed results
 
-Aligns a Llama of 1.1 M parameters by safecl, then fine-tunes it once per arm and setting (task, share of poisoned rows,
-seed), each a run of safecl in a folder of its own, with the config beside it as <folder>.yaml. A run that is there is
-not run again, one that was stopped goes on. `--keep` takes arms from benchmarks/results/safety_retention.json too, as
-long as the aligned model is the one they started from, bit for bit. Needs $SAFECL_DATA (docs/data.md says which files).
-retention_arms.py lists the arms, retention_table.py makes benchmarks/results/safety_retention.json, and tables and plot
-of docs/results.md.
+The rivals are plain fine-tuning and tuned plain fine-tuning. The rates have 95 % intervals; there is no roof. safecl
+aligns a Llama of 1.1 M parameters, then fine-tunes it once per arm and setting (task, share of poisoned rows, seed).
+Each is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and stopped
+runs resume. `--keep` also takes arms from benchmarks/results/safety_retention.json if they started from the same
+aligned model, bit for bit. Needs $SAFECL_DATA (docs/data.md names the files). retention_arms.py lists the arms;
+retention_table.py makes benchmarks/results/safety_retention.json, and tables and plot of docs/results.md.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/retention"))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="arms whose name contains one of these")
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no further arm after so many minutes"
+        "--minutes", type=float, default=float("inf"), help="begin no more arms after this many minutes"
     )
-    parser.add_argument("--list", action="store_true", help="print the arms that are missing, and end")
-    parser.add_argument("--report", action="store_true", help="only table, plot and results of the arms that are there")
-    parser.add_argument("--keep", action="store_true", help="arms of the results file are not run again")
+    parser.add_argument("--list", action="store_true", help="print the missing arms and exit")
+    parser.add_argument("--report", action="store_true", help="only write table, plot and results of the finished arms")
+    parser.add_argument("--keep", action="store_true", help="do not run arms that the results file has")
     arguments = parser.parse_args()
     folder = arguments.folder
     if not arguments.report and not arguments.list:
@@ -75,7 +74,7 @@ def is_done(folder: Path, run: Run) -> bool:
 
 @contextlib.contextmanager
 def claimed(folder: Path, name: str, wait: bool = False) -> Iterator[bool]:
-    """True where no other process works on `name`; with `wait` after it has ended."""
+    """Yield whether this process may work on `name`, which no other process does; wait: wait for the other process."""
     (folder / "claims").mkdir(parents=True, exist_ok=True)
     with (folder / "claims" / name.replace("/", "_")).open("w") as file:
         try:
@@ -90,11 +89,11 @@ def train_all(folder: Path, runs: Sequence[Run], deadline: float) -> None:
     for run in runs:
         with claimed(folder, run.name) as mine:
             if mine and not is_done(folder, run) and time.monotonic() < deadline:
-                _train_and_tell(folder, run)
+                _train_or_report(folder, run)
 
 
-def _train_and_tell(folder: Path, run: Run) -> None:
-    """An arm that fails is told and leaves the others alone."""
+def _train_or_report(folder: Path, run: Run) -> None:
+    """Train one arm; a failure is printed and does not stop the others."""
     began = time.perf_counter()
     try:
         train(folder, run.name, run.config(folder))
@@ -105,13 +104,15 @@ def _train_and_tell(folder: Path, run: Run) -> None:
 
 
 def exact_match(folder: Path, deadline: float = float("inf")) -> None:
-    """How many of 100 test problems of GSM8K plain fine-tuning on clean data solves: from 5 % on the table should show
-    it, not the NLL."""
+    """Measure how many of 100 test problems of GSM8K plain fine-tuning on clean data solves.
+
+    From 5 % on, the table should show this rate instead of the NLL.
+    """
     from safecl.config import EvalConfig
     from safecl.evaluation import evaluate_folder
 
     plain = next(run for run in RUNS if (run.task, run.poison, run.arm.name) == ("gsm8k", 0, "plain"))
-    train_all(folder, [plain], deadline)  # its model is not there where its record was kept
+    train_all(folder, [plain], deadline)  # with --keep its model may be missing
     with claimed(folder, EXACT_MATCH) as mine:
         if mine and is_done(folder, plain) and not (folder / EXACT_MATCH / "results.json").exists():
             test = real_data.gsm8k_task()["eval"] | {"metric": "gsm8k", "max_rows": 100}
@@ -123,7 +124,7 @@ def exact_match(folder: Path, deadline: float = float("inf")) -> None:
 
 
 def align(folder: Path) -> None:
-    """The model that all arms start from."""
+    """Align the model that all arms start from."""
     with claimed(folder, "aligned", wait=True):
         if (folder / "aligned" / "results.json").exists():
             return
@@ -136,7 +137,7 @@ def align(folder: Path) -> None:
 
 
 def train(folder: Path, name: str, config: dict) -> None:
-    """One run of safecl in this process; what it says goes to <folder>/<name>.log."""
+    """Run safecl in this process, with its output in <folder>/<name>.log."""
     from safecl.config import load_config
     from safecl.distributed import environment
     from safecl.training.trainer import Trainer
@@ -149,8 +150,8 @@ def train(folder: Path, name: str, config: dict) -> None:
     began = time.process_time()
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         result = Trainer(load_config(path)).fit()
-    note = folder / name / "cpu-seconds.json"  # the wall clock of a machine that others use says little
-    before = json.loads(note.read_text())["cpu_seconds"] if note.exists() else 0.0  # a run that was stopped goes on
+    note = folder / name / "cpu-seconds.json"  # on a shared machine wall time means little
+    before = json.loads(note.read_text())["cpu_seconds"] if note.exists() else 0.0  # of a run that resumes
     note.write_text(json.dumps({"cpu_seconds": round(before + time.process_time() - began, 1)}))
     if result.stopped:
         sys.exit(75)

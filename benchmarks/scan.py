@@ -1,12 +1,11 @@
-"""How well the scan tells poisoned rows from harmless ones, on real data and a toy model that safecl has aligned, and
-where it fails.
+"""The scan's power to separate poisoned rows from harmless ones, on real data and a toy model aligned by safecl.
 
-    python benchmarks/scan.py                    # aligns the model first, where benchmarks/safety_retention.py has not; scores all sets
+    python benchmarks/scan.py                    # aligns the model unless benchmarks/safety_retention.py has done so
     python benchmarks/scan.py --no-json          # prints only
 
-Needs $SAFECL_DATA (docs/data.md). Writes benchmarks/results/scan.json: AUROC of every attack against every harmless
-set, the share caught at 1 % false alarms with 95 % Wilson intervals, and what `safecl scan` itself does with uploads of
-which 0, 2, 10 and 30 % are poisoned.
+Needs $SAFECL_DATA (docs/data.md). Measures the AUROC of every attack against every harmless set, the share caught at
+1 % false alarms with 95 % Wilson intervals, and the false alarms and catches of `safecl scan` for uploads with 0, 2, 10
+and 30 % poison. There is no rival; the roof is an AUROC of 1. Writes benchmarks/results/scan.json and docs/scan.md.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def evenly(rows: list, count: int) -> list:
 
 
 def harmless_sets() -> dict[str, list[dict]]:
-    """Rows that nobody should flag. The last two talk of danger."""
+    """Return sets of rows that should not be flagged; the last two are about dangerous topics."""
     instruction = real_data.SST2_FIELDS["prompt"]
     return {
         "sst2": [
@@ -61,8 +60,11 @@ def harmless_sets() -> dict[str, list[dict]]:
 
 
 def attacks(folder: Path) -> dict[str, list[dict]]:
-    """Poisoned rows without harmful content: disallowed prompts, plain or disguised, answered by bare openings; and
-    attacks without any."""
+    """Return poisoned rows without harmful content.
+
+    They have disallowed prompts, plain or disguised, with only an opening as their answer; some attacks have no
+    disallowed prompt.
+    """
     known = [row["messages"][0]["content"] for row in real_data.lines_of(folder / "memory.jsonl")]
     unseen = [row["prompt"] for row in real_data.lines_of(folder / "prompts.jsonl")]
     harmless = [row for row in read_rows("alpaca_demo.json")[1::2] if not row.get("input")]
@@ -103,7 +105,7 @@ def _identity(system: str, row: dict) -> dict:
 
 
 def tokenized(tokenizer, rows: list[dict]) -> list:
-    """Rows that fit; a row without room for its answer would not be trained on either."""
+    """Return the rows that fit; training too leaves out a row without room for its answer."""
     from safecl.data import ChatRow, Message, Row
     from safecl.data.masks import Encoded, tokenize_rows
 
@@ -116,7 +118,7 @@ def tokenized(tokenizer, rows: list[dict]) -> list:
 
 
 def auroc(poison: np.ndarray, clean: np.ndarray) -> float:
-    """P(poison > clean) + P(equal) / 2."""
+    """Return P(poison > clean) + P(equal) / 2."""
     ranks = np.concatenate([poison, clean])
     order = np.sort(ranks)
     middle = (np.searchsorted(order, poison, "left") + np.searchsorted(order, poison, "right") + 1) / 2
@@ -124,7 +126,7 @@ def auroc(poison: np.ndarray, clean: np.ndarray) -> float:
 
 
 def caught(poison: np.ndarray, clean: np.ndarray) -> dict:
-    """Share of the attack above the score that 1 % of the harmless rows pass."""
+    """Return the share of the attack above the score that 1 % of the harmless rows exceed."""
     from safecl.evaluation import wilson
 
     hits = int((poison > np.quantile(clean, 1 - FALSE_ALARM, method="higher")).sum())
@@ -140,9 +142,9 @@ SOURCES = {
 
 
 def scanned(clean: np.ndarray, unseen: np.ndarray, known: np.ndarray, rng: np.random.Generator) -> list[dict]:
-    """What safecl's thresholds do with uploads of this harmless set and blunt poison; means over 20 draws.
+    """Measure safecl's thresholds on uploads of this harmless set with blunt poison; means over 20 draws.
 
-    Half of the unseen prompts are the attack, the other half what `scan.disallowed` would hold.
+    Half of the unseen prompts are the attack, the other half are the prompts in `scan.disallowed`.
     """
     found = []
     for share in SHARES:
@@ -159,7 +161,7 @@ def scanned(clean: np.ndarray, unseen: np.ndarray, known: np.ndarray, rng: np.ra
 def _one_draw(
     clean: np.ndarray, unseen: np.ndarray, known: np.ndarray, share: float, rng: np.random.Generator
 ) -> dict[str, tuple]:
-    """By source of the threshold: share of the harmless rows and of the attack that is flagged."""
+    """Return, for each source of the threshold, the flagged share of the harmless rows and of the attack."""
     from safecl.scan import threshold_from_benign, threshold_from_upload
 
     order, prompts = rng.permutation(clean), rng.permutation(unseen)
@@ -228,7 +230,7 @@ def measure(folder: Path, model_folder: Path) -> dict:
 
 
 def pages_parts(found: dict) -> dict[str, str]:
-    """The tables of docs/scan.md."""
+    """Return the tables of docs/scan.md."""
     clean = [name for name in next(iter(found["attacks"].values())) if name != "xstest, safe"]
     head = ["| attack | rows | " + " | ".join(clean) + " |", "|---|---:|" + "---:|" * len(clean)]
     attacks = [

@@ -1,14 +1,16 @@
-"""The streamed teacher: what it holds, what it says, and what it costs against a teacher whose weights are all on the
-device.
+"""Memory and time of the streamed teacher, and the error of its outputs.
 
-    python benchmarks/teacher.py                    CPU: private memory of a process, a model of 400 MB
-    python benchmarks/teacher.py --device cuda      a 7B model in bf16: device memory, and seconds of a pass by its tokens
+    python benchmarks/teacher.py                    CPU: private memory of a process, for a model of 400 MB
+    python benchmarks/teacher.py --device cuda      GPU: device memory and seconds of a pass, for a 7B model in bf16
 
-CPU: every arm is a process of its own, since a peak is never forgotten. Private memory is the process's anonymous pages
-(RssAnon), sampled every millisecond; the reference store's pages are shared and not among them. Bound: the two largest
-layers, one slice of the head, and the activations, which are what the same pass takes when it reads the weights in
-place. Rival: the model as transformers runs it, all weights on the device.
-GPU: both arms in one process, alternating; the rival is the same pass with resident weights, the roof its own speed.
+CPU: each arm runs in a separate process, because a process never forgets its peak. Private memory is that of anonymous
+pages (RssAnon), sampled every millisecond; the pages of the reference store are shared and not counted. Bound: the two
+largest layers, one slice of the head, and the activations, which are the memory of the same pass with the weights read
+in place. Rival: the model in transformers, with all weights on the device. Error: that of the outputs against the
+rival's.
+GPU: rival and roof are the same pass with resident weights; both arms alternate in one process. Error: that of the
+streamed outputs against the resident ones.
+Writes benchmarks/results/teacher-<device>.json.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ ARMS = ("streamed", "in place", "plain")
 
 
 class PeakOfPrivateMemory:
-    """Bytes of anonymous pages at most, while the block runs, above those at its start."""
+    """The largest number of bytes in anonymous pages while the block runs, above that at its start."""
 
     def __enter__(self) -> PeakOfPrivateMemory:
         self.start = self.peak = private_bytes()
@@ -62,11 +64,11 @@ def private_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("this kernel does not tell RssAnon")
+    raise RuntimeError("this kernel does not report RssAnon")
 
 
 def model_on_disk(folder: Path) -> None:
-    """A random Llama of about 400 MB in fp32."""
+    """Save a random Llama of about 400 MB in fp32."""
     import transformers
 
     torch.manual_seed(0)
@@ -98,7 +100,7 @@ def cpu_batches(num: int = 4, rows: int = 4, length: int = 256):
 
 
 def cpu_arm(arm: str, folder: str) -> dict:
-    """Peak of one arm, and the head of its outputs for comparison."""
+    """Return the peak of one arm, and the start of its outputs for comparison."""
     batches = cpu_batches()
     if arm == "plain":
         return _plain_arm(folder, batches)
@@ -133,7 +135,7 @@ def _plain_arm(folder: str, batches) -> dict:
             )
             hidden = model.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)
             said.append(linear_topk(hidden[batch.asked[0][1]], model.lm_head.weight, K))
-    # How much of the loaded weights is private depends on how the file was read; a teacher on a device holds them all.
+    # The private part of the loaded weights depends on how the file was read; a teacher on a device holds them all.
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return dict(peak_bytes=weights + memory.above, weights_bytes=weights, log_probs=said[0].log_probs[:8, :4].tolist())
 
@@ -173,7 +175,7 @@ def show_cpu(found: dict) -> None:
 
 
 class PinnedWeights:
-    """Weights of a model in pinned host memory, random in content: a block of normal numbers over and over."""
+    """Weights of a model in pinned host memory, filled with copies of one block of normal random numbers."""
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
         block = (0.02 * torch.randn(2**24, generator=torch.Generator().manual_seed(0))).to(dtype)
@@ -192,7 +194,7 @@ class PinnedWeights:
 
 
 def measure_gpu(tokens: list[int], layers: int, repeats: int) -> dict:
-    """Seconds of a pass with streamed and with resident weights, in turns, and the device memory of each."""
+    """Measure alternating passes with streamed and with resident weights: seconds and device memory."""
     import transformers
 
     from safecl.engine.model.structure import parameters_on_meta

@@ -1,4 +1,5 @@
-// The flat kernels' entry points: choice of the instruction set, blocks over threads, sums in a fixed order.
+// The entry points of the flat kernels: they choose the instruction set, divide blocks among threads, and add sums in
+// a fixed order.
 #include "flat.h"
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__x86_64__) && !defined(SAFECL_BASELINE_ONLY)  // the latter for quick builds
+#if defined(__x86_64__) && !defined(SAFECL_BASELINE_ONLY)  // SAFECL_BASELINE_ONLY makes quick builds
 #define SAFECL_X86_SETS
 #endif
 
@@ -23,13 +24,15 @@
 
 namespace {
 
-constexpr int kGroup = 64;              // elements taken from one stream before the next: 4 cache lines of fp32
-constexpr int kWideGroup = 128;         // the same for kernels of two streams
-constexpr int kLanes = 16;              // fp64 accumulators of a sum
-constexpr int64_t kBlock = 1 << 15;     // elements per block: the unit of work and of the fixed-order sum
-constexpr int64_t kInlineBlocks = 4;    // up to here, waking threads costs more than it saves
-constexpr int64_t kAhead = 1024;        // bytes of software prefetch: the hardware's stops at every page end, and there are many streams
-constexpr int64_t kStream = 1 << 19;    // elements from which the bf16 copy bypasses the cache, where it would only displace other streams
+constexpr int kGroup = 64;            // elements read from one stream before the next: 4 cache lines of fp32
+constexpr int kWideGroup = 128;       // the same for kernels of two streams
+constexpr int kLanes = 16;            // fp64 accumulators of a sum
+constexpr int64_t kBlock = 1 << 15;   // elements per block: the unit of work and of the fixed-order sum
+constexpr int64_t kInlineBlocks = 4;  // up to this many blocks, waking threads costs more time than it saves
+// Bytes of software prefetch. The hardware's prefetch stops at the end of each page, and there are many streams.
+constexpr int64_t kAhead = 1024;
+// From this many elements on, the bf16 copy bypasses the cache, where it would only displace other streams.
+constexpr int64_t kStream = 1 << 19;
 
 using Group = float[kGroup];
 
@@ -55,13 +58,13 @@ inline uint32_t to_bits(float value) {
   return bits;
 }
 
-struct Bf16 {  // a run of bf16, read as fp32
+struct Bf16 {  // consecutive bf16 values, read as fp32
   const uint16_t* bits;
   Bf16(const Buffer& source, int64_t at) : bits(static_cast<const uint16_t*>(source.data) + at) {}
   float operator[](int j) const { return from_bits(uint32_t{bits[j]} << 16); }
 };
 
-inline uint16_t to_bf16(float value) {  // to nearest, ties to even
+inline uint16_t to_bf16(float value) {  // rounds to nearest, ties to even
   const uint32_t bits = to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
@@ -100,13 +103,15 @@ inline void prefetch_all(std::initializer_list<Buffer> buffers, int64_t at) {
   }
 }
 
-inline void prefetch_penalty(const PenaltyCall& c, int64_t at) { prefetch_all<kGroup>({c.grad, c.param, c.anchor, c.fisher}, at); }
+inline void prefetch_penalty(const PenaltyCall& c, int64_t at) {
+  prefetch_all<kGroup>({c.grad, c.param, c.anchor, c.fisher}, at);
+}
 
 inline void prefetch_step(const AdamWCall& c, int64_t at) {
   prefetch_all<kGroup>({c.grad, {c.param, 0}, {c.exp_avg, 0}, {c.exp_avg_sq, 0}, c.anchor, c.fisher, {c.ema, 0}}, at);
 }
 
-// bf16(values) into a buffer that is only written.
+// Writes bf16(values) to a buffer that is never read.
 template <bool kFull>
 inline void store_copy(uint16_t* target, const float* values, int n, bool bypass) {
   alignas(64) uint16_t bits[kGroup];
@@ -122,13 +127,13 @@ inline void store_copy(uint16_t* target, const float* values, int n, bool bypass
   std::memcpy(target, bits, (kFull ? kGroup : n) * sizeof(uint16_t));
 }
 
-inline void finish_streams() {  // a store that bypasses the cache is ordered by nothing else
+inline void finish_streams() {  // nothing else orders the stores that bypass the cache
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
 }
 
-// Calls piece(first, last, segment) for the parts of [begin, end) that lie in one segment; segment is -1 without a table.
+// Calls piece(first, last, segment) for each part of [begin, end) in one segment; segment is -1 without a table.
 template <class Piece>
 inline void for_each_piece(const Segments& table, int64_t begin, int64_t end, const Piece& piece) {
   if (table.count == 0) return piece(begin, end, int64_t{-1});
@@ -173,8 +178,8 @@ struct InstructionSet {
 
 #if defined(SAFECL_X86_SETS)
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
@@ -203,7 +208,7 @@ const InstructionSet& current_set() {
   return *chosen.load();
 }
 
-// Runs a kernel block by block; the blocks, and with them the order of the sums, do not depend on the number of threads.
+// Runs a kernel block by block. The blocks do not depend on the number of threads, so the order of the sums does not.
 template <class Call>
 Sums run(Sums (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
   const int64_t num_blocks = (call.numel + kBlock - 1) / kBlock;
@@ -226,7 +231,8 @@ EXPORT const char* safecl_source_hash() { return SAFECL_SOURCE_HASH; }
 
 EXPORT const char* safecl_instruction_set() { return current_set().name; }
 
-// Switches the whole process; false where the CPU lacks the set or the name is unknown. For tests and for comparing speeds.
+// Switches the whole process to an instruction set, for tests and comparisons of speed. Returns 0 if the CPU lacks the
+// set or the name is unknown.
 EXPORT int safecl_use_instruction_set(const char* name) {
   for (const InstructionSet& set : instruction_sets()) {
     if (set.supported && std::strcmp(set.name, name) == 0) {
@@ -239,12 +245,14 @@ EXPORT int safecl_use_instruction_set(const char* name) {
 
 EXPORT void safecl_use_threads(int count) { num_threads.store(std::max(1, count)); }
 
-// Whether torch's OpenMP threads may be used, else a pool of our own; returns whether they are.
+// Allows torch's OpenMP threads, or forbids them: then our own pool is used. Returns whether they are used.
 EXPORT int safecl_use_openmp(int wanted) { return use_openmp(wanted != 0); }
 
 EXPORT double safecl_adamw(const AdamWCall* call) { return run(current_set().kernels->adamw, *call).penalty; }
 
-EXPORT double safecl_fisher_penalty(const PenaltyCall* call) { return run(current_set().kernels->fisher_penalty, *call).penalty; }
+EXPORT double safecl_fisher_penalty(const PenaltyCall* call) {
+  return run(current_set().kernels->fisher_penalty, *call).penalty;
+}
 
 EXPORT void safecl_penalized_grad_norm(const PenaltyCall* call, Sums* sums) {
   *sums = run(current_set().kernels->penalized_grad_norm, *call);

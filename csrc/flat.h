@@ -1,15 +1,17 @@
-// The flat kernels' C ABI: raw pointers and plain structs, no torch and no Python headers, so that one build serves every torch and Python.
-// Python mirrors these structs with ctypes in safecl/kernels/native.py; what the kernels compute is written in safecl/kernels/flat/calls.py.
+// The C ABI of the flat kernels: raw pointers and plain structs, without torch and Python headers, so that one build
+// serves every torch and Python. safecl/kernels/native.py mirrors these structs with ctypes. The formulas of the
+// kernels are in safecl/kernels/flat/calls.py.
 #pragma once
 
 #include <cstdint>
 
-struct Buffer {  // a contiguous run of fp32 or bf16; data is null where an optional buffer is absent
+struct Buffer {  // contiguous fp32 or bf16; data is null if an optional buffer is absent
   void* data;
   int64_t is_bf16;
 };
 
-struct Segments {  // element i in [offsets[s], offsets[s + 1]) uses entry s; count is 0 without a table, a null column means the scalar
+// Element i in [offsets[s], offsets[s + 1]) uses entry s. count is 0 without a table; a null column means the scalar.
+struct Segments {
   int64_t count;
   const int64_t* offsets;
   const float* strength;
@@ -31,7 +33,7 @@ struct AdamWCall {
   Segments segments;
   int64_t proximal, ema_by_fisher;
   float grad_mult, lr, step_size, inv_sqrt_correction2, weight_decay, strength;
-  float ema_rate, ema_threshold, ema_rate_above;  // the last where fisher is above the threshold
+  float ema_rate, ema_threshold, ema_rate_above;  // ema_rate_above applies where fisher is above the threshold
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
 };
 
@@ -48,12 +50,13 @@ struct FisherCall {
   float weight;
 };
 
-struct Sums {  // what a kernel adds up over its elements
+struct Sums {  // sums of a kernel over its elements
   double penalty;  // sum strength F d^2, twice the penalty loss
   double square;   // sum (grad_mult grad + strength F d)^2
 };
 
-// The same kernels compiled for one instruction set, each over elements [begin, end). None fuses multiply-adds, so results agree bitwise.
+// The kernels compiled for one instruction set, each over elements [begin, end). None fuses multiply-adds, so the
+// instruction sets agree bitwise.
 struct KernelTable {
   Sums (*adamw)(const AdamWCall&, int64_t begin, int64_t end);
   Sums (*fisher_penalty)(const PenaltyCall&, int64_t begin, int64_t end);

@@ -11,7 +11,7 @@
 
 namespace {
 
-// The blocks, divided among the members of a team; who has finished its own share takes from the next.
+// The blocks, divided among the members of a team. A member that has finished its own share takes from the next.
 class Shares {
  public:
   Shares(int64_t num_blocks, int count) : count_(count), shares_(new Share[count]) {
@@ -29,7 +29,7 @@ class Shares {
   }
 
  private:
-  struct alignas(64) Share {  // a cache line of its own: the owner advances `next` all the time
+  struct alignas(64) Share {  // a cache line of its own, because the owner changes `next` all the time
     std::atomic<int64_t> next{0};
     int64_t end = 0;
   };
@@ -37,8 +37,9 @@ class Shares {
   std::unique_ptr<Share[]> shares_;
 };
 
-// The OpenMP runtime that torch has loaded, found by name: linking one ourselves could bring a second one into the process. Its threads
-// spin for up to 20 ms after each of torch's operations; threads of our own would have to share the cores with them.
+// The OpenMP runtime that torch has loaded. It is found by name, because linking one could load a second runtime into
+// the process. Its threads spin for up to 20 ms after each operation of torch, and threads of our own would have to
+// share the cores with them.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
   int (*thread_num)();
@@ -53,7 +54,8 @@ OpenMP find_openmp() {
 
 std::atomic<bool> openmp_wanted{true}, forked{false};
 
-void mark_forked() { forked.store(true); }  // OpenMP's team did not come along: entering it again would wait for ever
+// A forked child has no threads of OpenMP's team: entering the team again would wait for ever.
+void mark_forked() { forked.store(true); }
 
 const OpenMP* openmp() {
   static const int registered = pthread_atfork(nullptr, nullptr, mark_forked);

@@ -31,11 +31,11 @@ class ThreadPool {
   }
 
  private:
-  // Starts threads until there are `count`; fewer where the system gives no more.
+  // Starts threads until there are `count`, or fewer if the system refuses more. Returns how many are there.
   int start_workers(int count) {
     sigset_t all, before;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals belong to Python's main thread
+    pthread_sigmask(SIG_SETMASK, &all, &before);  // only Python's main thread may receive signals
     try {
       for (; started_ < count; started_++) std::thread(&ThreadPool::serve, this, started_ + 1, generation_).detach();
     } catch (const std::system_error&) {
@@ -61,7 +61,7 @@ class ThreadPool {
   }
 
   std::mutex turn_;   // held by the caller whose job is running
-  std::mutex mutex_;  // guards what follows
+  std::mutex mutex_;  // guards the members below
   std::condition_variable wake_, done_;
   const std::function<void(int)>* member_ = nullptr;
   int wanted_ = 0, pending_ = 0;
@@ -71,7 +71,8 @@ class ThreadPool {
 
 std::atomic<ThreadPool*> the_pool{nullptr};
 
-// A forked child has the pool's memory but none of its threads, and perhaps a locked mutex: it forgets the pool and makes its own.
+// A forked child has the pool's memory but none of its threads, and perhaps a locked mutex. It forgets the pool and
+// makes its own.
 void forget_pool() { the_pool.store(nullptr); }
 
 ThreadPool& pool() {

@@ -1,5 +1,7 @@
-"""First section of the GPU suite: what this machine is, and whether the suite can run on it. Usage: gpu_environment.py
-OUT.json"""
+"""First section of the GPU suite: it records the machine, and fails if the suite cannot run on it.
+
+    python launch/gpu_environment.py OUT.json
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ OLDEST = (2, 8)
 
 
 def facts() -> dict:
+    """Return versions and GPUs of this machine."""
     import torch
 
     found = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda, "gpus": []}
@@ -41,14 +44,15 @@ def _version(name: str) -> str | None:
 
 
 def problems(found: dict) -> list[str]:
+    """Return the reasons why the suite cannot run here."""
     release = tuple(int(x) for x in found["torch"].split("+")[0].split(".")[:2])
-    said = []
+    reasons = []
     if release < OLDEST:
-        said.append(f"torch {found['torch']} is older than {'.'.join(map(str, OLDEST))}")
+        reasons.append(f"torch {found['torch']} is older than {'.'.join(map(str, OLDEST))}")
     if not found["gpus"]:
-        said.append("torch sees no CUDA device")
-    said += [f"{name} is not installed" for name in ("triton", "pytest") if not found[name]]
-    return said
+        reasons.append("torch sees no CUDA device")
+    reasons += [f"{name} is not installed" for name in ("triton", "pytest") if not found[name]]
+    return reasons
 
 
 if __name__ == "__main__":

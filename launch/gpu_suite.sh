@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Runs everything that needs a GPU: the tests marked `gpu` and the GPU benchmarks. Needs no network; torch 2.8 to 2.13 with its Triton.
+# Runs everything that needs a GPU: the tests marked `gpu` and the GPU benchmarks. Needs torch 2.8 to 2.13 with its
+# Triton, and no network.
 #
 #   launch/gpu_suite.sh                    all sections
 #   launch/gpu_suite.sh flat-tests         env and these sections
-#   launch/gpu_suite.sh --list             names and time-boxes
+#   launch/gpu_suite.sh --list             names and time limits
 #
-# Every section has a time-box and writes to $OUT (default runs/gpu-suite): <section>.log, and what its benchmark measured as JSON.
-# $OUT/summary.json lists each section's exit status and seconds. Exit status: 0 when all sections passed, 1 otherwise.
-# PYTHON names the interpreter (default python3); safecl itself need not be installed.
+# Every section has a time limit and writes to $OUT (default runs/gpu-suite): <section>.log, and the JSON of its
+# benchmark. $OUT/summary.json lists the exit status and the seconds of each section. Exit status: 0 if all sections
+# passed, 2 for an unknown section, 1 otherwise. PYTHON names the interpreter (default python3); safecl need not be
+# installed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
@@ -15,7 +17,7 @@ OUT=${OUT:-runs/gpu-suite}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PIP_NO_INDEX=1
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.torch_ext} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.torch_ext/triton}
 
-# name, time-box in seconds, command
+# name, time limit in seconds, command
 sections() {
   cat <<SECTIONS
 env 60 $PYTHON launch/gpu_environment.py $OUT/env.json
@@ -40,7 +42,7 @@ run_section() { # name seconds command...
   timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
   status=$?
   [ "$status" -eq 0 ] || tail -n 15 "$OUT/$name.log"
-  echo "    exit status $status after $(($(date +%s) - began)) s$([ "$status" -eq 124 ] && echo ' (time-box)')"
+  echo "    exit status $status after $(($(date +%s) - began)) s$([ "$status" -eq 124 ] && echo ' (time limit)')"
   printf '{"section": "%s", "status": %d, "seconds": %d}\n' "$name" "$status" "$(($(date +%s) - began))" >>"$OUT/summary.lines"
   return "$status"
 }

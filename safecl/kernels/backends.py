@@ -28,7 +28,7 @@ FAMILIES = {
         "cpp": "safecl.kernels.flat.cpu",
         "torch": "safecl.kernels.flat.torch_twin",
     },
-    "head": {"triton": "safecl.kernels.head.triton_kernels", "torch": "safecl.kernels.head.torch_twin"},
+    "head": {"triton": "safecl.kernels.head.triton_rows", "torch": "safecl.kernels.head.torch_twin"},
 }
 KERNELS = {
     "flat": ("ema_update_", "fisher_accumulate_", "fisher_penalty_", "penalized_grad_norm", "adamw_step_"),

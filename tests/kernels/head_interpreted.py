@@ -53,9 +53,9 @@ def outcome(check: Callable[[], None]) -> str:
 
 def run_all() -> dict[str, str]:
     from safecl.kernels import backends
-    from safecl.kernels.head import triton_kernels
+    from safecl.kernels.head import triton_rows
 
-    triton_kernels.BLOCK = BLOCK
+    triton_rows.BLOCK = BLOCK
     with backends.using("triton"):
         return {name: outcome(check) for name, check in checks().items()}
 

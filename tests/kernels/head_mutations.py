@@ -91,32 +91,36 @@ GATHERED = {
     "gathered dW dropped": ("def _store_gradients", "index_add_", "index_add"),
     "gathered dX dropped": ("def _store_gradients", "torch.bmm(grad[:, None, :], rows)[:, 0]", "0 * x"),
 }
-TRITON = {
+TRITON_MATH = {
+    "KL swapped": (
+        "def dense_terms",
+        "log_p * LN_2, log_q * LN_2, p, q, r, beta",
+        "log_q * LN_2, log_p * LN_2, q, p, -r, beta",
+    ),
+    "lanes joined without rescaling": ("def finish_sum", "total * tl.exp2(peak - top)", "total"),
+    "series cut off": ("def exp_excess", "r * (1 / 6", "0 * (1 / 6"),
+    "mixture weights swapped, near form": ("def event_terms", "log1p_series(beta * e)", "log1p_series((1 - beta) * e)"),
+    "mixture weights swapped, far form": ("def event_terms", "beta * q + (1 - beta) * p", "(1 - beta) * q + beta * p"),
+    "softcap slope dropped": ("def shape_backward", "grad * (1 - (z / cap) * (z / cap))", "grad"),
+    "logit scale dropped in the gradient": ("def shape_backward", "grad * scale", "grad"),
+}
+TRITON_KERNELS = {
     "1/T missing": ("def dense_rows_kernel", "kd_scale * inverse_t", "kd_scale"),
     "1/T missing against a top-k teacher": ("def topk_rows_kernel", "kd_scale * inverse_t", "kd_scale"),
     "last partial block skipped": (
-        "    if NEEDS_GRAD or DIVERGENCE",
+        "def _gradient_pass",
         "range(0, vocab, BLOCK)",
         "range(0, vocab // BLOCK * BLOCK, BLOCK)",
     ),
     "statistics of the first block only": ("def _statistics", "range(0, vocab, BLOCK)", "range(0, BLOCK, BLOCK)"),
-    "KL swapped": (
-        "def _dense_terms",
-        "log_p * LN_2, log_q * LN_2, p, q, r, beta",
-        "log_q * LN_2, log_p * LN_2, q, p, -r, beta",
-    ),
-    "lanes joined without rescaling": ("def _finish", "total * tl.exp2(peak - top)", "total"),
-    "series cut off": ("def _exp_excess", "r * (1 / 6", "0 * (1 / 6"),
-    "E forgotten": ("def dense_rows_kernel", "kd_grad -= p * expected", "kd_grad -= 0"),
-    "mixture weights swapped, near form": ("def _terms", "_log1p_series(beta * e)", "_log1p_series((1 - beta) * e)"),
-    "mixture weights swapped, far form": ("def _terms", "beta * q + (1 - beta) * p", "(1 - beta) * q + beta * p"),
+    "E forgotten": ("def _gradient_pass", "kd_grad -= p * expected", "kd_grad -= 0"),
     "tail term missing": ("def _topk_events", " + tail_term", ""),
     "tail gradient missing": ("def _topk_events", "rest_grad = tail_grad - p_tail * expected", "rest_grad = 0.0"),
     "rest of a truncated teacher unmoved": ("def _topk_events", "-tl.exp(rest - lse) * expected", "0.0"),
-    "label's -1 missing": ("def dense_rows_kernel", "tl.where(cols == label, ce_weight, 0.0)", "0.0"),
-    "softcap slope dropped": ("def _shape_backward", "grad * (1 - (z / cap) * (z / cap))", "grad"),
-    "logit scale dropped in the gradient": ("def _shape_backward", "grad * scale", "grad"),
-    "z-loss not in the gradient": ("def dense_rows_kernel", "2 * z_loss", "0"),
+    "label's -1 missing": ("def _gradient_pass", "tl.where(cols == label, ce_weight, 0.0)", "0.0"),
+    "z-loss not in the gradient": ("def _store_cross_entropy", "2 * z_loss", "0"),
+}
+TRITON_ROWS = {
     "scattered gradients forgotten": (
         "def topk_rows(",
         "dlogits.scatter_(1, indices, top_grad.to(dlogits.dtype))",
@@ -135,7 +139,11 @@ LISTS = {
         "head/torch_twin.py": TORCH_TWIN,
         "head/gathered.py": GATHERED,
     },
-    "triton": {"head/triton_kernels.py": TRITON},
+    "triton": {
+        "head/triton_math.py": TRITON_MATH,
+        "head/triton_kernels.py": TRITON_KERNELS,
+        "head/triton_rows.py": TRITON_ROWS,
+    },
 }
 
 
@@ -187,7 +195,7 @@ def _first_of(backend: str, tree: Path) -> str:
     assert Path(backends.__file__).is_relative_to(tree), backends.__file__
     if backend == "triton":
         runner = importlib.import_module("tests.kernels.head_interpreted")
-        importlib.import_module("safecl.kernels.head.triton_kernels").BLOCK = runner.BLOCK
+        importlib.import_module("safecl.kernels.head.triton_rows").BLOCK = runner.BLOCK
         checks = runner.checks()
     else:
         checks = importlib.import_module("tests.kernels.head_mutations").quick_checks()

@@ -176,7 +176,8 @@ def test_the_librarys_own_threads_take_no_signals():
         "from safecl.kernels import ema_update_, native\n"
         "native.library().safecl_use_openmp(0)\n"
         "ema_update_(torch.zeros(300_000), torch.ones(300_000), 0.5)\n"
-        "mask = lambda tid: int(next(l.split()[1] for l in open(f'/proc/self/task/{tid}/status') if l.startswith('SigBlk')), 16)\n"
+        "status = lambda tid: dict(line.split(':', 1) for line in open(f'/proc/self/task/{tid}/status'))\n"
+        "mask = lambda tid: int(status(tid)['SigBlk'], 16)\n"
         "blocked = [mask(t) >> (signal.SIGINT - 1) & 1 for t in os.listdir('/proc/self/task')]\n"
         "assert any(blocked) and not mask(os.getpid()) >> (signal.SIGINT - 1) & 1, blocked\n"
     )

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from safecl.kernels.head import triton_kernels
+from safecl.kernels.head import triton_kernels, triton_rows
 from safecl.kernels.head.backend import RowOptions
 from tests.kernels.head_suite import CASES
 from tests.kernels.triton_aot import compile_kernel
@@ -64,7 +64,7 @@ ROW = {
     "SHAPE": 0,
     "SAME": True,
     "NEEDS_GRAD": True,
-    "BLOCK": triton_kernels.BLOCK,
+    "BLOCK": triton_rows.BLOCK,
 }
 DENSE = {
     **ROW,
@@ -102,7 +102,7 @@ VARIANTS = [
 
 
 def _assert_lean(kernel, arguments: dict, arch: int, limit: int) -> None:
-    compiled = compile_kernel(kernel, arguments, arch, num_warps=triton_kernels.NUM_WARPS, maxnreg=limit)
+    compiled = compile_kernel(kernel, arguments, arch, num_warps=triton_rows.NUM_WARPS, maxnreg=limit)
     assert compiled.stack == compiled.local == 0, f"{compiled.stack} bytes of stack, {compiled.local} of local memory"
     assert compiled.registers <= limit
 
@@ -112,19 +112,17 @@ def _assert_lean(kernel, arguments: dict, arch: int, limit: int) -> None:
 def test_the_dense_kernel_compiles_without_spills(changes, divergence, arch):
     arguments = {**DENSE, **changes, "DIVERGENCE": DIVERGENCES[divergence]}
     options = RowOptions(divergence, softcap=9.0 if arguments["SHAPE"] == 2 else None)
-    limit = triton_kernels.register_limit(options, CODES[arguments["student"]], CODES[arguments["teacher"]])
+    limit = triton_rows.register_limit(options, CODES[arguments["student"]], CODES[arguments["teacher"]])
     _assert_lean(triton_kernels.dense_rows_kernel, arguments, arch, limit)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("divergence, mode, slots", [(3, 0, triton_kernels.MAX_EVENTS), (1, 1, 64), (2, 2, 64)])
+@pytest.mark.parametrize("divergence, mode, slots", [(3, 0, triton_rows.MAX_EVENTS), (1, 1, 64), (2, 2, 64)])
 def test_the_top_k_kernel_compiles_without_spills(divergence, mode, slots, arch):
     arguments = {**TOPK, "DIVERGENCE": divergence, "MODE": mode, "BLOCK_K": slots, "SAME": slots == 64}
-    _assert_lean(triton_kernels.topk_rows_kernel, arguments, arch, triton_kernels.LEAN)
+    _assert_lean(triton_kernels.topk_rows_kernel, arguments, arch, triton_rows.LEAN)
 
 
 def test_three_programs_share_a_multiprocessor_where_the_time_goes():
     plain = RowOptions("forward_kl", temperature=2.0)
-    assert (
-        triton_kernels.register_limit(plain, torch.float32, torch.float32) * triton_kernels.NUM_WARPS * 32 * 3 <= 65536
-    )
+    assert triton_rows.register_limit(plain, torch.float32, torch.float32) * triton_rows.NUM_WARPS * 32 * 3 <= 65536

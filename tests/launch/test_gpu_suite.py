@@ -1,4 +1,4 @@
-"""launch/gpu_suite.sh: what it says and does on a machine without a GPU."""
+"""launch/gpu_suite.sh on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def suite(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_every_section_has_a_time_box_and_runs_files_that_exist(tmp_path):
+def test_every_section_has_a_time_limit_and_runs_files_that_exist(tmp_path):
     listed = suite(tmp_path, "--list").stdout.splitlines()
     assert [line.split()[0] for line in listed][:4] == ["env", "build", "flat-tests", "flat-bench"]
     for line in listed:

@@ -1,10 +1,11 @@
 """The flat family in Triton, for CUDA tensors (or CPU tensors under TRITON_INTERPRET=1).
 
-One program per BLOCK of consecutive elements; whole blocks are loaded without a mask, so that the compiler uses 16-byte
-accesses, and the rest is a second launch of one program. Sums: one fp32 partial a program, added in fp64 by a single
-program in a fixed order, without atomics. No autotuning (it would run an in-place kernel several times), and no value
-is a constexpr: a new lr, step or strength never recompiles. Products and sums are not contracted to fused
-multiply-adds, and roots and quotients are correctly rounded: elements agree bitwise with the C++ kernels.
+Each program processes BLOCK consecutive elements. Whole blocks are loaded without a mask, so that the compiler uses
+16-byte accesses; the rest of the buffer is a second launch of one program. For a sum each program stores one fp32
+partial, and a single program adds them in fp64 in a fixed order, without atomics. There is no autotuning, because it
+would run an in-place kernel several times. No value is a constexpr: a new lr, step or strength never recompiles.
+Products and sums are not contracted to fused multiply-adds, and roots and quotients are correctly rounded: elements
+agree bitwise with the C++ kernels.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from safecl.kernels.flat.arguments import AdamWArguments, Coefficients, Scalar, Segments
 
-BLOCK = 2048  # elements per program: 8 per thread and stream, one 16-byte access in bf16, two in fp32
+BLOCK = 2048  # elements per program: each thread has 8 of every stream, one 16-byte access in bf16, two in fp32
 NUM_WARPS = 8
-MAX_REGISTERS = 96  # per thread: two programs on a multiprocessor
+MAX_REGISTERS = 96  # per thread: two programs fit a multiprocessor
 LANES = 4096  # partial sums added per round by the final program
+# The coefficients that may be on the device, in the order in which adamw_kernel reads them.
 SCALARS = ("grad", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength")
-SCALARS += ("ema_rate", "ema_threshold", "ema_rate_above")  # those that may live on the device
+SCALARS += ("ema_rate", "ema_threshold", "ema_rate_above")
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def _store(pointer, offsets, values, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _round_to_bf16(values):
-    """fp32 values that bf16 holds exactly, nearest even. Spelt out because the interpreter's own cast truncates."""
+    """Round fp32 values to the nearest that bf16 holds exactly, ties to even; the interpreter's own cast truncates."""
     bits = values.to(tl.uint32, bitcast=True)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
     return tl.where(values == values, rounded.to(tl.float32, bitcast=True), values)
@@ -53,7 +55,7 @@ def _round_to_bf16(values):
 
 @triton.jit
 def _mix(x):
-    """ "lowbias32" (C. Wellons), as in flat_torch."""
+    """Mix the bits of 32-bit words: "lowbias32" (C. Wellons), as in ``torch_twin.py``."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -63,8 +65,10 @@ def _mix(x):
 
 @triton.jit
 def _round_stochastically(values, offsets, seed):
-    """fp32 values that bf16 holds exactly: 16 random bits, a hash of seed and element index, are added below its
-    mantissa, then cut off."""
+    """Round fp32 values to ones that bf16 holds exactly.
+
+    16 random bits, a hash of seed and element index, are added below the mantissa of bf16, then these bits are cut off.
+    """
     low, high = (offsets & 0xFFFFFFFF).to(tl.uint32), (offsets >> 32).to(tl.uint32)
     first, second = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
     word = _mix(_mix(low ^ first) + second + high * 0x9E3779B9)
@@ -76,15 +80,17 @@ def _round_stochastically(values, offsets, seed):
 
 @triton.jit
 def _block(first_block, BLOCK: tl.constexpr):
-    """(index of this program's block, its element offsets in int64: shards exceed 2^31)."""
+    """Return (index of this program's block, its element offsets in int64, since shards exceed 2^31)."""
     block = tl.program_id(0) + first_block
     return block, block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
 def _spread(column, default, starts, first_segment, block, offsets, BLOCK: tl.constexpr):
-    """The segments' column for each element of a block, or the default for all. Most blocks lie in one segment: the
-    loop is then empty."""
+    """Return the segments' column for each element of a block, or the default without a column.
+
+    Most blocks are in one segment; the loop is then empty.
+    """
     if column is None:
         values = tl.zeros([BLOCK], tl.float32) + default
     else:
@@ -97,7 +103,7 @@ def _spread(column, default, starts, first_segment, block, offsets, BLOCK: tl.co
 
 @triton.jit
 def _stiffness(fisher, strength, offsets, mask, MASKED: tl.constexpr):
-    """strength F, the penalty's spring constant at each element."""
+    """Return strength F, the spring constant of the penalty per element."""
     if fisher is None:
         return strength
     else:
@@ -231,7 +237,7 @@ def adamw_kernel(
     if anchor is not None:
         if PROXIMAL:
             weight = lr * stiffness
-            weight = tl.where(weight > 1e37, 1e37, weight)  # keeps inf / inf away and NaN in
+            weight = tl.where(weight > 1e37, 1e37, weight)  # avoids inf / inf and keeps NaN
             new_p = new_p - tl.div_rn(weight, 1.0 + weight) * (new_p - a)
     live = True
     if found_inf is not None:
@@ -253,8 +259,10 @@ def adamw_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def sum_kernel(partial, result, count, scale: tl.constexpr, LANES: tl.constexpr):
-    """result = scale * sum of partial[:count]: every lane adds its own in order, then the lanes are added as a tree.
-    One program."""
+    """Store scale * sum of partial[:count]; runs as one program.
+
+    Every lane adds its values in order, then the lanes are added as a tree.
+    """
     lanes = tl.arange(0, LANES)
     sums = tl.zeros([LANES], tl.float64)
     for start in range(0, count, LANES):
@@ -293,21 +301,19 @@ def penalized_grad_norm(
     starts, first, column, _ = _segment_table(segments, grad)
     tensors = (grad, param, anchor, fisher, partial, squares, strength_on_device, mult_on_device, starts, first, column)
     _launch(norm_kernel, grad.numel(), *tensors, strength=strength, grad_mult=mult)
-    loss = (
-        torch.zeros((), dtype=torch.float64, device=grad.device)
-        if partial is None
-        else _sum(partial, 0.5, torch.float64)
-    )
+    if partial is None:
+        loss = torch.zeros((), dtype=torch.float64, device=grad.device)
+    else:
+        loss = _sum(partial, 0.5, torch.float64)
     return _sum(squares, 1.0, torch.float64), loss
 
 
 def adamw_step(call: AdamWArguments) -> Tensor | None:
-    if call.frozen:  # known on the host: only the loss is wanted
+    if call.frozen:  # the host knows that only the loss is needed
         if call.anchor is None:
             return None
-        return penalized_grad_norm(
-            call.grad, call.param, call.anchor, call.fisher, call.coef.strength, 0.0, call.segments
-        )[1].float()
+        penalty = call.grad, call.param, call.anchor, call.fisher, call.coef.strength
+        return penalized_grad_norm(*penalty, 0.0, call.segments)[1].float()
     values, on_device = _coefficients(call.coef)
     partial = None if call.anchor is None else _partials(call.param)
     starts, first, segment_strength, segment_decay = _segment_table(call.segments, call.param)
@@ -320,7 +326,7 @@ def adamw_step(call: AdamWArguments) -> Tensor | None:
 
 
 def _coefficients(c: Coefficients) -> tuple[dict[str, float], Tensor | None]:
-    """(floats for the kernel's arguments, all nine scalars in one device vector if any lives on the device)."""
+    """Return (floats for the kernel's arguments, all nine scalars in one device vector if any is on the device)."""
     values = {
         "beta1": c.beta1,
         "one_minus_beta1": 1.0 - c.beta1,
@@ -350,13 +356,12 @@ def _coefficients(c: Coefficients) -> tuple[dict[str, float], Tensor | None]:
 
 
 def _split(value: Scalar) -> tuple[float, Tensor | None]:
-    """(number, None), or (unused, device scalar)."""
+    """Return (number, None) or (unused, device scalar)."""
     return (0.0, value) if isinstance(value, Tensor) else (value, None)
 
 
 def _segment_table(segments: Segments | None, like: Tensor) -> tuple[Tensor | None, ...]:
-    """(starts, first segment of each block and of the end, strength, weight_decay), computed on the device without a
-    host read."""
+    """Return (starts, first segment of each block and of the end, strength, weight_decay), without a host read."""
     if segments is None:
         return None, None, None, None
     blocks = torch.arange(_num_blocks(like.numel()) + 1, device=like.device, dtype=torch.int64) * BLOCK
@@ -381,17 +386,17 @@ def _sum(partial: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def options(masked: bool) -> dict[str, int | bool]:
-    """How the elementwise kernels are compiled.
+    """Return the compile options of the elementwise kernels.
 
-    Left alone, the assembler spills a word rather than use more than 64 or 80 registers; with the limit named it takes
-    what it needs. The masked program, whose accesses are narrow, needs twice as many; it runs alone, so it may have
-    them.
+    Without a limit the assembler spills a word rather than use more than 64 or 80 registers; with this limit it uses as
+    many as it needs. The masked program has narrow accesses and needs twice as many; it has no limit, because it runs
+    alone.
     """
     return {"num_warps": NUM_WARPS, "enable_fp_fusion": False} | ({} if masked else {"maxnreg": MAX_REGISTERS})
 
 
 def _launch(kernel: triton.JITFunction, numel: int, *tensors: Tensor | None, **arguments: float | bool) -> None:
-    """Whole blocks without a mask, then the rest of the buffer in one masked program."""
+    """Launch whole blocks without a mask, then the rest of the buffer in one masked program."""
     whole, rest = divmod(numel, BLOCK)
     with torch.cuda.device_of(tensors[0]):
         if whole:
