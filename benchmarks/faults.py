@@ -107,7 +107,7 @@ def forks() -> dict:
 def damage() -> dict:
     from safecl.engine.checkpoint.folder import CheckpointFolder
     from tests.engine.checkpoint import checkpoint_files as files
-    from tests.engine.passes.mutations import MUTATIONS, mutate
+    from tests.engine.checkpoint.mutations import MUTATIONS, mutate
 
     undetected, count = [], 0
     with scratch() as folder:

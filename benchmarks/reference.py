@@ -168,13 +168,13 @@ def trim() -> int:
 def start_engine(path: str, stage: int) -> None:
     from safecl.distributed import collectives
     from safecl.engine.model.language_model import LanguageModel
-    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.micro_batches import MicroBatchLayout
     from safecl.engine.passes.training_engine import TrainingEngine
     from safecl.engine.reference.loading import load_model
 
     config = configure(path, stage)
     loaded, store = load_model(config.model)
-    layout = Layout(collectives.world_size(), 64, True)
+    layout = MicroBatchLayout(collectives.world_size(), 64, True)
     _kept["engine"] = TrainingEngine(LanguageModel(loaded), config, layout, store, keep_store=False)
 
 
@@ -184,12 +184,14 @@ def start_engine_as_usual(path: str, stage: int) -> None:
 
     from safecl.distributed import collectives
     from safecl.engine.model.language_model import LanguageModel
-    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.micro_batches import MicroBatchLayout
     from safecl.engine.passes.training_engine import TrainingEngine
 
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(torch.bfloat16)
     config = configure(path, stage)
-    _kept["engine"] = TrainingEngine(LanguageModel(loaded), config, Layout(collectives.world_size(), 64, True))
+    _kept["engine"] = TrainingEngine(
+        LanguageModel(loaded), config, MicroBatchLayout(collectives.world_size(), 64, True)
+    )
 
 
 def loading(world_size: int = 2, megabytes: int = 1500, stage: int = 3) -> dict:
@@ -326,14 +328,15 @@ class _OneShard:
 
 def optimizer_of(device: torch.device, numel: int, place: str):
     """Return (optimizer, one update); anchor, Fisher and EMA are with the shard (`none`) or on the host (`cpu`)."""
-    from safecl.engine.zero.optimizer import ShardAdamW, UpdatePlan
-    from safecl.engine.zero.placement import Placement
+    from safecl.engine.zero.optimizer import ShardAdamW
+    from safecl.engine.zero.placement import StatePlacement
+    from safecl.engine.zero.update import UpdatePlan
     from safecl.methods.terms import Penalty
 
     torch.manual_seed(0)
     flat = torch.randn(numel, device=device)
     optimizer = ShardAdamW([flat])
-    optimizer.placement = Placement(place, place, place, torch.bfloat16)
+    optimizer.placement = StatePlacement(place, place, place, torch.bfloat16)
     optimizer.bind(_OneShard(flat))
     optimizer.copy_weights_to("anchor", torch.bfloat16)
     optimizer.copy_weights_to("ema")

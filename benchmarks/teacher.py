@@ -86,7 +86,7 @@ def model_on_disk(folder: Path) -> None:
 
 def cpu_batches(num: int = 4, rows: int = 4, length: int = 256):
     from safecl.engine.passes.step_rows import Question
-    from safecl.engine.teachers.streamed import TeacherBatch
+    from safecl.engine.teachers.questions import TeacherBatch
 
     generator = torch.Generator().manual_seed(1)
     positions = torch.arange(0, rows * length, TOPK_EVERY)
@@ -231,7 +231,7 @@ def measure_gpu(tokens: list[int], layers: int, repeats: int) -> dict:
 
 def _in_turns(teachers: dict, tokens: int, repeats: int, device: torch.device) -> dict:
     from safecl.engine.passes.step_rows import Question
-    from safecl.engine.teachers.streamed import TeacherBatch
+    from safecl.engine.teachers.questions import TeacherBatch
 
     length, per_batch = 2048, 8192
     batches = [

@@ -17,7 +17,7 @@ _HOMES = {
     "RunResult": "safecl.training.trainer",
     "ShardAdamW": "safecl.engine.zero.optimizer",
     "ShardMap": "safecl.engine.zero.shards",
-    "UpdatePlan": "safecl.engine.zero.optimizer",
+    "UpdatePlan": "safecl.engine.zero.update",
     "ReplayBuffer": "safecl.replay",
     "ReferenceStore": "safecl.engine.reference.store",
     "Method": "safecl.methods.base",

@@ -15,7 +15,7 @@ import torch
 from safecl.config import RunConfig
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.zero.pieces import CHUNK
-from safecl.engine.zero.placement import Placement, role_of
+from safecl.engine.zero.placement import StatePlacement, role_of
 from safecl.engine.zero.state_placement import needs_reference, placement_of, streams_theta_0
 from safecl.kernels.head.chunks import workspace_bytes
 from safecl.planning.items import FP32, Item, Moment, Where, share_of, weight_bytes
@@ -113,7 +113,7 @@ def state_kinds(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(kind for settings in config.methods.values() for kind in settings.state_kinds))
 
 
-def _element_bytes(kind: str, config: RunConfig, placement: Placement) -> int:
+def _element_bytes(kind: str, config: RunConfig, placement: StatePlacement) -> int:
     """Return the bytes per weight of a kind of state. An anchor at theta_0 has the run's dtype, one at a model that the
     first task has aligned is fp32."""
     role = role_of(kind)

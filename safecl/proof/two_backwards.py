@@ -77,12 +77,14 @@ def by_safecl(stage: int) -> torch.Tensor:
     from safecl.config import RunConfig
     from safecl.distributed import collectives
     from safecl.engine.model.language_model import LanguageModel
-    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.micro_batches import MicroBatchLayout
     from safecl.engine.passes.training_engine import TrainingEngine
 
     tree = {"model": {"path": "none", "dtype": "fp32"}, "tasks": [{"name": "t", "train": "none"}], "output": "none"}
     config = RunConfig.model_validate(tree | {"deepspeed": {"stage": stage}})
-    engine = TrainingEngine(LanguageModel(_model()), config, Layout(collectives.world_size(), 64, packed=False))
+    engine = TrainingEngine(
+        LanguageModel(_model()), config, MicroBatchLayout(collectives.world_size(), 64, packed=False)
+    )
     engine.gradient_pass(_step_rows(), engine.stash("seen"))
     seen = engine.optimizer.tensors("seen")
     return _flat(engine.shards.read(name, seen) for name in engine.shards.shapes)

@@ -11,7 +11,7 @@ from torch import nn
 
 from safecl.engine.fisher.adapter_penalty import read_fisher_pull
 from safecl.engine.fisher.file import open_fisher
-from safecl.engine.model.adapters import AdapterPull, EvenPull
+from safecl.engine.model.adapter_penalty import AdapterPenalty, EvenAdapterPenalty
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.methods.base import Method
 from safecl.methods.terms import Penalty
@@ -24,7 +24,7 @@ class Penalties:
         """fisher_on_host: keep the Fisher of products in host memory instead of on the device."""
         self.engine, self.has_adapters = engine, has_adapters
         self._fisher_device = torch.device("cpu") if fisher_on_host else engine.device
-        self._pulls: dict[Penalty, AdapterPull] = {}
+        self._pulls: dict[Penalty, AdapterPenalty] = {}
 
     def of(self, methods: Sequence[Method[Any]]) -> list[Penalty]:
         """Return all penalties of these methods."""
@@ -34,7 +34,7 @@ class Penalties:
         """Return those that the optimizer's pass applies."""
         return [penalty for penalty in self.of(methods) if not (penalty.product and self.has_adapters)]
 
-    def in_loss(self, methods: Sequence[Method[Any]]) -> AdapterPull | None:
+    def in_loss(self, methods: Sequence[Method[Any]]) -> AdapterPenalty | None:
         """Return the sum of those that are part of the loss; None where there is none."""
         penalties = [penalty for penalty in self.of(methods) if penalty.product] if self.has_adapters else []
         pulls = [self.pull_of(penalty) for penalty in penalties]
@@ -47,11 +47,11 @@ class Penalties:
 
         return all_pulls if pulls else None
 
-    def pull_of(self, penalty: Penalty) -> AdapterPull:
+    def pull_of(self, penalty: Penalty) -> AdapterPenalty:
         """Return the penalty as a function of the model. This rank's share of its Fisher is read at the first call."""
         if penalty not in self._pulls:
             if penalty.fisher_file is None:
-                self._pulls[penalty] = EvenPull(penalty.strength, penalty.modules)
+                self._pulls[penalty] = EvenAdapterPenalty(penalty.strength, penalty.modules)
             else:
                 self._pulls[penalty] = read_fisher_pull(
                     open_fisher(penalty.fisher_file),

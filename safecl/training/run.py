@@ -16,8 +16,8 @@ from safecl.engine.artifacts.teacher_outputs import needs_outputs
 from safecl.engine.passes.step_losses import StepLosses
 from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
-from safecl.engine.zero.optimizer import UpdatePlan
 from safecl.engine.zero.shard import Shard
+from safecl.engine.zero.update import UpdatePlan
 from safecl.methods.base import Method
 from safecl.planning.plans import TaskPlan, apply_screening
 from safecl.training import step as steps

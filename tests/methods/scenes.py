@@ -65,7 +65,7 @@ def make_run(config, model, task_rows: list, memory_rows=None):
     from safecl.distributed import collectives
     from safecl.engine.model.checks import check_head
     from safecl.engine.model.language_model import LanguageModel
-    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.micro_batches import MicroBatchLayout
     from safecl.engine.passes.training_engine import TrainingEngine
     from safecl.planning.plans import TaskPlan
     from safecl.planning.run_plan import build_methods
@@ -73,7 +73,7 @@ def make_run(config, model, task_rows: list, memory_rows=None):
     from safecl.training.run import Run
 
     train = config.train
-    layout = Layout(collectives.world_size(), train.tokens_per_microbatch, packed=train.packing == "packed")
+    layout = MicroBatchLayout(collectives.world_size(), train.tokens_per_microbatch, packed=train.packing == "packed")
     wrapped = LanguageModel(model)
     check_head(wrapped)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -139,10 +139,10 @@ def outputs_of_the_average(temperature: float) -> tuple[list[torch.Tensor], list
     """What the average is asked to say of five rows, and the same by the plain model, log-probabilities of its k
     likeliest tokens."""
     from safecl.data import collate
-    from safecl.engine.passes.micro_batches import target_positions
+    from safecl.engine.passes.distances import target_positions
     from safecl.engine.passes.step_rows import Question
-    from safecl.engine.teachers.online import EngineTeacher
-    from safecl.engine.teachers.streamed import TeacherBatch
+    from safecl.engine.teachers.engine_teacher import EngineTeacher
+    from safecl.engine.teachers.questions import TeacherBatch
 
     run, (task,) = scenes.make_run(
         run_config(memory=None, methods={"ema": {"decay": 0.5}}), tiny_model(), [random_dataset(60, seed=1)]

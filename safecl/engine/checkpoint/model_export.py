@@ -21,8 +21,8 @@ import torch
 
 from safecl.distributed import collectives
 from safecl.engine.checkpoint.folder import format_bytes
+from safecl.engine.model.adapters import base_model
 from safecl.engine.model.dtypes import DTYPE_NAMES
-from safecl.engine.model.language_model import base_model
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.storage.durable import BLOCK_BYTES, DamagedCheckpoint, FileRecord, hash_file, sync_folder, write_file
 from safecl.storage.safetensors_file import header_bytes, num_bytes, read_header

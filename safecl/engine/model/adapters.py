@@ -1,76 +1,81 @@
-"""Penalties of LoRA's products: what the merged weights have moved from theta_0 is D = (alpha / r) B A, which never
-exists whole here.
-
-A pull is called with the model inside its forward pass, so that ZeRO-3 has the factors at hand; every rank's value
-counts 1 / world size, as the gradient's mean over ranks does.
-"""
+"""LoRA's adapters: how they are added, and which weights have them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import torch
 from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.settings import first_line
 
-AdapterPull = Callable[[nn.Module], torch.Tensor]
-"""A function of the model, 0-dim fp32."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def base_model(model: nn.Module) -> nn.Module:
+class Adapter(NamedTuple):
+    """The adapter of one weight; the merged weight is the weight + scaling * B A."""
+
+    weight_name: str
+    a: nn.Linear  # its weight is [r, in]
+    b: nn.Linear  # its weight is [out, r]
+    scaling: float  # alpha / r
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
     """The causal language model under peft's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return cast("PreTrainedModel", cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model)
 
 
-def adapters(model: nn.Module, patterns: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module, nn.Module, float]]:
-    """(name of the adapted weight, A, B, alpha / r) where the name matches one of the patterns; all without
-    patterns."""
+def adapters(model: nn.Module, patterns: tuple[str, ...] = ()) -> Iterator[Adapter]:
+    """The adapters of the weights whose name matches one of the patterns; all without patterns."""
     for module_name, module in base_model(model).named_modules():
         name = f"{module_name}.weight"
         for adapter, a in getattr(module, "lora_A", {}).items():
             if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns):
-                yield name, a, module.lora_B[adapter], module.scaling[adapter]
+                lora = cast(Any, module)
+                yield Adapter(name, a, lora.lora_B[adapter], lora.scaling[adapter])
 
 
-@dataclass(frozen=True)
-class EvenPull:
-    """0.5 * strength * sum ||(alpha / r) B A||_F^2 over the matching weights, from r x r products: ||B A||_F^2 = <B^T
-    B, A A^T>."""
-
-    strength: float
-    patterns: tuple[str, ...] = ()
-
-    def __call__(self, model: nn.Module) -> torch.Tensor:
-        total = torch.zeros(())
-        for _, a, b, scaling in adapters(model, self.patterns):
-            a, b = a.weight.float(), b.weight.float()
-            total = total.to(a.device) + scaling**2 * ((b.T @ b) * (a @ a.T)).sum()
-        return 0.5 * self.strength * total
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Makes the model what it was before adapters were added, without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        with cast(Any, model).disable_adapter():
+            yield
+    finally:
+        model.train(training)
 
 
 def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """Return the model in peft's wrapper, with the adapters that `config.lora` describes, in the run's dtype.
+
+    Raises ConfigError where peft is missing or finds none of the target modules.
+    """
     try:
         import peft
     except ImportError:
         raise ConfigError("model.lora needs the extra `lora`: pip install 'safecl[lora]'") from None
     lora = config.lora
+    assert lora is not None, "adapters are added only where the config has them"
     settings = peft.LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by r, so a float is as good
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
     try:
-        model = peft.get_peft_model(model, settings)
+        adapted = peft.get_peft_model(cast("PreTrainedModel", model), settings)
     except ValueError as error:
         raise ConfigError(f"model.lora: {first_line(error)}") from None
-    for p in model.parameters():  # one dtype per shard
+    for p in adapted.parameters():
         if p.requires_grad:
-            p.data = p.data.to(CONFIG_DTYPES[config.dtype])
-    return model
+            p.data = p.data.to(CONFIG_DTYPES[config.dtype])  # a shard has one dtype
+    return adapted

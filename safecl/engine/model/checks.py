@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,8 @@ from safecl.engine.model.language_model import LanguageModel
 
 @contextmanager
 def rows_are_not_packed() -> Iterator[None]:
-    """transformers looks at the positions whether documents are packed, and where they have no values takes it for
-    granted."""
+    """Tells transformers that rows are not packed. It would look at the positions' values, and assume packed rows where
+    positions have none (meta tensors)."""
     from transformers import masking_utils
 
     name = "find_packed_sequence_indices"
@@ -30,26 +31,25 @@ def rows_are_not_packed() -> Iterator[None]:
 
 @torch.no_grad()
 def check_head(wrapped: LanguageModel, tolerance: float = 1e-5) -> bool:
-    """Compares head(trunk(x)) with model(x).logits on a few tokens before training; False switches to the model's own
-    logits.
+    """Compare head(trunk(x)) with model(x).logits on a few tokens; return whether they are equal, and set
+    `wrapped.fused` so.
 
-    Compared as they are, and once more with hidden states so large that logits reach 100 and more: a softcap of 30
-    changes logits of 3 by 0.3 %, which bf16 hides, and logits of 300 by 90 %.
+    The comparison is repeated with hidden states so large that logits reach 100 and more: a softcap of 30 changes
+    logits of 3 by 0.3 %, which bf16 hides, and logits of 300 by 90 %.
     """
     model = wrapped.model
     training, dtype = model.training, next(model.parameters()).dtype
     model.eval()
     ids = torch.arange(2, 10, device=next(model.parameters()).device)[None]
-    inputs = dict(
-        input_ids=ids, attention_mask=None, position_ids=torch.arange(8, device=ids.device)[None], use_cache=False
-    )
+    positions = torch.arange(8, device=ids.device)[None]
+    inputs = dict(input_ids=ids, attention_mask=None, position_ids=positions, use_cache=False)
     hidden = wrapped.trunk(**inputs).last_hidden_state
     largest = torch.nn.functional.linear(hidden.float(), wrapped.head.weight.float()).abs().max()
     errors = []
     for factor in (1.0, 2.0 ** round(math.log2(_LOUD / largest)) if 0 < largest < _LOUD else 1.0):
         with _louder(wrapped.trunk, factor):
             expected = model(**inputs).logits.float()
-        got = scaled_logits(wrapped, hidden * factor)
+        got = _head_logits(wrapped, hidden * factor)
         errors.append(float((got - expected).norm() / expected.norm().clamp_min(1e-20)))
     model.train(training)
     wrapped.fused = max(errors) <= (tolerance if dtype == torch.float32 else 2.0**-7) and _plain_linear(wrapped.head)
@@ -61,9 +61,9 @@ _LOUD = 300.0
 
 @contextmanager
 def _louder(trunk: nn.Module, factor: float) -> Iterator[None]:
-    """The trunk's hidden states times a factor, a power of two, which rounds nothing."""
+    """Multiplies the trunk's hidden states by a factor; a power of two rounds nothing."""
 
-    def multiply(module: nn.Module, arguments: tuple, output):
+    def multiply(module: nn.Module, arguments: tuple, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state * factor
         return output
 
@@ -76,7 +76,7 @@ def _louder(trunk: nn.Module, factor: float) -> Iterator[None]:
 
 @torch.no_grad()
 def check_packing(wrapped: LanguageModel) -> None:
-    """Refuses a model whose packed documents see each other: the second of two must give the logits that it gives
+    """Raise ConfigError where packed documents see each other: the second of two must have the logits that it has
     alone."""
     model, device = wrapped.model, next(wrapped.parameters()).device
     training = model.training
@@ -92,7 +92,8 @@ def check_packing(wrapped: LanguageModel) -> None:
     error = (packed.float() - alone.float()).norm() / alone.float().norm().clamp_min(1e-20)
     if error > (1e-4 if packed.dtype == torch.float32 else 5e-2):
         raise ConfigError(
-            f"train.packing: packed documents see each other in this model (logits differ by {float(error):.1%}); use packing: padded"
+            f"train.packing: packed documents see each other in this model (logits differ by {float(error):.1%}); "
+            "use packing: padded"
         )
 
 
@@ -100,11 +101,8 @@ def _plain_linear(head: nn.Module) -> bool:
     return type(head) is nn.Linear
 
 
-def scaled_logits(wrapped: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
-    """fp32 logits of hidden states with the model's softcap and scale, [..., vocab]."""
-    head, scaling = wrapped.head, wrapped.scaling
-    logits = torch.nn.functional.linear(
-        hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float()
-    )
-    logits = logits * scaling.logit_scale if scaling.logit_scale is not None else logits
-    return logits if scaling.softcap is None else scaling.softcap * torch.tanh(logits / scaling.softcap)
+def _head_logits(wrapped: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [..., vocab] of hidden states by the fused head's formula."""
+    head = wrapped.head
+    bias = None if head.bias is None else head.bias.float()
+    return wrapped.scaling.apply(torch.nn.functional.linear(hidden.float(), head.weight.float(), bias))

@@ -1,4 +1,4 @@
-"""A model's own settings, read without its weights, and what safecl refuses."""
+"""A model's own settings, read without its weights, and the models that safecl refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def choose_attention(wanted: str) -> tuple[str, str]:
-    """(attention implementation, why)."""
+    """Return the attention implementation to use and the reason for it."""
     if wanted != "auto":
         return wanted, "as configured"
     if not torch.cuda.is_available():
@@ -27,8 +27,7 @@ def choose_attention(wanted: str) -> tuple[str, str]:
 
 
 def read_model_settings(config: ModelConfig) -> PretrainedConfig:
-    """The model's own settings (transformers' config), without reading weights. Raises ConfigError for a model that
-    cannot be tuned."""
+    """Read the model's own settings (transformers' config). Raises ConfigError for a model that cannot be tuned."""
     refuse_unreachable("model.path", config.path)
     from transformers import AutoConfig
 
@@ -41,14 +40,16 @@ def read_model_settings(config: ModelConfig) -> PretrainedConfig:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of the error's message, or its type where there is none."""
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
-def _refuse_unsupported(settings, path: str) -> None:
+def _refuse_unsupported(settings: PretrainedConfig, path: str) -> None:
     text = settings.get_text_config()
     if any(getattr(text, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
         raise ConfigError(
-            f"model.path: {path} ({settings.model_type}) is a mixture of experts; safecl tunes dense decoder-only models"
+            f"model.path: {path} ({settings.model_type}) is a mixture of experts; "
+            "safecl tunes dense decoder-only models"
         )
     if getattr(settings, "is_encoder_decoder", False):
         raise ConfigError(

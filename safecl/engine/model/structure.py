@@ -1,9 +1,10 @@
-"""A model without weights, and what it needs before training."""
+"""Make a model without weights, and prepare a model for training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -11,23 +12,27 @@ from torch import nn
 from safecl.config import ModelConfig
 from safecl.engine.model.adapters import add_adapters
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def prepare_for_training(model: nn.Module, config: ModelConfig) -> nn.Module:
-    """Adds adapters and gradient checkpointing where the config says so."""
+    """Return the model with the adapters and the gradient checkpointing that the config asks for."""
     if config.lora is not None:
         model = add_adapters(model, config)
     if config.gradient_checkpointing:
-        # Reentrant checkpointing would hide hidden states from losses on features.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        pretrained = cast("PreTrainedModel", model)
+        # Reentrant checkpointing would give hidden states that losses use no gradient.
+        pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
-            model.enable_input_require_grads()
+            pretrained.enable_input_require_grads()
     return model
 
 
 def empty_model(
     path: str, dtype: torch.dtype, *, attention: str | None = None, trust_remote_code: bool = False
-) -> nn.Module:
-    """The causal language model's structure from its settings alone: parameters are on the meta device, buffers hold
+) -> PreTrainedModel:
+    """Return the causal language model that the settings describe: parameters are on the meta device, buffers hold
     their values."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -40,17 +45,17 @@ def empty_model(
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory. Buffers stay real: most are in no checkpoint and made by the
-    module itself."""
+    """Gives the parameters of modules that are made inside no memory. Buffers stay real: most of them are in no
+    checkpoint, because the module makes them itself."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
         register(module, name, p)
-        if p is not None and not p.is_meta:  # a tied one that is there already stays the same object
+        if p is not None and not p.is_meta:  # a tied parameter that is on meta already stays the same object
             module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
 
-    nn.Module.register_parameter = on_meta
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]  # for a while
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        nn.Module.register_parameter = register  # type: ignore[method-assign]  # as before

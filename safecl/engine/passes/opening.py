@@ -1,4 +1,4 @@
-"""Opens a language model for forward passes alone."""
+"""Open a language model for an engine."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from safecl.distributed import collectives
 from safecl.engine.model.checks import check_head, check_packing
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.model.settings import choose_attention
-from safecl.engine.passes.micro_batches import Layout
+from safecl.engine.passes.micro_batches import MicroBatchLayout
 from safecl.engine.reference.loading import load_model
 from safecl.engine.reference.store import ReferenceStore
 
 
 def open_language_model(
     config: ModelConfig, *, packing: str, tokens_per_microbatch: int, pad_id: int | None, note: Callable[[str], None]
-) -> tuple[LanguageModel, Layout, ReferenceStore]:  # fmt: skip
-    """A model with its head, checked and ready for an engine, how its micro-batches are laid out, and the store of its
-    weights.
+) -> tuple[LanguageModel, MicroBatchLayout, ReferenceStore]:
+    """Load a model and check it; return it with the layout of its micro-batches and the store of its weights.
 
-    A collective call. What a user should know is told through `note`. Raises ConfigError.
+    `note` gets messages for the user. A collective call. Raises ConfigError.
     """
     loaded, store = load_model(config)
     for message in store.notes:
@@ -31,4 +30,5 @@ def open_language_model(
     packed = packing == "packed" or (packing == "auto" and choose_attention(config.attention)[0] == "flash_attention_2")
     if packed:
         check_packing(model)
-    return model, Layout(collectives.world_size(), tokens_per_microbatch, packed, pad_id=pad_id or 0), store
+    layout = MicroBatchLayout(collectives.world_size(), tokens_per_microbatch, packed, pad_id=pad_id or 0)
+    return model, layout, store

@@ -1,4 +1,4 @@
-"""The rows of a global step and what is asked of them."""
+"""The rows of a global step, and the losses that each of them has."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from safecl.kernels import TopKTeacher
 from safecl.replay import TeacherOutputs
 
 HIDDEN = "hidden"
+"""The divergence of last hidden states; all others compare output distributions."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a teacher about some tokens: their last hidden states, or the k likeliest next tokens and the
-    mass of the others."""
+    """A request for a teacher's last hidden states, or its top-k outputs, at some tokens of a row."""
 
     form: Literal["hidden", "topk"]
     all_tokens: bool = False
-    """`hidden`: every token of a row, not only those that predict a supervised target."""
+    """`hidden` only: every token of a row, not only those that predict a supervised target."""
     k: int = 0
     temperature: float = 1.0
 
@@ -33,54 +33,63 @@ Answer = torch.Tensor | TopKTeacher
 
 @dataclass(eq=False)
 class Asked:
-    """A question about one row to an online teacher, and its answer once the teacher was there, on the rank that
-    computes the row."""
+    """A question about one row to an online teacher.
+
+    The answer is set before the step's forward pass, on the rank that computes the row.
+    """
 
     source: str
     question: Question
-    said: Answer | None = None
+    given: Answer | None = None
 
     def answer(self) -> Answer:
-        assert self.said is not None, "the teacher is asked before the step's forward pass"
-        return self.said
+        assert self.given is not None, "the teacher answers before the step's forward pass"
+        return self.given
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How far the student may be from a teacher on one row: weight per token, the normaliser included, and distance."""
+    """One distance between the teacher and the student on one row."""
 
-    divergence: str  # of output distributions at the supervised tokens, or "hidden": mean squared difference of last hidden states
+    divergence: str
+    """Of output distributions at the supervised tokens, or HIDDEN: mean squared difference of last hidden states."""
     weight: float
+    """Per token, with the normaliser."""
     temperature: float = 1.0
-    term: str | None = None  # term of the loss that it is counted in; None: the row's own
-    load: Callable[[], TeacherOutputs | Answer] | None = (
-        None  # outputs or hidden states [tokens, H]; None: the row's own
-    )
-    live: bool = False  # the teacher is the model with its adapters off, in the same step
-    all_tokens: bool = False  # hidden only: every token of the row, not only the supervised ones
-    asked: Asked | None = None  # what `load` gives is asked of an online teacher before the step
+    term: str | None = None
+    """The term of the loss that counts it; None: the row's own."""
+    load: Callable[[], TeacherOutputs | Answer] | None = None
+    """Returns the teacher's outputs, or hidden states [tokens, H]; None: the outputs that are stored with the row."""
+    live: bool = False
+    """The teacher is the model with its adapters off, in the same step."""
+    all_tokens: bool = False
+    """HIDDEN only: every token of the row, not only those that predict a supervised target."""
+    asked: Asked | None = None
+    """Set where `load` returns the answer of an online teacher."""
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """One row of a global step. Every rank knows all of them; only the rank that computes a row loads it."""
+    """One row of a global step. Every rank has the whole list; only the rank that computes a row loads it."""
 
     term: str
     length: int
     num_targets: int
     load: Callable[[], tuple[Row, TeacherOutputs | None]]
-    ce_weight: float = 0.0  # per supervised token, normaliser included
+    ce_weight: float = 0.0
+    """Per supervised token, with the normaliser."""
     distillations: tuple[Distillation, ...] = ()
-    rank: int | None = None  # the rank that holds it; None where any rank can read it
-    key: int | None = None  # in the memory, where its loss is logged
+    rank: int | None = None
+    """The rank that holds the row; None where any rank can read it."""
+    key: int | None = None
+    """The row's key in the memory, where its loss is logged."""
 
     def weighted(self, term: str, ce_weight: float, distillations: tuple[Distillation, ...] = ()) -> StepRow:
-        """The same row as part of another term of the loss."""
+        """Return the same row as part of another term of the loss."""
         return replace(self, term=term, ce_weight=ce_weight, distillations=distillations)
 
 
 def terms_of(rows: Sequence[StepRow]) -> list[str]:
-    """The terms of the loss that the rows belong to: those of their cross-entropy in order of appearance, then those of
-    their distances."""
+    """The terms of the loss: first the rows' own in order of appearance, then those of their distances."""
     extra = [d.term for row in rows for d in row.distillations if d.term is not None]
     return list(dict.fromkeys([*(row.term for row in rows), *extra]))

@@ -1,63 +1,71 @@
-"""The DeepSpeed engine with its shard optimizer: one forward and backward over a global step's rows, and what happens
-with the gradient.
+"""The training engine: one forward and backward pass over a global step's rows, and an action on the gradient.
 
-Every gradient goes through one primitive, `gradient_pass(rows, then=...)`, right in every ZeRO stage: there is one
-backward per micro-batch (two would overwrite each other on ZeRO-1 and 2, and add on ZeRO-3), and `then` says what the
-optimizer does with the reduced gradient:
+Every gradient comes from one primitive, `gradient_pass(rows, then=...)`, which is right in every ZeRO stage. It makes
+one backward per micro-batch: two would overwrite each other under ZeRO-1 and 2, and add up under ZeRO-3. `then` is what
+the optimizer does with the reduced gradient:
 
   update(plan)               an ordinary AdamW step
-  stash(kind)                keep the gradient as state `kind`, weights stay
+  stash(kind)                keep the gradient as state `kind`; weights stay
   perturb(rho)               weights += rho * g / ||g||, after saving them
-  restore(then)              saved weights back, then `then` with this gradient
-  accumulate_fisher(...)     fisher += weight * g^2, weights stay
+  restore(then)              put the saved weights back, then `then` with this gradient
+  accumulate_fisher(...)     fisher += weight * g^2; weights stay
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from safecl.config import RunConfig
 from safecl.distributed import collectives
-from safecl.engine.model.adapters import AdapterPull
-from safecl.engine.model.language_model import LanguageModel, logits_of
-from safecl.engine.passes.micro_batches import Layout, StepBatch, micro_batches, to_device
+from safecl.engine.model.adapter_penalty import AdapterPenalty
+from safecl.engine.model.language_model import LanguageModel
+from safecl.engine.passes.engine import ModelEngine
+from safecl.engine.passes.micro_batches import MicroBatchLayout, StepBatch, micro_batches, to_device
 from safecl.engine.passes.step_losses import ADAPTERS, StepLosses
 from safecl.engine.passes.step_rows import StepRow, terms_of
 from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.zero.deepspeed_config import deepspeed_config
-from safecl.engine.zero.optimizer import ShardAdamW, UpdateResult
-from safecl.engine.zero.shard import Quantity, Shard
+from safecl.engine.zero.optimizer import ShardAdamW
+from safecl.engine.zero.shard import Action, Quantity, Shard
 from safecl.engine.zero.shards import ShardMap, UnshardedFp32Gradients, initialize
 from safecl.engine.zero.state_placement import placement_of
+from safecl.engine.zero.update import UpdatePlan, UpdateResult
 from safecl.kernels import fisher_accumulate_
 from safecl.replay import pinned
 
-Action = Callable[[list[Shard]], None]
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 UNPERTURBED = "_unperturbed"
 """State that holds the weights while they are perturbed."""
 
 
 class NonFiniteGradient(RuntimeError):
-    """A pass whose gradient was not finite and that must not be skipped silently."""
+    """A pass whose gradient was not finite, where the caller cannot skip it."""
 
 
-class TrainingEngine:
+class TrainingEngine(ModelEngine):
     """A model under DeepSpeed, its flat shards and its optimizer. All methods are collective calls."""
+
+    deepspeed: DeepSpeedEngine
 
     def __init__(
         self,
         model: LanguageModel,
         config: RunConfig,
-        layout: Layout,
+        layout: MicroBatchLayout,
         store: ReferenceStore | None = None,
         *,
         keep_store: bool = True,
     ):
-        """`store`: what the model's weights are views of (safecl.engine.reference.loading), where they are; given back
-        as soon as no weight is a view any more, unless `keep_store` (see needs_reference)."""
+        """`store`: the store whose memory the model's weights are views of (safecl.engine.reference.loading).
+
+        Without `keep_store` (see needs_reference) it is closed as soon as no weight is a view any more.
+        """
         train = config.train
         self.layout, self.store = layout, store
         self.rank = collectives.rank()
@@ -67,7 +75,7 @@ class TrainingEngine:
             trained, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
         )
         viewed = [p for p in model.parameters() if store is not None and store.holds(p)]
-        if config.deepspeed.stage == 0:  # the other stages make a flat copy of what is trained
+        if config.deepspeed.stage == 0:  # the other stages copy the trained weights into flat tensors
             for p in viewed:
                 p.data = p.data.clone() if p.requires_grad else p.data
         self.optimizer.placement, self.optimizer.store = placement_of(config), store
@@ -76,6 +84,7 @@ class TrainingEngine:
         self.deepspeed = initialize(
             model, self.optimizer, self.deepspeed_config, alike=viewed, when_partitioned=release
         )
+        self.module = self.deepspeed.module
         release()  # stages 0 to 2
         self.shards = ShardMap(self.deepspeed, prefix="model.")
         self.optimizer.bind(self.shards)
@@ -84,15 +93,18 @@ class TrainingEngine:
         self.device = self.deepspeed.device
 
     def release_store(self) -> None:
-        """Gives the reference weights back where nothing will read them; weights that are views of them keep what they
-        need."""
+        """Close the store of the reference weights; weights that are views of it keep their memory."""
         if self.store is not None:
             self.store.close()
         self.store = self.optimizer.store = None
 
-    @property
-    def module(self) -> LanguageModel:
-        return self.deepspeed.module
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        with super().evaluation_mode():
+            try:
+                yield
+            finally:
+                self.deepspeed.train()
 
     # ----------------------------------------------------------------------------------------------------------- passes
 
@@ -100,25 +112,23 @@ class TrainingEngine:
         self,
         rows: Sequence[StepRow],
         then: Action,
-        adapter_pull: AdapterPull | None = None,
+        adapter_penalty: AdapterPenalty | None = None,
         batches: list[StepBatch] | None = None,
     ) -> StepLosses:
-        """One forward and backward over `rows` (the whole global step, the same list on every rank), then `then` on the
-        reduced gradient.
+        """One forward and backward pass over `rows`, then `then` on the reduced gradient.
 
-        `adapter_pull`: a penalty of LoRA's products that joins the loss, once a step. `batches`: what `prepare` made of
-        the rows before.
+        rows: the whole global step, the same list on every rank. adapter_penalty: joins the loss once a step. batches:
+        what `prepare` has made of the rows.
         """
         self.deepspeed.train()
-        losses = self._forward_backward(rows, adapter_pull, batches)
+        losses = self._forward_backward(rows, adapter_penalty, batches)
         self.optimizer.result = UpdateResult()
         self.optimizer.action = then if self.fp32_gradients is None else self._with_fp32_gradients(then)
         try:
             self.deepspeed.step()
         finally:
-            skipped = (
-                self.optimizer.action is not None
-            )  # DeepSpeed found a non-finite gradient and did not call the optimizer
+            # DeepSpeed does not call the optimizer when it finds a gradient that is not finite.
+            skipped = self.optimizer.action is not None
             self.optimizer.action = None
             if self.fp32_gradients is not None:
                 self.fp32_gradients.clear()
@@ -130,22 +140,23 @@ class TrainingEngine:
         return losses
 
     def prepare(self, rows: Sequence[StepRow]) -> list[StepBatch]:
-        """This rank's micro-batches, read, stacked and pinned. Not a collective call: a thread may do it while a step
-        computes."""
+        """Load, stack and pin this rank's micro-batches. Not a collective call: a thread may prepare the next step
+        during a step."""
         return pinned(micro_batches(rows, terms_of(rows), self.layout, self.rank))
 
     def _forward_backward(
-        self, rows: Sequence[StepRow], adapter_pull: AdapterPull | None, batches: list[StepBatch] | None
+        self, rows: Sequence[StepRow], adapter_penalty: AdapterPenalty | None, batches: list[StepBatch] | None
     ) -> StepLosses:
         terms = terms_of(rows)
-        losses = StepLosses(terms + [ADAPTERS] * (adapter_pull is not None), self.device, self.layout.world_size)
+        losses = StepLosses(terms + [ADAPTERS] * (adapter_penalty is not None), self.device, self.layout.world_size)
         batches = self.prepare(rows) if batches is None else batches
         for index, batch in enumerate(batches):
-            self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1 and self.fp32_gradients is None)
-            once = {} if adapter_pull is None or index < len(batches) - 1 else {"adapter_pull": adapter_pull}
+            is_last = index == len(batches) - 1
+            self.deepspeed.set_gradient_accumulation_boundary(is_last and self.fp32_gradients is None)
+            once = {"adapter_penalty": adapter_penalty} if adapter_penalty is not None and is_last else {}
             output = self.deepspeed(task="loss", **to_device(batch.inputs, self.device), **once)
-            # A new tensor: DeepSpeed divides the gradient of the very tensor that forward returned by its accumulation
-            # steps.
+            # Times 1.0 makes a new tensor: DeepSpeed divides the gradient of the tensor that forward returned by its
+            # accumulation steps.
             self.deepspeed.backward(output["loss"] * 1.0, scale_wrt_gas=False)
             losses.add(batch, output)
             if self.fp32_gradients is not None:
@@ -156,17 +167,23 @@ class TrainingEngine:
         return losses
 
     def _with_fp32_gradients(self, then: Action) -> Action:
+        gradients = self.fp32_gradients
+        assert gradients is not None
+
         def action(shards: list[Shard]) -> None:
-            self.fp32_gradients.hand_over([shard.param for shard in shards])
+            gradients.hand_over([shard.param for shard in shards])
             then(shards)
 
         return action
 
-    def update(self, plan) -> Action:
+    # ---------------------------------------------------------------------------------------------------------- actions
+
+    def update(self, plan: UpdatePlan) -> Action:
+        """An ordinary AdamW step."""
         return self.optimizer.update(plan)
 
     def stash(self, kind: str) -> Action:
-        """Keeps the gradient as the state `kind`."""
+        """Keep the gradient as the state `kind`."""
 
         def work(shards: list[Shard], norm: torch.Tensor) -> None:
             for shard in shards:
@@ -188,9 +205,9 @@ class TrainingEngine:
         return self._where_finite(work)
 
     def restore(self, then: Action) -> Action:
-        """Weights as before `perturb`, then `then` with the gradient taken at the perturbed weights.
+        """Put back the weights from before `perturb`, then do `then` with the gradient at the perturbed weights.
 
-        Where that gradient is not finite the weights are put back and `then` is not done.
+        Where that gradient is not finite, the weights are put back and `then` is not done.
         """
 
         def action(shards: list[Shard]) -> None:
@@ -209,7 +226,7 @@ class TrainingEngine:
         return self._where_finite(work)
 
     def _where_finite(self, work: Callable[[list[Shard], torch.Tensor], None]) -> Action:
-        """Does the work, which gets the gradient's norm, where that is finite; `optimizer.result.applied` tells."""
+        """Do `work` with the gradient's norm if the norm is finite, and set `optimizer.result.applied`."""
 
         def action(shards: list[Shard]) -> None:
             norm = self.optimizer.grad_norm(shards)
@@ -226,29 +243,24 @@ class TrainingEngine:
                 shard.param.copy_(shard.state.pop(UNPERTURBED))
 
     def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
-        """Dot products over all weights of pairs of quantities, fp64 [pairs], by one small all-reduce."""
+        """Dot products of pairs of quantities over all weights, fp64 [pairs], by one small all-reduce."""
         local = torch.zeros(len(pairs), dtype=torch.float64)
         for shard in shards:
             local += torch.stack([flat_dot(a(shard), b(shard)).cpu() for a, b in pairs])
         return self.shards.reduce_sum(local)
 
     def dots_per_tensor(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> dict[str, float]:
-        """Dot product of two quantities (in the layout of the flats) for every parameter, by one all-reduce of one
-        number each."""
+        """Dot product of two quantities, in the layout of the flats, for every parameter: one all-reduce of one number
+        per parameter."""
         names = list(self.shards.shapes)
         local = torch.zeros(len(names), dtype=torch.float64)
         for fragment in self.shards.fragments:
-            local[names.index(fragment.name)] += flat_dot(
-                self.shards.view(fragment, a), self.shards.view(fragment, b)
-            ).cpu()
+            parts = self.shards.view(fragment, a), self.shards.view(fragment, b)
+            local[names.index(fragment.name)] += flat_dot(*parts).cpu()
         return dict(zip(names, self.shards.reduce_sum(local).tolist(), strict=True))
-
-    # ------------------------------------------------------------------------------------------------------- evaluation
-
-    logits = logits_of
 
 
 def flat_dot(a: torch.Tensor, b: torch.Tensor, chunk: int = 1 << 24) -> torch.Tensor:
-    """Dot product in fp64, 0-dim: sums of fp32 products over a whole model would lose what projections need."""
+    """Dot product in fp64, 0-dim: fp32 sums over a whole model are too coarse for projections."""
     parts = zip(a.reshape(-1).split(chunk), b.reshape(-1).split(chunk), strict=True)
     return sum((x.double() @ y.double() for x, y in parts), torch.zeros((), dtype=torch.float64, device=a.device))

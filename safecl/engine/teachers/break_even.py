@@ -1,15 +1,17 @@
-"""When a streamed teacher costs no time: copying a layer must take no longer than computing with it.
+"""The number of tokens from which a streamed teacher costs no time: copying a layer must not take longer than computing
+with it.
 
     copy      bytes per weight / link rate                      per weight
     compute   2 FLOP * tokens / FLOP rate                       per weight
     hidden from   tokens >= bytes per weight * FLOP rate / (2 * link rate)          in one forward pass of one device
 
-For bf16 weights that is FLOP rate / link rate. Below it a pass takes as long as the copy, whatever the tokens.
+For bf16 weights that is FLOP rate / link rate. Below it a pass takes as long as the copy, for any number of tokens.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +19,14 @@ import torch
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device attains: FLOP per second of a large product in the run's dtype, bytes per second from pinned host
-    memory to it."""
+    """The rates that a device attains."""
 
     flop: float
+    """FLOP per second of a large product in the run's dtype."""
     link: float
+    """Bytes per second from pinned host memory to the device."""
     what: str
-    """Which device, and whether it was measured."""
+    """The device, and whether the rates were measured."""
 
     def break_even(self, bytes_per_weight: int) -> int:
         """Tokens of one forward pass of one device above which the copies are hidden."""
@@ -34,7 +37,7 @@ ASSUMED = Rates(flop=530e12, link=50e9, what="assumed 530 TFLOP/s and 50 GB/s, t
 
 
 def measure(device: torch.device, dtype: torch.dtype, size: int = 4096) -> Rates:
-    """Measures both on a GPU, in well under a second and 200 MB."""
+    """Measure both rates on a GPU, in well under a second and 200 MB."""
     name = torch.cuda.get_device_name(device)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
@@ -44,7 +47,7 @@ def measure(device: torch.device, dtype: torch.dtype, size: int = 4096) -> Rates
     return Rates(flop, link, f"measured on this {name}: {flop / 1e12:.0f} TFLOP/s, {link / 1e9:.0f} GB/s")
 
 
-def _seconds(work, device: torch.device, repeats: int = 5) -> float:
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     work()
     torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -55,26 +58,21 @@ def _seconds(work, device: torch.device, repeats: int = 5) -> float:
 
 
 def rates_here(dtype: torch.dtype) -> Rates | None:
-    """Measured where this machine has a GPU; else assumed for bf16, and not known for other dtypes."""
+    """Rates measured on this machine's GPU; without a GPU assumed for bf16, and None for other dtypes."""
     if torch.cuda.is_available():
         return measure(torch.device("cuda", torch.cuda.current_device()), dtype)
     return ASSUMED if dtype == torch.bfloat16 else None
 
 
 def advice(tokens: int, bytes_per_weight: int, rates: Rates, *, otherwise: str = "") -> str:
-    """For `safecl check` and the run: whether a pass of so many tokens on one device hides its copies; `otherwise`,
-    what else to do."""
+    """Say whether a pass of so many tokens on one device hides its copies; add `otherwise` where it does not."""
     limit = rates.break_even(bytes_per_weight)
     line = f"hidden from {limit:,} tokens per pass and rank on ({rates.what}); here about {tokens:,}"
     return line if tokens >= limit else f"{line}, too few: a pass takes as long as the copy{otherwise}"
 
 
 def alternative(source: str) -> str:
-    """What is faster than a pass that waits for its copies: nothing for teachers whose outputs cannot be taken
-    beforehand."""
-    cached = source in ("aligned", "previous")
-    return (
-        "; recorded or stored outputs are faster (methods.lwf.outputs: recorded, memory.teacher.kind: topk)"
-        if cached
-        else ""
-    )
+    """Name what is faster than a pass that waits for its copies; empty where outputs cannot be recorded beforehand."""
+    if source not in ("aligned", "previous"):
+        return ""
+    return "; recorded or stored outputs are faster (methods.lwf.outputs: recorded, memory.teacher.kind: topk)"

@@ -1,5 +1,4 @@
-"""What can be said of teachers that are asked in every step before anything is loaded: whether they fit, and what they
-will cost."""
+"""Checks of online teachers before anything is loaded: whether they fit, and what they will cost."""
 
 from __future__ import annotations
 
@@ -12,15 +11,18 @@ from safecl.config import ConfigError, ModelConfig, RunConfig
 from safecl.data import load_tokenizer
 
 KNOWN = ("aligned", "previous", "ema")
-
+"""Teachers that are made from the run's own model; any other name is a folder or hub id."""
 
 STREAMING_ERRORS = (IndexError, TypeError, RuntimeError, ValueError, AttributeError, KeyError)
-"""What a model's code raises where its layers are more than one after the other on hidden states."""
+"""Errors of a model's code where its layers do more than work on hidden states one after the other."""
 
 
 def check_teachers(config: RunConfig, tokenizer: Any) -> None:
-    """Raises ConfigError, naming the key, for another model's folder that has another tokenizer, or another width where
-    that matters, and for an architecture that cannot be streamed."""
+    """Check the teachers of a run.
+
+    Raises ConfigError, with the key, where an architecture cannot be streamed, where another model has another
+    tokenizer, or where it has another width and hidden states are compared.
+    """
     from safecl.engine.model.settings import read_model_settings
 
     _check_streaming(config)
@@ -36,12 +38,13 @@ def check_teachers(config: RunConfig, tokenizer: Any) -> None:
         sizes = [read_model_settings(each).get_text_config().hidden_size for each in (model, config.model)]
         if key.startswith("methods.") and _compares_hidden(config, key) and sizes[0] != sizes[1]:
             raise ConfigError(
-                f"{key}: {source} has hidden states of {sizes[0]:,}, model.path of {sizes[1]:,}; compare outputs instead (form: output)"
+                f"{key}: {source} has hidden states of {sizes[0]:,}, model.path of {sizes[1]:,}; "
+                "compare outputs instead (form: output)"
             )
 
 
 def _check_streaming(config: RunConfig) -> None:
-    """What can be seen without weights; whether the numbers are right is seen at the start of the run."""
+    """Check what needs no weights. The start of the run checks the numbers (streaming_check)."""
     for key, source in config.online_teachers.items():
         if source == "ema" or (source == "aligned" and config.model.lora is not None):
             continue
@@ -51,33 +54,30 @@ def _check_streaming(config: RunConfig) -> None:
 
 
 def cannot_be_streamed(key: str, source: str, problem: str) -> str:
-    """The message: why, and what works instead."""
-    known = source in KNOWN
-    otherwise = (
-        "recorded or stored outputs (methods.lwf.outputs: recorded, memory.teacher.kind: topk)"
-        if known
-        else "another teacher"
-    )
+    """Return the message with the problem and what works instead."""
+    recorded = "recorded or stored outputs (methods.lwf.outputs: recorded, memory.teacher.kind: topk)"
+    otherwise = recorded if source in KNOWN else "another teacher"
     return f"teacher: {key}: this architecture cannot be streamed layer by layer ({problem}); use {otherwise}"
 
 
 def _streaming_problem(model: ModelConfig) -> str | None:
-    """Runs the architecture on tensors without memory or numbers. None where it goes through, or where only numbers
-    would tell."""
+    """Run the architecture on meta tensors. Return the problem; None where it works, or where only real numbers would
+    show."""
     import torch
 
     from safecl.engine.model.checks import rows_are_not_packed
     from safecl.engine.model.dtypes import CONFIG_DTYPES
     from safecl.engine.model.settings import first_line, read_model_settings
     from safecl.engine.model.structure import empty_model
-    from safecl.engine.teachers.streamed import StreamedTeacher, TeacherBatch
+    from safecl.engine.teachers.questions import TeacherBatch
+    from safecl.engine.teachers.streamed import StreamedTeacher
 
     read_model_settings(model)
     empty = empty_model(model.path, CONFIG_DTYPES[model.dtype], trust_remote_code=model.trust_remote_code)
     weights = dict(empty.named_parameters(remove_duplicate=False))
     try:
         with rows_are_not_packed():
-            teacher = StreamedTeacher(empty, _Weights(weights), torch.device("meta"), "in place")
+            teacher = StreamedTeacher(empty, _MetaWeights(weights), torch.device("meta"), "in place")
             teacher.logits(TeacherBatch(torch.arange(2, 10)[None], torch.arange(8)[None]))
     except (ConfigError, *STREAMING_ERRORS) as error:
         only_without_numbers = isinstance(error, NotImplementedError) or "meta" in str(error).lower()
@@ -86,7 +86,9 @@ def _streaming_problem(model: ModelConfig) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Weights:
+class _MetaWeights:
+    """A WeightSource of weights without values."""
+
     by_name: Mapping[str, Any]
 
     def tensor(self, name: str) -> Any:
@@ -98,10 +100,9 @@ def _model_at(config: RunConfig, source: str) -> ModelConfig:
 
 
 def other_models(config: RunConfig) -> list[ModelConfig]:
-    """Teachers that are neither the run's own model nor made of it, each once."""
-    return [
-        _model_at(config, source) for source in dict.fromkeys(config.online_teachers.values()) if source not in KNOWN
-    ]
+    """The teachers that are not made from the run's own model, each once."""
+    sources = dict.fromkeys(config.online_teachers.values())
+    return [_model_at(config, source) for source in sources if source not in KNOWN]
 
 
 def _compares_hidden(config: RunConfig, key: str) -> bool:
@@ -109,7 +110,7 @@ def _compares_hidden(config: RunConfig, key: str) -> bool:
 
 
 def _different_token(theirs: dict[str, int], ours: dict[str, int]) -> str:
-    """The first token that differs, in words; empty where none does."""
+    """Name the first token that differs; empty where none does."""
     for token, number in sorted(ours.items(), key=lambda item: item[1]):
         if theirs.get(token) != number:
             there = f"{theirs[token]:,}" if token in theirs else "unknown"
@@ -119,7 +120,7 @@ def _different_token(theirs: dict[str, int], ours: dict[str, int]) -> str:
 
 
 def teacher_lines(config: RunConfig, tokens_per_batch: int) -> list[tuple[str, str]]:
-    """(what, value) lines for `safecl check` and the start of a run."""
+    """Lines (what, value) for `safecl check` and the start of a run."""
     lines = []
     for source in dict.fromkeys(config.online_teachers.values()):
         keys = ", ".join(key for key, named in config.online_teachers.items() if named == source)
@@ -138,15 +139,17 @@ def _where(config: RunConfig, source: str) -> str:
 
 
 def _is_streamed(config: RunConfig, source: str) -> bool:
-    return (
-        config.teacher == "streamed" and source != "ema" and not (source == "aligned" and config.model.lora is not None)
-    )
+    is_student = source == "ema" or (source == "aligned" and config.model.lora is not None)
+    return config.teacher == "streamed" and not is_student
 
 
 def tokens_per_pass(config: RunConfig, source: str, tokens_per_batch: int) -> int:
-    """Of one rank: all rows that anybody asks this teacher about go through it together."""
+    """Tokens per rank in one teacher pass, which takes all rows that ask this teacher together."""
     keys = [key for key, named in config.online_teachers.items() if named == source]
-    replayed = config.memory.replay_ratio if "memory.teacher.source" in keys else 0.0
+    replayed = 0.0
+    if "memory.teacher.source" in keys:
+        assert config.memory is not None, "the key is in the section memory"
+        replayed = config.memory.replay_ratio
     own_rows = any(key.startswith("methods.") for key in keys)
     return round((own_rows + replayed) * tokens_per_batch) // _num_ranks()
 

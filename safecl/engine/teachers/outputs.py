@@ -1,72 +1,75 @@
-"""What the current model says about many rows: one forward pass each, in any ZeRO stage and on any number of ranks."""
+"""The current model's outputs on many rows, one forward pass each, in any ZeRO stage and on any number of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from safecl.data import Row, TokenDataset, collate
-from safecl.engine.passes.forward_engine import ForwardEngine
-from safecl.engine.passes.micro_batches import split_step, target_positions, to_device
+from safecl.engine.passes.distances import target_positions
+from safecl.engine.passes.engine import ModelEngine
+from safecl.engine.passes.micro_batches import split_step, to_device
 from safecl.engine.passes.step_rows import StepRow
-from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.replay import TeacherOutputs
 
 MICRO_BATCHES_AT_ONCE = 16
 
 Outputs = Iterator[tuple[int, dict[str, torch.Tensor]]]
+"""(row index, output tensors [tokens, ...] on the CPU)."""
 
 
 @torch.no_grad()
 def outputs_of_rows(
-    engine: TrainingEngine | ForwardEngine,
+    engine: ModelEngine,
     dataset: TokenDataset,
     task: str,
     *,
     all_tokens: bool = False,
     rank_of: np.ndarray | None = None,
-    **settings,
+    **settings: Any,
 ) -> Outputs:
-    """(row index, output tensors [tokens, ...] on the CPU) of this rank's share of the rows. A collective call: every
-    rank exhausts it.
+    """Yield the outputs of this rank's share of the rows. A collective call: every rank takes all of its share.
 
-    task, settings: of LanguageModel.forward ("topk" with k and temperature, which gives the targets' `nll` as well, or
-    "hidden"). The tokens are those that predict a supervised target, or all. Every row is computed by exactly one rank:
-    that of `rank_of` [rows], or else one that depends on the lengths alone.
+    task, settings: of LanguageModel.forward ("topk" with k and temperature, which also gives the targets' `nll`, or
+    "hidden"). The tokens are those that predict a supervised target, or all. Exactly one rank computes a row: that of
+    `rank_of` [rows], or else one that depends on the lengths alone.
     """
-    engine.deepspeed.eval()
-    try:
+    layout = engine.layout
+    with engine.evaluation_mode():
         for indices in _chunks(
-            dataset.lengths, engine.layout.world_size * engine.layout.tokens_per_microbatch * MICRO_BATCHES_AT_ONCE
+            dataset.lengths, layout.world_size * layout.tokens_per_microbatch * MICRO_BATCHES_AT_ONCE
         ):
-            ranks = [None if rank_of is None else int(rank_of[i]) for i in indices]
-            rows = [
-                StepRow("", int(dataset.lengths[i]), int(dataset.num_targets[i]), lambda: None, rank=rank)
-                for i, rank in zip(indices, ranks, strict=True)
-            ]
-            for part in split_step(rows, engine.layout)[engine.rank]:
+            rows = [_row_to_place(dataset, i, None if rank_of is None else int(rank_of[i])) for i in indices]
+            for part in split_step(rows, layout)[engine.rank]:
                 chosen = [int(indices[j]) for j in part]
                 yield from _outputs_of(engine, chosen, dataset.rows(chosen), task, all_tokens, settings)
-    finally:
-        engine.deepspeed.train()
+
+
+def _row_to_place(dataset: TokenDataset, index: int, rank: int | None) -> StepRow:
+    """A row of which `split_step` needs the length alone."""
+    return StepRow("", int(dataset.lengths[index]), int(dataset.num_targets[index]), _not_loaded, rank=rank)
+
+
+def _not_loaded() -> NoReturn:
+    raise AssertionError("the data set gives these rows")
 
 
 def _chunks(lengths: np.ndarray, num_tokens: int) -> Iterator[np.ndarray]:
-    """Runs of row indices of about `num_tokens` tokens: a data set's token ids need not all be in memory at once."""
+    """Yield runs of row indices of about `num_tokens` tokens, so that not all token ids are in memory at once."""
     chunk = np.cumsum(lengths, dtype=np.int64) // num_tokens
     yield from np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(chunk)) + 1)
 
 
 def _outputs_of(
-    engine: TrainingEngine | ForwardEngine,
+    engine: ModelEngine,
     indices: Sequence[int],
     rows: Sequence[Row],
     task: str,
     all_tokens: bool,
-    settings: dict,
+    settings: dict[str, Any],
 ) -> Outputs:
     batch = collate(rows, packed=engine.layout.packed, pad_id=engine.layout.pad_id)
     places = [
@@ -85,7 +88,7 @@ def _outputs_of(
 
 
 def stored_form(output: dict[str, Any]) -> TeacherOutputs:
-    """What LanguageModel.topk gives, as it is stored."""
+    """Return outputs of LanguageModel.topk in the dtypes in which they are stored."""
     return TeacherOutputs(
         log_probs=output["log_probs"].numpy().astype(np.float16),
         indices=output["indices"].numpy().astype(np.int32),

@@ -1,16 +1,16 @@
-"""Teacher outputs of a task's rows, recorded before the task trains: the frozen teacher without a second model.
+"""Teacher outputs on a task's rows, recorded before the task trains, so that no second model is needed.
 
-A folder holds one file per rank that wrote, and an index that is published last, so that any rank of any number of
-ranks reads any row:
+A folder has one file per rank that wrote, and an index that is published last. Any rank of any number of ranks can read
+any row:
 
     rank-00000.bin   the rows' outputs one after the other
     index.npy        int64 [rows, 3]: file, offset in bytes, tokens
-    meta.json        what was recorded, of which rows
+    meta.json        the form of the outputs, and the rows
 
-Bytes per token: `hidden` hidden_size * 2 in a bf16 run (4 in fp32), stored as computed, without rounding; outputs 6 k +
-4. Example: 10,000 rows of 300 tokens at hidden size 4,096 are 24.6 GB for all tokens; with k = 64 on 100 supervised
-tokens a row they are 0.39 GB. Files are memory-mapped; the page cache holds what fits. Several nodes need a shared
-folder.
+Bytes per token: hidden states take hidden_size * 2 in a bf16 run (4 in fp32) and are stored as computed, without
+rounding; outputs take 6 k + 4. Example: 10,000 rows of 300 tokens at hidden size 4,096 are 24.6 GB for all tokens; with
+k = 64 on 100 supervised tokens a row they are 0.39 GB. Files are memory-mapped, so the page cache keeps what fits.
+Several nodes need a shared folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +34,17 @@ from safecl.methods.terms import TaskTerm
 from safecl.replay import TeacherOutputs
 
 TEACHER = "teacher"
-"""Folder in a run's folder for what only the run under way needs of teachers."""
+"""Folder in a run's folder for data of teachers that only the unfinished run needs."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is recorded of a token, and in which types."""
+    """The form of the recorded outputs."""
 
-    task: str  # of LanguageModel.forward
-    settings: dict
+    task: str
+    """Of LanguageModel.forward."""
+    settings: dict[str, Any]
+    """Further arguments of LanguageModel.forward."""
     all_tokens: bool
     bytes_per_token: int
     dtype: torch.dtype
@@ -51,9 +54,9 @@ class Form:
         model = engine.module
         if term.divergence == "hidden":
             dtype = next(model.parameters()).dtype
-            size = model.model.config.get_text_config().hidden_size * dtype.itemsize
+            size = model.text_settings.hidden_size * dtype.itemsize
             return Form("hidden", {}, term.tokens == "all", size, dtype)
-        k = min(term.k, model.model.config.get_text_config().vocab_size)
+        k = min(term.k, model.text_settings.vocab_size)
         return Form("topk", {"k": k, "temperature": term.temperature}, False, 6 * k + 4, torch.float16)
 
     def pack(self, output: dict[str, torch.Tensor]) -> bytes:
@@ -63,7 +66,7 @@ class Form:
         return b"".join(part.contiguous().numpy().tobytes() for part in parts)
 
     def unpack(self, data: np.ndarray, num_tokens: int) -> TeacherOutputs | torch.Tensor:
-        """Hidden states as a tensor [tokens, H]; else the stored outputs."""
+        """Return hidden states [tokens, H], or top-k outputs."""
         data = data.copy()
         if self.task == "hidden":
             return torch.from_numpy(data).view(self.dtype).view(num_tokens, -1)
@@ -75,7 +78,7 @@ class Form:
 
 
 class RecordedOutputs:
-    """Reads what `record_outputs` wrote: `load(i)` gives the outputs of row i of the data set."""
+    """Reads a folder of `record_outputs`; `load(i)` returns the outputs of row i of the data set."""
 
     def __init__(self, folder: Path, form: Form):
         self.folder, self.form = folder, form
@@ -83,20 +86,19 @@ class RecordedOutputs:
         self._files: dict[int, np.ndarray] = {}
 
     def load(self, row: int) -> TeacherOutputs | torch.Tensor:
-        """TeacherOutputs of the row's supervised tokens, or its hidden states [tokens, H] in the run's dtype."""
+        """Return the outputs of the row's supervised tokens, or its hidden states [tokens, H] in the run's dtype."""
         number, offset, num_tokens = self._index[row].tolist()
         if number not in self._files:
             self._files[number] = np.memmap(_data_path(self.folder, number), np.uint8, mode="r")
-        return self.form.unpack(
-            self._files[number][offset : offset + num_tokens * self.form.bytes_per_token], num_tokens
-        )
+        end = offset + num_tokens * self.form.bytes_per_token
+        return self.form.unpack(self._files[number][offset:end], num_tokens)
 
     @property
     def num_bytes(self) -> int:
         return int(self._index[:, 2].sum()) * self.form.bytes_per_token
 
     def discard(self) -> None:
-        """Removes the folder, when all ranks are done with it: a collective call."""
+        """Remove the folder once all ranks are done with it. A collective call."""
         self._files.clear()
         collectives.barrier()
         if collectives.rank() == 0:
@@ -104,7 +106,7 @@ class RecordedOutputs:
 
 
 def teacher_folder(output: str, task: str, term: str) -> Path:
-    """Where a run keeps what the teacher says about a task's rows."""
+    """The folder of the teacher's outputs on a task's rows."""
     return Path(output) / TEACHER / re.sub(r"[^\w.-]+", "-", f"{task}-{term}")
 
 
@@ -112,21 +114,19 @@ def _data_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.bin"
 
 
-def _meta(form: Form, dataset: TokenDataset) -> dict:
+def _meta(form: Form, dataset: TokenDataset) -> dict[str, Any]:
     settings = {"task": form.task, **form.settings, "all_tokens": form.all_tokens, "dtype": str(form.dtype)}
     return settings | {"num_rows": len(dataset), "rows": dataset.key}
 
 
 def record_outputs(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm, folder: Path) -> RecordedOutputs:
-    """Asks the current model about all rows and writes what it says into `folder`. A collective call.
+    """Write the current model's outputs on all rows into `folder`. A collective call.
 
-    Raises: ConfigError where the disk has not enough room.
+    Raises ConfigError where the disk has too little room.
     """
     form = Form.of(term, engine)
-    _refuse_full_disk(
-        folder,
-        int((dataset.lengths if form.all_tokens else dataset.num_targets).sum(dtype=np.int64)) * form.bytes_per_token,
-    )
+    num_tokens = int((dataset.lengths if form.all_tokens else dataset.num_targets).sum(dtype=np.int64))
+    _refuse_full_disk(folder, num_tokens * form.bytes_per_token)
     if engine.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -143,7 +143,10 @@ def record_outputs(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm
 
 
 def open_recorded(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm, folder: Path) -> RecordedOutputs:
-    """What an interrupted run has recorded. Raises ConfigError where it is not there or speaks of other rows."""
+    """Open the outputs that an interrupted run has recorded.
+
+    Raises ConfigError where they are missing or belong to other rows.
+    """
     form = Form.of(term, engine)
     try:
         found = json.loads((folder / "meta.json").read_text())
@@ -153,13 +156,14 @@ def open_recorded(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm,
         ) from None
     if found != _meta(form, dataset):
         raise ConfigError(
-            f"{folder}: these outputs were recorded of other rows or settings; go on with the same config, or start anew"
+            f"{folder}: these outputs were recorded of other rows or settings; go on with the same config, "
+            "or start anew"
         )
     return RecordedOutputs(folder, form)
 
 
 def _write_share(engine: TrainingEngine, dataset: TokenDataset, form: Form, path: Path) -> np.ndarray:
-    """Writes this rank's rows; int64 [its rows, 3]: row, offset, tokens."""
+    """Write this rank's rows; return int64 [its rows, 3]: row, offset, tokens."""
     written, offset = [], 0
     with path.open("wb") as file:
         for row, output in outputs_of_rows(engine, dataset, form.task, all_tokens=form.all_tokens, **form.settings):
@@ -175,6 +179,7 @@ def _refuse_full_disk(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(nearest).free
     if collectives.any_rank(free < num_bytes):
         raise ConfigError(
-            f"{nearest}: recording the teacher's outputs on the task's rows needs {num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
-            "are free; use `tokens: supervised` or `form: output`, fewer rows, or another `output` folder"
+            f"{nearest}: recording the teacher's outputs on the task's rows needs {num_bytes / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free; use `tokens: supervised` or `form: output`, fewer rows, or another "
+            "`output` folder"
         )

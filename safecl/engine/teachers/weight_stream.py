@@ -1,38 +1,38 @@
-"""Weights of one unit of a model after the other on the device: two buffers, the next unit copied while this one is
-used.
+"""Stream the weights of a model's units to the device, one unit after the other.
 
-A unit is what is needed together: a decoder layer, or a slice of the head. Weights lie in host memory
-(safecl.engine.reference.store). On a GPU a side stream copies unit i + 1 while unit i computes; on the CPU units are
-used where they are, or, to test the same code, through two buffers of their own.
+A unit is what is needed together: a decoder layer, or a slice of the head. Weights are in host memory
+(safecl.engine.reference.store). There are two buffers: on a GPU a side stream copies unit i + 1 into one while unit i
+computes from the other. On the CPU units are used where they are, or through two buffers, so that tests run the same
+code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal
 
 import torch
 
 Unit = dict[str, torch.Tensor]
 """Weights by name."""
-Placement = Literal["streamed", "resident", "in place"]
+WeightPlacement = Literal["streamed", "resident", "in place"]
+"""Through two buffers of the largest unit's size; all copied to the device once; or not copied (the device is the
+host)."""
 
 _ALIGNMENT = 256
 
 
 class WeightStream:
-    """Gives the units of a model, in any order, as tensors on `device`; what it gave is valid until the next is asked
-    for.
+    """Yields the units of a model, in any order, as tensors on `device`. A unit is valid until the next one is taken.
 
-    units: host tensors. placement: `streamed` through two buffers of the largest unit's size; `resident`, all copied
-    once; `in place`, not copied at all (the device is the host).
+    units: host tensors.
     """
 
-    def __init__(self, units: Sequence[Unit], device: torch.device, placement: Placement):
+    def __init__(self, units: Sequence[Unit], device: torch.device, placement: WeightPlacement):
         self.units, self.device, self.placement = list(units), device, placement
         self.num_copied_bytes = 0
-        """Bytes of weights that went to the device since the start."""
+        """Bytes of weights that were copied to the device since the start."""
         self._resident = [self._copied(unit) for unit in self.units] if placement == "resident" else None
         self._slots: list[_Slot] = []
         self._stream: torch.cuda.Stream | None = None
@@ -40,9 +40,8 @@ class WeightStream:
             self._slots = [_Slot(max(map(unit_bytes, self.units)), device) for _ in range(2)]
             if device.type == "cuda":
                 self._stream = torch.cuda.Stream(device)
-                self._stream.wait_stream(
-                    torch.cuda.current_stream(device)
-                )  # earlier kernels may still use the buffers' memory
+                # Kernels that were queued before may still use the memory that the buffers got.
+                self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @property
     def buffer_bytes(self) -> int:
@@ -53,13 +52,15 @@ class WeightStream:
         self.num_copied_bytes += unit_bytes(unit)
         return {name: tensor.to(self.device, copy=True) for name, tensor in unit.items()}
 
-    def run(self, order: Sequence[int]) -> Iterator[Unit]:
-        """The units of `order` one after the other. While the last is used the first is fetched again: most likely it
-        comes next."""
+    def run(self, order: Sequence[int]) -> Generator[Unit, None, None]:
+        """Yield the units of `order`. During the last one the first is fetched again, since the next pass most likely
+        begins with it."""
         if self.placement != "streamed":
             yield from ((self._resident or self.units)[number] for number in order)
             return
-        slot = self._fetch(order[0], keep=None) if order else None
+        if not order:
+            return
+        slot = self._fetch(order[0], keep=None)
         for place in range(len(order)):
             following = self._fetch(order[(place + 1) % len(order)], keep=slot)
             slot.wait()
@@ -70,7 +71,7 @@ class WeightStream:
             slot = following
 
     def _fetch(self, number: int, keep: _Slot | None) -> _Slot:
-        """The slot that holds this unit, or will; `keep` is not overwritten."""
+        """Return the slot that has this unit, or begin to copy it into one that is not `keep`."""
         for slot in self._slots:
             if slot.number == number:
                 return slot
@@ -90,24 +91,25 @@ def _padded(tensor: torch.Tensor) -> int:
 
 
 class _Slot:
-    """One of the two buffers. On a GPU events order the copies on the side stream and the kernels that read."""
+    """One of the two buffers. On a GPU events order the side stream's copies and the kernels that read them."""
 
     def __init__(self, num_bytes: int, device: torch.device):
         self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self.number: int | None = None
         self.unit: Unit = {}
-        on_gpu = device.type == "cuda"
-        self._arrived, self._released = (torch.cuda.Event() if on_gpu else None for _ in range(2))
+        self._events = (torch.cuda.Event(), torch.cuda.Event()) if device.type == "cuda" else None
+        """(copy has arrived, buffer is released)"""
 
     def fill(self, number: int, unit: Unit, stream: torch.cuda.Stream | None) -> None:
         self.number, self.unit = number, self._views(unit)
-        if stream is None:
+        if stream is None or self._events is None:
             self._copy(unit)
             return
+        arrived, released = self._events
         with torch.cuda.stream(stream):
-            stream.wait_event(self._released)
+            stream.wait_event(released)
             self._copy(unit)
-            self._arrived.record(stream)
+            arrived.record(stream)
 
     def _copy(self, unit: Unit) -> None:
         for name, tensor in unit.items():
@@ -122,11 +124,11 @@ class _Slot:
         return views
 
     def wait(self) -> None:
-        """What is queued from now on finds the weights."""
-        if self._arrived is not None:
-            torch.cuda.current_stream(self.memory.device).wait_event(self._arrived)
+        """Make the current stream wait for this buffer's copy."""
+        if self._events is not None:
+            torch.cuda.current_stream(self.memory.device).wait_event(self._events[0])
 
     def release(self) -> None:
-        """What has been queued so far is the last to read them."""
-        if self._released is not None:
-            self._released.record(torch.cuda.current_stream(self.memory.device))
+        """Let the buffer be overwritten once the current stream has done its work."""
+        if self._events is not None:
+            self._events[1].record(torch.cuda.current_stream(self.memory.device))

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON, generated from the run config so that no value exists in two places."""
+"""The DeepSpeed configuration, generated from the run config so that no value exists in two places."""
 
 from __future__ import annotations
 
@@ -6,34 +6,32 @@ from typing import Any
 
 from safecl.config import RunConfig
 
-# One flat shard per rank: methods with global dot products need all gradients in one call of the optimizer, and the
-# step makes no temporaries that smaller groups would bound.
+# One flat shard per rank: methods with global dot products need all gradients in one call of the optimizer. Smaller
+# groups would bound temporaries, of which the step makes none.
 _ONE_SUB_GROUP = 10**15
 
-
 BUCKET = 5 * 10**8
-"""Elements of DeepSpeed's buckets of gradients and of weights at most; its own default."""
+"""Largest number of elements in DeepSpeed's buckets of gradients and of weights; DeepSpeed's own default."""
 
 
 def deepspeed_config(config: RunConfig, num_trained: int = BUCKET) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize(config=...)`; written to deepspeed.json in the run folder.
+    """The dictionary for `deepspeed.initialize(config=...)`, which is also written to deepspeed.json in the run folder.
 
-    Clipping, schedule, accumulation boundaries and logging are safecl's own, so they are off here. `num_trained`:
-    trained weights; buckets are never larger, because DeepSpeed allocates them in full.
+    Clipping, schedule, accumulation boundaries and logging are off, because safecl does them itself. `num_trained`:
+    number of trained weights; buckets are never larger, because DeepSpeed allocates them in full.
     """
+    bucket = min(BUCKET, num_trained + num_trained % 2)  # DeepSpeed asks for an even number
     bf16 = config.model.dtype == "bf16"
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        # Boundaries are set by hand before each backward; DeepSpeed only needs to know that accumulation can happen.
+        # safecl sets the boundaries before each backward; DeepSpeed only needs to know that there is accumulation.
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
-        "zero_optimization": _zero(
-            config, min(BUCKET, num_trained + num_trained % 2)
-        ),  # DeepSpeed asks for an even number
+        "zero_optimization": _zero(config, bucket),
     }
     if bf16:
         result["bf16"] = {"enabled": True}

@@ -1,17 +1,27 @@
-"""Pieces of the state that the optimizer's pass works on, one after the other."""
+"""Pieces of a shard and its state, which the optimizer's pass works on one after the other.
+
+Where state lives decides the pieces (safecl.engine.zero.placement):
+
+    beside the shard            one piece, the whole tensor
+    the reference store         on the CPU the store's own memory, one piece per parameter; on a GPU chunks, copied in
+    host memory, shard on GPU   chunks, copied in, and out again where the pass writes them
+
+Chunks pass through two device buffers: while the pass works on one, a stream of its own fills the other, and a third
+stream carries written state back. Padding of a shard is in no piece of the store: its weights and gradients stay 0.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from safecl.engine.reference.store import ReferenceStore
-    from safecl.engine.zero.shards import Fragment
+from safecl.engine.reference.store import ReferenceStore
+from safecl.engine.zero.shards import Fragment
+from safecl.kernels import Segments
 
 CHUNK = 1 << 24
 """Elements of a chunk; two device buffers of each kind hold that many."""
@@ -25,7 +35,7 @@ class Served:
     fragments: Sequence[Fragment]
 
     def parts(self, begin: int, end: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(where in the shard, the store's own memory) of all that lies in elements [begin, end) of the shard."""
+        """(slice of the shard, the store's own memory) of all fragments in elements [begin, end) of the shard."""
         for fragment in self.fragments:
             low, high = max(begin, fragment.start), min(end, fragment.start + fragment.length)
             if low < high:
@@ -33,12 +43,18 @@ class Served:
                 yield slice(low, high), self.store.tensor(fragment.name).view(-1)[first : first + high - low]
 
     def copy_to(self, target: torch.Tensor, begin: int) -> None:
-        """Fills `target` with what the shard's elements from `begin` on are; padding is 0, as it is in the weights."""
+        """Fill `target` with the shard's elements from `begin` on; padding is 0, as it is in the weights."""
         parts = list(self.parts(begin, begin + target.numel()))
         if sum(values.numel() for _, values in parts) < target.numel():
             target.zero_()
         for where, values in parts:
             target[where.start - begin : where.stop - begin].copy_(values, non_blocking=self.store.pinned)
+
+    def copy_for(self, param: torch.Tensor) -> torch.Tensor:
+        """Return the state as a tensor of its own beside the shard `param`."""
+        copied = torch.empty(param.shape, dtype=self.store.dtype, device=param.device)
+        self.copy_to(copied.view(-1), 0)
+        return copied
 
 
 @dataclass
@@ -56,16 +72,38 @@ class Hosted:
 
 @dataclass
 class Piece:
-    """A stretch of the shard and its state there, on the shard's device, by kind."""
+    """A slice of the flat shard and its state there, on the shard's device, by kind."""
 
     where: slice
     state: dict[str, torch.Tensor]
 
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This slice of a tensor with the shard's layout."""
+        return tensor.detach().view(-1)[self.where]
 
-def pieces(shard, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
-    """The shard in pieces that hold all of `kinds`. What of `written` is not beside the shard is carried back after
-    each piece."""
-    param, away = shard.param, {}
+    def of_table(self, table: Segments | None) -> Segments | None:
+        """This slice of the shard's segments."""
+        return None if table is None else table.slice(self.where.start, self.where.stop)
+
+
+class ShardParts(Protocol):
+    """The part of safecl.engine.zero.shard.Shard that `pieces` needs."""
+
+    param: torch.Tensor
+    state: dict[str, torch.Tensor]
+    served: dict[str, Served]
+
+    @property
+    def stream(self) -> Stream: ...
+
+
+def pieces(shard: ShardParts, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
+    """Yield the shard in pieces that have state of all `kinds`.
+
+    Kinds in `written` that do not live beside the shard are carried back after each piece.
+    """
+    param = shard.param
+    away: dict[str, Served | Hosted] = {}
     for kind in kinds:
         if kind in shard.served:
             away[kind] = shard.served[kind]
@@ -75,11 +113,11 @@ def pieces(shard, kinds: Sequence[str], written: Collection[str] = ()) -> Iterat
         yield Piece(slice(0, param.numel()), {kind: shard.state[kind].view(-1) for kind in kinds})
     elif param.is_cuda:
         yield from shard.stream.pieces(shard, kinds, away, written)
-    else:
-        yield from _parameter_by_parameter(shard, kinds, away)
+    else:  # beside a shard on the CPU is host memory
+        yield from _parameter_by_parameter(shard, kinds, {kind: shard.served[kind] for kind in away})
 
 
-def _parameter_by_parameter(shard, kinds: Sequence[str], away: dict[str, Served]) -> Iterator[Piece]:
+def _parameter_by_parameter(shard: ShardParts, kinds: Sequence[str], away: dict[str, Served]) -> Iterator[Piece]:
     first, *others = away.values()
     assert all(other.fragments is first.fragments for other in others), "all that is served has the shard's own layout"
     for where, _ in first.parts(0, shard.param.numel()):
@@ -91,8 +129,8 @@ def _parameter_by_parameter(shard, kinds: Sequence[str], away: dict[str, Served]
 
 @dataclass
 class Stream:
-    """Two device buffers for each kind of state that is away, and the streams that fill and empty them. Made once per
-    shard."""
+    """Two device buffers for each kind of state that is not beside the shard, and the streams that fill and empty them.
+    There is one per shard."""
 
     device: torch.device
     chunk: int = CHUNK
@@ -100,8 +138,9 @@ class Stream:
     _lanes: _Lanes | None = None
 
     def pieces(
-        self, shard, kinds: Sequence[str], away: dict[str, Served | Hosted], written: Collection[str]
+        self, shard: ShardParts, kinds: Sequence[str], away: Mapping[str, Served | Hosted], written: Collection[str]
     ) -> Iterator[Piece]:
+        """Yield the shard in chunks; `away` is the state that is not beside the shard, by kind."""
         self._lanes = self._lanes or _Lanes(self.device)
         lanes, numel = self._lanes, shard.param.numel()
         buffers = {kind: self._pair(kind, source, min(self.chunk, numel)) for kind, source in away.items()}
@@ -120,16 +159,17 @@ class Stream:
             if number + 1 < len(starts):
                 fetch(number + 1)
             near = {kind: pair[slot][: where.stop - start] for kind, pair in buffers.items()}
+            beside = {kind: shard.state[kind].view(-1)[where] for kind in kinds if kind not in away}
             with lanes.working(slot):
-                yield Piece(
-                    where, near | {kind: shard.state[kind].view(-1)[where] for kind in kinds if kind not in away}
-                )
+                yield Piece(where, near | beside)
             with lanes.emptying(slot):
                 for kind in away.keys() & set(written):
-                    away[kind].copy_from(near[kind], start)
+                    target = away[kind]
+                    assert isinstance(target, Hosted), "the reference store is not written to"
+                    target.copy_from(near[kind], start)
 
     def settle(self) -> None:
-        """Returns when all that was written is in host memory."""
+        """Return when all written state is in host memory."""
         if self._lanes is not None:
             self._lanes.settle()
 
@@ -141,8 +181,10 @@ class Stream:
 
 
 class _Lanes:
-    """Order between filling, working on and emptying two buffers: CUDA streams and events, or nothing on the CPU, where
-    calls are done when they return."""
+    """Orders filling, working on and emptying two buffers, by CUDA streams and events.
+
+    On the CPU calls are done when they return, and there is nothing to order.
+    """
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -151,8 +193,8 @@ class _Lanes:
             self._filled, self._worked, self._emptied = ([torch.cuda.Event() for _ in range(2)] for _ in range(3))
 
     def begin(self) -> None:
-        """What this pass reads may have been written on the current stream, or be still on its way out from the pass
-        before."""
+        """Wait for state that the current stream has written, and for state that the pass before still carries
+        back."""
         if self.cuda:
             self._in.wait_stream(torch.cuda.current_stream())
             self._in.wait_stream(self._out)

@@ -1,4 +1,4 @@
-"""A rank's flat part of the trained weights with its gradient and state."""
+"""A rank's flat part of the trained weights, with its gradient and state."""
 
 from __future__ import annotations
 
@@ -9,26 +9,35 @@ from dataclasses import dataclass, field
 import torch
 
 from safecl.engine.zero.pieces import Piece, Served, Stream, pieces
-from safecl.engine.zero.placement import Placement, allocate
+from safecl.engine.zero.placement import StatePlacement, allocate
 from safecl.kernels import Segments
 from safecl.kernels.pages import use_huge_pages
 
 
-@dataclass
+@dataclass(eq=False)
 class Shard:
-    """One flat tensor of trained weights with its gradient and its state, all of one layout."""
+    """One flat tensor of trained weights with its gradient and its state, all of one layout.
+
+    Methods see it as safecl.methods.context.Shard.
+    """
 
     param: torch.Tensor  # fp32, 1-D (stage 0: the parameter's own shape)
     state: dict[str, torch.Tensor]
     segments: Segments | None = None
-    """Stretches whose weight decay (or penalty strength) differs from the group's."""
-    placement: Placement = field(default_factory=Placement)
+    """Stretches whose weight decay differs from the group's."""
+    placement: StatePlacement = field(default_factory=StatePlacement)
     served: dict[str, Served] = field(default_factory=dict)
-    """Kinds of state that equal the reference weights and are read from their store."""
+    """State that equals the reference weights and is read from their store, by kind."""
     _pages_settled: bool = False
 
     @property
+    def has_grad(self) -> bool:
+        return self.param.grad is not None
+
+    @property
     def grad(self) -> torch.Tensor:
+        """fp32, the shape of `param`; inside an optimizer step only."""
+        assert self.param.grad is not None, "a shard has a gradient inside the optimizer's step only"
         return self.param.grad
 
     @functools.cached_property
@@ -36,21 +45,22 @@ class Shard:
         return Stream(self.param.device)
 
     def settle_pages(self) -> None:
-        """Before the first step: what the pass goes through from now on lies in huge pages, whoever has allocated
-        it."""
+        """Put all tensors that the optimizer's pass reads into huge pages, once, before the first step."""
         if not self._pages_settled:
             self._pages_settled = True
             for tensor in (self.param, self.grad, *self.state.values()):
                 use_huge_pages(tensor)
 
     def pieces(self, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
-        """The shard in pieces with its state of these kinds, wherever that lives; the pieces' tensors are on the
-        shard's device, and what is changed in those of `written` is kept. Slices refer to the flat shard,
-        `param.view(-1)`."""
+        """Yield the shard in pieces with its state of these kinds, wherever that lives.
+
+        The pieces' tensors are on the shard's device; changes to kinds in `written` are kept. Slices refer to the flat
+        shard, `param.view(-1)`.
+        """
         return pieces(self, kinds, written)
 
     def keep(self, kind: str, values: torch.Tensor) -> None:
-        """Makes `values` (the shard's layout) the state `kind`, in the place and dtype where that kind is kept."""
+        """Make `values` (of the shard's layout) the state `kind`, in the place and dtype of that kind."""
         place, dtype = self.placement.of(kind), self.placement.dtype(kind, values.dtype)
         self.served.pop(kind, None)
         known = self.state.get(kind)
@@ -60,4 +70,7 @@ class Shard:
 
 
 Quantity = Callable[[Shard], torch.Tensor]
-"""Something with one value per weight: the gradient, a state."""
+"""One value per weight: the gradient, or state of some kind."""
+
+Action = Callable[[list[Shard]], None]
+"""Work on the shards inside the optimizer's step, where they have gradients."""

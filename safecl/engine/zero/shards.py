@@ -1,12 +1,12 @@
-"""The one module that knows DeepSpeed's private names: where each parameter's elements live in this rank's flat fp32
-shards.
+"""The layout of DeepSpeed's flat fp32 shards: where the elements of each parameter are on this rank.
 
-Layouts of DeepSpeed 0.19.8 (other versions are refused):
+No other module uses DeepSpeed's private names. Layouts of DeepSpeed 0.19.8 (other versions are refused):
+
   stage 0       no shards: every parameter is its own flat tensor, replicated on all ranks
-  stage 1, 2    parameters of the group concatenated in optimizer order, padded at the end to a multiple of 2 W;
+  stage 1, 2    the group's parameters concatenated in optimizer order, padded at the end to a multiple of 2 W;
                 rank r owns [r * part, (r + 1) * part). Shards cut through parameters.
-  stage 3       of every parameter rank r owns elements [r * ceil(n / W), (r + 1) * ceil(n / W)), padded inside the parameter;
-                the pieces are concatenated.
+  stage 3       of every parameter rank r owns elements [r * ceil(n / W), (r + 1) * ceil(n / W)), padded inside the
+                parameter; the pieces are concatenated.
 """
 
 from __future__ import annotations
@@ -14,44 +14,58 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 SUPPORTED = ((0, 19, 8), (0, 20, 0))
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """`length` elements of parameter `name` from flat offset `offset` on, which lie at `start` in the flat shard number
-    `flat`."""
+    """Elements of one parameter that are next to each other in one of this rank's flat shards."""
 
     name: str
     offset: int
+    """The first element, counted in the flattened parameter."""
     length: int
     flat: int
+    """Number of the shard."""
     start: int
+    """Where the first element is in the shard."""
 
 
 def check_deepspeed_version() -> None:
-    """Raises RuntimeError for a DeepSpeed whose layout is not known."""
+    """Raise RuntimeError for a version of DeepSpeed whose layout is not known."""
     import deepspeed
 
     version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
     if not SUPPORTED[0] <= version < SUPPORTED[1]:
         raise RuntimeError(
-            f"DeepSpeed {deepspeed.__version__} is not supported: safecl reads its shards' layout, which it knows for >= 0.19.8, < 0.20"
+            f"DeepSpeed {deepspeed.__version__} is not supported: safecl reads its shards' layout, which it knows for "
+            ">= 0.19.8, < 0.20"
         )
 
 
 def initialize(
-    model: torch.nn.Module, optimizer, config: dict, alike: Collection[torch.nn.Parameter] = (),
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    config: dict[str, Any],
+    alike: Collection[torch.nn.Parameter] = (),
     when_partitioned: Callable[[], None] = lambda: None,
-):  # fmt: skip
-    """deepspeed.initialize; returns the engine. Parameters in `alike` have the same values on all ranks already: views
-    of a store that must not be written to, so DeepSpeed's broadcast from rank 0 leaves them out. `when_partitioned` is
-    called on stage 3 as soon as none of them is a view any more, before DeepSpeed makes the master weights."""
+) -> DeepSpeedEngine:
+    """Call deepspeed.initialize and return its engine.
+
+    alike: parameters that have the same values on all ranks already. They are views of a store that must not be written
+    to, so DeepSpeed's broadcast from rank 0 leaves them out. when_partitioned: called in stage 3 as soon as none of
+    them is a view any more, before DeepSpeed makes the master weights.
+    """
     import deepspeed
 
     with _broadcasting_all_but({id(p) for p in alike}, when_partitioned):
@@ -61,17 +75,18 @@ def initialize(
 
 @contextlib.contextmanager
 def _broadcasting_all_but(alike: set[int], when_partitioned: Callable[[], None]) -> Iterator[None]:
+    """Makes DeepSpeed leave these parameters (by id) out of its broadcast from rank 0."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.partition_parameters import Init
 
     replicate, partition, views = DeepSpeedEngine._broadcast_model, Init._zero_init_param, set(alike)
 
-    def broadcast_model(engine) -> None:  # stages 0 to 2
+    def broadcast_model(engine: Any) -> None:  # stages 0 to 2
         for p in engine.module.parameters():
             if id(p) not in alike and not hasattr(p, "ds_id"):
                 dist.broadcast(p.data, 0)
 
-    def partition_one(init, p) -> None:  # stage 3
+    def partition_one(init: Any, p: Any) -> None:  # stage 3
         init._convert_to_deepspeed_param(p)
         if id(p) not in alike:
             dist.broadcast(p.data, 0)
@@ -90,17 +105,19 @@ def _broadcasting_all_but(alike: set[int], when_partitioned: Callable[[], None])
 
 
 class ShardMap:
-    """Where the trained weights are, both ways, in every ZeRO stage.
+    """The places of the trained weights in the flat shards, in every ZeRO stage.
 
-    `flats[i]` is this rank's i-th flat fp32 master tensor (the tensor that the optimizer sees), `fragments` says what
-    lies in it. With stage 0 every rank holds everything (`replicated`); else the ranks' fragments are a partition of
-    the trained weights.
+    `flats[i]` is this rank's i-th flat fp32 master tensor, which the optimizer sees; `fragments` lists the parts of
+    parameters in all of them. In stage 0 every rank has all weights (`replicated`); in the others the ranks' fragments
+    are a partition of them.
+
+    engine: of deepspeed.initialize. prefix: taken off the parameters' names.
     """
 
-    def __init__(self, engine, prefix: str = ""):
+    def __init__(self, engine: DeepSpeedEngine, prefix: str = ""):
         check_deepspeed_version()
         self.engine = engine
-        self.optimizer = engine.optimizer
+        self.optimizer: Any = engine.optimizer
         self.stage: int = engine.zero_optimization_stage()
         self.named = [(name.removeprefix(prefix), p) for name, p in engine.module.named_parameters() if p.requires_grad]
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.named}
@@ -110,9 +127,8 @@ class ShardMap:
             self._skip_scaling_by_one()
             self._step_on_the_gradients_themselves()
         elif self.stage in (1, 2):
-            # Else its first step would tie the optimizer's state of that moment to every parameter, and state that is
-            # dropped (temporary sums of a Fisher, moments of a task that has ended) would stay in memory to the end of
-            # the run.
+            # Otherwise its first step ties the optimizer's state of that moment to every parameter. Dropped state
+            # (temporary sums of a Fisher, moments of the last task) would then stay in memory to the end of the run.
             self.optimizer._hp_optimizer_states_linked = True
         self.flats = self._find_flats()
         self.fragments = list(self._find_fragments())
@@ -167,13 +183,12 @@ class ShardMap:
     # --------------------------------------------------------------------------------------------------------- elements
 
     def view(self, fragment: Fragment, tensors: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """The fragment's elements, 1-D, in the master shard or in tensors of the same layout (state of one kind)."""
+        """The fragment's elements, 1-D, in the master weights or in `tensors` of their layout (state of one kind)."""
         flat = (self.flats if tensors is None else tensors)[fragment.flat]
         return flat.detach().view(-1)[fragment.start : fragment.start + fragment.length]
 
     def read(self, name: str, tensors: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """A whole parameter (or its state) on the CPU, on every rank: a collective call. Shape of the parameter, dtype
-        of the tensors."""
+        """Return a whole parameter (or its state) on the CPU, in the tensors' dtype. A collective call."""
         sample = (self.flats if tensors is None else tensors)[0]
         full = torch.zeros(_numel(self.shapes[name]), dtype=sample.dtype, device=self.engine.device)
         for fragment in self.fragments:
@@ -184,18 +199,19 @@ class ShardMap:
         return full.cpu().view(self.shapes[name])
 
     def write(self, name: str, value: torch.Tensor, tensors: list[torch.Tensor] | None = None) -> None:
-        """Puts a whole parameter (or its state) into the shards; every rank brings the same value. Call `publish` after
-        masters changed."""
+        """Write a whole parameter (or its state) into the shards. Every rank passes the same value.
+
+        Call `publish` after a change of the master weights.
+        """
         assert tuple(value.shape) == self.shapes[name], f"{name}: shape {tuple(value.shape)} is not {self.shapes[name]}"
         for fragment in self.fragments:
             if fragment.name == name:
-                self.view(fragment, tensors).copy_(
-                    value.reshape(-1)[fragment.offset : fragment.offset + fragment.length]
-                )
+                own = value.reshape(-1)[fragment.offset : fragment.offset + fragment.length]
+                self.view(fragment, tensors).copy_(own)
 
     def swap(self, tensors: list[torch.Tensor], chunk: int = 1 << 24) -> None:
-        """Exchanges the master weights with tensors of the same layout (the EMA) and publishes; a second call restores
-        them exactly."""
+        """Exchange the master weights with tensors of their layout (the EMA), and publish. A second call restores both
+        exactly."""
         for flat, other in zip(self.flats, tensors, strict=True):
             flat, other = flat.detach().view(-1), other.view(-1)
             for begin in range(0, flat.numel(), chunk):
@@ -206,7 +222,7 @@ class ShardMap:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Carries the master weights into the live model's weights, in the model's dtype."""
+        """Copy the master weights into the live model's weights, in the model's dtype."""
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()  # parameters that are still gathered would hide the new values
             for index in range(len(self.flats)):
@@ -222,16 +238,15 @@ class ShardMap:
     # -------------------------------------------------------------------------------------------------------- gradients
 
     def grad_norm(self) -> torch.Tensor | None:
-        """Global gradient norm that DeepSpeed took just before it called the optimizer; None where it takes none (stage
-        0, fp32)."""
+        """The global gradient norm that DeepSpeed took just before it called the optimizer; None where it takes none
+        (stage 0, fp32)."""
         norm = getattr(self.optimizer, "_global_grad_norm", None)
         if norm is None or self.stage == 0:
             return None
         return torch.as_tensor(norm, dtype=torch.float32, device=self.flats[0].device)
 
     def reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all shards of numbers that each rank took over its own shard. On stage 0 every rank already saw
-        everything."""
+        """Sum over all shards of numbers that each rank has for its own shards; in stage 0 every rank has the sum."""
         if self.replicated or dist.get_world_size() == 1:
             return values
         moved = values.to(self.engine.device)
@@ -239,29 +254,25 @@ class ShardMap:
         return moved.to(values.device)
 
     def _skip_scaling_by_one(self) -> None:
-        """Stage 3 multiplies all gradients by 1 / loss scale even when that is 1: a pass over the shard for nothing."""
+        """Save a pass over the shard: stage 3 multiplies all gradients by 1 / loss scale even when that is 1."""
         original = self.optimizer.unscale_and_clip_grads
 
-        def unscale(optimizer, sub_group_id, total_norm):
+        def unscale(optimizer: Any, sub_group_id: int, total_norm: torch.Tensor) -> None:
             if optimizer.loss_scale != 1.0 or optimizer.clip_grad > 0.0:
                 original(sub_group_id, total_norm)
 
         self.optimizer.unscale_and_clip_grads = types.MethodType(unscale, self.optimizer)
 
     def _step_on_the_gradients_themselves(self) -> None:
-        """Stage 3 flattens the reduced gradients for the step, which are slices of one flat buffer already: 4 bytes per
-        weight and a pass over the shard for nothing."""
+        """Save 4 bytes per weight and a pass over the shard: for the step, stage 3 flattens the reduced gradients,
+        although they are slices of one flat buffer."""
         original = self.optimizer._prepare_fp32_grad_for_sub_group
 
-        def prepare(optimizer, sub_group_id):
-            master, gradients = (
-                optimizer.fp32_partitioned_groups_flat[sub_group_id],
-                optimizer.grad_partitions_flat_buffer,
-            )
-            if len(optimizer.fp32_partitioned_groups_flat) > 1 or (gradients.shape, gradients.dtype) != (
-                master.shape,
-                master.dtype,
-            ):
+        def prepare(optimizer: Any, sub_group_id: int) -> None:
+            masters, gradients = optimizer.fp32_partitioned_groups_flat, optimizer.grad_partitions_flat_buffer
+            master = masters[sub_group_id]
+            fits = gradients.shape == master.shape and gradients.dtype == master.dtype
+            if len(masters) > 1 or not fits:
                 original(sub_group_id)
                 return
             master.grad = gradients
@@ -269,8 +280,8 @@ class ShardMap:
 
         self.optimizer._prepare_fp32_grad_for_sub_group = types.MethodType(prepare, self.optimizer)
 
-    def full_parameter(self, p: torch.nn.Parameter):
-        """Context in which a live parameter is whole on every rank, for reading."""
+    def full_parameter(self, p: torch.nn.Parameter) -> AbstractContextManager[Any]:
+        """A context in which a live parameter is whole on every rank, for reading."""
         if self.stage == 3:
             import deepspeed
 
@@ -279,10 +290,10 @@ class ShardMap:
 
 
 class UnshardedFp32Gradients:
-    """fp32 accumulation and reduction for stage 0 in bf16, which DeepSpeed only does in bf16 there.
+    """Accumulates and reduces gradients in fp32 for stage 0 in bf16, where DeepSpeed does so in bf16 only.
 
-    Call `add` after each backward (none of them at an accumulation boundary), `reduce` after the last, `hand_over`
-    inside the optimizer and `clear` after the step, which DeepSpeed may have skipped.
+    Call `add` after each backward (none of them at an accumulation boundary), `reduce` after the last one, `hand_over`
+    inside the optimizer, and `clear` after the step, also where DeepSpeed skipped it.
     """
 
     def __init__(self, shard_map: ShardMap):
@@ -298,13 +309,13 @@ class UnshardedFp32Gradients:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Mean over ranks. The bf16 copy is only for DeepSpeed's check that all gradients are finite."""
+        """Take the mean over ranks. Only DeepSpeed's check that all gradients are finite reads the bf16 copy."""
         for p, total in zip(self.live, self.sums, strict=True):
             dist.all_reduce(total)
             p.grad = total.div_(dist.get_world_size()).to(p.dtype)
 
     def hand_over(self, masters: list[torch.Tensor]) -> None:
-        """Gives the fp32 gradients to the master weights."""
+        """Set the fp32 gradients as those of the master weights."""
         for master, total in zip(masters, self.sums, strict=True):
             master.grad = total
 

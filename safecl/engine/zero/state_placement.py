@@ -1,17 +1,20 @@
-"""Where a run keeps its state, and whether the reference weights stay."""
+"""The places of a run's state by its config, and whether the run keeps the reference weights."""
 
 from __future__ import annotations
 
 import torch
 
 from safecl.config import RunConfig
-from safecl.engine.zero.placement import Placement, role_of
+from safecl.engine.zero.placement import StatePlacement, role_of
 
 
-def placement_of(config: RunConfig) -> Placement:
-    """Fisher information follows the dtype of the run: its own error is several percent, that of bf16 0.2 %."""
+def placement_of(config: RunConfig) -> StatePlacement:
+    """The placement that the config asks for.
+
+    Fisher information has the dtype of the run: the estimate's own error is several percent, that of bf16 0.2 %.
+    """
     offload = config.deepspeed.offload
-    return Placement(
+    return StatePlacement(
         offload.reference,
         offload.fisher,
         offload.ema,
@@ -20,8 +23,10 @@ def placement_of(config: RunConfig) -> Placement:
 
 
 def needs_reference(config: RunConfig) -> bool:
-    """True where the reference store stays open when the first task begins: anchors or a streamed teacher read it. With
-    LoRA neither does, and a first task with `role: align` makes another model to pull to."""
+    """True where anchors or a streamed teacher read the reference store when the first task begins, so it stays open.
+
+    With LoRA neither reads it. A first task with `role: align` makes another model, to which anchors then pull.
+    """
     if config.model.lora is not None or config.tasks[0].role == "align":
         return False
     anchors = any(role_of(kind) == "reference" for settings in config.methods.values() for kind in settings.state_kinds)
@@ -29,5 +34,5 @@ def needs_reference(config: RunConfig) -> bool:
 
 
 def streams_theta_0(config: RunConfig) -> bool:
-    """True where a teacher of the first task that methods act on is the aligned model, streamed from host memory."""
+    """True where theta_0, streamed from host memory, is a teacher of the first task that methods act on."""
     return config.model.lora is None and not {"aligned", "previous"}.isdisjoint(config.online_teachers.values())

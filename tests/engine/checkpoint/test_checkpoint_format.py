@@ -20,7 +20,7 @@ from safecl.storage import durable
 from safecl.storage.durable import DamagedCheckpoint
 from safecl.storage.safetensors_file import read_header
 from tests.engine.checkpoint import checkpoint_files as files
-from tests.engine.passes.mutations import MUTATIONS, mutate
+from tests.engine.checkpoint.mutations import MUTATIONS, mutate
 
 
 @pytest.fixture

@@ -55,8 +55,8 @@ def test_buffers_that_a_checkpoint_holds_are_taken_from_it(tmp_path):
 
 
 def train_from_a_folder(path: str, steps: int = 3, **changes):
-    """Trains from the folder and from a plain model; (both states, the store's digest before and after, what still lies
-    in the store)."""
+    """Train from the folder; return the weights before and after, whether a trained tensor is a view of the store, and
+    whether the store is unchanged."""
     from safecl.engine.reference.loading import load_model
     from safecl.engine.reference.store import ReferenceStore
 
@@ -95,7 +95,7 @@ def test_every_stage_trains_its_own_copy_and_leaves_the_store_alone(rank_pool, t
 
 
 def segments_when_masters_are_made(path: str, keep_store: bool) -> tuple[int, int, bool]:
-    """How many segments of the store this rank maps when ZeRO-3 makes the master weights, and at the end."""
+    """Number of the store's segments that this rank maps when ZeRO-3 makes the master weights, and at the end."""
     import gc
     from unittest import mock
 
@@ -103,7 +103,7 @@ def segments_when_masters_are_made(path: str, keep_store: bool) -> tuple[int, in
 
     from safecl.distributed import collectives
     from safecl.engine.model.language_model import LanguageModel
-    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.micro_batches import MicroBatchLayout
     from safecl.engine.passes.training_engine import TrainingEngine
     from safecl.engine.reference.loading import load_model
 
@@ -120,7 +120,11 @@ def segments_when_masters_are_made(path: str, keep_store: bool) -> tuple[int, in
     assert len(filled) == 1 and store.where == "segment"
     with mock.patch.object(Stage3, "_create_fp32_partitions", look):
         engine = TrainingEngine(
-            LanguageModel(loaded), config, Layout(collectives.world_size(), 64, True), store, keep_store=keep_store
+            LanguageModel(loaded),
+            config,
+            MicroBatchLayout(collectives.world_size(), 64, True),
+            store,
+            keep_store=keep_store,
         )
     return seen[0], len(mapped_segments() - before), engine.store is not None
 

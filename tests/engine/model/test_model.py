@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from safecl.config import ConfigError, ModelConfig
-from safecl.engine.model import language_model as engine_model
+from safecl.engine.model.checks import check_head, check_packing
+from safecl.engine.model.language_model import LanguageModel
+from safecl.engine.model.settings import choose_attention
 from safecl.engine.reference import loading
 from tests.engine import scenes
 from tests.engine.passes import oracle
@@ -41,8 +43,8 @@ def gradient_vector(module) -> torch.Tensor:
 def test_the_fused_head_gives_the_loss_and_gradient_of_the_plain_model(family, tied, packed):
     data = scenes.random_dataset(5, seed=4)
     rows = data.rows(range(5))
-    wrapped = engine_model.LanguageModel(scenes.tiny_model(tied, family=family))
-    assert engine_model.check_head(wrapped)
+    wrapped = LanguageModel(scenes.tiny_model(tied, family=family))
+    assert check_head(wrapped)
     loss = wrapped(task="loss", **loss_inputs(rows, packed))["loss"]
     loss.backward()
     plain = scenes.tiny_model(tied, family=family)
@@ -56,7 +58,7 @@ def test_the_fused_head_gives_the_loss_and_gradient_of_the_plain_model(family, t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_softcap_by_a_name_that_is_not_known_is_found_where_logits_are_too_small_to_show_it(monkeypatch, dtype):
     """Logits near 1 under a cap of 30 differ by less than a bf16 number's last digit."""
-    wrapped = engine_model.LanguageModel(scenes.tiny_model(dtype=dtype))
+    wrapped = LanguageModel(scenes.tiny_model(dtype=dtype))
     inner = wrapped.model.forward
 
     def capped(**inputs):
@@ -64,9 +66,9 @@ def test_a_softcap_by_a_name_that_is_not_known_is_found_where_logits_are_too_sma
         output.logits = 30.0 * torch.tanh(output.logits / 30.0)
         return output
 
-    assert engine_model.check_head(wrapped)
+    assert check_head(wrapped)
     monkeypatch.setattr(wrapped.model, "forward", capped)
-    assert not engine_model.check_head(wrapped)
+    assert not check_head(wrapped)
 
 
 class ScaledHead(torch.nn.Module):
@@ -82,7 +84,7 @@ class ScaledHead(torch.nn.Module):
 
 
 def with_scaled_head():
-    wrapped = engine_model.LanguageModel(scenes.tiny_model())
+    wrapped = LanguageModel(scenes.tiny_model())
     wrapped.model.lm_head = ScaledHead(wrapped.model.lm_head)
     return wrapped
 
@@ -90,7 +92,7 @@ def with_scaled_head():
 def test_a_head_that_is_more_than_linear_is_found_and_the_models_own_logits_are_used():
     rows = scenes.random_dataset(5, seed=4).rows(range(5))
     wrapped = with_scaled_head()
-    assert not engine_model.check_head(wrapped)
+    assert not check_head(wrapped)
     loss = wrapped(task="loss", **loss_inputs(rows))["loss"]
     expected = torch.cat([oracle.row_nll(wrapped.model, row) for row in rows]).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -104,7 +106,7 @@ def test_own_logits_and_fused_head_agree_on_distillation(divergence):
     rows = scenes.random_dataset(4, seed=5).rows(range(4))
     results = []
     for fused in (True, False):
-        wrapped = engine_model.LanguageModel(scenes.tiny_model(family="gemma"))
+        wrapped = LanguageModel(scenes.tiny_model(family="gemma"))
         wrapped.fused = fused
         inputs = loss_inputs(rows)
         with torch.no_grad():
@@ -131,8 +133,8 @@ def test_own_logits_and_fused_head_agree_on_distillation(divergence):
 
 
 def test_packed_documents_that_see_each_other_are_refused(monkeypatch):
-    wrapped = engine_model.LanguageModel(scenes.tiny_model())
-    engine_model.check_packing(wrapped)
+    wrapped = LanguageModel(scenes.tiny_model())
+    check_packing(wrapped)
     forward = type(wrapped.model).forward
 
     def leaking(self, *arguments, position_ids=None, **options):
@@ -140,7 +142,7 @@ def test_packed_documents_that_see_each_other_are_refused(monkeypatch):
 
     monkeypatch.setattr(type(wrapped.model), "forward", leaking)
     with pytest.raises(ConfigError, match="packed documents see each other"):
-        engine_model.check_packing(wrapped)
+        check_packing(wrapped)
 
 
 def test_models_that_are_not_supported_are_refused_by_name(tmp_path):
@@ -154,5 +156,5 @@ def test_models_that_are_not_supported_are_refused_by_name(tmp_path):
 
 
 def test_attention_is_chosen_by_what_is_there_and_says_why():
-    assert engine_model.choose_attention("auto") == ("sdpa", "no GPU") or torch.cuda.is_available()
-    assert engine_model.choose_attention("eager")[0] == "eager"
+    assert choose_attention("auto") == ("sdpa", "no GPU") or torch.cuda.is_available()
+    assert choose_attention("eager")[0] == "eager"

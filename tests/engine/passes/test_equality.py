@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.engine import scenes
-from tests.engine.passes import oracle
+from tests.engine.passes import oracle, step_scenes
 
 STEPS, SEED = 10, 3
 METHODS = {
@@ -94,7 +94,7 @@ def test_padded_batches_equal_packed_ones(rank_pool):
 
 def test_the_setting_has_what_makes_it_hard(rank_pool):
     """Accumulation, unequal lengths, clipping at work, and a rank without replay tokens in some step."""
-    shapes = rank_pool(2).run(scenes.shape_of_steps, steps=STEPS, methods=METHODS)
+    shapes = rank_pool(2).run(step_scenes.shape_of_steps, steps=STEPS, methods=METHODS)
     assert max(shape["micro_batches"] for shape in shapes[0]) >= 2
     assert any(0 in (a["replay_targets"], b["replay_targets"]) for a, b in zip(*shapes, strict=True))
     assert all(shape["grad_norm"] > 1.0 for shape in shapes[0][:3])
@@ -107,7 +107,7 @@ MUTATIONS = ["ema_no_op", "penalty_sign", "fisher_doubled", "clip_off", "normali
 def test_a_broken_step_does_not_pass(rank_pool, mutation):
     """The proof above bites: each of these mistakes exceeds its limit."""
     found = rank_pool(2).run(
-        scenes.train_broken, mutation=mutation, steps=STEPS, methods=METHODS, deepspeed={"stage": 2}
+        step_scenes.train_broken, mutation=mutation, steps=STEPS, methods=METHODS, deepspeed={"stage": 2}
     )[0]
     assert max(errors_of(found).values()) > 3 * LIMIT, errors_of(found)
 
@@ -122,7 +122,7 @@ def test_bf16_on_one_rank_is_bitwise_equal_to_a_loop_with_the_same_head(rank_poo
     }  # every stage sums the norm in its own order
     changes = dict(methods={"ema": {"decay": 0.9}}, model=model, train=train, deepspeed={"stage": stage})
     found = rank_pool(1).run(scenes.train_to_state, steps=STEPS, bf16=True, memory=None, **changes)[0]
-    reference = rank_pool(1).run(scenes.bf16_reference, steps=STEPS, ema_decay=0.9)[0]
+    reference = rank_pool(1).run(step_scenes.bf16_reference, steps=STEPS, ema_decay=0.9)[0]
     for kind in ("weights", "ema"):
         for name, value in reference[kind].items():
             assert torch.equal(found[kind][name], value), (kind, name)
@@ -152,6 +152,6 @@ def test_bf16_gradients_are_accumulated_and_reduced_in_fp32(rank_pool, stage):
     model = {"path": "unused", "dtype": "bf16", "gradient_checkpointing": False}
     train = {"tokens_per_microbatch": 24, "max_length": 24}
     changes = dict(memory=None, model=model, train=train, deepspeed={"stage": stage})
-    found = rank_pool(2).run(scenes.bf16_gradient, **changes)[0]
-    expected = scenes.summed_bf16_gradients()
+    found = rank_pool(2).run(step_scenes.bf16_gradient, **changes)[0]
+    expected = step_scenes.summed_bf16_gradients()
     assert oracle.relative_distance(found, expected) <= 5e-4

@@ -1,4 +1,4 @@
-"""`gradient_pass` and what can be done with a gradient, on two ranks in every ZeRO stage, against plain PyTorch."""
+"""`gradient_pass` with each of its actions, on two ranks in every ZeRO stage, against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def expected() -> dict:
 
 
 def use_all_primitives(**changes) -> dict:
-    """What the engine makes of the same, by name; and whether weights and moments were touched where they must not
-    be."""
+    """The engine's results for the same, by name, and whether weights and moments stayed where they must."""
     run, task = scenes.make_run(scenes.run_config(memory=None, **changes))
     engine, optimizer, shards = run.engine, run.engine.optimizer, run.engine.shards
     start = scenes.state_of(run)["weights"]

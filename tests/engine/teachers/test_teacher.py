@@ -1,5 +1,4 @@
-"""The streamed teacher says what the plain model says, for every architecture, packed or not, through whichever
-buffers."""
+"""The streamed teacher gives the plain model's outputs, for every architecture, packed or not, through any buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +9,8 @@ import transformers as T
 from safecl.engine.model.structure import empty_model
 from safecl.engine.passes.step_rows import Question
 from safecl.engine.reference.store import ReferenceStore
-from safecl.engine.teachers.streamed import StreamedTeacher, TeacherBatch, _head_slices
+from safecl.engine.teachers.questions import TeacherBatch
+from safecl.engine.teachers.streamed import StreamedTeacher, head_slices
 from safecl.engine.teachers.weight_stream import WeightStream, unit_bytes
 from safecl.kernels import linear_topk
 from tests.engine.scenes import VOCAB
@@ -185,7 +185,7 @@ def test_slices_of_the_head_are_the_whole_in_multiples_of_a_tile_and_none_is_too
     source = {"weight": head.weight.detach(), "bias": head.bias.detach()}
     reader = type("Source", (), {"tensor": staticmethod(source.__getitem__)})
     keys = {id(head.weight): "weight", id(head.bias): "bias"}
-    slices = _head_slices(head, keys, reader, None, most * 4 * 4)
+    slices = head_slices(head, keys, reader, None, most * 4 * 4)
     for name, whole in source.items():
         assert torch.equal(torch.cat([unit[name] for _, unit in slices]), whole)
     lengths = [len(unit["weight"]) for _, unit in slices]

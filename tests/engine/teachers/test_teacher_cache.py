@@ -1,4 +1,4 @@
-"""The shared cache of teacher outputs: made on any number of ranks, gone on with, and what training makes of it."""
+"""The shared cache of teacher outputs: written on any number of ranks, continued, and used by training."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def forward_engine(stage: int):
     from safecl.distributed import collectives
     from safecl.engine.model.language_model import LanguageModel
     from safecl.engine.passes.forward_engine import ForwardEngine
-    from safecl.engine.passes.micro_batches import Layout
+    from safecl.engine.passes.micro_batches import MicroBatchLayout
 
     collectives.init_distributed()
-    layout = Layout(collectives.world_size(), 64, packed=True)
+    layout = MicroBatchLayout(collectives.world_size(), 64, packed=True)
     with contextlib.redirect_stdout(io.StringIO()):
         return ForwardEngine(LanguageModel(tiny_model()), layout, dtype="fp32", sharding=DeepSpeedConfig(stage=stage))
 

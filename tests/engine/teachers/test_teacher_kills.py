@@ -1,4 +1,4 @@
-"""kill -9 of runs that lean on what the aligned model has said: the same command ends them like an undisturbed run."""
+"""kill -9 of runs that use recorded outputs: the same command ends them like an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the step does with penalties, clipping and non-finite gradients, through the real engine on two ranks."""
+"""A step with penalties, clipping and non-finite gradients, through the real engine on two ranks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ EWC = {"strength": 2.0, "sign_batches": 4, "rows_per_batch": 4}
 
 
 def steps_with(plan_changes: dict, num_penalties: int, steps: int = 3, **changes):
-    """Weights after steps with L2 pulls to the start (strength 2, then 1), started away from the anchor, and what each
+    """Weights after steps with L2 pulls (strengths 2 and 1) to an anchor away from the start, and the penalty that each
     step reported."""
-    from safecl.engine.zero.optimizer import UpdatePlan
+    from safecl.engine.zero.update import UpdatePlan
     from safecl.methods.terms import Penalty
 
     run, task = scenes.make_run(scenes.run_config(**changes))
@@ -35,7 +35,7 @@ def steps_with(plan_changes: dict, num_penalties: int, steps: int = 3, **changes
 
 
 def expected_steps(scope: str, strengths: list[float], steps: int = 3, proximal: bool = False):
-    """The same by hand: clip the loss's gradient alone or together with the pulls."""
+    """The same by hand, where the loss's gradient is clipped alone or together with the pulls."""
     from tests.engine.passes.test_equality import rows_of_steps
 
     model = scenes.tiny_model()
@@ -164,11 +164,11 @@ def test_the_pull_to_the_anchor_mixes_the_start_in_every_k_steps(rank_pool):
 
 
 def tensors_given_huge_pages(**changes):
-    """Addresses that the engine asks huge pages for by the end of the first step, those of what the pass streams, and
-    later requests."""
+    """Addresses for which the engine asks huge pages, addresses of all tensors that the pass reads, and the number of
+    requests after each step."""
     from unittest import mock
 
-    from safecl.engine.zero.optimizer import UpdatePlan
+    from safecl.engine.zero.update import UpdatePlan
 
     run, task = scenes.make_run(scenes.run_config(**changes))
     run.view.set_anchor()

@@ -1,5 +1,5 @@
-"""Where anchor, Fisher and EMA live changes nothing but memory: read from the store or beside the shard, in one piece
-or in chunks."""
+"""The places of anchor, Fisher and EMA change nothing but memory: in the store or beside the shard, in one piece or in
+chunks."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def deepspeed(stage: int, optimizer: str, reference: str) -> dict:
 
 
 def train(path: str, steps: int = 3, dtype: str = "bf16", **changes):
-    """Trains from a model folder; state, penalties by step, anchor shards' errors against the file, and what is kept
-    per rank."""
+    """Train from a model folder; return state, penalties by step, the number of the anchor's parts that differ from the
+    file, and this rank's kinds of state."""
     from safecl.engine.reference.loading import load_model
 
     model = {"path": path, "dtype": dtype, "gradient_checkpointing": False}

@@ -14,7 +14,7 @@ METHODS = {"ewc": {"sign_batches": 2, "rows_per_batch": 4}}
 
 
 def what_stays_alive(bf16: bool, **changes) -> list[str]:
-    """Kinds of state of a first task, by name, whose memory is still there when the second one has made a step."""
+    """Names of the first task's kinds of state whose memory is still there after a step of the second task."""
     from unittest import mock
 
     import torch
@@ -58,7 +58,7 @@ def test_sums_of_a_fisher_and_moments_of_a_task_that_has_ended_leave_memory(rank
 
 
 def steps_on_the_buffer(**changes) -> list[bool]:
-    """Of some steps, whether the optimizer saw DeepSpeed's buffer of reduced gradients itself."""
+    """Whether the optimizer saw DeepSpeed's buffer of reduced gradients itself, by step."""
     run, task = scenes.make_run(scenes.run_config(**changes))
     update, seen = run.engine.update, []
 

@@ -1,0 +1,36 @@
+"""Penalties of LoRA's products D = (alpha / r) B A, which are what the merged weights have moved from theta_0.
+
+D itself is never formed. A penalty is called with the model inside the model's forward pass, where ZeRO-3 has the
+factors at hand. Every rank's value counts 1 / world size, as the gradient's mean over ranks does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from safecl.engine.model.adapters import adapters
+
+AdapterPenalty = Callable[[nn.Module], torch.Tensor]
+"""A function of the model; returns a 0-dim fp32 tensor."""
+
+
+@dataclass(frozen=True)
+class EvenAdapterPenalty:
+    """0.5 * strength * sum ||(alpha / r) B A||_F^2 over the matching weights.
+
+    It needs r x r products only: ||B A||_F^2 = <B^T B, A A^T>.
+    """
+
+    strength: float
+    patterns: tuple[str, ...] = ()
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        total = torch.zeros(())
+        for _, module_a, module_b, scaling in adapters(model, self.patterns):
+            a, b = module_a.weight.float(), module_b.weight.float()
+            total = total.to(a.device) + scaling**2 * ((b.T @ b) * (a @ a.T)).sum()
+        return 0.5 * self.strength * total
