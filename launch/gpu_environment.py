@@ -1,6 +1,6 @@
 """First section of the GPU suite: it records the machine, and fails if the suite cannot run on it.
 
-    python launch/gpu_environment.py OUT.json
+python launch/gpu_environment.py OUT.json
 """
 
 from __future__ import annotations
