@@ -17,6 +17,8 @@ SECONDS_TO_GET_THERE = 240
 SHORT = """
 import sys
 from pathlib import Path
+import pytest
+
 from safecl.demo import materials, run
 materials.ALIGN_STEPS, materials.TASK_STEPS, materials.CHECKPOINT = 6, 12, {"every": 2, "keep": 1}
 safety, train = materials._safety, materials._train
@@ -52,6 +54,7 @@ def kill_when(process: subprocess.Popen, there: Path, lines: int) -> None:
     process.wait()
 
 
+@pytest.mark.long
 def test_a_demonstration_killed_in_an_arm_finishes_when_it_is_started_again(tmp_path):
     demo = tmp_path / "demo"
     kill_when(start(tmp_path), demo / "kept" / "metrics.jsonl", lines=5)

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 def test_every_deliberate_break_is_noticed(backend):
     if backend == "cpp" and shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_every_mutant_of_the_head_is_noticed(backend):
     if backend == "triton":

@@ -31,6 +31,7 @@ def proof(tmp_path_factory):
     return done.stdout, json.loads((folder / "proof.json").read_text()), folder
 
 
+@pytest.mark.long
 def test_every_failure_is_seen_in_the_usual_way_and_safecl_is_right(proof):
     printed, results, _ = proof
     findings = {finding["name"]: finding for finding in results["findings"]}
@@ -43,6 +44,7 @@ def test_every_failure_is_seen_in_the_usual_way_and_safecl_is_right(proof):
     assert "5 of 5 failures seen here" in printed and "safecl is right in all" in printed
 
 
+@pytest.mark.long
 def test_the_kill_has_left_a_file_that_is_cut_off_and_a_save_of_safecls_that_was_under_way(proof):
     *_, folder = proof
     in_place = folder / "saved-in-place" / torn_save.TAG

@@ -60,10 +60,11 @@ def run_until_killed(folder: Path, offered: list, answers: int, seconds: float) 
     return struct.unpack("<q", told[-8:])[0] if told else 0
 
 
-def test_kill_9_at_200_random_instants_loses_nothing_but_the_rows_in_flight(tmp_path):
+@pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.long)])
+def test_kill_9_at_random_instants_loses_nothing_but_the_rows_in_flight(tmp_path, kills):
     offered = [with_teacher(row) if i % 3 == 0 else row for i, row in enumerate(rows(3000))]
     random, reached = np.random.default_rng(0), 0
-    for kill in range(200):
+    for kill in range(kills):
         if kill % 50 == 0:
             folder, reached = tmp_path / str(kill), 0
         acknowledged = run_until_killed(folder, offered, int(random.integers(0, 3)), float(random.exponential(0.002)))

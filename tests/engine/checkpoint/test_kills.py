@@ -3,6 +3,8 @@ on."""
 
 from __future__ import annotations
 
+import pytest
+
 from tests.engine.checkpoint import kill_scenes
 
 RUN = dict(methods={"er": {}, "ema": {"decay": 0.9}}, deepspeed={"stage": 2})
@@ -18,6 +20,7 @@ POINTS = [
 ]
 
 
+@pytest.mark.long
 def test_a_run_whose_ranks_are_killed_in_every_save_goes_on_from_the_old_or_the_new_checkpoint(rank_pool, tmp_path):
     expected = rank_pool(2).run(kill_scenes.reference, folder=str(tmp_path / "whole"), steps=len(POINTS), **RUN)[0]
     (tmp_path / "killed").mkdir()

@@ -80,7 +80,7 @@ BOTH = ONLINE | {"l2_sp": {"modules": "attention"}}
 
 @pytest.mark.parametrize(
     ("methods", "stage", "offload", "moves"),
-    [(ONLINE, 3, "none", True), (BOTH, 2, "cpu", False)],
+    [pytest.param(ONLINE, 3, "none", True, marks=pytest.mark.long), (BOTH, 2, "cpu", False)],
 )
 def test_once_the_anchor_has_moved_the_store_is_gone_also_after_a_resume(
     rank_pool, materials, tmp_path, methods, stage, offload, moves

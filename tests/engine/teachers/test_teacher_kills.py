@@ -83,6 +83,7 @@ def fit_and_die(tree: dict, cache: str, where: str) -> None:
         stop_scenes.fit(tree, cache)
 
 
+@pytest.mark.long
 def test_a_run_killed_in_its_cache_its_recording_and_its_steps_ends_like_an_undisturbed_one(
     rank_pool, materials, tmp_path
 ):
