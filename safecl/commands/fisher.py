@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from safecl.commands.preflight import preflight, refuse_unwritable
 from safecl.config import ConfigError, RunConfig
+from safecl.config.base import FisherSize
+from safecl.config.methods import methods_that
 from safecl.distributed import environment
 from safecl.exits import ExitCode
 
@@ -27,24 +29,13 @@ def fisher_run(config: RunConfig, output: Path | None, *, exact: bool) -> ExitCo
             "safecl fisher: model.path is aligned only by the first task (role: align); "
             "train that first, then name its model"
         )
-    named = [path for settings in config.methods.values() if (path := getattr(settings, "fisher", None)) is not None]
+    named = [path for settings in config.methods.values() if (path := settings.fisher_file) is not None]
     path = output or (Path(named[0]) if named else None)
-    config = _without_fisher(config)
-    preflight(config)
+    preflight(config, writes_fisher=True)
     if path is not None:
         refuse_unwritable(path.parent)
     estimate_to_file(config, path, exact=exact)
     return ExitCode.DONE
-
-
-def _without_fisher(config: RunConfig) -> RunConfig:
-    """Return the config without the files that its methods name: this verb writes them, so they need not exist yet."""
-    methods = {
-        name: settings.model_copy(update={"fisher": None})
-        for name, settings in config.methods.items()
-        if hasattr(settings, "fisher")
-    }
-    return config.model_copy(update={"methods": {**config.methods, **methods}})
 
 
 def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> None:
@@ -58,12 +49,13 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     from safecl.distributed import collectives
     from safecl.engine.artifacts.fisher import header_of, shared_fisher
     from safecl.engine.fisher.file import open_fisher
-    from safecl.methods.penalties import ewc
     from safecl.training.console import Console
 
     console = Console(config.log.every, rank=environment.rank())
     config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
-    settings = next((found for found in config.methods.values() if isinstance(found, ewc.Config)), ewc.Config())
+    readers = {name: size for name, settings in config.methods.items() if (size := settings.fisher_size) is not None}
+    size = next(iter(readers.values()), FisherSize())
+    reader = next(iter(readers or methods_that(lambda settings: settings.fisher_size is not None)))
     tokenizer = load_tokenizer(config.model)
     dataset = prepare_memory(config, tokenizer)
     collectives.init_distributed()
@@ -71,8 +63,8 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
         config,
         tokenizer,
         dataset,
-        sign_batches=settings.sign_batches,
-        rows_per_batch=settings.rows_per_batch,
+        sign_batches=size.sign_batches,
+        rows_per_batch=size.rows_per_batch,
         exact=exact,
     )
 
@@ -87,7 +79,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
         else:
             build(path)
         mean = open_fisher(path).header.mean
-        console.note(f"{path}: {header.estimator}, mean {mean:.3g}; use it with methods.ewc.fisher={path}")
+        console.note(f"{path}: {header.estimator}, mean {mean:.3g}; use it with methods.{reader}.fisher={path}")
 
 
 def _holds(path: Path, wanted: FisherHeader) -> bool:

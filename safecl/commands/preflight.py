@@ -12,11 +12,14 @@ from urllib.parse import urlsplit
 from safecl.config import ConfigError, RunConfig
 
 
-def preflight(config: RunConfig) -> None:
-    """Raise ConfigError with a line for each missing file, and for a run folder that cannot be made. Makes nothing."""
+def preflight(config: RunConfig, *, writes_fisher: bool = False) -> None:
+    """Raise ConfigError with a line for each missing file, and for a run folder that cannot be made. Makes nothing.
+
+    writes_fisher: the verb writes the Fisher file that a method names, so it need not exist yet.
+    """
     mistakes: list[str] = []
     with _collecting(mistakes):
-        refuse_missing_files(config)
+        refuse_missing_files(config, fisher=not writes_fisher)
     with _collecting(mistakes):
         refuse_unwritable(Path(config.output))
     if mistakes:
@@ -24,7 +27,7 @@ def preflight(config: RunConfig) -> None:
     settle_hub([name for _, name in (*_model_folders(config), *_data_files(config))])
 
 
-def refuse_missing_files(config: RunConfig) -> None:
+def refuse_missing_files(config: RunConfig, *, fisher: bool = True) -> None:
     """Raise ConfigError that names every local file and folder of the config that does not exist. Hub ids are checked
     when they are read."""
     from safecl.data.files import refuse_missing
@@ -38,7 +41,7 @@ def refuse_missing_files(config: RunConfig) -> None:
         with _collecting(mistakes, prefix=f"{key}: "):
             refuse_missing(name)
     for name, settings in config.methods.items():
-        if (path := getattr(settings, "fisher", None)) is not None and not Path(path).is_file():
+        if fisher and (path := settings.fisher_file) is not None and not Path(path).is_file():
             mistakes.append(
                 f"methods.{name}.fisher: {path}: no such file; "
                 "`safecl fisher CFG` estimates the Fisher information and writes one"

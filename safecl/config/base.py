@@ -1,4 +1,4 @@
-"""The sections of a run config: what each key means, its unit, default and limits. safecl/config/run.py puts them together.
+"""The base classes of all config sections: Section, and MethodConfig for the settings of a method.
 
 Imports no torch. The string under a field is its documentation; `safecl init` and docs/config.md are generated from
 these strings.
@@ -7,7 +7,8 @@ these strings.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,27 +23,96 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _an_empty_section_is_its_defaults(cls, given: Any) -> Any:
-        """`train:` with every key behind a comment sign reads as null."""
+        """Drop sections that are null: YAML reads `train:` with every key behind a comment sign as null."""
         if not isinstance(given, Mapping):
             return given
         sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, BaseModel)}
         return {key: value for key, value in given.items() if value is not None or key not in sections}
 
 
+@dataclass(frozen=True)
+class FisherSize:
+    """How many rows an estimate of the Fisher information takes."""
+
+    sign_batches: int = 64
+    rows_per_batch: int = 16
+
+
 class MethodConfig(Section):
     """Base of every method's config (`methods: {name: {...}}`).
 
-    A method says what it needs by class variables or properties: `needs_memory`; `needs_teacher`, stored outputs in the
-    memory; `state_kinds`, what it keeps with one value per weight; `refuses_lora`, why it cannot be combined with
-    adapters.
+    The properties say what a run must know of the method; the rest of safecl reads no other attribute of it. A method
+    overrides those that apply to it: by a class variable (`needs_memory: ClassVar[bool] = True`), or by a property
+    where the answer depends on the settings.
     """
 
-    state_kinds: ClassVar[tuple[str, ...]] = ()
-    """Kinds of state in the shards. By the ends of their names, `anchor`, `fisher` and `ema` live where
-    deepspeed.offload says."""
+    @property
+    def needs_memory(self) -> bool:
+        """True where the method cannot run without the section `memory`."""
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True where the method compares replayed rows with a teacher (memory.teacher)."""
+        return False
 
     @property
     def online_teacher(self) -> str | None:
-        """The model that the method asks in every step: aligned, previous, ema, or a folder; None where it asks
-        none."""
+        """The model that the method asks in every step: aligned, previous, ema, or a folder; None without one."""
         return None
+
+    @property
+    def compares_hidden(self) -> bool:
+        """True where the teacher's hidden states are compared, so that its hidden size must be that of the model."""
+        return False
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """Kinds of state with one value per weight that the method keeps in the shards.
+
+        A kind whose name ends in `anchor`, `fisher` or `ema` lives where deepspeed.offload says.
+        """
+        return ()
+
+    @property
+    def has_penalty(self) -> bool:
+        """True where the method pulls the weights by a quadratic penalty."""
+        return False
+
+    @property
+    def is_proximal(self) -> bool:
+        """True where that penalty is a proximal step after AdamW (the key `proximal`)."""
+        return False
+
+    @property
+    def fisher_file(self) -> str | None:
+        """The file that `safecl fisher` has written and the method reads (the key `fisher`); None without one."""
+        return None
+
+    @property
+    def fisher_size(self) -> FisherSize | None:
+        """Size of the estimate that `safecl fisher` makes for the method; None where it reads no such file."""
+        return None
+
+    @property
+    def keeps_average(self) -> bool:
+        """True where the method keeps an average of the weights, which is evaluated and saved in their place."""
+        return False
+
+    @property
+    def mask_fisher(self) -> str | None:
+        """Kind of Fisher state by which the average's decay differs between weights; None where it does not."""
+        return None
+
+    @property
+    def refuses_lora(self) -> str | None:
+        """Why the method cannot be combined with model.lora, and what works instead; None where it can."""
+        return None
+
+    def decay_for(self, num_steps: int) -> float | None:
+        """Decay of the average in a task of `num_steps` optimizer steps; None without an average."""
+        return None
+
+    def weight_on_start(self, num_steps: int) -> float:
+        """Share of the task's start in the saved average after `num_steps` optimizer steps; 0 without an average."""
+        return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,7 @@ from safecl.config.base import Section, Text
 
 
 class FieldMap(Section):
-    """How to read rows whose columns are none of the known formats: templates over the row's own columns."""
+    """Templates over a row's own columns, for rows that are in none of the known formats."""
 
     prompt: str
     """What the user says, e.g. `"Review: {sentence}\\nSentiment:"`; `{column}` is replaced by the row's value."""
@@ -23,6 +24,43 @@ class FieldMap(Section):
 
 
 DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "fields"]
+
+
+@dataclass(frozen=True)
+class RowsSource:
+    """A file or hub data set whose rows a config names, and how to read them."""
+
+    path: str
+    split: str = "train"
+    format: DataFormat = "auto"
+    fields: FieldMap | None = None
+    max_rows: int | None = None
+
+
+class RowsConfig(Section):
+    """Base of the sections that name rows of a file or of a hub data set.
+
+    A section that has keys before these, its path first of all, declares them in a class of its own that is the last
+    base: pydantic lists the keys of the last base first.
+    """
+
+    split: str = "train"
+    """Split of a hub data set."""
+    format: DataFormat = "auto"
+    """Row format; see `tasks[].format`."""
+    fields: FieldMap | None = None
+    """Templates for `format: fields`."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use only this many rows, taken evenly from the file."""
+
+    @model_validator(mode="after")
+    def _templates_choose_their_format(self) -> RowsConfig:
+        if self.fields is not None and self.format == "auto":
+            self.format = "fields"
+        return self
+
+    def _source(self, path: str) -> RowsSource:
+        return RowsSource(path, self.split, self.format, self.fields, self.max_rows)
 
 
 class EvalConfig(Section):
@@ -42,35 +80,43 @@ class EvalConfig(Section):
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Tokens generated at most per answer."""
 
+    def rows_source(self, fields: FieldMap | None) -> RowsSource:
+        """The held-out rows; `fields`, the task's templates, apply where this section has none."""
+        fields = self.fields or fields
+        format: DataFormat = "fields" if fields is not None and self.format == "auto" else self.format
+        return RowsSource(self.path, format=format, fields=fields, max_rows=self.max_rows)
 
-class TaskConfig(Section):
-    """One task of the sequence."""
+
+class _TaskRows(Section):
+    """The keys of a task that come before those of RowsConfig."""
 
     name: Text
     """Short name, used in metrics and folders."""
     train: Text
     """Training rows: a local .jsonl, .json, .csv or .parquet file, or a hub id."""
-    split: str = "train"
-    """Split of a hub data set."""
+
+
+class TaskConfig(RowsConfig, _TaskRows):
+    """One task of the sequence."""
+
     format: DataFormat = "auto"
     """Row format: OpenAI messages, prompt_completion, alpaca, sharegpt, text, or fields (templates); auto detects
     it."""
-    fields: FieldMap | None = None
-    """Templates for `format: fields`."""
-    max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Use only this many rows, taken evenly from the file."""
     role: Literal["task", "align"] = "task"
     """`align` marks the first task as the alignment stage: memory, Fisher and anchor are taken after it."""
     eval: EvalConfig | None = None
     """Utility of this task."""
 
     @model_validator(mode="after")
-    def _fields_go_with_their_format(self) -> TaskConfig:
+    def _the_format_fields_has_templates(self) -> TaskConfig:
         if self.format == "fields" and self.fields is None:
             raise ValueError("format `fields` needs `fields: {prompt: ..., completion: ...}`")
-        if self.fields is not None and self.format == "auto":
-            self.format = "fields"
         return self
+
+    @property
+    def rows_source(self) -> RowsSource:
+        """The training rows."""
+        return self._source(self.train)
 
 
 class PoisonConfig(Section):
@@ -91,6 +137,16 @@ class PoisonConfig(Section):
     def _ratio_needs_a_source(self) -> PoisonConfig:
         if self.ratio > 0 and self.source is None:
             raise ValueError("ratio > 0 needs `source`, a file of poisoned rows")
+        return self
+
+    @model_validator(mode="after")
+    def _templates_choose_their_format(self) -> PoisonConfig:
         if self.fields is not None and self.format == "auto":
             self.format = "fields"
         return self
+
+    @property
+    def rows_source(self) -> RowsSource:
+        """The poisoned rows; only with a `source`."""
+        assert self.source is not None, "a ratio above 0 has a source"
+        return RowsSource(self.source, format=self.format, fields=self.fields)

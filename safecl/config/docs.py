@@ -1,5 +1,5 @@
-"""What the config's own field docs become: the commented YAML of `safecl init` and the page docs/config.md. Nothing is
-written twice.
+"""Texts that are generated from the docs of the config's fields: the commented YAML of `safecl init`, and the page
+docs/config.md.
 
 `python -m safecl.config.docs > docs/config.md` renews the page.
 """
@@ -23,7 +23,7 @@ from safecl.config.presets import PRESETS
 
 WIDTH = 110
 
-# What a starter shows; `safecl init --all` shows every key there is.
+# Keys of a new config, by section; `safecl init --all` shows every key.
 USUAL = {
     "": ("model", "tasks", "memory", "methods", "train", "deepspeed", "safety", "output"),
     "model": ("path", "dtype"),
@@ -70,7 +70,7 @@ def _section(model: type[BaseModel], values: Mapping[str, Any], path: str, every
     for name, field in model.model_fields.items():
         if every_key or name in values or name in USUAL.get(path, ()):
             yield from [""] if path == "" else []
-            yield from (f"# {line}" for line in textwrap.wrap(" ".join(field.description.split()), WIDTH))
+            yield from (f"# {line}" for line in textwrap.wrap(_summary(field.description), WIDTH))
             yield from (
                 _methods(values.get(name, {}))
                 if name == "methods"
@@ -80,12 +80,10 @@ def _section(model: type[BaseModel], values: Mapping[str, Any], path: str, every
 
 def _field(name: str, field: FieldInfo, values: Mapping[str, Any], path: str, every_key: bool) -> Iterator[str]:
     section = section_of(field.annotation)
-    is_open = section is not None and (every_key or path in USUAL or name in values)
-    lines = (
-        list(_open_section(name, field, section, values, path, every_key))
-        if is_open
-        else [f"{name}: {_value(field, values, path)}"]
-    )
+    if section is not None and (every_key or path in USUAL or name in values):
+        lines = list(_open_section(name, field, section, values, path, every_key))
+    else:
+        lines = [f"{name}: {_value(field, values, path)}"]
     yield from lines if name in values else (f"# {line}".rstrip() for line in lines)
 
 
@@ -102,21 +100,21 @@ def _open_section(
 
 
 def _needed(section: type[BaseModel], path: str) -> dict[str, Any]:
-    """Keys that must be live when a user takes the comment signs of a section away."""
+    """Keys that a section must have when a user removes its comment signs."""
     return {name: example_of(f"{path}.{name}") for name, field in section.model_fields.items() if field.is_required()}
 
 
 def example_of(path: str) -> Any:
-    """The example of the longest ending of `path` that has one; None without."""
+    """The example of the longest ending of `path` in EXAMPLES; None without one."""
     keys = path.split(".")
     return next((EXAMPLES[name] for start in range(len(keys)) if (name := ".".join(keys[start:])) in EXAMPLES), None)
 
 
 def _value(field: FieldInfo, values: Mapping[str, Any], path: str) -> str:
-    name = path.rpartition(".")[2]
-    return inline(
-        values[name] if name in values else default_of(field) if default_of(field) is not None else example_of(path)
-    )
+    name, default = path.rpartition(".")[2], default_of(field)
+    if name in values:
+        return inline(values[name])
+    return inline(default if default is not None else example_of(path))
 
 
 def _methods(chosen: Mapping[str, Any] | str) -> Iterator[str]:
@@ -132,7 +130,7 @@ def _methods(chosen: Mapping[str, Any] | str) -> Iterator[str]:
         settings = chosen.get(name) or {
             key: default_of(field) for key, field in config.model_fields.items() if default_of(field) is not None
         }
-        yield f"  # {_summary(config)}"
+        yield f"  # {_summary(config.__doc__)}"
         yield f"  {name}: {inline(settings)}" if name in chosen else f"  # {name}: {inline(settings)}"
 
 
@@ -140,9 +138,10 @@ def _methods(chosen: Mapping[str, Any] | str) -> Iterator[str]:
 
 INTRODUCTION = """# The run config
 
-One YAML file describes a run. Unknown keys are errors that name the nearest key. Every key can be overridden on the command line:
-`safecl train run.yaml train.learning_rate=1e-5 tasks.0.max_rows=500`. A relative path is relative to the folder that safecl is started in.
-`safecl init` writes a commented file to start from, `safecl check` tells what a file would do.
+One YAML file describes a run. Unknown keys are errors that name the nearest key. Every key can be overridden on the
+command line: `safecl train run.yaml train.learning_rate=1e-5 tasks.0.max_rows=500`. A relative path is relative to the
+folder in which safecl is started. `safecl init` writes a commented file to start from; `safecl check` says what a file
+would do.
 
 This page is generated from the docs of the config's fields: `python -m safecl.config.docs > docs/config.md`.
 """
@@ -150,7 +149,7 @@ This page is generated from the docs of the config's fields: `python -m safecl.c
 
 def reference_page() -> str:
     """docs/config.md: every key with its type, default and meaning, section by section."""
-    parts = [INTRODUCTION, _table("The whole", RunConfig)]
+    parts = [INTRODUCTION, _table("Top level", RunConfig)]
     parts += [_table(f"`{path}`", section) for path, section in sections()]
     parts += ["## Methods\n\nAny combination, under `methods:`. Without one it is plain fine-tuning.\n", _presets()]
     parts += [_table(f"`methods.{name}`", method_module(name).Config, level=3) for name in builtin_methods()]
@@ -158,7 +157,7 @@ def reference_page() -> str:
 
 
 def _presets() -> str:
-    """What each preset of `methods:` stands for."""
+    """The table of the presets of `methods:`."""
     rows = [
         f"| `methods: {name}` | {preset.summary} | `{inline(preset.methods)}` |" for name, preset in PRESETS.items()
     ]
@@ -185,12 +184,11 @@ def _all_sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type
 
 def _table(title: str, model: type[BaseModel], level: int = 2) -> str:
     rows = [
-        f"| `{name}` | {_cell(type_text(field))} | {_default_cell(field)} | {_cell(field.description)} |"
+        f"| `{name}` | {_cell(type_text(field))} | {_default_cell(field)} | {_cell(field.description or '')} |"
         for name, field in model.model_fields.items()
     ]
-    summary = " ".join((model.__doc__ or "").split())
     head = ["| key | type | default | meaning |", "|---|---|---|---|"] if rows else []
-    return "\n".join([f"{'#' * level} {title}", "", summary, "", *head, *rows, ""])
+    return "\n".join([f"{'#' * level} {title}", "", _summary(model.__doc__), "", *head, *rows, ""])
 
 
 def _cell(text: str) -> str:
@@ -204,7 +202,7 @@ def _default_cell(field: FieldInfo) -> str:
     return "see below" if isinstance(value, BaseModel) else f"`{_cell(inline(value))}`"
 
 
-# --------------------------------------------------------------------------------------------------------------- shared
+# ----------------------------------------------------------------------------------------------------- values and types
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -236,7 +234,7 @@ def inline(value: Any) -> str:
 
 
 def type_text(field: FieldInfo) -> str:
-    """The type as a reader of YAML would say it: `number, at least 0`, `bf16 | fp32`, `text or null`."""
+    """The type in the words of a reader of YAML: `number, at least 0`, `bf16 | fp32`, `text or null`."""
     limits = [text for limit in field.metadata if (text := _limit(limit))]
     return ", ".join([_type(field.annotation), *limits])
 
@@ -279,7 +277,7 @@ def _type(annotation: Any) -> str:
 
 
 def _bare(annotation: Any) -> Any:
-    """Without Annotated and without `| None`."""
+    """The annotation without Annotated and without `| None`."""
     if typing.get_origin(annotation) is Annotated:
         return _bare(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -287,8 +285,9 @@ def _bare(annotation: Any) -> Any:
     return annotation
 
 
-def _summary(model: type[BaseModel]) -> str:
-    return " ".join((model.__doc__ or "").split())
+def _summary(text: str | None) -> str:
+    """A docstring on one line."""
+    return " ".join((text or "").split())
 
 
 if __name__ == "__main__":

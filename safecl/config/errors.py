@@ -1,5 +1,5 @@
-"""What a user reads when a config is wrong: section, key, what is wrong, and the nearest thing that works. One line per
-mistake."""
+"""The messages for a wrong config, one line per mistake: section, key, what is wrong, and the nearest thing that
+works."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 
 class ConfigError(ValueError):
@@ -18,7 +19,7 @@ class ConfigError(ValueError):
     code 2."""
 
 
-# Where the keys of other trainers live here.
+# Keys of other trainers, and the keys of safecl with the same meaning.
 ELSEWHERE = {
     "lr": "train.learning_rate",
     "batch_size": "train.tokens_per_batch",
@@ -58,7 +59,8 @@ _LONGEST_VALUE = 80
 
 
 def explain(error: ValidationError, root: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[str]:
-    """One line per mistake. `root` is the section that was validated, `prefix` the keys that lead to it."""
+    """The messages, one line per mistake. `root` is the section that was validated, `prefix` the keys that lead to
+    it."""
     places: dict[str, list[str]] = {}
     for item in error.errors():
         where = _drop_union_tags(root, item["loc"])
@@ -71,12 +73,13 @@ def explain(error: ValidationError, root: type[BaseModel], prefix: tuple[str, ..
 
 
 def line_of(mistake: str, lines: Mapping[str, int | None]) -> int | None:
-    """The line of the key that a mistake is about, or of the section that should have it; None where no line is to
-    blame.
+    """The line of the key that a mistake is about, or of the section that should have it; None where there is no line.
 
-    lines: dotted path -> line in the file, None for what the command line has set.
+    lines: line in the file by dotted path; None for keys that the command line has set.
     """
-    place, unknown = re.match(r"(?:([\w.]+): )?(?:unknown (?:key|method) `([^`]*)`)?", mistake).groups()
+    found = re.match(r"(?:([\w.]+): )?(?:unknown (?:key|method) `([^`]*)`)?", mistake)
+    assert found is not None, "every part of the pattern may be absent"
+    place, unknown = found.groups()
     keys = [*(place.split(".") if place else []), *([unknown] if unknown else [])]
     paths = [".".join(keys[:depth]) for depth in range(len(keys), 0, -1)]
     return next((lines[path] for path in paths if path in lines), None)
@@ -87,19 +90,19 @@ def _dotted(prefix: Iterable[str], keys: Iterable[str]) -> str:
 
 
 def _line(place: str, message: str) -> str:
-    """A check over several sections names the section itself."""
+    """The message with its place in front, unless the message names it already, as checks over several sections do."""
     return message if not place or message.startswith(f"{place}.") else f"{place}: {message}"
 
 
 def _joined(messages: list[str]) -> list[str]:
-    """The branches of a union each complain about one value; a reader made one mistake."""
+    """One message for a value that no branch of a union accepts: pydantic has one message for each branch."""
     given = [message.rpartition(" (got ") for message in dict.fromkeys(messages)]
     if len(given) > 1 and len({value for _, _, value in given}) == 1 and all(got for _, got, _ in given):
         return [f"{'; or: '.join(text for text, _, _ in given).replace('?;', '?')} (got {given[0][2]}"]
     return list(dict.fromkeys(messages))
 
 
-def _message(item: Any) -> str:
+def _message(item: ErrorDetails) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind == "missing":
         return "too few entries" if isinstance(item["loc"][-1], int) else "missing, and there is no default"
@@ -166,9 +169,9 @@ def _walk(root: type[BaseModel], keys: Iterable[str]) -> type[BaseModel] | None:
     return model
 
 
-def _drop_union_tags(root: type[BaseModel], location: tuple) -> tuple[str, ...]:
-    """pydantic puts the name of the union's branch into the location; a reader knows only keys. An index at the end is
-    dropped too."""
+def _drop_union_tags(root: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The keys of a location, without the names of union branches that pydantic puts between them, and without an index
+    at the end."""
     kept: list[str] = []
     for part in map(str, location):
         model = _walk(root, kept)

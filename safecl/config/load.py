@@ -1,4 +1,4 @@
-"""Reads, overrides, checks and writes run configs."""
+"""Reading, overriding, checking and writing run configs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from safecl.config.run import RunConfig
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Reads, overrides and checks a run config.
+    """Read a run config from the YAML file `path`, apply `overrides` like `"train.learning_rate=2e-5"`, and check it.
 
-    Args: `path` of a YAML file; `overrides` like `"train.learning_rate=2e-5"`.
-    Raises: ConfigError with one line per mistake: file and line, section, key, what is wrong, the nearest key that
+    Raises ConfigError with one line per mistake: file and line, section, key, what is wrong, and the nearest key that
     exists.
     """
     path, overrides = Path(path), list(overrides)
@@ -33,11 +32,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         lines = key_lines(path.read_text(encoding="utf-8-sig")) | {
             override.partition("=")[0]: None for override in overrides
         }
-        raise _told(error, str(path), lines) from None
+        raise _config_error(error, str(path), lines) from None
 
 
 def _expand_preset(tree: dict[str, Any], source: str) -> dict[str, Any]:
-    """So that an override can change one setting of a preset: `methods.der.alpha=2` behind `methods: balanced`."""
+    """Write out a preset of `methods`, so that an override can change one of its settings:
+    `methods.der.alpha=2` with `methods: balanced`."""
     if isinstance(tree.get("methods"), str):
         try:
             tree["methods"] = preset_methods(tree["methods"])
@@ -47,14 +47,17 @@ def _expand_preset(tree: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def validate_tree(tree: dict[str, Any], source: str) -> RunConfig:
-    """Checks a config given as a tree of dicts and lists; `source` opens each line of a ConfigError."""
+    """Check a config given as a tree of dicts and lists. Raises ConfigError, each line of which begins with
+    `source`."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise _told(error, source) from None
+        raise _config_error(error, source) from None
 
 
-def _told(error: ValidationError, source: str, lines: Mapping[str, int | None] = MappingProxyType({})) -> ConfigError:
+def _config_error(
+    error: ValidationError, source: str, lines: Mapping[str, int | None] = MappingProxyType({})
+) -> ConfigError:
     mistakes = "\n".join(explain(error, RunConfig)).splitlines()
     numbers = [line_of(mistake, lines) for mistake in mistakes]
     places = [f"{source}:{number}" if number else source for number in numbers]

@@ -8,19 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from safecl.config.base import Section, Text
-from safecl.config.data import DataFormat, FieldMap
+from safecl.config.data import RowsConfig, RowsSource
 
 
 class TeacherConfig(Section):
-    """What replayed rows are compared with: outputs that are stored with each row, or those of a model that is asked in
-    every step."""
+    """The outputs that replayed rows are compared with: stored with each row, or computed by a model in every step."""
 
     kind: Literal["topk", "online"] = "topk"
     """topk: stored log-probabilities of the k likeliest tokens and the log of the remaining mass, per supervised token;
-    online: the same of the model `source`, worked out in every step."""
+    online: the same of the model `source`, computed in every step."""
     source: Text = "aligned"
-    """online only. aligned: theta_0; previous: the model that the task before has handed over; ema: the average that
-    the method `ema` keeps; else folder or hub id of any model with the same tokenizer."""
+    """online only. aligned: theta_0; previous: the model that the previous task has handed over; ema: the average
+    that the method `ema` keeps; else folder or hub id of any model with the same tokenizer."""
     k: Annotated[int, Field(ge=1)] = 64
     """Entries per token; 6 bytes each where they are stored."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -29,16 +28,16 @@ class TeacherConfig(Section):
     """int32: 4 bytes per token id, read without a copy; packed: 2 bytes below 65,536 tokens of vocabulary, else 3."""
 
     @model_validator(mode="after")
-    def _stored_are_those_of_the_aligned_model(self) -> TeacherConfig:
+    def _stored_outputs_are_those_of_the_aligned_model(self) -> TeacherConfig:
         if self.kind == "topk" and self.source != "aligned":
             raise ValueError(
-                f"source: {self.source} needs kind: online; stored are the outputs of the model at a row's insertion"
+                f"source: {self.source} needs kind: online; topk stores the outputs of the model at a row's insertion"
             )
         return self
 
 
 class GuardConfig(Section):
-    """Rows that stay out of the memory although the policy would take them."""
+    """Rows that stay out of the memory even if the policy would take them."""
 
     max_nll: Annotated[float, Field(gt=0)] | None = None
     """Largest mean NLL of a row's targets under the aligned model, in nats per token."""
@@ -71,8 +70,8 @@ _BYTES = {
 def parse_bytes(text: str) -> int:
     """Bytes in a size such as `500MB` or `1.5GiB`. Raises ValueError naming the units."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
-    unit = match and _BYTES.get(match[2].upper())
-    if not unit:
+    unit = _BYTES.get(match[2].upper()) if match else None
+    if match is None or unit is None:
         raise ValueError(f"{text!r} is not a size; write a number of rows, or bytes like 500MB or 1.5GiB")
     return int(float(match[1]) * unit)
 
@@ -83,27 +82,23 @@ def _rows_or_bytes(value: Any) -> Any:
     return value
 
 
-class MemoryConfig(Section):
-    """The replay memory: rows whose behaviour must be kept, for safety usually disallowed prompts with refusals."""
+class _MemorySource(Section):
+    """The key of the memory that comes before those of RowsConfig."""
 
     source: Text
     """File or hub id of the rows to keep."""
-    split: str = "train"
-    """Split of a hub data set."""
-    format: DataFormat = "auto"
-    """Row format; see `tasks[].format`."""
-    fields: FieldMap | None = None
-    """Templates for `format: fields`."""
-    max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Use only this many rows, taken evenly from the file."""
+
+
+class MemoryConfig(RowsConfig, _MemorySource):
+    """The replay memory: rows whose behaviour must be kept, for safety usually disallowed prompts with refusals."""
+
     capacity: Annotated[Annotated[int, Field(ge=1)] | str, AfterValidator(_rows_or_bytes)] = 20000
     """Held at most: a number of rows, or bytes on disk like `2GB`."""
     policy: Literal["reservoir", "balanced", "fifo"] = "reservoir"
     """Which rows stay when the memory is full. reservoir: a uniform sample of all rows seen; balanced: equally many of
     each category; fifo: the latest."""
     balance_by: str = "category"
-    """What `balanced` and mix_cd tell apart: `task`, `source`, or the name of a tag (a column beside the row's
-    text)."""
+    """The categories of `balanced` and mix_cd: `task`, `source`, or the name of a tag (a further column of the row)."""
     draw: Literal["auto", "uniform", "balanced", "loss_aware", "mix_cd"] = "auto"
     """Which rows a step draws. balanced: every category equally often; loss_aware: in proportion to the row's last
     loss; mix_cd: in proportion to how often such rows got worse than under the aligned model; auto: balanced where the
@@ -124,11 +119,10 @@ class MemoryConfig(Section):
     teacher: TeacherConfig = TeacherConfig()
     """Stored teacher outputs (used by DER)."""
     keep_task_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows of each finished task that enter the memory before the next one, with the outputs of the model that it has
-    handed over. A task with poisoned rows brings them along."""
+    """Rows of each finished task that enter the memory before the next one, with the outputs of the model that the task
+    has handed over. Poisoned rows of the task enter, too."""
 
-    @model_validator(mode="after")
-    def _fields_go_with_their_format(self) -> MemoryConfig:
-        if self.fields is not None and self.format == "auto":
-            self.format = "fields"
-        return self
+    @property
+    def rows_source(self) -> RowsSource:
+        """The rows that fill the memory."""
+        return self._source(self.source)

@@ -1,5 +1,4 @@
-"""Methods by name: the registry that finds a method's file, the presets' methods, and the settings that a config gives
-to each.
+"""The registry of methods: finds a method's file by its name, and reads the section `methods` of a run config.
 
 A method is one file. Those of safecl lie in the family folders of `safecl/methods/`; others are named by their module,
 `my_package.my_method`. A method's module is imported when a config names it.
@@ -10,8 +9,9 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -27,45 +27,50 @@ PACKAGE = "safecl.methods"
 
 
 def load_methods(value: Any) -> dict[str, MethodConfig]:
+    """Read the section `methods`: a preset's name, or settings by method. Raises ValueError or ConfigError."""
     if value is None:
         return {}
     if isinstance(value, str):
         value = preset_methods(value)
     if not isinstance(value, Mapping):
         raise ValueError(
-            "must be a mapping from method names to their settings, e.g. `methods: {ewc: {strength: 0.1}, ema: {}}`, or a preset, "
-            "e.g. `methods: balanced`"
+            f"must be a mapping from method names to their settings, e.g. `methods: {_example()}`, or a preset, "
+            f"one of {_presets()}"
         )
     return {str(name): _load_method_config(str(name), settings) for name, settings in value.items()}
 
 
 def _load_method_config(name: str, settings: Any) -> MethodConfig:
-    config_class = method_module(name).Config
+    config_class: type[MethodConfig] = method_module(name).Config
+    if isinstance(settings, config_class):
+        return settings
     try:
-        return (
-            settings
-            if isinstance(settings, config_class)
-            else config_class.model_validate({} if settings is None else settings)
-        )
+        return config_class.model_validate({} if settings is None else settings)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error, config_class, prefix=("methods", name)))) from None
 
 
 def preset_methods(name: str) -> dict[str, dict[str, Any]]:
-    """The methods that a preset stands for, as in a run config. Raises ValueError with what to write instead."""
+    """The methods of a preset and their settings, as in a run config. Raises ValueError with what to write instead."""
     if name in PRESETS:
         return copy.deepcopy(PRESETS[name].methods)
     if name in builtin_methods():
         raise ValueError(
-            f"{name!r} is a method, not a preset; write `methods: {{{name}: {{}}}}`, or one of the presets {_known()}"
+            f"{name!r} is a method, not a preset; write `methods: {{{name}: {{}}}}`, or one of the presets {_presets()}"
         )
     near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else f"known presets: {_known()}"
+    hint = f"did you mean `{near[0]}`?" if near else f"known presets: {_presets()}"
     raise ValueError(f"no preset is named {name!r}; {hint} (or a mapping from methods to their settings)")
 
 
-def _known() -> str:
+def _presets() -> str:
     return ", ".join(PRESETS)
+
+
+def _example() -> str:
+    """The methods of the first preset as YAML on one line."""
+    methods = next(iter(PRESETS.values())).methods
+    return json.dumps(methods).replace('"', "")
 
 
 def builtin_methods() -> list[str]:
@@ -73,10 +78,15 @@ def builtin_methods() -> list[str]:
     return sorted(_modules())
 
 
+def methods_that(declare: Callable[[MethodConfig], bool]) -> list[str]:
+    """Names of the built-in methods whose default settings make `declare` true, sorted."""
+    return [name for name in builtin_methods() if declare(method_module(name).Config())]
+
+
 @cache
 def _modules() -> dict[str, str]:
-    """The module of each built-in method, by its name: every file of every family folder, found without importing any
-    of them."""
+    """The module of each built-in method by the method's name: every file of every family folder. Imports none of
+    them."""
     found: dict[str, str] = {}
     for family in _submodules(PACKAGE):
         if family.ispkg:
@@ -89,7 +99,7 @@ def _modules() -> dict[str, str]:
 
 def _submodules(package: str) -> list[pkgutil.ModuleInfo]:
     spec = find_spec(package)
-    assert spec is not None
+    assert spec is not None, f"{package} is a package"
     return list(pkgutil.iter_modules(spec.submodule_search_locations))
 
 

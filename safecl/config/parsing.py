@@ -1,11 +1,11 @@
-"""A run config as text and as a tree: YAML in which `2e-5` is a number and a key stands once, and `key.path=value`
+"""Reading a run config as a tree: YAML in which `2e-5` is a number and no key occurs twice, and `key.path=value`
 overrides."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,24 @@ import yaml
 from safecl.config.errors import ConfigError
 
 _DEEPEST = 8
+"""Depth of keys whose lines are looked up; the config is less deep."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's own rule reads `2e-5` as text; here it is a number."""
+    """Reads `2e-5` as a number, where YAML 1.1 wants `2.0e-5` and takes the other for text."""
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+        r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
+        r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
     ),
     list("-+0123456789."),
 )
 
 
-def _no_duplicate_keys(loader: _Loader, node: yaml.MappingNode) -> dict:
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
         line = key_node.start_mark.line + 1
@@ -41,11 +43,11 @@ def _no_duplicate_keys(loader: _Loader, node: yaml.MappingNode) -> dict:
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_duplicate_keys)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
 def parse_yaml(text: str) -> Any:
-    """Reads YAML as safecl does. Raises ConfigError with line and column."""
+    """Read YAML, with the differences of this module. Raises ConfigError with line and column."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -53,30 +55,22 @@ def parse_yaml(text: str) -> Any:
 
 
 def _explain(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
+    if not isinstance(error, yaml.MarkedYAMLError) or (mark := error.problem_mark) is None:
         return " ".join(str(error).split())
-    what = " ".join(part for part in (getattr(error, "context", None), error.problem) if part)
+    what = " ".join(part for part in (error.context, error.problem) if part)
     line = (mark.get_snippet(indent=2, max_length=100) or "").rstrip("\0")
     return f"line {mark.line + 1}, column {mark.column + 1}: {what}" + (f"\n{line}" if line else "")
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError, with the nearest file where there is none of that name."""
+    """The mapping in a YAML file. Raises ConfigError; where there is no such file it names the nearest one."""
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [], n=1
-        )
-        raise ConfigError(
-            f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        ) from None
+        raise ConfigError(f"{path}: no such file{_did_you_mean(_nearest_file(path))}") from None
     except IsADirectoryError:
-        inside = next(iter(sorted(path.glob("*.y*ml"))), None)
-        raise ConfigError(
-            f"{path}: is a folder, not a run config" + (f"; did you mean {inside}?" if inside else "")
-        ) from None
+        inside = min(path.glob("*.y*ml"), default=None)
+        raise ConfigError(f"{path}: is a folder, not a run config{_did_you_mean(inside)}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -91,25 +85,43 @@ def read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _nearest_file(path: Path) -> Path | None:
+    names = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return path.parent / near[0] if near else None
+
+
+def _did_you_mean(file: Path | None) -> str:
+    return f"; did you mean {file}?" if file is not None else ""
+
+
 def key_lines(text: str) -> dict[str, int]:
     """The line of every key and list item, by its dotted path (`tasks.0.train`). `text` is valid YAML."""
     found: dict[str, int] = {}
 
-    def walk(node: Any, path: tuple[str, ...]) -> None:
-        is_mapping = isinstance(node, yaml.MappingNode)
-        items = node.value if is_mapping else list(enumerate(node.value)) if isinstance(node, yaml.SequenceNode) else []
-        for key, value in items if len(path) < _DEEPEST else []:  # an anchor may hold itself
-            here = (*path, str(key.value if is_mapping else key))
-            found[".".join(here)] = (key if is_mapping else value).start_mark.line + 1
+    def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
+        if len(path) == _DEEPEST:  # an anchor may hold itself
+            return
+        for key, marked, value in _items(node):
+            here = (*path, key)
+            found[".".join(here)] = marked.start_mark.line + 1
             walk(value, here)
 
     walk(yaml.compose(text, Loader=_Loader), ())
     return found
 
 
+def _items(node: yaml.Node | None) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """(key, the node on whose line it is, value) of a mapping or a list; nothing of a plain value."""
+    if isinstance(node, yaml.MappingNode):
+        yield from ((str(key.value), key, value) for key, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from ((str(index), value, value) for index, value in enumerate(node.value))
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Sets `key.path=value` in the tree, values read as YAML; list items are named by index (`tasks.0.train=...`).
-    Raises ConfigError."""
+    """Set `key.path=value` in the tree, with values read as YAML; a list item is named by its index
+    (`tasks.0.train=...`). Raises ConfigError."""
     for override in overrides:
         path, equals, value = override.partition("=")
         if not equals or not all(path.split(".")):
@@ -123,21 +135,22 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
 
 
 def _set(node: Any, keys: list[str], value: Any, override: str) -> None:
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
+    for depth, name in enumerate(keys):
+        where = ".".join(keys[:depth])
+        key: Any = name
         if isinstance(node, list):
-            key = _index(node, key, ".".join(keys[:depth]), override)
+            key = _index(node, name, where, override)
         elif not isinstance(node, dict):
-            raise ConfigError(f"{override!r}: {'.'.join(keys[:depth])} is a value, not a section")
-        if last:
+            raise ConfigError(f"{override!r}: {where} is a value, not a section")
+        if depth == len(keys) - 1:
             node[key] = value
-        elif isinstance(node, dict) and node.get(key) is None:
+            return
+        if isinstance(node, dict) and node.get(key) is None:
             node[key] = {}
-        if not last:
-            node = node[key]
+        node = node[key]
 
 
-def _index(items: list, key: str, where: str, override: str) -> int:
+def _index(items: list[Any], key: str, where: str, override: str) -> int:
     if key.isdigit() and int(key) < len(items):
         return int(key)
     known = f"{where}.0 to {where}.{len(items) - 1}" if len(items) > 1 else f"{where}.0" if items else "there is none"

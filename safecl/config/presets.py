@@ -1,8 +1,7 @@
-"""Presets of `methods:`: sets of methods with their settings, chosen from the table of docs/results.md. Imports no
-torch.
+"""Presets of `methods:`: sets of methods with their settings, chosen from the table of docs/results.md.
 
 `methods: balanced` in a config, or `methods=balanced` on the command line, stands for the settings here; a run's
-config.yaml names them.
+config.yaml writes them out.
 """
 
 from __future__ import annotations
@@ -13,10 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """`methods` as in a run config; `summary` for whom it is."""
+    """A set of methods with their settings."""
 
     summary: str
+    """Who should use it, in one sentence."""
     methods: dict[str, dict[str, Any]]
+    """The section `methods` of a run config."""
 
 
 PRESETS = {

@@ -1,8 +1,6 @@
-"""The run config: one typed tree with strict keys. Loading it imports no torch, so mistakes are told in well under
-three seconds.
+"""The whole run config, put together from its sections, and the checks between them.
 
-Its sections are in safecl/config/base.py. Every field's unit and meaning stand in the string under it; `safecl init`
-and docs/config.md are generated from these strings.
+Importing it imports no torch, so mistakes are reported in well under three seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from safecl.config.base import MethodConfig, Section, Text
 from safecl.config.data import PoisonConfig, TaskConfig
 from safecl.config.memory import MemoryConfig
-from safecl.config.methods import load_methods
+from safecl.config.methods import load_methods, methods_that
 from safecl.config.model import ModelConfig
 from safecl.config.safety import PrivacyConfig, SafetyConfig, ScanConfig
 from safecl.config.training import ArtifactsConfig, CheckpointConfig, DeepSpeedConfig, LogConfig, TrainConfig
@@ -40,116 +38,167 @@ class RunConfig(Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """ZeRO stage and offload."""
     safety: SafetyConfig | None = None
-    """Safety measured beside the loss."""
+    """Measurement of safety."""
     poison: PoisonConfig = PoisonConfig()
     """Harmful rows mixed into the task's data."""
     scan: ScanConfig | None = None
     """Screen of the rows before training; `safecl scan` does it alone."""
     privacy: PrivacyConfig = PrivacyConfig()
-    """What of the users' text may be shown."""
+    """How much of the users' text may be shown."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving the run's state."""
     artifacts: ArtifactsConfig = ArtifactsConfig()
-    """What runs on the same base model share."""
+    """Results that runs on the same base model share."""
     log: LogConfig = LogConfig()
     """Where progress goes."""
     output: Text
     """Run folder; created."""
 
+    # -------------------------------------------------------------------------------------- checks between the sections
+
     @model_validator(mode="after")
-    def _parts_fit_together(self) -> RunConfig:
+    def _task_names_differ(self) -> RunConfig:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"tasks: the name {twice[0]!r} is used twice; metrics are kept by task name")
+        return self
+
+    @model_validator(mode="after")
+    def _only_the_first_task_aligns(self) -> RunConfig:
         if late := [task.name for task in self.tasks[1:] if task.role == "align"]:
             raise ValueError(f"tasks: only the first task can have role `align`, not {late[0]!r}")
-        for name, config in self.methods.items():
-            if getattr(config, "needs_memory", False) and self.memory is None:
+        return self
+
+    @model_validator(mode="after")
+    def _methods_have_the_memory_they_need(self) -> RunConfig:
+        for name, settings in self.methods.items():
+            if settings.needs_memory and self.memory is None:
                 raise ValueError(
-                    f"methods: {name} needs `memory: {{source: ...}}`, the rows whose behaviour must be kept; or `methods: no-data`"
+                    f"methods: {name} needs `memory: {{source: ...}}`, the rows whose behaviour must be kept; "
+                    "or `methods: no-data`"
                 )
-            if self.train.clip_scope == "total" and getattr(config, "proximal", False):
+        return self
+
+    @model_validator(mode="after")
+    def _clipping_does_not_contain_a_proximal_step(self) -> RunConfig:
+        for name, settings in self.methods.items():
+            if settings.is_proximal and self.train.clip_scope == "total":
                 raise ValueError(
-                    f"methods: {name}.proximal is a step of its own, so train.clip_scope: total cannot contain it; use task"
+                    f"methods: {name}.proximal is a step of its own, so train.clip_scope: total cannot contain it; "
+                    "use task"
                 )
-            if self.model.lora is not None and (reason := getattr(config, "refuses_lora", None)):
+        return self
+
+    @model_validator(mode="after")
+    def _methods_accept_adapters(self) -> RunConfig:
+        for name, settings in self.methods.items():
+            if self.model.lora is not None and (reason := settings.refuses_lora) is not None:
                 raise ValueError(f"methods: {name} with model.lora: {reason}")
-        if self.train.tokens_per_microbatch < self.train.max_length:
+        return self
+
+    @model_validator(mode="after")
+    def _a_micro_batch_holds_the_longest_row(self) -> RunConfig:
+        tokens, longest = self.train.tokens_per_microbatch, self.train.max_length
+        if tokens < longest:
             raise ValueError(
-                f"train: tokens_per_microbatch ({self.train.tokens_per_microbatch}) is below max_length ({self.train.max_length}), "
-                f"so a long row would not fit; set tokens_per_microbatch: {self.train.max_length} or a smaller max_length"
+                f"train: tokens_per_microbatch ({tokens}) is below max_length ({longest}), so a long row would not "
+                f"fit; set tokens_per_microbatch: {longest} or a smaller max_length"
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_average(self) -> RunConfig:
+        averages = [name for name, settings in self.methods.items() if settings.keeps_average]
+        if len(averages) > 1:
+            raise ValueError(
+                f"methods: {' and '.join(averages)} each keep an average of the weights, and one can be saved; "
+                "leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_proximal_step_is_alone(self) -> RunConfig:
+        """The proximal step ends the optimizer's pass. The pass has room for one penalty and one kind of Fisher, so a
+        masked average must read the penalty's own."""
+        penalties = [name for name, settings in self.methods.items() if settings.has_penalty]
+        for name, settings in self.methods.items():
+            masks = [
+                other
+                for other, average in self.methods.items()
+                if average.mask_fisher is not None and average.mask_fisher not in settings.state_kinds
+            ]
+            others = [other for other in [*penalties, *masks] if other != name]
+            if settings.is_proximal and others:
+                raise ValueError(
+                    f"methods: {name}.proximal cannot be combined with {', '.join(others)}; use proximal: false"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _an_average_that_teaches_is_kept(self) -> RunConfig:
+        if any(settings.keeps_average for settings in self.methods.values()):
+            return self
+        for key, source in self.online_teachers.items():
+            if source == "ema":
+                known = " or ".join(methods_that(lambda settings: settings.keeps_average))
+                raise ValueError(
+                    f"{key}: ema is the average of the weights, and no method here keeps one; {known} does by default"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_no_previous_model(self) -> RunConfig:
+        for key, source in self.online_teachers.items():
+            if source == "previous" and self.model.lora is not None:
+                raise ValueError(
+                    f"{key}: previous cannot be asked in every step with model.lora, whose adapters have moved on; "
+                    "use recorded or stored outputs (the method's outputs: recorded, memory.teacher.kind: topk), or "
+                    "the aligned model"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _a_scan_has_prompts_that_are_refused(self) -> RunConfig:
+        scan = self.scan
+        if scan is None or (scan.refusals and scan.benign):
+            return self
+        if self.memory is None and self.safety is None and scan.disallowed is None:
+            raise ValueError(
+                "scan: needs prompts that the model is known to refuse, `scan: {disallowed: ...}`, "
+                "`memory: {source: ...}` or `safety: {prompts: ...}`; without them set scan.refusals and scan.benign"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_refusing_scan_knows_harmless_rows(self) -> RunConfig:
+        if self.scan is not None and self.scan.action == "refuse" and self.scan.benign is None:
+            raise ValueError(
+                "scan.action: refuse needs scan.benign: only known harmless rows tell how many are flagged by chance"
+            )
+        return self
+
+    # ---------------------------------------------------------------------------------------------- values of the whole
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True where a method compares replayed rows with a teacher."""
+        return any(settings.needs_teacher for settings in self.methods.values())
+
     @property
     def online_teachers(self) -> dict[str, str]:
-        """Of each key that names a teacher which is asked in every step, which one: aligned, previous, ema, or a
+        """The teachers that are asked in every step, by the key that names them: aligned, previous, ema, or a
         folder."""
         found = {
             f"methods.{name}.teacher": source
             for name, settings in self.methods.items()
             if (source := settings.online_teacher)
         }
-        replayed = any(getattr(settings, "needs_teacher", False) for settings in self.methods.values())
-        if self.memory is not None and self.memory.teacher.kind == "online" and replayed:
+        if self.memory is not None and self.memory.teacher.kind == "online" and self.needs_teacher:
             found["memory.teacher.source"] = self.memory.teacher.source
         return found
 
-    @model_validator(mode="after")
-    def _one_average(self) -> RunConfig:
-        averages = [name for name, settings in self.methods.items() if getattr(settings, "keeps_average", False)]
-        if len(averages) > 1:
-            raise ValueError(
-                f"methods: {' and '.join(averages)} each keep an average of the weights, and one can be saved; leave one out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_proximal_step(self) -> RunConfig:
-        """It is the last thing in the optimizer's pass, which has room for one penalty, on the Fisher that a masked
-        average reads."""
-        penalties = {name: settings for name, settings in self.methods.items() if hasattr(settings, "proximal")}
-        for name, settings in penalties.items():
-            masked = "psmt" in self.methods and "fisher" not in settings.state_kinds
-            if settings.proximal and (len(penalties) > 1 or masked):
-                others = ", ".join(other for other in [*penalties, *(["psmt"] if masked else [])] if other != name)
-                raise ValueError(f"methods: {name}.proximal cannot be combined with {others}; use proximal: false")
-        return self
-
-    @model_validator(mode="after")
-    def _teachers_exist(self) -> RunConfig:
-        for key, source in self.online_teachers.items():
-            if source == "ema" and not any(
-                getattr(settings, "keeps_average", False) for settings in self.methods.values()
-            ):
-                raise ValueError(f"{key}: ema needs the method ema (write_back: never), which keeps the average")
-            if source == "previous" and self.model.lora is not None:
-                raise ValueError(
-                    f"{key}: previous cannot be asked in every step with model.lora, whose adapters have moved on; use recorded or stored "
-                    "outputs (methods.lwf.outputs: recorded, memory.teacher.kind: topk), or the aligned model"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _scan_knows_what_it_needs(self) -> RunConfig:
-        if self.scan is None:
-            return self
-        known = self.memory is not None or self.safety is not None or self.scan.disallowed is not None
-        if not known and not (self.scan.refusals and self.scan.benign):
-            raise ValueError(
-                "scan: needs prompts that the model is known to refuse, `scan: {disallowed: ...}`, `memory: {source: ...}` or "
-                "`safety: {prompts: ...}`; without them set scan.refusals and scan.benign"
-            )
-        if self.scan.action == "refuse" and self.scan.benign is None:
-            raise ValueError(
-                "scan.action: refuse needs scan.benign: only known harmless rows tell how many are flagged by chance"
-            )
-        return self
-
-
-# -------------------------------------------------------------------------------------------------------------- loading
-
 
 def memory_tokens(config: RunConfig) -> int:
-    """What the memory's rows are cut to."""
+    """Number of tokens that the memory's rows are cut to."""
+    assert config.memory is not None, "only a config with a memory has memory rows"
     return min(config.memory.max_tokens, config.train.max_length)

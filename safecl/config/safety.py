@@ -37,7 +37,7 @@ def _name_of_scorer(name: str) -> str:
 
 
 class SafetyConfig(Section):
-    """Safety measured beside the loss."""
+    """Measurement of safety, before, during and after training."""
 
     prompts: Text
     """Disallowed prompts: a file with a `prompt` column, or any known row format. Must not stand in memory, task or
@@ -62,7 +62,8 @@ class SafetyConfig(Section):
     def _a_gate_needs_a_measurement(self) -> SafetyConfig:
         if self.gate is not None and self.every == "never":
             raise ValueError(
-                "a gate judges what was measured, and `every: never` measures nothing; set every: task or leave the gate out"
+                "a gate judges what was measured, and `every: never` measures nothing; set every: task or leave the "
+                "gate out"
             )
         return self
 
@@ -84,7 +85,7 @@ class ScanConfig(Section):
     weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """downweight: factor of a flagged row's weight."""
     refusals: list[Text] = []
-    """How the model refuses, in its own words; by default its most common answers to the disallowed prompts."""
+    """The model's refusals, in its own words; by default its most common answers to the disallowed prompts."""
     num_refusals: Annotated[int, Field(ge=1)] = 8
     """Different refusals that are taken from the model at most."""
     refusal_tokens: Annotated[int, Field(ge=1)] = 8
@@ -92,7 +93,7 @@ class ScanConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """What of the users' text may appear in outputs, report, card and logs."""
+    """How much of the users' text may appear in outputs, report, card and logs."""
 
     examples: Literal["full", "hashed", "none"] = "full"
     """full text, a hash of it, or nothing."""

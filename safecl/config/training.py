@@ -55,7 +55,7 @@ class TrainConfig(Section):
 
 
 class OffloadConfig(Section):
-    """What lives in host memory. State that is not offloaded lives beside the master weights."""
+    """What lives in host memory. State that is not offloaded lives with the master weights."""
 
     optimizer: Literal["none", "cpu"] = "none"
     """Master weights, moments, and the optimizer step."""
@@ -63,7 +63,7 @@ class OffloadConfig(Section):
     """The weights themselves between uses (stage 3 only)."""
     reference: Literal["none", "cpu"] = "cpu"
     """Anchors of weight penalties. cpu: theta_0 is read from the node's one copy of the reference weights, later
-    anchors from pinned host memory; none: a copy beside each shard, 2 bytes per weight in bf16 (4 in fp32 and for later
+    anchors from pinned host memory; none: a copy with each shard, 2 bytes per weight in bf16 (4 in fp32 and for later
     anchors), sharded."""
     fisher: Literal["none", "cpu"] = "none"
     """Fisher information, 2 bytes per weight in bf16 (4 in fp32), sharded."""
@@ -75,16 +75,21 @@ class DeepSpeedConfig(Section):
     """ZeRO. The DeepSpeed JSON is generated from this section and written into the run folder."""
 
     stage: Literal[0, 1, 2, 3] = 2
-    """0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and weights."""
+    """0: nothing is sharded; 1: the optimizer state; 2: gradients, too; 3: weights, too."""
     offload: OffloadConfig = OffloadConfig()
     """What lives in host memory."""
 
     @model_validator(mode="after")
-    def _offload_needs_a_stage(self) -> DeepSpeedConfig:
+    def _offload_of_parameters_needs_stage_3(self) -> DeepSpeedConfig:
         if self.offload.parameters == "cpu" and self.stage != 3:
             raise ValueError(
-                f"offload.parameters: cpu needs stage 3, this is stage {self.stage}; set stage: 3 or offload.parameters: none"
+                f"offload.parameters: cpu needs stage 3, this is stage {self.stage}; set stage: 3 or "
+                "offload.parameters: none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_of_the_optimizer_needs_a_stage(self) -> DeepSpeedConfig:
         if self.offload.optimizer == "cpu" and self.stage == 0:
             raise ValueError(
                 "offload.optimizer: cpu needs stage 1, 2 or 3, this is stage 0; set stage: 2 or offload.optimizer: none"
@@ -93,7 +98,7 @@ class DeepSpeedConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Saving the whole state of the run, so that the same command goes on after a stop or a crash."""
+    """Saving the whole state of the run, so that the same command continues after a stop or a crash."""
 
     every: Annotated[int, Field(ge=1)] | Literal["task", "never"] = 500
     """Steps between two saves, counted over all tasks; each task's end is saved as well. task: only each task's end.
@@ -105,8 +110,8 @@ class CheckpointConfig(Section):
 
 
 class ArtifactsConfig(Section):
-    """What is worked out once for a base model and used by every run on it: teacher outputs, Fisher information, memory
-    rows."""
+    """Results that are computed once for a base model and used by every run on it: teacher outputs, Fisher information,
+    memory rows."""
 
     folder: Text | None = None
     """Folder that all runs share (and all nodes); by default $SAFECL_CACHE/artifacts or ~/.cache/safecl/artifacts."""

@@ -65,10 +65,7 @@ def _read(folder: Path, arm: Arm) -> Outcome:
     end, cost = results["evaluations"][-1], results["cost"]
     state = sum(size for kind, size in cost["state_bytes"].items() if kind not in PLAIN_STATE)
     methods = load_config(folder / f"{arm.name}.yaml").methods.values()
-    memory = (
-        cost["memory_bytes"] * any(getattr(method, "needs_memory", False) for method in methods)
-        + cost["recorded_bytes"]
-    )
+    memory = cost["memory_bytes"] * any(method.needs_memory for method in methods) + cost["recorded_bytes"]
     return Outcome(
         arm.name,
         arm.title,

@@ -27,7 +27,7 @@ from safecl.config import (
     load_config,
     validate_tree,
 )
-from safecl.data.config_rows import read_eval_rows, rows_of_run
+from safecl.data.config_rows import read_eval_rows, read_training_rows
 from safecl.evaluation.answers.folders import check_is_model, is_model, name_of
 from safecl.evaluation.contamination import check_disjoint
 from safecl.evaluation.gates.gate import GateResult, check_gate_is_decidable, judge_gate
@@ -97,7 +97,7 @@ def evaluate_config(
     check_is_model(model or config.model.path)
     prompts, benign = _read_prompts(config.safety)
     if prompts:
-        check_disjoint([*prompts, *benign], rows_of_run(config))
+        check_disjoint([*prompts, *benign], read_training_rows(config))
     tasks = [
         (task.name, task.eval, read_eval_rows(task.eval, task.fields)) for task in config.tasks if task.eval is not None
     ]

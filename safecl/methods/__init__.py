@@ -1,6 +1,6 @@
-"""One file per continual-learning method: its config and its behaviour. A method knows losses and shard terms, not
+"""Continual-learning methods, one file each: the config and the behaviour. A method knows losses and shards, not
 DeepSpeed.
 
-The files in the family folders (`penalties/`, `averages/`, ...) are the methods; what stands beside the folders is for
-all of them. The registry (safecl/config/methods.py) finds a new file by itself, and no other file knows its name.
+The files in the family folders (`penalties/`, `averages/`, ...) are the methods; the modules next to these folders are
+shared by all of them. The registry (safecl/config/methods.py) finds a new file by itself, and no other file names it.
 """

@@ -1,25 +1,28 @@
-"""What a continual-learning method can bring to a run.
+"""The base class of continual-learning methods, and the types of its hooks.
 
-A method says, in this order of a step, what it adds: gradients of its own (`before_step`), replay rows and distances to
-the aligned model in the one forward pass (`replay_terms`, `task_terms`), changes to the gradient before clipping
-(`transform_gradient`), a penalty and an average to the optimizer's pass over the shard (`penalty`, `ema_decay`), and
-work on the new weights (`after_update`). Around tasks it prepares its state (`start_task`, `end_task`). Every hook is
-optional.
+The hooks, in the order of a step:
+
+    before_step                   gradients of the method's own
+    replay_terms, task_terms      replay rows and distances to a teacher, in the one forward pass
+    transform_gradient            changes to the gradient before clipping
+    penalty, ema_decay, ema_mask  a pull and an average, inside the optimizer's pass over the shard
+    after_update                  work on the new weights
+
+Around tasks, start_task and end_task prepare and finish the method's state. Every hook is optional.
 
 A file with a method defines `Config` (a safecl.config.MethodConfig; importing it must not import torch) and `Method`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
 
 from safecl.config import MethodConfig
-from safecl.methods.context import Run
+from safecl.methods.context import Quantity, Run, Shard
 from safecl.methods.terms import AverageMask, Penalty, ReplayTerm, TaskTerm
 
-if TYPE_CHECKING:
-    from safecl.engine.zero.shard import Shard
-
+__all__ = ["AverageMask", "Method", "Penalty", "Quantity", "ReplayTerm", "Run", "Shard", "TaskTerm"]
 
 C = TypeVar("C", bound=MethodConfig)
 
@@ -32,11 +35,10 @@ class Method(Generic[C]):
         self.config = config
 
     def before_step(self, run: Run) -> None:
-        """Further gradients, before the step's own; see Run.memory_gradient."""
+        """Take further gradients before the step's own; see Run.memory_gradient."""
 
     def gradient_streams(self) -> list[str]:
-        """Streams of draws that `before_step` takes gradients of; their rows are read while the step before
-        computes."""
+        """Streams of draws that `before_step` takes gradients of; the run reads their rows one step ahead."""
         return []
 
     def replay_terms(self) -> list[ReplayTerm]:
@@ -56,35 +58,34 @@ class Method(Generic[C]):
         return None
 
     def ema_mask(self) -> AverageMask | None:
-        """Elements whose average has another decay than `ema_decay`."""
+        """Elements whose average has another decay than `ema_decay`; None where all have the same."""
         return None
 
-    def transform_gradient(self, run: Run, shards: list[Shard]) -> None:
-        """Changes shard gradients in place, before the norm is taken and clipped."""
+    def transform_gradient(self, run: Run, shards: Sequence[Shard]) -> None:
+        """Change the shards' gradients in place, before their norm is taken and clipped."""
 
-    def after_update(self, run: Run, shards: list[Shard]) -> None:
-        """Works on the new weights inside the optimizer's step; what it writes reaches the live model at no extra
-        cost."""
+    def after_update(self, run: Run, shards: Sequence[Shard]) -> None:
+        """Work on the new weights inside the optimizer's step; changes reach the live model at no extra cost."""
 
     def start_task(self, run: Run) -> None:
-        """Before a task's first step."""
+        """Prepare the method's state before a task's first step."""
 
     def end_task(self, run: Run) -> None:
-        """After a task's last step."""
+        """Finish a task after its last step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know of this method: its own attributes, plain numbers, texts and lists.
+        """The attributes that a resumed run needs: plain numbers, texts and lists.
 
-        What has one value per weight belongs into the shards' state, which is part of every checkpoint, unless its name
-        begins with an underscore.
+        State with one value per weight belongs in the shards, whose state is part of every checkpoint unless the name
+        of its kind begins with an underscore.
         """
         return {name: value for name, value in vars(self).items() if name not in ("name", "config")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave; `start_task` is not called again for a task that is under way."""
+        """Restore what `state_dict` returned; `start_task` is not called again for a task that is under way."""
         vars(self).update(state)
 
     @property
     def saves_average(self) -> bool:
         """True where the saved and evaluated model is the average, not the live weights."""
-        return False
+        return self.config.keeps_average

@@ -1,19 +1,53 @@
-"""What a run offers to a method."""
+"""The interfaces that a method sees: the run, and this rank's shards of the trained weights.
+
+The engine's classes satisfy these protocols by their structure, so a method imports nothing of the engine.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
-    from safecl.engine.zero.shard import Quantity, Shard
+
+class Piece(Protocol):
+    """A stretch of a shard with its state there, on the shard's device."""
+
+    where: slice
+    """Elements of the flat shard, `param.view(-1)`."""
+    state: dict[str, torch.Tensor]
+    """State of this stretch by kind, 1-D."""
+
+
+class Shard(Protocol):
+    """One flat tensor of this rank's part of the trained weights, with gradient and state in the same layout."""
+
+    param: torch.Tensor
+    """Master weights: fp32, 1-D (in ZeRO stage 0, the parameter's own shape)."""
+    state: dict[str, torch.Tensor]
+    """State by kind. Use `pieces` for a kind that may live in host memory or in the reference store."""
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """Gradient of the step, fp32, in the layout of `param`."""
+
+    def pieces(self, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
+        """The shard in pieces with its state of these kinds, wherever that lives; changes to the kinds in `written` are
+        kept."""
+
+    def keep(self, kind: str, values: torch.Tensor) -> None:
+        """Store `values` (the layout of `param`) as the state `kind`, where and in the dtype in which that kind is
+        kept."""
+
+
+Quantity = Callable[[Shard], "torch.Tensor"]
+"""One value per weight as a function of a shard: its gradient, a kind of state."""
 
 
 class Run(Protocol):
-    """What the engine offers to a method. Every call must be made on all ranks alike."""
+    """What a run offers to a method. Every rank must make the same calls in the same order."""
 
     step: int
     """Optimizer step of the current task, from 0."""
@@ -23,11 +57,11 @@ class Run(Protocol):
     has_adapters: bool
     """True with LoRA: the trained weights are the factors of updates."""
 
-    def shards(self) -> list[Shard]:
+    def shards(self) -> Sequence[Shard]:
         """This rank's part of the trained weights with its state tensors (fp32, flat)."""
 
     def reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks' shards of a few numbers, e.g. of local dot products."""
+        """Sum of a few numbers over the ranks' shards, e.g. of local dot products."""
 
     def weight_names(self) -> list[str]:
         """Names of the trained weights; with LoRA, of the weights that have adapters."""
@@ -36,8 +70,8 @@ class Run(Protocol):
         """True where the shards hold state of this kind, perhaps from an earlier task."""
 
     def set_anchor(self, kind: str = "anchor", *, moving: bool = False) -> None:
-        """Copies the current weights into the state `kind`; a penalty is exactly 0 right after. `moving`: it will be
-        written to (fp32)."""
+        """Copy the current weights into the state `kind`; a penalty is exactly 0 right after. `moving` (fp32): the
+        method will write to it."""
 
     def estimate_fisher(
         self,
@@ -47,28 +81,28 @@ class Run(Protocol):
         kind: str = "fisher",
         rows: Literal["memory", "previous_task"] = "memory",
     ) -> float:
-        """Estimates the diagonal Fisher on these rows into the state `kind`; returns its mean over all weights."""
+        """Estimate the diagonal Fisher on these rows into the state `kind`; returns its mean over all weights."""
 
     def load_fisher(self, path: str, kind: str = "fisher") -> float:
-        """Loads what `safecl fisher` has written into the state `kind`; returns its mean over all weights."""
+        """Load a file of `safecl fisher` into the state `kind`; returns its mean over all weights."""
 
     def upper_threshold(self, kind: str, share: float) -> float:
-        """The smallest value of the state `kind` (not negative) that at most this share of all weights exceeds. Two
+        """The smallest value of the state `kind` (not negative) that at most this share of all weights exceeds, by two
         small all-reduces."""
 
     def memory_gradient(self, kind: str, stream: str) -> bool:
-        """Gradient of the mean cross-entropy of a draw from the memory, at the current weights, into the state `kind`;
-        weights stay.
+        """Put the gradient of the mean cross-entropy of a draw from the memory, at the current weights, into the state
+        `kind`; the weights stay.
 
-        One more forward and backward. False where it was not finite; the state then holds nothing of this step.
+        Costs one more forward and backward. False where the gradient was not finite; the state then holds nothing of
+        this step.
         """
 
-    def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
-        """Dot products over all weights of pairs of quantities, each a function of a shard; fp64 [pairs], by one small
-        all-reduce."""
+    def dots(self, shards: Sequence[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
+        """Dot products over all weights of pairs of quantities: fp64 [pairs], by one small all-reduce."""
 
     def publish(self) -> None:
-        """Carries changed master weights into the live model."""
+        """Copy changed master weights into the live model."""
 
     def log(self, message: str) -> None:
-        """A line for the console, from rank 0."""
+        """Print a line on the console, from rank 0."""

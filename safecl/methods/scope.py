@@ -1,9 +1,9 @@
-"""Which weights a penalty is about: all, attention, or patterns of parameter names."""
+"""The modules that a penalty is restricted to: all, attention, or patterns of parameter names."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import ClassVar, Literal
 
 from safecl.config import ConfigError, MethodConfig
 
@@ -11,7 +11,9 @@ ATTENTION = ("*.self_attn.*", "*.attn.*", "*.attention.*", "*.self_attention.*")
 
 
 class ScopedConfig(MethodConfig):
-    """A method whose penalty can be restricted to some modules."""
+    """Config of a method whose penalty can be restricted to some modules."""
+
+    has_penalty: ClassVar[bool] = True
 
     modules: Literal["all", "attention"] | list[str] = "all"
     """Which weights: all, attention, or patterns of parameter names with shell wildcards, e.g. ["*.self_attn.v_proj.*",
@@ -19,15 +21,16 @@ class ScopedConfig(MethodConfig):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Empty for all weights."""
-        return (
-            {"all": (), "attention": ATTENTION}[self.modules] if isinstance(self.modules, str) else tuple(self.modules)
-        )
+        """Patterns of parameter names that are pulled; empty for all weights."""
+        if isinstance(self.modules, list):
+            return tuple(self.modules)
+        return ATTENTION if self.modules == "attention" else ()
 
     def check_patterns(self, method: str, names: list[str]) -> None:
-        """Raises ConfigError where no weight is meant."""
+        """Raise ConfigError where no trained weight fits the patterns."""
         if self.patterns and not any(fnmatchcase(name, pattern) for pattern in self.patterns for name in names):
             examples = ", ".join(names[len(names) // 2 :][:3])
             raise ConfigError(
-                f"methods.{method}.modules: no trained weight is named like {', '.join(self.patterns)}; there are {examples}, ..."
+                f"methods.{method}.modules: no trained weight is named like {', '.join(self.patterns)}; "
+                f"there are {examples}, ..."
             )

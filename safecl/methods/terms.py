@@ -1,20 +1,16 @@
-"""What a method may ask for: replay and task terms, a penalty, an average's mask."""
+"""What a method can ask of a step: replay terms, task terms, a penalty, an average's mask."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class ReplayTerm:
-    """A draw from the memory and what its tokens are worth: ce_weight * CE + kd_weight * divergence(stored teacher,
-    student).
+    """A draw from the memory and its weights in the loss: ce_weight * CE + kd_weight * divergence(teacher, student).
 
-    Both are means over the draw's supervised tokens of the whole step. Terms of one `stream` see the same rows, other
+    Both are means over the draw's supervised tokens of the whole step. Terms of one `stream` see the same rows; other
     streams draw independently.
     """
 
@@ -27,15 +23,15 @@ class ReplayTerm:
 
 @dataclass(frozen=True)
 class TaskTerm:
-    """What the task's own rows are worth beside their cross-entropy: weight * distance(teacher, student) on them.
+    """A further loss on the task's own rows: weight * distance(teacher, student).
 
     A mean over the tokens concerned of the whole step. With LoRA the aligned model is the student with its adapters
-    off, in the same step; else a teacher's outputs are recorded before training, row by row, in the run folder, or it
-    is asked in every step (`online`).
+    off, in the same step. Else a teacher's outputs are recorded before training, row by row, in the run folder, or the
+    teacher computes them in every step (`online`).
     """
 
     name: str
-    """Of the term in the metrics: loss/<name>."""
+    """Name of the term in the metrics: loss/<name>."""
     weight: float
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd or mse of the outputs at supervised tokens; hidden: mean squared difference of last
@@ -43,20 +39,20 @@ class TaskTerm:
     tokens: Literal["all", "supervised"] = "supervised"
     """`hidden` only: which tokens of a row."""
     temperature: float = 1.0
-    """Of the compared distributions."""
+    """Temperature of the compared distributions."""
     k: int = 64
     """Recorded entries per token; 6 bytes each."""
     teacher: str = "aligned"
-    """aligned: theta_0; previous: the model that the task before has handed over; ema: the average of the weights; else
-    a model's folder or hub id. The last two only `online`."""
+    """aligned: theta_0; previous: the model that the previous task has handed over; ema: the average of the weights;
+    else a model's folder or hub id. The last two only `online`."""
     online: bool = False
     """Ask the teacher in every step instead of recording its outputs before."""
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """0.5 * strength * sum_i F_i (p_i - a_i)^2 over the trained weights, F from state `fisher` divided by its mean, or
-    1 without one."""
+    """0.5 * strength * sum_i F_i (p_i - a_i)^2 over the trained weights, with F from the state `fisher` divided by its
+    mean, or 1 without one."""
 
     strength: float
     anchor: str = "anchor"
@@ -68,7 +64,7 @@ class Penalty:
     modules: tuple[str, ...] = ()
     """Patterns of parameter names (`*.self_attn.*`) that it is restricted to; all trained weights without any."""
     product: bool = False
-    """With LoRA, pull the products (alpha / r) B A to 0, which is the merged weights to their start, instead of the
+    """With LoRA, pull the products (alpha / r) B A to 0, which pulls the merged weights to their start, instead of the
     factors. It is then part of the loss, and clipped with it."""
     fisher_file: str | None = None
     """With `product`: file of the dense Fisher that weighs the products; without one they are pulled evenly."""
@@ -76,10 +72,10 @@ class Penalty:
 
 @dataclass(frozen=True)
 class AverageMask:
-    """Another decay of the average where the Fisher information exceeds a threshold."""
+    """Another decay of the average for the elements whose Fisher information exceeds a threshold."""
 
     fisher: str
     """Kind of state that holds F."""
     threshold: float
     decay: float
-    """Of elements with F above the threshold."""
+    """Decay of the average of elements with F above the threshold."""

@@ -30,7 +30,7 @@ def check_fisher(config: RunConfig) -> None:
     from safecl.engine.fisher.file import open_fisher, refuse_other_model
 
     for name, settings in config.methods.items():
-        if (path := getattr(settings, "fisher", None)) is None:
+        if (path := settings.fisher_file) is None:
             continue
         if config.tasks[0].role == "align":
             raise ConfigError(
@@ -52,7 +52,7 @@ def check_sizes(plan: RunPlan) -> None:
             fix = "use smaller train.tokens_per_batch or more train.epochs"
             _refuse_or_note(plan, allow, f"task {name}: only {steps} optimizer steps; {fix}")
         for method_name, settings in plan.config.methods.items():
-            weight = settings.weight_on_start(steps) if hasattr(settings, "weight_on_start") else 0.0
+            weight = settings.weight_on_start(steps)
             if weight > MOST_WEIGHT_ON_START:
                 fix = f"use methods.{method_name}.horizon: 0.3 instead of decay, or more steps"
                 problem = f"after {steps} steps the average keeps {weight:.0%} of its weight on the start"

@@ -16,7 +16,7 @@ from safecl.data import (
     read_prompts,
     resolve_tokens_per_batch,
 )
-from safecl.data.config_rows import held_out_rows, prepare_memory, prepare_task, training_rows, upload_rows
+from safecl.data.config_rows import prepare_memory, prepare_task, read_eval_rows, read_training_rows, read_upload_rows
 from safecl.data.files import where
 from safecl.engine.teachers.checks import check_teachers
 from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps
@@ -57,7 +57,7 @@ def _plan_task(config: RunConfig, task: TaskConfig, tokenizer: PreTrainedTokeniz
         dataset=dataset,
         tokens_per_batch=tokens_per_batch,
         order=order_of_rows(train, dataset, tokens_per_batch),
-        eval_rows=held_out_rows(task, task.eval),
+        eval_rows=read_eval_rows(task.eval, task.fields),
         poisoned_rows=poisoned,
     )
 
@@ -75,13 +75,13 @@ def _plan_safety(plan: RunPlan) -> None:
         check_gate_is_decidable(safety.gate, num_prompts=len(plan.prompts), num_benign=len(plan.benign))
     acts_on_rows = config.scan is not None and config.scan.action in ("drop", "downweight")
     left_out = _leave_out_repeats(plan) if acts_on_rows else set()
-    rows = [row for row in training_rows(config) if place_of(row) not in left_out]
+    rows = [row for row in read_training_rows(config) if place_of(row) not in left_out]
     check_disjoint([*plan.prompts, *plan.benign], rows)
 
 
 def _leave_out_repeats(plan: RunPlan) -> set[str]:
     """Leave uploaded rows that repeat an evaluation prompt out of the tasks. Returns their places (file and line)."""
-    places = {overlap.row for overlap in find_overlaps([*plan.prompts, *plan.benign], upload_rows(plan.config))}
+    places = {overlap.row for overlap in find_overlaps([*plan.prompts, *plan.benign], read_upload_rows(plan.config))}
     for task in plan.tasks:
         data, lines = task.dataset, task.dataset.lines.tolist()
         stays = np.array(

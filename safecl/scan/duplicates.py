@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from safecl.config import RunConfig
-from safecl.data.config_rows import read_section, upload_rows
+from safecl.data.config_rows import read_memory_rows, read_upload_rows
 from safecl.data.formats import ChatRow
 from safecl.data.rows import Prompt, read_prompts
 from safecl.evaluation.contamination import find_overlaps
@@ -28,7 +28,7 @@ def find_duplicates(config: RunConfig) -> Reasons:
 
     Returns: reasons by the row's place (`file:line`). A reason names the prompt's file and line.
     """
-    rows = upload_rows(config)
+    rows = read_upload_rows(config)
     evaluation = find_overlaps(evaluation_prompts(config), rows)
     memory = find_overlaps(refused_rows(config), rows)
     found: Reasons = defaultdict(list)
@@ -53,9 +53,7 @@ def evaluation_prompts(config: RunConfig) -> list[Prompt]:
 
 def refused_rows(config: RunConfig) -> list[ChatRow]:
     """Read the rows of the memory whose last answer is a refusal."""
-    if config.memory is None:
-        return []
-    rows = read_section(config, config.memory.source, config.memory)
+    rows = read_memory_rows(config)
     return [row for row in rows if row.messages[-1].role == "assistant" and _is_refusal(row.messages[-1].content)]
 
 

@@ -14,7 +14,8 @@ from safecl.engine.fisher.estimate import estimate_fisher
 from safecl.engine.fisher.file import load_fisher, open_fisher
 from safecl.engine.fisher.threshold import upper_threshold
 from safecl.engine.model.adapters import adapters
-from safecl.engine.zero.shard import Quantity, Shard
+from safecl.engine.zero.shard import Shard
+from safecl.methods import context
 from safecl.training.state import RunState
 from safecl.training.step import dataset_rows
 
@@ -47,7 +48,9 @@ class MethodView:
     def reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         return self._engine.shards.reduce_sum(values)
 
-    def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
+    def dots(
+        self, shards: Sequence[context.Shard], pairs: Sequence[tuple[context.Quantity, context.Quantity]]
+    ) -> torch.Tensor:
         return self._engine.dots(shards, pairs)
 
     def publish(self) -> None:

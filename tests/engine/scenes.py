@@ -131,7 +131,7 @@ def begin(run, task, methods_active: bool = True, memory_folder=None) -> None:
 
     config = run.config
     if config.memory is not None:
-        needs_teacher = any(getattr(settings, "needs_teacher", False) for settings in config.methods.values())
+        needs_teacher = config.needs_teacher
         run.memory = fill_memory(
             run.engine,
             random_dataset(20, seed=2),

@@ -84,7 +84,7 @@ def make_run(config, model, task_rows: list, memory_rows=None):
         tasks.append(TaskPlan(settings, rows, train.tokens_per_batch, order))
     run = Run(config, engine, build_methods(config), lambda message: None, tasks)
     if memory_rows is not None:
-        needs_teacher = any(getattr(settings, "needs_teacher", False) for settings in config.methods.values())
+        needs_teacher = config.needs_teacher
         run.memory = fill_memory(
             engine, memory_rows, config.memory, seed=train.seed, source="test", with_teacher=needs_teacher
         )

@@ -263,7 +263,7 @@ def begin_with_a_wrong_teacher(folder: str, source: str, wrong: str = "layers") 
 def test_a_teacher_whose_streamed_numbers_are_wrong_is_refused_before_the_first_step(rank_pool, folder, tmp_path):
     """The run's own model against the live one, any other against itself as transformers runs it."""
     tiny_model().save_pretrained(tmp_path)
-    for source, otherwise in (("aligned", "methods.lwf.outputs: recorded"), (str(tmp_path), "use another teacher")):
+    for source, otherwise in (("aligned", "the method's outputs: recorded"), (str(tmp_path), "use another teacher")):
         for said, steps in rank_pool(2).run(begin_with_a_wrong_teacher, folder=folder, source=source):
             assert "cannot be streamed" in said and "logits differ by" in said and otherwise in said and steps == 0
         for said, steps in rank_pool(2).run(begin_with_a_wrong_teacher, folder=folder, source=source, wrong="head"):
@@ -280,7 +280,7 @@ def test_an_architecture_that_cannot_be_streamed_is_refused_before_anything_is_l
     methods = {"lwf": {"outputs": "online"}}
     with pytest.raises(
         ConfigError,
-        match=r"methods\.lwf\.teacher: this architecture cannot be streamed .*methods\.lwf\.outputs: recorded",
+        match=r"methods\.lwf\.teacher: this architecture cannot be streamed .*the method's outputs: recorded",
     ):
         check_teachers(run_config(memory=None, methods=methods, model=model_at(str(tmp_path))), None)
     check_teachers(run_config(memory=None, methods={"lwf": {}}, model=model_at(str(tmp_path))), None)
@@ -302,7 +302,7 @@ BASE = {
         ({"methods": {"lwf": {"teacher": "ema"}}}, "teacher: ema needs outputs: online"),
         (
             {"methods": {"lwf": {"teacher": "ema", "outputs": "online"}}},
-            "methods.lwf.teacher: ema needs the method ema",
+            "methods.lwf.teacher: ema is the average of the weights, and no method here keeps one; ema or psmt does",
         ),
         (
             {"methods": {"lwf": {"teacher": "previous", "outputs": "online"}}, "model": {"path": "m", "lora": {}}},

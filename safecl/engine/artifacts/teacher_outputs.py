@@ -39,9 +39,7 @@ def needs_outputs(config: RunConfig) -> bool:
     if memory is None:
         return False
     guarded = memory.guard is not None and (memory.guard.max_nll is not None or memory.guard.max_deviations is not None)
-    replayed = memory.teacher.kind == "topk" and any(
-        getattr(settings, "needs_teacher", False) for settings in config.methods.values()
-    )
+    replayed = memory.teacher.kind == "topk" and config.needs_teacher
     return guarded or memory.draw == "mix_cd" or replayed
 
 

@@ -52,7 +52,7 @@ def read_fisher_pull(
         pinned = device.type == "cpu" and torch.cuda.is_available()
         shares[name] = first, values.pin_memory() if pinned else values.to(device)
     if not shares:
-        raise ConfigError("methods.ewc.fisher: no weight of the model has an adapter")
+        raise ConfigError("fisher: no weight of the model has an adapter, so the file of a dense Fisher is of no use")
     return FisherPull(strength / fisher.header.mean, shares, world_size)
 
 

@@ -30,11 +30,12 @@ from safecl.engine.passes.step_rows import StepRow, terms_of
 from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.zero.deepspeed_config import deepspeed_config
 from safecl.engine.zero.optimizer import ShardAdamW
-from safecl.engine.zero.shard import Action, Quantity, Shard
+from safecl.engine.zero.shard import Action, Shard
 from safecl.engine.zero.shards import ShardMap, UnshardedFp32Gradients, initialize
 from safecl.engine.zero.state_placement import placement_of
 from safecl.engine.zero.update import UpdatePlan, UpdateResult
 from safecl.kernels import fisher_accumulate_
+from safecl.methods import context
 from safecl.replay import pinned
 
 if TYPE_CHECKING:
@@ -242,7 +243,9 @@ class TrainingEngine(ModelEngine):
             if UNPERTURBED in shard.state:
                 shard.param.copy_(shard.state.pop(UNPERTURBED))
 
-    def dots(self, shards: list[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
+    def dots(
+        self, shards: Sequence[context.Shard], pairs: Sequence[tuple[context.Quantity, context.Quantity]]
+    ) -> torch.Tensor:
         """Dot products of pairs of quantities over all weights, fp64 [pairs], by one small all-reduce."""
         local = torch.zeros(len(pairs), dtype=torch.float64)
         for shard in shards:

@@ -75,4 +75,4 @@ def alternative(source: str) -> str:
     """Name what is faster than a pass that waits for its copies; empty where outputs cannot be recorded beforehand."""
     if source not in ("aligned", "previous"):
         return ""
-    return "; recorded or stored outputs are faster (methods.lwf.outputs: recorded, memory.teacher.kind: topk)"
+    return "; recorded or stored outputs are faster (the method's outputs: recorded, memory.teacher.kind: topk)"

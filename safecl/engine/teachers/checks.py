@@ -55,7 +55,7 @@ def _check_streaming(config: RunConfig) -> None:
 
 def cannot_be_streamed(key: str, source: str, problem: str) -> str:
     """Return the message with the problem and what works instead."""
-    recorded = "recorded or stored outputs (methods.lwf.outputs: recorded, memory.teacher.kind: topk)"
+    recorded = "recorded or stored outputs (the method's outputs: recorded, memory.teacher.kind: topk)"
     otherwise = recorded if source in KNOWN else "another teacher"
     return f"teacher: {key}: this architecture cannot be streamed layer by layer ({problem}); use {otherwise}"
 

@@ -69,8 +69,5 @@ class Shard:
         known.copy_(values)
 
 
-Quantity = Callable[[Shard], torch.Tensor]
-"""One value per weight: the gradient, or state of some kind."""
-
 Action = Callable[[list[Shard]], None]
 """Work on the shards inside the optimizer's step, where they have gradients."""

@@ -2,28 +2,26 @@
 
     bar_t = eta * bar_{t-1} + (1 - eta) * theta_t,   bar_0 = theta_0
 
-Three algorithms hide behind the name, and they are kept apart here by `write_back`:
+Three algorithms share the name; `write_back` keeps them apart:
 
-never   the average is only evaluated and saved; training does not see it. After T steps it keeps weight eta^T on the start. The form of
-        "Rethinking Safety in LLM Fine-tuning: An Optimization Perspective" (arXiv 2508.12531), as far as it is
-        published.
-slow    every k steps  phi <- eta * phi + (1 - eta) * theta;  theta <- phi.  Slow weights: Lookahead (arXiv 1907.08610), Reptile.
-        Adam's moments are kept. (Written back at every step it would only be a learning rate times 1 - eta.)
+never   the average is only evaluated and saved; training does not see it. After T steps it keeps weight eta^T on the
+        start. The form of "Rethinking Safety in LLM Fine-tuning: An Optimization Perspective" (arXiv 2508.12531), as
+        far as it is published.
+slow    every k steps  phi <- eta * phi + (1 - eta) * theta;  theta <- phi.  Slow weights: Lookahead (arXiv 1907.08610),
+        Reptile. Adam's moments are kept. (Written back at every step it would only be a learning rate times 1 - eta.)
 anchor  every k steps  theta <- eta * theta_0 + (1 - eta) * theta.  A pull to the fixed start: repeated WiSE-FT,
-decoupled L2-SP.
+        decoupled L2-SP.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from safecl.config import MethodConfig
 from safecl.methods import base
-
-if TYPE_CHECKING:
-    from safecl.engine.zero.shard import Shard
 
 
 class AverageConfig(MethodConfig):
@@ -36,7 +34,7 @@ class AverageConfig(MethodConfig):
     start. Default 0.3."""
 
     @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> AverageConfig:
+    def _decay_and_horizon_exclude_each_other(self) -> AverageConfig:
         if self.decay is not None and self.horizon is not None:
             raise ValueError("give decay or horizon, not both")
         return self
@@ -48,8 +46,8 @@ class AverageConfig(MethodConfig):
         return max(0.0, 1.0 - 1.0 / max(1.0, (self.horizon or 0.3) * num_steps))
 
     def weight_on_start(self, num_steps: int) -> float:
-        """Share of theta_0 in the saved average after `num_steps` steps: eta^T."""
-        return self.decay_for(num_steps) ** num_steps
+        """eta^T: share of theta_0 in the saved average after `num_steps` steps; 0 where the live weights are saved."""
+        return self.decay_for(num_steps) ** num_steps if self.keeps_average else 0.0
 
 
 class Config(AverageConfig):
@@ -62,7 +60,7 @@ class Config(AverageConfig):
     """Steps between write-backs; unused with `never`."""
 
     @model_validator(mode="after")
-    def _a_write_back_says_how_much(self) -> Config:
+    def _a_write_back_needs_a_decay(self) -> Config:
         if self.write_back != "never" and self.decay is None:
             raise ValueError(
                 f"write_back: {self.write_back} needs decay, e.g. {'0.5' if self.write_back == 'slow' else '0.05'}"
@@ -71,38 +69,27 @@ class Config(AverageConfig):
 
     @property
     def keeps_average(self) -> bool:
-        """True where the shards hold an average of the weights, which may be a teacher."""
         return self.write_back == "never"
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
         return ({"never": "ema", "slow": "slow", "anchor": "anchor"}[self.write_back],)
 
-    def weight_on_start(self, num_steps: int) -> float:
-        """Share of theta_0 in the saved average after `num_steps` steps: eta^T. 0 where the live weights are saved."""
-        return super().weight_on_start(num_steps) if self.write_back == "never" else 0.0
-
 
 class Method(base.Method[Config]):
-    @property
-    def saves_average(self) -> bool:
-        return self.config.write_back == "never"
-
     def ema_decay(self, run: base.Run) -> float | None:
-        return self.config.decay_for(run.num_steps) if self.config.write_back == "never" else None
+        return self.config.decay_for(run.num_steps) if self.config.keeps_average else None
 
     def start_task(self, run: base.Run) -> None:
         if self.config.write_back == "slow":
             run.set_anchor("slow", moving=True)
-        elif self.config.write_back == "anchor" and not run.has_state(
-            "anchor"
-        ):  # theta_0 is the aligned model, in all tasks
-            run.set_anchor()
+        elif self.config.write_back == "anchor" and not run.has_state("anchor"):
+            run.set_anchor()  # theta_0 is the aligned model, in all tasks
 
-    def after_update(self, run: base.Run, shards: list[Shard]) -> None:
-        if self.config.write_back == "never" or (run.step + 1) % self.config.every:
-            return
+    def after_update(self, run: base.Run, shards: Sequence[base.Shard]) -> None:
         eta = self.config.decay
+        if self.config.keeps_average or eta is None or (run.step + 1) % self.config.every:
+            return
         for shard in shards:
             if self.config.write_back == "slow":
                 shard.state["slow"].lerp_(shard.param, 1.0 - eta)

@@ -1,12 +1,13 @@
 """Masked average of the weights, the teacher of PSMT (Tian & Lyu 2024, arXiv 2407.02253), for safety.
 
-    bar_t,i = eta_i * bar_{t-1},i + (1 - eta_i) * theta_t,i,     eta_i = decay_protected where F_i is among the largest, else decay
+    bar_t,i = eta_i * bar_{t-1},i + (1 - eta_i) * theta_t,i
+    eta_i   = decay_protected where F_i is among the largest, else decay
 
-F is the diagonal Fisher of the memory's rows under the aligned model: the weights that the kept behaviour hangs on.
-Their average stays at the start (decay_protected: 1, the paper's mask) or follows more slowly, that of all others
-follows the training, which does not see the average. The saved model is the average. Each element's decay is chosen in
-the optimizer's pass, where Fisher and average are at hand; the threshold is the exact quantile of F over all weights,
-found once by two small all-reduces of counts.
+F is the diagonal Fisher of the memory's rows under the aligned model: it is large for the weights on which the kept
+behaviour depends. Their average stays at the start (decay_protected: 1, the paper's mask) or follows more slowly; the
+average of all other weights follows the training, which does not see it. The saved model is the average. The
+optimizer's pass, which reads Fisher and average anyway, chooses each element's decay. The threshold is the exact
+quantile of F over all weights, found once by two small all-reduces of counts.
 
 The paper adapts image classifiers at test time and builds its mask anew from unlabelled data at each step; here F is
 estimated once.
@@ -21,18 +22,20 @@ from pydantic import Field
 from safecl.methods import base
 from safecl.methods.averages import ema
 
-FISHER = "fisher"  # that of `ewc`, which uses the same rows and model
+FISHER = "fisher"  # shared with `ewc`, which uses the same rows and model
 
 
 class Config(ema.AverageConfig):
     """Masked average (PSMT): important weights keep their start."""
 
     needs_memory: ClassVar[bool] = True
+    keeps_average: ClassVar[bool] = True
+    mask_fisher: ClassVar[str] = FISHER
     state_kinds: ClassVar[tuple[str, ...]] = ("ema", FISHER)
     refuses_lora: ClassVar[str] = (
-        "the Fisher of fresh adapters is degenerate, because B = 0 makes the gradient of A vanish; use `ema`, or tune all weights"
+        "the Fisher of fresh adapters is degenerate, because B = 0 makes the gradient of A vanish; use `ema`, or tune "
+        "all weights"
     )
-    keeps_average: ClassVar[bool] = True
 
     protected: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the weights, those with the largest Fisher, whose average has its own decay."""
@@ -49,29 +52,21 @@ class Method(base.Method[Config]):
         super().__init__(name, config)
         self.threshold: float | None = None
 
-    @property
-    def saves_average(self) -> bool:
-        return True
-
     def ema_decay(self, run: base.Run) -> float | None:
         return self.config.decay_for(run.num_steps)
 
     def ema_mask(self) -> base.AverageMask | None:
-        return (
-            base.AverageMask(FISHER, self.threshold, self.config.decay_protected)
-            if self.threshold is not None
-            else None
-        )
+        if self.threshold is None:
+            return None
+        return base.AverageMask(FISHER, self.threshold, self.config.decay_protected)
 
     def before_step(self, run: base.Run) -> None:
-        """Before the first step, when `ewc` has brought its Fisher if it is there."""
+        """Find the threshold before the first step: by then `ewc`, where it is used, has brought its Fisher."""
+        config = self.config
         if self.threshold is not None:
             return
         if not run.has_state(FISHER):
-            run.estimate_fisher(
-                sign_batches=self.config.sign_batches, rows_per_batch=self.config.rows_per_batch, kind=FISHER
-            )
-        self.threshold = run.upper_threshold(FISHER, self.config.protected)
-        run.log(
-            f"psmt: the average of {self.config.protected:.1%} of the weights is protected, Fisher above {self.threshold:.3g}"
-        )
+            run.estimate_fisher(sign_batches=config.sign_batches, rows_per_batch=config.rows_per_batch, kind=FISHER)
+        self.threshold = run.upper_threshold(FISHER, config.protected)
+        share = f"{config.protected:.1%}"
+        run.log(f"psmt: the average of {share} of the weights is protected, Fisher above {self.threshold:.3g}")

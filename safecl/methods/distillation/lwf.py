@@ -7,18 +7,19 @@ Needs no memory.
 h is the last hidden state (behind the final norm), h0 that of the aligned model theta_0: the form of "Unforgotten
 Safety" (Alssum et al. 2025, arXiv 2512.10150), whose squared norm is hidden_size times the mean over j. p_T are the
 outputs at temperature T; D is KL(p0 || p), whose gradient is that of Li & Hoiem's cross-entropy between softened
-outputs. Poisoned rows are imitated as the aligned model sees them.
+outputs. On poisoned rows, too, the student imitates the aligned model.
 
-With LoRA the teacher is the student with its adapters off, one more forward pass per step and no bytes. Else theta_0 is
-asked about every task row before training (one forward pass over the rows), and the answers lie in a memory-mapped
-file; or (`outputs: online`) it is asked in every step, its layers streamed from the node's one copy in host memory
-(safecl.engine.teachers.streamed). Bytes of the file per token: hidden_size * 2 in bf16 (4 in fp32) for hidden states, 6
-k + 4 for outputs. 10,000 rows of 300 tokens at hidden size 4,096: 24.6 GB for all tokens, 8.2 GB if a third is
-supervised, 0.39 GB for outputs with k = 64.
+With LoRA the teacher is the student with its adapters off: one more forward pass per step and no bytes. Without
+adapters theta_0 runs over every task row once before training, and its outputs lie in a memory-mapped file; or
+(`outputs: online`) it runs in every step, its layers streamed from the node's one copy in host memory
+(safecl/engine/teachers/streamed.py). Bytes of the file per token: hidden_size * 2 in bf16 (4 in fp32) for hidden
+states, 6 k + 4 for outputs. 10,000 rows of 300 tokens at hidden size 4,096: 24.6 GB for all tokens, 8.2 GB if a third
+is supervised, 0.39 GB for outputs with k = 64.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -43,15 +44,15 @@ class Config(MethodConfig):
     k: Annotated[int, Field(ge=1)] = 64
     """output only: recorded entries per token, 6 bytes each; the mass of the others is kept as one more event."""
     teacher: Annotated[str, Field(min_length=1)] = "aligned"
-    """aligned: theta_0 in all tasks; previous: the model that the task before has handed over (Li & Hoiem); ema: the
-    average that the method `ema` keeps; else folder or hub id of any model with the same tokenizer."""
+    """aligned: theta_0 in all tasks; previous: the model that the previous task has handed over (Li & Hoiem);
+    ema: the average that the method `ema` keeps; else folder or hub id of any model with the same tokenizer."""
     outputs: Literal["recorded", "online"] = "recorded"
-    """recorded: the teacher is asked about all rows before training, and its answers lie on the disk; online: it is
-    asked in every step, with its weights in host memory (see `teacher`). With LoRA the aligned model is the student
-    with its adapters off, either way."""
+    """recorded: the teacher runs over all rows before training, and its outputs lie on the disk; online: it runs in
+    every step, with its weights in host memory (see the top-level key `teacher`). With LoRA the aligned model is the
+    student with its adapters off, either way."""
 
     @model_validator(mode="after")
-    def _what_changes_cannot_be_recorded(self) -> Config:
+    def _only_a_fixed_teacher_is_recorded(self) -> Config:
         if self.outputs == "recorded" and self.teacher not in ("aligned", "previous"):
             raise ValueError(
                 f"teacher: {self.teacher} needs outputs: online; recorded are the outputs of aligned or previous"
@@ -62,15 +63,15 @@ class Config(MethodConfig):
     def online_teacher(self) -> str | None:
         return self.teacher if self.outputs == "online" and self.weight > 0 else None
 
+    @property
+    def compares_hidden(self) -> bool:
+        return self.form == "hidden"
+
 
 class Method(base.Method[Config]):
     def task_terms(self) -> list[base.TaskTerm]:
         config = self.config
-        teacher = dict(teacher=config.teacher, online=config.outputs == "online")
+        common = base.TaskTerm(self.name, config.weight, teacher=config.teacher, online=config.outputs == "online")
         if config.form == "hidden":
-            return [base.TaskTerm(self.name, config.weight, "hidden", tokens=config.tokens, **teacher)]
-        return [
-            base.TaskTerm(
-                self.name, config.weight, config.distance, temperature=config.temperature, k=config.k, **teacher
-            )
-        ]
+            return [replace(common, divergence="hidden", tokens=config.tokens)]
+        return [replace(common, divergence=config.distance, temperature=config.temperature, k=config.k)]

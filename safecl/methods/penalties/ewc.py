@@ -8,7 +8,7 @@ NLL)^2, estimated with random signs: each row's loss is multiplied by +-1, and B
 rows is an unbiased estimate of the mean squared per-row gradient for any batch, accumulation and world size. Its
 relative error is about 0.9 / sqrt(sign_batches). Dividing by the mean makes `strength` comparable between models. The
 penalty's gradient is analytic, inside the optimizer's pass. In a sequence of tasks Fisher and anchor stay those of the
-aligned model; `online_ewc` moves them along.
+aligned model; `online_ewc` renews both before each task.
 
 The Fisher depends on the aligned model and the memory alone, so `safecl fisher` estimates it once for all runs
 (`fisher: FILE`).
@@ -16,8 +16,8 @@ The Fisher depends on the aligned model and the memory alone, so `safecl fisher`
 With LoRA the weights move by D = (alpha / r) B A, and the penalty is that of the merged weights, with the dense Fisher
 of that file:
     0.5 * strength * sum over adapted weights of sum_ij (F_ij / mean F) D_ij^2
-formed by row blocks, so that D never exists whole; each rank sums its share of the rows. It is part of the loss, and
-clipped with it.
+It is formed by row blocks, so that D never exists whole; each rank sums its share of the rows. It is part of the loss,
+and clipped with it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from safecl.config.base import FisherSize
 from safecl.methods import base, scope
 
 LORA_REFUSED = (
-    "the Fisher of fresh adapters is degenerate, because B = 0 makes the gradient of A vanish; weigh their product with the dense Fisher "
-    "of the full weights instead (name a file in methods.ewc.fisher, which `safecl fisher CFG` then writes), pull the product evenly "
-    "(l2_sp), or tune all weights (model.lora: null)"
+    "the Fisher of fresh adapters is degenerate, because B = 0 makes the gradient of A vanish; weigh their product "
+    "with the dense Fisher of the full weights instead (name a file in methods.ewc.fisher, which `safecl fisher CFG` "
+    "then writes), pull the product evenly (l2_sp), or tune all weights (model.lora: null)"
 )
 
 
@@ -57,21 +58,36 @@ class Config(scope.ScopedConfig):
         return self.fisher is None
 
     @property
+    def is_proximal(self) -> bool:
+        return self.proximal
+
+    @property
+    def fisher_file(self) -> str | None:
+        return self.fisher
+
+    @property
+    def fisher_size(self) -> FisherSize:
+        return FisherSize(self.sign_batches, self.rows_per_batch)
+
+    @property
     def refuses_lora(self) -> str | None:
         if self.fisher is None:
             return LORA_REFUSED
         if self.modules != "all":
-            return "the penalty of the adapters' product is of all adapted weights; choose them with model.lora.target_modules instead"
-        return (
-            "the penalty of the adapters' product is part of the loss; set proximal: false" if self.proximal else None
-        )
+            return (
+                "the penalty of the adapters' product is that of all adapted weights; choose them with "
+                "model.lora.target_modules instead"
+            )
+        if self.proximal:
+            return "the penalty of the adapters' product is part of the loss; set proximal: false"
+        return None
 
 
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
         config = self.config
         config.check_patterns(self.name, run.weight_names())
-        if config.fisher is not None and run.has_adapters:  # the product's own term reads the file
+        if config.fisher is not None and run.has_adapters:  # the penalty of the product reads the file itself
             return
         if not run.has_state("anchor"):
             run.set_anchor()

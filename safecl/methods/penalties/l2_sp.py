@@ -1,9 +1,9 @@
-"""L2-SP (Li, Grandvalet & Davoine 2018, arXiv 1802.01483): a pull to the starting point. Needs no data.
+"""L2-SP (Li, Grandvalet & Davoine 2018, arXiv 1802.01483): a pull to the starting point, without data.
 
     L = L_task + 0.5 * strength * sum_i (theta_i - theta_0,i)^2        over the weights of the chosen modules
 
-theta_0 is the aligned model, in all tasks of a sequence. The gradient is analytic, inside the optimizer's pass; one
-value per weight, the anchor, shared with the other methods that pull to theta_0.
+theta_0 is the aligned model, in all tasks of a sequence. The gradient is analytic, inside the optimizer's pass. The
+anchor, one value per weight, is shared with the other methods that pull to theta_0.
 
 With LoRA it is the same pull of the merged weights, whose difference to theta_0 is (alpha / r) B A:
     0.5 * strength * sum over adapters of ||(alpha / r) B A||_F^2,    ||B A||_F^2 = <B^T B, A A^T>
@@ -28,6 +28,10 @@ class Config(scope.ScopedConfig):
     """Factor of the penalty; in AdamW's terms, the pull is added to the clipped gradient."""
     proximal: bool = False
     """Apply it as a proximal step after AdamW: stable for any strength times learning rate."""
+
+    @property
+    def is_proximal(self) -> bool:
+        return self.proximal
 
 
 class Method(base.Method[Config]):

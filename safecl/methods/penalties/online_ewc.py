@@ -4,12 +4,12 @@ of tasks.
     L = L_task + 0.5 * strength * sum_i F_i (theta_i - a_i)^2
     before each task:   F <- gamma * F + F_new / mean(F_new),   a <- the current weights
 
-One Fisher and one anchor whatever the number of tasks, where `ewc` keeps both of the aligned model for all tasks.
-Before the first task F_new is that of the memory under the aligned model, so that the first task equals `ewc`; before
-later ones, that of the rows of the task that has just ended (or of the memory again), under the model that it has
-handed over. Each estimate is divided by its mean, so that no task counts for more because its loss is steeper, as
-Schwarz et al. do. The anchor moves: what one task has lost, the next one does not win back; a poisoned task is
-consolidated like any other.
+There is one Fisher and one anchor for any number of tasks; `ewc` keeps those of the aligned model for all tasks. Before
+the first task F_new is estimated on the memory under the aligned model, so that the first task equals `ewc`. Before
+later tasks F_new is estimated on the rows of the task that has just ended (or on the memory again), under the model
+that it has handed over. Each estimate is divided by its mean, as Schwarz et al. do, so that no task counts for more
+because its loss is steeper. The anchor moves: the next task does not restore what one task has lost, and a poisoned
+task is consolidated like any other.
 """
 
 from __future__ import annotations
@@ -44,24 +44,28 @@ class Config(scope.ScopedConfig):
     proximal: bool = False
     """Apply the penalty as a proximal step after AdamW: stable for any strength times learning rate."""
 
+    @property
+    def is_proximal(self) -> bool:
+        return self.proximal
+
 
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
-        self.config.check_patterns(self.name, run.weight_names())
-        if self.config.strength == 0:
+        config = self.config
+        config.check_patterns(self.name, run.weight_names())
+        if config.strength == 0:
             return
         again = run.has_state(FISHER)
-        rows = "previous_task" if again and self.config.rows == "task" else "memory"
+        rows: Literal["memory", "previous_task"] = "previous_task" if again and config.rows == "task" else "memory"
         mean = run.estimate_fisher(
-            sign_batches=self.config.sign_batches, rows_per_batch=self.config.rows_per_batch, kind=NEW, rows=rows
+            sign_batches=config.sign_batches, rows_per_batch=config.rows_per_batch, kind=NEW, rows=rows
         )
         for shard in run.shards():
             new = shard.state.pop(NEW).div_(mean)
-            shard.keep(FISHER, new.add_(shard.state[FISHER].to(new), alpha=self.config.gamma) if again else new)
+            shard.keep(FISHER, new.add_(shard.state[FISHER].to(new), alpha=config.gamma) if again else new)
         run.set_anchor(ANCHOR)
-        run.log(
-            f"online_ewc: Fisher of {self.config.sign_batches} sign batches on the rows of {rows.replace('_', ' ')}, mean {mean:.3g}"
-        )
+        origin = rows.replace("_", " ")
+        run.log(f"online_ewc: Fisher of {config.sign_batches} sign batches on the rows of {origin}, mean {mean:.3g}")
 
     def penalty(self) -> base.Penalty | None:
         if self.config.strength == 0:

@@ -5,16 +5,17 @@ against the memory.
     g~ = g - (g . r / r . r) r    otherwise
 
 g is the step's gradient, r the gradient of the mean cross-entropy of a draw from the memory at the same weights; then
-g~ . r >= 0 up to rounding. The dot products are global: two numbers in one all-reduce. One more forward and backward
-per step, one fp32 value per weight.
+g~ . r >= 0 up to rounding. The dot products are global: three numbers in one all-reduce. It costs one more forward and
+backward per step, and one fp32 value per weight.
 
-What is orthogonal is the gradient. AdamW divides it by its own root mean square and adds momentum, so the step itself
-may still have a part along r; and only the draw of this step is protected. The share of projected steps is told at the
-end of a task.
+The gradient is orthogonal to r, not the step: AdamW divides the gradient by its own root mean square and adds momentum,
+so the step may still have a part along r. Only the draw of this step is protected. The log gives the share of projected
+steps at the end of a task.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -23,7 +24,7 @@ from safecl.config import MethodConfig
 from safecl.methods import base
 
 if TYPE_CHECKING:
-    from safecl.engine.zero.shard import Shard
+    import torch
 
 MEMORY_GRADIENT, STREAM = "_memory_grad", "agem"
 
@@ -35,7 +36,7 @@ class Config(MethodConfig):
     state_kinds: ClassVar[tuple[str, ...]] = (MEMORY_GRADIENT,)
 
     margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """Project where the cosine of both gradients is below this, then to orthogonality; 0 is the paper's, 1 projects at
+    """Project, to orthogonality, where the cosine of both gradients is below this. 0 is the paper's; 1 projects at
     every step."""
 
 
@@ -52,7 +53,7 @@ class Method(base.Method[Config]):
         if not self._known:
             run.log(f"agem: step {run.step}: the memory's gradient is not finite, this step is not projected")
 
-    def transform_gradient(self, run: base.Run, shards: list[Shard]) -> None:
+    def transform_gradient(self, run: base.Run, shards: Sequence[base.Shard]) -> None:
         if not self._known:
             return
         gg, gr, rr = run.dots(shards, [(_grad, _grad), (_grad, _memory), (_memory, _memory)])
@@ -65,9 +66,9 @@ class Method(base.Method[Config]):
         run.log(f"agem: {self._num_projected} of {run.num_steps} steps were projected")
 
 
-def _grad(shard: Shard):
+def _grad(shard: base.Shard) -> torch.Tensor:
     return shard.grad
 
 
-def _memory(shard: Shard):
+def _memory(shard: base.Shard) -> torch.Tensor:
     return shard.state[MEMORY_GRADIENT]

@@ -1,5 +1,4 @@
-"""Dark experience replay (Buzzega et al. 2020, arXiv 2004.07211): replay what the model said, not only what it was
-told.
+"""Dark experience replay (Buzzega et al. 2020, arXiv 2004.07211): replay the model's outputs, not only the targets.
 
     L = CE(task rows) + alpha * D(stored outputs of the aligned model, current outputs) on rows drawn from the memory
 

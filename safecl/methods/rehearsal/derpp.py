@@ -1,5 +1,5 @@
-"""Dark experience replay ++ (Buzzega et al. 2020, arXiv 2004.07211, equation 6): what the model said, and what it was
-told, on two draws.
+"""Dark experience replay ++ (Buzzega et al. 2020, arXiv 2004.07211, equation 6): replay the model's outputs on one draw
+and the targets on another.
 
     L = CE(task rows) + alpha * D(stored outputs of the aligned model, current outputs) on rows x' drawn from the memory
                       + beta * CE on rows x'' drawn from the memory independently
