@@ -106,7 +106,7 @@ def other_models(config: RunConfig) -> list[ModelConfig]:
 
 
 def _compares_hidden(config: RunConfig, key: str) -> bool:
-    return getattr(config.methods[key.removeprefix("methods.").removesuffix(".teacher")], "form", None) == "hidden"
+    return config.methods[key.removeprefix("methods.").removesuffix(".teacher")].compares_hidden
 
 
 def _different_token(theirs: dict[str, int], ours: dict[str, int]) -> str:
