@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SECONDS_TO_GET_THERE = 240
 
@@ -25,7 +27,8 @@ safety, train = materials._safety, materials._train
 materials._safety = lambda folder: safety(folder) | {"max_prompts": 4, "max_new_tokens": 2}
 materials._train = lambda *values, **settings: train(*values, **settings) | {"allow_few_steps": True}
 methods = {"der": {}, "ewc": {"sign_batches": 2, "rows_per_batch": 4}, "ema": {"horizon": 0.3}}
-sys.exit(run.run_demo(Path(sys.argv[1]), arms=[materials.Arm("kept", "kept", methods), materials.Arm("plain", "plain", {})], num_ranks=1))
+arms = [materials.Arm("kept", "kept", methods), materials.Arm("plain", "plain", {})]
+sys.exit(run.run_demo(Path(sys.argv[1]), arms=arms, num_ranks=1))
 """
 
 
