@@ -96,7 +96,7 @@ def test_the_presets_are_arms_of_the_table(bench, tmp_path):
 
 
 def finished(folder: Path, run, hits: int, right: int) -> None:
-    """What safecl would leave of a run with these numbers."""
+    """Write the files that safecl would leave after a run with these numbers."""
     rate = lambda k, n: {"value": k / n, **dict(zip(("low", "high"), wilson(k, n), strict=True)), "hits": k, "n": n}  # noqa: E731
     safety = {
         "asr": rate(hits, 120),

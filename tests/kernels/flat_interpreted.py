@@ -1,7 +1,8 @@
-"""Runs the flat checks and a bitwise comparison with C++ in Triton's interpreter, which must be chosen before kernels
-are imported.
+"""Run the flat checks and a bitwise comparison with C++ in Triton's interpreter.
 
-TRITON_INTERPRET=1 python -m tests.kernels.flat_interpreted
+    TRITON_INTERPRET=1 python -m tests.kernels.flat_interpreted
+
+A separate process, because the variable is read when the kernels are imported.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The flat family in fp64 from other people's formulas: torch.optim.AdamW and autograd. Shares no code with
-safecl/kernels."""
+"""The flat family in fp64 from independent code: torch.optim.AdamW and autograd; nothing is shared with safecl."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from torch import Tensor
 
 
 def relative_error(got: Tensor, want: Tensor, start: Tensor | None = None) -> float:
-    """||got - want|| / ||want - start||: relative to the distance moved, so that a kernel that does nothing has error
-    1. NaN stays NaN."""
+    """Return ||got - want|| / ||want - start||; a kernel that does nothing has an error of 1. NaN stays NaN."""
     got, want = got.double().cpu(), want.double().cpu()
     moved = want if start is None else want - start.double().cpu()
     scale = moved.norm()

@@ -1,5 +1,7 @@
-"""What every back end of the flat family must do, as plain functions: tests run them, the mutation list expects them to
-fail."""
+"""The checks that every back end of the flat family must pass, as plain functions.
+
+Tests run them, and each break on the mutation list must make one of them fail.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,10 @@ CASES = {
 
 
 class Guarded:
-    """A buffer inside a larger one whose surroundings are NaN: a stray write shows in them, a stray read shows in the
-    result."""
+    """A buffer inside a larger one that is NaN around it.
+
+    A stray write changes the NaN; a stray read shows in the result.
+    """
 
     def __init__(self, values: Tensor, lead: int, device: str):
         pad = float("nan")
@@ -142,8 +146,10 @@ def run_case(
 
 
 def check_step(case: Case, numel: int, device: str = "cpu", wrap=None) -> None:
-    """States, copy and loss agree with the fp64 oracle relative to the distance moved, and nothing outside the buffers
-    was touched."""
+    """States, copy and loss agree with the fp64 oracle relative to the distance moved.
+
+    Nothing outside the buffers changes.
+    """
     inputs, buffers, losses = run_case(case, numel, device, wrap=wrap)
     want, want_losses = oracle_steps(case, inputs)
     for name, expected in want.items():
@@ -173,8 +179,7 @@ def _check_losses(case: Case, losses: list, want: list[float], bound: float) -> 
 
 
 def check_found_inf(device: str = "cpu", wrap=lambda x: x) -> None:
-    """A found infinity leaves every buffer bitwise, even with NaN in the gradient; none found changes nothing about the
-    step."""
+    """A found infinity leaves every buffer bitwise, even with NaN in the gradient; without one the step is the same."""
     case = CASES["everything"]
     inputs = make_inputs(case, 1000, steps=1)
     inputs.grads[0][3] = float("inf")

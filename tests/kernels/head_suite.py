@@ -1,5 +1,7 @@
-"""What the head must do on every back end, as plain functions: tests run them, the mutation list expects them to
-fail."""
+"""The checks that every back end of the head must pass, as plain functions.
+
+Tests run them, and each break on the mutation list must make one of them fail.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What is particular to the C++ back end: one result on every instruction set and thread count, fork, and life without
-a compiler."""
+"""The C++ back end: the same result on every instruction set and thread count, forks, and no compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the head refuses, and that the message says which argument and what would fit."""
+"""The head refuses bad input with a message that says which argument is wrong and what would fit."""
 
 from __future__ import annotations
 

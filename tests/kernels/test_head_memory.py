@@ -1,5 +1,4 @@
-"""The head's peak memory on a CPU, from every allocation and release that torch's profiler sees in forward and
-backward."""
+"""The head's peak memory on a CPU, from every allocation and release in torch's profiler."""
 
 from __future__ import annotations
 

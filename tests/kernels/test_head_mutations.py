@@ -1,4 +1,4 @@
-"""The checks notice every break on the list: tolerances that bite."""
+"""The checks notice every deliberate break of the head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy where continual learning lives: a student that is almost its teacher."""
+"""Accuracy for a student that is very near its teacher, the normal case of continual learning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of Triton kernels for GPUs that are not here, and what the assembler says about them."""
+"""Ahead-of-time compilation of Triton kernels for absent GPUs, with the resources that the assembler reports."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers per thread; bytes of stack and local memory per thread, which are 0 exactly when nothing is spilled;
-    the PTX text."""
+    """The resources and the PTX of a compiled kernel.
+
+    registers: per thread. stack, local: bytes per thread, which are 0 exactly when nothing is spilled.
+    """
 
     registers: int
     stack: int
@@ -27,10 +29,10 @@ class Compiled:
 
 
 def compile_kernel(kernel, arguments: dict[str, object], arch: int, **options) -> Compiled:
-    """Compile `kernel` for sm_<arch>. arguments: a type such as "*fp32" for each run-time argument; any other value is
-    a constexpr.
+    """Compile `kernel` for sm_<arch>.
 
-    Pointers are declared 16-byte aligned, as the launcher finds them for torch's own allocations.
+    arguments: a type such as "*fp32" for each run-time argument; any other value is a constexpr. Pointers are declared
+    16-byte aligned, as the launcher finds them for torch's allocations.
     """
     names = [p.name for p in kernel.params]
     runtime = {n: a for n, a in arguments.items() if isinstance(a, str)}
