@@ -29,7 +29,7 @@ def fisher_run(config: RunConfig, output: Path | None, *, exact: bool) -> ExitCo
             "safecl fisher: model.path is aligned only by the first task (role: align); "
             "train that first, then name its model"
         )
-    named = [path for settings in config.methods.values() if (path := settings.fisher_file) is not None]
+    named = [file for settings in config.methods.values() if (file := settings.fisher_file) is not None]
     path = output or (Path(named[0]) if named else None)
     preflight(config, writes_fisher=True)
     if path is not None:

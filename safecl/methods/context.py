@@ -49,13 +49,17 @@ Quantity = Callable[[Shard], "torch.Tensor"]
 class Run(Protocol):
     """What a run offers to a method. Every rank must make the same calls in the same order."""
 
-    step: int
-    """Optimizer step of the current task, from 0."""
-    num_steps: int
-    """Optimizer steps of the current task."""
     seed: int
     has_adapters: bool
     """True with LoRA: the trained weights are the factors of updates."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer step of the current task, from 0."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the current task."""
 
     def shards(self) -> Sequence[Shard]:
         """This rank's part of the trained weights with its state tensors (fp32, flat)."""
