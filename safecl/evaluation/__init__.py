@@ -4,7 +4,38 @@ checking text needs no torch."""
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safecl.evaluation.answers.generate import generate_greedy as generate_greedy
+    from safecl.evaluation.answers.likelihood import log_likelihoods as log_likelihoods
+    from safecl.evaluation.answers.model import EvalModel as EvalModel
+    from safecl.evaluation.answers.model import HFEvalModel as HFEvalModel
+    from safecl.evaluation.contamination import check_disjoint as check_disjoint
+    from safecl.evaluation.contamination import find_overlaps as find_overlaps
+    from safecl.evaluation.gates.gate import GateCheck as GateCheck
+    from safecl.evaluation.gates.gate import GateResult as GateResult
+    from safecl.evaluation.gates.gate import check_gate_is_decidable as check_gate_is_decidable
+    from safecl.evaluation.gates.gate import gate as gate
+    from safecl.evaluation.gates.gate import judge_gate as judge_gate
+    from safecl.evaluation.measure import Evaluation as Evaluation
+    from safecl.evaluation.measure import evaluate as evaluate
+    from safecl.evaluation.measure import summarise as summarise
+    from safecl.evaluation.records import write_outputs as write_outputs
+    from safecl.evaluation.safety import SafetyResult as SafetyResult
+    from safecl.evaluation.safety import evaluate_safety as evaluate_safety
+    from safecl.evaluation.scoring.judges import load_scorer as load_scorer
+    from safecl.evaluation.scoring.judges import rate_of_verdicts as rate_of_verdicts
+    from safecl.evaluation.scoring.keywords import SCORERS as SCORERS
+    from safecl.evaluation.standalone import evaluate_folder as evaluate_folder
+    from safecl.evaluation.standalone import evaluate_target as evaluate_target
+    from safecl.evaluation.statistics.intervals import Mean as Mean
+    from safecl.evaluation.statistics.intervals import Rate as Rate
+    from safecl.evaluation.statistics.intervals import smallest_passing_size as smallest_passing_size
+    from safecl.evaluation.statistics.intervals import wilson as wilson
+    from safecl.evaluation.tables import results_table as results_table
+    from safecl.evaluation.task import TaskResult as TaskResult
+    from safecl.evaluation.task import evaluate_task as evaluate_task
 
 _HOMES = {
     "EvalModel": "answers.model",

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safecl.replay.buffer import ReplayBuffer as ReplayBuffer
+    from safecl.replay.cache import CacheHeader as CacheHeader
+    from safecl.replay.cache import CacheReader as CacheReader
+    from safecl.replay.cache import CacheWriter as CacheWriter
+    from safecl.replay.cache import SharedOutputs as SharedOutputs
+    from safecl.replay.files.lock import BufferInUse as BufferInUse
+    from safecl.replay.insertion import InsertReport as InsertReport
+    from safecl.replay.prefetch import Prefetcher as Prefetcher
+    from safecl.replay.prefetch import pinned as pinned
+    from safecl.replay.rows import MemoryRow as MemoryRow
+    from safecl.replay.rows import ReplayError as ReplayError
+    from safecl.replay.rows import TeacherOutputs as TeacherOutputs
 
 _HOMES = {
     "BufferInUse": "files.lock",

@@ -60,7 +60,11 @@ class Measurements:
         plan, config = self.plan, self.plan.config
         if config.safety is not None and config.safety.every == "never":
             return
-        tasks = [(task.config.name, task.config.eval, task.eval_rows) for task in plan.tasks if task.eval_rows]
+        tasks = [
+            (task.config.name, task.config.eval, task.eval_rows)
+            for task in plan.tasks
+            if task.config.eval is not None and task.eval_rows
+        ]
         if not plan.prompts and not tasks:
             return
         with self.console.working(f"{when}: measuring"), evaluating(run.engine, average=run.saves_average) as model:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name", ["safecl.data", "safecl.scan"])
+@pytest.mark.parametrize("name", ["safecl.data", "safecl.evaluation", "safecl.replay", "safecl.scan"])
 def test_names_for_type_checkers_are_the_names_that_are_imported_on_first_use(name):
     package = importlib.import_module(name)
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))

@@ -6,8 +6,9 @@ log p(y | x) = Σ_t log softmax(z_t)[y_t]   over the supervised tokens, log-soft
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from safecl.evaluation.answers.model import EvalModel
@@ -17,6 +18,11 @@ LOGITS_BYTES = 2**30
 
 TOKENS_AT_ONCE = 512
 """Number of scored tokens whose logits are converted to fp32 together."""
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
+TokensAndMask = tuple[Sequence[int] | Array, Sequence[bool] | Array]
+"""Token ids of a row, and which of them are scored."""
 
 
 class Scored(NamedTuple):
@@ -29,7 +35,7 @@ class Scored(NamedTuple):
 @torch.no_grad()
 def log_likelihoods(
     model: EvalModel,
-    rows: Sequence[tuple[Sequence[int], Sequence[bool]]],
+    rows: Sequence[TokensAndMask],
     *,
     pad_id: int,
     logits_bytes: int = LOGITS_BYTES,
@@ -62,7 +68,7 @@ def _batches(lengths: list[int], vocab_size: int, logits_bytes: int) -> list[lis
     return batches
 
 
-def _score_batch(model: EvalModel, rows: list[tuple[Sequence[int], Sequence[bool]]], pad_id: int) -> list[Scored]:
+def _score_batch(model: EvalModel, rows: list[TokensAndMask], pad_id: int) -> list[Scored]:
     ids, mask, scored = _pad_right(rows or [([pad_id], [False])], pad_id)
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     device = model.device
@@ -81,9 +87,7 @@ def _sum_log_probs(logits: torch.Tensor, places: torch.Tensor, targets: torch.Te
     return float(log_probs.gather(1, targets[:, None]).double().sum())
 
 
-def _pad_right(
-    rows: list[tuple[Sequence[int], Sequence[bool]]], pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pad_right(rows: list[TokensAndMask], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
