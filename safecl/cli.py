@@ -16,7 +16,7 @@ from safecl import __version__
 from safecl.commands.memory import verbs
 from safecl.commands.verbs import EPILOG, verbs_of
 from safecl.distributed import environment
-from safecl.exits import Ending, ExitCode
+from safecl.exits import ExitCode, tracebacks
 
 app = typer.Typer(
     name="safecl",
@@ -58,8 +58,8 @@ def _root(
         bool, typer.Option("--traceback", help="Print the traceback of an unexpected error (works behind a verb too).")
     ] = False,
 ) -> None:
-    Ending.show_traceback = traceback
-    Ending.run_folder = None
+    tracebacks.in_message = traceback
+    tracebacks.folder = None
 
 
 def _load(config: Path, overrides: list[str] | None) -> Any:
@@ -86,7 +86,7 @@ def demo(
 
     folder = folder or default_folder(seed=seed, poison=poison, every=every)
     make_folder(folder)
-    Ending.run_folder = folder
+    tracebacks.folder = folder
     raise typer.Exit(run_demo(folder, seed=seed, arms=chosen_arms(poison=poison, every=every)))
 
 
@@ -99,7 +99,7 @@ def proof(
     from safecl.proof.run import run_proof
 
     make_folder(folder)
-    Ending.run_folder = folder
+    tracebacks.folder = folder
     raise typer.Exit(run_proof(folder))
 
 

@@ -1,4 +1,4 @@
-"""How a verb ends: exit codes, and errors told as messages instead of tracebacks.
+"""How a verb ends: exit codes, and messages instead of tracebacks.
 
 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal
 (EX_TEMPFAIL).
@@ -16,8 +16,8 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ from rich.text import Text
 
 from safecl.config import ConfigError
 from safecl.distributed import environment
+from safecl.distributed.signals import StopSignals, name_of, set_handler
 
 
 class ExitCode(enum.IntEnum):
@@ -38,127 +39,123 @@ class ExitCode(enum.IntEnum):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked this process to end. Not an Exception, so that no `except Exception` on the way swallows it."""
+    """A signal asked this process to end. It is not an Exception, so that no `except Exception` swallows it."""
 
     def __init__(self, name: str):
         super().__init__(name)
         self.name = name
 
 
-class Ending:
-    """What decides how a verb ends early: where its traceback goes, and whether a signal was the cause."""
+@dataclass
+class Tracebacks:
+    """Where this process puts the traceback of an unexpected error: into a file in `folder` (None: a temporary one),
+    or into the message."""
 
-    verb: str = ""
-    run_folder: Path | None = None
-    show_traceback: bool = False
-    stopped: Stopped | None = None
-    stopped_at: float = 0.0
-    said: bool = False
-    undisturbed: bool = False
+    folder: Path | None = None
+    in_message: bool = False
 
 
+tracebacks = Tracebacks()
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
-# A launcher ends all ranks as soon as one fails. A rank that waits this long before it speaks is heard only when rank 0
-# had nothing to say.
+# A launcher ends all ranks as soon as one fails. A rank that waits this long before it reports its error is heard only
+# where rank 0 had nothing to report.
 SECONDS_FOR_RANK_0 = 3.0
-SECONDS_BEFORE_A_SECOND_SIGNAL_COUNTS = 1.0
 SECONDS_TO_END = 5.0
 
 _HINTS = {
-    "OutOfMemoryError": "less memory: a smaller train.tokens_per_microbatch, a higher deepspeed.stage, or deepspeed.offload.optimizer=cpu",
+    "OutOfMemoryError": "less memory: a smaller train.tokens_per_microbatch, a higher deepspeed.stage, or "
+    "deepspeed.offload.optimizer=cpu",
     "MemoryError": "less host memory: fewer ranks on this machine, or a smaller train.tokens_per_microbatch",
 }
 
 _FORESEEN = ("TrainingFailed", "ExportFailed")
-"""By name, because their modules import torch. Their messages say all; a traceback would tell nobody more."""
+"""Errors whose messages need no traceback; by name, because their modules import torch."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
+# -------------------------------------------------------------------------------------------------------------- endings
+
+
 @contextlib.contextmanager
 def told_as_messages(verb: str) -> Iterator[None]:
-    """Runs a verb's body; every way it can end becomes an exit code and, where something is wrong, a message."""
-    Ending.verb, Ending.stopped, Ending.said, Ending.undisturbed = verb, None, False, False
-    before = {number: _on_signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        with errors_told(verb):
-            yield
-    except KeyboardInterrupt as stop:
-        _say_stopped(stop.name if isinstance(stop, Stopped) else "Ctrl-C")
-        raise SystemExit(ExitCode.STOPPED) from None
-    finally:
-        for number, handler in before.items():
-            if not (Ending.undisturbed and number == signal.SIGTERM):
-                _on_signal(number, handler)
+    """Run a verb's body; every way it can end becomes an exit code and, where something is wrong, a message."""
+    stop = _Stop(verb)
+    with StopSignals(stop.raise_stopped, lambda _: os._exit(ExitCode.STOPPED)):
+        try:
+            with errors_told(verb), stop.errors_taken_back():
+                yield
+        except KeyboardInterrupt as error:
+            stop.report(error.name if isinstance(error, Stopped) else "Ctrl-C")
+            raise SystemExit(ExitCode.STOPPED) from None
 
 
 @contextlib.contextmanager
 def errors_told(verb: str) -> Iterator[None]:
-    """Turns errors into a message and SystemExit; lets signals pass."""
+    """Turn errors into a message and SystemExit; signals pass."""
     try:
         yield
-    except BrokenPipeError:
+    except (BrokenPipeError, typer.Exit):
         raise
     except Exception as error:
-        if (
-            Ending.stopped is not None
-        ):  # libraries turn a signal inside an import or a callback into an error of their own
-            raise Ending.stopped from None
-        if isinstance(error, typer.Exit):
-            raise
         is_usage = isinstance(error, ConfigError)
-        _say("error" if is_usage else "failed", str(error) if is_usage else _describe(verb, error))
+        _report("error" if is_usage else "failed", str(error) if is_usage else _describe(verb, error))
         raise SystemExit(ExitCode.USAGE if is_usage else ExitCode.FAILED) from None
 
 
 def end_undisturbed() -> None:
-    """Lets a verb that is done end with its own exit code, though a launcher sends SIGTERM to all ranks as soon as the
-    first has ended."""
-    _on_signal(signal.SIGTERM, signal.SIG_IGN)
-    Ending.undisturbed = True
+    """Let a verb that is done end with its own exit code: a launcher sends SIGTERM to all ranks as soon as the first
+    has ended."""
+    set_handler(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _stop(number: int, _frame: object) -> None:
-    """A launcher passes on what the terminal has sent to every process already; only a signal after a while is a second
-    wish to end."""
-    if Ending.stopped is not None:
-        if time.monotonic() - Ending.stopped_at > SECONDS_BEFORE_A_SECOND_SIGNAL_COUNTS:
-            os._exit(ExitCode.STOPPED)
-        return
-    Ending.stopped = Stopped("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-    Ending.stopped_at = time.monotonic()
-    for_sure = threading.Timer(SECONDS_TO_END, _end_for_sure)
-    for_sure.daemon = True
-    for_sure.start()
-    raise Ending.stopped
+class _Stop:
+    """The end of a verb by a signal."""
+
+    def __init__(self, verb: str):
+        self.verb = verb
+        self.error: Stopped | None = None
+        self._is_reported = False
+
+    def raise_stopped(self, number: int) -> None:
+        self.error = Stopped(name_of(number))
+        timer = threading.Timer(SECONDS_TO_END, self._end_for_sure, (self.error.name,))
+        timer.daemon = True
+        timer.start()
+        raise self.error
+
+    @contextlib.contextmanager
+    def errors_taken_back(self) -> Iterator[None]:
+        """Raise `Stopped` again where a library has turned it into an error of its own, in an import or a callback."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except Exception:
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+    def _end_for_sure(self, name: str) -> None:
+        """End the process where a library has swallowed the exception, or the main thread waits in a collective call
+        for a rank that has ended."""
+        self.report(name)
+        os._exit(ExitCode.STOPPED)
+
+    def report(self, name: str) -> None:
+        if environment.rank() == 0 and not self._is_reported:
+            self._is_reported = True
+            kept = "files that were finished are kept, and the same command starts it again"
+            _report("stopped", f"{name} ended `safecl {self.verb}`; {kept}")
 
 
-def _end_for_sure() -> None:
-    """A library may have swallowed the exception, or the main thread waits in a collective for a rank that has
-    ended."""
-    _say_stopped(Ending.stopped.name)
-    os._exit(ExitCode.STOPPED)
+# ------------------------------------------------------------------------------------------------------------- messages
 
 
-def _say_stopped(name: str) -> None:
-    if environment.rank() == 0 and not Ending.said:
-        Ending.said = True
-        _say(
-            "stopped",
-            f"{name} ended `safecl {Ending.verb}`; files that were finished are kept, and the same command starts it again",
-        )
-
-
-def _on_signal(number: int, handler: Any) -> Any:
-    """Sets the handler and returns the one before."""
-    with contextlib.suppress(ValueError):  # outside the main thread signals cannot be handled, nor do they arrive there
-        return signal.signal(number, handler)
-
-
-def _say(kind: str, message: str) -> None:
+def _report(kind: str, message: str) -> None:
     if rank := environment.rank():
-        _on_signal(signal.SIGTERM, signal.SIG_DFL)
+        set_handler(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_FOR_RANK_0)
         kind = f"{kind} on rank {rank}"
     style = "yellow" if kind == "stopped" else "bold red"
@@ -168,13 +165,13 @@ def _say(kind: str, message: str) -> None:
 def _describe(verb: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return f"{error.filename or 'the disk'}: {error.strerror}; where that is mended, the same command goes on"
-    if type(error).__name__ in _FORESEEN and not Ending.show_traceback:
+    if type(error).__name__ in _FORESEEN and not tracebacks.in_message:
         return str(error)
     first_line = (str(error).strip() or "no message").splitlines()[0]
     lines = [f"`safecl {verb}` ended with {type(error).__name__}: {first_line}"]
     if hint := _HINTS.get(type(error).__name__):
         lines.append(f"What helps: {hint}.")
-    if Ending.show_traceback:
+    if tracebacks.in_message:
         return "\n".join([traceback.format_exc(), *lines])
     return "\n".join([*lines, f"The traceback is in {_write_traceback()}; `--traceback` prints it here."])
 
@@ -182,11 +179,11 @@ def _describe(verb: str, error: Exception) -> str:
 def _write_traceback() -> Path:
     name = f"error-rank{environment.rank()}.txt"
     text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}"
-    if Ending.run_folder is not None:
+    if tracebacks.folder is not None:
         with contextlib.suppress(OSError):
-            Ending.run_folder.mkdir(parents=True, exist_ok=True)
-            (Ending.run_folder / name).write_text(text, encoding="utf-8")
-            return Ending.run_folder / name
+            tracebacks.folder.mkdir(parents=True, exist_ok=True)
+            (tracebacks.folder / name).write_text(text, encoding="utf-8")
+            return tracebacks.folder / name
     path = Path(tempfile.mkdtemp(prefix="safecl-")) / name
     path.write_text(text, encoding="utf-8")
     return path

@@ -9,7 +9,7 @@ from pathlib import Path
 from safecl.commands.preflight import preflight
 from safecl.config import RunConfig
 from safecl.distributed import environment
-from safecl.exits import Ending, ExitCode, end_undisturbed, stderr
+from safecl.exits import ExitCode, end_undisturbed, stderr, tracebacks
 
 
 def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
@@ -19,7 +19,7 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
     """
     environment.join_launcher()
     preflight(config)
-    Ending.run_folder = Path(config.output)
+    tracebacks.folder = Path(config.output)
     from safecl.training.folder import EXIT_CODE, RunFolder
 
     code = _train(config, fresh)

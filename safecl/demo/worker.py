@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from safecl.config import load_config
 from safecl.demo.progress import Reporter
 from safecl.distributed import environment
-from safecl.exits import Ending, ExitCode, errors_told
+from safecl.exits import ExitCode, errors_told, tracebacks
 
 if TYPE_CHECKING:
     from safecl.engine.checkpoint.report import SaveReport
@@ -91,6 +91,6 @@ if __name__ == "__main__":
         signal.SIG_UNBLOCK, [signal.SIGINT]
     )  # safecl/distributed/spawn.py; a run under way handles it by itself
     events, *configs = (Path(argument) for argument in sys.argv[1:])
-    Ending.run_folder = events.parent
+    tracebacks.folder = events.parent
     with errors_told("demo"):
         run_arms(configs, events)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from safecl.distributed import environment
-from safecl.exits import Ending, errors_told
+from safecl.exits import errors_told, tracebacks
 from safecl.proof.finding import Finding
 
 USUAL, SAFECL = "saved-in-place", "saved-by-safecl"
@@ -56,6 +56,6 @@ def _write(folder: Path, measure: Callable[[], Finding]) -> None:
 
 if __name__ == "__main__":
     folder, what = Path(sys.argv[1]), sys.argv[2]
-    Ending.run_folder = folder
+    tracebacks.folder = folder
     with errors_told("proof"):
         work(folder, what)

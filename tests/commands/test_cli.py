@@ -87,7 +87,7 @@ def failing_verb(monkeypatch, tmp_path):
 
     def install(error: BaseException) -> Path:
         def train_run(config, fresh=False):
-            exits.Ending.run_folder = Path(config.output)
+            exits.tracebacks.folder = Path(config.output)
             raise error
 
         monkeypatch.setattr("safecl.commands.train.train_run", train_run)
