@@ -1,7 +1,7 @@
-"""Who started this process: torchrun, the deepspeed launcher, or a user with plain `safecl`. Imports no torch.
+"""The environment of a process that torchrun, the deepspeed launcher, or a user with plain `safecl` has started.
 
-DeepSpeed wants RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT even for one process; launchers set them, a
-user does not.
+DeepSpeed needs RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT even for one process; launchers set them, a
+user does not. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def rank() -> int:
-    """This process's rank in the whole job; 0 where no launcher is at work."""
+    """This process's rank in the whole job; 0 without a launcher."""
     return int(os.environ.get("RANK", "0") or 0)
 
 
 def free_port() -> int:
-    """A TCP port that nothing on this machine listens on right now."""
+    """Find a TCP port of this machine that nothing listens on right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def join_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Keeps a launcher's variables; without a launcher sets those of a single process. Raises ConfigError for half a
-    set."""
+    """Keep a launcher's variables; without a launcher set those of a single process. Raises ConfigError where a part of
+    them is missing."""
     if "RANK" not in environ and int(environ.get("WORLD_SIZE") or 1) == 1:
         single = {
             "RANK": "0",
@@ -51,8 +51,8 @@ def join_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def settle_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """What libraries should know before they are imported: that there is no GPU (DeepSpeed would warn), and no one to
-    watch a bar."""
+    """Tell libraries, before they are imported, that there is no GPU (DeepSpeed would warn), and no terminal for
+    progress bars."""
     if not sys.stderr.isatty():
         environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
@@ -60,5 +60,5 @@ def settle_environment(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def without_launcher_arguments(arguments: list[str]) -> list[str]:
-    """The deepspeed launcher adds `--local_rank=N`; LOCAL_RANK says the same."""
+    """Drop `--local_rank=N`, which the deepspeed launcher adds; LOCAL_RANK has the same value."""
     return [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]

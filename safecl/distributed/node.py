@@ -1,4 +1,4 @@
-"""Which ranks run on one node and can share memory."""
+"""The ranks that run on one node and can share memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from safecl.distributed import collectives
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,21 @@ class Node:
     def is_first(self) -> bool:
         return self.rank == self.ranks[0]
 
-    def exchange(self, item: Any) -> list[Any]:
-        """What every rank of this node says, in rank order. A collective call of all ranks of the job."""
-        return [
-            said
-            for rank, said in sorted(collectives.gather_objects([(collectives.rank(), item)]))
-            if rank in self.ranks
-        ]
+    def exchange(self, item: T) -> list[T]:
+        """Return the items of all ranks of this node, in rank order. A collective call of all ranks of the job."""
+        return [found for rank, found in enumerate(collectives.gather_objects([item])) if rank in self.ranks]
 
 
 def this_node() -> Node:
-    """The node of this rank. A collective call of all ranks; one process without a group is a node of its own."""
+    """Find the node of this rank. A collective call of all ranks; one process without a group is a node by itself."""
     own = collectives.rank(), _identity()
     places = collectives.gather_objects([own])
     return Node(tuple(rank for rank, place in places if place == own[1]), own[0])
 
 
 def _identity() -> tuple[str, ...]:
-    """The same for processes of one kernel and one process namespace: containers on one machine do not see each
-    other's."""
+    """Host name, boot and process namespace. Containers on one machine differ in the last: they cannot open each
+    other's memory."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     space = Path("/proc/self/ns/pid")
     return (

@@ -1,5 +1,5 @@
-"""Several ranks of one Python module on this machine, without a launcher's noise: the first failure or Ctrl-C ends them
-all."""
+"""Start several ranks of one Python module on this machine, without a launcher's messages. The first failure or Ctrl-C
+ends them all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from safecl.distributed import environment
 
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = (
-    4.0  # less than commands/ending.py gives this process after a signal, which must not end before its ranks
-)
+_GRACE_SECONDS = 4.0  # less than exits.SECONDS_TO_END: this process must not end before its ranks
 
 
 def run_ranks(
@@ -27,15 +25,15 @@ def run_ranks(
     watch: Callable[[], object] = lambda: None,
     patience: float = 0.0,
 ) -> int:
-    """Runs `python -m module arguments` in `num_ranks` processes and waits. Returns 0, or the exit code of the first
-    rank that failed (minus the signal's number for one that was killed).
+    """Run `python -m module arguments` in `num_ranks` processes and wait. Return 0, or the exit code of the first rank
+    that failed (minus the signal's number for a rank that was killed).
 
     Every rank gets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, and its share of the cores as
-    OMP_NUM_THREADS. `watch` is called while they run; `patience`: seconds that the other ranks get to end by themselves
-    when one has failed.
+    OMP_NUM_THREADS. `watch` is called while they run. `patience`: seconds that the other ranks have to end by
+    themselves after one has failed.
     """
     port = environment.free_port()
-    ranks: list[subprocess.Popen] = []
+    ranks: list[subprocess.Popen[bytes]] = []
     try:
         with _ctrl_c_waits():
             for rank in range(num_ranks):
@@ -47,8 +45,8 @@ def run_ranks(
 
 @contextlib.contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
-    """Blocks SIGINT, in the processes that are started for good: a terminal sends it to them as well, which in their
-    imports would be a traceback. The parent gets it afterwards, speaks of it and ends all ranks."""
+    """Block SIGINT here, and for good in the processes that are started: a terminal sends it to them as well, which
+    would end their imports with a traceback. The parent gets it afterwards, reports it and ends all ranks."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -56,7 +54,7 @@ def _ctrl_c_waits() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(module: str, arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen:
+def _start(module: str, arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     environment = {
         **os.environ,
@@ -70,7 +68,7 @@ def _start(module: str, arguments: Sequence[str], rank: int, num_ranks: int, por
     return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
 
 
-def _wait(ranks: list[subprocess.Popen], watch: Callable[[], object], patience: float) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], watch: Callable[[], object], patience: float) -> int:
     failure, failed_at = 0, 0.0
     while True:
         watch()
@@ -82,8 +80,8 @@ def _wait(ranks: list[subprocess.Popen], watch: Callable[[], object], patience: 
         time.sleep(_POLL_SECONDS)
 
 
-def _end(ranks: list[subprocess.Popen]) -> None:
-    """Asks the ranks that still run to end, then makes them."""
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Ask the ranks that still run to end, and kill them after a while."""
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(signal.SIGTERM)

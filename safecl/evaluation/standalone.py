@@ -10,9 +10,7 @@ evaluate_target accepts
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,11 +181,12 @@ def _measure(
     if not prompts and not tasks:
         raise ConfigError(_nothing_to_measure(settings.path))
     from safecl.data import load_tokenizer
+    from safecl.distributed.collectives import process_group
     from safecl.evaluation.answers.model import HFEvalModel
     from safecl.evaluation.measure import evaluate
 
     tokenizer = load_tokenizer(settings)
-    with _ranks():
+    with process_group():
         model = HFEvalModel.load(
             settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
         )
@@ -198,24 +197,6 @@ def _measure(
         if model.rank == 0:
             _write(result, privacy)
     return result
-
-
-@contextmanager
-def _ranks() -> Iterator[None]:
-    """Under torchrun each rank takes its share of the prompts; a process group that is there already is used."""
-    import torch
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or dist.is_initialized():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _nothing_to_measure(path: str) -> str:

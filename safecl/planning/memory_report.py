@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from safecl.config import RunConfig
-from safecl.engine.reference.shared_memory import available_memory
 from safecl.planning.device_memory import MemoryPlan, plan_memory
 from safecl.planning.items import Where
 from safecl.planning.model_shape import ModelShape
-from safecl.storage.sizes import format_bytes
+from safecl.storage.sizes import available_memory, format_bytes
 
 
 def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelShape] = ()) -> list[tuple[str, str]]:

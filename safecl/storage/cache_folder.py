@@ -1,4 +1,5 @@
-"""The folder of what safecl keeps between runs, $SAFECL_CACHE."""
+"""The cache, the folder of what safecl keeps between runs: $SAFECL_CACHE, or ~/.cache/safecl where that is unset or
+empty."""
 
 from __future__ import annotations
 
@@ -7,10 +8,14 @@ from pathlib import Path
 
 
 def data_cache() -> Path:
-    """Folder of prepared data: $SAFECL_CACHE/data, by default ~/.cache/safecl/data."""
-    return Path(os.environ.get("SAFECL_CACHE", Path.home() / ".cache" / "safecl")) / "data"
+    """The cache's folder of prepared data."""
+    return _cache() / "data"
 
 
-def default_folder() -> Path:
-    """$SAFECL_CACHE/artifacts, by default ~/.cache/safecl/artifacts."""
-    return Path(os.environ.get("SAFECL_CACHE") or Path.home() / ".cache" / "safecl") / "artifacts"
+def artifact_cache() -> Path:
+    """The cache's folder of artifacts."""
+    return _cache() / "artifacts"
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("SAFECL_CACHE") or Path.home() / ".cache" / "safecl")

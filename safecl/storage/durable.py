@@ -1,5 +1,5 @@
-"""Files that are whole or absent: written once, hashed on the way, on the disk before anything names them. Imports no
-torch."""
+"""Files that are whole or absent: written once, hashed while they are written, and on the disk before anything names
+them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,11 +16,11 @@ import xxhash
 BLOCK_BYTES = 16 * 2**20
 
 at: Callable[[str], None] = lambda point: None  # noqa: E731
-"""Called with a label wherever a process can die during a save; tests put something else here."""
+"""Called with a label at each point of a save where a dying process leaves another state; tests replace it."""
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that must not be loaded. The message says which file and what is wrong with it."""
+    """A file or checkpoint that must not be loaded. The message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class FileRecord:
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the folder's entries (new names, renames) are on the disk."""
+    """Bring the folder's entries (new names, renames) to the disk: after a power cut no name is there without its
+    file."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -40,7 +42,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview], label: str | None = None) -> FileRecord:
-    """Writes a new file from its parts, hashed on the way, and returns when it is on the disk. Raises OSError."""
+    """Write a new file from its parts and return when it is on the disk. Raises OSError."""
     label, digest, size = label or path.name, xxhash.xxh3_128(), 0
     with path.open("xb", buffering=0) as file:
         at(f"{label}: created")
@@ -57,13 +59,13 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], label: str | Non
     return FileRecord(size, digest.hexdigest())
 
 
-def _write_all(file: BinaryIO, block: memoryview) -> None:
+def _write_all(file: FileIO, block: memoryview) -> None:
     while len(block):
         block = block[file.write(block) :]
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Replaces a small file so that a reader sees the old or the new one, also after a power cut."""
+    """Replace a small file so that a reader sees the old or the new one, also after a power cut."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     write_file(partial, [text.encode()], label=path.name)
@@ -71,9 +73,8 @@ def replace_file(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Opens a file for reading, unbuffered; a link or anything else but a plain file is refused with
-    DamagedCheckpoint."""
+def open_regular(path: Path) -> FileIO:
+    """Open a plain file for reading, unbuffered. Raises DamagedCheckpoint for a link, a folder, or a missing file."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -85,7 +86,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """A plain file of at most `max_bytes`. DamagedCheckpoint where it is longer or cannot be read."""
+    """Read a plain file of at most `max_bytes`. Raises DamagedCheckpoint where it is longer or cannot be opened."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
@@ -94,7 +95,8 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
 
 def read_into(file: BinaryIO, position: int, target: memoryview) -> None:
-    """Fills `target` (bytes) from byte `position` on. DamagedCheckpoint where the file ends before."""
+    """Fill `target` (bytes) with the file's bytes from `position` on. Raises DamagedCheckpoint where the file ends
+    too early."""
     while len(target):
         count = os.preadv(file.fileno(), [target[:BLOCK_BYTES]], position)
         if count == 0:
@@ -103,8 +105,8 @@ def read_into(file: BinaryIO, position: int, target: memoryview) -> None:
 
 
 def hash_file(path: Path, *, from_disk: bool = False) -> str:
-    """XXH3-128 of a file, read in blocks; `from_disk`: what is on the disk, not what the system still has in memory of
-    it."""
+    """XXH3-128 of a plain file. With `from_disk` the system's copy in memory is dropped first, so that the disk is
+    read."""
     digest, block = xxhash.xxh3_128(), bytearray(BLOCK_BYTES)
     with open_regular(path) as file:
         if from_disk and hasattr(os, "posix_fadvise"):

@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face model: which tensor lies where, and whether they are still what they were."""
+"""The safetensors files of a Hugging Face model: where each tensor lies, and whether a file has changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safecl.config import ConfigError
 from safecl.storage.durable import DamagedCheckpoint
 from safecl.storage.safetensors_file import Tensor, read_header
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class UnusableWeights(ConfigError):
@@ -21,7 +21,7 @@ class UnusableWeights(ConfigError):
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells that a file was changed or replaced."""
+    """Attributes of a file that change when it is edited or replaced."""
 
     device: int
     inode: int
@@ -36,14 +36,13 @@ class Stamp:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Tensors of a model folder by the names that they have there, and the files as they were when their headers were
-    read."""
+    """Tensors of a model folder by their names there, and the stamps of its files when their headers were read."""
 
     tensors: Mapping[str, tuple[Path, Tensor]]
     stamps: Mapping[Path, Stamp]
 
     def check_unchanged(self) -> None:
-        """UnusableWeights naming the first file that is another one than when the run began."""
+        """Raise UnusableWeights with the name of the first file that has changed since the run began."""
         for path, stamp in self.stamps.items():
             try:
                 now = Stamp.of(path)
@@ -56,10 +55,10 @@ class ModelFiles:
 
 
 def read_model_files(path: str) -> ModelFiles | None:
-    """Headers of all files of a local folder or a hub id (fetched where it is not there yet); None where it has no
-    safetensors weights.
+    """Read the headers of a model's safetensors files; None where the model has none.
 
-    Raises UnusableWeights for files that are missing, truncated or no safetensors.
+    `path` is a local folder or a hub id, whose files are downloaded where they are missing. Raises UnusableWeights for
+    files that are missing, truncated or not safetensors.
     """
     paths = _paths(path)
     if not paths:
@@ -79,7 +78,7 @@ def read_model_files(path: str) -> ModelFiles | None:
 
 
 def _paths(path: str) -> list[Path]:
-    if (single := _locate(path, SINGLE)) is not None:
+    if (single := _locate(path, WEIGHTS)) is not None:
         return [single]
     index = _locate(path, INDEX)
     if index is None:
@@ -88,17 +87,19 @@ def _paths(path: str) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UnusableWeights(f"{index}: not an index of safetensors files") from None
-    found = {name: _locate(path, str(name)) for name in names}
-    if missing := [name for name, where in found.items() if where is None]:
-        raise UnusableWeights(f"{index}: names {missing[0]}, which is not there")
-    return list(found.values())
+    found = []
+    for name in names:
+        if (file := _locate(path, str(name))) is None:
+            raise UnusableWeights(f"{index}: names {name}, which is not there")
+        found.append(file)
+    return found
 
 
 def _locate(path: str, name: str) -> Path | None:
-    """The file in a local folder, or in the cache of the hub."""
+    """Find a file in a local folder, or in the hub's cache."""
     if Path(path).is_dir():
-        found = Path(path) / name
-        return found if found.exists() else None
+        local = Path(path) / name
+        return local if local.exists() else None
     from transformers.utils.hub import cached_file
 
     try:

@@ -1,10 +1,8 @@
-"""safetensors files written as a stream and read by ranges, so that nobody holds a whole one. Imports no torch.
+"""safetensors files, written as a stream and read by ranges, so that no process holds a whole one. Imports no torch.
 
-    8 bytes: length of the header | header: JSON {name: {dtype, shape, data_offsets}} | the tensors' bytes one after the
-    other
+    8 bytes: length of the header | JSON header {name: {dtype, shape, data_offsets}} | the tensors' bytes in a row
 
-The format is that of https://github.com/huggingface/safetensors; its own library reads these files and writes files
-that this module reads.
+Format: https://github.com/huggingface/safetensors. Its library reads these files, and this module reads the library's.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: dtype as safetensors names it, shape, first byte in the file, number of bytes."""
+    """A tensor in a file: its dtype by the name in safetensors, its shape, its first byte in the file, its size."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,8 +48,10 @@ class Tensor:
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The beginning of a file that holds {name: (dtype, shape)} one after the other. ValueError where readers would
-    refuse its length."""
+    """Return the first bytes of a file that holds the tensors {name: (dtype, shape)} in this order.
+
+    Raises ValueError where the header becomes longer than readers accept.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, (dtype, shape) in tensors.items():
@@ -68,11 +68,13 @@ def header_bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Map
 
 
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Size in bytes of a tensor, without a header."""
     return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file, without its data. DamagedCheckpoint where header and file do not fit together."""
+    """Read tensors and metadata of a file, without its data. Raises DamagedCheckpoint where header and file do not fit
+    together."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)

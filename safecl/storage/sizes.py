@@ -1,8 +1,46 @@
-"""Byte counts as people read them."""
+"""Numbers of bytes: as people read them, and how many are free. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from pathlib import Path
 
-def format_bytes(count: int) -> str:
-    """1234567890 -> "1.2 GB"."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+def format_bytes(count: float) -> str:
+    """1234567 -> "1.2 MB"."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.0f} bytes" if units[0] == "bytes" else f"{count:.1f} {units[0]}"
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds `path`, or would hold it if it were made."""
+    path = path.absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    return shutil.disk_usage(nearest).free
+
+
+def available_memory() -> int | None:
+    """Bytes of host memory that can still be used, by the machine's count and by the container's limit; None if
+    unknown."""
+    known = [value for value in (_machine_available(), _group_available()) if value is not None]
+    return min(known, default=None)
+
+
+def _machine_available() -> int | None:
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None
+
+
+def _group_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the control group leaves. It counts the page cache as used, but inactive pages can be dropped."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        limit = int((root / "memory.max").read_text())
+        statistics = (root / "memory.stat").read_text().splitlines()
+        cache = next(line for line in statistics if line.startswith("inactive_file "))
+        return max(0, limit - int((root / "memory.current").read_text()) + int(cache.split()[1]))
+    return None

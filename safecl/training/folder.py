@@ -8,17 +8,14 @@ exit_code   how the last `safecl train` here ended (0, 3 or 75), for launchers t
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
 from safecl.storage.durable import replace_file
+from safecl.storage.locks import FileLock
 
 IDENTITY, LOCK, RESULTS, EXIT_CODE = "run.json", "run.lock", "results.json", "exit_code"
 
@@ -28,7 +25,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
 
     # ------------------------------------------------------------------------------------------------------------- lock
 
@@ -37,29 +34,24 @@ class RunFolder:
         another process holds it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = FileLock(self.path / LOCK)
         except OSError as error:
             raise ConfigError(f"output: {self.path}: cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(handle)
+        if not lock.take():
+            holder = lock.holder()
+            lock.close()
             raise ConfigError(
-                f"output: {self.path} is in use by {holder}; "
-                "wait for that run or stop it, or choose another folder with output=..."
-            ) from None
-        except OSError as error:
-            os.close(handle)
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-                raise
+                f"output: {self.path} is in use by {holder}; wait for that run or stop it, or choose another folder "
+                "with output=..."
+            )
+        if lock.unsupported is not None:
+            lock.close()
             return (
-                f"{self.path}: this file system has no locks ({error.strerror}); "
+                f"{self.path}: this file system has no locks ({lock.unsupported}); "
                 "make sure that no other run writes here"
             )
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        self._lock = handle
+        lock.sign()
+        self._lock = lock
         return None
 
     def forget_exit_code(self) -> None:
@@ -72,7 +64,7 @@ class RunFolder:
     def release(self) -> None:
         """Unlock the folder."""
         if self._lock is not None:
-            os.close(self._lock)  # the file stays: if it were removed, two processes could lock two files of one name
+            self._lock.close()
             self._lock = None
 
     # --------------------------------------------------------------------------------------------------------- contents

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +22,13 @@ import numpy as np
 from safecl.config import ConfigError
 from safecl.distributed import collectives
 from safecl.engine.checkpoint.checkpointer import Checkpointer
-from safecl.engine.checkpoint.folder import CheckpointFolder, format_bytes
+from safecl.engine.checkpoint.folder import CheckpointFolder
 from safecl.engine.checkpoint.format import Contents
 from safecl.engine.checkpoint.report import BaseModel, SaveReport
 from safecl.planning.plans import TaskPlan
 from safecl.replay import ReplayError
 from safecl.storage.durable import DamagedCheckpoint, read_file
+from safecl.storage.sizes import format_bytes, free_bytes
 from safecl.training.identity import refuse_other_run, version_notes
 from safecl.training.replay_memory import open_memory, vocab_size_of
 from safecl.training.run import Run
@@ -241,10 +241,6 @@ def restore(run: Run, state: dict[str, Any], task: TaskPlan) -> None:
 def adam_bytes(shape: Sequence[int]) -> int:
     """Bytes of a parameter's fp32 weights and its two moments."""
     return 12 * math.prod(shape)
-
-
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
 
 
 def dump_plain(state: dict[str, Any]) -> bytes:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 import signal
-import types
 from pathlib import Path
 from unittest import mock
 
@@ -101,10 +99,8 @@ def fit_on_a_full_disk(tree: dict, cache: str, stop: dict | None = None) -> dict
     from safecl.engine.checkpoint import folder
     from safecl.training.trainer import TrainingFailed
 
-    usage = shutil.disk_usage("/")._replace(free=10_000)
-    full = types.SimpleNamespace(**vars(shutil) | {"disk_usage": lambda path: usage})
     with (
-        mock.patch.object(folder, "shutil", full),
+        mock.patch.object(folder, "free_bytes", lambda path: 10_000),
         mock.patch("safecl.training.resume.free_bytes", lambda path: 10**12),
     ):
         try:

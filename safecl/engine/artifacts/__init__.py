@@ -1,1 +1,1 @@
-"""The store of what runs on one base model share, and the three kinds of artifacts in it."""
+"""The store of artifacts, which all runs on one base model share, and the three kinds of artifacts."""

@@ -1,4 +1,4 @@
-"""What an artifact's key says of the base model, its rows and the versions."""
+"""The parts of an artifact's key: hashes of the base model and of rows, and the versions of packages."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ import xxhash
 
 from safecl.config import ConfigError, RunConfig
 from safecl.data import TokenDataset
-from safecl.engine.artifacts.store import MODELS, ArtifactStore, asked_of_first
+from safecl.engine.artifacts.store import ArtifactStore, ask_first_rank
 from safecl.storage.durable import hash_file, replace_file
+
+MODELS = "models.json"
 
 
 def base_key(config: RunConfig, tokenizer: Any, store: ArtifactStore) -> dict[str, Any]:
-    """What every artifact of the config's base model depends on: hashes of model and tokenizer, and the dtype that it
-    runs in.
+    """Return the part of a key that every artifact of the config's base model has: hashes of model and tokenizer, and
+    the dtype that it runs in.
 
     A collective call, the same on every rank. Raises ConfigError where the model's files cannot be read.
     """
     from safecl.data.prepare import tokenizer_key
 
     return {
-        "model": asked_of_first(lambda: model_hash(config.model.path, store)),
+        "model": ask_first_rank(lambda: model_hash(config.model.path, store)),
         "tokenizer": tokenizer_key(tokenizer),
         "dtype": config.model.dtype,
     }
 
 
 def model_hash(path: str, store: ArtifactStore | None = None) -> str:
-    """XXH3-128 over the contents of a model's weights, its config.json and its own code; of a folder or a hub id.
+    """Hash the contents of a model's weights, its config.json and its own code (XXH3-128); `path` is a folder or a hub
+    id.
 
-    Where the files lie does not matter. With a store, files that have not changed since are not read again.
+    The place of the files does not matter. With a store, files that have not changed are not read again.
     """
     files = _files_of(path)
     stamps = [[str(file.resolve()), *_stamp(file)] for file in files]
@@ -65,9 +68,11 @@ def _hub_folder(path: str) -> Path:
     from transformers.utils.hub import cached_file
 
     try:
-        return Path(cached_file(path, "config.json")).parent
+        settings = cached_file(path, "config.json")
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {path}: {str(error).splitlines()[0]}") from None
+    assert settings is not None, "cached_file raises where there is no such file"
+    return Path(settings).parent
 
 
 def _stamp(file: Path) -> list[int]:
@@ -84,23 +89,23 @@ def _known_hashes(store: ArtifactStore) -> dict[str, list[Any]]:
 
 
 def _keep_hash(store: ArtifactStore, path: str, entry: list[Any]) -> None:
-    """Two processes may do so at once; then one of the entries is worked out again another time."""
-    with contextlib.suppress(OSError):  # a store that cannot be written is told by what builds in it
+    """Add an entry. Where two processes do so at once, one entry is lost and its model is hashed again another time."""
+    with contextlib.suppress(OSError):  # whoever builds in a store that cannot be written reports it
         store.folder.mkdir(parents=True, exist_ok=True)
         replace_file(store.folder / MODELS, json.dumps(_known_hashes(store) | {path: entry}))
 
 
 def fingerprint(dataset: TokenDataset) -> str:
-    """Hash of the rows: their contents' keys, lengths and numbers of targets, in order; where the file lies does not
-    matter."""
+    """Hash the rows: their ids (hashes of their contents), lengths and numbers of targets, in order. The place of the
+    file does not matter."""
     digest = xxhash.xxh3_128()
     for column in (dataset.row_ids, dataset.lengths, dataset.num_targets):
-        digest.update(np.ascontiguousarray(column))
+        digest.update(np.ascontiguousarray(column).data)
     return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the last bits."""
+    """Versions of the packages that decide the last bits of a result."""
     import deepspeed
     import transformers
 

@@ -1,11 +1,10 @@
-"""The Fisher of a base model on the memory's rows in the store of artifacts: estimated by the first run, loaded by all
-others."""
+"""The Fisher information of a base model on the memory's rows as an artifact: the first run estimates it, all others
+load it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safecl.engine.fisher.estimate import estimate_fisher
 from safecl.engine.fisher.file import FisherHeader, write_fisher
 from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.storage.sizes import free_bytes
 
 KIND, FILE = "fisher", "fisher.safetensors"
 SIGNS, EXACT = "random signs", "exact"
@@ -37,10 +37,11 @@ def header_of(
     rows_per_batch: int,
     exact: bool = False,
 ) -> FisherHeader:
-    """What a Fisher of the config's base model will say of itself; its mean is not known yet. A collective call."""
+    """Make the header of a Fisher file of the config's base model; its mean is not known yet. A collective call."""
     base = base_key(config, tokenizer, ArtifactStore.of(config))
     if exact:
         sign_batches, rows_per_batch = 0, 1
+    assert config.memory is not None
     memory = {name: value for name, value in config.memory.model_dump(mode="json").items() if name in _OF_THE_MEMORY}
     return FisherHeader(
         mean=0.0,
@@ -68,8 +69,8 @@ def estimate_into(
     kind: str,
     note: Callable[[str], None] = lambda message: None,
 ) -> FisherHeader:
-    """Estimates into the state `kind`, as the header says, and writes the file. A collective call; ConfigError where
-    the disk refuses."""
+    """Estimate into the state `kind` with the header's settings, and write the file. A collective call. Raises
+    ConfigError where the file cannot be written."""
     steps, ids = rows
     batches, size = (len(steps), 1) if header.estimator == EXACT else (header.sign_batches, header.rows_per_batch)
     mean = estimate_fisher(
@@ -83,13 +84,11 @@ def estimate_into(
 def shared_fisher(
     config: RunConfig, header: FisherHeader, build: Callable[[Path], None], note: Callable[[str], None]
 ) -> Path:
-    """The file in the store; `build(path)` writes it where it is missing. A collective call."""
+    """Return the file in the store; `build(path)` writes it where it is missing. A collective call."""
     folder = obtain(ArtifactStore.of(config), KIND, header.key(), build=lambda folder: build(folder / FILE), note=note)
     return folder / FILE
 
 
 def has_room(config: RunConfig, num_weights: int) -> bool:
-    """Whether the store's disk has room for such a file and as much again; the same on every rank."""
-    folder = ArtifactStore.of(config).folder.absolute()
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return not collectives.any_rank(shutil.disk_usage(nearest).free < 4 * num_weights)
+    """True on every rank where the store's disk has room for two such files (2 bytes a weight). A collective call."""
+    return not collectives.any_rank(free_bytes(ArtifactStore.of(config).folder) < 4 * num_weights)

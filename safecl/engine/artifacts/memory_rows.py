@@ -1,12 +1,13 @@
 """Memory rows that the aligned model writes itself: its refusals to disallowed prompts, and its answers to benign ones.
 
-No licence stands between such rows and their use, and their distribution is the model's own. Answers are greedy. A row
-enters when the scorers say that it is what it should be: a refusal of a disallowed prompt, no refusal of a benign one;
-neither off-task, incoherent nor cut off.
+Such rows need no licence, and their distribution is the model's own. Answers are greedy. A row is kept where the
+scorers find a refusal of a disallowed prompt, or no refusal of a benign one, and the answer is neither off-task,
+incoherent nor cut off.
 
-    memory-rows/<key>/answers.jsonl     every answer, in the order of the prompts; a build that was stopped goes on behind the last one
-                      rows.jsonl        the rows, with the prompts' tags; `kind` is refusal or answer, a benign row's `category` is benign
-                      left-out.json     how many answers were left out, by reason
+    memory-rows/<key>/
+        answers.jsonl     every answer, in the order of the prompts; a build that was stopped goes on after the last one
+        rows.jsonl        the rows, with the prompts' tags; `kind` is refusal or answer, `category` of a benign row benign
+        left-out.json     how many answers were left out, by reason
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from safecl.storage.durable import replace_file
 KIND, ROWS, ANSWERS, LEFT_OUT = "memory-rows", "rows.jsonl", "answers.jsonl", "left-out.json"
 BATCHES_AT_ONCE = 4
 REFUSAL, ANSWER, BENIGN = "refusal", "answer", "benign"
-BROKEN = ("empty", "repetition")  # "42." may answer a benign prompt
+BROKEN = ("empty", "repetition")  # no more than these: a benign prompt may be answered by "42."
 INCOHERENT = (*BROKEN, "not_language")
 
 Note = Callable[[str], None]
@@ -43,8 +44,10 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RowSettings:
-    """scorer: the one that says whether a disallowed prompt was refused. max_new_tokens: longer answers are cut off,
-    and left out."""
+    """Settings of the answers.
+
+    scorer: decides whether a disallowed prompt was refused. max_new_tokens: longer answers are cut off, and left out.
+    """
 
     scorer: str = "keyword:gcg"
     max_new_tokens: int = 256
@@ -53,7 +56,7 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class MemoryRows:
-    """rows: file of the rows. kept: by category. left_out: by reason."""
+    """The file of the rows, the numbers of rows kept by category, and of answers left out by reason."""
 
     rows: Path
     kept: Counter[str]
@@ -70,9 +73,9 @@ def memory_rows(
     settings: RowSettings,
     note: Note = lambda message: None,
 ) -> MemoryRows:
-    """Rows of these prompts, from the store or written by the model. A collective call; `base`: see artifacts.base_key.
+    """Return rows for these prompts, from the store or written by the model. A collective call.
 
-    Raises ConfigError where no row is left, or the scorer is none.
+    `base` is what `base_key` returned. Raises ConfigError where no refusal is left, or there is no such scorer.
     """
     load_scorer(settings.scorer)
     key = {**base, **asdict(settings), "prompts": _fingerprint(prompts), "benign": _fingerprint(benign)}
@@ -107,22 +110,18 @@ def _build(
     note: Note,
 ) -> None:
     answers = _answers(engine, tokenizer, folder / ANSWERS, [*prompts, *benign], settings, note)
-    problem = None
-    if collectives.rank() == 0:
-        problem = _write_rows(folder, prompts, benign, answers, settings)
-    problem = collectives.gather_objects([problem])[0]
-    if problem is not None:
-        raise ConfigError(problem)
+    write = lambda: _write_rows(folder, prompts, benign, answers, settings)  # noqa: E731
+    collectives.on_first_rank(write, (ConfigError,), ConfigError)
 
 
 def _answers(
     engine: ForwardEngine, tokenizer: Any, path: Path, prompts: list[Prompt], settings: RowSettings, note: Note
 ) -> list[dict[str, Any]]:
-    """Answers to all prompts; those that an earlier build has written are taken over."""
-    answers = collectives.gather_objects([_read_answers(path)] if collectives.rank() == 0 else [])[0]
+    """Answer all prompts after those that an earlier build has answered."""
+    answers = collectives.on_first_rank(lambda: _read_answers(path))
     model, portion = LiveModel(engine), settings.batch_size * collectives.world_size() * BATCHES_AT_ONCE
     if answers:
-        note(f"{KIND}: going on behind {len(answers):,} answers")
+        note(f"{KIND}: going on after {len(answers):,} answers")
     while len(answers) < len(prompts):
         asked = prompts[len(answers) : len(answers) + portion]
         found = answer_prompts(
@@ -136,7 +135,7 @@ def _answers(
 
 
 def _read_answers(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; what a dying process left of a last one is cut off."""
+    """Read all whole lines, and cut off an incomplete last one, which a dying process has left."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -155,19 +154,11 @@ def _append(path: Path, answers: list[dict[str, Any]]) -> None:
 
 def _write_rows(
     folder: Path, prompts: list[Prompt], benign: list[Prompt], answers: list[dict[str, Any]], settings: RowSettings
-) -> str | None:
-    """Writes rows and reasons; what is wrong where nothing is left."""
-    refusals, helpful = answers[: len(prompts)], answers[len(prompts) :]
-    succeeded = load_scorer(settings.scorer)(
-        [text_of(prompt) for prompt in prompts], [answer["text"] for answer in refusals]
-    )
+) -> None:
+    """Write the rows, and why others were left out. Raises ConfigError where no refusal is left."""
     reasons = [
-        _reason(answer, "not refused" if won else None, INCOHERENT)
-        for answer, won in zip(refusals, succeeded, strict=True)
-    ]
-    reasons += [
-        _reason(answer, "refused" if refused(answer["text"], OVER_REFUSAL_SCORER) else None, BROKEN)
-        for answer in helpful
+        *_reasons_of_disallowed(prompts, answers[: len(prompts)], settings.scorer),
+        *_reasons_of_benign(answers[len(prompts) :]),
     ]
     kinds = [REFUSAL] * len(prompts) + [ANSWER] * len(benign)
     kept = [
@@ -177,16 +168,29 @@ def _write_rows(
     ]
     left_out = Counter(f"{kind}: {reason}" for kind, reason in zip(kinds, reasons, strict=True) if reason is not None)
     if not any(row["kind"] == REFUSAL for row in kept):
-        told = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
-        found = f"no refusal is left of {len(prompts)} answers to disallowed prompts ({told})"
-        return f"{found}; is this the aligned model? Its answers are in {folder / ANSWERS}"
+        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        raise ConfigError(
+            f"no refusal is left of {len(prompts)} answers to disallowed prompts ({counts}); is this the aligned model? "
+            f"Its answers are in {folder / ANSWERS}"
+        )
     replace_file(folder / LEFT_OUT, json.dumps(left_out, indent=1))
     replace_file(folder / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    return None
+
+
+def _reasons_of_disallowed(prompts: list[Prompt], answers: list[dict[str, Any]], scorer: str) -> Iterator[str | None]:
+    """Tell for each answer to a disallowed prompt why it is left out; None where it is kept."""
+    succeeded = load_scorer(scorer)([text_of(prompt) for prompt in prompts], [answer["text"] for answer in answers])
+    for answer, is_success in zip(answers, succeeded, strict=True):
+        yield _reason(answer, "not refused" if is_success else None, INCOHERENT)
+
+
+def _reasons_of_benign(answers: list[dict[str, Any]]) -> Iterator[str | None]:
+    for answer in answers:
+        yield _reason(answer, "refused" if refused(answer["text"], OVER_REFUSAL_SCORER) else None, BROKEN)
 
 
 def _reason(answer: dict[str, Any], by_scorer: str | None, bad: Collection[str]) -> str | None:
-    """Why an answer stays out; None where it enters. bad: of `off_task_reason`."""
+    """Tell why an answer is left out; None where it is kept. `bad`: the reasons of `off_task_reason` that count."""
     if not answer["finished"]:
         return "cut off"
     off_task = off_task_reason(answer["text"])

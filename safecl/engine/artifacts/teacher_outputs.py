@@ -1,8 +1,8 @@
-"""The cache of the aligned model's outputs on memory rows, in the store of artifacts: computed once, shared by all runs
-on that model.
+"""The aligned model's outputs on memory rows as an artifact, the teacher cache: computed once, shared by all runs on
+that model.
 
-One cache per model, tokenizer and settings holds the rows of every memory that was ever used with them, by the rows'
-content; a run adds what is missing. Training with it needs no teacher in memory.
+A cache belongs to one model, tokenizer and settings, and holds the rows of every memory that was ever used with them,
+by their contents. A run adds the rows that are missing. Training with the cache needs no teacher in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from safecl.config import RunConfig
+from safecl.config import ConfigError, RunConfig
 from safecl.config.run import memory_tokens
 from safecl.data import TokenDataset
 from safecl.distributed import collectives
@@ -24,7 +24,7 @@ from safecl.engine.artifacts.store import ArtifactStore, obtain
 from safecl.engine.passes.forward_engine import ForwardEngine
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.outputs import mean_nll, outputs_of_rows, stored_form
-from safecl.replay import CacheHeader, CacheReader, CacheWriter, SharedOutputs
+from safecl.replay import CacheHeader, CacheReader, CacheWriter, ReplayError, SharedOutputs
 
 KIND = "teacher-cache"
 ROWS_AT_ONCE = 32
@@ -34,7 +34,7 @@ Note = Callable[[str], None]
 
 
 def needs_outputs(config: RunConfig) -> bool:
-    """True where something in a run looks at what the aligned model says of the memory's rows."""
+    """True where a run needs the aligned model's outputs on the memory's rows."""
     memory = config.memory
     if memory is None:
         return False
@@ -44,12 +44,19 @@ def needs_outputs(config: RunConfig) -> bool:
 
 
 def header_of(config: RunConfig, base: dict[str, Any], vocab_size: int, max_tokens: int) -> CacheHeader:
-    """base: see artifacts.base_key."""
+    """Make the header of the config's cache; `base` is what `base_key` returned."""
+    assert config.memory is not None
     teacher = config.memory.teacher
     return CacheHeader(
-        model=base["model"], tokenizer=base["tokenizer"], vocab_size=vocab_size, k=min(teacher.k, vocab_size),
-        temperature=teacher.temperature, indices=teacher.indices, model_dtype=base["dtype"], max_tokens=max_tokens,
-    )  # fmt: skip
+        model=base["model"],
+        tokenizer=base["tokenizer"],
+        vocab_size=vocab_size,
+        k=min(teacher.k, vocab_size),
+        temperature=teacher.temperature,
+        indices=teacher.indices,
+        model_dtype=base["dtype"],
+        max_tokens=max_tokens,
+    )
 
 
 def shared_outputs(
@@ -60,26 +67,33 @@ def shared_outputs(
     *,
     note: Note = lambda message: None,
 ) -> SharedOutputs:
-    """Outputs of the config's base model, which is the engine's current one, for all rows of the memory; computed where
-    they are missing.
+    """Return the base model's outputs on all rows of the memory; compute those that are missing.
 
-    A collective call. Raises ConfigError where the store cannot be used, ReplayError where the disk refuses.
+    The engine's current weights must be the base model's. A collective call. Raises ConfigError where the store cannot
+    be used, ReplayError where outputs cannot be written.
     """
     store = ArtifactStore.of(config)
     vocab_size = engine.module.model.config.get_text_config().vocab_size
     header = header_of(config, base_key(config, tokenizer, store), vocab_size, max_tokens=memory_tokens(config))
     folder = obtain(
-        store, KIND, vars(header), note=note, is_whole=lambda folder: holds(folder, header, dataset),
+        store,
+        KIND,
+        vars(header),
         build=lambda folder: write_outputs(engine, dataset, header, folder, note),
-    )  # fmt: skip
+        note=note,
+        is_whole=lambda folder: holds(folder, header, dataset),
+    )
     outputs = SharedOutputs(folder, header)
     outputs.reader.require(dataset.row_ids)
     return outputs
 
 
 def holds(folder: Path, header: CacheHeader, dataset: TokenDataset) -> bool:
-    """True where the cache has outputs of every row."""
-    return bool(CacheReader(folder, header).has(dataset.row_ids).all())
+    """True where the cache has outputs of every row. Raises ConfigError where it cannot be read."""
+    try:
+        return bool(CacheReader(folder, header).has(dataset.row_ids).all())
+    except ReplayError as error:
+        raise ConfigError(str(error)) from None
 
 
 def write_outputs(
@@ -89,18 +103,17 @@ def write_outputs(
     folder: Path,
     note: Note = lambda message: None,
 ) -> None:
-    """Adds what the engine's current model says about rows that the cache does not hold. A collective call; goes on
-    where it stopped."""
+    """Add the outputs of the engine's current model on rows that the cache does not hold. A collective call."""
     with CacheWriter(folder, header, rank=collectives.rank(), world_size=collectives.world_size()) as writer:
         missing = dataset.select(np.flatnonzero(~writer.has(dataset.row_ids)))
         collectives.barrier()  # every rank has looked before one writes
-        told, done = time.monotonic(), 0
+        noted_at, done = time.monotonic(), 0
         for rows in _portions(outputs_of_rows(engine, missing, "topk", k=header.k, temperature=header.temperature)):
             row_ids = [int(missing.row_ids[index]) for index, _ in rows]
             writer.add(row_ids, [stored_form(output) for _, output in rows], [mean_nll(output) for _, output in rows])
             done += len(rows)
-            if time.monotonic() - told > SECONDS_BETWEEN_NOTES:
-                told = time.monotonic()
+            if time.monotonic() - noted_at > SECONDS_BETWEEN_NOTES:
+                noted_at = time.monotonic()
                 note(f"{KIND}: about {min(len(missing), done * collectives.world_size()):,} of {len(missing):,} rows")
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: formats, folders, saving, reading, and the export of model folders."""
+"""Checkpoints: their format and folder, writing, reading, and the export of model folders."""

@@ -1,13 +1,13 @@
-"""The checkpoints of a run: publishing one by rename, keeping the last few, setting damaged ones aside.
+"""The folder of a run's checkpoints: publishing one by rename, keeping the last few, setting damaged ones aside.
 
     checkpoints/
       step-00000500/         whole: its name appears when everything in it is on the disk
-      latest                 name of the newest, for people and scripts; safecl itself looks at the folders
-      .partial/              a save under way, or one that was interrupted
-      .deleting-step-.../    an old one on its way out
+      latest                 name of the newest one, for people and scripts; safecl looks at the folders
+      .partial/              a save under way, or an interrupted one
+      .deleting-step-.../    an old one that is being deleted
       damaged-step-.../      found damaged when a run was resumed; removed when the next one is published
 
-One process writes here (it holds the run's lock), any may read. Imports no torch.
+One process writes here (it holds the run's lock), any process may read. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from safecl.engine.checkpoint.format import MANIFEST, Manifest, check_sizes, dump_manifest, read_manifest
 from safecl.storage import durable
 from safecl.storage.durable import DamagedCheckpoint, replace_file, sync_folder, write_file
+from safecl.storage.sizes import format_bytes, free_bytes
 
 LATEST = "latest"
 PARTIAL = ".partial"
@@ -44,14 +45,14 @@ class CheckpointFolder:
         return self.path / PARTIAL
 
     def names(self) -> list[str]:
-        """Names of the published checkpoints, the newest first; whether they are whole is not looked at."""
+        """Names of the published checkpoints, the newest first, whether whole or not."""
         if not self.path.is_dir():
             return []
         names = [p.name for p in self.path.iterdir() if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
         return sorted(names, key=_age, reverse=True)
 
     def free_name(self, step: int) -> str:
-        """Name for a new checkpoint of global step `step`: a second one of the same step gets a number."""
+        """Name for a new checkpoint of global step `step`; a second one of the same step gets a number."""
         taken = {p.name.removeprefix(DAMAGED) for p in self.path.iterdir()} if self.path.is_dir() else set()
         base, number = f"step-{step:08d}", 0
         while (name := f"{base}-{number}" if number else base) in taken:
@@ -61,11 +62,10 @@ class CheckpointFolder:
     # ----------------------------------------------------------------------------------------------------------- saving
 
     def begin(self, num_bytes: int) -> Path:
-        """An empty folder for a save of `num_bytes`. Raises OSError where it cannot be made or the disk has no room."""
+        """Make an empty folder for a save of `num_bytes`. Raises OSError where that fails or the disk has no room."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.sweep()
-        free = shutil.disk_usage(self.path).free
-        if free < num_bytes + SLACK_BYTES:
+        if (free := free_bytes(self.path)) < num_bytes + SLACK_BYTES:
             raise OSError(
                 errno.ENOSPC, f"it takes {format_bytes(num_bytes)} and {format_bytes(free)} are free in {self.path}"
             )
@@ -74,7 +74,7 @@ class CheckpointFolder:
         return self.partial
 
     def publish(self, manifest: Manifest) -> Path:
-        """Turns the partial folder, whose files are all on the disk, into the checkpoint that the manifest
+        """Turn the partial folder, whose files are all on the disk, into the checkpoint that the manifest
         describes."""
         target = self.path / manifest.name
         write_file(self.partial / MANIFEST, [dump_manifest(manifest)])
@@ -87,20 +87,20 @@ class CheckpointFolder:
         return target
 
     def point_to(self, name: str) -> None:
-        """Writes `latest`."""
+        """Write `latest`."""
         replace_file(self.path / LATEST, name + "\n")
         durable.at("latest written")
 
     def abandon(self) -> None:
-        """Removes what an unsuccessful save left."""
+        """Remove the files of a failed save."""
         with contextlib.suppress(OSError):
             _remove(self.partial)
 
     # -------------------------------------------------------------------------------------------------------- retention
 
     def prune(self, keep: int) -> None:
-        """Deletes checkpoints older than the `keep` newest whole ones, and damaged ones. Call it after publishing
-        only."""
+        """Delete checkpoints that are older than the `keep` newest whole ones, and damaged ones. Call it only after
+        publishing."""
         for name in superseded(self.names(), self.is_whole, keep):
             os.rename(self.path / name, self.path / (DELETING + name))
             durable.at("marked for deletion")
@@ -117,7 +117,7 @@ class CheckpointFolder:
         return True
 
     def set_aside(self, name: str) -> Path:
-        """Renames a damaged checkpoint so that nothing takes it for a good one."""
+        """Rename a damaged checkpoint, so that it no longer counts as one."""
         target = self.path / (DAMAGED + name)
         if target.exists():
             os.rename(target, self.path / f"{DELETING}{target.name}")
@@ -126,21 +126,19 @@ class CheckpointFolder:
         return target
 
     def sweep(self) -> None:
-        """Removes what interrupted saves and deletions left."""
+        """Remove the files of interrupted saves and deletions."""
         _remove(self.partial)
         self._remove_marked()
 
     def _remove_marked(self) -> None:
         for path in self.path.glob(DELETING + "*"):
-            with contextlib.suppress(
-                OSError
-            ):  # e.g. a file that somebody still has open on NFS; the next sweep tries again
+            with contextlib.suppress(OSError):  # as on NFS for an open file; the next sweep tries again
                 _remove(path)
             durable.at("deleted")
 
 
 def superseded(newest_first: Iterable[str], is_whole: Callable[[str], bool], keep: int) -> list[str]:
-    """Names older than the `keep` newest whole ones; with fewer whole ones, none."""
+    """Names that are older than the `keep` newest whole ones; none where there are fewer whole ones."""
     assert keep >= 1, "the last whole checkpoint always stays"
     whole, old = 0, []
     for name in newest_first:
@@ -149,11 +147,6 @@ def superseded(newest_first: Iterable[str], is_whole: Callable[[str], bool], kee
         elif is_whole(name):
             whole += 1
     return old
-
-
-def step_of(name: str) -> int:
-    """Global step of a checkpoint's name."""
-    return _age(name)[0]
 
 
 def _age(name: str) -> tuple[int, int]:
@@ -167,11 +160,3 @@ def _remove(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
-
-
-def format_bytes(count: float) -> str:
-    """1234567 -> "1.2 MB"."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:.0f} bytes" if units[0] == "bytes" else f"{count:.1f} {units[0]}"

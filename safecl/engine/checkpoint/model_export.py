@@ -1,10 +1,10 @@
-"""A Hugging Face model folder from the live model, streamed parameter by parameter, read back and compared, and
+"""Writes the live model as a Hugging Face model folder: streamed parameter by parameter, read back and compared, and
 published by rename.
 
-Memory: where parameters are sharded every rank gathers one at a time, and rank 0 writes it from where it lies, in
-blocks of 16 MiB. Beyond what training keeps no rank holds more than two of the largest parameters (gloo gathers through
-a second buffer) and 32 MB: the buffers that were freed since the allocator last gave them back (two of 8 MiB in all),
-and a block. Size and number of files do not matter.
+Memory: sharded parameters are gathered on every rank, one at a time, and rank 0 writes each in blocks of 16 MiB.
+Besides the training's memory no rank holds more than two of the largest parameters (gloo gathers through a second
+buffer) and 32 MB: freed buffers that the allocator has not given back yet (two of 8 MiB in all), and a block. The size
+and number of files do not matter.
 """
 
 from __future__ import annotations
@@ -16,32 +16,44 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
 
 from safecl.distributed import collectives
-from safecl.engine.checkpoint.folder import format_bytes
 from safecl.engine.model.adapters import base_model
-from safecl.engine.model.dtypes import DTYPE_NAMES
+from safecl.engine.model.dtypes import DTYPE_NAMES, tensor_bytes
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.storage.durable import BLOCK_BYTES, DamagedCheckpoint, FileRecord, hash_file, sync_folder, write_file
+from safecl.storage.model_folder import INDEX, WEIGHTS
 from safecl.storage.safetensors_file import header_bytes, num_bytes, read_header
+from safecl.storage.sizes import format_bytes, free_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 MAX_FILE_BYTES = 2 * 2**30
 CARD = "README.md"
 FREED_BYTES = 8 * 2**20
-INDEX = "model.safetensors.index.json"
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of transformers."""
+
+    def save_pretrained(self, save_directory: Path) -> object: ...
 
 
 class ExportFailed(RuntimeError):
-    """A model folder could not be written, or is not what was meant to be written. An older folder of the name is
+    """A model folder could not be written, or differs from what was written. An older folder of the name is
     untouched."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What a model folder holds: tensors, weight files, their bytes. All were read back and had the hashes of what was
-    written."""
+    """The contents of a model folder: numbers of tensors, weight files and their bytes. All were read back and had the
+    right hashes."""
 
     num_tensors: int
     num_files: int
@@ -53,71 +65,69 @@ class Exported:
 
 
 def save_model(
-    engine: TrainingEngine, tokenizer, folder: Path, max_file_bytes: int = MAX_FILE_BYTES, *, card: str | None = None
+    engine: TrainingEngine,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    *,
+    card: str | None = None,
 ) -> Exported:
-    """Writes the live weights in the model's dtype, config, generation config, tokenizer and chat template. A
+    """Write the live weights in the model's dtype, config, generation config, tokenizer and chat template. A
     collective call.
 
-    `card` is the text of the folder's README.md.
-
-    With LoRA the folder holds the adapter only. `AutoModelForCausalLM.from_pretrained(folder)` (or peft) loads it. The
-    folder appears when everything in it is on the disk and verified; an older one of the name is replaced. Raises
-    ExportFailed on all ranks.
+    `card` is the text of the folder's README.md. With LoRA the folder holds the adapter only.
+    `AutoModelForCausalLM.from_pretrained(folder)` (or peft) loads it. The folder appears when everything in it is on
+    the disk and verified; an older one of the name is replaced. Raises ExportFailed on all ranks.
     """
-    model, partial = engine.module.model, folder.with_name(f".{folder.name}.partial")
+    model, partial = cast("PreTrainedModel", engine.module.model), folder.with_name(f".{folder.name}.partial")
     is_adapter = hasattr(model, "peft_config")
     tensors = _Tensors(engine, trained_only=is_adapter)
-    _agree(lambda: _begin(partial, tensors.num_bytes))
+    _on_first_rank(lambda: _begin(partial, tensors.num_bytes))
     if is_adapter:
-        exported = _agree(_save_adapter(engine, tensors, partial))
+        exported = _on_first_rank(_save_adapter(engine, tensors, partial))
     else:
-        exported = _agree(_save_weights(tensors, partial, max_file_bytes))
-        _agree(lambda: _save_settings(model, partial))
+        exported = _on_first_rank(_save_weights(tensors, partial, max_file_bytes))
+        _on_first_rank(lambda: _save_settings(model, partial))
     if tokenizer is not None:
-        _agree(lambda: tokenizer.save_pretrained(partial))
+        _on_first_rank(lambda: tokenizer.save_pretrained(partial) and None)
     if card is not None:
-        _agree(lambda: (partial / CARD).write_text(card, encoding="utf-8") and None)
-    _agree(lambda: _publish(partial, folder))
+        _on_first_rank(lambda: (partial / CARD).write_text(card, encoding="utf-8") and None)
+    _on_first_rank(lambda: _publish(partial, folder))
     return exported
 
 
 def save_plain(engine: TrainingEngine, folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> Exported:
-    """The live weights and the model's settings, nothing else: a folder for a teacher. Not for LoRA. A collective
+    """Write a folder for a teacher: the live weights and the model's settings only. Not for LoRA. A collective
     call."""
     return save_model(engine, None, folder, max_file_bytes)
 
 
-def _agree(work: Callable[[], object]) -> object:
-    """What the work gives on rank 0, on all ranks; where it fails there, ExportFailed on all of them."""
-    value, problem = None, None
-    if collectives.rank() == 0:
-        try:
-            value = work()
-        except (OSError, ValueError) as error:  # DamagedCheckpoint is one
-            problem = f"the model could not be saved: {error}; the same command goes on from the last checkpoint"
-    value, problem = collectives.gather_objects([(value, problem)])[0]
-    if problem is not None:
-        raise ExportFailed(problem)
-    return value
+def _on_first_rank(work: Callable[[], T]) -> T:
+    """Do the work on rank 0 and return its value on all ranks; where it fails, raise ExportFailed on all."""
+    return collectives.on_first_rank(work, (OSError, ValueError), _failure)  # DamagedCheckpoint is a ValueError
+
+
+def _failure(problem: str) -> ExportFailed:
+    return ExportFailed(f"the model could not be saved: {problem}; the same command goes on from the last checkpoint")
 
 
 def _begin(partial: Path, size: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if (free := shutil.disk_usage(partial).free) < size:
+    if (free := free_bytes(partial)) < size:
         partial.rmdir()
         raise OSError(f"{partial.parent}: it takes {format_bytes(size)} and {format_bytes(free)} are free")
 
 
-def _save_settings(model: torch.nn.Module, partial: Path) -> None:
+def _save_settings(model: PreTrainedModel, partial: Path) -> None:
     model.config.save_pretrained(partial)
     if model.can_generate():
         model.generation_config.save_pretrained(partial)
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Puts the folder in the place of an older one; where a process dies between the two renames the older one is still
-    there, hidden."""
+    """Put the folder in the place of an older one. Where the process dies between the two renames, the older one is
+    still there under its hidden name."""
     for path in partial.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -136,7 +146,7 @@ def _publish(partial: Path, folder: Path) -> None:
 
 
 class _Tensors:
-    """Parameters, then buffers that a checkpoint holds: first their shapes, then their values, one at a time."""
+    """The parameters of a model and the buffers that a checkpoint holds; their values come one at a time."""
 
     def __init__(self, engine: TrainingEngine, trained_only: bool):
         self.engine = engine
@@ -147,7 +157,7 @@ class _Tensors:
         self.shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
 
     def kind(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """dtype as safetensors names it, and shape."""
+        """The dtype by its name in safetensors, and the shape."""
         tensor = self.parameters[name] if name in self.parameters else self.buffers[name]
         return DTYPE_NAMES[tensor.dtype], self.shapes[name]
 
@@ -159,7 +169,7 @@ class _Tensors:
         return sum(map(self.size, self.shapes))
 
     def values(self, names: list[str]) -> Iterator[torch.Tensor | None]:
-        """Whole tensors on rank 0, None elsewhere, each until the next is taken; every rank must take all of them."""
+        """Yield whole tensors on rank 0, each valid until the next, and None elsewhere. Every rank must take all."""
         freed = 0
         for name in names:
             freed += self.size(name)
@@ -174,13 +184,15 @@ class _Tensors:
 
 
 def give_back_freed_memory() -> None:
-    """Hands what this process has freed back to the system. glibc keeps buffers of some MB, and as long as anything
-    small that lives lies between them it takes new memory for the next ones."""
+    """Return freed memory to the system.
+
+    glibc keeps freed buffers of some MB, and takes new memory for the next ones while anything small lies between them.
+    """
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
-def _saved_buffers(model: torch.nn.Module):
+def _saved_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     saved = set(model.state_dict().keys())
     return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
 
@@ -189,8 +201,8 @@ def _saved_buffers(model: torch.nn.Module):
 
 
 def plan_files(tensors: _Tensors, max_file_bytes: int) -> dict[str, list[str]]:
-    """File name -> names of its tensors, in the layout of transformers: files of at most `max_file_bytes`, or of one
-    larger tensor."""
+    """Assign the tensors to files named as transformers does: {file name: names of its tensors}. A file has at most
+    `max_file_bytes`, or one larger tensor."""
     groups: list[list[str]] = [[]]
     pending = 0
     for name in tensors.shapes:
@@ -201,13 +213,13 @@ def plan_files(tensors: _Tensors, max_file_bytes: int) -> dict[str, list[str]]:
         pending += tensors.size(name)
     count = len(groups)
     if count == 1:
-        return {"model.safetensors": groups[0]}
+        return {WEIGHTS: groups[0]}
     return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": names for i, names in enumerate(groups)}
 
 
 def _save_weights(tensors: _Tensors, partial: Path, max_file_bytes: int) -> Callable[[], Exported]:
-    """Writes the files on rank 0 with the help of all; what it returns verifies them there, or raises what went
-    wrong."""
+    """Write the files on rank 0, to which all ranks gather the tensors. The returned function verifies the files on
+    rank 0, or raises the error of writing them."""
     files = plan_files(tensors, max_file_bytes)
     records: dict[str, FileRecord] = {}
     problem: OSError | None = None
@@ -218,7 +230,7 @@ def _save_weights(tensors: _Tensors, partial: Path, max_file_bytes: int) -> Call
                 records[file] = write_file(partial / file, _parts(tensors, names, values))
             except OSError as error:
                 problem = error
-        for _ in values:  # every rank takes part in gathering what is left, also when the disk is full
+        for _ in values:  # every rank takes part in gathering, also in that of tensors that a full disk has left over
             pass
 
     def finish() -> Exported:
@@ -234,8 +246,9 @@ def _save_weights(tensors: _Tensors, partial: Path, max_file_bytes: int) -> Call
 def _parts(tensors: _Tensors, names: list[str], values: Iterator[torch.Tensor | None]) -> Iterator[bytes | memoryview]:
     yield header_bytes({name: tensors.kind(name) for name in names}, {"format": "pt"})
     for value in values:
+        assert value is not None, "rank 0 has whole tensors"
         for block in value.reshape(-1).view(torch.uint8).split(BLOCK_BYTES):
-            yield memoryview(block.cpu().numpy())
+            yield tensor_bytes(block.cpu())
 
 
 def _write_index(partial: Path, files: dict[str, list[str]], tensors: _Tensors) -> None:
@@ -245,8 +258,8 @@ def _write_index(partial: Path, files: dict[str, list[str]], tensors: _Tensors) 
 
 
 def _verify(partial: Path, files: dict[str, list[str]], records: dict[str, FileRecord], tensors: _Tensors) -> Exported:
-    """Reads everything back. DamagedCheckpoint where tensors are missing, have another shape or dtype, or other bytes
-    than were written."""
+    """Read everything back. Raises DamagedCheckpoint where tensors are missing, have another shape or dtype, or other
+    bytes than were written."""
     for file, names in files.items():
         found, _ = read_header(partial / file)
         if {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} != {
@@ -259,15 +272,17 @@ def _verify(partial: Path, files: dict[str, list[str]], records: dict[str, FileR
 
 
 def _save_adapter(engine: TrainingEngine, tensors: _Tensors, partial: Path) -> Callable[[], Exported]:
-    """Adapters are small: rank 0 gathers them whole, peft writes them, and each is compared with what was gathered."""
+    """Gather the adapters, which are small, on rank 0. The returned function lets peft write them and compares them."""
+    state: dict[str, torch.Tensor] = {}
     names = list(tensors.shapes)
-    copies = (value.to("cpu", copy=True).contiguous() if value is not None else None for value in tensors.values(names))
-    state = dict(zip(names, copies, strict=True))
+    for name, value in zip(names, tensors.values(names), strict=True):
+        if value is not None:
+            state[name] = value.to("cpu", copy=True).contiguous()
 
     def finish() -> Exported:
         from safetensors.torch import load_file
 
-        engine.module.model.save_pretrained(partial, state_dict=state, safe_serialization=True)
+        cast("PreTrainedModel", engine.module.model).save_pretrained(partial, state_dict=state, safe_serialization=True)
         path = partial / "adapter_model.safetensors"
         found = load_file(path)
         bare = {name.replace(".default.", "."): value for name, value in state.items()}

@@ -1,18 +1,19 @@
-"""The random number generators of this process as text: dropout and stochastic rounding go on after a resume as if
-nothing had happened."""
+"""The state of this process's random number generators as text, so that dropout and stochastic rounding after a resume
+are those of the uninterrupted run."""
 
 from __future__ import annotations
 
 import base64
 import json
 import random
+from typing import cast
 
 import numpy as np
 import torch
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds torch (CPU and GPU), `random` and numpy's global generator."""
+    """Seed torch (CPU and GPU), `random` and numpy's global generator."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -20,7 +21,7 @@ def seed_generators(seed: int) -> None:
 
 def random_state() -> str:
     """State of torch's CPU and current CUDA generator, of `random`, and of numpy's global generator."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state(legacy=True))
     states = {
         "torch": _encode(torch.get_rng_state().numpy()),
         "cuda": _encode(torch.cuda.get_rng_state().numpy()) if torch.cuda.is_available() else None,
@@ -31,7 +32,7 @@ def random_state() -> str:
 
 
 def set_random_state(text: str) -> None:
-    """Puts back what `random_state` gave. The CUDA generator keeps its state where either machine has none."""
+    """Restore the result of `random_state`. The CUDA generator keeps its state where either machine has no GPU."""
     states = json.loads(text)
     torch.set_rng_state(torch.from_numpy(_decode(states["torch"], np.uint8)))
     if states["cuda"] is not None and torch.cuda.is_available():

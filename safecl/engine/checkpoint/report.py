@@ -1,15 +1,15 @@
-"""What a save says of itself, and the base model that anchors may equal."""
+"""The report of a save, and the base model that state may refer to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from safecl.engine.checkpoint.folder import format_bytes
+from safecl.storage.sizes import format_bytes
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that a run begins with: its name in the config and a hash of its weights in the run's dtype."""
+    """The model that a run begins with: its name in the config, and a hash of its weights in the run's dtype."""
 
     name: str
     digest: str
@@ -17,12 +17,12 @@ class BaseModel:
 
 @dataclass
 class SaveReport:
-    """How a save ended. `problem` says why there is no checkpoint; the older ones are untouched then."""
+    """The result of a save. `problem` says why there is no checkpoint; older ones are untouched then."""
 
     name: str
     num_bytes: int = 0
     seconds_blocked: float = 0.0
-    """What the training waited for the copy to host memory."""
+    """Seconds that the training waited for the copy to host memory."""
     seconds_written: float = 0.0
     problem: str | None = None
     notes: list[str] = field(default_factory=list)

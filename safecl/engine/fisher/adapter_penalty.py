@@ -1,4 +1,4 @@
-"""The pull of LoRA's products, weighed by a dense Fisher."""
+"""The penalty on LoRA's products, weighted by a dense Fisher."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torch import nn
 from safecl.config import ConfigError
 from safecl.engine.fisher.file import FisherFile
 from safecl.engine.model.adapters import adapters
-from safecl.engine.model.adapters import base_model as base_model
 from safecl.kernels import lowrank_fisher_penalty
 
 
 @dataclass(frozen=True)
 class FisherPull:
-    """0.5 * strength * sum F_ij D_ij^2 over all adapted weights; a rank has its share of each weight's rows of F, and
-    sums these.
+    """0.5 * strength * sum F_ij D_ij^2 over all adapted weights, where D = B A is an adapter's product.
 
-    shares: per weight, its first row and F of its rows [rows, in], bf16, on the device or in host memory.
+    A rank has a share of each weight's rows of F, and sums over these. shares: for each weight its first row, and F of
+    its rows, [rows, in] in bf16 on the device or in host memory.
     """
 
     strength: float
@@ -38,10 +37,10 @@ class FisherPull:
 def read_fisher_pull(
     fisher: FisherFile, model: nn.Module, strength: float, *, rank: int, world_size: int, device: torch.device
 ) -> FisherPull:
-    """This rank's share of the dense Fisher of all adapted weights, on `device` (pinned where that is the host of a
-    GPU).
+    """Read this rank's share of the dense Fisher of all adapted weights to `device`.
 
-    Raises ConfigError where the file does not fit the model.
+    It is pinned where `device` is the CPU of a machine with a GPU. Raises ConfigError where the file does not fit the
+    model.
     """
     shapes = {name: _product_shape(a, b) for name, a, b, _ in adapters(model)}
     fisher.check_weights(shapes)
@@ -57,6 +56,6 @@ def read_fisher_pull(
 
 
 def _product_shape(a: nn.Module, b: nn.Module) -> tuple[int, int]:
-    """[out, in] of the weight that B A is added to, also where ZeRO-3 has taken the factors apart."""
+    """Shape [out, in] of the weight that B A is added to, also where ZeRO-3 has sharded the factors."""
     shapes = [tuple(getattr(module.weight, "ds_shape", module.weight.shape)) for module in (a, b)]
     return shapes[1][0], shapes[0][1]

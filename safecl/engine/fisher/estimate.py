@@ -1,8 +1,8 @@
-"""Diagonal Fisher information of the memory's rows, shard-local, by random signs.
+"""Diagonal Fisher information of the memory's rows, shard-local, estimated with random signs.
 
     F = mean over rows b of g_b^2,   g_b = gradient of the row's mean-token negative log-likelihood
 
-Squaring a batch's mean gradient would give about F / B. With independent signs s_b = +-1 the cross terms vanish on
+The square of a batch's mean gradient would be about F / B. With independent signs s_b = +-1 the cross terms vanish on
 average:
     E[ B * ((1 / B) sum_b s_b g_b)^2 ] = (1 / B) sum_b g_b^2
 for any micro-batch, accumulation and world size, without communication beyond the gradient's own. The relative error is
@@ -22,7 +22,7 @@ from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.training_engine import NonFiniteGradient, TrainingEngine
 
 SECONDS_BETWEEN_NOTES = 15.0
-_SUM = "_fisher_sum"  # bf16 would lose what many small squares add up to
+_SUM = "_fisher_sum"  # fp32: a sum in bf16 would lose small squares
 
 
 def estimate_fisher(
@@ -36,13 +36,13 @@ def estimate_fisher(
     kind: str,
     note: Callable[[str], None] = lambda message: None,
 ) -> float:
-    """Adds up the estimate in fp32, keeps it as state `kind`, and returns its mean over all trained weights.
+    """Sum the estimate in fp32, keep it as the state `kind`, and return its mean over all trained weights.
 
-    `rows` are all memory rows (weights in them are ignored), `row_ids` their keys; both alike on every rank. `note`
-    hears now and then how far it is. One row a batch, and as many batches as rows, is the exact Fisher: the sign does
-    not survive the square.
+    `rows` are all memory rows (their weights are ignored) and `row_ids` their ids, both the same on every rank. `note`
+    gets a message about the progress now and then. With one row a batch and as many batches as rows the Fisher is
+    exact: the square removes the sign. Raises NonFiniteGradient.
     """
-    told = time.monotonic()
+    noted_at = time.monotonic()
     for shard in engine.optimizer.shards():
         shard.state[_SUM] = torch.zeros_like(shard.param)
     batch_size = min(rows_per_batch, len(rows))
@@ -51,8 +51,8 @@ def estimate_fisher(
         chosen = [(rows[index], sign) for index, sign in zip(indices, signs, strict=True)]
         batch = [row.weighted("fisher", sign / (max(1, row.num_targets) * batch_size)) for row, sign in chosen]
         engine.gradient_pass(batch, engine.accumulate_fisher(_SUM, batch_size / sign_batches))
-        if time.monotonic() - told > SECONDS_BETWEEN_NOTES:
-            told = time.monotonic()
+        if time.monotonic() - noted_at > SECONDS_BETWEEN_NOTES:
+            noted_at = time.monotonic()
             note(f"Fisher: {number + 1} of {sign_batches} batches")
         if not engine.optimizer.result.applied:
             raise NonFiniteGradient(
@@ -68,7 +68,7 @@ def estimate_fisher(
 
 
 def fisher_mean(engine: TrainingEngine, kind: str) -> float:
-    """Mean of a Fisher state over all trained weights (padding is zero and not counted): one small all-reduce."""
+    """Mean of a Fisher state over all trained weights (padding is zero and not counted), by one small all-reduce."""
     local = sum(
         (fisher.sum(dtype=torch.float64) for fisher in engine.optimizer.tensors(kind)),
         torch.zeros((), dtype=torch.float64),
@@ -79,8 +79,9 @@ def fisher_mean(engine: TrainingEngine, kind: str) -> float:
 def sign_batches_of(
     row_ids: Sequence[int], seed: int, num_batches: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(indices, signs +-1.0) of each sign batch: the rows in an order that is new in each sweep, cut into batches."""
-    ids, sweep, queue = np.asarray(row_ids, np.uint64), 0, []
+    """Yield (indices, signs +-1.0) of each sign batch: sweeps over all rows, each in a new order, cut into batches."""
+    ids, sweep = np.asarray(row_ids, np.uint64), 0
+    queue: list[tuple[int, float]] = []
     for _ in range(num_batches):
         while len(queue) < batch_size:
             order = np.argsort(keyed_hash(ids, "fisher-order", seed, sweep), kind="stable")

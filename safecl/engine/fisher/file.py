@@ -1,9 +1,9 @@
-"""The diagonal Fisher of a model as a file: estimated once, loaded by every later run on that model, whatever its
-topology.
+"""The diagonal Fisher of a model as a file: estimated once, loaded by every later run on that model in any topology.
 
-One safetensors file. Its tensors are called like the weights and have their shapes, in bf16 (0.4 % of rounding beside
-about 11 % of sampling error at 64 sign batches; half the bytes of fp32), so any tool reads it. The header says what it
-was made with, and its mean over all weights. A rank reads only the byte ranges that its own shard needs.
+It is one safetensors file, so any tool reads it. Its tensors have the names and shapes of the weights, in bf16: half
+the bytes of fp32, and 0.4 % of rounding error is small against about 11 % of sampling error at 64 sign batches. The
+header holds the settings of the estimate and the mean over all weights. A rank reads only the byte ranges that its own
+shard needs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,12 @@ import torch
 
 from safecl.config import ConfigError
 from safecl.distributed import collectives
+from safecl.engine.model.dtypes import tensor_bytes
 from safecl.engine.zero.optimizer import ShardAdamW
 from safecl.engine.zero.shards import ShardMap
 from safecl.storage.durable import DamagedCheckpoint, open_regular, read_into, sync_folder, write_file
 from safecl.storage.safetensors_file import Tensor, header_bytes, read_header
+from safecl.storage.sizes import free_bytes
 
 FORMAT_VERSION = 1
 _KEY = "safecl-fisher"
@@ -33,11 +34,11 @@ _DTYPE = "BF16"
 
 @dataclass(frozen=True)
 class FisherHeader:
-    """What a Fisher was made with.
+    """The model, the rows and the settings that a Fisher was estimated with.
 
     mean: over all weights; a penalty's strength is divided by it. estimator: `random signs`, or `exact` (each row's own
-    gradient). rows: fingerprint of the rows of memory.source, which are `num_rows`; memory: settings that decide which
-    of them are held. model: its path, for people; model_hash, tokenizer: hashes.
+    gradient). rows: fingerprint of the `num_rows` rows of memory.source. memory: settings that decide which of them the
+    memory holds. model: its path, for people. model_hash, tokenizer: hashes.
     """
 
     mean: float
@@ -57,26 +58,26 @@ class FisherHeader:
     format_version: int = FORMAT_VERSION
 
     def key(self) -> dict[str, str | int]:
-        """What the numbers depend on."""
+        """The fields that the numbers depend on."""
         settings = ("estimator", "sign_batches", "rows_per_batch", "seed", "format_version")
         return {name: getattr(self, name) for name in ("model_hash", "tokenizer", "dtype", "rows", "memory", *settings)}
 
     def differences(self, other: FisherHeader) -> list[str]:
-        """What differs of what the numbers depend on, in words."""
+        """Describe each field of the key that differs."""
         mine, theirs = self.key(), other.key()
         return [f"{name} {mine[name]} there, {theirs[name]} here" for name in mine if mine[name] != theirs[name]]
 
 
 @dataclass(frozen=True)
 class FisherFile:
-    """An opened file: what it was made with, and where each weight's values are."""
+    """An opened file: its header, and the place of each weight's values."""
 
     path: Path
     header: FisherHeader
     tensors: Mapping[str, Tensor]
 
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises ConfigError that names the first weight that is missing or has another shape."""
+        """Raise ConfigError with the name of the first weight that is missing or has another shape."""
         for name, shape in shapes.items():
             if name not in self.tensors:
                 raise ConfigError(
@@ -85,23 +86,24 @@ class FisherFile:
             if self.tensors[name].shape != tuple(shape):
                 there, here = list(self.tensors[name].shape), list(shape)
                 raise ConfigError(
-                    f"{self.path}: {name} has shape {there} there and {here} in this model; it was made for another model"
+                    f"{self.path}: {name} has shape {there} there and {here} in this model; it was made for another "
+                    "model"
                 )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a weight's Fisher, 1-D bf16 on the CPU. Raises ConfigError where the file is
+        """Read elements [start, stop) of a weight's Fisher: 1-D, bf16, on the CPU. Raises ConfigError where the file is
         damaged."""
         values = torch.empty(stop - start, dtype=torch.bfloat16)
         try:
             with open_regular(self.path) as file:
-                read_into(file, self.tensors[name].position + 2 * start, memoryview(values.view(torch.uint8).numpy()))
+                read_into(file, self.tensors[name].position + 2 * start, tensor_bytes(values))
         except DamagedCheckpoint as error:
             raise ConfigError(str(error)) from None
         return values
 
 
 def open_fisher(path: str | Path) -> FisherFile:
-    """Reads the header. Raises ConfigError for a file that is not there, no Fisher, or damaged."""
+    """Open a file and read its header. Raises ConfigError where it is missing, damaged, or no Fisher file."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; `safecl fisher CFG` estimates the Fisher information and writes one")
@@ -120,16 +122,16 @@ def open_fisher(path: str | Path) -> FisherFile:
 
 
 def refuse_other_model(fisher: FisherFile, model: str, model_hash: str) -> None:
-    """Raises ConfigError where the file was made for other weights than those of `model`."""
+    """Raise ConfigError where the file was made for other weights than those of `model`."""
     if fisher.header.model_hash != model_hash:
         raise ConfigError(
-            f"{fisher.path}: made for {fisher.header.model} (weights {fisher.header.model_hash[:12]}), and model.path is {model} "
-            f"(weights {model_hash[:12]}); estimate it for this model with `safecl fisher CFG`"
+            f"{fisher.path}: made for {fisher.header.model} (weights {fisher.header.model_hash[:12]}), and model.path "
+            f"is {model} (weights {model_hash[:12]}); estimate it for this model with `safecl fisher CFG`"
         )
 
 
 def load_fisher(fisher: FisherFile, shards: ShardMap, optimizer: ShardAdamW, kind: str) -> None:
-    """Puts this rank's part of the file into the state `kind`, where and as that is kept. Raises ConfigError."""
+    """Load this rank's part of the file into the state `kind`, in that state's place and dtype. Raises ConfigError."""
     fisher.check_weights(shards.shapes)
     values = [torch.zeros(flat.shape, dtype=torch.bfloat16) for flat in shards.flats]
     for fragment in shards.fragments:
@@ -145,41 +147,48 @@ def load_fisher(fisher: FisherFile, shards: ShardMap, optimizer: ShardAdamW, kin
 
 
 def write_fisher(path: Path, header: FisherHeader, shards: ShardMap, tensors: list[torch.Tensor]) -> None:
-    """Writes the state `tensors` (the layout of the shards), one weight at a time, and publishes it by rename. A
+    """Write the state `tensors`, flat like the shards, one weight at a time, and publish the file by rename. A
     collective call.
 
-    Raises ConfigError where the disk refuses; what stood there before stays then.
+    Raises ConfigError on all ranks where the file cannot be written; an older file stays then.
     """
     names = {name: (_DTYPE, shape) for name, shape in shards.shapes.items()}
     head = header_bytes(names, {_KEY: json.dumps(dataclasses.asdict(header))})
     parts = _parts(shards, tensors)
-    problem = _write(path, head, parts, 2 * shards.numel) if collectives.rank() == 0 else None
-    for _ in parts:  # the others' share of the collective reads, and what a full disk has left of them
-        pass
-    if (problem := collectives.gather_objects([problem])[0]) is not None:
-        raise ConfigError(f"{path}: {problem}")
+
+    def write() -> None:
+        problem: OSError | None = None
+        if collectives.rank() == 0:
+            try:
+                _write(path, head, parts, 2 * shards.numel)
+            except OSError as error:
+                problem = error
+        for _ in parts:  # every rank takes part in the collective reads, also in those that a full disk has left over
+            pass
+        if problem is not None:
+            raise problem
+
+    collectives.on_every_rank(write, (OSError,), lambda problem: ConfigError(f"{path}: {problem}"))
 
 
 def _parts(shards: ShardMap, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
     for name in shards.shapes:
-        yield memoryview(shards.read(name, tensors).to(torch.bfloat16).contiguous().view(-1).view(torch.uint8).numpy())
+        yield tensor_bytes(shards.read(name, tensors).to(torch.bfloat16).contiguous().view(-1))
 
 
-def _write(path: Path, head: bytes, parts: Iterator[memoryview], num_bytes: int) -> str | None:
-    """What went wrong, if anything."""
+def _write(path: Path, head: bytes, parts: Iterator[memoryview], num_bytes: int) -> None:
+    """Write and publish the file. Raises OSError with a message that says what is wrong."""
     partial = path.with_name(f".{path.name}.partial")
+    if (free := free_bytes(path.parent)) < num_bytes:
+        raise OSError(f"needs {num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(path.parent).free) < num_bytes:
-            return f"needs {num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         partial.unlink(missing_ok=True)
         write_file(partial, itertools.chain([head], parts), label=path.name)
         os.replace(partial, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        return f"cannot be written: {error.strerror or error}"
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot be written: {error.strerror or error}") from None
         raise
-    return None

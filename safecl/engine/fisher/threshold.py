@@ -10,11 +10,11 @@ from safecl.engine.passes.training_engine import TrainingEngine
 
 
 def upper_threshold(engine: TrainingEngine, kind: str, share: float, chunk: int = 1 << 24) -> float:
-    """The smallest value of a state without negative values that at most `share` of all trained weights exceed: exact,
-    by two all-reduces.
+    """Return the smallest value of a non-negative state that at most `share` of all trained weights exceed.
 
-    The bits of such fp32 numbers are in the order of the numbers: the upper half of the bits is counted first, then,
-    among those with the upper half that the threshold has, the lower half.
+    It is exact, and takes two all-reduces. The bits of non-negative fp32 numbers, read as integers, have the order of
+    the numbers. The first all-reduce finds the threshold's upper 16 bits, the second its lower 16 bits among the
+    numbers with these upper bits.
     """
     allowed = int(share * engine.shards.numel)
     codes = [part for values in engine.optimizer.tensors(kind) for part in values.detach().view(-1).split(chunk)]
@@ -29,7 +29,7 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _bin_from_top(engine: TrainingEngine, codes: Sequence[torch.Tensor], allowed: int) -> tuple[int, int]:
-    """(bin, how many are in bins above it): the lowest 16-bit bin with at most `allowed` in the bins above it."""
+    """Find the lowest 16-bit bin with at most `allowed` codes in the bins above it. Return (bin, codes above it)."""
     counts = sum(
         (torch.bincount(part, minlength=1 << 16).cpu() for part in codes), torch.zeros(1 << 16, dtype=torch.int64)
     )

@@ -1,4 +1,4 @@
-"""The names of dtypes in a config and in safetensors files."""
+"""The names of dtypes in a config and in safetensors files, and the bytes of tensors."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ DTYPES = FLOAT_DTYPES | {
 """All dtypes of safetensors files that safecl reads, by their names there."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """View the bytes of a contiguous 1-D tensor on the CPU."""
+    return tensor.view(torch.uint8).numpy().data

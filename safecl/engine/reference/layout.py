@@ -1,42 +1,45 @@
-"""How the reference weights lie in their segment."""
+"""The places of the reference weights in their segment."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Where = Literal["auto", "segment", "file"]
 
-
-_ALIGNMENT = 256  # of each tensor in the segment: what GPU copies and vector units like
+_ALIGNMENT = 256  # bytes: GPU copies and vector units are fast at such addresses
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter of a model lies in the segment; a function of the model alone, so every rank works it out by
+    """The place of each parameter in the segment; a function of the model alone, so every rank computes it by
     itself."""
 
     dtype: torch.dtype
     shapes: Mapping[str, tuple[int, ...]]
-    """Of each parameter, tied ones once, in the model's order."""
+    """Shape of each parameter, in the model's order; tied parameters are there once."""
     offsets: Mapping[str, int]
     """First byte of each parameter."""
     nbytes: int
     aliases: Mapping[str, str]
-    """Every name, that of a tied parameter too, to the name that it is kept under."""
+    """The stored name for every name of a parameter; tied parameters have several names."""
     buffers: tuple[str, ...]
-    """Names of buffers that belong to a checkpoint; few and small, so they are not in the segment."""
+    """Names of buffers that belong to a checkpoint. They are few and small, and not in the segment."""
     embedding: str
     """Name of the input embedding, whose rows are the vocabulary."""
     prefix: str
-    """Of names that a checkpoint of the headless model leaves out."""
+    """Prefix of names that a checkpoint of the headless model omits."""
 
     @classmethod
     def of(cls, model: torch.nn.Module, dtype: torch.dtype) -> Layout:
+        """Lay out the parameters of a model, which may be on the meta device."""
         names = {id(p): name for name, p in model.named_parameters()}
         aliases = {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -44,7 +47,7 @@ class Layout:
         for name, shape in shapes.items():
             offsets[name] = end
             end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        embedding = names[id(model.get_input_embeddings().weight)]
+        embedding = names[id(cast("PreTrainedModel", model).get_input_embeddings().weight)]
         buffers = tuple(sorted(set(dict(model.named_buffers())) & set(model.state_dict())))
         return cls(
             dtype, shapes, offsets, max(end, 1), aliases, buffers, embedding, getattr(model, "base_model_prefix", "")

@@ -1,11 +1,13 @@
-"""The model that is trained, made without a copy of its own on every rank.
+"""Makes the model that is trained, without a whole copy on every rank.
 
 Its structure is built with parameters on the meta device; then each parameter becomes a view of the node's reference
-store. DeepSpeed takes from there what a rank keeps (its shard, or a flat copy), so the node holds one whole model while
-it starts, whatever the number of ranks.
+store. DeepSpeed copies from there what a rank keeps (its shard, or the flat weights), so a node holds one whole model
+while it starts, for any number of ranks.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -15,24 +17,27 @@ from safecl.engine.model.settings import choose_attention, first_line, read_mode
 from safecl.engine.model.structure import empty_model, prepare_for_training
 from safecl.engine.reference.store import ReferenceStore
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
-    """The causal language model in the run's dtype, adapters added where the config says so, and the store that its
-    weights are views of.
+    """Make the causal language model in the run's dtype, with adapters where the config has them, and the store that
+    its weights are views of.
 
-    A collective call. The views are read-only: who changes a weight in place gives it memory of its own first. Raises
+    A collective call. The views are read-only: a weight needs memory of its own before it is changed in place. Raises
     ConfigError.
     """
     read_model_settings(config)
     attention, _ = choose_attention(config.attention)
-    chosen = (
-        None if config.attention == "auto" and attention == "sdpa" else attention
-    )  # not every architecture has sdpa
+    # Not every architecture has sdpa, so transformers chooses where the user does not.
+    chosen = None if config.attention == "auto" and attention == "sdpa" else attention
     dtype = CONFIG_DTYPES[config.dtype]
     try:
-        model = empty_model(config.path, dtype, attention=chosen, trust_remote_code=config.trust_remote_code)
+        empty = empty_model(config.path, dtype, attention=chosen, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.path: {config.path}: cannot be loaded: {first_line(error)}") from None
+    model = cast("PreTrainedModel", empty)
     store = ReferenceStore.open(config.path, dtype=dtype, model=model, trust_remote_code=config.trust_remote_code)
     take_weights(model, store)
     _take_generation_settings(model, config.path)
@@ -41,8 +46,8 @@ def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
 
 
 def take_weights(model: nn.Module, store: ReferenceStore) -> None:
-    """Makes every parameter of an empty model a view of the store, tied ones the same object, and sets the buffers that
-    were saved."""
+    """Make every parameter of an empty model a view of the store, tied parameters the same object, and set the buffers
+    that a checkpoint holds."""
     made: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         for leaf, p in module._parameters.items():
@@ -57,12 +62,12 @@ def take_weights(model: nn.Module, store: ReferenceStore) -> None:
         model.get_buffer(name).copy_(value)
 
 
-def _take_generation_settings(model: nn.Module, path: str) -> None:
-    """What the folder says of generation is saved again with the tuned model."""
+def _take_generation_settings(model: PreTrainedModel, path: str) -> None:
+    """Take over the folder's generation config, which is saved again with the tuned model."""
     from transformers import GenerationConfig
 
     if model.can_generate():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path)
         except (OSError, ValueError):
-            return  # there is none: transformers derives one from the model's settings
+            return  # without one transformers derives it from the model's settings

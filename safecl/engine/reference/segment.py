@@ -1,4 +1,4 @@
-"""One shared segment per node, filled once."""
+"""Fills the shared segment of a node once, or decides that the model's files are mapped instead."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FILLERS = 4
 
 @dataclass(frozen=True)
 class Offer:
-    """What the first rank of a node says to the others."""
+    """The message of a node's first rank to the others: where the weights are."""
 
     where: str
     address: str = ""
@@ -34,12 +34,12 @@ class Offer:
 
 
 def provide(layout: Layout, reader: Reader | Converter, where: Where, stack: contextlib.ExitStack) -> Offer:
-    """On the first rank of a node: makes and fills the segment, or says that the files are to be mapped."""
+    """Make and fill the segment, or offer the files for mapping. For the first rank of a node."""
     obstacle = reader.obstacle_to_mapping()
     if where == "file":
         if obstacle is not None:
             raise UnusableWeights(f"the model's files cannot be mapped: {obstacle}")
-        return Offer("file", "", reader.digest(), reader.buffers())
+        return _offer_files(reader)
     try:
         handle, digest = new_segment(layout, reader, stack)
     except shared_memory.NoRoom as error:
@@ -47,13 +47,17 @@ def provide(layout: Layout, reader: Reader | Converter, where: Where, stack: con
             raise UnusableWeights(
                 f"{error}; the model's files cannot be mapped instead: {obstacle or 'where=segment'}"
             ) from None
-        return Offer("file", "", reader.digest(), reader.buffers(), (f"{error}: the model's files are mapped instead",))
+        return _offer_files(reader, f"{error}: the model's files are mapped instead")
     return Offer("segment", shared_memory.address(handle), digest, reader.buffers())
 
 
+def _offer_files(reader: Reader | Converter, *notes: str) -> Offer:
+    assert isinstance(reader, Reader), "a checkpoint that must be converted cannot be mapped"
+    return Offer("file", "", reader.digest(), reader.buffers(), notes)
+
+
 def new_segment(layout: Layout, reader: Reader | Converter, stack: contextlib.ExitStack) -> tuple[int, str]:
-    """(handle, digest) of a segment that holds all parameters and that nobody can change; the handle is open as long as
-    the stack."""
+    """Fill a segment with all parameters and seal it. Return (handle, digest); the stack closes the handle."""
     handle = shared_memory.create(layout.nbytes, "safecl-reference")
     stack.callback(os.close, handle)
     memory = shared_memory.map_segment(handle, layout.nbytes, writable=True)
@@ -77,6 +81,7 @@ def new_segment(layout: Layout, reader: Reader | Converter, stack: contextlib.Ex
 
 
 def tensor_view(memory: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """View the mapped bytes from `offset` on as a tensor."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)

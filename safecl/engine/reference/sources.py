@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import xxhash
 
-from safecl.engine.model.dtypes import DTYPE_NAMES, DTYPES, FLOAT_DTYPES
+from safecl.engine.model.dtypes import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, tensor_bytes
 from safecl.engine.reference.layout import Layout
 from safecl.storage.durable import open_regular, read_into
 from safecl.storage.model_folder import ModelFiles, UnusableWeights, read_model_files
@@ -19,31 +19,29 @@ from safecl.storage.safetensors_file import Tensor
 
 _CHUNK_BYTES = 16 * 2**20
 
-
 Sources = Mapping[str, tuple[Path, Tensor]]
-"""Parameter name -> file and place in it."""
+"""The file of each parameter, and its place there."""
 
 
-def find_weights(path: str, layout: Layout) -> tuple[ModelFiles | None, Sources | None]:
-    """The model's files and where each parameter lies in them; no sources where only transformers knows how to read
-    them."""
+def find_weights(path: str, layout: Layout, trust_remote_code: bool) -> Reader | Converter:
+    """Find each parameter in the model's files; where that is not possible, leave it to transformers.
+
+    Raises UnusableWeights where a parameter is missing or does not fit.
+    """
     files = read_model_files(path)
     if files is None:
-        return None, None
-    found = {name: _source(name, layout, files) for name in layout.shapes}
-    missing = [name for name, source in found.items() if source is None]
-    if missing and any(
-        source not in found.values() for name, source in files.tensors.items() if name not in layout.buffers
-    ):
-        return (
-            files,
-            None,
-        )  # perhaps under another name (GPT-NeoX): transformers converts it, or the converter says what is missing
+        return Converter(layout, None, path, trust_remote_code)
+    found = {name: source for name in layout.shapes if (source := _source(name, layout, files)) is not None}
+    missing = [name for name in layout.shapes if name not in found]
+    used = found.values()
+    if missing and any(source not in used for name, source in files.tensors.items() if name not in layout.buffers):
+        # Perhaps it has another name in the files (GPT-NeoX): transformers converts it, or reports what is missing.
+        return Converter(layout, files, path, trust_remote_code)
     if missing:
         raise UnusableWeights(f"model.path: {path}: tensor {missing[0]} is missing" + _and_more(missing))
     for name, (file, tensor) in found.items():
         _check_tensor(name, layout, file, tensor)
-    return files, found
+    return Reader(layout, files, found)
 
 
 def _source(name: str, layout: Layout, files: ModelFiles) -> tuple[Path, Tensor] | None:
@@ -72,14 +70,14 @@ def _and_more(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """Parameters straight from the model's files."""
+    """Reads parameters straight from the model's files."""
 
     layout: Layout
     files: ModelFiles
     sources: Sources
 
     def loader(self) -> Callable[[str, torch.Tensor], Any]:
-        """Fills a flat tensor with a parameter; safe to call from several threads."""
+        """Return a function that fills a flat tensor with a parameter; several threads may call it."""
         return lambda name, target: _load(self.sources[name], target)
 
     def buffers(self) -> dict[str, torch.Tensor]:
@@ -93,7 +91,7 @@ class Reader:
         self.files.check_unchanged()
 
     def obstacle_to_mapping(self) -> str | None:
-        """Why the files cannot stand for the segment; None where they can."""
+        """Say why the files cannot be mapped in place of a segment; None where they can."""
         if torch.cuda.is_available():
             return "a GPU needs pinned memory"
         for name, (file, tensor) in self.sources.items():
@@ -104,7 +102,7 @@ class Reader:
         return None
 
     def digest(self) -> str:
-        """That of a segment with the same values, where the files are mapped."""
+        """Digest of the parameters, the same as that of a segment with their values."""
         hashes = {}
         for name, (path, tensor) in self.sources.items():
             digest, block = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
@@ -119,7 +117,7 @@ class Reader:
 
 @torch.no_grad()
 def _load(source: tuple[Path, Tensor], target: torch.Tensor) -> None:
-    """Reads one tensor in chunks, rounding each to the target's dtype."""
+    """Read one tensor in chunks, each rounded to the target's dtype."""
     path, tensor = source
     stored = DTYPES[tensor.dtype]
     chunk = _CHUNK_BYTES // stored.itemsize
@@ -128,34 +126,35 @@ def _load(source: tuple[Path, Tensor], target: torch.Tensor) -> None:
         for start in range(0, target.numel(), chunk):
             part = target[start : start + chunk]
             read = part if scratch is None else scratch[: part.numel()]
-            read_into(file, tensor.position + start * stored.itemsize, memoryview(read.view(torch.uint8).numpy()))
+            read_into(file, tensor.position + start * stored.itemsize, tensor_bytes(read))
             if scratch is not None:
                 part.copy_(read)
 
 
 @dataclass(frozen=True)
 class Converter:
-    """Parameters of a checkpoint whose names or tensors transformers converts while it loads: it does, once per
+    """Reads parameters of a checkpoint whose names or tensors must be converted: transformers does so, once per
     node."""
 
     layout: Layout
+    files: ModelFiles | None
     path: str
     trust_remote_code: bool
-    sources = None
 
     @functools.cached_property
     def _state(self) -> dict[str, torch.Tensor]:
         from transformers import AutoModelForCausalLM
 
+        load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained  # its type leaves output_loading_info out
         try:
-            model, said = AutoModelForCausalLM.from_pretrained(
+            model, info = load(
                 self.path, dtype=self.layout.dtype, trust_remote_code=self.trust_remote_code, output_loading_info=True
             )
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise UnusableWeights(
                 f"model.path: {self.path}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}"
             ) from None
-        if missing := sorted(said["missing_keys"]):
+        if missing := sorted(info["missing_keys"]):
             raise UnusableWeights(f"model.path: {self.path}: tensor {missing[0]} is missing" + _and_more(missing))
         return model.state_dict()
 
@@ -167,13 +166,14 @@ class Converter:
         return {name: self._state[name] for name in self.layout.buffers}
 
     def check_unchanged(self) -> None:
-        """What transformers has read is in memory."""
+        """Do nothing: all values are in memory already."""
 
     def obstacle_to_mapping(self) -> str | None:
         return "their tensors must be converted"
 
 
 def combine(layout: Layout, hashes: Mapping[str, bytes]) -> str:
+    """Digest of all parameters from the hashes of each one's bytes in the layout's dtype."""
     digest = xxhash.xxh3_128(str(layout.dtype).encode())
     for name in sorted(hashes):
         digest.update(name.encode() + hashes[name])

@@ -1,11 +1,11 @@
-"""ReferenceStore: the aligned model theta_0 in host memory, once per node, read by name and range from every rank.
+"""ReferenceStore: the aligned model theta_0 in host memory, once per node, which every rank reads by name and range.
 
     with ReferenceStore.open("path/of/model", dtype=torch.bfloat16) as store:
         store.tensor("model.embed_tokens.weight")        # whole, read-only, zero copy
         store.read("lm_head.weight", 1000, 2000, out)     # elements 1000 to 2000 of the flat tensor
 
 One rank of each node fills a shared segment from the model's safetensors files, rounded once to the run's dtype; the
-others map it. The student is made from it (safecl.engine.model.language_model), the anchor of weight penalties is read
+others map it. The student is made from it (safecl.engine.reference.loading), the anchor of weight penalties is read
 from it, and a teacher streams its layers from it, so that all of them start from the same bytes. Where the segment does
 not fit and there is no GPU, the files themselves are mapped.
 """
@@ -24,32 +24,32 @@ import torch
 
 from safecl.distributed import collectives
 from safecl.distributed.node import Node, this_node
-from safecl.engine.checkpoint.folder import format_bytes
 from safecl.engine.reference import shared_memory
 from safecl.engine.reference.layout import Layout, Where
 from safecl.engine.reference.segment import Offer, new_segment, provide, tensor_view
 from safecl.engine.reference.sources import Converter, Reader, Sources, find_weights
 from safecl.storage.durable import DamagedCheckpoint, open_regular
 from safecl.storage.model_folder import ModelFiles, Stamp, UnusableWeights
+from safecl.storage.sizes import format_bytes
 
 T = TypeVar("T")
 
 
 @dataclass
 class ReferenceStore:
-    """All parameters of a model in host memory, shared by the node's ranks. Make one with `open`; reading is not a
+    """All parameters of a model in host memory, shared by the node's ranks. `open` makes one; reading is not a
     collective call."""
 
     layout: Layout
     digest: str
-    """XXH3-128 of names and values in the store's dtype: equal digests are the same model."""
+    """XXH3-128 of names and values in the store's dtype; models with equal digests are the same."""
     where: str
-    """segment or file."""
+    """`segment` of shared memory, or the mapped `file`s."""
     files: ModelFiles | None
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Buffers that the checkpoint holds, in its dtype."""
     notes: list[str] = field(default_factory=list)
-    """What a user should know of how the store came about."""
+    """Messages to the user about how the store was made."""
     pinned: bool = False
     """Registered with CUDA, so that copies to the GPU are asynchronous and fast."""
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -69,14 +69,13 @@ class ReferenceStore:
         vocab_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> ReferenceStore:
-        """The store of a Hugging Face folder or hub id. A collective call of all ranks of the job; without a process
-        group, of one process.
+        """Open the store of a Hugging Face folder or hub id. A collective call of all ranks of the job.
 
         Args: `dtype` of the store; `model`, the model's structure where it is known already (parameters may be on the
         meta device); `where`: `segment` of shared memory, the `file` itself mapped (its dtype must be `dtype`), or
-        `auto`, the segment if it fits; `node`, ranks that share memory (asked for by default); `vocab_size`, how many
-        tokens the model must know. Raises UnusableWeights (a ConfigError) on all ranks: tensors missing or of a wrong
-        shape, another vocabulary, a truncated file, too little memory.
+        `auto`, the segment if it fits; `node`, the ranks that share memory (found out by default); `vocab_size`, the
+        number of tokens that the model must have. Raises UnusableWeights (a ConfigError) on all ranks: tensors missing
+        or of a wrong shape, another vocabulary, a truncated file, too little memory.
         """
         from safecl.engine.model.structure import empty_model
 
@@ -84,23 +83,19 @@ class ReferenceStore:
         model = model if model is not None else empty_model(str(path), dtype, trust_remote_code=trust_remote_code)
         layout = Layout.of(model, dtype)
         _check_vocabulary(layout, vocab_size, str(path))
-        files, sources = _agree(lambda: find_weights(str(path), layout))
-        reader = (
-            Reader(layout, files, sources) if sources is not None else Converter(layout, str(path), trust_remote_code)
-        )
+        reader = _on_every_rank(lambda: find_weights(str(path), layout, trust_remote_code))
         with contextlib.ExitStack() as stack:
-            work = lambda: provide(layout, reader, where, stack)  # noqa: E731
-            offer = next(
-                said for said in node.exchange(_agree(work if node.is_first else lambda: None)) if said is not None
-            )
-            store = cls(layout, offer.digest, offer.where, files, offer.buffers, list(offer.notes))
-            _agree(lambda: store._map(offer, reader, node, stack))
+            own = _on_every_rank(lambda: provide(layout, reader, where, stack) if node.is_first else None)
+            offer = next(offer for offer in node.exchange(own) if offer is not None)
+            store = cls(layout, offer.digest, offer.where, reader.files, offer.buffers, list(offer.notes))
+            _on_every_rank(lambda: store._map(offer, reader, node, stack))
         store._compare_nodes(str(path))
         store._pin()
         return store
 
     def _map(self, offer: Offer, reader: Reader | Converter, node: Node, stack: contextlib.ExitStack) -> None:
         if offer.where == "file":
+            assert isinstance(reader, Reader), "a checkpoint that must be converted cannot be mapped"
             self._map_files(reader.sources)
             return
         writable = torch.cuda.is_available()  # CUDA registers writable memory only
@@ -108,8 +103,8 @@ class ReferenceStore:
             handle = os.open(offer.address, os.O_RDWR if writable else os.O_RDONLY)
         except OSError as error:
             self.notes.append(
-                f"rank {node.rank} cannot open the memory of rank {node.ranks[0]} ({error.strerror}) and keeps a copy of its own, "
-                f"{format_bytes(self.layout.nbytes)}"
+                f"rank {node.rank} cannot open the memory of rank {node.ranks[0]} ({error.strerror}) and keeps a copy "
+                f"of its own, {format_bytes(self.layout.nbytes)}"
             )
             handle = os.dup(new_segment(self.layout, reader, stack)[0])
         self._maps = [shared_memory.map_segment(handle, self.layout.nbytes, writable)]
@@ -129,8 +124,8 @@ class ReferenceStore:
         self._maps = list(maps.values())
 
     def _compare_nodes(self, path: str) -> None:
-        """All nodes must have read the same model: nothing is broadcast, and shards of two models would train
-        silently."""
+        """Raise UnusableWeights where the nodes have read different models. Nothing is broadcast, so that nothing else
+        would notice."""
         digests = collectives.gather_objects([self.digest])
         if len(set(digests)) > 1:
             other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
@@ -152,27 +147,26 @@ class ReferenceStore:
     # ---------------------------------------------------------------------------------------------------------- reading
 
     def names(self) -> list[str]:
-        """Names of all parameters; of tied ones, all names."""
+        """Names of all parameters, with every name of a tied one."""
         return list(self.layout.aliases)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.layout.shapes[self.layout.aliases[name]]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter, on the CPU, without a copy. It must not be written to: the memory is read-only and belongs to
-        all ranks.
+        """The parameter on the CPU, without a copy. Do not write to it: its memory is read-only and shared by all ranks.
 
         The tensor stays valid after `close`.
         """
         return self._tensors[self.layout.aliases[name]]
 
     def read(self, name: str, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
-        """Copies elements [start, stop) of the flat parameter into `out` (any device and dtype); asynchronous where the
-        store is pinned."""
+        """Copy elements [start, stop) of the flat parameter into `out` (any device and dtype) and return it;
+        asynchronous where the store is pinned."""
         return out.view(-1).copy_(self.tensor(name).view(-1)[start:stop], non_blocking=self.pinned)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """True where the tensor's elements are those in the store itself."""
+        """True where the tensor's elements lie in the store itself."""
         return tensor.device.type == "cpu" and any(
             own.data_ptr() <= tensor.data_ptr() < own.data_ptr() + max(1, own.nbytes) for own in self._tensors.values()
         )
@@ -183,7 +177,7 @@ class ReferenceStore:
 
     @property
     def nbytes(self) -> int:
-        """Host memory of the node that the store takes."""
+        """Bytes of the node's host memory that the store takes."""
         return self.layout.nbytes
 
     @property
@@ -192,15 +186,14 @@ class ReferenceStore:
         return self.layout.shapes[self.layout.embedding][0]
 
     def check_unchanged(self) -> None:
-        """UnusableWeights naming the file where the model's files are no longer those that the store was filled
-        from."""
+        """Raise UnusableWeights with the name of the first file that has changed since the store was filled."""
         if self.files is not None:
             self.files.check_unchanged()
 
     # ---------------------------------------------------------------------------------------------------------- closing
 
     def close(self) -> None:
-        """Gives the memory back once no tensor of the store is in use any more."""
+        """Give the memory back as soon as no tensor of the store is in use any more."""
         if self.pinned:
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaHostUnregister(next(iter(self._tensors.values())).data_ptr())
@@ -214,29 +207,15 @@ class ReferenceStore:
         self.close()
 
 
-# -------------------------------------------------------------------------------------------------- finding the weights
-
-
-def _agree(work: Callable[[], T]) -> T:
-    """What the work gives; where it fails on any rank, UnusableWeights with the first rank's reason on all of them."""
-    value, problem = None, None
-    try:
-        value = work()
-    except (UnusableWeights, DamagedCheckpoint, OSError) as error:
-        problem = str(error)
-    problems = [said for said in collectives.gather_objects([problem]) if said is not None]
-    if problems:
-        raise UnusableWeights(problems[0])
-    return value
+def _on_every_rank(work: Callable[[], T]) -> T:
+    """Do the work on every rank; where it fails on any, raise UnusableWeights on all."""
+    return collectives.on_every_rank(work, (UnusableWeights, DamagedCheckpoint, OSError), UnusableWeights)
 
 
 def _check_vocabulary(layout: Layout, wanted: int | None, path: str) -> None:
     found = layout.shapes[layout.embedding][0]
     if wanted is not None and found != wanted:
         raise UnusableWeights(f"{path}: a model with a vocabulary of {found:,} tokens where {wanted:,} are needed")
-
-
-# ---------------------------------------------------------------------------------------------------- filling a segment
 
 
 __all__ = ["Layout", "ReferenceStore", "Stamp", "UnusableWeights"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from safecl.config import ConfigError
+from safecl.engine.artifacts import base_model
 from safecl.engine.artifacts import store as artifacts
 from safecl.engine.artifacts.base_model import model_hash
 from safecl.engine.artifacts.store import ArtifactStore, obtain
@@ -132,5 +133,5 @@ def test_an_unchanged_model_is_hashed_once(tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "model")
     store = ArtifactStore(tmp_path / "store")
     first = model_hash(str(tmp_path / "model"), store)
-    monkeypatch.setattr(artifacts, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(base_model, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
     assert model_hash(str(tmp_path / "model"), store) == first

@@ -73,11 +73,11 @@ def test_a_checkpoint_of_the_headless_model_is_found_under_its_own_names(tmp_pat
 
 
 def test_names_that_only_transformers_knows_are_converted_by_it(tmp_path, monkeypatch):
-    from safecl.engine.reference import store as reference
+    from safecl.engine.reference import sources
 
     path = save(tmp_path)
     expected = dict(loaded(path, torch.bfloat16).named_parameters())
-    monkeypatch.setattr(reference, "_source", lambda *_: None)
+    monkeypatch.setattr(sources, "_source", lambda *_: None)
     with ReferenceStore.open(path, dtype=torch.bfloat16) as store:
         assert all(torch.equal(store.tensor(name), value) for name, value in expected.items())
 
@@ -198,7 +198,7 @@ def refusal_of_the_first(path: str) -> str:
     from unittest import mock
 
     from safecl.distributed import collectives
-    from safecl.engine.reference import store as sources
+    from safecl.engine.reference import sources
 
     def broken(*_):
         raise OSError("Input/output error")
