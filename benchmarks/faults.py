@@ -304,7 +304,7 @@ def time_blocks(folder: str) -> dict:
     from safecl.distributed import collectives
     from tests.engine.reference import memory_scenes
 
-    run, task, checkpointer = memory_scenes.build(
+    run, task, writer = memory_scenes.build(
         folder, LARGE, 2, methods={}, tokens_per_batch=512, tokens_per_microbatch=256, max_steps=1000
     )
     run.train_step(task)
@@ -318,18 +318,18 @@ def time_blocks(folder: str) -> dict:
             break
         began = time.perf_counter()
         if saves:
-            checkpointer.save(run.global_step, keep=1, files={})
+            writer.save(run.global_step, keep=1, files={})
         for _ in range(STEPS_BETWEEN):
             run.train_step(task)
         if saves:
-            report = checkpointer.finish()
+            report = writer.finish()
             assert report.problem is None, report
             blocked.append(round(report.seconds_blocked, 3))
             written.append(round(report.seconds_written, 2))
             size = report.num_bytes
         collectives.barrier()
         times["with" if saves else "without"].append(round(time.perf_counter() - began, 2))
-    checkpointer.close()
+    writer.close()
     facts = {"weights": run.engine.shards.numel, "ranks": 2, "tokens_per_step": 512, "checkpoint_bytes": size}
     return {**facts, **times, "seconds_blocked": blocked, "seconds_written": written}
 

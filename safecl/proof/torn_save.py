@@ -89,13 +89,14 @@ def load_usual(folder: Path) -> dict:
     return _found(folder, step=state["step"], weights=weights())
 
 
-def safecl_checkpointer(folder: Path):
-    """safecl's checkpoints of the same model; returns (step function, checkpointer, weights of this rank)."""
+def safecl_checkpoints(folder: Path):
+    """safecl's checkpoints of the same model; returns (step function, writer, reader, weights of this rank)."""
     import deepspeed
 
     from safecl import ShardAdamW, ShardMap, UpdatePlan
-    from safecl.engine.checkpoint.checkpointer import Checkpointer
     from safecl.engine.checkpoint.folder import CheckpointFolder
+    from safecl.engine.checkpoint.reading import CheckpointReader
+    from safecl.engine.checkpoint.writing import CheckpointWriter
 
     model = _model()
     optimizer = ShardAdamW(model.parameters())
@@ -108,37 +109,38 @@ def safecl_checkpointer(folder: Path):
 
     return (
         (lambda steps: _train(engine, steps, before_step)),
-        Checkpointer(shards, optimizer, CheckpointFolder(folder)),
+        CheckpointWriter(shards, optimizer, CheckpointFolder(folder)),
+        CheckpointReader(shards, optimizer, CheckpointFolder(folder)),
         lambda: shards.flats,
     )
 
 
 def save_safecl(folder: Path, *, die: bool = True) -> None:
     """The same with safecl's checkpoints, of which one is kept."""
-    train, checkpointer, weights = safecl_checkpointer(folder)
+    train, writer, _, weights = safecl_checkpoints(folder)
     train(STEPS_BEFORE)
-    _save(checkpointer, STEPS_BEFORE)
+    _save(writer, STEPS_BEFORE)
     _note(folder, weights())
     train(1)
     with killed_at(LIMIT_BYTES) if die else contextlib.nullcontext():
-        _save(checkpointer, STEPS_BEFORE + 1)
-    checkpointer.close()
+        _save(writer, STEPS_BEFORE + 1)
+    writer.close()
 
 
-def _save(checkpointer, step: int) -> None:
-    checkpointer.save(step, keep=1, files={})
-    report = checkpointer.finish()
+def _save(writer, step: int) -> None:
+    writer.save(step, keep=1, files={})
+    report = writer.finish()
     if report.problem is not None:
         raise OSError(report.problem)
 
 
 def load_safecl(folder: Path) -> dict:
-    _, checkpointer, weights = safecl_checkpointer(folder)
-    contents = checkpointer.find(note=lambda message: None)
+    _, writer, reader, weights = safecl_checkpoints(folder)
+    contents = reader.find(note=lambda message: None)
     if contents is None:
         return _found(folder, error="no checkpoint")
-    checkpointer.load(contents)
-    checkpointer.close()
+    reader.load(contents)
+    writer.close()
     return _found(folder, step=contents.manifest.step, weights=weights())
 
 

@@ -21,10 +21,11 @@ import numpy as np
 
 from safecl.config import ConfigError
 from safecl.distributed import collectives
-from safecl.engine.checkpoint.checkpointer import Checkpointer
 from safecl.engine.checkpoint.folder import CheckpointFolder
 from safecl.engine.checkpoint.format import Contents
+from safecl.engine.checkpoint.reading import CheckpointReader
 from safecl.engine.checkpoint.report import BaseModel, SaveReport
+from safecl.engine.checkpoint.writing import CheckpointWriter
 from safecl.planning.plans import TaskPlan
 from safecl.replay import ReplayError
 from safecl.storage.durable import DamagedCheckpoint, read_file
@@ -68,10 +69,12 @@ class RunSaver:
     """Saves one run into its folder and restores it from there. All methods but `close` are collective calls."""
 
     def __init__(self, run: Run, folder: Path, identity: dict[str, Any], base: BaseModel | None = None):
-        """identity: see safecl.training.identity.identity_of. base: see Checkpointer."""
+        """identity: see safecl.training.identity.identity_of. base: see CheckpointWriter."""
         self.run, self.folder = run, folder
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
-        self.checkpointer = Checkpointer(run.engine.shards, run.engine.optimizer, self.checkpoints, base)
+        engine = run.engine
+        self.checkpointer = CheckpointWriter(engine.shards, engine.optimizer, self.checkpoints, base)
+        self._reader = CheckpointReader(engine.shards, engine.optimizer, self.checkpoints, base)
         self._identity = identity
         self._memory_versions: dict[str, int] = {}
         self._saving_version: int | None = None
@@ -131,11 +134,11 @@ class RunSaver:
         def load_memory(contents: Contents) -> None:
             self._load_memory(contents, states[contents.folder.name]["memory_version"])
 
-        contents = self.checkpointer.find(note, [read_state, reopen_memory, load_memory])
+        contents = self._reader.find(note, [read_state, reopen_memory, load_memory])
         if contents is None:
             return None
         state = states[contents.folder.name]
-        self.checkpointer.load(contents)
+        self._reader.load(contents)
         progress = Progress(**state["progress"])
         restore(self.run, state["run"], tasks[min(progress.task, len(tasks) - 1)])
         self._remember_versions()

@@ -177,9 +177,9 @@ def cut_with_a_loss(folder: str, lost: str, **changes) -> list[str]:
     """As cut_at_every_step with one cut, but one kind of state comes back slightly wrong."""
     from unittest import mock
 
-    from safecl.engine.checkpoint.checkpointer import Checkpointer
+    from safecl.engine.checkpoint.reading import CheckpointReader
 
-    load = Checkpointer.load
+    load = CheckpointReader.load
 
     def load_with_a_loss(self, contents):
         load(self, contents)
@@ -187,7 +187,7 @@ def cut_with_a_loss(folder: str, lost: str, **changes) -> list[str]:
         tensors[0].detach().view(-1)[:50] *= 1.01
         self.shards.publish()
 
-    with mock.patch.object(Checkpointer, "load", load_with_a_loss):
+    with mock.patch.object(CheckpointReader, "load", load_with_a_loss):
         return cut_at_every_step(folder, cuts=1, steps=3, **changes)
 
 

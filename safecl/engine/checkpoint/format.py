@@ -1,18 +1,18 @@
-"""What a checkpoint is made of: slices of state, and a manifest that hashes every file. Imports no torch.
+"""The format of a checkpoint: slices of state, and a manifest with a hash of every file. Imports no torch.
 
     step-00000500/
-      rank-00000.safetensors    slices of weights and state that one rank wrote, whatever the layout it trained in, and its random states
-      memory.index              which rows the replay memory holds, where they lie, their hashes, and the score log
+      rank-00000.safetensors    slices of weights and state that one rank wrote, and its random states
+      memory.index              the replay memory's rows: their places and hashes, and the score log
       metrics.jsonl             one line per step so far
-      state.json                counters, place in the sequence of tasks, evaluations, methods, resolved config, versions
-      manifest.json             size and XXH3-128 of every file above, shapes and dtypes; its first line is the hash of the rest
+      state.json                counters, place in the sequence of tasks, evaluations, methods, config, versions
+      manifest.json             size and XXH3-128 of every file above, shapes and dtypes; its first line hashes the rest
 
 A kind of state that equals the model which the run began with (the anchor of a first task) is not stored: the manifest
-names that model and its hash instead. docs/reliability.md describes the format for readers of other programs.
+has that model's name and hash instead. docs/reliability.md describes the format for other programs.
 
 A slice is `length` elements of parameter `name` from flat offset `offset` on, of one kind (weights, exp_avg, ema, ...).
 Its tensor in the safetensors file is called `kind|name|offset`. The slices of a kind tile each parameter without gap or
-overlap and padding is never stored, so that any layout can load any other by reading ranges.
+overlap, and padding is never stored, so that any layout can load any other by reading ranges.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import xxhash
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from safecl.storage.durable import DamagedCheckpoint, FileRecord, hash_file, open_regular, read_file, write_file
 from safecl.storage.safetensors_file import ITEM_BYTES, Tensor, header_bytes, read_header
@@ -32,18 +34,20 @@ from safecl.storage.safetensors_file import ITEM_BYTES, Tensor, header_bytes, re
 FORMAT = "safecl-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
+WEIGHTS = "weights"  # the kind of the weights themselves
+RANDOM = "random"  # key of a rank's random states in the metadata of its file
 MAX_MANIFEST_BYTES = 64 * 2**20
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class OtherFormat(DamagedCheckpoint):
-    """A checkpoint of another version of the format. It must not be loaded, nor be taken for damaged and set aside."""
+    """A checkpoint of another version of the format. It cannot be loaded, but is not damaged and stays in its place."""
 
 
 @dataclass(frozen=True, order=True)
 class Slice:
-    """`length` elements of `kind` of parameter `name` from flat offset `offset` on; `dtype` as safetensors names it
+    """`length` elements of `kind` of parameter `name` from flat offset `offset` on; `dtype` by its name in safetensors
     (F32, BF16)."""
 
     kind: str
@@ -72,10 +76,12 @@ class StoredSlice:
 
 @dataclass(frozen=True)
 class Reference:
-    """State that is not stored because it equals a model that is at hand.
+    """State that is not stored because it equals the run's base model.
 
-    `model` as the config names it, a hash of its weights in the run's dtype, and the dtype of the state.
+    It has the model's name in the config, a hash of its weights in the run's dtype, and the dtype of the state.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     model: str
     digest: str
@@ -84,11 +90,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of.
+    """The contents of a checkpoint.
 
-    `parameters`: shapes by name; `kinds`: dtypes of the stored state by kind; `references`: kinds that equal a model
-    instead.
+    `parameters`: shapes by name. `kinds`: dtypes of the stored state by kind. `references`: kinds that equal a model.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     name: str
     step: int
@@ -107,8 +114,8 @@ class Manifest:
 
 @dataclass
 class Contents:
-    """A checkpoint whose manifest and headers fit together: where every slice is. `slices[kind, parameter]` is sorted
-    by offset."""
+    """A checkpoint whose manifest and headers fit together, and the places of its slices. `slices[kind, parameter]` is
+    sorted by offset."""
 
     folder: Path
     manifest: Manifest
@@ -119,8 +126,8 @@ class Contents:
 
 
 def arrange(slices: Iterable[Slice]) -> list[tuple[Slice, int]]:
-    """Slices in the order of the file with their byte positions in its data: wide dtypes first, so that every slice is
-    aligned."""
+    """Order the slices of a file and give each its byte position in the data: wide dtypes come first, so that every
+    slice is aligned."""
     placed, position = [], 0
     for one in sorted(slices, key=lambda s: (-ITEM_BYTES[s.dtype], s)):
         placed.append((one, position))
@@ -136,13 +143,13 @@ def rank_file(rank: int) -> str:
 def write_slices(
     path: Path, placed: Iterable[tuple[Slice, int]], data: memoryview, metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
-    """Writes slices as `arrange` placed them in `data`; returns when they are on the disk. Raises OSError."""
+    """Write slices, which `arrange` has placed in `data`, and return when they are on the disk. Raises OSError."""
     header = header_bytes({one.key: (one.dtype, [one.length]) for one, _ in placed}, metadata)
     return write_file(path, [header, data])
 
 
 def read_slices(path: Path) -> list[StoredSlice]:
-    """The slices in a file. DamagedCheckpoint where a tensor is none."""
+    """Read the slices of a file, without their data. Raises DamagedCheckpoint where a tensor is not a slice."""
     tensors, _ = read_header(path)
     return [StoredSlice(_slice_of(path, key, tensor), path.name, tensor.position) for key, tensor in tensors.items()]
 
@@ -156,8 +163,8 @@ def _slice_of(path: Path, key: str, tensor: Tensor) -> Slice:
 
 
 def ranges(stored: Sequence[StoredSlice], offset: int, length: int) -> list[tuple[str, int, int, int]]:
-    """Where elements [offset, offset + length) lie: (file, first byte, first element of the target, number of
-    elements)."""
+    """Find elements [offset, offset + length) of a parameter: (file, first byte, first element of the target, number
+    of elements)."""
     found = []
     for one in stored:
         low, high = max(offset, one.slice.offset), min(offset + length, one.slice.offset + one.slice.length)
@@ -171,14 +178,14 @@ def ranges(stored: Sequence[StoredSlice], offset: int, length: int) -> list[tupl
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """The manifest as text, after a line with the text's own hash."""
+    """Write the manifest as text, after a line with the text's hash."""
     body = json.dumps(asdict(manifest), indent=1, sort_keys=True, allow_nan=False).encode()
     return xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks a checkpoint's manifest. DamagedCheckpoint where it is missing, changed, or of another
-    version."""
+    """Read and check a checkpoint's manifest. Raises DamagedCheckpoint where it is missing or changed, OtherFormat for
+    another version."""
     path = folder / MANIFEST
     digest, _, body = read_file(path, MAX_MANIFEST_BYTES).partition(b"\n")
     if digest != xxhash.xxh3_128_hexdigest(body).encode():
@@ -196,20 +203,18 @@ def _parse_manifest(path: Path, body: bytes) -> Manifest:
             raise OtherFormat(
                 f"{path}: {values['format']} version {values['version']}, this safecl reads {FORMAT} version {VERSION}"
             )
-        files = {
-            name: FileRecord(int(record["size"]), str(record["xxh3_128"]))
-            for name, record in values.pop("files").items()
-        }
-        parameters = {name: tuple(map(int, shape)) for name, shape in values.pop("parameters").items()}
-        references = {kind: Reference(**reference) for kind, reference in values.pop("references", {}).items()}
-        manifest = Manifest(files=files, parameters=parameters, references=references, **values)
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        manifest = TypeAdapter(Manifest).validate_python(values)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, wrong["loc"]))
+        raise DamagedCheckpoint(f"{path}: cannot be read ({place}: {wrong['msg']})") from None
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise DamagedCheckpoint(f"{path}: names the file {name!r}, which no checkpoint has")
     if both := sorted(manifest.kinds.keys() & manifest.references.keys()):
-        raise DamagedCheckpoint(f"{path}: says of {both[0]} both that it is stored and that it equals a model")
+        raise DamagedCheckpoint(f"{path}: says both that {both[0]} is stored and that it equals a model")
     return manifest
 
 
@@ -217,8 +222,10 @@ def _parse_manifest(path: Path, body: bytes) -> Manifest:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Checks everything but the hashes: manifest, sizes, headers, and that the slices tile each parameter.
-    DamagedCheckpoint else."""
+    """Read a checkpoint's manifest and headers, and check everything but the hashes. Raises DamagedCheckpoint.
+
+    Checked are the sizes of files, and that the slices of each kind tile each parameter.
+    """
     contents = Contents(folder, read_manifest(folder))
     check_sizes(folder, contents.manifest)
     for name in contents.manifest.files:
@@ -230,7 +237,7 @@ def read_contents(folder: Path) -> Contents:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """DamagedCheckpoint where a file is missing, a link, or of another size."""
+    """Raise DamagedCheckpoint where a file is missing, a link, or has another size."""
     for name, record in manifest.files.items():
         with open_regular(folder / name) as file:
             size = file.seek(0, 2)
@@ -258,7 +265,7 @@ def _check_tiling(contents: Contents) -> None:
 
 
 def check_hashes(folder: Path, manifest: Manifest, rank: int = 0, world_size: int = 1) -> None:
-    """Reads this rank's part of the files and compares their hashes. DamagedCheckpoint names the first that differs."""
+    """Compare the hashes of this rank's part of the files. Raises DamagedCheckpoint for the first that differs."""
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
     for name in by_size[rank::world_size]:
         if hash_file(folder / name) != manifest.files[name].xxh3_128:

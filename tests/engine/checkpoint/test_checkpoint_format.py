@@ -15,7 +15,7 @@ import pytest
 
 import safecl
 from safecl.engine.checkpoint.folder import CheckpointFolder, superseded
-from safecl.engine.checkpoint.format import MANIFEST, dump_manifest, read_contents, read_manifest
+from safecl.engine.checkpoint.format import MANIFEST, OtherFormat, dump_manifest, read_contents, read_manifest
 from safecl.storage import durable
 from safecl.storage.durable import DamagedCheckpoint
 from safecl.storage.safetensors_file import read_header
@@ -189,6 +189,8 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(folder, name):
         lambda values: values.update(format="another"),
         lambda values: values.update(surprise=1),
         lambda values: values.pop("kinds"),
+        lambda values: values.update(kinds=7),
+        lambda values: values.update(step="many"),
         lambda values: values["files"].update({"state.json": 7}),
         lambda values: values["parameters"].update({"head.weight": [5, 10]}),
         lambda values: values["parameters"].update({"other.weight": [5]}),
@@ -208,6 +210,15 @@ def test_a_manifest_that_contradicts_the_files_is_refused_even_with_a_right_hash
     read_contents(target)
     _rewrite_manifest(target, change)
     with pytest.raises(DamagedCheckpoint):
+        read_contents(target)
+
+
+def test_another_version_of_the_format_is_refused_with_both_versions_and_is_not_damaged(folder):
+    target = files.write_checkpoint(folder, step=10)
+    _rewrite_manifest(target, lambda values: values.update(version=7))
+    with pytest.raises(
+        OtherFormat, match="safecl-checkpoint version 7, this safecl reads safecl-checkpoint version 1$"
+    ):
         read_contents(target)
 
 

@@ -37,27 +37,24 @@ def large_model(hidden: int, layers: int, vocabulary: int):
 
 
 def build(folder: str, size: dict, stage: int, methods: dict | None = None, **train):
-    """(run, task, checkpointer) of a run without a memory, whose first task has begun."""
-    from safecl.engine.checkpoint.checkpointer import Checkpointer
+    """(run, task, writer of checkpoints) of a run without a memory, whose first task has begun."""
     from safecl.engine.checkpoint.folder import CheckpointFolder
+    from safecl.engine.checkpoint.writing import CheckpointWriter
 
     methods = METHODS if methods is None else methods
     config = scenes.run_config(tmp=folder, memory=None, methods=methods, deepspeed={"stage": stage}, train=train)
     run, task = scenes.make_run(config, large_model(**size))
-    return (
-        run,
-        task,
-        Checkpointer(run.engine.shards, run.engine.optimizer, CheckpointFolder(Path(folder) / "checkpoints")),
-    )
+    checkpoints = CheckpointFolder(Path(folder) / "checkpoints")
+    return run, task, CheckpointWriter(run.engine.shards, run.engine.optimizer, checkpoints)
 
 
 def save_once(folder: str, size: dict, stage: int) -> int:
     """One step, then one checkpoint; returns the number of weights."""
-    run, task, checkpointer = build(folder, size, stage)
+    run, task, writer = build(folder, size, stage)
     run.train_step(task)
-    checkpointer.save(1, keep=1, files={})
-    assert checkpointer.finish().problem is None
-    checkpointer.close()
+    writer.save(1, keep=1, files={})
+    assert writer.finish().problem is None
+    writer.close()
     return run.engine.shards.numel
 
 
@@ -68,16 +65,19 @@ def peak_of_loading(folder: str, size: dict, stage: int) -> dict[str, int]:
     `peak` is until everything is read; in stages 1 and 2 the live weights are then gathered, as after every step
     (`with_gather`).
     """
-    run, _, checkpointer = build(folder, size, stage)
+    from safecl.engine.checkpoint.reading import CheckpointReader
+
+    run, _, writer = build(folder, size, stage)
     for kind in list(run.engine.optimizer.shards()[0].state):
         for shard in run.engine.optimizer.shards():
             shard.state.pop(kind)
+    reader = CheckpointReader(run.engine.shards, run.engine.optimizer, writer.folder)
     publish, read = run.engine.shards.publish, []
     before = _start_watching()
     with mock.patch.object(run.engine.shards, "publish", lambda: (read.append(_peak() - before), publish())):
-        checkpointer.load(checkpointer.find(lambda message: None))
+        reader.load(reader.find(lambda message: None))
     stays = sum(tensor.nbytes for shard in run.engine.optimizer.shards() for tensor in shard.state.values())
-    checkpointer.close()
+    writer.close()
     return {"stays": stays, "peak": read[0], "with_gather": _peak() - before}
 
 
@@ -85,8 +85,8 @@ def peak_of_exporting(folder: str, size: dict, stage: int) -> dict[str, int]:
     """Bytes: the largest parameter, the whole model, and the most that was taken while its folder was written."""
     from safecl.engine.checkpoint.model_export import save_model
 
-    run, _, checkpointer = build(folder, size, stage, methods={})
-    checkpointer.close()
+    run, _, writer = build(folder, size, stage, methods={})
+    writer.close()
     before = _start_watching()
     save_model(run.engine, None, Path(folder) / "model")
     peak = _peak() - before
