@@ -8,8 +8,6 @@ settings, and appears by rename when it is complete.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import glob
 import hashlib
 import json
@@ -34,6 +32,7 @@ from safecl.data.order import keyed_hash
 from safecl.data.rows import BadRows, good_rows, spread
 from safecl.data.tokens import Occurrences, Report, Row, StoreWriter, TokenDataset, concat, content_digest, map_store
 from safecl.storage.durable import sync_folder, write_file
+from safecl.storage.locks import waiting_lock
 
 log = logging.getLogger("safecl")
 
@@ -114,16 +113,9 @@ def _map(folder: Path) -> TokenDataset | None:
     return TokenDataset.from_store(store) if store is not None else None
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _build_once(folder: Path, key: str, source: Source, settings: _Settings) -> TokenDataset:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    with waiting_lock(folder.with_suffix(".lock")):
         if (dataset := _map(folder)) is not None:
             return dataset
         # Another node may work in the same folder, where file locks do not reach it: part names carry the host.

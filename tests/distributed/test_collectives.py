@@ -1,5 +1,5 @@
-"""Penalty and average cost no communication: their steps call just the collectives of plain fine-tuning, of the same
-shapes.
+"""Penalty and average need no communication: their steps make the collective calls of plain fine-tuning, of the same
+shapes. And errors of one rank reach all ranks.
 
 Counted among the profiler's c10d events, because DeepSpeed binds its collectives early and a wrapper around
 torch.distributed misses most.
@@ -11,6 +11,7 @@ from collections import Counter
 
 import pytest
 
+from safecl.config import ConfigError
 from tests.engine import scenes
 
 EWC_AND_EMA = {"ewc": {"strength": 0.5, "sign_batches": 2, "rows_per_batch": 4}, "ema": {"decay": 0.9}}
@@ -55,3 +56,41 @@ def test_ewc_and_ema_add_no_collective_to_plain_fine_tuning(rank_pool, tmp_path,
     for before, after in zip(plain, with_one_more, strict=True):
         assert (after - before).total() == 1 and (before - after).total() == 0
         assert before.total() > 10, before
+
+
+# ------------------------------------------------------------------------------------- errors that all ranks must raise
+
+
+def work_with_an_error_on(rank: int, alone: bool) -> tuple[object, list[int]]:
+    """(value or error of a collective piece of work that fails on one rank, ranks that have done it)."""
+    from safecl.distributed import collectives
+
+    done = []
+
+    def work() -> str:
+        done.append(collectives.rank())
+        if collectives.rank() == rank:
+            raise OSError(f"the disk of rank {rank}")
+        return f"value of rank {collectives.rank()}"
+
+    call = collectives.on_first_rank if alone else collectives.on_every_rank
+    try:
+        return call(work, (OSError,), lambda problem: ConfigError(f"told: {problem}")), done
+    except ConfigError as error:
+        return str(error), done
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_work_of_the_first_rank_gives_every_rank_its_value_or_its_error(rank_pool, ranks):
+    pool = rank_pool(ranks)
+    fine, failed = (pool.run(work_with_an_error_on, rank=rank, alone=True) for rank in (5, 0))
+    assert fine == [("value of rank 0", [0]), ("value of rank 0", [])][:ranks]
+    assert failed == [("told: the disk of rank 0", [0]), ("told: the disk of rank 0", [])][:ranks]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_work_of_every_rank_gives_each_its_own_value_or_all_the_first_error(rank_pool, broken):
+    pool = rank_pool(2)
+    fine, failed = (pool.run(work_with_an_error_on, rank=rank, alone=False) for rank in (5, broken))
+    assert fine == [("value of rank 0", [0]), ("value of rank 1", [1])]
+    assert failed == [(f"told: the disk of rank {broken}", [rank]) for rank in range(2)]

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import tempfile
 from pathlib import Path
 
@@ -216,9 +215,8 @@ def test_a_manifest_that_contradicts_the_files_is_refused_even_with_a_right_hash
 def test_another_version_of_the_format_is_refused_with_both_versions_and_is_not_damaged(folder):
     target = files.write_checkpoint(folder, step=10)
     _rewrite_manifest(target, lambda values: values.update(version=7))
-    with pytest.raises(
-        OtherFormat, match="safecl-checkpoint version 7, this safecl reads safecl-checkpoint version 1$"
-    ):
+    versions = "safecl-checkpoint version 7, this safecl reads safecl-checkpoint version 1"
+    with pytest.raises(OtherFormat, match=f"{versions}$"):
         read_contents(target)
 
 
@@ -230,42 +228,6 @@ def _rewrite_manifest(target, change) -> None:
     change(values)
     body = json.dumps(values).encode()
     (target / MANIFEST).write_bytes(xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body)
-
-
-def _header(text: bytes, length: int | None = None) -> bytes:
-    return struct.pack("<Q", len(text) if length is None else length) + text
-
-
-BAD_HEADERS = {
-    "empty file": b"",
-    "cut in the length": b"\x10\0\0",
-    "a length of 2^63": _header(b"{}", 2**63),
-    "a length beyond the file": _header(b"{}", 50),
-    "a length beyond the library's limit": _header(b"{}", 100_000_001),
-    "no JSON": _header(b"{no json}"),
-    "not UTF-8": _header(b'{"\xff": 1}'),
-    "a list": _header(b"[1, 2]"),
-    "nested a million deep": _header(b"[" * 1_000_000),
-    "an unknown dtype": _header(b'{"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}') + b"0",
-    "a negative size": _header(b'{"a": {"dtype": "U8", "shape": [-1], "data_offsets": [0, -1]}}'),
-    "a fraction": _header(b'{"a": {"dtype": "U8", "shape": [1.0], "data_offsets": [0, 1]}}') + b"0",
-    "a size that does not fit its bytes": _header(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}')
-    + b"0000",
-    "a gap": _header(b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}') + b"00",
-    "an overlap": _header(
-        b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}, "b": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}'
-    )
-    + b"000",
-    "bytes beyond the tensors": _header(b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}') + b"00",
-    "bytes missing": _header(b'{"a": {"dtype": "U8", "shape": [9], "data_offsets": [0, 9]}}') + b"00",
-}
-
-
-@pytest.mark.parametrize("case", BAD_HEADERS)
-def test_a_safetensors_header_that_lies_is_refused(tmp_path, case):
-    (tmp_path / "bad.safetensors").write_bytes(BAD_HEADERS[case])
-    with pytest.raises(DamagedCheckpoint):
-        read_header(tmp_path / "bad.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------------ retention

@@ -123,7 +123,8 @@ def truncated(path: str) -> None:
 
 DAMAGES = {
     without_a_tensor: rf"tensor {re.escape(NAME)} is missing",
-    with_a_wrong_shape: rf"model\.safetensors: {re.escape(NAME)} has shape \[3, 32\], the model's config.json says \[16, 32\]",
+    with_a_wrong_shape: rf"model\.safetensors: {re.escape(NAME)} has shape \[3, 32\], "
+    r"the model's config.json says \[16, 32\]",
     with_another_vocabulary: r"model\.safetensors: a vocabulary of 140 tokens, but the model's config.json says 131",
     with_integers: rf"model\.safetensors: {re.escape(NAME)} is stored as I8",
     truncated: r"model\.safetensors: .*bytes long.*damaged or was not copied in full",
