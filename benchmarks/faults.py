@@ -266,7 +266,7 @@ def _compare(
 
 
 def memory() -> dict:
-    from tests.engine.reference import memory_scenes
+    from tests.engine.checkpoint import memory_scenes
 
     found, wrong = {}, []
     with scratch(in_memory=False) as folder:
@@ -302,7 +302,7 @@ def cost() -> dict:
 
 def time_blocks(folder: str) -> dict:
     from safecl.distributed import collectives
-    from tests.engine.reference import memory_scenes
+    from tests.engine.checkpoint import memory_scenes
 
     run, task, writer = memory_scenes.build(
         folder, LARGE, 2, methods={}, tokens_per_batch=512, tokens_per_microbatch=256, max_steps=1000

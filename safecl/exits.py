@@ -1,4 +1,4 @@
-"""How a verb ends: exit codes, and messages instead of tracebacks.
+"""The end of a verb: exit codes, and messages instead of tracebacks.
 
 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal
 (EX_TEMPFAIL).
@@ -29,7 +29,7 @@ from safecl.distributed.signals import StopSignals, name_of, set_handler
 
 
 class ExitCode(enum.IntEnum):
-    """What the shell gets."""
+    """The exit codes of safecl's commands."""
 
     DONE = 0
     FAILED = 1
@@ -48,8 +48,8 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass
 class Tracebacks:
-    """Where this process puts the traceback of an unexpected error: into a file in `folder` (None: a temporary one),
-    or into the message."""
+    """The place for the traceback of an unexpected error: a file in `folder` (None: in a temporary one), or the
+    message."""
 
     folder: Path | None = None
     in_message: bool = False
@@ -79,12 +79,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @contextlib.contextmanager
-def told_as_messages(verb: str) -> Iterator[None]:
+def endings_as_exit_codes(verb: str) -> Iterator[None]:
     """Run a verb's body; every way it can end becomes an exit code and, where something is wrong, a message."""
     stop = _Stop(verb)
     with StopSignals(stop.raise_stopped, lambda _: os._exit(ExitCode.STOPPED)):
         try:
-            with errors_told(verb), stop.errors_taken_back():
+            with errors_as_messages(verb), stop.errors_taken_back():
                 yield
         except KeyboardInterrupt as error:
             stop.report(error.name if isinstance(error, Stopped) else "Ctrl-C")
@@ -92,7 +92,7 @@ def told_as_messages(verb: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def errors_told(verb: str) -> Iterator[None]:
+def errors_as_messages(verb: str) -> Iterator[None]:
     """Turn errors into a message and SystemExit; signals pass."""
     try:
         yield

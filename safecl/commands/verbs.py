@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from safecl.exits import told_as_messages
+from safecl.exits import endings_as_exit_codes
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, "
@@ -27,7 +27,7 @@ def verbs_of(app: typer.Typer, group: str = "") -> Callable[[Verb], Verb]:
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with told_as_messages(f"{group} {name}".strip()):
+            with endings_as_exit_codes(f"{group} {name}".strip()):
                 return function(*args, **kwargs)
 
         app.command(name, epilog=EPILOG)(run)

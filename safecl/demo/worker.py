@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from safecl.config import load_config
 from safecl.demo.progress import Reporter
 from safecl.distributed import environment
-from safecl.exits import ExitCode, errors_told, tracebacks
+from safecl.exits import ExitCode, errors_as_messages, tracebacks
 
 if TYPE_CHECKING:
     from safecl.engine.checkpoint.report import SaveReport
@@ -92,5 +92,5 @@ if __name__ == "__main__":
     )  # safecl/distributed/spawn.py; a run under way handles it by itself
     events, *configs = (Path(argument) for argument in sys.argv[1:])
     tracebacks.folder = events.parent
-    with errors_told("demo"):
+    with errors_as_messages("demo"):
         run_arms(configs, events)

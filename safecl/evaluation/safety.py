@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from safecl.config import ConfigError, SafetyConfig
 from safecl.data.rows import Prompt
@@ -24,7 +24,7 @@ from safecl.evaluation.scoring.judges import Judge, load_scorer
 from safecl.evaluation.scoring.keywords import SCORERS, attack_succeeded, off_task_reason, opens_affirmatively, refused
 from safecl.evaluation.statistics.intervals import Rate, rate
 
-OVER_REFUSAL_SCORER = "prefix:xstest"
+OVER_REFUSAL_SCORER: Final = "prefix:xstest"
 
 
 @dataclass(frozen=True)

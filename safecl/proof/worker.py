@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from safecl.distributed import environment
-from safecl.exits import errors_told, tracebacks
+from safecl.exits import errors_as_messages, tracebacks
 from safecl.proof.finding import Finding
 
 USUAL, SAFECL = "saved-in-place", "saved-by-safecl"
@@ -57,5 +57,5 @@ def _write(folder: Path, measure: Callable[[], Finding]) -> None:
 if __name__ == "__main__":
     folder, what = Path(sys.argv[1]), sys.argv[2]
     tracebacks.folder = folder
-    with errors_told("proof"):
+    with errors_as_messages("proof"):
         work(folder, what)

@@ -1,1 +1,1 @@
-"""Whole-or-absent files, sizes, the cache folder, model folders."""
+"""Files that are whole or absent, locks, sizes, the cache folder, model folders."""

@@ -213,8 +213,8 @@ def test_ctrl_c_ends_all_ranks_with_one_message(tmp_path):
     code = "open(sys.argv[1] + str(rank), 'w').close()\ntime.sleep(600)"
     environment = os.environ | write_module(tmp_path, code)
     program = (
-        "import sys; from safecl.exits import told_as_messages; from safecl.distributed.spawn import run_ranks\n"
-        "with told_as_messages('demo'): run_ranks('rank_module', [sys.argv[1]], 2)"
+        "import sys; from safecl.exits import endings_as_exit_codes; from safecl.distributed.spawn import run_ranks\n"
+        "with endings_as_exit_codes('demo'): run_ranks('rank_module', [sys.argv[1]], 2)"
     )
     environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[2])
     command = [sys.executable, "-c", program, str(tmp_path / "up")]

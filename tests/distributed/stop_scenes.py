@@ -28,8 +28,8 @@ def trainer_of(tree: dict, cache: str, fresh: bool = False):
 
 
 def fit(tree: dict, cache: str, stop: dict | None = None, fresh: bool = False) -> dict:
-    """Fits once. `stop`: which rank gets which signal (`name`), in which global step or in the how-manyeth
-    evaluation."""
+    """Fit once. `stop`: the rank, the signal that it gets (`name`), and the global step or the number of the evaluation
+    in which it gets it."""
     trainer, said = trainer_of(tree, cache, fresh)
     with _stopping(**stop) if stop is not None else contextlib.nullcontext():
         result = trainer.fit()
@@ -79,7 +79,7 @@ def _stopping(rank: int, name: str, step: int | None = None, evaluation: int | N
 
 
 def fit_in_pieces(tree: dict, cache: str, stops: list[dict | None]) -> list[dict]:
-    """Starts the run again and again, each time stopped as said; with None it may finish."""
+    """Start the run once for each stop; with None it may finish."""
     return [fit(tree, cache, stop) for stop in stops]
 
 

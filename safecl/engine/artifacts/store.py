@@ -127,7 +127,7 @@ def obtain(
     """Return the folder of an artifact, the same on every rank; build it where it is missing. A collective call.
 
     `build(folder)` runs on every rank and returns when its files are on the disk; the folder may hold files of a build
-    that was stopped. `is_whole(folder)` runs on rank 0 and tells whether a finished artifact has all that is needed,
+    that was stopped. `is_whole(folder)` runs on rank 0 and decides whether a finished artifact has all that is needed,
     for artifacts that grow. `note` gets a message when the artifact is reused, built or waited for. Raises ConfigError.
     """
     from safecl.distributed import collectives

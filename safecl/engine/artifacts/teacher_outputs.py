@@ -21,6 +21,7 @@ from safecl.data import TokenDataset
 from safecl.distributed import collectives
 from safecl.engine.artifacts.base_model import base_key
 from safecl.engine.artifacts.store import ArtifactStore, obtain
+from safecl.engine.model.adapters import base_model
 from safecl.engine.passes.forward_engine import ForwardEngine
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.outputs import mean_nll, outputs_of_rows, stored_form
@@ -73,7 +74,7 @@ def shared_outputs(
     be used, ReplayError where outputs cannot be written.
     """
     store = ArtifactStore.of(config)
-    vocab_size = engine.module.model.config.get_text_config().vocab_size
+    vocab_size = base_model(engine.module.model).config.get_text_config().vocab_size
     header = header_of(config, base_key(config, tokenizer, store), vocab_size, max_tokens=memory_tokens(config))
     folder = obtain(
         store,

@@ -112,6 +112,9 @@ class Manifest:
         return sum(record.size for record in self.files.values())
 
 
+_MANIFEST = TypeAdapter(Manifest)
+
+
 @dataclass
 class Contents:
     """A checkpoint whose manifest and headers fit together, and the places of its slices. `slices[kind, parameter]` is
@@ -203,7 +206,7 @@ def _parse_manifest(path: Path, body: bytes) -> Manifest:
             raise OtherFormat(
                 f"{path}: {values['format']} version {values['version']}, this safecl reads {FORMAT} version {VERSION}"
             )
-        manifest = TypeAdapter(Manifest).validate_python(values)
+        manifest = _MANIFEST.validate_python(values)
     except ValidationError as error:
         wrong = error.errors()[0]
         place = ".".join(map(str, wrong["loc"]))

@@ -1,4 +1,4 @@
-"""The store of artifacts: named by all that they depend on, built once, gone on with, never mixed up."""
+"""The store of artifacts: each is named by all that it depends on, is built once, and is never taken for another."""
 
 from __future__ import annotations
 

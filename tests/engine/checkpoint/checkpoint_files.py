@@ -30,7 +30,7 @@ EXIT_AT_POINT = 77
 
 
 def values_of(seed: int, step: int, kind: str, name: str) -> np.ndarray:
-    """What a checkpoint of this step holds, as bytes of the stored dtype."""
+    """The values of a checkpoint of this step, as bytes of the stored dtype."""
     rng = np.random.default_rng([seed, step, sorted(KINDS).index(kind), sorted(SHAPES).index(name)])
     numel = int(np.prod(SHAPES[name]))
     return rng.integers(0, 256, numel * (2 if KINDS[kind] == "BF16" else 4), dtype=np.uint8)

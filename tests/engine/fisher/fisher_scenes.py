@@ -63,7 +63,7 @@ def write_random_fisher(path: str) -> dict[str, torch.Tensor]:
 
 
 def refused(path: str) -> str:
-    """What loading the file into the tiny model's shards says."""
+    """The message of loading the file into the tiny model's shards."""
     from safecl.config import ConfigError
 
     config = run_config(memory=None, methods={"ewc": {"fisher": path}}, deepspeed={"stage": 3})
@@ -76,7 +76,7 @@ def refused(path: str) -> str:
 
 
 def fisher_of(tree: dict, path: str, exact: bool, cache: str) -> None:
-    """What `safecl fisher` does, on the ranks of the pool."""
+    """Run `safecl fisher` on the ranks of the pool."""
     import os
 
     from safecl.commands.fisher import estimate_to_file

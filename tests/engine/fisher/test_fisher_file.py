@@ -197,7 +197,7 @@ def test_a_header_of_absurd_length_is_a_message(tmp_path):
 
 
 def notes_of_runs(tree: dict, cache: str) -> list[list[str]]:
-    """What two runs of one config say, in two folders."""
+    """The messages of two runs of one config, in two folders."""
     import os
 
     from safecl.training.trainer import Trainer

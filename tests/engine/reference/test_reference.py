@@ -1,5 +1,5 @@
-"""The store of reference weights: the model's own values, once per node, refused by name where they are damaged, gone
-with the run."""
+"""The store of reference weights: it has the model's own values, once per node, refuses damaged ones by name, and is
+gone with the run."""
 
 from __future__ import annotations
 

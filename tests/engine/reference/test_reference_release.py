@@ -55,7 +55,7 @@ def tree(materials: Path, output: Path, methods: dict, stage: int, offload: str)
 
 
 def fit_and_watch(tree: dict, cache: str, stops: list[dict | None]) -> list[tuple[int, int, int]]:
-    """Of every step: its number, the bytes of the store as the run sees it, and how many segments of it this process
+    """Steps of a run: number, bytes of the store by the run's count, and number of its segments that this process
     maps."""
     from safecl.training.run import Run
 
@@ -85,8 +85,8 @@ BOTH = ONLINE | {"l2_sp": {"modules": "attention"}}
 def test_once_the_anchor_has_moved_the_store_is_gone_also_after_a_resume(
     rank_pool, materials, tmp_path, methods, stage, offload, moves
 ):
-    """Stopped at the end of the first task and in the second one: bit for bit the undisturbed run, and as much memory
-    at every step."""
+    """A run that is stopped at the end of the first task and in the second one is bit for bit the undisturbed run, with
+    as much memory at every step."""
     cache, pool, shm = str(materials / "cache"), rank_pool(2), set(os.listdir("/dev/shm"))
     arguments = dict(methods=methods, stage=stage, offload=offload)
     whole = pool.run(fit_and_watch, tree=tree(materials, tmp_path / "whole", **arguments), cache=cache, stops=[None])

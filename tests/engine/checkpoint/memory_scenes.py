@@ -1,4 +1,4 @@
-"""How much memory loading a checkpoint and writing a model folder take beyond what stays."""
+"""The memory that loading a checkpoint and writing a model folder take beyond what stays."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.reference import memory_scenes
+from tests.engine.checkpoint import memory_scenes
 
 SIZE = dict(hidden=512, layers=5, vocabulary=8000)  # 23.9 M weights: 96 MB of each kind of state
 MB = 10**6
