@@ -6,7 +6,7 @@ incoherent nor cut off.
 
     memory-rows/<key>/
         answers.jsonl     every answer, in the order of the prompts; a build that was stopped goes on after the last one
-        rows.jsonl        the rows, with the prompts' tags; `kind` is refusal or answer, `category` of a benign row benign
+        rows.jsonl        the rows, with the prompts' tags; `kind` is refusal or answer
         left-out.json     how many answers were left out, by reason
 """
 
@@ -26,7 +26,7 @@ from safecl.distributed import collectives
 from safecl.engine.artifacts.store import ArtifactStore, Key, obtain
 from safecl.engine.passes.forward_engine import ForwardEngine
 from safecl.engine.passes.live_model import LiveModel
-from safecl.evaluation.answers.prompts import answer_prompts
+from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import text_of
 from safecl.evaluation.safety import OVER_REFUSAL_SCORER
 from safecl.evaluation.scoring.judges import load_scorer
@@ -116,7 +116,7 @@ def _build(
 
 def _answers(
     engine: ForwardEngine, tokenizer: Any, path: Path, prompts: list[Prompt], settings: RowSettings, note: Note
-) -> list[dict[str, Any]]:
+) -> list[Answer]:
     """Answer all prompts after those that an earlier build has answered."""
     answers = collectives.on_first_rank(lambda: _read_answers(path))
     model, portion = LiveModel(engine), settings.batch_size * collectives.world_size() * BATCHES_AT_ONCE
@@ -134,7 +134,7 @@ def _answers(
     return answers
 
 
-def _read_answers(path: Path) -> list[dict[str, Any]]:
+def _read_answers(path: Path) -> list[Answer]:
     """Read all whole lines, and cut off an incomplete last one, which a dying process has left."""
     if not path.exists():
         return []
@@ -145,7 +145,7 @@ def _read_answers(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _append(path: Path, answers: list[dict[str, Any]]) -> None:
+def _append(path: Path, answers: list[Answer]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         file.flush()
@@ -153,7 +153,7 @@ def _append(path: Path, answers: list[dict[str, Any]]) -> None:
 
 
 def _write_rows(
-    folder: Path, prompts: list[Prompt], benign: list[Prompt], answers: list[dict[str, Any]], settings: RowSettings
+    folder: Path, prompts: list[Prompt], benign: list[Prompt], answers: list[Answer], settings: RowSettings
 ) -> None:
     """Write the rows, and why others were left out. Raises ConfigError where no refusal is left."""
     reasons = [
@@ -170,26 +170,26 @@ def _write_rows(
     if not any(row["kind"] == REFUSAL for row in kept):
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
         raise ConfigError(
-            f"no refusal is left of {len(prompts)} answers to disallowed prompts ({counts}); is this the aligned model? "
-            f"Its answers are in {folder / ANSWERS}"
+            f"no refusal is left of {len(prompts)} answers to disallowed prompts ({counts}); is this the aligned "
+            f"model? Its answers are in {folder / ANSWERS}"
         )
     replace_file(folder / LEFT_OUT, json.dumps(left_out, indent=1))
     replace_file(folder / ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
-def _reasons_of_disallowed(prompts: list[Prompt], answers: list[dict[str, Any]], scorer: str) -> Iterator[str | None]:
+def _reasons_of_disallowed(prompts: list[Prompt], answers: list[Answer], scorer: str) -> Iterator[str | None]:
     """Tell for each answer to a disallowed prompt why it is left out; None where it is kept."""
     succeeded = load_scorer(scorer)([text_of(prompt) for prompt in prompts], [answer["text"] for answer in answers])
     for answer, is_success in zip(answers, succeeded, strict=True):
         yield _reason(answer, "not refused" if is_success else None, INCOHERENT)
 
 
-def _reasons_of_benign(answers: list[dict[str, Any]]) -> Iterator[str | None]:
+def _reasons_of_benign(answers: list[Answer]) -> Iterator[str | None]:
     for answer in answers:
         yield _reason(answer, "refused" if refused(answer["text"], OVER_REFUSAL_SCORER) else None, BROKEN)
 
 
-def _reason(answer: dict[str, Any], by_scorer: str | None, bad: Collection[str]) -> str | None:
+def _reason(answer: Answer, by_scorer: str | None, bad: Collection[str]) -> str | None:
     """Tell why an answer is left out; None where it is kept. `bad`: the reasons of `off_task_reason` that count."""
     if not answer["finished"]:
         return "cut off"

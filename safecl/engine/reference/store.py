@@ -154,7 +154,7 @@ class ReferenceStore:
         return self.layout.shapes[self.layout.aliases[name]]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter on the CPU, without a copy. Do not write to it: its memory is read-only and shared by all ranks.
+        """The parameter on the CPU, without a copy. Do not write to it: its memory is read-only and all ranks share it.
 
         The tensor stays valid after `close`.
         """
