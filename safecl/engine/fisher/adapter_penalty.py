@@ -55,7 +55,7 @@ def read_fisher_pull(
     return FisherPull(strength / fisher.header.mean, shares, world_size)
 
 
-def _product_shape(a: nn.Module, b: nn.Module) -> tuple[int, int]:
+def _product_shape(a: nn.Linear, b: nn.Linear) -> tuple[int, int]:
     """Shape [out, in] of the weight that B A is added to, also where ZeRO-3 has sharded the factors."""
     shapes = [tuple(getattr(module.weight, "ds_shape", module.weight.shape)) for module in (a, b)]
     return shapes[1][0], shapes[0][1]

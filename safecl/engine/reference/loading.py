@@ -7,7 +7,7 @@ while it starts, for any number of ranks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -34,10 +34,9 @@ def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
     chosen = None if config.attention == "auto" and attention == "sdpa" else attention
     dtype = CONFIG_DTYPES[config.dtype]
     try:
-        empty = empty_model(config.path, dtype, attention=chosen, trust_remote_code=config.trust_remote_code)
+        model = empty_model(config.path, dtype, attention=chosen, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.path: {config.path}: cannot be loaded: {first_line(error)}") from None
-    model = cast("PreTrainedModel", empty)
     store = ReferenceStore.open(config.path, dtype=dtype, model=model, trust_remote_code=config.trust_remote_code)
     take_weights(model, store)
     _take_generation_settings(model, config.path)
