@@ -97,13 +97,13 @@ def plan_memory(
 def _method_state(shape: ModelShape, config: RunConfig, world_size: int, device: str) -> Iterator[Item]:
     """Yield what the methods keep per weight, and the device buffers that offloaded state passes through."""
     share = shape.trained if config.deepspeed.stage == 0 else share_of(shape.trained, world_size)
-    beside: Where = "host" if config.deepspeed.offload.optimizer == "cpu" else "device"
+    with_masters: Where = "host" if config.deepspeed.offload.optimizer == "cpu" else "device"
     placement, through = placement_of(config), 0
     for kind in state_kinds(config):
         size, away = _element_bytes(kind, config, placement), placement.of(kind) == "cpu"
         if not (away and role_of(kind) == "reference" and needs_reference(config)):
-            yield Item(kind.lstrip("_").replace("_", " "), "host" if away else beside, share * size)
-        through += size if away and beside == "device" else 0
+            yield Item(kind.lstrip("_").replace("_", " "), "host" if away else with_masters, share * size)
+        through += size if away and with_masters == "device" else 0
     if device == "cuda":
         yield Item("chunks of offloaded state", "device", 2 * min(CHUNK, share) * through)
 

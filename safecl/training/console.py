@@ -1,4 +1,4 @@
-"""What a run prints: the plan, a progress bar on a terminal or plain lines elsewhere, and the results. Rank 0 only."""
+"""Prints the plan of a run, its steps (a progress bar on a terminal, lines elsewhere) and its results. Rank 0 only."""
 
 from __future__ import annotations
 

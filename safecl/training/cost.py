@@ -1,5 +1,5 @@
-"""What a run's methods have cost: time per step, state of the optimizer, memory rows and teacher outputs. Goes into
-results.json."""
+"""Counts what a run's methods have cost, for results.json: time per step, state of the optimizer, memory rows, teacher
+outputs."""
 
 from __future__ import annotations
 

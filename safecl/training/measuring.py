@@ -1,5 +1,4 @@
-"""What a run measures, and when: at the start, between steps, after each task; and the gate's verdict on the last
-measurement."""
+"""Measures the model of a run: at the start, between steps, after each task. The gate judges the last measurement."""
 
 from __future__ import annotations
 

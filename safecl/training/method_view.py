@@ -1,4 +1,4 @@
-"""What a method sees of a run: this rank's shards and their state, Fisher estimates, gradients on the memory."""
+"""The run as a method sees it: this rank's shards and their state, Fisher estimates, gradients on the memory."""
 
 from __future__ import annotations
 

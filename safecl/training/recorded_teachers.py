@@ -15,7 +15,7 @@ from safecl.replay import TeacherOutputs
 
 
 def access_to_teacher(term: TaskTerm, has_adapters: bool) -> Literal["adapters off", "online", "recorded"]:
-    """How a step gets at the teacher of a term. With adapters, theta_0 is the model with its adapters off."""
+    """Return how a step reaches the teacher of a term. With adapters, theta_0 is the model with its adapters off."""
     if has_adapters and term.teacher == "aligned":
         return "adapters off"
     return "online" if term.online else "recorded"

@@ -1,4 +1,4 @@
-"""What a finished run leaves: model folders with their cards, results.json and report.html."""
+"""Writes what a finished run leaves: model folders with their cards, results.json and report.html."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from safecl.training.replay_memory import ReplayMemory
 
 
 class RunState:
-    """What a run holds. `safecl.training.run.Run` adds what it does."""
+    """The parts and the counters of a run; `safecl.training.run.Run` adds the work on them."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safecl.commands.verbs import verbs_of
-from safecl.config import ConfigError
+from safecl.config import ConfigError, MemoryConfig
 from safecl.exits import ExitCode
 
 if TYPE_CHECKING:
@@ -219,14 +219,12 @@ def import_(
         _console().print(f"{report.seen:,} rows read, {len(buffer):,} in {buffer.folder}{turned_away}", markup=False)
 
 
-def _new_settings(source: Path, capacity: str, policy: str) -> Any:
+def _new_settings(source: Path, capacity: str, policy: str) -> MemoryConfig:
     from pydantic import ValidationError
-
-    from safecl.config import MemoryConfig
 
     rows_or_bytes = int(capacity) if capacity.isdigit() else capacity
     try:
-        return MemoryConfig(source=str(source), capacity=rows_or_bytes, policy=policy)  # type: ignore[arg-type]
+        return MemoryConfig.model_validate({"source": str(source), "capacity": rows_or_bytes, "policy": policy})
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None
