@@ -53,9 +53,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
 
     console = Console(config.log.every, rank=environment.rank())
     config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
-    readers = {name: size for name, settings in config.methods.items() if (size := settings.fisher_size) is not None}
-    size = next(iter(readers.values()), FisherSize())
-    reader = next(iter(readers or methods_that(lambda settings: settings.fisher_size is not None)))
+    reader, size = _reader(config)
     tokenizer = load_tokenizer(config.model)
     dataset = prepare_memory(config, tokenizer)
     collectives.init_distributed()
@@ -80,6 +78,14 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
             build(path)
         mean = open_fisher(path).header.mean
         console.note(f"{path}: {header.estimator}, mean {mean:.3g}; use it with methods.{reader}.fisher={path}")
+
+
+def _reader(config: RunConfig) -> tuple[str, FisherSize]:
+    """Return the method that will read the file, and the size of its estimate; the defaults where no method does."""
+    readers = {name: size for name, settings in config.methods.items() if (size := settings.fisher_size) is not None}
+    if readers:
+        return next(iter(readers.items()))
+    return methods_that(lambda settings: settings.fisher_size is not None)[0], FisherSize()
 
 
 def _holds(path: Path, wanted: FisherHeader) -> bool:

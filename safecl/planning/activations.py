@@ -12,7 +12,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.model.structure import parameters_on_meta, prepare_for_training
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 LAYERS = (2, 4)
 
@@ -88,7 +88,7 @@ def _take_away_memory(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    decoder = cast("PreTrainedModel", base_model(model)).get_decoder()
+    decoder = base_model(model).get_decoder()
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
 

@@ -50,7 +50,8 @@ def _method_lines(plan: RunPlan, num_steps: int) -> list[tuple[str, str]]:
     for name, settings in plan.config.methods.items():
         values = ", ".join(f"{key} {_short(value)}" for key, value in settings if value is not None)
         if settings.keeps_average:
-            values += f"; decay {settings.decay_for(num_steps):.6g} leaves {settings.weight_on_start(num_steps):.1%} on the start"
+            decay, weight = settings.decay_for(num_steps), settings.weight_on_start(num_steps)
+            values += f"; decay {decay:.6g} leaves {weight:.1%} on the start"
         lines.append((name, values))
     return lines
 
