@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +30,13 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
     preflight(config)
     from safecl.data import load_tokenizer
     from safecl.data.config_rows import prepare_task
+    from safecl.distributed.collectives import process_group
     from safecl.evaluation import HFEvalModel
     from safecl.scan import screen_tasks
 
     tokenizer = load_tokenizer(config.model)
     tasks = [(task.name, prepare_task(config, task, tokenizer)[0]) for task in config.tasks]
-    with working("screening the rows"), _ranks():
+    with working("screening the rows"), process_group():
         settings = config.model
         model = HFEvalModel.load(
             settings.path,
@@ -75,20 +73,3 @@ def _show(screening: Screening, config: RunConfig, folder: Path, as_json: bool) 
     if screening.refused_because:
         console.print(f"refused: {screening.refused_because}", style="bold red", markup=False)
     console.print(f"all flagged rows in {folder}", markup=False)
-
-
-@contextlib.contextmanager
-def _ranks() -> Iterator[None]:
-    """A process group where a launcher started several ranks."""
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        yield
-        return
-    import torch.distributed as dist
-
-    from safecl.distributed.collectives import init_distributed
-
-    init_distributed()
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
