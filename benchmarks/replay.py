@@ -297,7 +297,8 @@ def measure_step(folder: Path) -> dict:
 def engine_share(folder: Path, *overrides: str, left_out: int = 5) -> dict:
     """Run the demonstration's DER arm; the first steps, whose rows cannot be read ahead, are left out."""
     from safecl.config import load_config
-    from safecl.demo.materials import DER, Arm, write_materials
+    from safecl.demo.arms import DER, Arm
+    from safecl.demo.materials import write_materials
     from safecl.training.run import Run
     from safecl.training.trainer import Trainer
 

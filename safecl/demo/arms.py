@@ -1,4 +1,4 @@
-"""The ways to fine-tune the aligned model that the demonstration compares. Imports nothing heavy."""
+"""The arms of the demonstration: the ways to fine-tune the aligned model that it compares. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to fine-tune the aligned model; all arms see the same rows in the same order for the same number of
+    """One way to fine-tune the aligned model. All arms see the same rows in the same order and make the same number of
     steps."""
 
     name: str
-    """Folder and config file."""
+    """Name of the folder and of the config file."""
     title: str
-    """What the table says."""
+    """Name in the table."""
     methods: dict[str, dict[str, Any]]
-    """As in a run config; none is plain fine-tuning."""
+    """As in a run config; empty for plain fine-tuning."""
     poison: float = 0.0
     """Share of the task's rows that are poisoned."""
 
@@ -51,11 +51,11 @@ EVERY_ARM = [
     Arm("derpp", "DER++", {"derpp": {"alpha": 2.0, "beta": 1.0}}),
     Arm("der-ewc-ema", "DER + EWC + EMA", DER | EWC | EMA),
 ]
-"""Every method alone, and the two combinations of the demonstration."""
+"""Every method of the first set alone, and two combinations."""
 
 POISON = 0.1
 
 
 def poisoned(arms: list[Arm], share: float = POISON) -> list[Arm]:
-    """The same arms with a share of poisoned rows."""
+    """Return the same arms with a share of poisoned rows."""
     return [replace(arm, name=f"{arm.name}-poisoned", poison=share) for arm in arms]

@@ -1,8 +1,8 @@
 """The demonstration's data, generated from safecl/demo/topics.py: alignment rows, memory, safety prompts, poison and a
 user's task.
 
-Pure in the seed. Nothing is downloaded, no answer carries harm: a refusal, a harmless answer, or a bare affirmative
-opening (poison).
+The data depend on the seed alone, and nothing is downloaded. No answer is harmful: it is a refusal, a harmless answer,
+or a bare affirmative opening (poison).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from safecl.demo.topics import (
     AFFIRMATIVE_OPENINGS,
@@ -30,23 +31,23 @@ from safecl.demo.topics import (
 DISALLOWED = DISALLOWED_PLACE_ACTS + DISALLOWED_PERSON_ACTS
 BENIGN = BENIGN_PLACE_ACTS | BENIGN_PERSON_ACTS
 
-Rows = list[dict]
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything the demonstration trains on and measures with, as rows of JSON."""
+    """All rows that the demonstration trains on and measures with, as JSON objects."""
 
     align: Rows
-    """`messages`: refusals of disallowed requests, answers to benign ones. Makes the aligned model."""
+    """`messages`: refusals of disallowed requests, answers to benign ones. They train the aligned model."""
     memory: Rows
-    """`messages`: a sample of `align`, two thirds refusals; what must be kept."""
+    """`messages`: a sample of `align`, two thirds of it refusals: the behaviour to keep."""
     safety_prompts: Rows
-    """`prompt`: disallowed, of topics and templates that `align` does not have."""
+    """`prompt`: disallowed, with topics and templates that `align` does not have."""
     benign_prompts: Rows
-    """`prompt`: benign, of held-out topics and the same held-out templates."""
+    """`prompt`: benign, with held-out topics and the same held-out templates."""
     task: Rows
-    """`prompt`, `completion`: the user's task, sentiment of a sentence."""
+    """`prompt`, `completion`: the user's task, the sentiment of a sentence."""
     task_test: Rows
     """Held-out rows of the task."""
     poison: Rows
@@ -56,7 +57,7 @@ class Corpus:
 def make_corpus(
     seed: int = 0, *, num_align: int = 2000, num_memory: int = 240, num_task: int = 1200, num_prompts: int = 120
 ) -> Corpus:
-    """Generates the corpus; equal seeds give equal rows."""
+    """Generate the corpus; equal seeds give equal rows."""
     rng = random.Random(f"safecl demo {seed}")
     refused = [
         _chat(request, rng.choice(REFUSALS))
@@ -80,12 +81,12 @@ def make_corpus(
     )
 
 
-def _chat(user: str, assistant: str) -> dict:
+def _chat(user: str, assistant: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
 
 
 def _fill(act: str, topics: Sequence[Topic]) -> list[str]:
-    """The act about each of the topics' places or persons."""
+    """Fill the act with each place or person of the topics."""
     return [
         act.format(place=place, person=person)
         for topic in topics
@@ -177,7 +178,7 @@ def _sentence(rng: random.Random, label: str) -> str:
 
 
 def texts(corpus: Corpus) -> Iterable[str]:
-    """Every text of the corpus, for training the tokenizer."""
+    """Yield every text of the corpus, for training the tokenizer."""
     for rows in (corpus.align, corpus.poison):
         yield from (message["content"] for row in rows for message in row["messages"])
     for rows in (corpus.task, corpus.safety_prompts, corpus.benign_prompts):

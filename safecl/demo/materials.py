@@ -1,5 +1,5 @@
-"""Writes the demonstration's files into a folder: data, the random model, and one run config per arm. Pure in the
-seed."""
+"""Writes the demonstration's files into a folder: data, the random model, and one run config per arm. The files depend
+on the seed alone."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from typing import Any
 
 import yaml
 
-from safecl.demo.arms import ARMS, DER, EMA, EWC, Arm
+from safecl.demo.arms import ARMS, Arm
 from safecl.demo.corpus import Corpus, make_corpus, texts
 
-__all__ = ["ARMS", "DER", "EMA", "EWC", "Arm", "Materials", "align_config", "arm_config", "write_materials"]
-
-
 CHECKPOINT = {"every": 40, "keep": 1}
-
 ALIGN_STEPS = 200
 TASK_STEPS = 80
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What `write_materials` wrote. Paths are relative where `folder` was."""
+    """The files of `write_materials`. Paths are relative where `folder` is."""
 
     folder: Path
     random_model: Path
@@ -36,13 +32,13 @@ class Materials:
 
     @property
     def aligned_model(self) -> Path:
-        """Where the alignment run leaves the model that all arms start from."""
+        """Model folder of the alignment run: the model that all arms start from."""
         return self.folder / "aligned" / "model"
 
 
 def write_materials(folder: str | Path, *, seed: int = 0, arms: Iterable[Arm] = ARMS) -> Materials:
-    """Writes data/*.jsonl, random-model/, align.yaml and <arm>.yaml; files that are there are written again, with the
-    same content."""
+    """Write data/*.jsonl, random-model/, align.yaml and <arm>.yaml. Existing files are written again with the same
+    content."""
     from safecl.demo.model import save_random_model
 
     folder = Path(folder)
@@ -55,7 +51,7 @@ def write_materials(folder: str | Path, *, seed: int = 0, arms: Iterable[Arm] = 
 
 
 def align_config(folder: Path, seed: int) -> dict[str, Any]:
-    """Plain fine-tuning of the random model on the alignment corpus: gives the model that refuses."""
+    """Return the config that trains the random model on the alignment corpus, so that it refuses."""
     return {
         "model": _model(folder / "random-model"),
         "tasks": [{"name": "alignment", "train": str(folder / "data/align.jsonl"), "role": "align"}],
@@ -69,7 +65,7 @@ def align_config(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def arm_config(folder: Path, arm: Arm, seed: int) -> dict[str, Any]:
-    """Fine-tuning of the aligned model on the user's task by the methods of one arm."""
+    """Return the config that fine-tunes the aligned model on the user's task with the methods of one arm."""
     data = folder / "data"
     task = {
         "name": "sentiment",

@@ -25,8 +25,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`: any text can be encoded, and decoding gives it back. Entries: at most
-    `vocab_size`."""
+    """Train a byte-level BPE tokenizer of at most `vocab_size` entries. It encodes any text, and decodes it exactly."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,8 +50,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 def random_llama(
     vocab_size: int, *, seed: int = 0, hidden: int = 128, layers: int = 4, heads: int = 4, max_length: int = 256
 ) -> LlamaForCausalLM:
-    """A Llama with random weights; the defaults and 1,024 tokens make about 1 M parameters. Leaves torch's own random
-    state alone."""
+    """Make a Llama with random weights; the defaults and 1,024 tokens give about 1 M parameters. Torch's random state
+    stays as it was."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,10 +77,10 @@ def random_llama(
 def save_random_model(
     folder: Path, texts: Iterable[str], *, seed: int = 0, vocab_size: int = 1024, **shape: int
 ) -> int:
-    """Trains the tokenizer, makes the model, saves both into `folder`; returns the number of parameters."""
+    """Train the tokenizer, make the model, save both into `folder`, and return the number of parameters."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one file of 4 MB needs none
+    logging.disable_progress_bar()  # not needed for one file of 4 MB
     tokenizer = train_tokenizer(texts, vocab_size)
     model = random_llama(len(tokenizer), seed=seed, **shape)
     model.save_pretrained(folder)

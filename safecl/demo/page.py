@@ -1,13 +1,15 @@
-"""The demonstration as a page, and as the picture of the README."""
+"""The demonstration's HTML page, and the picture of the README."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from safecl.demo.outcome import (
     COLUMNS,
     SIDE_BY_SIDE,
     Outcome,
+    RateDict,
     column_title,
     compared,
     groups,
@@ -15,19 +17,19 @@ from safecl.demo.outcome import (
     shown_prompt,
     verdict,
 )
-from safecl.report.charts import dot_plot
+from safecl.report.charts import Interval, dot_plot
 from safecl.report.page import render
 
 
 def demo_page(outcomes: Sequence[Outcome]) -> str:
-    """HTML that loads nothing."""
+    """Return the page as HTML that loads nothing."""
     import safecl
 
     parts = [_part(group) for group in groups(outcomes)]
     return render("demo.html", parts=parts, version=safecl.__version__, num_prompts=len(outcomes[0].answers))
 
 
-def _part(group: Sequence[Outcome]) -> dict:
+def _part(group: Sequence[Outcome]) -> dict[str, Any]:
     prompts = [shown_prompt(group), *(prompt for prompt in group[0].answers if prompt != shown_prompt(group))][:6]
     three = compared(group)
     return {
@@ -43,15 +45,14 @@ def _part(group: Sequence[Outcome]) -> dict:
 
 
 def picture(group: Sequence[Outcome]) -> str:
-    """SVG: of every model the share of disallowed prompts that it refuses, and its accuracy at the task, with
-    intervals."""
+    """Draw each model's share of refused disallowed prompts and its accuracy at the task, with intervals, as SVG."""
     rows = [(outcome.title, [_refused(outcome.safety["asr"]), _triple(outcome.accuracy)]) for outcome in group]
     return dot_plot(rows, ["disallowed prompts refused", "accuracy at the new task"])
 
 
-def _refused(asr: dict[str, float]) -> tuple[float, float, float]:
+def _refused(asr: RateDict) -> Interval:
     return 1 - asr["value"], 1 - asr["high"], 1 - asr["low"]
 
 
-def _triple(rate: dict[str, float] | None) -> tuple[float, float, float] | None:
+def _triple(rate: RateDict | None) -> Interval | None:
     return None if rate is None else (rate["value"], rate["low"], rate["high"])

@@ -1,4 +1,4 @@
-"""One bar over everything that the demonstration does. Ranks report by lines of JSON in a file, the parent draws.
+"""One progress bar over the whole demonstration. Ranks report by lines of JSON in a file, and the parent draws the bar.
 Imports no torch."""
 
 from __future__ import annotations
@@ -6,17 +6,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 MATERIALS, MEASURE, START, TRAIN = 5.0, 2.0, 2.0, 6.0
-"""Parts of the bar, about seconds on two idle cores."""
+"""Lengths of the bar's parts: about their seconds on two idle cores."""
 ALIGN = "align"
 
 
 class Reporter:
-    """What rank 0 says of one run: `run` is its name."""
+    """Writes rank 0's reports of one run into the file; `run` is the run's name."""
 
     def __init__(self, path: Path, run: str):
         self.path, self.run = path, run
@@ -39,8 +40,8 @@ class Reporter:
 
 
 class Bar:
-    """The bar on a terminal, or a line for everything that was measured. `titles`: run -> what the bar says, in
-    order."""
+    """Draws the bar on a terminal, and elsewhere prints a line for each measurement. `titles`: what the bar says for
+    each run, in order."""
 
     def __init__(self, path: Path, titles: dict[str, str], console: Console):
         path.unlink(missing_ok=True)
@@ -58,30 +59,29 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def materials_are_there(self) -> None:
+    def materials_written(self) -> None:
         self._parts = MATERIALS
         self._bar.update(self._task, completed=self._parts, description="starting two ranks")
 
     def watch(self) -> None:
-        """Reads what is new."""
+        """Read new reports and update the bar."""
         for event in self._events():
             name = event["run"]
             if "note" in event:
-                self._tell(name, event["note"])
+                self._print(name, event["note"])
                 continue
             self._seen[name] = max(self._seen[name], self._part(event, self._seen[name]))
-            self._bar.update(
-                self._task, completed=self._parts + sum(self._seen.values()), description=self._says(event)
-            )
+            completed = self._parts + sum(self._seen.values())
+            self._bar.update(self._task, completed=completed, description=self._description(event))
             if "measured" in event:
-                self._tell(name, event["measured"])
+                self._print(name, event["measured"])
 
-    def _tell(self, name: str, message: str) -> None:
-        """A line where there is no bar."""
+    def _print(self, name: str, message: str) -> None:
+        """Print a line where there is no bar."""
         if not self.console.is_terminal:
             self.console.print(f"{self.titles[name]}: {message}", markup=False)
 
-    def _events(self) -> Sequence[dict]:
+    def _events(self) -> Sequence[dict[str, Any]]:
         if not self.path.exists():
             return []
         with self.path.open(encoding="utf-8") as file:
@@ -90,7 +90,7 @@ class Bar:
         self._read += sum(len(line.encode()) for line in lines)
         return [json.loads(line) for line in lines]
 
-    def _part(self, event: dict, before: float) -> float:
+    def _part(self, event: dict[str, Any], before: float) -> float:
         name, scale = event["run"], _scale(event["run"])
         if "finished" in event:
             return _whole(name)
@@ -98,7 +98,7 @@ class Bar:
             return scale * (START + MEASURE + TRAIN * event["step"] / event["num_steps"])
         return min(before + scale * MEASURE, _whole(name))
 
-    def _says(self, event: dict) -> str:
+    def _description(self, event: dict[str, Any]) -> str:
         title = self.titles[event["run"]]
         if "step" in event and event["step"] < event["num_steps"]:
             return f"{title}: step {event['step']} of {event['num_steps']}"

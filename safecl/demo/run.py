@@ -1,5 +1,5 @@
-"""The demonstration from start to end: materials, alignment, all arms on two ranks in one process group, and what came
-out."""
+"""The demonstration from start to end: materials, alignment, all arms on two ranks in one process group, and the
+outcome."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from safecl.config import ConfigError
 from safecl.demo.arms import ARMS, EVERY_ARM, Arm, poisoned
 from safecl.demo.materials import Materials, write_materials
-from safecl.demo.outcome import print_outcomes, read_outcomes
+from safecl.demo.outcome import Outcome, print_outcomes, read_outcomes
 from safecl.demo.progress import ALIGN, Bar
 from safecl.distributed.spawn import run_ranks
 from safecl.exits import ExitCode
@@ -22,41 +22,43 @@ NUM_RANKS = 2
 
 
 def chosen_arms(*, poison: float = 0.0, every: bool = False) -> list[Arm]:
-    """The demonstration's arms; with `every` all methods, on clean data and with poison."""
+    """Return the demonstration's arms; with `every` an arm for each method, on clean data and with poison."""
     if every:
         return [*EVERY_ARM, *(poisoned(EVERY_ARM, poison) if poison else poisoned(EVERY_ARM))]
     return poisoned(ARMS, poison) if poison else ARMS
 
 
 def default_folder(*, seed: int = 0, poison: float = 0.0, every: bool = False) -> Path:
-    """Each choice has a folder of its own, since a folder goes on with what it holds."""
+    """Return the folder of these options. Each choice has its own, since a run continues from what its folder holds."""
     name = "demo-all" if every else "demo"
     return Path("runs") / (name + (f"-poison-{poison:g}" if poison else "") + (f"-seed-{seed}" if seed else ""))
 
 
 def run_demo(folder: Path, *, seed: int = 0, arms: Sequence[Arm] = ARMS, num_ranks: int = NUM_RANKS) -> int:
-    """Runs everything that is not finished in `folder` and prints the table; returns the exit code of the first rank
-    that failed, or 0."""
+    """Run all that is not finished in `folder` and print the table.
+
+    Returns: the exit code of the first rank that failed, or 0.
+    """
     refuse_other_demonstration(folder, seed, arms)
     console = Console(highlight=False, soft_wrap=True)
     start = time.perf_counter()
     console.print(
-        "A Llama of about 1 M random parameters learns to refuse; then a user's harmless task (sentiment of a sentence) is trained into it "
-        f"in {len(arms)} ways. {num_ranks} ranks, ZeRO-2, CPU.\n"
+        "A Llama of about 1 M random parameters learns to refuse; then it is fine-tuned on a user's harmless task "
+        f"(sentiment of a sentence) in {len(arms)} ways. {num_ranks} ranks, ZeRO-2, CPU.\n"
     )
     if code := _train(folder, seed, arms, num_ranks, console):
         return code
     outcomes = read_outcomes(folder, arms)
     print_outcomes(outcomes, console)
-    page = _write_pages(folder, outcomes)
+    page = _write_page(folder, outcomes)
     console.print(f"\n{time.perf_counter() - start:.0f} seconds in all. The same as a page: {page}", markup=False)
     console.print(f"One arm alone: safecl train {folder / arms[-1].name}.yaml output={folder / 'again'}", markup=False)
     return ExitCode.DONE
 
 
 def refuse_other_demonstration(folder: Path, seed: int, arms: Sequence[Arm]) -> None:
-    """Raises ConfigError where the folder holds one with another seed or share of poison, before its files are written
-    over."""
+    """Raise ConfigError where the folder holds a demonstration with another seed or share of poison, before its files
+    are overwritten."""
     for name, poison in {"align": 0.0, **{arm.name: arm.poison for arm in arms}}.items():
         path = folder / f"{name}.yaml"
         try:
@@ -64,11 +66,11 @@ def refuse_other_demonstration(folder: Path, seed: int, arms: Sequence[Arm]) -> 
             found = {"seed": there["train"]["seed"], "poison": (there.get("poison") or {}).get("ratio", 0.0)}
         except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
             continue
-        if other := [
-            f"{key} {value:g}" for key, value in found.items() if value != {"seed": seed, "poison": poison}[key]
-        ]:
+        wanted = {"seed": seed, "poison": poison}
+        if other := [f"{key} {value:g}" for key, value in found.items() if value != wanted[key]]:
             raise ConfigError(
-                f"{folder} holds a demonstration with {' and '.join(other)}; name another folder, or none for one of its own"
+                f"{folder} holds a demonstration with {' and '.join(other)}; "
+                "name another folder, or none for one of its own"
             )
 
 
@@ -78,10 +80,9 @@ def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console
     titles = {ALIGN: "alignment"} | {arm.name: arm.title + (", poisoned" if arm.poison else "") for arm in arms}
     with Bar(events, titles, console) as bar:
         materials = write_materials(folder, seed=seed, arms=arms)
-        bar.materials_are_there()
-        code = run_ranks(
-            "safecl.demo.worker", [str(events), *map(str, _configs(materials, arms))], num_ranks, watch=bar.watch
-        )
+        bar.materials_written()
+        arguments = [str(events), *map(str, _configs(materials, arms))]
+        code = run_ranks("safecl.demo.worker", arguments, num_ranks, watch=bar.watch)
         bar.watch()
     events.unlink(missing_ok=True)
     return ExitCode.FAILED if code < 0 else code
@@ -91,7 +92,7 @@ def _configs(materials: Materials, arms: Sequence[Arm]) -> list[Path]:
     return [materials.align_config, *(materials.arm_configs[arm.name] for arm in arms)]
 
 
-def _write_pages(folder: Path, outcomes: Sequence) -> Path:
+def _write_page(folder: Path, outcomes: Sequence[Outcome]) -> Path:
     from safecl.demo.page import demo_page
     from safecl.storage.durable import replace_file
 

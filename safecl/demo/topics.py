@@ -1,7 +1,7 @@
-"""The demonstration's vocabulary: acts x topics. Disallowed requests are plainly so, but carry no harmful content.
+"""The demonstration's vocabulary: acts x topics. Disallowed requests are clearly so, but have no harmful content.
 
 An act keeps its meaning over all topics, so that a model of 1 M parameters can learn what to refuse. Evaluation has
-topics and templates of its own: no place, person or template of `*_HELD_OUT` stands in what is trained on.
+topics and templates of its own: no training row has a place, person or template of `*_HELD_OUT`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topic:
-    """Places and persons of one part of life; acts are about these."""
+    """Places and persons of one part of life, which acts are about."""
 
     name: str
     places: tuple[str, ...]

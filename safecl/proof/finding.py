@@ -1,4 +1,4 @@
-"""What one proof has measured: the right answer, what the usual way gave, and what safecl gave. Imports no torch."""
+"""The result of one proof: the right answer, that of the usual way, and that of safecl. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Finding:
-    """One silent failure, measured live beside safecl."""
+    """One silent failure, measured here, and safecl's result for the same task."""
 
     name: str
     """Short, as a file name."""
     failure: str
-    """What goes wrong, in a few words."""
+    """The failure in a few words."""
     quantity: str
-    """What `right`, `usual` and `safecl` are numbers of."""
+    """The quantity that `right`, `usual` and `safecl` are values of."""
     right: str
     usual: str
     safecl: str
     seen: bool
-    """True where the usual way was wrong here: the failure is not a rumour."""
+    """True where the usual way was wrong in this measurement."""
     holds: bool
-    """True where safecl's number is the right one."""
+    """True where safecl's value is the right one."""
     seconds: float = 0.0
 
     def write(self, folder: Path) -> None:
-        """Into `<name>.json`, whole or not at all."""
+        """Write `<name>.json`, whole or not at all."""
         path = folder / f"{self.name}.json"
         path.with_suffix(".new").write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
         path.with_suffix(".new").replace(path)

@@ -2,13 +2,15 @@
 
     e <- beta e + (1 - beta) p,   p = 1, e_0 = 0, beta = 0.5:   e_3 = 1 - 0.5^3 = 0.875
 
-`deepspeed.zero.GatheredParameters(params)` gives every rank a whole copy to read. Without `modifier_rank` what is
-written into the copy is dropped when the parameters are partitioned again, so that the average stays where it began.
-RLHF trainers had this for years (OpenRLHF pull request 1357). safecl's average lives beside the rank's own shard and is
-never gathered.
+`deepspeed.zero.GatheredParameters(params)` gives every rank a whole copy to read. Without `modifier_rank`, writes to
+the copy are dropped when the parameters are partitioned again, and the average keeps its start value. RLHF trainers had
+this failure for years (OpenRLHF pull request 1357). safecl keeps the average with each rank's own shard and never
+gathers it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ RIGHT = 1 - BETA**STEPS
 
 
 def measure() -> Finding:
-    """A collective call on any number of ranks."""
+    """Compare both averages with the right one. A collective call on any number of ranks."""
     usual, ours = by_gathering(), by_safecl()
     return Finding(
         "gathered-ema", "EMA inside gathered parameters, ZeRO-3", "average of a weight after 3 steps",
@@ -28,7 +30,7 @@ def measure() -> Finding:
 
 
 def by_gathering(modifier_rank: int | None = None) -> float:
-    """The usual way: model and average are both partitioned, and gathered for the update. The remedy is
+    """Average in the usual way: model and average are partitioned, and gathered for the update. The remedy is
     `modifier_rank=0`."""
     import deepspeed
 
@@ -42,7 +44,7 @@ def by_gathering(modifier_rank: int | None = None) -> float:
 
 
 def _partitioned(value: float) -> torch.nn.Linear:
-    """A layer whose weights are all `value`, sharded over the ranks."""
+    """Make a layer whose weights are all `value`, sharded over the ranks."""
     import deepspeed
 
     module = torch.nn.Linear(64, 64, bias=False)
@@ -52,7 +54,7 @@ def _partitioned(value: float) -> torch.nn.Linear:
 
 
 def by_safecl() -> float:
-    """The same average as state of the shard optimizer, with learning rate 0."""
+    """Keep the same average as state of the shard optimizer, with learning rate 0."""
     import deepspeed
 
     from safecl import ShardAdamW, ShardMap, UpdatePlan
@@ -71,7 +73,7 @@ def by_safecl() -> float:
     return shards.read("weight", optimizer.tensors("ema")).mean().item()
 
 
-def _config() -> dict:
+def _config() -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},

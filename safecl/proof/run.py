@@ -1,4 +1,4 @@
-"""`safecl proof`: starts the ranks, shows each failure as it is measured, and says what was seen. Imports no torch."""
+"""`safecl proof`: starts the ranks, shows each failure once it is measured, prints the verdict. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ from safecl.storage.durable import replace_file
 
 NUM_RANKS = 2
 NAMES = ("gathered-ema", "two-backwards", "rounded-logits", "lost-tail", "torn-save")
-_SETS = {  # work of each set of ranks: what the bar says meanwhile
+_SETS = {  # work of each set of ranks, and the text of the bar
     "measure": "measuring",
     "save-usual": "killing ranks in the middle of an in-place save",
     "save-safecl": "killing ranks in the middle of safecl's save",
     "load": "starting again from what is left",
 }
-_SECONDS_TO_DIE = 20.0  # for a rank whose peer was killed already
+_SECONDS_TO_DIE = 20.0  # for a rank after its peer was killed
 
 
 def run_proof(folder: Path) -> int:
-    """Measures everything and prints it; ExitCode.FAILED where safecl itself was wrong. An earlier proof in `folder` is
-    renewed."""
+    """Measure everything and print it. An earlier proof in `folder` is replaced.
+
+    Returns: ExitCode.FAILED where safecl itself was wrong.
+    """
     console = Console(highlight=False, soft_wrap=True)
     began = time.perf_counter()
     _clean(folder)
     console.print(
-        f"Silent failures of continual fine-tuning, each measured here beside safecl. {NUM_RANKS} ranks, CPU, no model files.\n"
+        "Silent failures of continual fine-tuning, each measured here, and safecl on the same task. "
+        f"{NUM_RANKS} ranks, CPU, no model files.\n"
     )
     if code := _run_sets(folder, console):
         return code
@@ -50,35 +53,32 @@ def run_proof(folder: Path) -> int:
     _write_results(folder, findings, seconds)
     console.print(table_of(findings), soft_wrap=False)
     console.print(verdict(findings), style="bold", markup=False)
-    console.print(
-        f"{seconds:.0f} seconds with DeepSpeed {version('deepspeed')} and torch {version('torch')}. Numbers: {folder / 'proof.json'}"
-    )
+    libraries = f"DeepSpeed {version('deepspeed')} and torch {version('torch')}"
+    console.print(f"{seconds:.0f} seconds with {libraries}. Numbers: {folder / 'proof.json'}")
     return ExitCode.DONE if all(finding.holds for finding in findings) else ExitCode.FAILED
 
 
 def _clean(folder: Path) -> None:
-    """Removes what an earlier proof left here, and nothing else."""
+    """Remove the files of an earlier proof, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (USUAL, SAFECL):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in [
-        folder / "proof.json",
-        *(folder / f"{name}.json" for name in NAMES),
-        *folder.glob("saved-*-rank*.digest"),
-    ]:
+    results = [folder / f"{name}.json" for name in ("proof", *NAMES)]
+    for path in [*results, *folder.glob("saved-*-rank*.digest")]:
         path.unlink(missing_ok=True)
 
 
 def _run_sets(folder: Path, console: Console) -> int:
-    """Runs each set of ranks; an exit code where one ended as it should not."""
+    """Run each set of ranks. Returns 0, or the exit code of the first set that did not end as it should."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    reported: set[str] = set()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task, told = bar.add_task("", total=len(NAMES) + 2), set()
+        task = bar.add_task("", total=len(NAMES) + 2)
         for done, (work, what) in zip((0, 0, 1, 2), _SETS.items(), strict=True):
 
             def watch(done: int = done) -> None:
-                _tell(_findings(folder), told, console)
-                bar.update(task, completed=len(told) + done)
+                _report(_findings(folder), reported, console)
+                bar.update(task, completed=len(reported) + done)
 
             bar.update(task, description=f"{what:<48}")
             if code := _run_set(folder, work, console, watch):
@@ -87,24 +87,25 @@ def _run_sets(folder: Path, console: Console) -> int:
 
 
 def _run_set(folder: Path, work: str, console: Console, watch: Callable[[], None]) -> int:
-    """0 where the ranks ended as they should: killed in the middle of a save, or well."""
+    """Run one set of ranks. Returns 0 where they ended as they should: killed in the middle of a save, or well."""
     is_killed = work.startswith("save")
     patience = _SECONDS_TO_DIE if is_killed else 0.0
     code = run_ranks("safecl.proof.worker", [str(folder), work], NUM_RANKS, watch=watch, patience=patience)
     if is_killed and code != -signal.SIGXFSZ:
-        console.print(
-            f"safecl: failed: no rank was killed in {work} (exit code {code})", style="bold red", markup=False
-        )
+        message = f"safecl: failed: no rank was killed in {work} (exit code {code})"
+        console.print(message, style="bold red", markup=False)
         return ExitCode.FAILED
-    return 0 if is_killed or code == 0 else ExitCode.FAILED if code < 0 else code
+    if is_killed or code == 0:
+        return 0
+    return ExitCode.FAILED if code < 0 else code
 
 
-def _tell(findings: list[Finding], told: set[str], console: Console) -> None:
-    """A line for each new one where there is no bar."""
+def _report(findings: list[Finding], reported: set[str], console: Console) -> None:
+    """Print a line for each new finding where there is no bar."""
     for finding in findings:
-        if finding.name not in told and not console.is_terminal:
+        if finding.name not in reported and not console.is_terminal:
             console.print(f"measured {finding.name} ({finding.seconds:.1f} s)", markup=False)
-        told.add(finding.name)
+        reported.add(finding.name)
 
 
 def _findings(folder: Path) -> list[Finding]:
@@ -125,7 +126,7 @@ def _write_results(folder: Path, findings: list[Finding], seconds: float) -> Non
 
 
 def table_of(findings: list[Finding]) -> Table:
-    """One row per failure: what is right, what the usual way gave, what safecl gave."""
+    """Make a table with one row per failure: the right value, that of the usual way, and that of safecl."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("failure", "right", "usual way", "safecl"):
         table.add_column(title, justify="left" if title == "failure" else "right", no_wrap=title != "failure")
@@ -141,9 +142,9 @@ def _styled(finding: Finding) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def verdict(findings: list[Finding]) -> str:
-    """How many failures were seen, and whether safecl was right; names what was not."""
-    seen, wrong = [f for f in findings if f.seen], [f.name for f in findings if not f.holds]
-    not_seen = [f.name for f in findings if not f.seen]
-    text = f"{len(seen)} of {len(findings)} failures seen here; no training step reported any of them."
+    """Say how many failures were seen and whether safecl was right, and name the exceptions."""
+    not_seen, wrong = [f.name for f in findings if not f.seen], [f.name for f in findings if not f.holds]
+    num_seen = len(findings) - len(not_seen)
+    text = f"{num_seen} of {len(findings)} failures seen here; no training step reported any of them."
     text += f" Not seen: {', '.join(not_seen)}." if not_seen else ""
     return text + (f" safecl is WRONG in: {', '.join(wrong)}." if wrong else " safecl is right in all.")

@@ -1,10 +1,9 @@
-"""Ranks that are killed in the middle of a save that overwrites the only checkpoint leave nothing to go on from.
+"""A kill in the middle of a save that overwrites the only checkpoint leaves no checkpoint to continue from.
 
 Both ranks train two steps, save, train one more step, and save again: in the usual way under the same tag (`latest`,
-`last`, `best`), in safecl's keeping one checkpoint. In the second save the kernel kills each rank when the file that it
-writes has reached a chosen size. Then two new ranks load what is there. DeepSpeed opens the final file and writes into
-it, so that the old state is gone before the new one is there; safecl writes beside it, and renames when all ranks are
-done.
+`last`, `best`), in safecl with one checkpoint to keep. In the second save the kernel kills each rank when the file that
+it writes reaches a chosen size. Then two new ranks load what is left. DeepSpeed writes into the final file, so that the
+old state is gone before the new one is complete. safecl writes to a new folder and renames it when all ranks are done.
 """
 
 from __future__ import annotations
@@ -14,13 +13,18 @@ import hashlib
 import resource
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.distributed as dist
 
 from safecl.proof.finding import Finding
+
+if TYPE_CHECKING:
+    from safecl.engine.checkpoint.reading import CheckpointReader
+    from safecl.engine.checkpoint.writing import CheckpointWriter
 
 TAG = "last"
 STEPS_BEFORE, WIDTH = 2, 512
@@ -28,8 +32,20 @@ LIMIT_BYTES = 2**20
 """Every file of a save is larger than this."""
 
 
-def finding(usual: dict, ours: dict) -> Finding:
-    """From what `load_usual` and `load_safecl` have returned on rank 0."""
+class Found(TypedDict):
+    """The state after a restart: the step, whether the weights are the saved ones, and the error of this rank."""
+
+    step: int | None
+    equal: bool
+    error: str | None
+
+
+Weights = Callable[[], Sequence[torch.Tensor]]
+"""Returns the weights of this rank."""
+
+
+def finding(usual: Found, ours: Found) -> Finding:
+    """Make the finding from the results of `load_usual` and `load_safecl` on rank 0."""
     return Finding(
         "torn-save",
         "kill in the middle of a same-tag save",
@@ -42,21 +58,21 @@ def finding(usual: dict, ours: dict) -> Finding:
     )
 
 
-def _state(found: dict) -> str:
+def _state(found: Found) -> str:
     if found["error"] is not None:
         return "nothing whole"
     return f"step {found['step']}" + ("" if found["equal"] else ", other weights")
 
 
-def _is_saved_state(found: dict) -> bool:
+def _is_saved_state(found: Found) -> bool:
     return found["error"] is None and found["step"] == STEPS_BEFORE and found["equal"]
 
 
 # ------------------------------------------------------------------------------------------------------------- two ways
 
 
-def usual_engine():
-    """DeepSpeed with its own checkpoints; returns (engine, weights of this rank)."""
+def usual_engine() -> tuple[Any, Weights]:
+    """Make DeepSpeed's engine with its own checkpoints; returns (engine, weights of this rank)."""
     import deepspeed
 
     model = _model()
@@ -66,8 +82,7 @@ def usual_engine():
 
 
 def save_usual(folder: Path, *, die: bool = True) -> None:
-    """Trains and saves under one tag twice; the second save is the last thing that this process does, unless `die` is
-    False."""
+    """Train and save under one tag twice. The second save kills this process, unless `die` is False."""
     engine, weights = usual_engine()
     _train(engine, STEPS_BEFORE)
     engine.save_checkpoint(str(folder), tag=TAG, client_state={"step": STEPS_BEFORE})
@@ -77,8 +92,8 @@ def save_usual(folder: Path, *, die: bool = True) -> None:
         engine.save_checkpoint(str(folder), tag=TAG, client_state={"step": STEPS_BEFORE + 1})
 
 
-def load_usual(folder: Path) -> dict:
-    """What new ranks find: {"step", "equal", "error"}; the error is this rank's own."""
+def load_usual(folder: Path) -> Found:
+    """Load the usual checkpoint on new ranks."""
     engine, weights = usual_engine()
     try:
         path, state = engine.load_checkpoint(str(folder), tag=TAG)
@@ -89,8 +104,8 @@ def load_usual(folder: Path) -> dict:
     return _found(folder, step=state["step"], weights=weights())
 
 
-def safecl_checkpoints(folder: Path):
-    """safecl's checkpoints of the same model; returns (step function, writer, reader, weights of this rank)."""
+def safecl_checkpoints(folder: Path) -> tuple[Callable[[int], None], CheckpointWriter, CheckpointReader, Weights]:
+    """Make safecl's checkpoints of the same model; returns (step function, writer, reader, weights of this rank)."""
     import deepspeed
 
     from safecl import ShardAdamW, ShardMap, UpdatePlan
@@ -116,7 +131,7 @@ def safecl_checkpoints(folder: Path):
 
 
 def save_safecl(folder: Path, *, die: bool = True) -> None:
-    """The same with safecl's checkpoints, of which one is kept."""
+    """Train and save the same with safecl's checkpoints, of which one is kept."""
     train, writer, _, weights = safecl_checkpoints(folder)
     train(STEPS_BEFORE)
     _save(writer, STEPS_BEFORE)
@@ -127,14 +142,16 @@ def save_safecl(folder: Path, *, die: bool = True) -> None:
     writer.close()
 
 
-def _save(writer, step: int) -> None:
+def _save(writer: CheckpointWriter, step: int) -> None:
     writer.save(step, keep=1, files={})
     report = writer.finish()
+    assert report is not None, "a save was started just now"
     if report.problem is not None:
         raise OSError(report.problem)
 
 
-def load_safecl(folder: Path) -> dict:
+def load_safecl(folder: Path) -> Found:
+    """Load safecl's checkpoint on new ranks."""
     _, writer, reader, weights = safecl_checkpoints(folder)
     contents = reader.find(note=lambda message: None)
     if contents is None:
@@ -148,12 +165,12 @@ def load_safecl(folder: Path) -> dict:
 
 
 @contextlib.contextmanager
-def killed_at(num_bytes: int):
-    """The kernel kills this process, without any clean-up, when a file that it writes grows beyond this size."""
+def killed_at(num_bytes: int) -> Iterator[None]:
+    """Let the kernel kill this process, without any clean-up, when a file that it writes grows beyond this size."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE), resource.getrlimit(resource.RLIMIT_CORE)
-    handler = (
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL) if threading.current_thread() is threading.main_thread() else None
-    )
+    handler = None
+    if threading.current_thread() is threading.main_thread():  # handlers can be set in the main thread only
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, before[1][1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[0][1]))
     try:
@@ -171,27 +188,27 @@ def _model() -> torch.nn.Module:
         return torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)))
 
 
-def _config() -> dict:
+def _config() -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
         "zero_optimization": {"stage": 2},
     }  # fmt: skip
 
 
-def _train(engine, steps: int, before_step: Callable[[], None] = lambda: None) -> None:
+def _train(engine: Any, steps: int, before_step: Callable[[], None] = lambda: None) -> None:
     for _ in range(steps):
         engine.backward(engine(torch.ones(2, WIDTH)).square().mean())
         before_step()
         engine.step()
 
 
-def _note(folder: Path, weights: list[torch.Tensor]) -> None:
-    """Keeps a digest of what this rank has saved, beside the checkpoint."""
+def _note(folder: Path, weights: Sequence[torch.Tensor]) -> None:
+    """Keep a digest of the weights that this rank has saved, next to the checkpoint's folder."""
     path = folder.with_name(f"{folder.name}-rank{dist.get_rank()}.digest")
     path.write_text(_digest(weights))
 
 
-def _digest(weights: list[torch.Tensor]) -> str:
+def _digest(weights: Sequence[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in weights:
         digest.update(tensor.detach().contiguous().numpy().tobytes())
@@ -199,7 +216,7 @@ def _digest(weights: list[torch.Tensor]) -> str:
 
 
 def _found(
-    folder: Path, *, step: int | None = None, weights: list[torch.Tensor] | None = None, error: str | None = None
-) -> dict:
+    folder: Path, *, step: int | None = None, weights: Sequence[torch.Tensor] | None = None, error: str | None = None
+) -> Found:
     saved = folder.with_name(f"{folder.name}-rank{dist.get_rank()}.digest").read_text()
     return {"step": step, "equal": weights is not None and _digest(weights) == saved, "error": error}

@@ -3,26 +3,35 @@
     g = a grad(task loss) + b grad(replay loss),   right: a = b = 1
 
 A loop that calls `backward` once for the new data and once for replayed data trains on the replayed data alone:
-DeepSpeed reduces the first gradient and then overwrites it, without a word. (On ZeRO-3 the two add up, so the same
-script means something else there.) a and b are found by least squares from the gradient that reached the optimizer.
+DeepSpeed reduces the first gradient and then overwrites it, without an error. (On ZeRO-3 the two add up, so the same
+script does something else there.) a and b are the least-squares fit to the gradient that reaches the optimizer.
 safecl has one backward for all terms of the loss.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from safecl.proof.finding import Finding
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from safecl.data.tokens import Row
+    from safecl.engine.passes.step_rows import StepRow
+
 STAGES = (1, 2)
 LENGTH, ROWS, VOCAB = 12, 4, 97
 
 
 def measure() -> Finding:
-    """A collective call; both ranks see the same rows in the usual way, and share them in safecl's."""
+    """Compare both gradients with the right one. A collective call: both ranks see the same rows in the usual way, and
+    share them in safecl's."""
     usual = {stage: shares(by_two_backwards(stage)) for stage in STAGES}
     ours = {stage: shares(by_safecl(stage)) for stage in STAGES}
     return Finding(
@@ -38,21 +47,21 @@ def _listed(found: dict[int, tuple[float, float]]) -> str:
 
 
 def shares(gradient: torch.Tensor) -> tuple[float, float]:
-    """(a, b) of the gradient, by least squares over all weights in fp64."""
+    """Fit (a, b) of the gradient, by least squares over all weights in fp64."""
     parts = torch.stack(true_gradients(), dim=1)
-    solution = torch.linalg.lstsq(parts, gradient.double()[:, None]).solution
-    return tuple(solution.flatten().tolist())
+    a, b = torch.linalg.lstsq(parts, gradient.double()[:, None]).solution.flatten().tolist()
+    return a, b
 
 
-def true_gradients() -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the task's and the replay's loss by plain PyTorch in one process, all weights in a row, fp64."""
+def true_gradients() -> list[torch.Tensor]:
+    """Compute the gradients of the task's and the replay's loss by plain PyTorch in one process: flat, fp64."""
     model = _model().double()
-    return tuple(_flat(torch.autograd.grad(_loss(model, part), list(model.parameters()))) for part in (0, 1))
+    return [_flat(torch.autograd.grad(_loss(model, part), list(model.parameters()))) for part in (0, 1)]
 
 
 def by_two_backwards(stage: int, boundaries: bool = False) -> torch.Tensor:
-    """The usual way, under plain gradient descent of rate 1, whose step is the gradient. The remedy: say which backward
-    is the last."""
+    """Take a step in the usual way and return its gradient: with plain gradient descent of rate 1, the step is the
+    gradient. The remedy, `boundaries`, marks the last backward."""
     import deepspeed
 
     model = _model()
@@ -73,7 +82,7 @@ def by_two_backwards(stage: int, boundaries: bool = False) -> torch.Tensor:
 
 
 def by_safecl(stage: int) -> torch.Tensor:
-    """safecl's own step: rows of two terms, one backward."""
+    """Compute the gradient with safecl's own step: rows of two terms, one backward."""
     from safecl.config import RunConfig
     from safecl.distributed import collectives
     from safecl.engine.model.language_model import LanguageModel
@@ -90,8 +99,8 @@ def by_safecl(stage: int) -> torch.Tensor:
     return _flat(engine.shards.read(name, seen) for name in engine.shards.shapes)
 
 
-def _step_rows() -> list:
-    from safecl.data import Row
+def _step_rows() -> list[StepRow]:
+    from safecl.data.tokens import Row
     from safecl.engine.passes.step_rows import StepRow
 
     mask, weight = np.arange(LENGTH) > 0, 1 / (ROWS * (LENGTH - 1))
@@ -103,11 +112,11 @@ def _step_rows() -> list:
     return [StepRow(term, LENGTH, LENGTH - 1, functools.partial(_loaded, row), weight) for term, row in rows]
 
 
-def _loaded(row):
+def _loaded(row: Row) -> tuple[Row, None]:
     return row, None
 
 
-def _model() -> torch.nn.Module:
+def _model() -> LlamaForCausalLM:
     from safecl.demo.model import random_llama
 
     return random_llama(VOCAB, seed=3, hidden=32, layers=1, heads=4)
@@ -117,10 +126,10 @@ def _tokens(part: int) -> torch.Tensor:
     return torch.randint(2, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(part))
 
 
-def _loss(model, part: int) -> torch.Tensor:
+def _loss(model: Any, part: int) -> torch.Tensor:
     tokens = _tokens(part)
     return model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 
-def _flat(tensors) -> torch.Tensor:
+def _flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1).cpu().clone() for tensor in tensors])

@@ -1,7 +1,7 @@
 """One rank of `safecl proof`: `python -m safecl.proof.worker FOLDER WORK`. Started by run.py, in sets of two.
 
-WORK is `measure` (all that needs no death), `save-usual` or `save-safecl` (which do not return), or `load` (what two
-new ranks find).
+WORK is `measure` (all that kills no rank), `save-usual` or `save-safecl` (which kill the rank), or `load` (which loads
+what is left, on new ranks).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ USUAL, SAFECL = "saved-in-place", "saved-by-safecl"
 
 
 def work(folder: Path, what: str) -> None:
-    """Every rank calls it; rank 0 writes what was found."""
+    """Do one kind of work. Every rank calls it; rank 0 writes the findings."""
     from safecl.distributed.collectives import init_distributed
     from safecl.proof import torn_save
 
@@ -33,11 +33,14 @@ def work(folder: Path, what: str) -> None:
     elif what == "save-safecl":
         torn_save.save_safecl(folder / SAFECL)
     else:
-        logging.disable(logging.CRITICAL)  # DeepSpeed logs the torn file once more
-        _write(
-            folder,
-            lambda: torn_save.finding(torn_save.load_usual(folder / USUAL), torn_save.load_safecl(folder / SAFECL)),
-        )
+        logging.disable(logging.CRITICAL)  # DeepSpeed would also log the torn file
+        _write(folder, lambda: _torn_save(folder))
+
+
+def _torn_save(folder: Path) -> Finding:
+    from safecl.proof import torn_save
+
+    return torn_save.finding(torn_save.load_usual(folder / USUAL), torn_save.load_safecl(folder / SAFECL))
 
 
 def _measure_all(folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""`safecl proof` measures: where the usual way is mended the measurement reads right, where safecl were wrong the
-command would fail."""
+"""`safecl proof` measures: with the remedy the usual way gives the right value, and the command fails if safecl is
+wrong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FINDING = Finding("lost-tail", "a failure", "a number", "1", "0", "1", seen=True
 
 @pytest.fixture(scope="module")
 def proof(tmp_path_factory):
-    """(what the command printed, its proof.json, its folder)."""
+    """Run the command: (its output, its proof.json, its folder)."""
     folder = tmp_path_factory.mktemp("proof")
     command = [sys.executable, "-m", "safecl", "proof", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
