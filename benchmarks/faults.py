@@ -87,7 +87,7 @@ def ranks(world_size: int) -> Iterator:
 
 
 def forks() -> dict:
-    from safecl.engine.checkpoint.folder import CheckpointFolder
+    from safecl.engine.checkpoint.publishing import CheckpointFolder
     from tests.engine.checkpoint import checkpoint_files as files
 
     with scratch() as folder:
@@ -105,7 +105,7 @@ def forks() -> dict:
 
 
 def damage() -> dict:
-    from safecl.engine.checkpoint.folder import CheckpointFolder
+    from safecl.engine.checkpoint.publishing import CheckpointFolder
     from tests.engine.checkpoint import checkpoint_files as files
     from tests.engine.checkpoint.mutations import MUTATIONS, mutate
 
@@ -149,7 +149,7 @@ def real_ranks() -> dict:
 
 
 def cuts() -> dict:
-    from safecl.config.methods import builtin_methods
+    from safecl.config.method_registry import builtin_methods
     from tests.training import resume_scenes
 
     found, wrong = {}, []

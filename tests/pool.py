@@ -88,7 +88,7 @@ def _serve(pipe, rank: int, world_size: int, port: int) -> None:
     from safecl.distributed.collectives import init_distributed
 
     init_distributed()
-    gc.freeze()  # DeepSpeed's stage 3 collects garbage when it starts, which takes a second among everything that was imported
+    gc.freeze()  # DeepSpeed's stage 3 collects garbage when it starts: a second, with everything that was imported
     while True:
         try:
             function, arguments = pipe.recv()

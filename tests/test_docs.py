@@ -16,7 +16,7 @@ import yaml
 from safecl.cli import app
 from safecl.config import load_config, parse_yaml
 from safecl.config.docs import reference_page
-from safecl.config.methods import builtin_methods
+from safecl.config.method_registry import builtin_methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from safecl.commands.preflight import refuse_unwritable, settle_hub
-from safecl.commands.working import working
+from safecl.commands.spinner import working
 from safecl.config import load_config
 from safecl.distributed import environment
 from safecl.exits import ExitCode

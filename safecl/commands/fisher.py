@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from safecl.commands.preflight import preflight, refuse_unwritable
 from safecl.config import ConfigError, RunConfig
 from safecl.config.base import FisherSize
-from safecl.config.methods import methods_that
+from safecl.config.method_registry import methods_that
 from safecl.distributed import environment
 from safecl.exits import ExitCode
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from safecl.commands.preflight import preflight
-from safecl.commands.working import working
+from safecl.commands.spinner import working
 from safecl.config import ConfigError, RunConfig, ScanConfig, validate_tree
 from safecl.distributed import environment
 from safecl.exits import ExitCode

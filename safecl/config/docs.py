@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from safecl.config import RunConfig
-from safecl.config.methods import builtin_methods, method_module
+from safecl.config.method_registry import builtin_methods, method_module
 from safecl.config.presets import PRESETS
 
 WIDTH = 110

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from safecl.config.errors import ConfigError, explain, line_of
-from safecl.config.methods import preset_methods
+from safecl.config.method_registry import preset_methods
 from safecl.config.parsing import apply_overrides, key_lines, read_tree
 from safecl.config.run import RunConfig
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from safecl.config.base import MethodConfig, Section, Text
 from safecl.config.data import PoisonConfig, TaskConfig
 from safecl.config.memory import MemoryConfig
-from safecl.config.methods import load_methods, methods_that
+from safecl.config.method_registry import load_methods, methods_that
 from safecl.config.model import ModelConfig
 from safecl.config.safety import PrivacyConfig, SafetyConfig, ScanConfig
 from safecl.config.training import ArtifactsConfig, CheckpointConfig, DeepSpeedConfig, LogConfig, TrainConfig

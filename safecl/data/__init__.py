@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safecl.data.assignment import assign as assign
     from safecl.data.batches import MicroBatch as MicroBatch
     from safecl.data.batches import collate as collate
     from safecl.data.chat import load_tokenizer as load_tokenizer
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from safecl.data.formats import DataError as DataError
     from safecl.data.formats import Message as Message
     from safecl.data.masks import tokenize_row as tokenize_row
-    from safecl.data.microbatches import assign as assign
     from safecl.data.order import TaskOrder as TaskOrder
     from safecl.data.order import resolve_tokens_per_batch as resolve_tokens_per_batch
     from safecl.data.prepare import mix_poison as mix_poison
@@ -45,7 +45,7 @@ _HOMES = {
     "Row": "tokens",
     "TaskOrder": "order",
     "TokenDataset": "tokens",
-    "assign": "microbatches",
+    "assign": "assignment",
     "collate": "batches",
     "concat": "tokens",
     "decode_marked": "display",

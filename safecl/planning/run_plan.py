@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safecl.config import RunConfig, TaskConfig
-from safecl.config.methods import method_module
+from safecl.config.method_registry import method_module
 from safecl.data import load_tokenizer, read_prompts, resolve_tokens_per_batch
 from safecl.data.config_rows import prepare_memory, prepare_task, read_eval_rows, read_training_rows, read_upload_rows
 from safecl.data.files import where

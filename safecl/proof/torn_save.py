@@ -109,7 +109,7 @@ def safecl_checkpoints(folder: Path) -> tuple[Callable[[int], None], CheckpointW
     import deepspeed
 
     from safecl import ShardAdamW, ShardMap, UpdatePlan
-    from safecl.engine.checkpoint.folder import CheckpointFolder
+    from safecl.engine.checkpoint.publishing import CheckpointFolder
     from safecl.engine.checkpoint.reading import CheckpointReader
     from safecl.engine.checkpoint.writing import CheckpointWriter
 

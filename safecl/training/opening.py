@@ -9,7 +9,7 @@ from safecl.config import RunConfig, dump_config
 from safecl.distributed import collectives
 from safecl.engine.checkpoint.random_state import seed_generators
 from safecl.engine.model.settings import choose_attention
-from safecl.engine.passes.opening import open_language_model
+from safecl.engine.passes.open_model import open_language_model
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.zero.state_placement import needs_reference

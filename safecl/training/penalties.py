@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from safecl.engine.fisher.adapter_penalty import read_fisher_pull
 from safecl.engine.fisher.file import open_fisher
+from safecl.engine.fisher.fisher_adapter_penalty import read_fisher_pull
 from safecl.engine.model.adapter_penalty import AdapterPenalty, EvenAdapterPenalty
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.methods.base import Method

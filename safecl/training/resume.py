@@ -21,8 +21,8 @@ import numpy as np
 
 from safecl.config import ConfigError
 from safecl.distributed import collectives
-from safecl.engine.checkpoint.folder import CheckpointFolder
 from safecl.engine.checkpoint.format import Contents
+from safecl.engine.checkpoint.publishing import CheckpointFolder
 from safecl.engine.checkpoint.reading import CheckpointReader
 from safecl.engine.checkpoint.report import BaseModel, SaveReport
 from safecl.engine.checkpoint.writing import CheckpointWriter

@@ -10,8 +10,8 @@ Read it from the top down:
 A run that was stopped or killed is resumed from its folder: the newest whole checkpoint says which part of which task
 comes next.
 
-Elsewhere: gradients are clipped in engine/zero/optimizer.py, the rows of a replay draw are chosen in
-replay/selection/draws.py, a checkpoint is published in engine/checkpoint/folder.py, and the gate decides in
+Elsewhere: gradients are clipped in engine/zero/clipping.py, the rows of a replay draw are chosen in
+replay/selection/draws.py, a checkpoint is published in engine/checkpoint/publishing.py, and the gate decides in
 evaluation/gates/gate.py.
 """
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from safecl.config import ConfigError, RunConfig, dump_config, load_config, parse_yaml
 from safecl.config.docs import section_of, sections
-from safecl.config.methods import builtin_methods, method_module
+from safecl.config.method_registry import builtin_methods, method_module
 from safecl.config.presets import PRESETS
 
 BASE = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t.jsonl"}], "output": "runs/a"}

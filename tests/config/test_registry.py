@@ -14,7 +14,7 @@ import pytest
 
 import safecl
 from safecl.config import MethodConfig
-from safecl.config.methods import builtin_methods, method_module, methods_that
+from safecl.config.method_registry import builtin_methods, method_module, methods_that
 
 PACKAGE = Path(safecl.__file__).parent
 ROOMS = ("commands", "config", "data", "engine", "planning", "training")

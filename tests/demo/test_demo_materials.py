@@ -21,7 +21,7 @@ import yaml
 
 from safecl import exits
 from safecl.config import ConfigError, load_config
-from safecl.config.methods import builtin_methods
+from safecl.config.method_registry import builtin_methods
 from safecl.data import read_prompts, read_rows, tokenize_row
 from safecl.demo import topics
 from safecl.demo.arms import ARMS, EVERY_ARM, poisoned

@@ -96,11 +96,11 @@ def refused(tree: dict, cache: str, fresh: bool = False) -> str:
 
 def fit_on_a_full_disk(tree: dict, cache: str, stop: dict | None = None) -> dict | str:
     """Fits while the disk has room for models, but for no checkpoint; returns the message where the run fails."""
-    from safecl.engine.checkpoint import folder
+    from safecl.engine.checkpoint import publishing
     from safecl.training.trainer import TrainingFailed
 
     with (
-        mock.patch.object(folder, "free_bytes", lambda path: 10_000),
+        mock.patch.object(publishing, "free_bytes", lambda path: 10_000),
         mock.patch("safecl.training.resume.free_bytes", lambda path: 10**12),
     ):
         try:

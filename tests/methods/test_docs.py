@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from safecl.config import ConfigError, RunConfig, validate_tree
-from safecl.config.methods import builtin_methods, method_module
+from safecl.config.method_registry import builtin_methods, method_module
 
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
 BASE = {

@@ -84,7 +84,7 @@ def folders(tmp_path):
 
 def train_with_new_methods(family: str, elsewhere: str, **changes):
     """Trains on this rank with both folders in their places, and takes them out again."""
-    from safecl.config import methods as registry
+    from safecl.config import method_registry as registry
 
     package = importlib.import_module("safecl.methods.projections")
     package.__path__.append(family)

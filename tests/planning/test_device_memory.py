@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from safecl.config import CheckpointConfig, LoraConfig
-from safecl.config.methods import builtin_methods
+from safecl.config.method_registry import builtin_methods
 from safecl.planning import memory_tables
 from safecl.planning.device_memory import plan_memory
 from safecl.planning.model_shape import ModelShape

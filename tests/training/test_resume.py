@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safecl.config.methods import builtin_methods
+from safecl.config.method_registry import builtin_methods
 from safecl.engine.checkpoint.format import MANIFEST, dump_manifest, read_contents, read_manifest
 from tests.engine.passes import oracle
 from tests.training import resume_scenes

@@ -17,7 +17,6 @@ import torch
 
 from safecl.config import ConfigError
 from safecl.distributed import collectives
-from safecl.engine.checkpoint.folder import CheckpointFolder
 from safecl.engine.checkpoint.format import (
     RANDOM,
     WEIGHTS,
@@ -29,6 +28,7 @@ from safecl.engine.checkpoint.format import (
     rank_file,
     read_contents,
 )
+from safecl.engine.checkpoint.publishing import CheckpointFolder
 from safecl.engine.checkpoint.random_state import set_random_state
 from safecl.engine.checkpoint.report import BaseModel
 from safecl.engine.model.dtypes import DTYPES, tensor_bytes

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from safecl.distributed import collectives
-from safecl.engine.checkpoint.folder import CheckpointFolder
 from safecl.engine.checkpoint.format import (
     RANDOM,
     WEIGHTS,
@@ -35,6 +34,7 @@ from safecl.engine.checkpoint.format import (
     rank_file,
     write_slices,
 )
+from safecl.engine.checkpoint.publishing import CheckpointFolder
 from safecl.engine.checkpoint.random_state import random_state
 from safecl.engine.checkpoint.report import BaseModel, SaveReport
 from safecl.engine.model.dtypes import DTYPE_NAMES

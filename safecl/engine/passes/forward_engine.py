@@ -13,7 +13,7 @@ from safecl.distributed import collectives
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.micro_batches import MicroBatchLayout
-from safecl.engine.passes.opening import open_language_model
+from safecl.engine.passes.open_model import open_language_model
 from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.zero.shards import initialize
 

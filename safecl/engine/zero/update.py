@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from safecl.engine.zero.clipping import clip_coefficient, clip_gradients_
 from safecl.engine.zero.penalties import Penalties, PenaltyPlaces, kinds_of, place_penalties
 from safecl.engine.zero.shard import Action, Shard
 from safecl.kernels import adamw_step_
@@ -80,10 +81,9 @@ class ShardUpdate:
 
     def _clip_the_loss(self, shards: Sequence[Shard], norm: Tensor, places: PenaltyPlaces) -> Tensor:
         """`task`: clip the loss's gradient, then add the penalties'."""
-        clip = self._clip_coefficient(norm)
+        clip = clip_coefficient(norm, self.plan.clip_norm)
         if places.before_pass and clip is not None:
-            for shard in shards:
-                shard.grad.mul_(clip)
+            clip_gradients_(shards, clip)
             clip = None
         losses = self.penalties.add_gradients(shards, places.before_pass)
         losses += [loss for shard in shards for loss in self._step(shard, clip, places.in_pass)]
@@ -93,13 +93,10 @@ class ShardUpdate:
         """`total`: add the penalties' gradients, then clip the sum. One more small all-reduce, for its norm."""
         losses = self.penalties.add_gradients(shards, places.before_pass)
         squares, loss = self.penalties.squared_norm(shards, places.in_pass)
-        clip = self._clip_coefficient(self.reduce_sum(squares).sqrt().float())
+        clip = clip_coefficient(self.reduce_sum(squares).sqrt().float(), self.plan.clip_norm)
         for shard in shards:
             self._step(shard, clip, places.in_pass, penalty_scale=clip)
         return sum(losses, loss.float())
-
-    def _clip_coefficient(self, norm: Tensor) -> Tensor | None:
-        return torch.clamp(self.plan.clip_norm / (norm + 1e-6), max=1.0) if self.plan.clip_norm > 0 else None
 
     def _step(
         self, shard: Shard, clip: Tensor | None, penalty: Penalty | None, penalty_scale: Tensor | None = None

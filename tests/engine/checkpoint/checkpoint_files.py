@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from safecl.engine.checkpoint.folder import CheckpointFolder
 from safecl.engine.checkpoint.format import (
     Contents,
     Manifest,
@@ -21,6 +20,7 @@ from safecl.engine.checkpoint.format import (
     read_contents,
     write_slices,
 )
+from safecl.engine.checkpoint.publishing import CheckpointFolder
 from safecl.storage import durable
 from safecl.storage.durable import DamagedCheckpoint, read_into, sync_folder, write_file
 

@@ -38,7 +38,7 @@ def large_model(hidden: int, layers: int, vocabulary: int):
 
 def build(folder: str, size: dict, stage: int, methods: dict | None = None, **train):
     """(run, task, writer of checkpoints) of a run without a memory, whose first task has begun."""
-    from safecl.engine.checkpoint.folder import CheckpointFolder
+    from safecl.engine.checkpoint.publishing import CheckpointFolder
     from safecl.engine.checkpoint.writing import CheckpointWriter
 
     methods = METHODS if methods is None else methods

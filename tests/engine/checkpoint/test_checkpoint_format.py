@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import safecl
-from safecl.engine.checkpoint.folder import CheckpointFolder, superseded
 from safecl.engine.checkpoint.format import MANIFEST, OtherFormat, dump_manifest, read_contents, read_manifest
+from safecl.engine.checkpoint.publishing import CheckpointFolder, superseded
 from safecl.storage import durable
 from safecl.storage.durable import DamagedCheckpoint
 from safecl.storage.safetensors_file import read_header

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: publishing one by rename, keeping the last few, setting damaged ones aside.
+"""Publishing checkpoints: a folder in which one appears by rename, the last few stay, damaged ones are set aside.
 
     checkpoints/
       step-00000500/         whole: its name appears when everything in it is on the disk
