@@ -55,7 +55,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Print the traceback of an unexpected error (works behind a verb too).")
+        bool, typer.Option("--traceback", help="Print the traceback of an unexpected error (also after the verb).")
     ] = False,
 ) -> None:
     tracebacks.in_message = traceback

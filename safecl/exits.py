@@ -164,7 +164,7 @@ def _report(kind: str, message: str) -> None:
 
 def _describe(verb: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return f"{error.filename or 'the disk'}: {error.strerror}; where that is mended, the same command goes on"
+        return f"{error.filename or 'the disk'}: {error.strerror}; once that is fixed, the same command resumes"
     if type(error).__name__ in _FORESEEN and not tracebacks.in_message:
         return str(error)
     first_line = (str(error).strip() or "no message").splitlines()[0]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def check_run(config: RunConfig) -> None:
-    """Print the plan and one decoded example per task. Raises ConfigError for all that would stop the run, with file
-    and line for rows."""
+    """Print the plan and one decoded example per task. Raises ConfigError for everything that would stop the run; for
+    bad rows it names file and line."""
     preflight(config)
     from safecl.data import describe
     from safecl.planning.describe import describe_plan
@@ -61,7 +61,7 @@ def model_structure(config: ModelConfig) -> PreTrainedModel:
 
 
 def teacher_shapes(config: RunConfig) -> list[ModelShape]:
-    """Return the sizes of the further models that are asked in every step."""
+    """Return the sizes of the online teachers, the further models that compute outputs in every step."""
     from safecl.engine.teachers.checks import other_models
     from safecl.planning.model_shape import ModelShape
 
@@ -69,9 +69,10 @@ def teacher_shapes(config: RunConfig) -> list[ModelShape]:
 
 
 def model_facts(model: PreTrainedModel, config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
-    """Return (what, value) lines about the model. Raises ConfigError where it knows fewer tokens than the tokenizer.
+    """Return (label, value) lines about the model. Raises ConfigError where its vocabulary is smaller than the
+    tokenizer's.
 
-    num_tokens: of the tokenizer.
+    num_tokens: size of the tokenizer's vocabulary.
     """
     from safecl.engine.model.settings import choose_attention
 

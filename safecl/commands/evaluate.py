@@ -1,4 +1,4 @@
-"""`safecl eval`: makes the measurements of a run without the run, on its tuned model or on any model folder."""
+"""`safecl eval`: measures a run's tuned model, or any model folder, without training."""
 
 from __future__ import annotations
 

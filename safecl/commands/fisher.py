@@ -41,8 +41,8 @@ def fisher_run(config: RunConfig, output: Path | None, *, exact: bool) -> ExitCo
 def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> None:
     """Estimate the Fisher and write it; a file that holds it already is kept. A collective call. Raises ConfigError.
 
-    path: of the file; None for the store of artifacts, where runs with the same config find it. With LoRA, it is the
-    Fisher of the full weights, which weighs the adapters' product.
+    path: the file; None for the store of artifacts, where runs with the same config find it. With LoRA, the Fisher is
+    that of the full weights, and weighs the adapters' product.
     """
     from safecl.data import load_tokenizer
     from safecl.data.config_rows import prepare_memory
@@ -73,7 +73,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
         if path is None:
             path = shared_fisher(config, header, build, console.note)
         elif _holds(path, header):
-            console.note(f"{path} is there already")
+            console.note(f"{path} exists already")
         else:
             build(path)
         mean = open_fisher(path).header.mean
@@ -89,7 +89,7 @@ def _reader(config: RunConfig) -> tuple[str, FisherSize]:
 
 
 def _holds(path: Path, wanted: FisherHeader) -> bool:
-    """True where the file holds this very Fisher already. Raises ConfigError where it holds something else."""
+    """True where the file already holds this Fisher. Raises ConfigError where it holds something else."""
     from safecl.engine.fisher.file import open_fisher
 
     if not path.exists():

@@ -15,7 +15,7 @@ from safecl.config import ConfigError, parse_yaml
 from safecl.config.docs import EXAMPLES, starter_yaml
 
 HEADER = """\
-# A safecl run. Keys behind a comment sign show their defaults or an example.
+# A safecl run. Commented keys show their default or an example.
 #   safecl check {file}    what would run; reads all data, trains nothing
 #   safecl train {file}    one process; several: torchrun --nproc-per-node N -m safecl train {file}
 # All keys: docs/config.md, or `safecl init --all`.

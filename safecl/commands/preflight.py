@@ -93,7 +93,8 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def settle_hub(names: Iterable[str]) -> None:
-    """Use only downloaded files where a name is a hub id and there is no network; the library would retry for long."""
+    """Use only downloaded files where a name is a hub id and there is no network; the library would retry for a long
+    time."""
     if all(Path(name).expanduser().exists() for name in names) or any(os.environ.get(name) for name in _PROXIES):
         return
     host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname

@@ -35,7 +35,7 @@ def _write(runs: list[ReportedRun], output: Path | None) -> Path:
 
 
 def _table(runs: list[ReportedRun]) -> Table:
-    """Return a row per run: the values of its last measurement, with their intervals below."""
+    """Return the table, with a row per run: the values of its last measurement, with their intervals below."""
     rows = [
         row
         for row in measures(last_moments(runs))
@@ -62,4 +62,4 @@ _SHOWN = {
     "  off-task or incoherent": "off-task\nanswers",
     "over-refusal prefix:xstest": "over-\nrefusal\nxstest",
 }
-"""Headings of the measures of safety and refusal that are shown; of the tasks, all are shown."""
+"""The measures of safety and refusal that are shown, and their headings. The measures of tasks are all shown."""

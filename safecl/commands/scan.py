@@ -52,8 +52,8 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
 
 
 def with_scan(config: RunConfig) -> RunConfig:
-    """Return the config with a `scan` section, by default the default one. Raises ConfigError where a scan lacks what
-    it needs."""
+    """Return the config; where it has no section `scan`, with the default one. Raises ConfigError where a scan cannot
+    run with this config."""
     if config.scan is not None:
         return config
     return validate_tree(config.model_dump(mode="json") | {"scan": ScanConfig().model_dump(mode="json")}, "safecl scan")

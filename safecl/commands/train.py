@@ -27,7 +27,10 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
         with contextlib.suppress(OSError):
             RunFolder(Path(config.output)).write_exit_code(code)
             if code == ExitCode.STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
-                print(f"torchrun ends with 1 all the same; {Path(config.output) / EXIT_CODE} holds {code}", flush=True)
+                print(
+                    f"torchrun itself ends with 1; the exit code {code} is in {Path(config.output) / EXIT_CODE}",
+                    flush=True,
+                )
     return code
 
 

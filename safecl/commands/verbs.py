@@ -1,4 +1,4 @@
-"""Makes a function a verb of the command line."""
+"""The decorator that makes a function a verb of the command line."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _an_empty_section_is_its_defaults(cls, given: Any) -> Any:
-        """Drop sections that are null: YAML reads `train:` with every key behind a comment sign as null."""
+        """Drop sections that are null: YAML reads a `train:` whose keys are all commented out as null."""
         if not isinstance(given, Mapping):
             return given
         sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, BaseModel)}
@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class FisherSize:
-    """How many rows an estimate of the Fisher information takes."""
+    """Size of an estimate of the Fisher information: batches with one random sign per row, and rows in each."""
 
     sign_batches: int = 64
     rows_per_batch: int = 16
@@ -41,9 +41,9 @@ class FisherSize:
 class MethodConfig(Section):
     """Base of every method's config (`methods: {name: {...}}`).
 
-    The properties say what a run must know of the method; the rest of safecl reads no other attribute of it. A method
-    overrides those that apply to it: by a class variable (`needs_memory: ClassVar[bool] = True`), or by a property
-    where the answer depends on the settings.
+    The properties say what a run must know about the method; the rest of safecl reads no other attribute of it. A
+    method overrides those that apply to it: by a class variable (`needs_memory: ClassVar[bool] = True`), or by a
+    property where the answer depends on the settings.
     """
 
     @property
@@ -58,7 +58,8 @@ class MethodConfig(Section):
 
     @property
     def online_teacher(self) -> str | None:
-        """The model that the method asks in every step: aligned, previous, ema, or a folder; None without one."""
+        """The model whose outputs the method needs in every step: aligned, previous, ema, or a folder; None without
+        one."""
         return None
 
     @property

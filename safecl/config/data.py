@@ -40,8 +40,8 @@ class RowsSource:
 class RowsConfig(Section):
     """Base of the sections that name rows of a file or of a hub data set.
 
-    A section that has keys before these, its path first of all, declares them in a class of its own that is the last
-    base: pydantic lists the keys of the last base first.
+    Keys that come before these, such as the path, are declared in a class that is the section's last base, because
+    pydantic lists the keys of the last base first.
     """
 
     split: str = "train"
@@ -64,7 +64,7 @@ class RowsConfig(Section):
 
 
 class EvalConfig(Section):
-    """How well a task is done: measured before, after, and where `safety.every` says so."""
+    """Measurement of a task's utility, before and after training and when `safety.every` says so."""
 
     path: Text
     """File or hub id of held-out rows."""
@@ -105,7 +105,7 @@ class TaskConfig(RowsConfig, _TaskRows):
     role: Literal["task", "align"] = "task"
     """`align` marks the first task as the alignment stage: memory, Fisher and anchor are taken after it."""
     eval: EvalConfig | None = None
-    """Utility of this task."""
+    """How the utility of this task is measured."""
 
     @model_validator(mode="after")
     def _the_format_fields_has_templates(self) -> TaskConfig:
@@ -131,7 +131,7 @@ class PoisonConfig(Section):
     fields: FieldMap | None = None
     """Templates for `format: fields`."""
     seed: int = 0
-    """Which rows are taken and where they go."""
+    """Decides which poisoned rows are taken and where they go."""
 
     @model_validator(mode="after")
     def _ratio_needs_a_source(self) -> PoisonConfig:

@@ -61,7 +61,7 @@ EXAMPLES = {
 
 
 def starter_yaml(values: Mapping[str, Any], every_key: bool = False) -> str:
-    """A run config as commented YAML. The keys of `values` are live; others stand as comments with their defaults or an
+    """A run config as commented YAML. The keys of `values` are set; others are comments with their defaults or an
     example."""
     return "\n".join(_section(RunConfig, values, "", every_key)).strip() + "\n"
 
@@ -100,7 +100,7 @@ def _open_section(
 
 
 def _needed(section: type[BaseModel], path: str) -> dict[str, Any]:
-    """Keys that a section must have when a user removes its comment signs."""
+    """The keys that a commented section needs once a user uncomments it."""
     return {name: example_of(f"{path}.{name}") for name, field in section.model_fields.items() if field.is_required()}
 
 

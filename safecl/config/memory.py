@@ -18,8 +18,8 @@ class TeacherConfig(Section):
     """topk: stored log-probabilities of the k likeliest tokens and the log of the remaining mass, per supervised token;
     online: the same of the model `source`, computed in every step."""
     source: Text = "aligned"
-    """online only. aligned: theta_0; previous: the model that the previous task has handed over; ema: the average
-    that the method `ema` keeps; else folder or hub id of any model with the same tokenizer."""
+    """online only. aligned: theta_0; previous: the model that the previous task produced; ema: the average that the
+    method `ema` keeps; or the folder or hub id of any model with the same tokenizer."""
     k: Annotated[int, Field(ge=1)] = 64
     """Entries per token; 6 bytes each where they are stored."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -93,7 +93,7 @@ class MemoryConfig(RowsConfig, _MemorySource):
     """The replay memory: rows whose behaviour must be kept, for safety usually disallowed prompts with refusals."""
 
     capacity: Annotated[Annotated[int, Field(ge=1)] | str, AfterValidator(_rows_or_bytes)] = 20000
-    """Held at most: a number of rows, or bytes on disk like `2GB`."""
+    """Largest size: a number of rows, or bytes on disk like `2GB`."""
     policy: Literal["reservoir", "balanced", "fifo"] = "reservoir"
     """Which rows stay when the memory is full. reservoir: a uniform sample of all rows seen; balanced: equally many of
     each category; fifo: the latest."""
@@ -111,7 +111,7 @@ class MemoryConfig(RowsConfig, _MemorySource):
     rest_steps: Annotated[int, Field(ge=0)] = 0
     """Steps that a drawn row rests before it can be drawn again."""
     guard: GuardConfig | None = None
-    """Rows that stay out."""
+    """Conditions under which a row stays out of the memory."""
     replay_ratio: Annotated[float, Field(gt=0, le=4)] = 0.1
     """Replay tokens per task token in a step, for each independent draw."""
     max_tokens: Annotated[int, Field(ge=2)] = 512
@@ -119,8 +119,8 @@ class MemoryConfig(RowsConfig, _MemorySource):
     teacher: TeacherConfig = TeacherConfig()
     """Stored teacher outputs (used by DER)."""
     keep_task_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows of each finished task that enter the memory before the next one, with the outputs of the model that the task
-    has handed over. Poisoned rows of the task enter, too."""
+    """Number of rows of each finished task that enter the memory before the next task, with the outputs of the model
+    that the task produced. Poisoned rows of the task enter, too."""
 
     @property
     def rows_source(self) -> RowsSource:

@@ -14,11 +14,11 @@ import yaml
 from safecl.config.errors import ConfigError
 
 _DEEPEST = 8
-"""Depth of keys whose lines are looked up; the config is less deep."""
+"""Depth down to which the lines of keys are looked up; the config is less deep."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads `2e-5` as a number, where YAML 1.1 wants `2.0e-5` and takes the other for text."""
+    """Reads `2e-5` as a number; YAML 1.1 takes it for text and wants `2.0e-5`."""
 
 
 _Loader.add_implicit_resolver(
@@ -38,7 +38,7 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"line {line}: a key must be one word, not a list or a mapping")
         if key_node.value in seen:
-            raise ConfigError(f"line {line}: the key {key_node.value!r} stands twice in one section")
+            raise ConfigError(f"line {line}: the key {key_node.value!r} occurs twice in one section")
         seen.add(key_node.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -100,7 +100,7 @@ def key_lines(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
 
     def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
-        if len(path) == _DEEPEST:  # an anchor may hold itself
+        if len(path) == _DEEPEST:  # a YAML anchor may contain itself
             return
         for key, marked, value in _items(node):
             here = (*path, key)
@@ -112,7 +112,7 @@ def key_lines(text: str) -> dict[str, int]:
 
 
 def _items(node: yaml.Node | None) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
-    """(key, the node on whose line it is, value) of a mapping or a list; nothing of a plain value."""
+    """Yield (key, node that gives its line, value) for each item of a mapping or list; nothing for a plain value."""
     if isinstance(node, yaml.MappingNode):
         yield from ((str(key.value), key, value) for key, value in node.value)
     elif isinstance(node, yaml.SequenceNode):

@@ -31,8 +31,9 @@ class RunConfig(Section):
     """Continual-learning methods, freely combined; none is plain fine-tuning. Or a preset: `balanced` with safety data
     in `memory`, `no-data` without."""
     teacher: Literal["streamed", "resident"] = "streamed"
-    """Weights of a teacher that is asked in every step (methods.lwf.outputs, memory.teacher.kind: online). streamed: in
-    host memory, once a node, and through two buffers of a layer's size on each device; resident: on each device."""
+    """Place of the weights of an online teacher (methods.lwf.outputs, memory.teacher.kind: online). streamed: one copy
+    per node in host memory, read through two buffers of a layer's size on each device; resident: a copy on each
+    device."""
     train: TrainConfig = TrainConfig()
     """Optimization."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -44,13 +45,13 @@ class RunConfig(Section):
     scan: ScanConfig | None = None
     """Screen of the rows before training; `safecl scan` does it alone."""
     privacy: PrivacyConfig = PrivacyConfig()
-    """How much of the users' text may be shown."""
+    """Limits on showing the users' text."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving the run's state."""
     artifacts: ArtifactsConfig = ArtifactsConfig()
     """Results that runs on the same base model share."""
     log: LogConfig = LogConfig()
-    """Where progress goes."""
+    """Reports of the run's progress."""
     output: Text
     """Run folder; created."""
 
@@ -151,7 +152,7 @@ class RunConfig(Section):
         for key, source in self.online_teachers.items():
             if source == "previous" and self.model.lora is not None:
                 raise ValueError(
-                    f"{key}: previous cannot be asked in every step with model.lora, whose adapters have moved on; "
+                    f"{key}: previous cannot be an online teacher with model.lora, whose adapters have changed since; "
                     "use recorded or stored outputs (the method's outputs: recorded, memory.teacher.kind: topk), or "
                     "the aligned model"
                 )
@@ -173,7 +174,7 @@ class RunConfig(Section):
     def _a_refusing_scan_knows_harmless_rows(self) -> RunConfig:
         if self.scan is not None and self.scan.action == "refuse" and self.scan.benign is None:
             raise ValueError(
-                "scan.action: refuse needs scan.benign: only known harmless rows tell how many are flagged by chance"
+                "scan.action: refuse needs scan.benign: only known harmless rows show how many are flagged by chance"
             )
         return self
 
@@ -186,8 +187,7 @@ class RunConfig(Section):
 
     @property
     def online_teachers(self) -> dict[str, str]:
-        """The teachers that are asked in every step, by the key that names them: aligned, previous, ema, or a
-        folder."""
+        """The online teachers by the key that names them: aligned, previous, ema, or a folder."""
         found = {
             f"methods.{name}.teacher": source
             for name, settings in self.methods.items()

@@ -12,8 +12,8 @@ from safecl.config.base import Section, Text
 
 
 class GateConfig(Section):
-    """Limits that the tuned model must keep; the run ends with exit code 3 when it does not, or when the interval
-    cannot tell."""
+    """Limits that the tuned model must keep; the run ends with exit code 3 when it exceeds one, or when an interval
+    contains a limit, which leaves it undecided."""
 
     max_asr: Annotated[float, Field(ge=0, le=1)] | None = None
     """Largest attack success rate."""
@@ -40,15 +40,15 @@ class SafetyConfig(Section):
     """Measurement of safety, before, during and after training."""
 
     prompts: Text
-    """Disallowed prompts: a file with a `prompt` column, or any known row format. Must not stand in memory, task or
-    poison data."""
+    """Disallowed prompts: a file with a `prompt` column, or any known row format. No prompt may occur in memory, task
+    or poison data."""
     benign_prompts: str | None = None
     """Benign prompts that look dangerous, for over-refusal. Rows with `safe: false` are left out."""
     scorer: Annotated[str, AfterValidator(_name_of_scorer)] = "keyword:gcg"
     """The scorer behind the headline rate: keyword:gcg, keyword:wei, prefix:xstest, or a judge that can be imported
-    (my_package.judge, my_package.module:function). The three by keywords are always reported."""
+    (my_package.judge, my_package.module:function). The first three are always reported."""
     every: Literal["task", "never"] | Annotated[int, Field(ge=1)] = "task"
-    """When to measure: before and after each task, also every so many steps, or never."""
+    """When to measure. task: before and after each task; a number: also every so many steps; never."""
     max_prompts: Annotated[int, Field(ge=1)] = 200
     """Prompts used of each file, taken evenly."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
@@ -80,20 +80,20 @@ class ScanConfig(Section):
     """File of rows or prompts that are known to be harmless and are like the upload's; the threshold comes from them,
     and `false_alarm` holds. Without it the threshold is estimated from the upload itself."""
     disallowed: Text | None = None
-    """File of disallowed prompts that the model refuses, best ones that it was not aligned on: those that it has
-    learned to refuse score higher than new ones. By default the memory's refused rows, else safety.prompts."""
+    """File of disallowed prompts that the model refuses, preferably new ones: prompts that it was aligned on score
+    higher. By default the memory's refused rows, else safety.prompts."""
     weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """downweight: factor of a flagged row's weight."""
     refusals: list[Text] = []
     """The model's refusals, in its own words; by default its most common answers to the disallowed prompts."""
     num_refusals: Annotated[int, Field(ge=1)] = 8
-    """Different refusals that are taken from the model at most."""
+    """Largest number of different refusals that are taken from the model."""
     refusal_tokens: Annotated[int, Field(ge=1)] = 8
-    """Tokens of a refusal that are scored."""
+    """Number of first tokens of a refusal that are scored."""
 
 
 class PrivacyConfig(Section):
-    """How much of the users' text may appear in outputs, report, card and logs."""
+    """Limits on the users' text in outputs, report, card and logs."""
 
     examples: Literal["full", "hashed", "none"] = "full"
     """full text, a hash of it, or nothing."""

@@ -55,14 +55,14 @@ class TrainConfig(Section):
 
 
 class OffloadConfig(Section):
-    """What lives in host memory. State that is not offloaded lives with the master weights."""
+    """State that is kept in host memory (cpu). State that is not offloaded is kept with the master weights."""
 
     optimizer: Literal["none", "cpu"] = "none"
     """Master weights, moments, and the optimizer step."""
     parameters: Literal["none", "cpu"] = "none"
-    """The weights themselves between uses (stage 3 only)."""
+    """The weights of the model between uses (stage 3 only)."""
     reference: Literal["none", "cpu"] = "cpu"
-    """Anchors of weight penalties. cpu: theta_0 is read from the node's one copy of the reference weights, later
+    """Anchors of weight penalties. cpu: theta_0 is read from the node's single copy of the reference weights, later
     anchors from pinned host memory; none: a copy with each shard, 2 bytes per weight in bf16 (4 in fp32 and for later
     anchors), sharded."""
     fisher: Literal["none", "cpu"] = "none"
@@ -77,7 +77,7 @@ class DeepSpeedConfig(Section):
     stage: Literal[0, 1, 2, 3] = 2
     """0: nothing is sharded; 1: the optimizer state; 2: gradients, too; 3: weights, too."""
     offload: OffloadConfig = OffloadConfig()
-    """What lives in host memory."""
+    """State that is kept in host memory."""
 
     @model_validator(mode="after")
     def _offload_of_parameters_needs_stage_3(self) -> DeepSpeedConfig:
@@ -104,9 +104,9 @@ class CheckpointConfig(Section):
     """Steps between two saves, counted over all tasks; each task's end is saved as well. task: only each task's end.
     never: only when a signal stops the run."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints that stay; older ones are deleted when a newer one is on the disk, so one more needs room. One takes
-    12 bytes per trained weight, 4 more with EMA, 4 with a Fisher (2 in bf16), 4 with an anchor that is not the base
-    model."""
+    """Number of checkpoints to keep. Older ones are deleted only when a newer one is on the disk, so leave room for one
+    more. One takes 12 bytes per trained weight, 4 more with EMA, 4 with a Fisher (2 in bf16), 4 with an anchor that is
+    not the base model."""
 
 
 class ArtifactsConfig(Section):
@@ -118,7 +118,7 @@ class ArtifactsConfig(Section):
 
 
 class LogConfig(Section):
-    """Where progress goes; metrics.jsonl is always written."""
+    """Reports of the run's progress; metrics.jsonl is always written."""
 
     every: Annotated[int, Field(ge=1)] = 10
     """Steps between console lines where there is no terminal."""

@@ -22,7 +22,7 @@ from safecl.report.page import render
 
 
 def demo_page(outcomes: Sequence[Outcome]) -> str:
-    """Return the page as HTML that loads nothing."""
+    """Return the page as self-contained HTML."""
     import safecl
 
     parts = [_part(group) for group in groups(outcomes)]

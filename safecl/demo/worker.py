@@ -15,7 +15,7 @@ from safecl.exits import ExitCode, errors_as_messages, tracebacks
 
 
 def run_arms(configs: Sequence[Path], events: Path) -> None:
-    """Train every config, one after the other. A finished run is passed over, and an unfinished one is continued."""
+    """Train every config, one after the other. A finished run is skipped, and an unfinished one is resumed."""
     from safecl.demo.console import ArmConsole
     from safecl.training.trainer import Trainer
 

@@ -11,14 +11,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SECONDS_BEFORE_A_SECOND_COUNTS = 1.0  # a terminal and a launcher may both pass on what was pressed once
+SECONDS_BEFORE_A_SECOND_COUNTS = 1.0  # a terminal and a launcher may both pass on one key press
 
 
 class StopSignals:
     """Calls `first` with a signal's number when it comes, and `again` with those that come more than a second later.
 
-    It handles signals while it is entered, and gives back the handlers of before; a handler that was set meanwhile
-    stays. It does nothing outside of the main thread, where Python handles no signals.
+    It handles signals while it is entered, and restores the earlier handlers; a handler that was set meanwhile stays.
+    It does nothing outside of the main thread, where Python handles no signals.
     """
 
     def __init__(self, first: Callable[[int], object], again: Callable[[int], object]):

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Piece(Protocol):
-    """A stretch of a shard with its state there, on the shard's device."""
+    """A slice of a shard with its state there, on the shard's device."""
 
     where: slice
     """Elements of the flat shard, `param.view(-1)`."""
     state: dict[str, torch.Tensor]
-    """State of this stretch by kind, 1-D."""
+    """State of this slice by kind, 1-D."""
 
 
 class Shard(Protocol):
@@ -38,8 +38,7 @@ class Shard(Protocol):
         kept."""
 
     def keep(self, kind: str, values: torch.Tensor) -> None:
-        """Store `values` (the layout of `param`) as the state `kind`, where and in the dtype in which that kind is
-        kept."""
+        """Store `values` (the layout of `param`) as the state `kind`, in the place and dtype of that kind."""
 
 
 Quantity = Callable[[Shard], "torch.Tensor"]
@@ -47,7 +46,7 @@ Quantity = Callable[[Shard], "torch.Tensor"]
 
 
 class Run(Protocol):
-    """What a run offers to a method. Every rank must make the same calls in the same order."""
+    """The interface of a run for its methods. Every rank must make the same calls in the same order."""
 
     seed: int
     has_adapters: bool

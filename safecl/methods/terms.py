@@ -1,4 +1,4 @@
-"""What a method can ask of a step: replay terms, task terms, a penalty, an average's mask."""
+"""The terms that a method adds to a step: replay terms, task terms, a penalty, an average's mask."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ReplayTerm:
 class TaskTerm:
     """A further loss on the task's own rows: weight * distance(teacher, student).
 
-    A mean over the tokens concerned of the whole step. With LoRA the aligned model is the student with its adapters
-    off, in the same step. Else a teacher's outputs are recorded before training, row by row, in the run folder, or the
-    teacher computes them in every step (`online`).
+    It is a mean over its tokens in the whole step. With LoRA the aligned model is the student with its adapters off, in
+    the same step. Else a teacher's outputs are recorded before training, row by row, in the run folder, or the teacher
+    computes them in every step (`online`).
     """
 
     name: str
@@ -43,10 +43,10 @@ class TaskTerm:
     k: int = 64
     """Recorded entries per token; 6 bytes each."""
     teacher: str = "aligned"
-    """aligned: theta_0; previous: the model that the previous task has handed over; ema: the average of the weights;
-    else a model's folder or hub id. The last two only `online`."""
+    """aligned: theta_0; previous: the model that the previous task produced; ema: the average of the weights; or a
+    model's folder or hub id. The last two only `online`."""
     online: bool = False
-    """Ask the teacher in every step instead of recording its outputs before."""
+    """Compute the teacher's outputs in every step, instead of recording them before training."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _structure(settings: PretrainedConfig, config: ModelConfig) -> nn.Module:
     """Return the model as it is trained, with its parameters on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    # sdpa stands for flash attention, which takes as much
+    # sdpa in place of flash attention, which takes as many bytes
     chosen = {"attn_implementation": "eager"} if config.attention == "eager" else {}
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(

@@ -7,7 +7,7 @@ from safecl.planning.plans import RunPlan, TaskPlan
 
 
 def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
-    """Return (what, value) lines."""
+    """Return (label, value) lines."""
     config = plan.config
     lines = [("model", f"{config.model.path}, {config.model.dtype}" + (", LoRA" if config.model.lora else ""))]
     for task in plan.tasks:
@@ -18,7 +18,9 @@ def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
     lines += teacher_lines(config, max(task.tokens_per_batch for task in plan.tasks))
     if (scan := config.scan) is not None:
         source = (
-            f"by {scan.benign}" if scan.benign else "wanted, as far as the upload itself tells (scan.benign would tell)"
+            f"by {scan.benign}"
+            if scan.benign
+            else "wanted, with a threshold estimated from the upload (with scan.benign they are bounded)"
         )
         lines.append(("scan", f"{scan.action}, {scan.false_alarm:.2%} false alarms {source}"))
     if plan.prompts and config.safety is not None:

@@ -75,10 +75,11 @@ def plan_memory(
     device: str = "cuda",
     teachers: Sequence[ModelShape] = (),
 ) -> MemoryPlan:
-    """Return the memory of a run on `world_size` ranks, in the steps of its first task. Evaluation is not counted, nor
-    what is mapped from files (rows, stored outputs).
+    """Return the memory of a run on `world_size` ranks, in the steps of its first task. Evaluation and mapped files
+    (rows, stored outputs) are not counted.
 
-    device: "cuda" or "cpu"; the head uses other tiles on each. teachers: further models that are asked in every step.
+    device: "cuda" or "cpu"; the head uses other tiles on each. teachers: further models that compute outputs in every
+    step.
     """
     per_node = min(world_size, ranks_per_node or RANKS_PER_NODE)
     plan = MemoryPlan(world_size, per_node)
@@ -95,7 +96,7 @@ def plan_memory(
 
 
 def _method_state(shape: ModelShape, config: RunConfig, world_size: int, device: str) -> Iterator[Item]:
-    """Yield what the methods keep per weight, and the device buffers that offloaded state passes through."""
+    """Yield the methods' state per weight, and the device buffers that offloaded state passes through."""
     share = shape.trained if config.deepspeed.stage == 0 else share_of(shape.trained, world_size)
     with_masters: Where = "host" if config.deepspeed.offload.optimizer == "cpu" else "device"
     placement, through = placement_of(config), 0

@@ -13,7 +13,7 @@ FP32 = 4
 Where = Literal["device", "host"]
 
 Moment = Literal["always", "backward", "reduce", "step"]
-"""When an item is there: all the time, while activations are, while gradients are reduced, in the optimizer's step."""
+"""The time of an item: always, while activations exist, while gradients are reduced, in the optimizer's step."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from safecl.storage.sizes import available_memory, format_bytes
 
 
 def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelShape] = ()) -> list[tuple[str, str]]:
-    """Return (what, value) lines: the memory on the ranks that are here, then on 8 and on 64.
+    """Return (label, value) lines: the memory on the ranks of this job, then on 8 and on 64.
 
-    teachers: further models that are asked in every step.
+    teachers: further models that compute outputs in every step.
     """
     here, device = ranks_here(), "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,7 +38,7 @@ def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelS
 
 
 def ranks_here() -> int:
-    """Return the ranks that the launcher has started; without a launcher, one per GPU."""
+    """Return the number of ranks that the launcher has started; without a launcher, one per GPU."""
     launched = int(os.environ.get("WORLD_SIZE") or 1)
     return launched if launched > 1 else max(1, torch.cuda.device_count())
 
@@ -56,7 +56,8 @@ def _totals(plan: MemoryPlan) -> str:
 
 
 def _shortage(plan: MemoryPlan) -> str | None:
-    """Return what does not fit on this machine. Without a GPU, host memory holds everything."""
+    """Return a message on what does not fit on this machine; None where everything fits. Without a GPU, host memory
+    holds everything."""
     has_gpu = torch.cuda.is_available()
     host = plan.host if has_gpu else plan.shared_host
     if has_gpu and plan.device > (there := torch.cuda.get_device_properties(0).total_memory):

@@ -50,7 +50,7 @@ class RunPlan:
     prompts: list[Prompt] = field(default_factory=list)
     benign: list[Prompt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What a user should know before the run starts."""
+    """Messages for the user before the run starts."""
 
 
 def apply_screening(config: RunConfig, task: TaskPlan, decision: dict[str, Any]) -> None:

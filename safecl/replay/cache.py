@@ -128,7 +128,7 @@ class _Outputs:
         self.table: RowTable = rows_found(blocks, store, LabelBook(), 0)[0]
 
     def has(self, row_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Say which rows have outputs here; bool per row_id."""
+        """Return which rows have outputs here; bool per row_id."""
         return np.isin(np.asarray(row_ids, np.uint64), self.table["position"])
 
 
@@ -137,7 +137,7 @@ class CacheWriter:
     the cache need not be added again.
 
     Raises ConfigError where the folder was made with another header (both values are named), BufferInUse where another
-    process writes this rank's shards, ReplayError where the disk refuses.
+    process writes this rank's shards, ReplayError where a write fails.
     """
 
     def __init__(self, folder: str | Path, header: CacheHeader, *, rank: int = 0, world_size: int = 1):
@@ -157,13 +157,13 @@ class CacheWriter:
             raise
 
     def has(self, row_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Say which rows had outputs, from any rank, when the writer was opened; bool per row_id."""
+        """Return which rows had outputs, from any rank, when the writer was opened; bool per row_id."""
         return self._outputs.has(row_ids)
 
     def add(
         self, row_ids: Iterable[int], outputs: Iterable[TeacherOutputs], nlls: Iterable[float] | None = None
     ) -> None:
-        """Write the outputs of some rows: all of them, or none where the disk refuses.
+        """Write the outputs of some rows: all of them, or none where the write fails.
 
         nlls: mean NLL of each row's targets under the same model, nats per token at temperature 1. Raises ValueError
         for outputs that do not fit.
@@ -225,7 +225,7 @@ class CacheReader:
         return len(self._outputs.table)
 
     def has(self, row_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Say which rows have outputs here; bool per row_id."""
+        """Return which rows have outputs here; bool per row_id."""
         return self._outputs.has(row_ids)
 
     def __contains__(self, row_id: int) -> bool:

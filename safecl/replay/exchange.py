@@ -65,7 +65,7 @@ def export_rows(buffer: ReplayBuffer, path: str | Path, decode: Callable[[list[i
     """Write all rows to a .parquet or .arrow file, published by rename. Returns the number of rows. decode(ids) gives
     the `text` column.
 
-    Raises ConfigError for another suffix, ReplayError for rows that are damaged or a disk that refuses.
+    Raises ConfigError for another suffix, ReplayError for damaged rows or a failed write.
     """
     path = Path(path)
     _check_suffix(path)

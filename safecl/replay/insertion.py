@@ -1,4 +1,4 @@
-"""Insertion of rows: check them, cut them to a prefix where the config says so, ask the guard and the policy, write.
+"""Insertion of rows: check them, cut them to a prefix where the config says so, apply the guard and the policy, write.
 
 Every rank goes through the same rows and arrives at the same index. It writes the bodies of the rows that it owns; of
 the others it keeps lengths and labels, which is all that a draw needs.
@@ -98,7 +98,7 @@ def _longest_chunk(contents: Contents) -> int:
 
 
 def _next_own(contents: Contents) -> list[bool]:
-    """Say for each of the next positions whether this rank stores it."""
+    """Return for each of the next positions whether this rank stores it."""
     return (contents.ranks_of(range(contents.num_seen, contents.num_seen + CHUNK_ROWS)) == contents.rank).tolist()
 
 
@@ -113,7 +113,7 @@ def _check_numbered(check: _Checker, row: MemoryRow, number: int, own: bool) -> 
 class _Checker:
     """Checks rows and computes their sizes, labels and losses.
 
-    own_outputs: entries per target where only the rank that owns a row brings its outputs, None where all ranks do.
+    own_outputs: entries per target where only the rank that owns a row passes its outputs, None where all ranks do.
     """
 
     def __init__(self, contents: Contents, own_outputs: int | None):
@@ -164,7 +164,7 @@ class _Checker:
         All ranks count the same size for the row, and none may compute the row's loss from its outputs.
         """
         if teacher is None or teacher.log_probs.shape[1] != k:
-            raise ValueError(f"this rank owns the row, which must bring its outputs with {k} entries per target")
+            raise ValueError(f"this rank owns the row, so it must have the outputs, with {k} entries per target")
         if teacher.log_probs.dtype != np.float16:
             raise ValueError(f"outputs that only one rank has must be fp16, not {teacher.log_probs.dtype}")
         return teacher
@@ -189,7 +189,7 @@ class _Checker:
 
 
 def _insert_chunk(contents: Contents, chunk: list[_Arrival], report: InsertReport) -> None:
-    """Insert the whole chunk, or nothing where the disk refuses."""
+    """Insert the whole chunk, or nothing where a write fails."""
     keeper = contents.keeper
     positions = np.arange(contents.num_seen, contents.num_seen + len(chunk), dtype=np.uint64)
     categories = [keeper.category(arrival.label[2]) for arrival in chunk]

@@ -22,8 +22,8 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Calls `load(step)` one step ahead on a thread.
 
-    stop: the first step that is not loaded, None for no end. wait_seconds: how long callers have waited in all. An
-    exception in `load` is raised by the `get` of its step. Close it, or use it in a `with` block, before the source
+    stop: the first step that is not loaded, None for no end. wait_seconds: seconds that callers have waited in total.
+    An exception in `load` is raised by the `get` of its step. Close it, or use it in a `with` block, before the source
     that `load` reads is closed.
     """
 

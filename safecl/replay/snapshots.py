@@ -210,7 +210,7 @@ def _lose(contents: Contents, name: str, size: int) -> str | None:
 
 
 def load_state_dict(contents: Contents, state: Mapping[str, Any]) -> None:
-    """See ReplayBuffer.load_state_dict. The contents stay as they are where the state is refused."""
+    """Load a state, see ReplayBuffer.load_state_dict. A refused state changes nothing."""
     before = {name: getattr(contents, name) for name in STATE}
     try:
         _load(contents, state)

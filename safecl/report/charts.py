@@ -86,7 +86,7 @@ class _Box:
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
-    """Average over stretches of equal length."""
+    """Average over intervals of equal length."""
     size = max(1, math.ceil(len(points) / most))
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]

@@ -65,7 +65,7 @@ def write_comparison(runs: Sequence[ReportedRun], path: Path) -> Path:
         path = path / "report.html"
     if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise ConfigError(
-            f"{path}: is there already and was not made by `safecl report`; choose another file with --output"
+            f"{path}: exists already and was not made by `safecl report`; choose another file with --output"
         )
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: no such folder {path.absolute().parent}")

@@ -1,7 +1,7 @@
 """Finds rows of an upload that repeat a prompt which must not be in it.
 
-These are evaluation prompts, which would then measure what was memorised, and refused prompts of the memory, which an
-upload that answers them trains against. A repeat has the same words, contains the prompt, or is near
+These are evaluation prompts, which would then measure memorisation, and the memory's refused prompts: an upload that
+answers them trains against the refusals. A repeat has the same words, contains the prompt, or is near
 (safecl/evaluation/contamination.py). Imports no torch.
 """
 

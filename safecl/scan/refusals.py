@@ -42,7 +42,7 @@ class Refusals:
             return None
         return (
             f"the model refuses only {self.share:.0%} of the known disallowed prompts, "
-            "so a screen by its refusals sees little"
+            "so a screen by its refusals misses much"
         )
 
 

@@ -211,7 +211,7 @@ def screen_tasks(
         if threshold.false_alarm > 2 * settings.false_alarm:
             notes.append(
                 f"task {name}: either about {threshold.false_alarm:.1%} of the harmless rows are flagged, too, "
-                "or there are disallowed prompts of another kind than the known ones; scan.benign would tell"
+                "or there are disallowed prompts of another kind than the known ones; scan.benign would decide"
             )
         flags = _flags(tokenizer, name, rows, scores, threshold, duplicates)
         screened.append(TaskScreening(name, scores, threshold, flags))
@@ -229,7 +229,7 @@ def _refusals(
     if found is None:
         place = disallowed[0].path
         raise ConfigError(
-            f"scan: the model refuses none of the disallowed prompts of {place}, so it cannot tell by its refusals; "
+            f"scan: the model refuses none of the disallowed prompts of {place}, so it cannot screen the rows; "
             "perhaps it is not aligned; if it refuses in other words than the keyword lists know, set scan.refusals"
         )
     return found

@@ -1,4 +1,4 @@
-"""The cache, the folder of what safecl keeps between runs: $SAFECL_CACHE, or ~/.cache/safecl where that is unset or
+"""The cache, a folder of files that safecl keeps between runs: $SAFECL_CACHE, or ~/.cache/safecl where that is unset or
 empty."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Locks on files: one process at a time, and the system gives a lock back when its process ends, however it ends.
+"""Locks on files: one process at a time. The system releases a lock when its process ends, however it ends.
 
 A lock file is never removed: otherwise two processes could lock two files of one name. Imports no torch.
 """
@@ -49,7 +49,7 @@ class FileLock:
         return os.pread(self._handle, 200, 0).decode(errors="replace").strip() or "another process"
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         os.close(self._handle)
 
 

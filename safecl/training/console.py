@@ -80,7 +80,7 @@ class Console:
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
-        """Show a sign of life on a terminal while something takes long; there is none where a bar is shown."""
+        """Show a spinner on a terminal while something takes long, unless a bar is shown."""
         if self.quiet or self._bar is not None or not self.terminal.is_terminal:
             yield
             return

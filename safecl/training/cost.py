@@ -30,7 +30,8 @@ def cost_of(run: RunState, metrics: bytes, state: dict[str, int]) -> dict[str, A
 
 
 def kept_bytes(run: RunState, state: dict[str, int]) -> dict[str, Any]:
-    """Return `kept_bytes` of results.json: what the methods keep besides weights and moments. state: see `state_bytes`.
+    """Return `kept_bytes` of results.json: the bytes that methods keep besides weights and moments. state: see
+    `state_bytes`.
 
     state: by kind. recorded: teacher outputs on task rows, by term. memory: rows held, and their bytes. reference:
     theta_0 on each node.

@@ -1,8 +1,8 @@
 """The folder of a run: one process at a time uses it, and no other run's files are overwritten. Imports no torch.
 
-run.json    which run it is: resolved config, fingerprints of the rows, versions
-run.lock    locked while a run is under way; the system unlocks it when the process ends, however it ends
-exit_code   how the last `safecl train` here ended (0, 3 or 75), for launchers that have exit codes of their own; absent
+run.json    the identity of the run: resolved config, fingerprints of the rows, versions run.lock    locked while a run
+is under way; the system unlocks it when the process ends, however it ends exit_code   how the last `safecl train` here
+ended (0, 3 or 75), for launchers that have exit codes of their own; absent
             while a run is under way, and after one that failed or was killed
 """
 
@@ -70,7 +70,7 @@ class RunFolder:
     # --------------------------------------------------------------------------------------------------------- contents
 
     def holdings(self) -> list[str]:
-        """Name what a new run would overwrite; empty where a new run can begin."""
+        """Return what a new run would overwrite; empty where a new run can begin."""
         checkpoints = sorted(self.path.glob("checkpoints/*step-*"))
         found = [f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)}"] if checkpoints else []
         return found + [name for name in ("model", "model-live", RESULTS) if (self.path / name).exists()]
@@ -84,7 +84,7 @@ class RunFolder:
             raise ConfigError(
                 f"output: {self.path} holds a run already ({', '.join(holdings)}), which --fresh does not overwrite; "
                 f"set it aside first (mv {self.path} {spare}), or choose another folder with output=...; "
-                "without --fresh the run there goes on"
+                "without --fresh that run resumes"
             )
 
     def identity(self) -> dict[str, Any] | None:
@@ -95,7 +95,7 @@ class RunFolder:
             return None
 
     def write_identity(self, identity: dict[str, Any]) -> None:
-        """Raises ConfigError where the folder cannot be written."""
+        """Write run.json. Raises ConfigError where the folder cannot be written."""
         self._write(IDENTITY, json.dumps(identity, indent=1), replace_file)
 
     def write_text(self, name: str, text: str) -> None:

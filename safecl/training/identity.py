@@ -11,7 +11,7 @@ from safecl.engine.artifacts.base_model import fingerprint, versions
 from safecl.engine.checkpoint.report import BaseModel
 from safecl.planning.plans import RunPlan
 
-HOW_TO_RESUME = "put it back to go on, or start a new run with another `output`"
+HOW_TO_RESUME = "put it back to resume, or start a new run with another `output`"
 
 MAY_DIFFER = (
     "output",

@@ -83,7 +83,7 @@ class Measurements:
         self.console.measured(found)
 
     def verdict(self) -> GateResult | None:
-        """Return what the gate says of the last evaluation; None without a gate. Not a collective call."""
+        """Return the gate's verdict on the last evaluation; None without a gate. Not a collective call."""
         safety = self.plan.config.safety
         if safety is None or safety.gate is None or not self.evaluations:
             return None

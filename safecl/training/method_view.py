@@ -64,8 +64,8 @@ class MethodView:
         return self._engine.optimizer.has(kind)
 
     def set_anchor(self, kind: str = "anchor", *, moving: bool = False) -> None:
-        """Before the first update the weights are theta_0, so an anchor in the run's dtype is exact; a later one is
-        fp32."""
+        """Set an anchor. Before the first update the weights are theta_0, so an anchor in the run's dtype is exact; a
+        later one is fp32."""
         if self._run.global_step > 0 or moving:
             self._engine.optimizer.copy_weights_to(kind)
         else:

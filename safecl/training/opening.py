@@ -49,8 +49,8 @@ def open_engine(
 ) -> tuple[TrainingEngine, ReferenceStore]:
     """Seed the generators and open the config's model. A collective call. Raises ConfigError.
 
-    Returns the engine, and the store of the model's weights, whose memory is free already unless `keep_store`. note: is
-    called with what a user should know.
+    Returns the engine, and the store of the model's weights, whose memory is free already unless `keep_store`. note:
+    gets messages for the user.
     """
     seed_generators(config.train.seed)
     model, layout, store = open_language_model(

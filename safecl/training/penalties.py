@@ -18,7 +18,7 @@ from safecl.methods.terms import Penalty
 
 
 class Penalties:
-    """Finds the place of each penalty. What a penalty of products needs is made once."""
+    """Finds the place of each penalty. The function of a penalty of products is made once."""
 
     def __init__(self, engine: TrainingEngine, *, has_adapters: bool, fisher_on_host: bool):
         """fisher_on_host: keep the Fisher of products in host memory instead of on the device."""

@@ -129,8 +129,8 @@ def make_memory(
 ) -> ReplayMemory:
     """Make the memory of a run from the rows of memory.source. A collective call.
 
-    The base model's outputs come from the store of artifacts. A model that this run has aligned is nobody else's, so
-    its outputs stay in the run's own memory.
+    The base model's outputs come from the store of artifacts. No other run has a model that this run has aligned, so
+    the outputs of that stay in the run's own memory.
     """
     assert config.memory is not None
     with_teacher, shared = needs_outputs(config), None

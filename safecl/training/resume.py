@@ -201,7 +201,7 @@ class RunSaver:
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """Return what a resumed run must know besides the shards' state and the memory, as plain values."""
+    """Return the state that a resumed run needs besides the shards' state and the memory, as plain values."""
     optimizer = run.engine.optimizer
     return {
         "step": run.step,

@@ -47,7 +47,7 @@ class Run(RunState):
         )
         self._ahead: ReadAhead | None = None
         self._ready: dict[str, Ready] = {}
-        """What was read for the step under way, by gradient; each is taken out when it is used."""
+        """The rows and micro-batches read for the step under way, by gradient; each is removed when it is used."""
         self._passes: list[tuple[list[StepRow], StepLosses]] = []
         """The passes of the step under way, for draws that follow losses."""
         self._waited = 0.0
@@ -55,7 +55,7 @@ class Run(RunState):
     # ---------------------------------------------------------------------------------------------------------- a task
 
     def screen(self, decisions: dict[str, dict[str, Any]]) -> None:
-        """Leave out what a scan has flagged, or lower its weight. A resumed run does it again."""
+        """Leave out the rows that a scan has flagged, or lower their weight. A resumed run does it again."""
         self.stop_reading()
         self.screening = decisions
         for task in self.tasks:
@@ -87,7 +87,7 @@ class Run(RunState):
         self.release_reference()
 
     def _keep_rows_of_previous_task(self) -> None:
-        """Insert rows of the finished task into the memory, with the outputs of the model that it has handed over."""
+        """Insert rows of the finished task into the memory, with the outputs of the model that it produced."""
         settings = self.config.memory
         if self.previous is None or settings is None or not settings.keep_task_rows:
             return
@@ -155,7 +155,7 @@ class Run(RunState):
         return losses
 
     def update_plan(self) -> UpdatePlan:
-        """Return what the optimizer does in the current step."""
+        """Return the plan of the optimizer's update in the current step."""
         train = self.config.train
         self.last_learning_rate = learning_rate(train, self.step, self.num_steps)
         decays = [decay for method in self.active_methods if (decay := method.ema_decay(self.view)) is not None]

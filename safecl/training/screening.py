@@ -1,5 +1,5 @@
-"""The scan inside a run, before the first task that methods act on. It asks the aligned model as the run holds it, in
-any ZeRO stage."""
+"""The scan inside a run, before the first task that methods act on. It uses the run's own aligned model, in any ZeRO
+stage."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class RunState:
         self.active_methods: list[Method[Any]] = []
         """The methods that act on the task under way; none in the alignment task."""
         self.step = self.num_steps = 0
-        """Steps made of the task under way, and all that it has."""
+        """Steps made in the task under way, and its number of steps."""
         self.global_step = self.skipped_steps = 0
         """Steps made over all tasks, and how many of them were skipped."""
         self.first_step = 0

@@ -159,7 +159,7 @@ class Trainer:
         self._began -= self.progress.seconds
         self._saved_at = self._position(run) if resumed is not None else None
         if resumed is not None:
-            self.console.note(f"going on from {resumed.name}, step {run.global_step}")
+            self.console.note(f"resuming from {resumed.name}, step {run.global_step}")
             for note in resumed.notes:
                 self.console.note(note)
         elif self.config.checkpoint.every != "never":
@@ -222,7 +222,7 @@ class Trainer:
         self.measured.after_task(run, task)
 
     def _hand_over(self, run: Run, task: TaskPlan) -> None:
-        """The next task begins with the model that this one is saved as."""
+        """Start the next task from the saved model: swap in the average where the run saves it."""
         if run.saves_average and self.progress.task + 1 < len(self.plan.tasks):
             run.engine.shards.swap(run.engine.optimizer.tensors("ema"))
 
@@ -292,11 +292,11 @@ class Trainer:
                 f"{name} stopped the run after {where}, but {report}; the checkpoint before is untouched"
             )
         self._report_save(report)
-        self.console.note(f"{name}: stopped after {where}; the same command goes on from here")
+        self.console.note(f"{name}: stopped after {where}; the same command resumes from here")
         return RunResult(self.folder, stopped=True)
 
     def _finish(self, run: Run) -> RunResult:
-        """Save the models last, so that their cards tell what was measured; a run that is killed here does it again."""
+        """Save the models last, so that their cards show what was measured; a run that is killed here does it again."""
         self._report_save(self._saver.settle())
         evaluations, gate = self.measured.evaluations, self.measured.verdict()
         num_tokens = self.progress.num_tokens

@@ -132,7 +132,7 @@ def test_a_full_disk_is_a_message_with_the_files_name(run, failing_verb, tmp_pat
     code, _, err = run("train", failing_verb(OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")))
     assert (
         code == ExitCode.FAILED
-        and "runs/a/metrics.jsonl: No space left on device; where that is mended, the same command goes on" in err
+        and "runs/a/metrics.jsonl: No space left on device; once that is fixed, the same command resumes" in err
     )
     assert not (tmp_path / "out").exists()
 

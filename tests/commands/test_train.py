@@ -51,7 +51,7 @@ def test_ctrl_c_during_training_saves_the_run_and_says_how_it_goes_on(task_confi
     out, err = process.communicate(timeout=60)
     assert process.returncode == ExitCode.STOPPED
     assert (
-        "Ctrl-C: finishing this step" in err and "Traceback" not in err and "the same command goes on from here" in out
+        "Ctrl-C: finishing this step" in err and "Traceback" not in err and "the same command resumes from here" in out
     )
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == f"step-{len(steps):08d}\n"

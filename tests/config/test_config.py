@@ -205,7 +205,7 @@ def test_text_that_looks_a_little_like_a_number_stays_text(load):
 
 @pytest.mark.parametrize("text", ["train: {epochs: 1, epochs: 2}", "output: runs/b", "methods: {ema: {}, ema: {}}"])
 def test_a_key_that_stands_twice_is_refused_with_its_line(load, text):
-    assert "stands twice in one section" in message_of(load, text) and "line " in message_of(load, text)
+    assert "occurs twice in one section" in message_of(load, text) and "line " in message_of(load, text)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_demonstration_killed_in_an_arm_finishes_when_it_is_started_again(tmp_
     again = start(tmp_path)
     said, _ = again.communicate(timeout=SECONDS_TO_GET_THERE)
     assert again.returncode == 0, said
-    assert "finished after 6 steps" in said and "going on from step-0000000" in said
+    assert "finished after 6 steps" in said and "resuming from step-0000000" in said
     for run, steps in (("aligned", 6), ("kept", 12), ("plain", 12)):
         assert json.loads((demo / run / "results.json").read_text())["steps"] == steps
         metrics = [json.loads(line)["step"] for line in (demo / run / "metrics.jsonl").read_text().splitlines()]

@@ -110,7 +110,7 @@ def test_a_run_stopped_by_seven_signals_leaves_exactly_what_the_undisturbed_one_
         assert [piece["stopped"] for piece in first + second] == [True] * len(STOPS) + [False]
     assert what_is_left(tmp_path / "moved") == what_is_left(whole)
     assert "a signal: stopped after step 0" in pieces[0][0]["said"]  # rank 0 speaks, rank 1 had the signal
-    assert "going on from step-00000002, step 2" in pieces[0][2]["said"]
+    assert "resuming from step-00000002, step 2" in pieces[0][2]["said"]
 
 
 def test_a_run_killed_in_its_second_task_and_moved_to_one_rank_finishes(materials, rank_pool, whole, tmp_path):
@@ -222,7 +222,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_taken(rank_po
     (newest / "rank-00000.safetensors").write_bytes(data)
     said = pool.run(stop_scenes.fit, tree=config, cache=cache, stop=dict(rank=0, name="SIGTERM", step=3))[0]["said"]
     assert f"checkpoint {newest.name} is damaged" in said and "its bytes are not those that were written" in said
-    assert f"going on from {before.name}" in said
+    assert f"resuming from {before.name}" in said
     # and where none is whole, nothing is begun anew behind the user's back
     for path in checkpoints.glob("step-*/manifest.json"):
         path.write_bytes(b"")

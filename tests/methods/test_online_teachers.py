@@ -306,7 +306,7 @@ BASE = {
         ),
         (
             {"methods": {"lwf": {"teacher": "previous", "outputs": "online"}}, "model": {"path": "m", "lora": {}}},
-            "previous cannot be asked in every step with model.lora",
+            "previous cannot be an online teacher with model.lora",
         ),
         ({"memory": {"source": "r", "teacher": {"source": "elsewhere"}}}, "source: elsewhere needs kind: online"),
         ({"memory": {"source": "r", "teacher": {"kind": "onlin"}}}, "'topk' or 'online'"),

@@ -166,7 +166,7 @@ def test_outputs_need_only_be_on_the_rank_that_owns_the_row(tmp_path, settings):
     ranks.save()
     for key in alone.buffers[0].keys():
         assert same_row(ranks.owner(key).get(key), alone.buffers[0].get(key))
-    with pytest.raises(ValueError, match="must bring its outputs with 8 entries"):
+    with pytest.raises(ValueError, match="must have the outputs, with 8 entries"):
         alone.buffers[0].insert(rows(1), own_outputs=8)
     ranks.close()
     alone.close()

@@ -125,7 +125,7 @@ def test_the_models_own_refusals_are_found_with_their_share():
     assert found.share == 0.75 and found.warning is None
     assert scenes.REFUSALS[0].startswith(found.texts[0]) and len(found.openings[0]) == 4
     assert (
-        "sees little" in own_refusals(model, tok, asked[2:] * 2 + asked[3:] * 3, num_tokens=4, num_refusals=8).warning
+        "misses much" in own_refusals(model, tok, asked[2:] * 2 + asked[3:] * 3, num_tokens=4, num_refusals=8).warning
     )
     assert own_refusals(model, tok, asked[3:], num_tokens=4, num_refusals=8) is None
 

@@ -46,7 +46,7 @@ def difference(one: Path, other: Path) -> float:
 def check_the_end(folder: Path, ended: Ended, share: float) -> None:
     """The run went on at its checkpoint, saw the same rows, and has the stored weights up to a share of their norm."""
     assert set(ended.codes) == {0}, ended.said
-    assert f"going on from {CHECKPOINT}, step {STEPS_BEFORE}" in ended.said
+    assert f"resuming from {CHECKPOINT}, step {STEPS_BEFORE}" in ended.said
     found, expected = steps_of(folder / "stopped/metrics.jsonl"), steps_of(folder / "finished/metrics.jsonl")
     assert found[:STEPS_BEFORE] == expected[:STEPS_BEFORE] and len(found) == len(expected) == STEPS
     for one, other in zip(found, expected, strict=True):

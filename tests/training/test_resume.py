@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_neither_set_aside_nor_pa
     (newest / MANIFEST).write_bytes(dump_manifest(manifest))
     for message in rank_pool(2).run(resume_scenes.refusal_of_resuming, folder=folder, **changes):
         assert "safecl-checkpoint version 2, this safecl reads safecl-checkpoint version 1" in message
-        assert "go on with the safecl that wrote it" in message
+        assert "resume with the safecl that wrote it" in message
     assert newest.is_dir() and not list(newest.parent.glob("damaged-*"))
 
 

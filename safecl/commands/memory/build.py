@@ -29,7 +29,7 @@ def build_rows(
     """Build what is missing, and print what was kept and where. Raises ConfigError, before the model is loaded where
     possible.
 
-    output: file for a copy of the rows. settings: of RowSettings. overrides: of a run config.
+    output: file for a copy of the rows. settings: fields of RowSettings. overrides: of a run config.
     """
     environment.join_launcher()
     config = _config(model, prompts, overrides)
@@ -102,7 +102,7 @@ def _copied(rows: Path, output: Path | None) -> Path:
     if output is None or environment.rank() != 0:
         return rows
     if output.exists() and output.read_bytes() != rows.read_bytes():
-        raise ConfigError(f"--output: {output} is there already and holds something else; name another file")
+        raise ConfigError(f"--output: {output} exists already and holds something else; name another file")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(rows, output)

@@ -39,7 +39,7 @@ def model_hash(path: str, store: ArtifactStore | None = None) -> str:
     """Hash the contents of a model's weights, its config.json and its own code (XXH3-128); `path` is a folder or a hub
     id.
 
-    The place of the files does not matter. With a store, files that have not changed are not read again.
+    It does not matter where the files are. With a store, files that have not changed are not read again.
     """
     files = _files_of(path)
     stamps = [[str(file.resolve()), *_stamp(file)] for file in files]
@@ -89,15 +89,15 @@ def _known_hashes(store: ArtifactStore) -> dict[str, list[Any]]:
 
 
 def _keep_hash(store: ArtifactStore, path: str, entry: list[Any]) -> None:
-    """Add an entry. Where two processes do so at once, one entry is lost and its model is hashed again another time."""
-    with contextlib.suppress(OSError):  # whoever builds in a store that cannot be written reports it
+    """Add an entry. Where two processes do so at once, one entry is lost, and its model is hashed again later."""
+    with contextlib.suppress(OSError):  # a build reports a store that cannot be written
         store.folder.mkdir(parents=True, exist_ok=True)
         replace_file(store.folder / MODELS, json.dumps(_known_hashes(store) | {path: entry}))
 
 
 def fingerprint(dataset: TokenDataset) -> str:
-    """Hash the rows: their ids (hashes of their contents), lengths and numbers of targets, in order. The place of the
-    file does not matter."""
+    """Hash the rows: their ids (hashes of their contents), lengths and numbers of targets, in order. It does not matter
+    where the file is."""
     digest = xxhash.xxh3_128()
     for column in (dataset.row_ids, dataset.lengths, dataset.num_targets):
         digest.update(np.ascontiguousarray(column).data)

@@ -5,9 +5,9 @@ scorers find a refusal of a disallowed prompt, or no refusal of a benign one, an
 incoherent nor cut off.
 
     memory-rows/<key>/
-        answers.jsonl     every answer, in the order of the prompts; a build that was stopped goes on after the last one
-        rows.jsonl        the rows, with the prompts' tags; `kind` is refusal or answer
-        left-out.json     how many answers were left out, by reason
+        answers.jsonl     every answer, in the order of the prompts; a stopped build resumes after the last one
+        rows.jsonl        the rows, with the prompts' tags; `kind` is refusal or answer left-out.json     how many
+        answers were left out, by reason
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from safecl.storage.durable import replace_file
 KIND, ROWS, ANSWERS, LEFT_OUT = "memory-rows", "rows.jsonl", "answers.jsonl", "left-out.json"
 BATCHES_AT_ONCE = 4
 REFUSAL, ANSWER, BENIGN = "refusal", "answer", "benign"
-BROKEN = ("empty", "repetition")  # no more than these: a benign prompt may be answered by "42."
+BROKEN = ("empty", "repetition")  # only these: "42." may answer a benign prompt
 INCOHERENT = (*BROKEN, "not_language")
 
 Note = Callable[[str], None]
@@ -121,7 +121,7 @@ def _answers(
     answers = collectives.on_first_rank(lambda: _read_answers(path))
     model, portion = LiveModel(engine), settings.batch_size * collectives.world_size() * BATCHES_AT_ONCE
     if answers:
-        note(f"{KIND}: going on after {len(answers):,} answers")
+        note(f"{KIND}: resuming after {len(answers):,} answers")
     while len(answers) < len(prompts):
         asked = prompts[len(answers) : len(answers) + portion]
         found = answer_prompts(
@@ -178,7 +178,7 @@ def _write_rows(
 
 
 def _reasons_of_disallowed(prompts: list[Prompt], answers: list[Answer], scorer: str) -> Iterator[str | None]:
-    """Tell for each answer to a disallowed prompt why it is left out; None where it is kept."""
+    """Yield the reason why each answer to a disallowed prompt is left out; None where it is kept."""
     succeeded = load_scorer(scorer)([text_of(prompt) for prompt in prompts], [answer["text"] for answer in answers])
     for answer, is_success in zip(answers, succeeded, strict=True):
         yield _reason(answer, "not refused" if is_success else None, INCOHERENT)
@@ -190,7 +190,8 @@ def _reasons_of_benign(answers: list[Answer]) -> Iterator[str | None]:
 
 
 def _reason(answer: Answer, by_scorer: str | None, bad: Collection[str]) -> str | None:
-    """Tell why an answer is left out; None where it is kept. `bad`: the reasons of `off_task_reason` that count."""
+    """Return the reason why an answer is left out; None where it is kept. `bad`: the reasons of `off_task_reason` that
+    count."""
     if not answer["finished"]:
         return "cut off"
     off_task = off_task_reason(answer["text"])

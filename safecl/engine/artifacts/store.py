@@ -8,8 +8,8 @@ teacher outputs, Fisher information and memory rows.
         models.json                     hashes of models, so that a large one is read once
 
 An artifact's key names everything that it depends on: base model, tokenizer, settings. It is built where it is missing,
-by one run at a time (others wait), and used by all after that. A build that was stopped goes on with the files that are
-there. In a run, every rank calls
+by one run at a time (others wait), and used by all after that. A stopped build resumes from the files that are there.
+In a run, every rank calls
 
     store = ArtifactStore.of(config)
     key = base_key(config, tokenizer, store) | {"rows": fingerprint(rows), "sign_batches": 64}
@@ -154,7 +154,7 @@ def obtain(
 def _look(
     store: ArtifactStore, kind: str, key: Key, is_whole: Callable[[Path], bool], lock: contextlib.ExitStack
 ) -> Literal["finished", "ours", "theirs"]:
-    """Tell whether an artifact is finished, or ours to build (its lock is taken), or another process builds it."""
+    """Find out whether an artifact is finished, ours to build (its lock is now taken), or built by another process."""
     if _is_finished(store, kind, key, is_whole):
         return "finished"
     if lock.enter_context(store.building(kind, key)) is None:

@@ -166,8 +166,8 @@ def _slice_of(path: Path, key: str, tensor: Tensor) -> Slice:
 
 
 def ranges(stored: Sequence[StoredSlice], offset: int, length: int) -> list[tuple[str, int, int, int]]:
-    """Find elements [offset, offset + length) of a parameter: (file, first byte, first element of the target, number
-    of elements)."""
+    """Return the stored ranges that cover elements [offset, offset + length) of a parameter: (file, first byte, first
+    element of the target, number of elements)."""
     found = []
     for one in stored:
         low, high = max(offset, one.slice.offset), min(offset + length, one.slice.offset + one.slice.length)

@@ -2,7 +2,7 @@
 
 All ranks agree that a checkpoint is whole before anything is changed; where it is not, they take an older one. Then a
 rank reads the byte ranges that its own shards need: straight into shards in host memory, and through a buffer of 16 MiB
-into others.
+into shards on a GPU.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class CheckpointReader:
             return contents
         if problems:
             raise ConfigError(
-                f"{self.folder.path}: no checkpoint is whole, so the run cannot go on:\n"
+                f"{self.folder.path}: no checkpoint is whole, so the run cannot resume:\n"
                 + "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
                 + "\nRestore one from a backup, or move the run folder away to start anew."
             )
@@ -92,14 +92,14 @@ class CheckpointReader:
             contents = read_contents(folder)
         except OtherFormat as error:
             raise ConfigError(
-                f"{error}; go on with the safecl that wrote it, or start a new run with another `output`"
+                f"{error}; resume with the safecl that wrote it, or start a new run with another `output`"
             ) from None
         check_hashes(folder, contents.manifest, collectives.rank(), collectives.world_size())
         return contents
 
     def _set_aside(self, problems: Mapping[str, str], chosen: str, note: Callable[[str], None]) -> None:
         for name, problem in problems.items():
-            note(f"checkpoint {name} is damaged ({problem}); going on from {chosen}")
+            note(f"checkpoint {name} is damaged ({problem}); resuming from {chosen}")
             if collectives.rank() == 0:
                 with contextlib.suppress(OSError):
                     self.folder.set_aside(name)

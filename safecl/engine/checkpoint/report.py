@@ -30,5 +30,5 @@ class SaveReport:
     def __str__(self) -> str:
         if self.problem:
             return f"checkpoint {self.name} could not be saved: {self.problem}"
-        times = f"{self.seconds_blocked:.2f} s copied, {self.seconds_written:.1f} s written beside the training"
+        times = f"{self.seconds_blocked:.2f} s copied, {self.seconds_written:.1f} s written in the background"
         return "; ".join([f"checkpoint {self.name}: {format_bytes(self.num_bytes)}, {times}", *self.notes])

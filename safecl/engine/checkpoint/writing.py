@@ -101,7 +101,7 @@ class CheckpointWriter:
         Args: `keep`, number of whole checkpoints that stay; `files`, further files of the checkpoint (rank 0's are
         written).
         """
-        assert self._save is None, "call `finish` after the save before"
+        assert self._save is None, "call `finish` before the next save"
         began = time.perf_counter()
         tensors = self._tensors_by_kind()
         references = self._take_references(tensors)

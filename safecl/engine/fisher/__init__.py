@@ -1,1 +1,1 @@
-"""The diagonal Fisher information: its estimate, thresholds, file, and the pull of LoRA's products."""
+"""The diagonal Fisher information: its estimate, thresholds, file, and the penalty on LoRA's products."""

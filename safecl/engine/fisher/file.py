@@ -150,7 +150,7 @@ def write_fisher(path: Path, header: FisherHeader, shards: ShardMap, tensors: li
     """Write the state `tensors`, flat like the shards, one weight at a time, and publish the file by rename. A
     collective call.
 
-    Raises ConfigError on all ranks where the file cannot be written; an older file stays then.
+    Raises ConfigError on all ranks where the file cannot be written; an older file is then kept.
     """
     names = {name: (_DTYPE, shape) for name, shape in shards.shapes.items()}
     head = header_bytes(names, {_KEY: json.dumps(dataclasses.asdict(header))})
@@ -163,7 +163,7 @@ def write_fisher(path: Path, header: FisherHeader, shards: ShardMap, tensors: li
                 _write(path, head, parts, 2 * shards.numel)
             except OSError as error:
                 problem = error
-        for _ in parts:  # every rank takes part in the collective reads, also in those that a full disk has left over
+        for _ in parts:  # the reads are collective, so every rank makes all of them, also after the disk is full
             pass
         if problem is not None:
             raise problem

@@ -17,8 +17,8 @@ from safecl.kernels import lowrank_fisher_penalty
 class FisherPull:
     """0.5 * strength * sum F_ij D_ij^2 over all adapted weights, where D = B A is an adapter's product.
 
-    A rank has a share of each weight's rows of F, and sums over these. shares: for each weight its first row, and F of
-    its rows, [rows, in] in bf16 on the device or in host memory.
+    A rank has a share of each weight's rows of F, and sums over these. shares: by weight, the first row of the share,
+    and F of its rows, [rows, in] in bf16 on the device or in host memory.
     """
 
     strength: float
@@ -51,7 +51,7 @@ def read_fisher_pull(
         pinned = device.type == "cpu" and torch.cuda.is_available()
         shares[name] = first, values.pin_memory() if pinned else values.to(device)
     if not shares:
-        raise ConfigError("fisher: no weight of the model has an adapter, so the file of a dense Fisher is of no use")
+        raise ConfigError("fisher: no weight of the model has an adapter, so a dense Fisher has nothing to weigh")
     return FisherPull(strength / fisher.header.mean, shares, world_size)
 
 

@@ -65,9 +65,9 @@ def output_distances(
     terms: Sequence[str],
     world_size: int,
 ) -> tuple[list[OutputDistance], list[torch.Tensor]]:
-    """One OutputDistance per group, with the outputs of its rows' teachers stacked, and the terms of its targets.
+    """Return one OutputDistance per group, with its rows' teacher outputs stacked, and the terms of its targets.
 
-    stored: the outputs that are stored with each row. counts: supervised targets of each row, n together. terms: the
+    stored: the outputs that are stored with each row. counts: supervised targets of each row, n in total. terms: the
     terms of the step's loss. The terms of a group are int64 [n] indices into it.
     """
     first = np.concatenate([[0], np.cumsum(counts)])
@@ -118,7 +118,7 @@ def hidden_distances(
     terms: Sequence[str],
     world_size: int,
 ) -> tuple[list[HiddenDistance], list[torch.Tensor]]:
-    """Two HiddenDistances at most: to given hidden states, then to the model with its adapters off.
+    """Return at most two HiddenDistances: to given hidden states, then to the model with its adapters off.
 
     places: target_positions of each row. terms: the terms of the step's loss. The terms of a distance's m positions are
     int64 [m] indices into it.

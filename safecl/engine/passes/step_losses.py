@@ -8,7 +8,7 @@ from safecl.distributed import collectives
 from safecl.engine.passes.micro_batches import StepBatch
 
 ADAPTERS = "adapter_penalty"
-"""The term of the penalty of LoRA's products."""
+"""Name of the term of the penalty on LoRA's products."""
 
 
 class StepLosses:

@@ -52,9 +52,10 @@ class Distillation:
     """One distance between the teacher and the student on one row."""
 
     divergence: str
-    """Of output distributions at the supervised tokens, or HIDDEN: mean squared difference of last hidden states."""
+    """Divergence of the output distributions at supervised tokens, or HIDDEN: mean squared difference of hidden
+    states."""
     weight: float
-    """Per token, with the normaliser."""
+    """Weight per token, with the normaliser."""
     temperature: float = 1.0
     term: str | None = None
     """The term of the loss that counts it; None: the row's own."""
@@ -77,7 +78,7 @@ class StepRow:
     num_targets: int
     load: Callable[[], tuple[Row, TeacherOutputs | None]]
     ce_weight: float = 0.0
-    """Per supervised token, with the normaliser."""
+    """Weight of the cross-entropy per supervised token, with the normaliser."""
     distillations: tuple[Distillation, ...] = ()
     rank: int | None = None
     """The rank that holds the row; None where any rank can read it."""

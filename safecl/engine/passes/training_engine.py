@@ -116,10 +116,10 @@ class TrainingEngine(ModelEngine):
         adapter_penalty: AdapterPenalty | None = None,
         batches: list[StepBatch] | None = None,
     ) -> StepLosses:
-        """One forward and backward pass over `rows`, then `then` on the reduced gradient.
+        """Make one forward and backward pass over `rows`, then do `then` with the reduced gradient.
 
         rows: the whole global step, the same list on every rank. adapter_penalty: joins the loss once a step. batches:
-        what `prepare` has made of the rows.
+        the result of `prepare` for these rows; None: they are loaded here.
         """
         self.deepspeed.train()
         losses = self._forward_backward(rows, adapter_penalty, batches)

@@ -1,4 +1,4 @@
-"""A segment of host memory that the ranks of a node share, and that is gone after any exit. Imports no torch.
+"""A segment of host memory that the ranks of a node share, and that disappears after any exit. Imports no torch.
 
 It is a memfd: memory with a file descriptor and no name. It takes no room in /dev/shm (64 MB in many containers), a
 later start cannot find it, and the kernel frees it with the last process that maps it, killed or not. Other ranks open

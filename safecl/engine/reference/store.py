@@ -124,7 +124,7 @@ class ReferenceStore:
         self._maps = list(maps.values())
 
     def _compare_nodes(self, path: str) -> None:
-        """Raise UnusableWeights where the nodes have read different models. Nothing is broadcast, so that nothing else
+        """Raise UnusableWeights where the nodes have read different models. Nothing is broadcast, so no other check
         would notice."""
         digests = collectives.gather_objects([self.digest])
         if len(set(digests)) > 1:

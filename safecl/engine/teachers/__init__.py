@@ -1,1 +1,1 @@
-"""Teachers: streamed, online, recorded, and the outputs that are kept of them."""
+"""Teachers: streamed, online and recorded, and their stored outputs."""

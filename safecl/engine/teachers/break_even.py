@@ -65,14 +65,15 @@ def rates_here(dtype: torch.dtype) -> Rates | None:
 
 
 def advice(tokens: int, bytes_per_weight: int, rates: Rates, *, otherwise: str = "") -> str:
-    """Say whether a pass of so many tokens on one device hides its copies; add `otherwise` where it does not."""
+    """Return a line that says whether a pass of so many tokens on one device hides its copies; with `otherwise` at its
+    end where it does not."""
     limit = rates.break_even(bytes_per_weight)
     line = f"hidden from {limit:,} tokens per pass and rank on ({rates.what}); here about {tokens:,}"
     return line if tokens >= limit else f"{line}, too few: a pass takes as long as the copy{otherwise}"
 
 
 def alternative(source: str) -> str:
-    """Name what is faster than a pass that waits for its copies; empty where outputs cannot be recorded beforehand."""
+    """Return advice on what is faster than a pass that waits for its copies; empty where outputs cannot be recorded."""
     if source not in ("aligned", "previous"):
         return ""
     return "; recorded or stored outputs are faster (the method's outputs: recorded, memory.teacher.kind: topk)"

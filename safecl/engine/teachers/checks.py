@@ -14,7 +14,7 @@ KNOWN = ("aligned", "previous", "ema")
 """Teachers that are made from the run's own model; any other name is a folder or hub id."""
 
 STREAMING_ERRORS = (IndexError, TypeError, RuntimeError, ValueError, AttributeError, KeyError)
-"""Errors of a model's code where its layers do more than work on hidden states one after the other."""
+"""Errors from a model's code whose layers do more than pass hidden states from one to the next."""
 
 
 def check_teachers(config: RunConfig, tokenizer: Any) -> None:
@@ -61,8 +61,8 @@ def cannot_be_streamed(key: str, source: str, problem: str) -> str:
 
 
 def _streaming_problem(model: ModelConfig) -> str | None:
-    """Run the architecture on meta tensors. Return the problem; None where it works, or where only real numbers would
-    show."""
+    """Run the architecture on meta tensors. Return the problem; None where it works, or where only real weights would
+    show the problem."""
     import torch
 
     from safecl.engine.model.checks import rows_are_not_packed
@@ -120,7 +120,7 @@ def _different_token(theirs: dict[str, int], ours: dict[str, int]) -> str:
 
 
 def teacher_lines(config: RunConfig, tokens_per_batch: int) -> list[tuple[str, str]]:
-    """Lines (what, value) for `safecl check` and the start of a run."""
+    """Return (label, value) lines for `safecl check` and the start of a run."""
     lines = []
     for source in dict.fromkeys(config.online_teachers.values()):
         keys = ", ".join(key for key, named in config.online_teachers.items() if named == source)
@@ -132,10 +132,10 @@ def teacher_lines(config: RunConfig, tokens_per_batch: int) -> list[tuple[str, s
 
 def _where(config: RunConfig, source: str) -> str:
     if source == "ema":
-        return "in the place of the live weights for the time of the pass"
+        return "in place of the live weights during the pass"
     if source == "aligned" and config.model.lora is not None:
         return "the model with its adapters off"
-    return "weights on each device" if config.teacher == "resident" else "weights in host memory, once a node"
+    return "weights on each device" if config.teacher == "resident" else "weights in host memory, once per node"
 
 
 def _is_streamed(config: RunConfig, source: str) -> bool:

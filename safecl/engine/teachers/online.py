@@ -1,9 +1,9 @@
-"""Teachers that are asked in every step: which model they are, where it comes from, and which rows ask them.
+"""Online teachers, which answer questions in every step: which models they are, where these come from, which rows ask.
 
-    aligned     theta_0, streamed from the node's reference store; with LoRA the student with its adapters off
-    previous    the model at the end of the task before, kept as a folder in the run, streamed from a store of its own
-    ema         the average in the shards, in the place of the weights during the pass
-    a folder    any model with the same tokenizer, streamed
+    aligned     theta_0, streamed from the node's reference store; with LoRA the student with its adapters off previous
+    the model at the end of the previous task, kept as a folder in the run, streamed from a store of its own ema the
+    average in the shards, in place of the weights during the pass a folder    any model with the same tokenizer,
+    streamed
 
 A teacher is asked once per step about all rows of this rank, before the step's own forward passes. Its answers stay on
 the device.
@@ -43,7 +43,7 @@ ALIGNED, PREVIOUS, EMA = "aligned", "previous", "ema"
 
 
 class OnlineTeachers:
-    """All teachers of a run that are asked in every step. Every method is a collective call."""
+    """All online teachers of a run. Every method is a collective call."""
 
     def __init__(self, config: RunConfig, engine: TrainingEngine, log: Callable[[str], None]):
         self.config, self.engine, self.log = config, engine, log
@@ -76,7 +76,7 @@ class OnlineTeachers:
             self.log(f"teacher: the model before {name} is kept in {folder}")
 
     def resume(self, name: str) -> None:
-        """Continue in a task. The memory of the last task's `previous` is given back, since it is another model now."""
+        """Continue in a task. The `previous` teacher of the last task is closed, since it is another model now."""
         self._task, self._is_start = name, False
         self._release(PREVIOUS)
 
@@ -101,7 +101,7 @@ class OnlineTeachers:
             self._stores.pop(source).close()
 
     def _path(self, source: str) -> str:
-        """Folder or hub id of a teacher's weights."""
+        """Return the folder or hub id of a teacher's weights."""
         kept = Path(self.config.output) / TEACHER
         if source == ALIGNED or (source == PREVIOUS and self._task == self._first_task):
             return str(kept / "model-aligned") if self._has_align_task else self.config.model.path
@@ -117,7 +117,7 @@ class OnlineTeachers:
                 self._ask(source, self._pinned_to_ranks(rows, asking))
 
     def _pinned_to_ranks(self, rows: Sequence[StepRow], numbers: list[int]) -> list[StepRow]:
-        """These rows, each with the rank that computes it in the step."""
+        """Return these rows, each with the rank that computes it in the step."""
         split = enumerate(split_step(rows, self.engine.layout))
         owner = {number: rank for rank, parts in split for part in parts for number in part}
         return [replace(rows[number], rank=owner[number]) for number in numbers]
@@ -138,7 +138,7 @@ class OnlineTeachers:
     def _batch(
         self, rows: list[StepRow], source: str, questions: list[Question]
     ) -> tuple[TeacherBatch, list[_Waiting]]:
-        """A micro-batch for the teacher, and what waits for the answer to each question."""
+        """Return a micro-batch for the teacher, and for each question the rows that wait for its answer."""
         loaded = [row.load()[0] for row in rows]
         batch = collate(loaded, packed=self.engine.layout.packed, pad_id=self.engine.layout.pad_id)
         asked, waiting = [], []
@@ -157,7 +157,7 @@ class OnlineTeachers:
     # ---------------------------------------------------------------------------------------------------------- opening
 
     def open(self, tokens_per_batch: int) -> None:
-        """Open all teachers of the task, so that one that cannot be asked is refused before anything is trained."""
+        """Open all teachers of the task, so that an unusable one is refused before anything is trained."""
         for source in self.sources:
             self._teacher(source, tokens_per_pass(self.config, source, tokens_per_batch))
 
@@ -181,7 +181,7 @@ class OnlineTeachers:
     def _open_streamed(self, source: str) -> StreamedTeacher:
         path, engine = self._path(source), self.engine
         if source in (ALIGNED, PREVIOUS) and path != self.config.model.path and not Path(path).is_dir():
-            raise ConfigError(f"{path}: the teacher's weights are not there, so the run cannot go on; start it anew")
+            raise ConfigError(f"{path}: the teacher's weights are not there, so the run cannot resume; start it anew")
         structure = teacher_structure(self.config, path)
         store = self._store(source, path, structure)
         teacher = StreamedTeacher(

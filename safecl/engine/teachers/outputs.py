@@ -31,7 +31,7 @@ def outputs_of_rows(
     rank_of: np.ndarray | None = None,
     **settings: Any,
 ) -> Outputs:
-    """Yield the outputs of this rank's share of the rows. A collective call: every rank takes all of its share.
+    """Yield the outputs of this rank's share of the rows. A collective call: every rank must consume all of its share.
 
     task, settings: of LanguageModel.forward ("topk" with k and temperature, which also gives the targets' `nll`, or
     "hidden"). The tokens are those that predict a supervised target, or all. Exactly one rank computes a row: that of
@@ -49,7 +49,7 @@ def outputs_of_rows(
 
 
 def _row_to_place(dataset: TokenDataset, index: int, rank: int | None) -> StepRow:
-    """A row of which `split_step` needs the length alone."""
+    """Return a row for `split_step`, which reads its length only."""
     return StepRow("", int(dataset.lengths[index]), int(dataset.num_targets[index]), _not_loaded, rank=rank)
 
 

@@ -34,7 +34,7 @@ from safecl.methods.terms import TaskTerm
 from safecl.replay import TeacherOutputs
 
 TEACHER = "teacher"
-"""Folder in a run's folder for data of teachers that only the unfinished run needs."""
+"""Name of the run's subfolder for teacher data that only an unfinished run needs."""
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,11 @@ def open_recorded(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm,
         found = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError):
         raise ConfigError(
-            f"{folder}: the recorded outputs of the aligned model are not there, so the run cannot go on; start it anew"
+            f"{folder}: the aligned model's recorded outputs are not there, so the run cannot resume; start it anew"
         ) from None
     if found != _meta(form, dataset):
         raise ConfigError(
-            f"{folder}: these outputs were recorded of other rows or settings; go on with the same config, "
+            f"{folder}: these outputs were recorded of other rows or settings; resume with the same config, "
             "or start anew"
         )
     return RecordedOutputs(folder, form)

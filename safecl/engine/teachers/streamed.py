@@ -13,8 +13,8 @@ No architecture is rewritten. A pass has three parts:
 
  1. The model's own trunk runs with stand-ins for its layers. They note their arguments (masks, positions, rotary
     embeddings) and return the hidden states unchanged.
- 2. The real layers are called with these arguments, one after the other.
- 3. The trunk runs again with the last layer's result, for what it does behind the layers, such as the final norm.
+ 2. The real layers are called with these arguments, one after the other. 3. The trunk runs again with the last layer's
+ result, for what comes after the layers, such as the final norm.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class WeightSource(Protocol):
 LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a layer's call besides the hidden states."""
 StandIns = dict[nn.Module, Callable[..., Any]]
-"""Functions that are called in the place of modules."""
+"""Functions that are called in place of modules."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ class StreamedTeacher:
         slices = head_slices(head, self._keys, source, vocab_size, slice_bytes or max(map(unit_bytes, units)))
         self._starts = [start for start, _ in slices]
         self._num_extra: dict[type[nn.Module], int | None] = {}
-        """How many values a layer of this kind returns besides hidden states; None: no tuple."""
+        """Number of values that a layer of this kind returns besides hidden states; None: it returns no tuple."""
         self.stream = WeightStream([*units, *(unit for _, unit in slices)], device, placement)
 
     @property
@@ -187,7 +187,7 @@ class StreamedTeacher:
         return hidden if num_extra is None else (hidden, *[None] * num_extra)
 
     def _finish(self, batch: TeacherBatch, call: _Call) -> torch.Tensor:
-        """Run the trunk with the layers' result in the place of the embeddings, for what it does behind the layers."""
+        """Run the trunk with the layers' result in place of the embeddings, for what comes after the layers."""
 
         def embedding(*arguments: Any, **options: Any) -> torch.Tensor:
             return call.hidden
@@ -221,7 +221,7 @@ class StreamedTeacher:
     def _through_head(
         self, batches: Sequence[TeacherBatch], answers: list[list[Answer]], weights: Iterator[Unit]
     ) -> None:
-        """Replace the hidden states that questions want top-k outputs of by these."""
+        """Replace hidden states by top-k outputs where a question asks for these."""
         places: dict[Question, list[tuple[int, int]]] = {}
         for number, batch in enumerate(batches):
             for place, (question, _) in enumerate(batch.asked):
@@ -268,7 +268,7 @@ def head_slices(
     """Cut the output head into slices of at most `slice_bytes`, or one row; return (first token, weights) of each.
 
     Slices are nearly equal, in whole tiles: a product of an odd width leaves the fast path of a GPU, and so does every
-    slice behind it.
+    later slice.
     """
     weight = source.tensor(keys[id(head.weight)])[:vocab_size]
     bias = None if head.bias is None else source.tensor(keys[id(head.bias)])[:vocab_size]
@@ -290,7 +290,7 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 @contextlib.contextmanager
 def _standing_in(forwards: StandIns) -> Iterator[None]:
-    """Calls these functions in the place of the modules' forwards."""
+    """Call these functions in place of the modules' forwards, inside the block."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward

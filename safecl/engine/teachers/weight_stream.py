@@ -1,6 +1,6 @@
 """Stream the weights of a model's units to the device, one unit after the other.
 
-A unit is what is needed together: a decoder layer, or a slice of the head. Weights are in host memory
+A unit is a set of weights that are needed together: a decoder layer, or a slice of the head. Weights are in host memory
 (safecl.engine.reference.store). There are two buffers: on a GPU a side stream copies unit i + 1 into one while unit i
 computes from the other. On the CPU units are used where they are, or through two buffers, so that tests run the same
 code.

@@ -7,7 +7,7 @@ from typing import Any
 from safecl.config import RunConfig
 
 # One flat shard per rank: methods with global dot products need all gradients in one call of the optimizer. Smaller
-# groups would bound temporaries, of which the step makes none.
+# groups would bound temporaries, but the step makes none.
 _ONE_SUB_GROUP = 10**15
 
 BUCKET = 5 * 10**8

@@ -54,7 +54,7 @@ class ShardAdamW(torch.optim.Optimizer):
         """Kinds of state that equal the weights with which the run began. A checkpoint names that model instead of
         storing them."""
         self.placement = StatePlacement()
-        """Where state lives; set it before `bind`."""
+        """The place of each role of state; set it before `bind`."""
         self.store: ReferenceStore | None = None
         """The weights with which the run begins. An anchor that equals them is read from here where
         `placement.reference` is cpu."""
@@ -142,7 +142,7 @@ class ShardAdamW(torch.optim.Optimizer):
         self.equal_base.add(kind)
 
     def _can_serve(self, store: ReferenceStore) -> bool:
-        """Whether the store has the trained weights, which it has not with LoRA, and anchors live on the CPU."""
+        """True where the store has the trained weights (not with LoRA) and anchors live on the CPU."""
         return self.placement.reference == "cpu" and self._shard_map.shapes.keys() <= set(store.names())
 
     def reset_moments(self) -> None:

@@ -1,6 +1,6 @@
 """Pieces of a shard and its state, which the optimizer's pass works on one after the other.
 
-Where state lives decides the pieces (safecl.engine.zero.placement):
+The place of the state (safecl.engine.zero.placement) decides the pieces:
 
     beside the shard            one piece, the whole tensor
     the reference store         on the CPU the store's own memory, one piece per parameter; on a GPU chunks, copied in
@@ -113,7 +113,7 @@ def pieces(shard: ShardParts, kinds: Sequence[str], written: Collection[str] = (
         yield Piece(slice(0, param.numel()), {kind: shard.state[kind].view(-1) for kind in kinds})
     elif param.is_cuda:
         yield from shard.stream.pieces(shard, kinds, away, written)
-    else:  # beside a shard on the CPU is host memory
+    else:  # the shard is in host memory itself, so only served state is not beside it
         yield from _parameter_by_parameter(shard, kinds, {kind: shard.served[kind] for kind in away})
 
 

@@ -31,7 +31,7 @@ class StatePlacement:
         return places.get(role_of(kind), "none")
 
     def dtype(self, kind: str, wanted: torch.dtype) -> torch.dtype:
-        """The dtype in which values of this kind are kept, which come in the dtype `wanted`."""
+        """The dtype in which values of this kind are kept; `wanted` is the dtype of the values."""
         return self.fisher_dtype if role_of(kind) == "fisher" else wanted
 
 

@@ -24,7 +24,7 @@ class Shard:
     param: torch.Tensor  # fp32, 1-D (stage 0: the parameter's own shape)
     state: dict[str, torch.Tensor]
     segments: Segments | None = None
-    """Stretches whose weight decay differs from the group's."""
+    """Segments whose weight decay differs from the group's."""
     placement: StatePlacement = field(default_factory=StatePlacement)
     served: dict[str, Served] = field(default_factory=dict)
     """State that equals the reference weights and is read from their store, by kind."""

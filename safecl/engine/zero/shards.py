@@ -38,7 +38,7 @@ class Fragment:
     flat: int
     """Number of the shard."""
     start: int
-    """Where the first element is in the shard."""
+    """Index of the first element in the shard."""
 
 
 def check_deepspeed_version() -> None:
@@ -75,7 +75,7 @@ def initialize(
 
 @contextlib.contextmanager
 def _broadcasting_all_but(alike: set[int], when_partitioned: Callable[[], None]) -> Iterator[None]:
-    """Makes DeepSpeed leave these parameters (by id) out of its broadcast from rank 0."""
+    """Make DeepSpeed leave these parameters (by id) out of its broadcast from rank 0, inside the block."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.partition_parameters import Init
 
@@ -238,8 +238,8 @@ class ShardMap:
     # -------------------------------------------------------------------------------------------------------- gradients
 
     def grad_norm(self) -> torch.Tensor | None:
-        """The global gradient norm that DeepSpeed took just before it called the optimizer; None where it takes none
-        (stage 0, fp32)."""
+        """The global gradient norm that DeepSpeed computed just before it called the optimizer; None where it computes
+        none (stage 0, fp32)."""
         norm = getattr(self.optimizer, "_global_grad_norm", None)
         if norm is None or self.stage == 0:
             return None

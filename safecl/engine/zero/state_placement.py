@@ -9,7 +9,7 @@ from safecl.engine.zero.placement import StatePlacement, role_of
 
 
 def placement_of(config: RunConfig) -> StatePlacement:
-    """The placement that the config asks for.
+    """Return the placement that the config sets.
 
     Fisher information has the dtype of the run: the estimate's own error is several percent, that of bf16 0.2 %.
     """

@@ -25,7 +25,7 @@ from safecl.methods import base
 
 
 class AverageConfig(MethodConfig):
-    """How fast an average follows the weights."""
+    """The settings that decide how fast an average follows the weights."""
 
     decay: Annotated[float, Field(ge=0, le=1)] | None = None
     """eta. With `write_back: anchor` it is the share of theta_0 that is mixed in."""
@@ -54,8 +54,8 @@ class Config(AverageConfig):
     """EMA of the weights."""
 
     write_back: Literal["never", "slow", "anchor"] = "never"
-    """never: evaluate and save the average; slow: weights take the average every `every` steps; anchor: weights are
-    pulled to theta_0."""
+    """never: evaluate and save the average; slow: every `every` steps the weights are set to the average; anchor: every
+    `every` steps they are pulled to theta_0."""
     every: Annotated[int, Field(ge=1)] = 10
     """Steps between write-backs; unused with `never`."""
 

@@ -61,7 +61,7 @@ class Method(base.Method[Config]):
         return base.AverageMask(FISHER, self.threshold, self.config.decay_protected)
 
     def before_step(self, run: base.Run) -> None:
-        """Find the threshold before the first step: by then `ewc`, where it is used, has brought its Fisher."""
+        """Find the threshold before the first step: by then `ewc`, where it is used, has set the Fisher."""
         config = self.config
         if self.threshold is not None:
             return

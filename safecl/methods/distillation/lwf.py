@@ -4,7 +4,7 @@ Needs no memory.
     form: hidden    L = CE + weight * mean over tokens of mean_j (h_j - h0_j)^2
     form: output    L = CE + weight * mean over supervised tokens of D(p0_T, p_T)
 
-h is the last hidden state (behind the final norm), h0 that of the aligned model theta_0: the form of "Unforgotten
+h is the last hidden state (after the final norm), h0 that of the aligned model theta_0: the form of "Unforgotten
 Safety" (Alssum et al. 2025, arXiv 2512.10150), whose squared norm is hidden_size times the mean over j. p_T are the
 outputs at temperature T; D is KL(p0 || p), whose gradient is that of Li & Hoiem's cross-entropy between softened
 outputs. On poisoned rows, too, the student imitates the aligned model.
@@ -40,12 +40,12 @@ class Config(MethodConfig):
     distance: Literal["forward_kl", "reverse_kl", "jsd", "mse"] = "forward_kl"
     """output only: the distance between distributions."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    """output only: both distributions are softened by it."""
+    """output only: temperature of both distributions."""
     k: Annotated[int, Field(ge=1)] = 64
     """output only: recorded entries per token, 6 bytes each; the mass of the others is kept as one more event."""
     teacher: Annotated[str, Field(min_length=1)] = "aligned"
-    """aligned: theta_0 in all tasks; previous: the model that the previous task has handed over (Li & Hoiem);
-    ema: the average that the method `ema` keeps; else folder or hub id of any model with the same tokenizer."""
+    """aligned: theta_0 in all tasks; previous: the model that the previous task produced (Li & Hoiem); ema: the average
+    that the method `ema` keeps; or the folder or hub id of any model with the same tokenizer."""
     outputs: Literal["recorded", "online"] = "recorded"
     """recorded: the teacher runs over all rows before training, and its outputs lie on the disk; online: it runs in
     every step, with its weights in host memory (see the top-level key `teacher`). With LoRA the aligned model is the
@@ -55,7 +55,7 @@ class Config(MethodConfig):
     def _only_a_fixed_teacher_is_recorded(self) -> Config:
         if self.outputs == "recorded" and self.teacher not in ("aligned", "previous"):
             raise ValueError(
-                f"teacher: {self.teacher} needs outputs: online; recorded are the outputs of aligned or previous"
+                f"teacher: {self.teacher} needs outputs: online; only aligned and previous can be recorded"
             )
         return self
 

@@ -7,7 +7,7 @@ of tasks.
 There is one Fisher and one anchor for any number of tasks; `ewc` keeps those of the aligned model for all tasks. Before
 the first task F_new is estimated on the memory under the aligned model, so that the first task equals `ewc`. Before
 later tasks F_new is estimated on the rows of the task that has just ended (or on the memory again), under the model
-that it has handed over. Each estimate is divided by its mean, as Schwarz et al. do, so that no task counts for more
+that this task produced. Each estimate is divided by its mean, as Schwarz et al. do, so that no task counts for more
 because its loss is steeper. The anchor moves: the next task does not restore what one task has lost, and a poisoned
 task is consolidated like any other.
 """
@@ -36,7 +36,7 @@ class Config(scope.ScopedConfig):
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Share of the old Fisher that is kept at each new task; 1 forgets nothing."""
     rows: Literal["task", "memory"] = "task"
-    """Where the Fisher that is added after a task comes from: that task's rows, or the memory."""
+    """Rows of the Fisher estimate that is added after a task: that task's rows, or the memory's."""
     sign_batches: Annotated[int, Field(ge=1)] = 64
     """Random-sign batches of each estimate; its relative error is about 0.9 / sqrt(sign_batches)."""
     rows_per_batch: Annotated[int, Field(ge=1)] = 16

@@ -6,7 +6,7 @@
 
 Parts that a row does not have take no bytes. `form` says which parts exist: the low 4 bits give the kind of teacher,
 bit 4 marks fp32 values, bits 5-6 give the width of an index. A body's checksum is XXH3 seeded with the row's position,
-so exchanged bodies are noticed.
+so swapped bodies are detected.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def checked_teacher(teacher: TeacherOutputs, num_targets: int) -> TeacherOutputs
 def cut_to_prefix(
     ids: np.ndarray, mask: np.ndarray, teacher: TeacherOutputs | None, num_targets: int
 ) -> tuple[np.ndarray, np.ndarray, TeacherOutputs | None]:
-    """Cut a row behind its `num_targets`-th supervised token. A causal model's outputs up to there stay the same."""
+    """Cut a row after its `num_targets`-th supervised token. A causal model's outputs up to there stay the same."""
     places = np.flatnonzero(mask)
     if len(places) <= num_targets:
         return ids, mask, teacher

@@ -36,9 +36,9 @@ class SegmentHeader:
     """The header of a segment.
 
     kind: 0 rows of a buffer, 1 cached teacher outputs. first_shard, last_shard: the shards of its rows, both included.
-    generation: how often a writer of these shards had started before. number: its place among the generation's
-    segments. start: rows seen when the generation began; it replaces rows of older generations from there on. identity:
-    hash of the memory or cache that it belongs to.
+    generation: number of earlier starts of a writer of these shards. number: its place among the generation's segments.
+    start: rows seen when the generation began; it replaces rows of older generations from there on. identity: hash of
+    the memory or cache that it belongs to.
     """
 
     kind: int
@@ -66,7 +66,7 @@ class SegmentHeader:
 
     @classmethod
     def unpack(cls, data: bytes, path: Path) -> SegmentHeader:
-        """Raises ReplayError where the bytes are no segment header, are damaged, or have another format version."""
+        """Parse a header. Raises ReplayError where the bytes are none, are damaged, or have another format version."""
         if len(data) < HEADER_BYTES or data[:8] != _SEGMENT_MAGIC:
             raise ReplayError(f"{path}: not a segment of a safecl memory, or its beginning is damaged")
         if data[56:64] != xxhash.xxh3_64_digest(data[:56]):
@@ -118,7 +118,7 @@ class SegmentWriter:
     def append(
         self, labels: Sequence[Sequence[str]], entries: np.ndarray, bodies: Sequence[bytes], seen: int
     ) -> np.ndarray:
-        """Write a block. Returns the offset of each body, int64 [rows]. Raises ReplayError where the disk refuses; the
+        """Write a block. Returns the offset of each body, int64 [rows]. Raises ReplayError where the write fails; the
         file is then unchanged."""
         text = json.dumps([list(label) for label in labels], ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)

@@ -103,7 +103,7 @@ def test_a_run_killed_in_its_cache_its_recording_and_its_steps_ends_like_an_undi
             codes,
         )  # 1: it was waiting for one that had died
     rest = rank_pool(2).run(stop_scenes.fit, **killed)[0]
-    assert "going on from step-00000002" in rest["said"]
+    assert "resuming from step-00000002" in rest["said"]
     assert what_is_left(tmp_path / "killed") == what_is_left(tmp_path / "whole")
     assert not (tmp_path / "killed" / "teacher").exists() or not any((tmp_path / "killed" / "teacher").iterdir())
     assert {name for name in set(os.listdir("/dev/shm")) - shm if name.startswith("safecl")} == set()
