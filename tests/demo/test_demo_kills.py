@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 SECONDS_TO_GET_THERE = 240
 
@@ -19,7 +17,6 @@ SECONDS_TO_GET_THERE = 240
 SHORT = """
 import sys
 from pathlib import Path
-import pytest
 
 from safecl.demo import materials, run
 materials.ALIGN_STEPS, materials.TASK_STEPS, materials.CHECKPOINT = 6, 12, {"every": 2, "keep": 1}
@@ -57,7 +54,6 @@ def kill_when(process: subprocess.Popen, there: Path, lines: int) -> None:
     process.wait()
 
 
-@pytest.mark.long
 def test_a_demonstration_killed_in_an_arm_finishes_when_it_is_started_again(tmp_path):
     demo = tmp_path / "demo"
     kill_when(start(tmp_path), demo / "kept" / "metrics.jsonl", lines=5)
