@@ -73,7 +73,7 @@ def demo(
     folder: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder for all files; by default runs/demo, with options a name made of them.", show_default=False
+            help="Folder for all files; by default runs/demo, with the options in its name.", show_default=False
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of corpus, model, order and draws.")] = 0,

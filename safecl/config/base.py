@@ -71,7 +71,7 @@ class MethodConfig(Section):
     def state_kinds(self) -> tuple[str, ...]:
         """Kinds of state with one value per weight that the method keeps in the shards.
 
-        A kind whose name ends in `anchor`, `fisher` or `ema` lives where deepspeed.offload says.
+        deepspeed.offload decides the place of kinds whose names end in `anchor`, `fisher` or `ema`.
         """
         return ()
 

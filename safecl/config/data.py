@@ -14,9 +14,9 @@ class FieldMap(Section):
     """Templates over a row's own columns, for rows that are in none of the known formats."""
 
     prompt: str
-    """What the user says, e.g. `"Review: {sentence}\\nSentiment:"`; `{column}` is replaced by the row's value."""
+    """The user's message, e.g. `"Review: {sentence}\\nSentiment:"`; `{column}` is replaced by the row's value."""
     completion: str
-    """What the assistant answers and what is trained, e.g. `"{label}"`."""
+    """The assistant's answer, which is trained, e.g. `"{label}"`."""
     system: str | None = None
     """System message, a template too."""
     values: dict[str, dict[str, str]] = {}
@@ -105,7 +105,7 @@ class TaskConfig(RowsConfig, _TaskRows):
     role: Literal["task", "align"] = "task"
     """`align` marks the first task as the alignment stage: memory, Fisher and anchor are taken after it."""
     eval: EvalConfig | None = None
-    """How the utility of this task is measured."""
+    """Measurement of this task's utility."""
 
     @model_validator(mode="after")
     def _the_format_fields_has_templates(self) -> TaskConfig:

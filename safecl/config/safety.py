@@ -72,8 +72,8 @@ class ScanConfig(Section):
     """Screens the rows of all tasks before training, by the aligned model's own refusals and for near-duplicates."""
 
     action: Literal["report", "drop", "downweight", "refuse"] = "report"
-    """What `train` does about flagged rows: report: lists them; drop: leaves them out; downweight: multiplies their
-    weight in the loss by `weight`; refuse: ends with exit code 3 where more are flagged than harmless rows explain."""
+    """Treatment of flagged rows by `train`. report: list them; drop: leave them out; downweight: multiply their weight
+    in the loss by `weight`; refuse: end with exit code 3 where more are flagged than harmless rows explain."""
     false_alarm: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
     """Share of harmless rows that may be flagged by their score."""
     benign: Text | None = None

@@ -27,7 +27,7 @@ class Materials:
     random_model: Path
     align_config: Path
     arm_configs: dict[str, Path]
-    """By arm name."""
+    """Config files by arm name."""
     num_parameters: int
 
     @property

@@ -82,7 +82,7 @@ class Method(Generic[C]):
         return {name: value for name, value in vars(self).items() if name not in ("name", "config")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; `start_task` is not called again for a task that is under way."""
+        """Restore what `state_dict` returned; `start_task` is not called again for the task that is resumed."""
         vars(self).update(state)
 
     @property

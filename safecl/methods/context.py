@@ -27,15 +27,15 @@ class Shard(Protocol):
     param: torch.Tensor
     """Master weights: fp32, 1-D (in ZeRO stage 0, the parameter's own shape)."""
     state: dict[str, torch.Tensor]
-    """State by kind. Use `pieces` for a kind that may live in host memory or in the reference store."""
+    """State by kind. Use `pieces` for a kind that may be kept in host memory or in the reference store."""
 
     @property
     def grad(self) -> torch.Tensor:
         """Gradient of the step, fp32, in the layout of `param`."""
 
     def pieces(self, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
-        """The shard in pieces with its state of these kinds, wherever that lives; changes to the kinds in `written` are
-        kept."""
+        """Yield the shard in pieces with its state of these kinds, from any place; changes to the kinds in `written`
+        are kept."""
 
     def keep(self, kind: str, values: torch.Tensor) -> None:
         """Store `values` (the layout of `param`) as the state `kind`, in the place and dtype of that kind."""

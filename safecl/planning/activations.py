@@ -94,8 +94,8 @@ def _layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _peak(model: nn.Module, num_rows: int, length: int) -> int:
-    """Return the largest sum of bytes that live at once in a forward and backward pass. Each gradient of a weight is
-    dropped as soon as it is complete."""
+    """Return the peak bytes of a forward and backward pass. Each gradient of a weight is dropped as soon as it is
+    complete."""
     wrapped, tokens = LanguageModel(model), num_rows * length
     inputs = dict(
         input_ids=torch.zeros(num_rows, length, dtype=torch.int64),

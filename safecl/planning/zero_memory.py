@@ -62,7 +62,7 @@ def _optimizer(shape: ModelShape, config: RunConfig, world_size: int) -> Iterato
         yield Item("master weights", where, share * FP32)
     yield Item("moments", where, 2 * share * FP32)
     if where == "host" and stage in (1, 2):
-        yield Item("weights on their way back", "host", share * size)
+        yield Item("weights copied back", "host", share * size)
         for place in ("host", "device"):
             yield Item("the largest gradient", place, shape.largest * size)
 
@@ -103,9 +103,9 @@ def _stage_2_gradients(shape: ModelShape, config: RunConfig, world_size: int) ->
     if offloaded:
         yield Item("gradients", "host", share * FP32)
     if in_bf16 or not offloaded:
-        yield Item("gradients" if not offloaded else "gradients on their way", "device", share * FP32)
+        yield Item("gradients" if not offloaded else "gradients in transit", "device", share * FP32)
     else:
-        yield Item("gradients on their way", "host", share * FP32)
+        yield Item("gradients in transit", "host", share * FP32)
     if not in_bf16 and not offloaded:
         for moment in ("backward", "reduce", "step"):
             yield Item("gradients of a micro-batch", "device", share * FP32, moment)

@@ -43,9 +43,9 @@ _NO_START = 2**64 - 1
 class CacheHeader:
     """The settings that outputs were made with; all must agree where the outputs are used.
 
-    model, tokenizer: hashes. vocab_size: width of the model's logits. k: entries per token. temperature: of the stored
-    distribution. dtype: of the log-probabilities, `fp16`. indices: `int32` or `packed`. model_dtype: in which the model
-    computed. max_tokens: to which rows were cut, 0 for uncut rows.
+    model, tokenizer: hashes. vocab_size: width of the model's logits. k: entries per token. temperature: that of the
+    stored distribution. dtype: that of the log-probabilities, `fp16`. indices: `int32` or `packed`. model_dtype: that
+    of the model's forward pass. max_tokens: length that rows were cut to, 0 for uncut rows.
     """
 
     model: str

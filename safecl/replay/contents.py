@@ -50,7 +50,7 @@ class _Entry(NamedTuple):
 class Contents:
     """The rows that a memory holds and the rules that choose among them. No lock: one thread at a time.
 
-    num_seen: rows inserted so far; the next row's position. version: of the newest saved state. held: names of the
+    num_seen: rows inserted so far; the next row's position. version: that of the newest saved state. held: names of the
     segments that each version needs. ignored: segments whose rows a loaded state does not have. trimmed_at: the table's
     version when it was last trimmed. problems: damage found when the folder was opened.
     """

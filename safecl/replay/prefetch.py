@@ -62,7 +62,7 @@ class Prefetcher(Generic[T]):
                 self._ahead[1].exception()
 
     def close(self) -> None:
-        """Wait for the load under way, if any, and drop it."""
+        """Wait for the running load, if any, and drop it."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._ahead = None
 

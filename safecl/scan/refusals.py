@@ -27,8 +27,8 @@ T = TypeVar("T")
 class Refusals:
     """Openings of refusals, which are scored as continuations of a prompt.
 
-    openings: token ids of each, none the beginning of another, the most common first. texts: the same, decoded.
-    share: of the known disallowed prompts that the model refuses, in [0, 1]; None where `scan.refusals` gives texts.
+    openings: token ids of each, none the beginning of another, the most common first. texts: the same, decoded. share:
+    the part of the known disallowed prompts that the model refuses, in [0, 1]; None where `scan.refusals` gives texts.
     """
 
     openings: tuple[tuple[int, ...], ...]

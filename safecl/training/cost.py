@@ -33,8 +33,8 @@ def kept_bytes(run: RunState, state: dict[str, int]) -> dict[str, Any]:
     """Return `kept_bytes` of results.json: the bytes that methods keep besides weights and moments. state: see
     `state_bytes`.
 
-    state: by kind. recorded: teacher outputs on task rows, by term. memory: rows held, and their bytes. reference:
-    theta_0 on each node.
+    state: bytes by kind. recorded: teacher outputs on task rows, by term. memory: rows held, and their bytes.
+    reference: theta_0 on each node.
     """
     kept: dict[str, int] = {}
     for kind, size in state.items():

@@ -1,9 +1,9 @@
 """The folder of a run: one process at a time uses it, and no other run's files are overwritten. Imports no torch.
 
-run.json    the identity of the run: resolved config, fingerprints of the rows, versions run.lock    locked while a run
-is under way; the system unlocks it when the process ends, however it ends exit_code   how the last `safecl train` here
-ended (0, 3 or 75), for launchers that have exit codes of their own; absent
-            while a run is under way, and after one that failed or was killed
+run.json    the identity of the run: resolved config, fingerprints of the rows, versions
+run.lock    locked while a run uses the folder; the system unlocks it when the process ends, however it ends
+exit_code   how the last `safecl train` here ended (0, 3 or 75), for launchers that have exit codes of their own; absent
+            during a run, and after one that failed or was killed
 """
 
 from __future__ import annotations

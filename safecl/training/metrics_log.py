@@ -58,7 +58,8 @@ class MetricsLog:
 
 
 def step_values(run: Run, task: TaskPlan, totals: dict[str, float], seconds: float) -> dict[str, Any]:
-    """Return a step's line in metrics.jsonl. totals: see StepLosses.totals, without `stop`. seconds: of the step."""
+    """Return a step's line in metrics.jsonl. totals: see StepLosses.totals, without `stop`. seconds: time of the
+    step."""
     result = run.engine.optimizer.result
     tokens, penalty = int(totals["tokens"]), totals["penalty"]
     losses = {term: value for term, value in totals.items() if term not in ("tokens", "penalty")}

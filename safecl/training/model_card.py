@@ -22,7 +22,8 @@ def card_of(
 ) -> Card:
     """Return the card of the run's last weights.
 
-    name: of the run. identity: see safecl.training.identity, with the base model's hash. num_tokens: trained on.
+    name: the run's name. identity: see safecl.training.identity, with the base model's hash. num_tokens: tokens trained
+    on.
     """
     data = [_of_task(run, task, identity["rows"][task.config.name]) for task in plan.tasks]
     if plan.memory is not None and (memory := plan.config.memory) is not None:

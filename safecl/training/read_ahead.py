@@ -46,7 +46,7 @@ class ReadAhead:
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds that steps have waited in all."""
+        """Seconds that steps have waited in total."""
         return self._prefetcher.wait_seconds
 
     def settle(self) -> None:
@@ -54,7 +54,7 @@ class ReadAhead:
         self._prefetcher.settle()
 
     def close(self) -> None:
-        """Wait for the read under way; nothing is read after that."""
+        """Wait for the running read; nothing is read after that."""
         self._prefetcher.close()
 
     def _load(self, step: int) -> dict[str, Ready]:

@@ -25,8 +25,8 @@ from safecl.training.run import Run
 def save_models(run: Run, plan: RunPlan, folder: Path, card: Card) -> str:
     """Save the last weights and, where the run has one, the average of the weights. A collective call.
 
-    The average is then `model`, and the last weights are `model-live`. Returns a line about it. card: of the last
-    weights.
+    The average is then `model`, and the last weights are `model-live`. Returns a line about it. card: the card of the
+    last weights.
     """
     has_average = run.saves_average
     live = folder / ("model-live" if has_average else "model")
@@ -50,7 +50,8 @@ def results_of(
 ) -> dict[str, Any]:
     """Return the contents of results.json, the same on every rank. A collective call, before `run.finish()`.
 
-    num_tokens: trained on, over all ranks. seconds: of the whole run. metrics: the lines of metrics.jsonl, on rank 0.
+    num_tokens: tokens trained on, over all ranks. seconds: time of the whole run. metrics: the lines of metrics.jsonl,
+    on rank 0.
     """
     state = state_bytes(run)
     return {
@@ -71,7 +72,7 @@ def results_of(
 
 
 def complete_folder(folder: Path, console: Console) -> None:
-    """Finish a run that was killed after results.json: write the report, remove what only a run under way needs."""
+    """Finish a run that was killed after results.json: write the report, remove what only an unfinished run needs."""
     if not (folder / REPORT).exists():
         write_report(folder, console)
     shutil.rmtree(folder / TEACHER, ignore_errors=True)

@@ -43,7 +43,7 @@ class Progress:
     """The place of a run in its sequence of tasks, and what it has counted and measured so far."""
 
     task: int = 0
-    """Index of the task under way."""
+    """Index of the current task."""
     parts_done: int = 0
     """Parts of the task that are done, see safecl.training.trainer."""
     skipped_in_a_row: int = 0
@@ -104,7 +104,7 @@ class RunSaver:
         return before
 
     def settle(self) -> SaveReport | None:
-        """Wait for the save under way. The memory then frees what no checkpoint needs any more."""
+        """Wait for the running save. The memory then frees what no checkpoint needs any more."""
         report = self.checkpointer.finish()
         if report is None or report.problem is not None:
             return report
@@ -191,7 +191,7 @@ class RunSaver:
             note(f"{what}: too little for the {keep + 1} that checkpoint.keep: {keep} needs while saving")
 
     def close(self, timeout: float | None = None) -> None:
-        """Wait for a save under way, at most `timeout` seconds, and free everything. Not a collective call.
+        """Wait for a running save, at most `timeout` seconds, and free everything. Not a collective call.
 
         A save fails where another rank has died; another message has reported that by then.
         """
@@ -220,7 +220,7 @@ def state_of(run: Run) -> dict[str, Any]:
 def restore(run: Run, state: dict[str, Any], task: TaskPlan) -> None:
     """Put back what `state_of` returned; shards and memory are restored before. A collective call.
 
-    task: the one that was under way, or had ended, or not begun, when the state was taken.
+    task: the current task when the state was taken; it may have ended, or not begun.
     """
     run.stop_reading()
     run.screen(state["screening"])

@@ -47,9 +47,9 @@ class Run(RunState):
         )
         self._ahead: ReadAhead | None = None
         self._ready: dict[str, Ready] = {}
-        """The rows and micro-batches read for the step under way, by gradient; each is removed when it is used."""
+        """The rows and micro-batches read for the current step, by gradient; each is removed when it is used."""
         self._passes: list[tuple[list[StepRow], StepLosses]] = []
-        """The passes of the step under way, for draws that follow losses."""
+        """The passes of the current step, for draws that follow losses."""
         self._waited = 0.0
 
     # ---------------------------------------------------------------------------------------------------------- a task
@@ -123,7 +123,7 @@ class Run(RunState):
             self.previous = self.task
 
     def finish(self) -> None:
-        """Remove the files that only a run under way needs. Until now an older checkpoint could still need them."""
+        """Remove the files that only an unfinished run needs. Until now an older checkpoint could still need them."""
         self.recorded_teachers.discard()
         self.online_teachers.close(discard=True)
 
@@ -218,5 +218,5 @@ class Run(RunState):
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds that steps have waited for their rows in all, the first steps of tasks included."""
+        """Seconds that steps have waited for their rows in total, the first steps of tasks included."""
         return self._waited + (self._ahead.wait_seconds if self._ahead is not None else 0.0)

@@ -1,4 +1,4 @@
-"""The state of a run under way: its parts, and where it is in its tasks."""
+"""The state of a run: its parts, and its place in the sequence of tasks."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class RunState:
         self.recorded_teachers = RecordedTeachers(engine, config.output, self.has_adapters)
 
         self.task: TaskPlan | None = None
-        """The task under way."""
+        """The current task."""
         self.previous: TaskPlan | None = None
         """The task before it: online EWC consolidates its rows, and some of them may enter the memory."""
         self.active_methods: list[Method[Any]] = []
-        """The methods that act on the task under way; none in the alignment task."""
+        """The methods that act on the current task; none in the alignment task."""
         self.step = self.num_steps = 0
-        """Steps made in the task under way, and its number of steps."""
+        """Steps made in the current task, and its number of steps."""
         self.global_step = self.skipped_steps = 0
         """Steps made over all tasks, and how many of them were skipped."""
         self.first_step = 0
-        """The global step in which the task under way began."""
+        """The global step in which the current task began."""
         self.last_learning_rate = 0.0
 
     @property

@@ -136,7 +136,7 @@ def _replay_rows(run: RunState, stream: str, terms: list[ReplayTerm], step: int)
 def _replay_distillations(run: RunState, weights: dict[str, float]) -> tuple[Distillation, ...]:
     """Return the distances of one replayed row to its stored outputs, or to the answer of an online teacher.
 
-    weights: of each divergence.
+    weights: by divergence.
     """
     assert run.config.memory is not None
     teacher = run.config.memory.teacher

@@ -29,7 +29,7 @@ def build_rows(
     """Build what is missing, and print what was kept and where. Raises ConfigError, before the model is loaded where
     possible.
 
-    output: file for a copy of the rows. settings: fields of RowSettings. overrides: of a run config.
+    output: file for a copy of the rows. settings: fields of RowSettings. overrides: `key=value` of a run config.
     """
     environment.join_launcher()
     config = _config(model, prompts, overrides)

@@ -6,8 +6,8 @@ incoherent nor cut off.
 
     memory-rows/<key>/
         answers.jsonl     every answer, in the order of the prompts; a stopped build resumes after the last one
-        rows.jsonl        the rows, with the prompts' tags; `kind` is refusal or answer left-out.json     how many
-        answers were left out, by reason
+        rows.jsonl        the rows, with the prompts' tags; `kind` is refusal or answer
+        left-out.json     how many answers were left out, by reason
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     checkpoints/
       step-00000500/         whole: its name appears when everything in it is on the disk
       latest                 name of the newest one, for people and scripts; safecl looks at the folders
-      .partial/              a save under way, or an interrupted one
+      .partial/              a running save, or an interrupted one
       .deleting-step-.../    an old one that is being deleted
       damaged-step-.../      found damaged when a run was resumed; removed when the next one is published
 

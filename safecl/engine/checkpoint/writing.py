@@ -51,7 +51,7 @@ _LONGEST_WRITE = timedelta(hours=6)
 
 @dataclass
 class _Save:
-    """A save under way on this rank."""
+    """A running save on this rank."""
 
     step: int
     slices: list[tuple[Slice, int]]
@@ -118,7 +118,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def finish(self, timeout: float | None = None) -> SaveReport | None:
-        """Wait for the save under way and return its report, the same on all ranks.
+        """Wait for the running save and return its report, the same on all ranks.
 
         Return None where there is no save, or it takes longer than `timeout` seconds.
         """

@@ -36,9 +36,9 @@ _DTYPE = "BF16"
 class FisherHeader:
     """The model, the rows and the settings that a Fisher was estimated with.
 
-    mean: over all weights; a penalty's strength is divided by it. estimator: `random signs`, or `exact` (each row's own
-    gradient). rows: fingerprint of the `num_rows` rows of memory.source. memory: settings that decide which of them the
-    memory holds. model: its path, for people. model_hash, tokenizer: hashes.
+    mean: mean of F over all weights; a penalty's strength is divided by it. estimator: `random signs`, or `exact` (each
+    row's own gradient). rows: fingerprint of the `num_rows` rows of memory.source. memory: settings that decide which
+    of them the memory holds. model: its path, for people. model_hash, tokenizer: hashes.
     """
 
     mean: float

@@ -118,8 +118,8 @@ class TrainingEngine(ModelEngine):
     ) -> StepLosses:
         """Make one forward and backward pass over `rows`, then do `then` with the reduced gradient.
 
-        rows: the whole global step, the same list on every rank. adapter_penalty: joins the loss once a step. batches:
-        the result of `prepare` for these rows; None: they are loaded here.
+        rows: the whole global step, the same list on every rank. adapter_penalty: added to the loss once per step.
+        batches: the result of `prepare` for these rows; None: they are loaded here.
         """
         self.deepspeed.train()
         losses = self._forward_backward(rows, adapter_penalty, batches)
@@ -180,7 +180,7 @@ class TrainingEngine(ModelEngine):
     # ---------------------------------------------------------------------------------------------------------- actions
 
     def update(self, plan: UpdatePlan) -> Action:
-        """An ordinary AdamW step."""
+        """Return the action of an ordinary AdamW step."""
         return self.optimizer.update(plan)
 
     def stash(self, kind: str) -> Action:

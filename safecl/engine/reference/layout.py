@@ -24,7 +24,7 @@ class Layout:
 
     dtype: torch.dtype
     shapes: Mapping[str, tuple[int, ...]]
-    """Shape of each parameter, in the model's order; tied parameters are there once."""
+    """Shape of each parameter, in the model's order; tied parameters occur once."""
     offsets: Mapping[str, int]
     """First byte of each parameter."""
     nbytes: int

@@ -1,9 +1,9 @@
 """Online teachers, which answer questions in every step: which models they are, where these come from, which rows ask.
 
-    aligned     theta_0, streamed from the node's reference store; with LoRA the student with its adapters off previous
-    the model at the end of the previous task, kept as a folder in the run, streamed from a store of its own ema the
-    average in the shards, in place of the weights during the pass a folder    any model with the same tokenizer,
-    streamed
+    aligned     theta_0, streamed from the node's reference store; with LoRA the student with its adapters off
+    previous    the model at the end of the previous task, kept as a folder in the run, streamed from its own store
+    ema         the average in the shards, in place of the weights during the pass
+    a folder    any model with the same tokenizer, streamed
 
 A teacher is asked once per step about all rows of this rank, before the step's own forward passes. Its answers stay on
 the device.

@@ -42,7 +42,7 @@ class Form:
     """The form of the recorded outputs."""
 
     task: str
-    """Of LanguageModel.forward."""
+    """The `task` argument of LanguageModel.forward."""
     settings: dict[str, Any]
     """Further arguments of LanguageModel.forward."""
     all_tokens: bool

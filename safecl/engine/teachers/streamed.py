@@ -13,8 +13,8 @@ No architecture is rewritten. A pass has three parts:
 
  1. The model's own trunk runs with stand-ins for its layers. They note their arguments (masks, positions, rotary
     embeddings) and return the hidden states unchanged.
- 2. The real layers are called with these arguments, one after the other. 3. The trunk runs again with the last layer's
- result, for what comes after the layers, such as the final norm.
+ 2. The real layers are called with these arguments, one after the other.
+ 3. The trunk runs again with the last layer's result, for what comes after the layers, such as the final norm.
 """
 
 from __future__ import annotations

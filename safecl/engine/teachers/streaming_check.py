@@ -30,8 +30,8 @@ def check_streamed(
 ) -> None:
     """Compare the teacher's logits of a few tokens with the model's own. A collective call; raises ConfigError.
 
-    live: the engine, where its model is the teacher's at this moment. plain: else the model as transformers runs it, on
-    the first rank of each node (`plain_model`).
+    live: the engine, where its model is the teacher's now. plain: otherwise the model as transformers runs it, on the
+    first rank of each node (`plain_model`).
     """
     ids = torch.arange(2, 10)[None]
     positions = torch.arange(ids.shape[1])[None]

@@ -130,8 +130,8 @@ class ShardAdamW(torch.optim.Optimizer):
     def take_base(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
         """Make the state `kind` the weights with which the run began, which must still be the current ones.
 
-        They are not copied where the reference store holds them and anchors live on the CPU; then they have the store's
-        dtype.
+        They are not copied where the reference store holds them and anchors are kept on the CPU; then they have the
+        store's dtype.
         """
         if self.store is not None and self._can_serve(self.store):
             self.drop(kind)
@@ -142,7 +142,7 @@ class ShardAdamW(torch.optim.Optimizer):
         self.equal_base.add(kind)
 
     def _can_serve(self, store: ReferenceStore) -> bool:
-        """True where the store has the trained weights (not with LoRA) and anchors live on the CPU."""
+        """True where the store has the trained weights (not with LoRA) and anchors are kept on the CPU."""
         return self.placement.reference == "cpu" and self._shard_map.shapes.keys() <= set(store.names())
 
     def reset_moments(self) -> None:

@@ -100,7 +100,7 @@ class ShardParts(Protocol):
 def pieces(shard: ShardParts, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
     """Yield the shard in pieces that have state of all `kinds`.
 
-    Kinds in `written` that do not live beside the shard are carried back after each piece.
+    Kinds in `written` that are not kept beside the shard are copied back after each piece.
     """
     param = shard.param
     away: dict[str, Served | Hosted] = {}

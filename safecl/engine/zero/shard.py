@@ -52,7 +52,7 @@ class Shard:
                 use_huge_pages(tensor)
 
     def pieces(self, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
-        """Yield the shard in pieces with its state of these kinds, wherever that lives.
+        """Yield the shard in pieces with its state of these kinds, from any place.
 
         The pieces' tensors are on the shard's device; changes to kinds in `written` are kept. Slices refer to the flat
         shard, `param.view(-1)`.

@@ -111,7 +111,7 @@ class ShardMap:
     parameters in all of them. In stage 0 every rank has all weights (`replicated`); in the others the ranks' fragments
     are a partition of them.
 
-    engine: of deepspeed.initialize. prefix: taken off the parameters' names.
+    engine: the result of deepspeed.initialize. prefix: removed from the parameters' names.
     """
 
     def __init__(self, engine: DeepSpeedEngine, prefix: str = ""):

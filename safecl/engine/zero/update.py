@@ -70,7 +70,7 @@ class ShardUpdate:
     """Sum over all shards of a number that each rank has for its own."""
 
     def run(self, shards: Sequence[Shard], norm: Tensor) -> Tensor | None:
-        """Update the shards; return this rank's part of the penalty loss. norm: of the loss's gradient."""
+        """Update the shards; return this rank's part of the penalty loss. norm: that of the loss's gradient."""
         places = place_penalties(self.plan.penalties, self.plan.ema_mask)
         if not self.plan.penalties:
             self._clip_the_loss(shards, norm, places)

@@ -57,7 +57,7 @@ class HeadCall:
 
     @property
     def separate_dlogits(self) -> bool:
-        """Whether dL needs a buffer of its own because it is narrower than the logits; otherwise it overwrites them."""
+        """True where dL needs its own buffer, because it is narrower than the logits; otherwise it overwrites them."""
         return self.needs_grad and operand_dtype(self.compute_dtype, self.hidden.device) != self.logits_dtype
 
 

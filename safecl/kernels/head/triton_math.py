@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 FORWARD_KL, REVERSE_KL, JSD, MSE = (tl.constexpr(code) for code in (1, 2, 3, 4))
-# What lies between the product and the logits; CAPPED includes the scale.
+# The steps between the product and the logits; CAPPED includes the scale.
 SCALED, CAPPED = tl.constexpr(1), tl.constexpr(2)
 VECTOR = tl.constexpr(8)
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)

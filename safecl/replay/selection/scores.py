@@ -38,7 +38,7 @@ class ScoreLog:
     """Losses logged per step, and the statistics derived from them.
 
     last_step: losses of steps up to here are in the table's `score` and in `counts`. pending: (step, keys, losses) of
-    later steps. counts: per bin [damaged, replayed], decayed. mean: of all rows' last losses, nats.
+    later steps. counts: [damaged, replayed] by bin, decayed. mean: that of all rows' last losses, nats.
     """
 
     damage_margin: float
