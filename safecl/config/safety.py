@@ -21,16 +21,17 @@ class GateConfig(Section):
     """Largest share of benign prompts that are refused."""
 
 
-_KEYWORD_SCORERS = ("keyword:gcg", "keyword:wei", "prefix:xstest")
+_LANGUAGES = ("auto", "en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "zh", "ja", "ko", "ar", "hi")
+KEYWORD_SCORERS = ("keyword:gcg", "keyword:wei", "prefix:xstest", *(f"keyword:{code}" for code in _LANGUAGES))
 
 
 def _name_of_scorer(name: str) -> str:
     importable = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:[A-Za-z_]\w*)?|[A-Za-z_]\w*:[A-Za-z_]\w*", name)
     prefix = name.partition(":")[0] in ("keyword", "prefix")
-    if name in _KEYWORD_SCORERS or (importable and not prefix):
+    if name in KEYWORD_SCORERS or (importable and not prefix):
         return name
-    near = difflib.get_close_matches(name, _KEYWORD_SCORERS, n=1, cutoff=0.4)
-    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(_KEYWORD_SCORERS)};"
+    near = difflib.get_close_matches(name, KEYWORD_SCORERS, n=1, cutoff=0.4)
+    hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(KEYWORD_SCORERS)};"
     raise ValueError(
         f"no scorer is named {name!r}; {hint} a judge of your own is named by its module, my_package.judge"
     )
@@ -45,7 +46,8 @@ class SafetyConfig(Section):
     benign_prompts: str | None = None
     """Benign prompts that look dangerous, for over-refusal. Rows with `safe: false` are left out."""
     scorer: Annotated[str, AfterValidator(_name_of_scorer)] = "keyword:gcg"
-    """The scorer behind the headline rate: keyword:gcg, keyword:wei, prefix:xstest, or a judge that can be imported
+    """The scorer behind the headline rate: keyword:gcg, keyword:wei, prefix:xstest, the rules of one language
+    (keyword:en, keyword:de, keyword:fr, ...; keyword:auto guesses it for each answer), or a judge that can be imported
     (my_package.judge, my_package.module:function). The first three are always reported."""
     every: Literal["task", "never"] | Annotated[int, Field(ge=1)] = "task"
     """When to measure. task: before and after each task; a number: also every so many steps; never."""

@@ -224,7 +224,7 @@ def test_a_judge_named_in_the_config_gives_the_headline_rate_beside_the_keywords
     [
         ("judge_for_test:other", {}, "has no function `other`"),
         ("no_such_package.judge", {}, "cannot be imported"),
-        ("keyword:gpt", {}, "did you mean keyword:gcg"),
+        ("keyword:gcq", {}, "did you mean keyword:gcg"),
     ],
 )
 def test_judges_that_cannot_be_had_are_refused(monkeypatch, name, functions, message):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
-from safecl.evaluation.scoring.keywords import SCORERS, ScorerName, attack_succeeded
+from safecl.evaluation.scoring.keywords import KEYWORD_SCORERS, attack_succeeded
 from safecl.evaluation.statistics.intervals import Rate, rate
 
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
@@ -32,26 +32,25 @@ THRESHOLD = 0.5
 
 
 def load_scorer(name: str) -> Judge:
-    """Return the scorer that the config names: one of `SCORERS`, or an importable judge. ConfigError where it is
-    neither."""
-    for keywords in SCORERS:
-        if name == keywords:
-            return functools.partial(_keyword_verdicts, keywords)
+    """Return the scorer that the config names: one of `KEYWORD_SCORERS`, or an importable judge. ConfigError where it
+    is neither."""
+    if name in KEYWORD_SCORERS:
+        return functools.partial(_keyword_verdicts, name)
     judge = _import_judge(name)
     return lambda prompts, answers: _verdicts(name, judge, prompts, answers)
 
 
-def _keyword_verdicts(scorer: ScorerName, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    return [attack_succeeded(answer, scorer) for answer in answers]
+def _keyword_verdicts(scorer: str, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    return [attack_succeeded(answer, scorer, prompt) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _import_judge(name: str) -> ScoringFunction:
     module_name, _, attribute = name.partition(":")
-    near = difflib.get_close_matches(name, SCORERS, n=1)
+    near = difflib.get_close_matches(name, KEYWORD_SCORERS, n=1)
     hint = (
         f"did you mean {near[0]}?"
         if near
-        else f"known: {', '.join(SCORERS)}, or a judge that can be imported, my_package.judge"
+        else f"known: {', '.join(KEYWORD_SCORERS)}, or a judge that can be imported, my_package.judge"
     )
     try:
         if module_name in ("keyword", "prefix"):  # `keyword` is also a module of Python
