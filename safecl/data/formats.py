@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from safecl.config import ConfigError, FieldMap
+from safecl.config import ConfigError
 
 MAX_ROW_CHARS = 4 * 2**20  # about a million tokens: more than any context window, so the file must be broken
 ROLES = ("system", "user", "assistant")
@@ -34,8 +33,7 @@ _SPEAKERS = {
     "bot": "assistant",
     "system": "system",
 }
-_ANSWERS = ("completion", "answer", "response")
-_MAX_TAG_CHARS = 80
+ANSWERS = ("completion", "answer", "response")
 
 
 class DataError(ConfigError):
@@ -93,7 +91,7 @@ def _text(value: Any, name: str) -> str:
     if isinstance(value, list):
         return _joined_parts(value, name)
     if not isinstance(value, str):
-        raise RowProblem(f"{name} must be text, not {_kind(value)}")
+        raise RowProblem(f"{name} must be text, not {kind_of(value)}")
     return value
 
 
@@ -106,7 +104,7 @@ def _joined_parts(parts: list[Any], name: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if isinstance(value, bool):
         return "true or false"
     kinds = {int: "a number", float: "a number", dict: "an object", list: "a list", str: "text", type(None): "null"}
@@ -176,7 +174,7 @@ def read_turns(value: Any, name: str, role_key: str = "role", text_key: str = "c
         except (ValueError, RecursionError):
             raise RowProblem(f"`{name}` must be a list of messages, not text") from None
     if not isinstance(value, list):
-        raise RowProblem(f"`{name}` must be a list of messages, not {_kind(value)}")
+        raise RowProblem(f"`{name}` must be a list of messages, not {kind_of(value)}")
     if not value:
         raise RowProblem(f"`{name}` is empty")
     return [_turn(turn, f"{name}[{i}]", role_key, text_key) for i, turn in enumerate(value)]
@@ -184,7 +182,7 @@ def read_turns(value: Any, name: str, role_key: str = "role", text_key: str = "c
 
 def _turn(turn: Any, name: str, role_key: str, text_key: str) -> Message:
     if not isinstance(turn, dict):
-        raise RowProblem(f"{name} must be an object with `{role_key}` and `{text_key}`, not {_kind(turn)}")
+        raise RowProblem(f"{name} must be an object with `{role_key}` and `{text_key}`, not {kind_of(turn)}")
     if turn.get("tool_calls") or turn.get("function_call"):
         raise RowProblem(f"{name} calls a tool; tool calls are not supported")
     for key in (role_key, text_key):
@@ -192,7 +190,7 @@ def _turn(turn: Any, name: str, role_key: str, text_key: str) -> Message:
             raise RowProblem(f"{name} has no `{key}`; it has {columns_of(turn)}")
     role = turn[role_key]
     if not isinstance(role, str):
-        raise RowProblem(f"{name}: `{role_key}` must be text, not {_kind(role)}")
+        raise RowProblem(f"{name}: `{role_key}` must be text, not {kind_of(role)}")
     return Message(_role(role, name, role_key), _text(turn[text_key], f"{name}.{text_key}"), _train_flag(turn, name))
 
 
@@ -207,7 +205,7 @@ def _role(role: str, name: str, role_key: str) -> str:
     return known[role]
 
 
-def _column(row: Mapping[str, Any], name: str) -> Any:
+def column_of(row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
         raise RowProblem(f"no `{name}`; the row has {columns_of(row)}")
     return row[name]
@@ -219,7 +217,7 @@ def _system(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _from_messages(row: Mapping[str, Any]) -> list[Message]:
-    messages = read_turns(_column(row, "messages"), "messages")
+    messages = read_turns(column_of(row, "messages"), "messages")
     unmask = row.get("unmask")
     if unmask not in (None, False, True):
         raise RowProblem("`unmask` must be true or false")
@@ -231,8 +229,8 @@ def _from_messages(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _from_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
-    answer_name = next((name for name in _ANSWERS if name in row), "completion")
-    prompt, answer = _column(row, "prompt"), _column(row, answer_name)
+    answer_name = next((name for name in ANSWERS if name in row), "completion")
+    prompt, answer = column_of(row, "prompt"), column_of(row, answer_name)
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict) and "role" in prompt[0]:
         # Earlier answers inside the prompt are context: only the completion is trained.
         asked = [Message(m.role, m.content, bool(m.train)) for m in read_turns(prompt, "prompt")]
@@ -244,13 +242,13 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> list[Message]:
-    instruction = _text(_column(row, "instruction"), "`instruction`")
+    instruction = _text(column_of(row, "instruction"), "`instruction`")
     context_name = "input" if "input" in row else "context"
     answer_name = "output" if "output" in row else "response"
     context = row.get(context_name)
     context = "" if context is None else _text(context, f"`{context_name}`")
     asked = f"{instruction}\n\n{context}" if instruction.strip() and context.strip() else instruction or context
-    answer = _text(_column(row, answer_name), f"`{answer_name}`")
+    answer = _text(column_of(row, answer_name), f"`{answer_name}`")
     return [*_system(row), *_history(row.get("history")), Message("user", asked), Message("assistant", answer)]
 
 
@@ -266,76 +264,17 @@ def _history(history: Any) -> list[Message]:
 
 
 def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
-    turns = read_turns(_column(row, "conversations"), "conversations", "from", "value")
+    turns = read_turns(column_of(row, "conversations"), "conversations", "from", "value")
     return turns if turns[0].role == "system" else _system(row) + turns
 
 
 def _from_text(row: Mapping[str, Any]) -> list[Message]:
-    return [Message("text", _text(_column(row, "text"), "`text`"))]
-
-
-# ----------------------------------------------------------------------------------------------- templates over columns
-
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
-
-
-def template_columns(template: str) -> list[str]:
-    """Names of the columns in a template."""
-    return [match[1] for match in _PLACEHOLDER.finditer(template) if match[1] is not None]
-
-
-def _cell(row: Mapping[str, Any], name: str, values: Mapping[str, Mapping[str, str]]) -> str:
-    value = _column(row, name)
-    if value is None or isinstance(value, (dict, list)):
-        raise RowProblem(f"`{clip(name)}` must be text or a number, not {_kind(value)}")
-    text = str(value).lower() if isinstance(value, bool) else str(value)  # true and false as JSON and YAML write them
-    if name not in values:
-        return text
-    known = values[name]
-    if text not in known and isinstance(value, float) and value.is_integer():
-        text = str(int(value))
-    if text not in known:
-        raise RowProblem(f"`{clip(name)}` is {clip(text, 24)!r}; `fields.values` knows {clip(', '.join(known), 60)}")
-    return known[text]
-
-
-def fill(template: str, row: Mapping[str, Any], values: Mapping[str, Mapping[str, str]] = {}) -> str:
-    """Replace `{column}` by the row's value and `{{`, `}}` by braces. Raises RowProblem where a column is missing."""
-    fixed = {"{{": "{", "}}": "}"}
-    return _PLACEHOLDER.sub(lambda match: fixed.get(match[0]) or _cell(row, match[1], values), template)
-
-
-def _from_fields(fields: FieldMap) -> Callable[[Mapping[str, Any]], list[Message]]:
-    def messages(row: Mapping[str, Any]) -> list[Message]:
-        system = [] if fields.system is None else [Message("system", fill(fields.system, row, fields.values))]
-        prompt, completion = fill(fields.prompt, row, fields.values), fill(fields.completion, row, fields.values)
-        return [*system, Message("user", prompt), Message("assistant", completion)]
-
-    return messages
-
-
-def check_fields(fields: FieldMap, columns: Iterable[str], path: str) -> None:
-    """Raise DataError where the templates or `values` name a column that is not in `columns`."""
-    columns = list(columns)
-    templates = {"prompt": fields.prompt, "completion": fields.completion, "system": fields.system or ""}
-    named = [(f"fields.{key}", name) for key, template in templates.items() for name in template_columns(template)]
-    for key, name in [*named, *(("fields.values", name) for name in fields.values)]:
-        if name not in columns:
-            near = difflib.get_close_matches(name, columns, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else "write {{ and }} for braces that are meant as such"
-            raise DataError(
-                f"{path}: {key} names the column `{clip(name)}`, the rows have {columns_of(columns)}; {hint}"
-            )
-    if not template_columns(fields.completion):
-        raise DataError(
-            f"{path}: fields.completion names no column, so every answer would be the same; "
-            f"the rows have {columns_of(columns)}"
-        )
+    return [Message("text", _text(column_of(row, "text"), "`text`"))]
 
 
 # ------------------------------------------------------------------------------------------------------------- choosing
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
+READERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
     "messages": _from_messages,
     "prompt_completion": _from_prompt_completion,
     "alpaca": _from_alpaca,
@@ -353,35 +292,6 @@ def detect(columns: Iterable[str]) -> str | None:
         return "sharegpt"
     if "instruction" in columns and columns & {"output", "response"}:
         return "alpaca"
-    if "prompt" in columns and columns & set(_ANSWERS):
+    if "prompt" in columns and columns & set(ANSWERS):
         return "prompt_completion"
     return "text" if "text" in columns else None
-
-
-def suggest_fields(columns: Iterable[str]) -> str:
-    """Suggest a `fields` line for columns of no known format."""
-    columns = list(columns)
-    answers = [
-        c for c in columns if re.search(r"answer|label|target|output|response|completion|summary|solution", c, re.I)
-    ]
-    answer = answers[0] if answers else columns[-1] if columns else "answer"
-    asked = next((c for c in columns if c != answer and c not in ("id", "idx", "index", "task_id")), "question")
-    return f'fields: {{prompt: "{{{asked}}}", completion: "{{{answer}}}"}}'
-
-
-def row_reader(format: str, fields: FieldMap | None) -> Callable[[Mapping[str, Any]], tuple[Message, ...]]:
-    """Return the function from a row's columns to its checked messages. It raises RowProblem."""
-    read = _from_fields(fields) if format == "fields" and fields is not None else _READERS[format]
-    return lambda row: check_messages(read(row))
-
-
-def tags_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """Short scalar columns other than the text (`id`, `category`, `safe`, ...), as strings."""
-    tags = {}
-    for name, value in row.items():
-        if name in ("text", "prompt", "instruction", "input", "output", "context", "system", *_ANSWERS):
-            continue
-        if isinstance(value, (str, bool, int, float)) and len(str(value)) <= _MAX_TAG_CHARS:
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            tags[clip(name)] = clip(text, _MAX_TAG_CHARS)
-    return tags

@@ -21,16 +21,12 @@ from safecl.data.formats import (
     DataError,
     Message,
     RowProblem,
-    check_fields,
     check_messages,
     columns_of,
     detect,
     read_turns,
-    row_reader,
-    suggest_fields,
-    tags_of,
-    template_columns,
 )
+from safecl.data.readers import check_fields, row_reader, suggest_fields, tags_of, template_columns
 
 _SAMPLE = 100  # rows that are read to detect the format
 _PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "text")
