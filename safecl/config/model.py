@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from safecl.config.base import Section, Text
+
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
 
 
 class LoraConfig(Section):
@@ -32,6 +35,10 @@ class ModelConfig(Section):
     """Folder or hub id of the tokenizer; the model's own by default."""
     chat_template: str | None = None
     """Path of a Jinja chat template; the tokenizer's own by default, and a plain one where the tokenizer has none."""
+    template_date: datetime.date = TEMPLATE_DATE
+    """Date that the chat template writes where it asks for today's (`strftime_now`, `date_string`), in training and in
+    evaluation. It is fixed, so that a run that goes on another day sees the same rows; the default is the one that
+    Llama 3's templates have for this."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of weights and activations in the forward pass. Master weights and optimizer state are always fp32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

@@ -14,16 +14,18 @@ cannot end its own turn and open another. Only the template writes control token
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError, ModelConfig
-from safecl.data.formats import DataError, Message, RowProblem, clip
+from safecl.data.formats import THOUGHTS, DataError, Message, RowProblem, clip
 from safecl.data.hub import local_name, refuse_unreachable
+from safecl.data.template_dates import fix_clock, set_date
 
 log = logging.getLogger("safecl")
 
@@ -56,6 +58,7 @@ def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
             f"{name}: the tokenizer has no end-of-text token, so answers could not end; set `eos_token` in its folder"
         )
     _settle_template(tokenizer, model)
+    set_date(tokenizer, model.template_date)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is neither attended to nor trained: no new token is needed
     _try_template(tokenizer)
@@ -143,6 +146,15 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted(added | set(tokenizer.all_special_tokens)))
 
 
+def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
+    """Put the control tokens in the texts of a value inside OPEN and CLOSE."""
+    if isinstance(value, str):
+        return pattern.sub(lambda m: f"{OPEN}{m[0]}{CLOSE}", value.replace(OPEN, "").replace(CLOSE, ""))
+    if isinstance(value, dict):
+        return {_marked(key, pattern): _marked(item, pattern) for key, item in value.items()}
+    return [_marked(item, pattern) for item in value] if isinstance(value, list) else value
+
+
 def as_dicts(
     tokenizer: Any, messages: Sequence[Message], pattern: re.Pattern[str] | None = None
 ) -> list[dict[str, str]]:
@@ -150,11 +162,32 @@ def as_dicts(
     pattern = pattern or _control_pattern(control_tokens(tokenizer))
     turns = []
     for message in messages:
-        text = message.content
-        if OPEN in text or CLOSE in text:
-            text = text.replace(OPEN, "").replace(CLOSE, "")
-        turns.append({"role": message.role, "content": pattern.sub(lambda m: f"{OPEN}{m[0]}{CLOSE}", text)})
+        turn = {"role": message.role, "content": _marked(message.content, pattern)}
+        if message.thought is not None:  # templates read it under one of these names
+            turn |= dict.fromkeys(THOUGHTS, _marked(message.thought, pattern))
+        turns.append(turn)
     return turns
+
+
+Ranges = list[tuple[int, int]]
+
+
+def _by_tools(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    render_some: Callable[[list[list[dict[str, str]]], dict[str, Any]], Sequence[Any]],
+) -> list[Any]:
+    """Call `render_some(conversations, variables)` for the conversations of each list of tools. Returns all results."""
+    pattern = _control_pattern(control_tokens(tokenizer))
+    dates = fix_clock(tokenizer, tokenizer.chat_template)
+    tools_of = [messages[0].tools if messages else None for messages in conversations]
+    out: dict[int, Any] = {}
+    for tools in dict.fromkeys(tools_of):
+        chosen = [i for i, own in enumerate(tools_of) if own == tools]
+        turns = [as_dicts(tokenizer, conversations[i], pattern) for i in chosen]
+        given = {} if tools is None else {"tools": _marked(json.loads(tools), pattern)}
+        out |= zip(chosen, render_some(turns, given | dates), strict=True)
+    return [out[i] for i in range(len(conversations))]
 
 
 def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool = False) -> list[str]:
@@ -162,27 +195,26 @@ def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, genera
 
     Raises: any error of the template.
     """
-    pattern = _control_pattern(control_tokens(tokenizer))
-    turns = [as_dicts(tokenizer, conversation, pattern) for conversation in conversations]
-    return (
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt) if turns else []
-    )
+    call = functools.partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=generation_prompt)
+    return _by_tools(tokenizer, conversations, lambda turns, given: call(turns, **given))
 
 
-def render_marked(
-    tokenizer: Any, conversations: Sequence[Sequence[Message]]
-) -> list[tuple[str, list[tuple[int, int]]]]:
+def render_marked(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[tuple[str, Ranges]]:
     """Render as `render` does, and return the character ranges between `{% generation %}` and `{% endgeneration %}`."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    pattern = _control_pattern(control_tokens(tokenizer))
-    rendered: Any = render_jinja_template(  # (texts, ranges of each)
-        conversations=[as_dicts(tokenizer, conversation, pattern) for conversation in conversations],
-        chat_template=tokenizer.chat_template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    return [(text, [(start, stop) for start, stop in pairs]) for text, pairs in zip(*rendered, strict=True)]
+    def render_some(turns: list[list[dict[str, str]]], given: dict[str, Any]) -> list[tuple[str, Ranges]]:
+        rendered: Any = render_jinja_template(  # (texts, ranges of each)
+            turns,
+            chat_template=tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            **given,
+            **tokenizer.special_tokens_map,
+        )
+        return list(zip(*rendered, strict=True))
+
+    rendered = _by_tools(tokenizer, conversations, render_some)
+    return [(text, [(start, stop) for start, stop in pairs if stop > start]) for text, pairs in rendered]
 
 
 def refusal(tokenizer: Any, error: Exception) -> RowProblem:

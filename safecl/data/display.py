@@ -82,4 +82,5 @@ def _left_out(report: Report, examples: str) -> list[str]:
         left_out = f"{report.bad:,} of {report.seen:,} rows of {path} cannot be used and are skipped"
         lines.append(f"[yellow]{left_out}[/yellow]")
         lines += [] if examples == "none" else [f"  {escape(line)}" for line in report.examples]
+    lines += [f"[yellow]{escape(line)}[/yellow]" for line in report.notes]
     return lines

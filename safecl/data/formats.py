@@ -2,13 +2,16 @@
 
 messages           {"messages": [{"role": "user", "content": "..."}, ...]}
                    of OpenAI; `train` or `weight` per message
-prompt_completion  {"prompt": "..." or [messages], "completion" | "answer" | "response": the same}
+prompt_completion  {"prompt": "..." or [messages], "completion" | "answer" | "response": the same, "system", "history"}
                    of TRL and TRACE
 alpaca             {"instruction", "input" | "context", "output" | "response", "system", "history"}
                    of Stanford Alpaca and Dolly
 sharegpt           {"conversations": [{"from": "human", "value": "..."}, ...]}
 text               {"text": "..."}; every token is trained
 fields             templates over the row's own columns, for anything else
+
+A turn's thought, in `reasoning_content`, `thinking` or `reasoning`, and the row's `tools` go to the chat template. A
+list of messages may stand in its cell as JSON text.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safecl.config import ConfigError
+from safecl.data.cells import is_empty, parse_text, turns_in
 
 MAX_ROW_CHARS = 4 * 2**20  # about a million tokens: more than any context window, so the file must be broken
 ROLES = ("system", "user", "assistant")
@@ -34,6 +38,7 @@ _SPEAKERS = {
     "system": "system",
 }
 ANSWERS = ("completion", "answer", "response")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 class DataError(ConfigError):
@@ -46,11 +51,17 @@ class RowProblem(Exception):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `train`: what the data says, or None for the default, by which assistant turns are trained."""
+    """One turn. `train`: what the data says, or None for the default, by which assistant turns are trained.
+
+    thought: what the assistant thinks before its answer, for the chat template to write. tools: JSON list of the
+    functions that a conversation may call, on its first turn.
+    """
 
     role: str
     content: str
     train: bool | None = None
+    thought: str | None = None
+    tools: str | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -168,10 +179,10 @@ def _train_flag(turn: Mapping[str, Any], name: str) -> bool | None:
 
 def read_turns(value: Any, name: str, role_key: str = "role", text_key: str = "content") -> list[Message]:
     """Convert a list of turns to messages. Only their shape is checked. Raises RowProblem."""
-    if isinstance(value, str):  # CSV and Parquet often hold the list as JSON text
+    if isinstance(value, str):  # CSV and Parquet often hold the list as text
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_text(value)
+        except ValueError:
             raise RowProblem(f"`{name}` must be a list of messages, not text") from None
     if not isinstance(value, list):
         raise RowProblem(f"`{name}` must be a list of messages, not {kind_of(value)}")
@@ -191,7 +202,18 @@ def _turn(turn: Any, name: str, role_key: str, text_key: str) -> Message:
     role = turn[role_key]
     if not isinstance(role, str):
         raise RowProblem(f"{name}: `{role_key}` must be text, not {kind_of(role)}")
-    return Message(_role(role, name, role_key), _text(turn[text_key], f"{name}.{text_key}"), _train_flag(turn, name))
+    content = _text(turn[text_key], f"{name}.{text_key}")
+    return Message(_role(role, name, role_key), content, _train_flag(turn, name), _thought(turn, name, content))
+
+
+def _thought(holder: Mapping[str, Any], name: str, answer: str) -> str | None:
+    """The thought in a field of a turn, or in a column beside an answer; None where the answer holds it."""
+    for key in THOUGHTS:
+        if not is_empty(holder.get(key)):
+            thought = _text(holder[key], f"{name}.{key}" if name else f"`{key}`")
+            _check_text(thought, f"`{key}`")
+            return None if thought.strip() in answer else thought
+    return None
 
 
 def _role(role: str, name: str, role_key: str) -> str:
@@ -217,44 +239,70 @@ def _system(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _from_messages(row: Mapping[str, Any]) -> list[Message]:
-    messages = read_turns(column_of(row, "messages"), "messages")
+    messages = with_system(row, read_turns(column_of(row, "messages"), "messages"))
     unmask = row.get("unmask")
     if unmask not in (None, False, True):
         raise RowProblem("`unmask` must be true or false")
     if unmask:  # the row asks for all of its turns to be trained, not only the assistant's
-        messages = [
-            m if m.role == "system" or m.train is not None else Message(m.role, m.content, True) for m in messages
-        ]
+        messages = [m if m.role == "system" or m.train is not None else replace(m, train=True) for m in messages]
     return messages
+
+
+def turns_of_cell(value: Any, name: str) -> list[Message] | None:
+    """The turns that a cell holds, as a list or as text; None where it holds plain text."""
+    try:
+        turns = turns_in(value)
+    except ValueError as error:
+        raise RowProblem(f"`{name}` looks like a list of messages, but is {error}") from None
+    return None if turns is None else read_turns(turns, name)
+
+
+def _plain_text(value: Any, name: str) -> str:
+    """Text of a cell that stands for one message. A list of messages as text is no such cell."""
+    if isinstance(value, str) and turns_of_cell(value, name) is not None:
+        raise RowProblem(f"`{name}` holds a list of messages; name the column `messages`, or write the text alone")
+    return _text(value, f"`{name}`")
 
 
 def _from_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
     answer_name = next((name for name in ANSWERS if name in row), "completion")
     prompt, answer = column_of(row, "prompt"), column_of(row, answer_name)
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict) and "role" in prompt[0]:
-        # Earlier answers inside the prompt are context: only the completion is trained.
-        asked = [Message(m.role, m.content, bool(m.train)) for m in read_turns(prompt, "prompt")]
+    asked, answered = turns_of_cell(prompt, "prompt"), turns_of_cell(answer, answer_name)
+    # Earlier answers are context: only the completion is trained.
+    before = [replace(m, train=bool(m.train)) for m in _history(row.get("history"))]
+    if asked is None:
+        asked = [*_system(row), *before, Message("user", _text(prompt, "`prompt`"))]
     else:
-        asked = [*_system(row), Message("user", _text(prompt, "`prompt`"))]
-    if isinstance(answer, list) and answer and isinstance(answer[0], dict) and "role" in answer[0]:
-        return asked + read_turns(answer, answer_name)
-    return [*asked, Message("assistant", _text(answer, f"`{answer_name}`"))]
+        system, *turns = with_system(row, [replace(m, train=bool(m.train)) for m in asked])
+        asked = [system, *before, *turns] if system.role == "system" else [*before, system, *turns]
+    return asked + (answered if answered is not None else [_answer(row, answer_name)])
+
+
+def _answer(row: Mapping[str, Any], name: str) -> Message:
+    text = _plain_text(column_of(row, name), name)
+    return Message("assistant", text, thought=_thought(row, "", text))
 
 
 def _from_alpaca(row: Mapping[str, Any]) -> list[Message]:
-    instruction = _text(column_of(row, "instruction"), "`instruction`")
+    instruction = _plain_text(column_of(row, "instruction"), "instruction")
     context_name = "input" if "input" in row else "context"
-    answer_name = "output" if "output" in row else "response"
     context = row.get(context_name)
-    context = "" if context is None else _text(context, f"`{context_name}`")
+    context = "" if context is None else _plain_text(context, context_name)
     asked = f"{instruction}\n\n{context}" if instruction.strip() and context.strip() else instruction or context
-    answer = _text(column_of(row, answer_name), f"`{answer_name}`")
-    return [*_system(row), *_history(row.get("history")), Message("user", asked), Message("assistant", answer)]
+    answer = _answer(row, "output" if "output" in row else "response")
+    return [*_system(row), *_history(row.get("history")), Message("user", asked), answer]
 
 
 def _history(history: Any) -> list[Message]:
-    if history is None:
+    if is_empty(history):
         return []
+    if (turns := turns_of_cell(history, "history")) is not None:
+        return turns
+    if isinstance(history, str):
+        try:
+            history = parse_text(history)
+        except ValueError:
+            raise RowProblem("`history` must be a list of [user, assistant] pairs, not text") from None
     if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
         raise RowProblem("`history` must be a list of [user, assistant] pairs")
     texts = [
@@ -263,13 +311,38 @@ def _history(history: Any) -> list[Message]:
     return [message for asked, said in texts for message in (Message("user", asked), Message("assistant", said))]
 
 
+def _tools_of(row: Mapping[str, Any]) -> str | None:
+    """The row's `tools` as JSON, or None. Raises RowProblem."""
+    tools = row.get("tools")
+    if is_empty(tools):
+        return None
+    if isinstance(tools, str):
+        try:
+            tools = parse_text(tools)
+        except ValueError:
+            raise RowProblem("`tools` must be a list of objects, not text") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowProblem("`tools` must be a list of objects")
+    return json.dumps(tools, ensure_ascii=False) if tools else None
+
+
+def with_tools(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Add the row's `tools` to the first of its messages. Raises RowProblem."""
+    tools = _tools_of(row)
+    return messages if tools is None else (replace(messages[0], tools=tools), *messages[1:])
+
+
 def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
-    turns = read_turns(column_of(row, "conversations"), "conversations", "from", "value")
-    return turns if turns[0].role == "system" else _system(row) + turns
+    return with_system(row, read_turns(column_of(row, "conversations"), "conversations", "from", "value"))
+
+
+def with_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+    """Put the row's `system` before turns that have no system message of their own."""
+    return turns if turns and turns[0].role == "system" else _system(row) + turns
 
 
 def _from_text(row: Mapping[str, Any]) -> list[Message]:
-    return [Message("text", _text(column_of(row, "text"), "`text`"))]
+    return [Message("text", _plain_text(column_of(row, "text"), "text"))]
 
 
 # ------------------------------------------------------------------------------------------------------------- choosing

@@ -30,13 +30,14 @@ from safecl.data.formats import ChatRow, DataError, RowProblem
 from safecl.data.masks import Encoded, tokenize_rows
 from safecl.data.order import keyed_hash
 from safecl.data.rows import BadRows, good_rows, spread
+from safecl.data.template_dates import asks_for_date, date_of
 from safecl.data.tokens import Occurrences, Report, Row, StoreWriter, TokenDataset, concat, content_digest, map_store
 from safecl.storage.durable import sync_folder, write_file
 from safecl.storage.locks import waiting_lock
 
 log = logging.getLogger("safecl")
 
-_VERSION = 2  # of the prepared files; files of another version are prepared again
+_VERSION = 3  # of the prepared files; files of another version are prepared again
 _BATCH = 1024  # rows tokenised at once
 
 
@@ -101,6 +102,8 @@ def tokenizer_key(tokenizer: Any) -> str:
         tokenizer.chat_template,
         {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
     ]
+    if asks_for_date(tokenizer.chat_template or ""):
+        parts.append(date_of(tokenizer).isoformat())
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -162,7 +165,7 @@ def _build(part: Path, key: str, source: Source, settings: _Settings) -> None:
         )
     report = Report(
         source.path, bad.seen, bad.count, truncated, settings.max_length, writer.max_token_id,
-        template_source(settings.tokenizer), tuple(bad.examples),
+        template_source(settings.tokenizer), tuple(bad.examples), tuple(bad.told()),
     )  # fmt: skip
     meta = {"version": _VERSION, "key": key, "path": source.path, "sizes": writer.close(), "report": asdict(report)}
     write_file(part / "meta.json", [json.dumps(meta, indent=1).encode()])
@@ -194,7 +197,7 @@ def _tokenized(
 
 
 def _bad_rows(report: Report) -> BadRows:
-    return BadRows(report.path, report.seen, report.bad, list(report.examples))
+    return BadRows(report.path, report.seen, report.bad, examples=list(report.examples))
 
 
 # --------------------------------------------------------------------------------------------------------------- poison

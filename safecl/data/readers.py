@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from safecl.config import FieldMap
+from safecl.data.cells import turns_in
 from safecl.data.formats import (
     ANSWERS,
     READERS,
@@ -19,6 +20,7 @@ from safecl.data.formats import (
     column_of,
     columns_of,
     kind_of,
+    with_tools,
 )
 
 _MAX_TAG_CHARS = 80
@@ -37,6 +39,8 @@ def _cell(row: Mapping[str, Any], name: str, values: Mapping[str, Mapping[str, s
     value = column_of(row, name)
     if value is None or isinstance(value, (dict, list)):
         raise RowProblem(f"`{clip(name)}` must be text or a number, not {kind_of(value)}")
+    if isinstance(value, str) and _holds_turns(value):
+        raise RowProblem(f"`{clip(name)}` holds a list of messages; a template takes text")
     text = str(value).lower() if isinstance(value, bool) else str(value)  # true and false as JSON and YAML write them
     if name not in values:
         return text
@@ -46,6 +50,13 @@ def _cell(row: Mapping[str, Any], name: str, values: Mapping[str, Mapping[str, s
     if text not in known:
         raise RowProblem(f"`{clip(name)}` is {clip(text, 24)!r}; `fields.values` knows {clip(', '.join(known), 60)}")
     return known[text]
+
+
+def _holds_turns(text: str) -> bool:
+    try:
+        return turns_in(text) is not None
+    except ValueError:
+        return True
 
 
 def fill(template: str, row: Mapping[str, Any], values: Mapping[str, Mapping[str, str]] = {}) -> str:
@@ -99,7 +110,9 @@ def suggest_fields(columns: Iterable[str]) -> str:
 def row_reader(format: str, fields: FieldMap | None) -> Callable[[Mapping[str, Any]], tuple[Message, ...]]:
     """Return the function from a row's columns to its checked messages. It raises RowProblem."""
     read = _from_fields(fields) if format == "fields" and fields is not None else READERS[format]
-    return lambda row: check_messages(read(row))
+    if format in ("text", "fields"):
+        return lambda row: check_messages(read(row))
+    return lambda row: with_tools(row, check_messages(read(row)))
 
 
 def tags_of(row: Mapping[str, Any]) -> dict[str, str]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from safecl.config import FieldMap
+from safecl.data.cells import is_nan
+from safecl.data.columns import is_unwanted, unused_columns
 from safecl.data.files import RawRow, Source, open_source
 from safecl.data.formats import (
     ChatRow,
@@ -25,6 +27,9 @@ from safecl.data.formats import (
     columns_of,
     detect,
     read_turns,
+    turns_of_cell,
+    with_system,
+    with_tools,
 )
 from safecl.data.readers import check_fields, row_reader, suggest_fields, tags_of, template_columns
 
@@ -34,14 +39,27 @@ _PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "text")
 
 @dataclass
 class BadRows:
-    """Rows that cannot be used. seen: rows in the file; count: bad ones; examples: the first few, as
-    "file:line: reason"."""
+    """Rows that cannot be used, and what is not used of the others. seen: rows in the file; count: bad ones; left_out:
+    those whose answer is marked as not wanted; examples: the first bad ones, as "file:line: reason"; notes: (number of
+    rows, place of the first) by remark."""
 
     path: str
     seen: int = 0
     count: int = 0
+    left_out: int = 0
     examples: list[str] = field(default_factory=list)
     limit_report: int = 10
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def note(self, where: str, remark: str) -> None:
+        """Count a remark on a row that is used."""
+        count, first = self.notes.get(remark, (0, where))
+        self.notes[remark] = (count + 1, first)
+
+    def told(self) -> list[str]:
+        """The remarks as lines, with the number of rows and the first of them."""
+        lines = [f"{count:,} of {self.seen:,} rows: {text} (first: {at})" for text, (count, at) in self.notes.items()]
+        return [f"{self.path}: {line}" for line in lines]
 
     def add(self, where: str, reason: str) -> None:
         self.count += 1
@@ -56,7 +74,9 @@ class BadRows:
         """Raise DataError where more rows are bad than `max_bad_rows` allows, or none is good."""
         if self.seen == 0:
             raise DataError(f"{self.path}: has no rows")
-        if self.count == self.seen:
+        if self.left_out == self.seen:
+            raise DataError(f"{self.path}: every row marks its answer as not wanted (`label: false`), so none is left")
+        if self.count + self.left_out == self.seen:
             raise DataError(f"{self.path}: none of the {self.seen} rows can be used:\n{self}")
         if self.count > (max_bad_rows if max_bad_rows >= 1 else max_bad_rows * self.seen):
             allowed = f"{max_bad_rows:g}" if max_bad_rows >= 1 else f"{100 * max_bad_rows:g} %"
@@ -110,12 +130,19 @@ def good_rows(
     used = {name for template in templates for name in template_columns(template)}
     for raw in source.rows():
         bad.seen += 1
+        place = source.where(raw.line)
         try:
             columns = _columns(raw)
+            if is_unwanted(columns, format):
+                bad.left_out += 1
+                bad.note(place, "left out, since `label: false` marks an answer that is not wanted")
+                continue
             messages = read(columns)
         except RowProblem as problem:
-            bad.add(source.where(raw.line), str(problem))
+            bad.add(place, str(problem))
             continue
+        for name in unused_columns(columns, messages, format):
+            bad.note(place, f"{name} is not used")
         tags = tags_of({name: value for name, value in columns.items() if name not in used})
         yield ChatRow(messages, source.path, raw.line, tags)
 
@@ -123,7 +150,7 @@ def good_rows(
 def _columns(raw: RawRow) -> dict[str, Any]:
     if raw.columns is None:
         raise RowProblem(raw.problem)
-    return raw.columns
+    return {name: None if is_nan(value) else value for name, value in raw.columns.items()}
 
 
 def settle_format(source: Source, format: str, fields: FieldMap | None) -> str:
@@ -204,24 +231,32 @@ def read_prompts(
 def prompt_of(columns: Mapping[str, Any]) -> tuple[Message, ...]:
     """Return the turns before the last answer. Raises RowProblem where the row has no prompt."""
     format = detect(columns)
-    if format in ("messages", "sharegpt") or (format == "prompt_completion" and isinstance(columns["prompt"], list)):
+    if format in ("messages", "sharegpt"):
         return _before_last_answer(_read_leniently(format, columns))
     if "instruction" in columns:
         return _before_last_answer(row_reader("alpaca", None)({**columns, "output": "-"}))
     name = next((name for name in _PROMPT_COLUMNS if name in columns), None)
     if name is None:
         raise RowProblem(f"no column {', '.join(f'`{c}`' for c in _PROMPT_COLUMNS)}; the row has {columns_of(columns)}")
-    row = {"system": columns.get("system"), "prompt": columns[name], "completion": "-"}
-    return _before_last_answer(row_reader("prompt_completion", None)(row))
+    if name == "prompt" and turns_of_cell(columns[name], name) is not None:
+        return _before_last_answer(_read_leniently("prompt_completion", columns))
+    row = {key: columns.get(key) for key in ("system", "history", "tools")}
+    return _before_last_answer(
+        row_reader("prompt_completion", None)({**row, "prompt": columns[name], "completion": "-"})
+    )
 
 
 def _read_leniently(format: str, columns: Mapping[str, Any]) -> tuple[Message, ...]:
     """Read a list of turns that may end with the user's: a prompt needs no answer."""
     key = {"messages": "messages", "sharegpt": "conversations", "prompt_completion": "prompt"}[format]
-    turns = read_turns(columns[key], key, *(("from", "value") if format == "sharegpt" else ()))
+    if format == "prompt_completion":
+        turns = turns_of_cell(columns[key], key) or []
+    else:
+        turns = read_turns(columns[key], key, *(("from", "value") if format == "sharegpt" else ()))
     if turns and turns[-1].role == "user":
         turns = [*turns, Message("assistant", "-")]
-    return check_messages([Message(m.role, m.content) for m in turns])
+    messages = check_messages([replace(m, train=None) for m in with_system(columns, turns)])
+    return with_tools(columns, messages)
 
 
 def _before_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -57,6 +57,9 @@ class Row:
 def content_digest(row: ChatRow) -> bytes:
     """Hash the row's messages to 16 bytes."""
     content = json.dumps([[m.role, m.content, m.train] for m in row.messages])
+    more = [[m.thought, m.tools] for m in row.messages]
+    if any(extra != [None, None] for extra in more):  # other rows keep the ids that they have always had
+        content += json.dumps(more)
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
@@ -80,7 +83,8 @@ class Occurrences:
 @dataclass(frozen=True)
 class Report:
     """Counts from preparing a file. seen: rows; bad: those left out; truncated: rows cut to max_length;
-    max_token_id: the largest id; template: origin of the chat template; examples: the first bad rows."""
+    max_token_id: the largest id; template: origin of the chat template; examples: the first bad rows; notes: what is
+    not used, with counts."""
 
     path: str = ""
     seen: int = 0
@@ -90,6 +94,7 @@ class Report:
     max_token_id: int = 0
     template: str = ""
     examples: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,8 @@ def map_store(folder: Path, meta: dict[str, Any]) -> PreparedFile | None:
         arrays = {
             name: _map_column(folder / f"{name}.npy", meta["sizes"][name], dtype) for name, dtype in _COLUMNS.items()
         }
-        report = Report(**{**meta["report"], "examples": tuple(meta["report"]["examples"])})
+        lists = {name: tuple(meta["report"].get(name, ())) for name in ("examples", "notes")}
+        report = Report(**{**meta["report"], **lists})
         return PreparedFile(arrays, meta["path"], report, meta["key"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -70,10 +70,18 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
 
 def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """Raise ConfigError where two resolved configs differ in what is trained or measured; it names the keys."""
-    if differences := different_keys(saved, now):
+    if differences := different_keys(_completed(saved), now):
         shown = "".join(f"\n  {key}: {_short(old)} then, {_short(new)} now" for key, old, new in differences[:8])
         more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
         raise ConfigError(f"{where} holds a run with another config; {HOW_TO_RESUME}:{shown}{more}")
+
+
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Give a saved config the defaults of keys that are newer than it; as it is where this safecl cannot read it."""
+    try:
+        return RunConfig.model_validate(saved).model_dump(mode="json")
+    except ValueError:
+        return saved
 
 
 def different_keys(saved: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
