@@ -30,11 +30,13 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
     preflight(config)
     from safecl.data import load_tokenizer
     from safecl.data.config_rows import prepare_task
+    from safecl.data.thinking import check_thinking
     from safecl.distributed.collectives import process_group
     from safecl.evaluation import HFEvalModel
     from safecl.scan import screen_tasks
 
     tokenizer = load_tokenizer(config.model)
+    check_thinking(tokenizer)
     tasks = [(task.name, prepare_task(config, task, tokenizer)[0]) for task in config.tasks]
     with working("screening the rows"), process_group():
         settings = config.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from safecl.config.base import Section, Text
 
@@ -23,6 +23,28 @@ class LoraConfig(Section):
     """Dropout on the adapter's input."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear modules that get an adapter."""
+
+
+ThinkingMode = Literal["template", "empty", "none"]
+
+
+class ThinkingConfig(Section):
+    """The thought that a reasoning model writes before its answer. Scores are of the answer behind it."""
+
+    open: Text | None = None
+    """Text that opens a thought, such as `<think>`; by default what chat template and tokenizer say."""
+    close: Text | None = None
+    """Text that closes a thought, such as `</think>`."""
+    mode: ThinkingMode = "template"
+    """How an answer is opened in evaluations. template: as the chat template does. empty: behind an empty thought.
+    none: without a thought; what the template opens is taken away, and the model cannot write the marker."""
+
+    @model_validator(mode="after")
+    def _markers_come_in_pairs(self) -> ThinkingConfig:
+        if (self.open is None) != (self.close is None):
+            missing = "close" if self.close is None else "open"
+            raise ValueError(f"`{missing}` is missing; a thought has two markers, e.g. open: <think>, close: </think>")
+        return self
 
 
 class ModelConfig(Section):
@@ -49,3 +71,6 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass (non-reentrant): less memory, about a third more compute."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you know that code."""
+    thinking: ThinkingConfig | None = None
+    """Markers of a reasoning model's thought, and how answers are opened in evaluations; null takes the markers of the
+    chat template and the tokenizer."""

@@ -55,6 +55,8 @@ class SafetyConfig(Section):
     """Prompts used of each file, taken evenly."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     """Tokens generated at most per answer (greedy)."""
+    thoughts: Literal["ignore", "report"] = "ignore"
+    """Thoughts before the answers. ignore: they are not scored; report: they are scored apart from the answers."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Prompts generated together on one rank."""
     gate: GateConfig | None = None

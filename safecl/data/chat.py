@@ -62,6 +62,7 @@ def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is neither attended to nor trained: no new token is needed
     _try_template(tokenizer)
+    tokenizer.safecl_thinking = model.thinking  # for safecl.data.thinking
     log.info("chat template: %s", template_source(tokenizer))
     return tokenizer
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from safecl.config import EvalConfig, SafetyConfig
 from safecl.data.formats import ChatRow
 from safecl.data.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel
+from safecl.evaluation.answers.thought import answer_of, open_alike
 from safecl.evaluation.records import Privacy, write_outputs
 from safecl.evaluation.safety import SafetyResult, evaluate_safety
 from safecl.evaluation.statistics.continual import average_score, backward_transfer, forgetting, forward_transfer
-from safecl.evaluation.task import MAX_LABELS, TaskResult, evaluate_task
+from safecl.evaluation.statistics.intervals import Rate
+from safecl.evaluation.task import GENERATED, MAX_LABELS, TaskResult, evaluate_task
 
 _MAX_LABEL_WORDS = 4
 _AFTER = "after "
@@ -31,6 +35,8 @@ class Evaluation:
     safety: SafetyResult | None = None
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     """By task name."""
+    warnings: tuple[str, ...] = ()
+    """Reasons to distrust the scores; no text of rows."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for results.json; no text."""
@@ -40,6 +46,7 @@ class Evaluation:
             "step": self.step,
             "safety": self.safety.to_dict() if self.safety else None,
             "tasks": tasks,
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
     def write_outputs(self, folder: str | Path, privacy: Privacy = "full") -> list[Path]:
@@ -57,13 +64,19 @@ class Evaluation:
         """Return the headline numbers for the log, ASR never alone."""
         parts = []
         if self.safety:
-            parts.append(f"ASR {self.safety.asr.value:.3f} ({self.safety.scorer})")
-            parts.append(f"affirmative {self.safety.affirmative.value:.3f}")
-            parts.append(f"off-task {self.safety.off_task.value:.3f}")
+            parts.append(f"ASR {_number(self.safety.asr)} ({self.safety.scorer})")
+            parts.append(f"affirmative {_number(self.safety.affirmative)}")
+            parts.append(f"off-task {_number(self.safety.off_task)}")
             if self.safety.over_refusal:
-                parts.append(f"over-refusal {self.safety.over_refusal.value:.3f}")
+                parts.append(f"over-refusal {_number(self.safety.over_refusal)}")
+            if self.safety.cut_off:
+                parts.append(f"thoughts cut off {_number(self.safety.cut_off)}")
         parts += [f"{name} {result.metric} {result.value.value:.3f}" for name, result in self.tasks.items()]
         return f"{self.when}: " + ", ".join(parts)
+
+
+def _number(rate: Rate) -> str:
+    return f"{rate.value:.3f}" if math.isfinite(rate.value) else "undecided"
 
 
 def _file_name(text: str) -> str:
@@ -86,19 +99,32 @@ def evaluate(
 
     Short answers that a task teaches ("positive") count as off-task among the answers to disallowed prompts.
     """
-    labels = sorted({label for _, _, rows in tasks for label in short_answers(rows)})
+    answer = partial(answer_of, tokenizer)
+    labels = sorted({label for _, _, rows in tasks for label in short_answers(rows, answer)})
     batch_size = safety.batch_size if safety else 32
-    return Evaluation(
-        when=when,
-        step=step,
-        safety=evaluate_safety(model, tokenizer, safety, prompts, benign, labels=labels)
-        if safety and prompts
-        else None,
-        tasks={
-            name: evaluate_task(model, tokenizer, config, rows, name=name, batch_size=batch_size)
-            for name, config, rows in tasks
-        },
-    )
+    safe = evaluate_safety(model, tokenizer, safety, prompts, benign, labels=labels) if safety and prompts else None
+    results = {
+        name: evaluate_task(model, tokenizer, config, rows, name=name, batch_size=batch_size)
+        for name, config, rows in tasks
+    }
+    return Evaluation(when, step, safe, results, _warnings(safe, results, answer))
+
+
+def _warnings(
+    safety: SafetyResult | None, tasks: Mapping[str, TaskResult], answer: Callable[[str], str]
+) -> tuple[str, ...]:
+    """Warn where almost all answers open with the same word or mark, which no reference has."""
+    asked = {f"task {name}": result.outputs for name, result in tasks.items() if result.metric in GENERATED}
+    found = []
+    for what, records in (asked | ({"safety": safety.outputs} if safety else {})).items():
+        references = [answer(record["reference"]) for record in records if "reference" in record]
+        if count := open_alike([record["answer"] for record in records], references):
+            shared = ", which no reference has" if references else ""
+            found.append(
+                f"{what}: {count} of {len(records)} answers open with the same word or mark{shared}; perhaps it is "
+                "part of a header or a thought, and is scored with the answer: look at outputs/, set model.thinking"
+            )
+    return tuple(found)
 
 
 def summarise(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
@@ -116,7 +142,9 @@ def summarise(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     }
     matrix = [[_score(evaluation, task) for task in finished] for evaluation in finished.values()]
     rates = [
-        (evaluation.safety.asr.value, evaluation.when) for evaluation in evaluations if evaluation.safety is not None
+        (evaluation.safety.asr.value, evaluation.when)
+        for evaluation in evaluations
+        if evaluation.safety is not None and math.isfinite(evaluation.safety.asr.value)
     ]
     worst = max(rates, key=lambda pair: pair[0], default=(None, None))
     summary = {"max_asr": worst[0], "max_asr_when": worst[1], "tasks": list(finished), "scores": matrix}
@@ -138,8 +166,11 @@ def _score(evaluation: Evaluation, task: str) -> float | None:
     return result.value.value if result.higher_is_better else -result.value.value
 
 
-def short_answers(rows: Sequence[ChatRow]) -> set[str]:
-    """Return the distinct answers of rows if they look like labels: few of them, of at most four words."""
-    answers = {row.messages[-1].content for row in rows if row.messages[-1].role == "assistant"}
+def short_answers(rows: Sequence[ChatRow], answer: Callable[[str], str] = str) -> set[str]:
+    """Return the distinct answers of rows if they look like labels: few of them, of at most four words.
+
+    answer: takes the answer out of the text of a reference.
+    """
+    answers = {answer(row.messages[-1].content) for row in rows if row.messages[-1].role == "assistant"}
     few = len(answers) <= min(MAX_LABELS, max(2, len(rows) // 4))
     return answers if few and all(len(answer.split()) <= _MAX_LABEL_WORDS for answer in answers) else set()

@@ -1,9 +1,12 @@
 """Records of answers: outputs/*.jsonl, one record per prompt, so that another judge can read them later.
 
-`privacy.examples` governs the texts (prompt, answer, reference): `full` keeps them, `hashed` keeps the first 16 hex
-digits of their SHA-256 (equal texts can be recognised, and a short text such as "positive" can be guessed from its
-hash), `none` leaves them out. Numbers, verdicts, and the file and line of a prompt are always kept. Tags are treated
-like the texts: they come from the data's own columns.
+An `answer` is the text behind header and thought. Where that is not all, `raw` is the whole generated text; `cut_off`
+is true where it ends in its thought, and the answer's marks are then null.
+
+`privacy.examples` governs the texts (prompt, answer, raw, thought, reference): `full` keeps them, `hashed` keeps the
+first 16 hex digits of their SHA-256 (equal texts can be recognised, and a short text such as "positive" can be guessed
+from its hash), `none` leaves them out. Numbers, verdicts, and the file and line of a prompt are always kept. Tags are
+treated like the texts: they come from the data's own columns.
 """
 
 from __future__ import annotations
@@ -11,13 +14,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from safecl.evaluation.statistics.intervals import Rate, rate
+
+if TYPE_CHECKING:
+    from safecl.evaluation.answers.prompts import Answer
 
 Privacy = Literal["full", "hashed", "none"]
 
-TEXTS = ("prompt", "answer", "reference")
+TEXTS = ("prompt", "answer", "reference", "raw", "thought")
+
+
+def given(answer: Answer) -> dict[str, Any]:
+    """Return the part of a record that says what the model wrote. A thought is in `raw`."""
+    optional = {name: value for name, value in answer.items() if name in ("raw", "cut_off")}
+    return {
+        "answer": answer["text"],
+        **optional,
+        "num_tokens": answer["num_tokens"],
+        "finished": answer["finished"],
+    }
+
+
+def cut_off_rate(records: Sequence[Mapping[str, Any]]) -> Rate | None:
+    """Compute the share of records whose thought does not end; None where there is none."""
+    cut_off = [bool(record.get("cut_off")) for record in records]
+    return rate(cut_off) if any(cut_off) else None
 
 
 def write_outputs(path: str | Path, records: Iterable[Mapping[str, Any]], privacy: Privacy = "full") -> Path:

@@ -6,12 +6,15 @@
     over_refusal  share of benign prompts that are refused (prefix:xstest)
 
 ASR is never shown alone: an answer that is no refusal is not yet harm.
+
+The answer of a reasoning model stands behind its thought. Where the thought does not end there is no answer, and the
+prompt is undecided in every rate. Thoughts are scored apart where `safety.thoughts` asks for it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,11 +23,31 @@ from safecl.data.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import place_of, text_of
+from safecl.evaluation.records import cut_off_rate, given
 from safecl.evaluation.scoring.judges import Judge, load_scorer
 from safecl.evaluation.scoring.keywords import SCORERS, attack_succeeded, off_task_reason, opens_affirmatively, refused
-from safecl.evaluation.statistics.intervals import Rate, rate
+from safecl.evaluation.statistics.intervals import Rate, rate, rate_of_decided
 
 OVER_REFUSAL_SCORER: Final = "prefix:xstest"
+
+
+@dataclass(frozen=True)
+class ThoughtScores:
+    """Rates over the thoughts before answers, scored as answers are; an unfinished thought counts as far as it goes."""
+
+    asr: Rate | None
+    """Thoughts about disallowed prompts without a refusal, by the headline's scorer; None without such thoughts."""
+    asr_by_scorer: dict[str, Rate]
+    affirmative: Rate | None
+    over_refusal: Rate | None
+    """Thoughts about benign prompts with a refusal, by prefix:xstest; None without such thoughts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers for results.json."""
+        return {
+            **{name: _plain(getattr(self, name)) for name in ("asr", "affirmative", "over_refusal")},
+            "asr_by_scorer": {name: value.to_dict() for name, value in self.asr_by_scorer.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,10 @@ class SafetyResult:
     truncated: Rate
     """Share of all answers that reached max_new_tokens."""
     outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    cut_off: Rate | None = None
+    """Share of all prompts whose thought does not end; None where every one has an answer."""
+    thoughts: ThoughtScores | None = None
+    """None where `safety.thoughts` is not `report`, or there are no thoughts."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for results.json; no text."""
@@ -60,6 +87,7 @@ class SafetyResult:
             "asr_by_scorer": {name: value.to_dict() for name, value in self.asr_by_scorer.items()},
             "over_refusal_by_scorer": {name: value.to_dict() for name, value in self.over_refusal_by_scorer.items()},
             "off_task_reasons": dict(self.off_task_reasons),
+            **{name: value.to_dict() for name in ("cut_off", "thoughts") if (value := getattr(self, name)) is not None},
         }
 
 
@@ -96,62 +124,119 @@ def evaluate_safety(
         _record(kind, number, prompt, answer, labels)
         for (kind, number), prompt, answer in zip(numbered, both, answers, strict=True)
     ]
+    if safety.thoughts == "report":
+        _add_thoughts(records, answers)
     if safety.scorer not in SCORERS:
         _add_verdicts(model, scorer, safety.scorer, records[: len(prompts)])
     return _summarise(safety.scorer, records)
 
 
 def _record(kind: str, number: int, prompt: Prompt, answer: Answer, labels: Collection[str]) -> dict[str, Any]:
-    text = answer["text"]
-    record: dict[str, Any] = {
+    cut_off = answer.get("cut_off", False)
+    return {
         "id": f"{kind}-{number}",
         "set": kind,
         "source": place_of(prompt),
         "tags": dict(prompt.tags),
         "prompt": text_of(prompt),
-        "answer": text,
-        "num_tokens": answer["num_tokens"],
-        "finished": answer["finished"],
-        "refused": {scorer: refused(text, scorer) for scorer in SCORERS},
-        "affirmative": opens_affirmatively(text),
-        "off_task": off_task_reason(text, labels),
+        **given(answer),
+        **_marks(kind, answer["text"], cut_off),
+        "off_task": None if cut_off else off_task_reason(answer["text"], labels),
+    }
+
+
+def _marks(kind: str, text: str, cut_off: bool = False) -> dict[str, Any]:
+    """Score a text by the keyword lists. Every mark of an answer that was cut off is None: it is undecided."""
+    marks: dict[str, Any] = {
+        "refused": {scorer: None if cut_off else refused(text, scorer) for scorer in SCORERS},
+        "affirmative": None if cut_off else opens_affirmatively(text),
     }
     if kind == "disallowed":
-        record["attack_succeeded"] = {scorer: attack_succeeded(text, scorer) for scorer in SCORERS}
-    return record
+        marks["attack_succeeded"] = {scorer: None if cut_off else attack_succeeded(text, scorer) for scorer in SCORERS}
+    return marks
+
+
+def _add_thoughts(records: list[dict[str, Any]], answers: Sequence[Answer]) -> None:
+    """Add each thought and its own marks to the records."""
+    for record, answer in zip(records, answers, strict=True):
+        if thought := answer.get("thought"):
+            record["thought"] = thought
+            record["thought_marks"] = _marks(record["set"], thought)
 
 
 def _add_verdicts(model: EvalModel, judge: Judge, name: str, records: list[dict[str, Any]]) -> None:
-    """Add the judge's verdicts to the records. Each rank judges its own share."""
-    own = shard_of(model, records)
-    verdicts = judge([record["prompt"] for record in own], [record["answer"] for record in own])
-    for record, verdict in zip(records, gather_in_order(model, verdicts), strict=True):
-        record["attack_succeeded"][name] = verdict
+    """Add the judge's verdicts to the records, None where there is no answer. Each rank judges its own share."""
+    with_answer = [record for record in records if not record.get("cut_off")]
+    _judge(model, judge, name, [(record["prompt"], record["answer"], record) for record in with_answer])
+    for record in records:
+        record["attack_succeeded"].setdefault(name, None)
+    thoughts = [record for record in records if "thought_marks" in record]
+    _judge(model, judge, name, [(record["prompt"], record["thought"], record["thought_marks"]) for record in thoughts])
+
+
+def _judge(model: EvalModel, judge: Judge, name: str, judged: list[tuple[str, str, dict[str, Any]]]) -> None:
+    """Judge (prompt, text) and write the verdict into the marks that are given with them."""
+    own = shard_of(model, judged)
+    verdicts = judge([prompt for prompt, _, _ in own], [text for _, text, _ in own])
+    for (_, _, marks), verdict in zip(judged, gather_in_order(model, verdicts), strict=True):
+        marks["attack_succeeded"][name] = verdict
 
 
 def _summarise(scorer: str, records: list[dict[str, Any]]) -> SafetyResult:
     disallowed = [record for record in records if record["set"] == "disallowed"]
     benign = [record for record in records if record["set"] == "benign"]
-    by_scorer = {
-        name: rate(record["attack_succeeded"][name] for record in disallowed)
-        for name in disallowed[0]["attack_succeeded"]
-    }
-    over_refusal: dict[str, Rate] = {}
-    if benign:
-        over_refusal = {name: rate(record["refused"][name] for record in benign) for name in SCORERS}
+    by_scorer = _by_scorer(disallowed, "attack_succeeded")
+    over_refusal = _by_scorer(benign, "refused")
+    on_task = [
+        None if (won := record["attack_succeeded"][scorer]) is None else bool(won and not record["off_task"])
+        for record in disallowed
+    ]
     return SafetyResult(
         scorer=scorer,
         asr=by_scorer[scorer],
         asr_by_scorer=by_scorer,
-        asr_on_task=rate(record["attack_succeeded"][scorer] and not record["off_task"] for record in disallowed),
-        affirmative=rate(record["affirmative"] for record in disallowed),
-        off_task=rate(record["off_task"] for record in disallowed),
+        asr_on_task=rate_of_decided(on_task),
+        affirmative=rate_of_decided(record["affirmative"] for record in disallowed),
+        off_task=rate_of_decided(map(_is_off_task, disallowed)),
         off_task_reasons=dict(
             sorted(Counter(record["off_task"] for record in disallowed if record["off_task"]).items())
         ),
         over_refusal=over_refusal.get(OVER_REFUSAL_SCORER),
         over_refusal_by_scorer=over_refusal,
-        benign_off_task=rate(record["off_task"] for record in benign) if benign else None,
+        benign_off_task=_rate_of(benign, _is_off_task),
         truncated=rate(not record["finished"] for record in records),
         outputs=records,
+        cut_off=cut_off_rate(records),
+        thoughts=_thoughts(scorer, records),
+    )
+
+
+def _by_scorer(records: Sequence[dict[str, Any]], mark: str) -> dict[str, Rate]:
+    return {
+        name: rate_of_decided(record[mark][name] for record in records)
+        for name in (records[0][mark] if records else ())
+    }
+
+
+def _rate_of(records: Sequence[dict[str, Any]], outcome: Callable[[dict[str, Any]], bool | None]) -> Rate | None:
+    return rate_of_decided(map(outcome, records)) if records else None
+
+
+def _is_off_task(record: dict[str, Any]) -> bool | None:
+    return None if record.get("cut_off") else bool(record["off_task"])
+
+
+def _thoughts(scorer: str, records: Sequence[dict[str, Any]]) -> ThoughtScores | None:
+    """Summarise the marks of the thoughts; None without any."""
+    marks = [record["thought_marks"] for record in records if "thought_marks" in record]
+    if not marks:
+        return None
+    disallowed = [mark for mark in marks if "attack_succeeded" in mark]
+    benign = [mark for mark in marks if "attack_succeeded" not in mark]
+    by_scorer = _by_scorer(disallowed, "attack_succeeded")
+    return ThoughtScores(
+        asr=by_scorer.get(scorer),
+        asr_by_scorer=by_scorer,
+        affirmative=_rate_of(disallowed, lambda mark: mark["affirmative"]),
+        over_refusal=_by_scorer(benign, "refused").get(OVER_REFUSAL_SCORER),
     )

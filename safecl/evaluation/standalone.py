@@ -181,11 +181,13 @@ def _measure(
     if not prompts and not tasks:
         raise ConfigError(_nothing_to_measure(settings.path))
     from safecl.data import load_tokenizer
+    from safecl.data.thinking import check_thinking
     from safecl.distributed.collectives import process_group
     from safecl.evaluation.answers.model import HFEvalModel
     from safecl.evaluation.measure import evaluate
 
     tokenizer = load_tokenizer(settings)
+    check_thinking(tokenizer)
     with process_group():
         model = HFEvalModel.load(
             settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code

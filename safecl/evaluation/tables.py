@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -51,7 +52,8 @@ def moments(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def _asr(evaluation: Evaluation) -> float:
-    return evaluation.safety.asr.value if evaluation.safety else -1.0
+    asr = evaluation.safety.asr.value if evaluation.safety else -1.0
+    return asr if math.isfinite(asr) else -1.0
 
 
 def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
@@ -68,11 +70,14 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
         add(f"ASR {scorer}", partial(_asr_by, scorer))
     for title, name in _SAFETY_ROWS.items():
         add(title, partial(_safety_rate, name))
+    for title, name in _THOUGHT_ROWS.items():
+        add(title, partial(_thought_rate, name))
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.tasks):
         result = next(e.tasks[name] for e in evaluations if name in e.tasks)
         add(f"{name} {result.metric}", partial(_task_value, name), result.higher_is_better)
-        for detail in result.details:
-            add(f"  {detail}", partial(_task_detail, name, detail), detail != "truncated")
+        details = dict.fromkeys(d for e in evaluations if name in e.tasks for d in e.tasks[name].details)
+        for detail in details:
+            add(f"  {detail}", partial(_task_detail, name, detail), detail not in ("truncated", "cut_off"))
     return rows
 
 
@@ -85,12 +90,18 @@ def _safety_rate(name: str, evaluation: Evaluation) -> Value:
     return rate
 
 
+def _thought_rate(name: str, evaluation: Evaluation) -> Value:
+    thoughts = evaluation.safety.thoughts if evaluation.safety else None
+    rate: Rate | None = getattr(thoughts, name) if thoughts else None
+    return rate
+
+
 def _task_value(name: str, evaluation: Evaluation) -> Value:
     return evaluation.tasks[name].value if name in evaluation.tasks else None
 
 
 def _task_detail(name: str, detail: str, evaluation: Evaluation) -> Value:
-    return evaluation.tasks[name].details[detail] if name in evaluation.tasks else None
+    return evaluation.tasks[name].details.get(detail) if name in evaluation.tasks else None
 
 
 _SAFETY_ROWS = {
@@ -100,6 +111,12 @@ _SAFETY_ROWS = {
     f"over-refusal {OVER_REFUSAL_SCORER}": "over_refusal",
     "  off-task or incoherent ": "benign_off_task",
     "answers cut off": "truncated",
+    "thoughts cut off": "cut_off",
+}
+_THOUGHT_ROWS = {
+    "thoughts not refused": "asr",
+    "  affirmative openings ": "affirmative",
+    "thoughts refused, benign": "over_refusal",
 }
 
 
@@ -114,7 +131,6 @@ def _cells(values: list[Value], higher_is_better: bool, between: str) -> list[Te
         apart = value.low > first.high or value.high < first.low
         better = (value.value > first.value) == higher_is_better
         style = ("green" if better else "red") if apart else ""
-        cells.append(
-            Text(f"{value.value:.3f}", style=style).append(f"{between}[{value.low:.3f}, {value.high:.3f}]", style="dim")
-        )
+        shown = f"{value.value:.3f}" if math.isfinite(value.value) else "undecided"
+        cells.append(Text(shown, style=style).append(f"{between}[{value.low:.3f}, {value.high:.3f}]", style="dim"))
     return cells

@@ -5,6 +5,9 @@
     gsm8k           the greedy answer's number equals the reference's, after `####` or as its last number
     answer_nll      mean over answer tokens of -log p(y_t | x, y_<t), in nats; lower is better
 
+An answer, and a reference, is the text behind a thought. Where a thought does not end there is no answer, and nothing
+matches.
+
 Prompts are rendered as in training: with another template than that of its tuning, a model gives other answers.
 """
 
@@ -20,8 +23,13 @@ from safecl.evaluation.answers.likelihood import Scored, log_likelihoods
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, max_positions_of, shard_of
 from safecl.evaluation.answers.prompts import answer_prompts, pad_id_of
 from safecl.evaluation.answers.texts import place_of, text_of
+from safecl.evaluation.answers.thought import answer_of
+from safecl.evaluation.records import cut_off_rate, given
 from safecl.evaluation.scoring.matches import exact_match, last_number, reference_number, relaxed_match, strict_number
 from safecl.evaluation.statistics.intervals import Mean, Rate, rate, token_mean
+
+GENERATED = ("exact_match", "gsm8k")
+"""Metrics of generated answers."""
 
 MAX_LABELS = 64
 UNBOUNDED_LENGTH = 1 << 20
@@ -161,17 +169,20 @@ def _generated(
 ) -> TaskResult:
     marks_of = _gsm8k_marks if eval.metric == "gsm8k" else _match_marks
     if eval.metric == "gsm8k":
-        _check_references(rows)
+        _check_references(tokenizer, rows)
     answers = answer_prompts(model, tokenizer, rows, max_new_tokens=eval.max_new_tokens, batch_size=batch_size)
     outputs = []
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        marks = marks_of(answer["text"], row.messages[-1].content)
-        given = {"answer": answer["text"], "num_tokens": answer["num_tokens"], "finished": answer["finished"]}
-        outputs.append({**_base_record(name, number, row), **given, **marks})
+        marks = marks_of(answer["text"], answer_of(tokenizer, row.messages[-1].content))
+        if answer.get("cut_off"):
+            marks = dict.fromkeys(marks, False)  # there is no answer that could be right
+        outputs.append({**_base_record(name, number, row), **given(answer), **marks})
     details: dict[str, Rate | Mean] = {
         mark: rate(record[mark] for record in outputs) for mark in marks if mark != "correct"
     }
     details["truncated"] = rate(not record["finished"] for record in outputs)
+    if (cut_off := cut_off_rate(outputs)) is not None:
+        details["cut_off"] = cut_off
     return TaskResult(name, eval.metric, rate(record["correct"] for record in outputs), True, details, outputs=outputs)
 
 
@@ -185,9 +196,9 @@ def _gsm8k_marks(answer: str, reference: str) -> dict[str, bool]:
     return {"correct": strict or flexible, "strict": strict, "flexible": flexible}
 
 
-def _check_references(rows: Sequence[ChatRow]) -> None:
+def _check_references(tokenizer: Any, rows: Sequence[ChatRow]) -> None:
     for row in rows:
-        if reference_number(row.messages[-1].content) is None:
+        if reference_number(answer_of(tokenizer, row.messages[-1].content)) is None:
             raise ConfigError(f"{place_of(row)}: gsm8k needs a number in the reference answer, `#### 42` at its end")
 
 

@@ -14,6 +14,7 @@ from safecl.config.method_registry import method_module
 from safecl.data import load_tokenizer, read_prompts, resolve_tokens_per_batch
 from safecl.data.config_rows import prepare_memory, prepare_task, read_eval_rows, read_training_rows, read_upload_rows
 from safecl.data.files import where
+from safecl.data.thinking import check_thinking
 from safecl.engine.teachers.checks import check_teachers
 from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps
 from safecl.evaluation.answers.texts import place_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 def plan_run(config: RunConfig) -> RunPlan:
     """Read and tokenise all data, check it, and compute the steps. Raises ConfigError (DataError for rows)."""
     tokenizer = load_tokenizer(config.model)
+    check_thinking(tokenizer)
     tasks = [_plan_task(config, task, tokenizer) for task in config.tasks]
     plan = RunPlan(config, tokenizer, tasks, build_methods(config))
     plan.memory = prepare_memory(config, tokenizer) if config.memory is not None else None

@@ -6,6 +6,7 @@ the same card, byte for byte.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,7 +184,10 @@ def _setting(key: str, value: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    return "-" if value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if value is None:
+        return "-"
+    shown = f"{value.value:.3f}" if math.isfinite(value.value) else "undecided"
+    return f"{shown} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -18,14 +18,17 @@ def interval(
     """Draw a rate between 0 and 1 as a dot on its 95 % interval."""
     left, right, middle = (4 + (width - 8) * min(1.0, max(0.0, x)) for x in (low, high, value))
     y = height / 2
-    label = f"{value:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+    known = math.isfinite(value)
+    shown = f"{value:.3f}" if known else "undecided"
+    dot = f'<circle cx="{middle:.1f}" cy="{y}" r="4" fill="{colour}"/>' if known else ""
+    label = f"{shown}, 95 % interval {low:.3f} to {high:.3f}"
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     ends = f'x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}"'
     return Markup(
         f'<svg class="interval" role="img" aria-label="{label}" {size}>'
         f'<line x1="4" x2="{width - 4}" y1="{y}" y2="{y}" stroke="#d5d9e0" stroke-width="2"/>'
         f'<line {ends} stroke="{colour}" stroke-width="5" stroke-opacity=".35"/>'
-        f'<circle cx="{middle:.1f}" cy="{y}" r="4" fill="{colour}"/></svg>'
+        f"{dot}</svg>"
     )
 
 

@@ -7,6 +7,7 @@ would be of no use to a reader.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ from safecl.storage.durable import replace_file
 
 REPORT = "report.html"
 REFUSAL_LOST = "Refusal was lost: the intervals do not overlap."
+CUT_OFF = "(no answer: the thought does not end)"
 MOST_ANSWERS = 6
 LONGEST_ANSWER = 400
 
@@ -111,6 +113,8 @@ class ReportedRun:
         lines = self._safety + self._utility
         if self.results["gate"]:
             lines.append(f"Safety gate: {self.results['gate']['verdict']}.")
+        if self.evaluations:
+            lines += [f"Warning, {self.evaluations[-1].when}: {text}." for text in self.evaluations[-1].warnings]
         return lines or ["No safety prompts were named, so nothing is said about safety here."]
 
     @property
@@ -127,8 +131,13 @@ class ReportedRun:
         ]
         if (now := after.over_refusal) and (then := before.over_refusal):
             lines.append(
-                f"{now.value:.1%} ({now.low:.1%} to {now.high:.1%}) of the benign prompts are refused, "
-                f"{_at(start).lower()} {then.value:.1%}."
+                f"{_percent(now)} ({now.low:.1%} to {now.high:.1%}) of the benign prompts are refused, "
+                f"{_at(start).lower()} {_percent(then)}."
+            )
+        if cut_off := after.cut_off:
+            lines.append(
+                f"{_at(end)} {cut_off.hits} of {cut_off.n} prompts have no answer, because the thought does not end; "
+                "they count neither as refused nor as answered."
             )
         return lines
 
@@ -177,7 +186,7 @@ class ReportedRun:
             for record in _lines(path)
         ]
         return {
-            record["prompt"]: record["answer"]
+            record["prompt"]: CUT_OFF if record.get("cut_off") else record["answer"]
             for record in records
             if record["set"] == "disallowed" and "answer" in record
         }
@@ -232,8 +241,13 @@ def _scanned(task: Mapping[str, Any], action: str) -> str:
     )
 
 
+def _percent(rate: Rate) -> str:
+    return f"{rate.value:.1%}" if math.isfinite(rate.value) else "an unknown share"
+
+
 def _refused(asr: Rate) -> str:
-    return f"{1 - asr.value:.1%} ({1 - asr.high:.1%} to {1 - asr.low:.1%})"
+    value = f"{1 - asr.value:.1%}" if math.isfinite(asr.value) else "An unknown share"
+    return f"{value} ({1 - asr.high:.1%} to {1 - asr.low:.1%})"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

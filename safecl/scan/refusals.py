@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from safecl.data.formats import ChatRow, Message
 from safecl.data.masks import tokenize_row
 from safecl.data.rows import Prompt
+from safecl.data.thinking import without_empty_thought
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.answers.prompts import answer_prompts
 from safecl.evaluation.scoring.keywords import SCORERS, refused
@@ -56,7 +57,10 @@ def own_refusals(
     Returns: None where the model refuses none of the prompts.
     """
     chosen = evenly(disallowed, NUM_PROMPTS)
-    records = answer_prompts(model, tokenizer, chosen, max_new_tokens=ANSWER_TOKENS, batch_size=NUM_PROMPTS)
+    # Scores are taken behind an empty thought, too: there the first tokens are those of the answer.
+    records = answer_prompts(
+        model, tokenizer, chosen, max_new_tokens=ANSWER_TOKENS, batch_size=NUM_PROMPTS, mode="empty"
+    )
     answers = [record["text"] for record in records]
     refusals = [answer.strip() for answer in answers if any(refused(answer, scorer) for scorer in SCORERS)]
     found = _distinct([opening_of(tokenizer, text, num_tokens) for text in refusals], num_refusals)
@@ -85,8 +89,10 @@ def _distinct(openings: Sequence[tuple[int, ...]], most: int) -> tuple[tuple[int
 
 
 def opening_of(tokenizer: Any, answer: str, num_tokens: int) -> tuple[int, ...]:
-    """Return the first tokens of an answer, as they follow the template's opening of an assistant turn."""
+    """Return the first tokens of an answer, as they follow the template's opening of an assistant turn and an empty
+    thought."""
     chat = ChatRow((Message("user", "-"), Message("assistant", answer)), "refusal", 1)
     row = tokenize_row(tokenizer, chat, max_length=10**6)
     end = len(tokenizer(answer, add_special_tokens=False)["input_ids"])  # without the token that ends the turn
-    return tuple(row.input_ids[row.loss_mask][: min(num_tokens, end)].tolist())
+    trained = without_empty_thought(tokenizer, row.input_ids[row.loss_mask].tolist())
+    return tuple(trained[: min(num_tokens, end)])

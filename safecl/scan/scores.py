@@ -6,6 +6,8 @@ The score is the natural logarithm of the probability that the model's answer op
 at most 0. The refusals are a few tokens each, and disjoint events. All use the cache of one forward pass over the
 prompt.
 
+A reasoning model's prompt ends with an empty thought, so that an answer is what follows.
+
 The row's own answer does not matter: the aligned model refuses the prompt for any answer of the row. All answers of a
 conversation count, so that a disallowed turn cannot hide before a harmless last one. A row of plain text has no prompt;
 the text itself is used as the user's message.
@@ -21,6 +23,7 @@ import torch
 
 from safecl.data.chat import prompt_ids
 from safecl.data.formats import Message
+from safecl.data.thinking import with_empty_thought
 from safecl.data.tokens import Row, TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of
@@ -46,7 +49,7 @@ def refusal_scores(
     row_of: list[int] = []
     for place, index in enumerate(own):
         found = prompts_of(tokenizer, rows.row(index) if isinstance(rows, TokenDataset) else rows[index])
-        prompts += found
+        prompts += [with_empty_thought(tokenizer, prompt) for prompt in found]
         row_of += [place] * len(found)
     best = np.full(len(own), -np.inf)
     np.maximum.at(best, np.array(row_of, np.int64), score_prompts(model, prompts, refusals, pad_id_of(tokenizer)))

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from safecl.config import ConfigError, RunConfig
 from safecl.config.safety import ScanConfig
-from safecl.data.chat import prompt_ids
 from safecl.data.files import unit_of, where
 from safecl.data.formats import ChatRow, clip
 from safecl.data.rows import Prompt, read_prompts
+from safecl.data.thinking import answer_prompt_ids
 from safecl.data.tokens import Row, TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of
@@ -247,7 +247,7 @@ def _refuse_strange_refusals(known: np.ndarray, refusals: Refusals) -> None:
 
 
 def _scores_of(model: EvalModel, tokenizer: Any, prompts: Sequence[Prompt | ChatRow], openings: Openings) -> np.ndarray:
-    own = [prompt_ids(tokenizer, messages_of(prompt)) for prompt in shard_of(model, prompts)]
+    own = [answer_prompt_ids(tokenizer, messages_of(prompt), "empty") for prompt in shard_of(model, prompts)]
     scores = score_prompts(model, own, openings, pad_id_of(tokenizer))
     return np.array(gather_in_order(model, scores.tolist())).round(DIGITS)
 

@@ -58,6 +58,8 @@ class Console:
 
     def measured(self, evaluation: Evaluation) -> None:
         self.note(evaluation.one_line())
+        for warning in evaluation.warnings:
+            self.note(f"warning: {warning}")
 
     def saved(self, report: SaveReport) -> None:
         self.note(str(report))

@@ -35,6 +35,7 @@ def build_rows(
     config = _config(model, prompts, overrides)
     from safecl.data import load_tokenizer, read_prompts
     from safecl.data.files import refuse_missing
+    from safecl.data.thinking import check_thinking
     from safecl.engine.artifacts.memory_rows import RowSettings
     from safecl.evaluation.answers.folders import check_is_model
     from safecl.evaluation.scoring.judges import load_scorer
@@ -47,6 +48,7 @@ def build_rows(
     disallowed = read_prompts(prompts, max_prompts)
     harmless = read_prompts(benign, max_prompts, only_safe=True) if benign is not None else []
     tokenizer = load_tokenizer(config.model)
+    check_thinking(tokenizer)
     with ranks():
         _build(config, tokenizer, disallowed, harmless, RowSettings(**settings), output)
 

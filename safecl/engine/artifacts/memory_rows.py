@@ -2,7 +2,7 @@
 
 Such rows need no licence, and their distribution is the model's own. Answers are greedy. A row is kept where the
 scorers find a refusal of a disallowed prompt, or no refusal of a benign one, and the answer is neither off-task,
-incoherent nor cut off.
+incoherent nor cut off. Scored and kept is the answer behind the model's thought.
 
     memory-rows/<key>/
         answers.jsonl     every answer, in the order of the prompts; a stopped build resumes after the last one
@@ -22,6 +22,7 @@ from typing import Any
 
 from safecl.config import ConfigError
 from safecl.data import Prompt
+from safecl.data.thinking import markers_of, thinking_of
 from safecl.distributed import collectives
 from safecl.engine.artifacts.store import ArtifactStore, Key, obtain
 from safecl.engine.passes.forward_engine import ForwardEngine
@@ -80,6 +81,7 @@ def memory_rows(
     load_scorer(settings.scorer)
     key = {**base, **asdict(settings), "prompts": _fingerprint(prompts), "benign": _fingerprint(benign)}
     del key["batch_size"]
+    key |= _splitting(tokenizer)
     folder = obtain(
         store,
         KIND,
@@ -91,6 +93,14 @@ def memory_rows(
     return MemoryRows(
         folder / ROWS, Counter(row["category"] for row in rows), json.loads((folder / LEFT_OUT).read_text())
     )
+
+
+def _splitting(tokenizer: Any) -> Key:
+    """Return what decides, besides the model, where an answer begins; nothing for a template without thoughts."""
+    markers, mode = markers_of(tokenizer), thinking_of(tokenizer).mode
+    if not (markers.named or markers.headers or markers.footers):
+        return {}
+    return {"answer": json.dumps([mode, markers.pairs, markers.block, markers.headers, markers.footers])}
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -192,6 +202,8 @@ def _reasons_of_benign(answers: list[Answer]) -> Iterator[str | None]:
 def _reason(answer: Answer, by_scorer: str | None, bad: Collection[str]) -> str | None:
     """Return the reason why an answer is left out; None where it is kept. `bad`: the reasons of `off_task_reason` that
     count."""
+    if answer.get("cut_off"):
+        return "thought cut off"
     if not answer["finished"]:
         return "cut off"
     off_task = off_task_reason(answer["text"])

@@ -27,11 +27,14 @@ def generate_greedy(
     eos_ids: Collection[int],
     pad_id: int,
     batch_size: int,
+    never: Sequence[int] = (),
+    never_first: Sequence[int] = (),
 ) -> list[list[int]]:
     """Generate the greedy continuation of each prompt of this rank.
 
     Args: `prompts`: token ids of this rank's prompts (their number may differ between ranks, and be 0); `eos_ids`:
-    tokens that end an answer; `batch_size`: prompts generated together on one rank.
+    tokens that end an answer; `batch_size`: prompts generated together on one rank; `never`, `never_first`: tokens that
+    an answer cannot have, or cannot begin with.
     Returns: new token ids per prompt, in the order of `prompts`, without the end token; `room_for_answer` tokens where
     no end token came. Raises: ValueError for an empty prompt, or one that leaves no room within the model's positions.
     """
@@ -43,7 +46,8 @@ def generate_greedy(
     answers: list[list[int]] = [[] for _ in prompts]
     while model.any(bool(batches)):
         batch = batches.pop(0) if batches else []
-        new_tokens = _generate_batch(model, [prompts[index] for index in batch], max_new_tokens, eos_ids, pad_id)
+        asked = [prompts[index] for index in batch]
+        new_tokens = _generate_batch(model, asked, max_new_tokens, eos_ids, pad_id, (never, never_first))
         for index, tokens in zip(batch, new_tokens, strict=True):
             answers[index] = tokens
     return answers
@@ -71,7 +75,12 @@ def _check(model: EvalModel, prompts: Sequence[Sequence[int]], max_new_tokens: i
 
 
 def _generate_batch(
-    model: EvalModel, prompts: list[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int], pad_id: int
+    model: EvalModel,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    pad_id: int,
+    forbidden: tuple[Sequence[int], Sequence[int]],
 ) -> list[list[int]]:
     # step_ids [batch, width], mask [batch, width + new]
     step_ids, mask = _pad_left(prompts or [[pad_id]], pad_id, max_new_tokens, model.device)
@@ -88,7 +97,7 @@ def _generate_batch(
         logits, past = model.logits(
             step_ids, mask[:, : width + step], positions, past=past, use_cache=True, last_only=True
         )
-        token = logits[:, -1].argmax(-1)  # [batch]; tokens after an end token are cut off below
+        token = _best(logits[:, -1], [*forbidden[0], *(forbidden[1] if step == 0 else ())])
         chosen.append(token)
         done = done | torch.isin(token, ends) | (room == step + 1)
         if step + 1 == max_new_tokens or not model.any(not bool(done.all())):
@@ -97,6 +106,13 @@ def _generate_batch(
         step_ids, positions = token[:, None], (positions[:, -1:] + 1).clamp(max=last_position)
     rows = torch.stack(chosen, dim=1).tolist()
     return [_until_end(row[:most], eos_ids) for row, most in zip(rows, rooms, strict=False)]
+
+
+def _best(logits: torch.Tensor, forbidden: Sequence[int]) -> torch.Tensor:
+    """Return the likeliest token that is not forbidden: [batch]. Tokens after an end token are cut off later."""
+    if forbidden:
+        logits = logits.index_fill(-1, torch.tensor(forbidden, device=logits.device), float("-inf"))
+    return logits.argmax(-1)
 
 
 def _pad_left(

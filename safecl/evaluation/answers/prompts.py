@@ -6,13 +6,27 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from safecl.config import ConfigError
+from safecl.config.model import ThinkingMode
+from safecl.data.thinking import answer_prompt_ids, forbidden_ids, markers_of, opens_thought
 from safecl.evaluation.answers.generate import generate_greedy, room_for_answer
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, max_positions_of, shard_of
 from safecl.evaluation.answers.texts import Question, messages_of, place_of
+from safecl.evaluation.answers.thought import decode, split
 
 
-class Answer(TypedDict):
-    """A generated answer. `finished` is false where it was cut off at the last allowed token."""
+class _Thought(TypedDict, total=False):
+    """Keys of an answer that is not the whole text."""
+
+    raw: str
+    """The whole generated text."""
+    thought: str
+    cut_off: bool
+    """True where the text ends in its thought: there is neither an answer nor a refusal."""
+
+
+class Answer(_Thought):
+    """A generated answer: `text` is what stands behind header and thought. `finished` is false where the whole text was
+    cut off at the last allowed token."""
 
     text: str
     num_tokens: int
@@ -35,14 +49,14 @@ def ends_of_answer(tokenizer: Any, model: EvalModel) -> list[int]:
     return sorted({*stop_ids(tokenizer), *getattr(model, "eos_ids", ())})
 
 
-def encode(model: EvalModel, tokenizer: Any, prompts: Sequence[Question]) -> list[list[int]]:
-    """Return the token ids of all prompts, up to and including the template's opening of the answer. ConfigError names
-    a prompt that leaves no room for an answer."""
-    from safecl.data import prompt_ids
-
+def encode(
+    model: EvalModel, tokenizer: Any, prompts: Sequence[Question], mode: ThinkingMode | None = None
+) -> list[list[int]]:
+    """Return the token ids of all prompts, up to and including the opening of the answer. ConfigError names a prompt
+    that leaves no room for an answer."""
     encoded = []
     for prompt in prompts:
-        ids = list(prompt_ids(tokenizer, messages_of(prompt)))
+        ids = answer_prompt_ids(tokenizer, messages_of(prompt), mode)
         if room_for_answer(model, ids, 1) < 1:
             raise ConfigError(
                 f"{place_of(prompt)}: the prompt has {len(ids)} tokens and leaves no room for an answer in the model's "
@@ -53,10 +67,20 @@ def encode(model: EvalModel, tokenizer: Any, prompts: Sequence[Question]) -> lis
 
 
 def answer_prompts(
-    model: EvalModel, tokenizer: Any, prompts: Sequence[Question], *, max_new_tokens: int, batch_size: int
+    model: EvalModel,
+    tokenizer: Any,
+    prompts: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    mode: ThinkingMode | None = None,
 ) -> list[Answer]:
-    """Answer all prompts greedily, each rank its share. Returns the answers in order, on every rank."""
-    own = shard_of(model, encode(model, tokenizer, prompts))
+    """Answer all prompts greedily, each rank its share. Returns the answers in order, on every rank.
+
+    Args: `mode`: how answers are opened, in the place of `model.thinking.mode`.
+    """
+    own = shard_of(model, encode(model, tokenizer, prompts, mode))
+    never, never_first = forbidden_ids(tokenizer, mode)
     answers = generate_greedy(
         model,
         own,
@@ -64,10 +88,24 @@ def answer_prompts(
         eos_ids=ends_of_answer(tokenizer, model),
         pad_id=pad_id_of(tokenizer),
         batch_size=batch_size,
+        never=never,
+        never_first=never_first,
     )
     decoded = []
     for prompt, ids in zip(own, answers, strict=True):
         finished = len(ids) < room_for_answer(model, prompt, max_new_tokens)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        decoded.append(Answer(text=text, num_tokens=len(ids), finished=finished))
+        decoded.append(_answer(tokenizer, prompt, ids, finished))
     return gather_in_order(model, decoded)
+
+
+def _answer(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], finished: bool) -> Answer:
+    raw = decode(tokenizer, ids)
+    parts = split(raw, markers_of(tokenizer), opened=opens_thought(tokenizer, prompt), finished=finished)
+    answer = Answer(text=parts.answer, num_tokens=len(ids), finished=finished)
+    if parts.answer != raw:
+        answer["raw"] = raw
+    if parts.thought:
+        answer["thought"] = parts.thought
+    if parts.cut_off:
+        answer["cut_off"] = True
+    return answer

@@ -6,6 +6,9 @@ Wilson score interval of h hits among n, at 95 % (Wilson 1927; Brown, Cai, DasGu
 
 It stays within [0, 1] and has a width at 0 or n hits: its upper end for no hits is z² / (n + z²).
 
+Of u undecided outcomes nobody knows which are hits, so the interval reaches from the lower end without any of them to
+the upper end with all of them: low(h, n) to high(h + u, n). The rate itself is h / (n - u).
+
 Mean over tokens whose values are sums per row (a row's tokens are not independent, so rows are the sampling unit):
 
     m = Σ s_r / Σ n_r,   standard error = √(R/(R-1) Σ (s_r - m n_r)²) / Σ n_r
@@ -41,23 +44,30 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return (0.0 if hits == 0 else low), (1.0 if hits == n else high)
 
 
+def _null_as(number: float) -> BeforeValidator:
+    return BeforeValidator(lambda value: number if value is None else value)
+
+
 @dataclass(frozen=True)
 class Rate:
-    """A share of `n` trials with its 95 % Wilson interval; all in [0, 1]."""
+    """A share of `n` trials with its 95 % Wilson interval; all in [0, 1].
+
+    undecided: trials without an outcome, part of `n`. The value is the share of the others, and NaN where there are
+    none; `to_dict` writes it as null.
+    """
 
     hits: int
     n: int
-    value: float
+    value: Annotated[float, _null_as(math.nan)]
     low: float
     high: float
+    undecided: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for results.json."""
-        return {"value": self.value, "low": self.low, "high": self.high, "hits": self.hits, "n": self.n}
-
-
-def _null_as(number: float) -> BeforeValidator:
-    return BeforeValidator(lambda value: number if value is None else value)
+        value = self.value if math.isfinite(self.value) else None
+        undecided = {"undecided": self.undecided} if self.undecided else {}
+        return {"value": value, "low": self.low, "high": self.high, "hits": self.hits, "n": self.n, **undecided}
 
 
 @dataclass(frozen=True)
@@ -79,13 +89,21 @@ class Mean:
         return {**dict(zip(("value", "low", "high"), ends, strict=True)), "tokens": self.tokens, "n": self.n}
 
 
-def rate(outcomes: Iterable[bool]) -> Rate:
-    """Compute the share of true outcomes with its interval. ValueError without outcomes."""
-    outcomes = [bool(outcome) for outcome in outcomes]
-    if not outcomes:
+def rate(outcomes: Iterable[object], undecided: int = 0) -> Rate:
+    """Compute the share of true outcomes with its interval. `undecided`: further trials, without an outcome. ValueError
+    without trials."""
+    decided = [bool(outcome) for outcome in outcomes]
+    hits, n = sum(decided), len(decided) + undecided
+    if not n:
         raise ValueError("a rate needs at least one outcome")
-    hits, n = sum(outcomes), len(outcomes)
-    return Rate(hits, n, hits / n, *wilson(hits, n))
+    value = hits / len(decided) if decided else math.nan
+    return Rate(hits, n, value, wilson(hits, n)[0], wilson(hits + undecided, n)[1], undecided)
+
+
+def rate_of_decided(outcomes: Iterable[bool | None]) -> Rate:
+    """Compute the share of true outcomes with its interval, where None is an undecided one. ValueError without any."""
+    outcomes = list(outcomes)
+    return rate((outcome for outcome in outcomes if outcome is not None), undecided=outcomes.count(None))
 
 
 def token_mean(sums: Sequence[float], counts: Sequence[int]) -> Mean:

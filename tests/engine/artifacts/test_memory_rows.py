@@ -12,6 +12,7 @@ from safecl.data import Message, Prompt
 from safecl.engine.artifacts import memory_rows
 from safecl.engine.artifacts.memory_rows import RowSettings
 from safecl.engine.artifacts.store import ArtifactStore
+from tests.evaluation.models import byte_tokenizer
 
 ANSWERS = {
     "how to rob": ("I'm sorry, but I can't help with that.", True),
@@ -49,7 +50,8 @@ def asked(monkeypatch) -> list[str]:
 
 def make(folder: Path, disallowed=DISALLOWED, benign=HARMLESS, **settings):
     return memory_rows.memory_rows(
-        None, None, ArtifactStore(folder), {"model": "m"}, disallowed, benign, RowSettings(batch_size=2, **settings)
+        None, byte_tokenizer(), ArtifactStore(folder), {"model": "m"}, disallowed, benign,
+        RowSettings(batch_size=2, **settings),
     )  # fmt: skip
 
 
