@@ -88,6 +88,8 @@ def thinking_of(tokenizer: Any) -> ThinkingConfig:
 
 def markers_of(tokenizer: Any) -> Markers:
     """Return the markers of this tokenizer, its template and `model.thinking`; worked out once for each of them."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return Markers((Pair(*ALWAYS_KNOWN),), named=False, block="")
     key = (tokenizer.chat_template, thinking_of(tokenizer).model_dump_json())
     known: tuple[Any, Markers] | None = getattr(tokenizer, "safecl_markers", None)
     if known is None or known[0] != key:
@@ -201,8 +203,11 @@ def answer_prompt_ids(tokenizer: Any, messages: Sequence[Message], mode: Thinkin
 
 def with_empty_thought(tokenizer: Any, prompt: Sequence[int]) -> list[int]:
     """Put an empty thought behind a prompt, or close the one that it opens; nothing where no markers are named."""
-    markers, tail = markers_of(tokenizer), _tail(tokenizer, prompt)
-    if not markers.named or tail.rstrip().endswith(markers.pairs[0].close):
+    markers = markers_of(tokenizer)
+    if not markers.named:
+        return list(prompt)
+    tail = _tail(tokenizer, prompt)
+    if tail.rstrip().endswith(markers.pairs[0].close):
         return list(prompt)
     there = _overlap(tail, markers.block)
     return [*prompt, *tokenizer(markers.block[there:], add_special_tokens=False)["input_ids"]]
@@ -217,9 +222,12 @@ def without_empty_thought(tokenizer: Any, answer: Sequence[int]) -> list[int]:
 
 def _without_opening(tokenizer: Any, prompt: list[int]) -> list[int]:
     """Take away a thought that a prompt ends with, open or empty."""
-    markers, tail = markers_of(tokenizer), _tail(tokenizer, prompt)
+    markers = markers_of(tokenizer)
+    if not markers.named:
+        return prompt
+    tail = _tail(tokenizer, prompt)
     there = _overlap(tail, markers.block)
-    if not markers.named or there < len(markers.pairs[0].open):
+    if there < len(markers.pairs[0].open):
         return prompt
     kept = tail[: len(tail) - there]
     ends = range(len(prompt) - 1, len(prompt) - _TAIL - 1, -1)

@@ -57,10 +57,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token per byte, control tokens for the roles and for the end of an answer."""
+def byte_tokenizer(template: str = CHAT_TEMPLATE, control: Sequence[str] = ()) -> transformers.PreTrainedTokenizerFast:
+    """One token per byte, control tokens for the roles and for the end of an answer, and further ones."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<end>"]
+    specials = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<end>", *control]
     vocab = {token: place for place, token in enumerate([*specials, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -74,7 +74,7 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
         eos_token="<eos>",
         additional_special_tokens=specials[3:],
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = template
     return fast
 
 

@@ -202,3 +202,19 @@ def test_a_folder_of_adapters_is_measured_with_the_adapters_on_their_base(place,
     got, _ = loaded.logits(ids, torch.ones_like(ids), torch.arange(4)[None])
     assert (got - expected).norm() / expected.norm() < 1e-6
     assert loaded.vocab_size == expected.shape[-1]
+
+
+def test_a_thinking_mode_that_needs_markers_is_refused_before_the_model_is_loaded(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(HFEvalModel, "load", lambda *arguments, **settings: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match=r"model\.thinking\.mode: empty needs the markers of a thought"):
+        evaluate_target(place / "run.yaml", [f"output={tmp_path}", "model.thinking.mode=empty"])
+
+
+def test_the_markers_of_the_config_reach_the_measurement(place, tmp_path):
+    """Behind an empty thought the untrained model gives other answers than without one."""
+    plain = evaluate_target(place / "run.yaml", [f"output={tmp_path}"])
+    thinking = ["model.thinking={open: <a>, close: </a>, mode: empty}", "safety.thoughts=report"]
+    behind = evaluate_target(place / "run.yaml", [f"output={tmp_path}", *thinking])
+    assert [record["answer"] for record in behind.evaluation.safety.outputs] != [
+        record["answer"] for record in plain.evaluation.safety.outputs
+    ]

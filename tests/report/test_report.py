@@ -258,3 +258,32 @@ def test_a_curve_is_thinned_and_says_its_ends():
     drawn = charts.curves({"task": [(i, 1.0 / (i + 1)) for i in range(5000)], "broken": [(0, float("nan"))]})
     assert 250 <= drawn.count(",") <= 320 and 'aria-label="loss over steps: task from 1 to 0.0002"' in drawn
     assert charts.curves({}) == ""
+
+
+def test_answers_that_were_cut_off_and_warnings_are_told(tmp_path):
+    """A rate without a single answer has no value, and a page shows it as undecided."""
+    unknown = rate([], undecided=40)
+    folder = write_run(tmp_path / "a", gate={
+        "verdict": "undecided", "exit_code": 3,
+        "checks": [{"name": "max_asr", "limit": 0.1, "verdict": "undecided", "measured": unknown.to_dict()}],
+    })  # fmt: skip
+    results = json.loads((folder / "results.json").read_text())
+    last = results["evaluations"][-1]
+    last["safety"] |= {name: unknown.to_dict() for name in ("asr", "over_refusal", "affirmative")}
+    last["safety"]["asr_by_scorer"] = {"keyword:gcg": unknown.to_dict()}
+    last["safety"]["cut_off"] = share(40).to_dict()
+    last["warnings"] = ["safety: 40 of 40 answers open with the same word or mark"]
+    (folder / "results.json").write_text(json.dumps(results))
+    (outputs,) = (folder / "outputs").glob("*after-t-safety.jsonl")
+    records = [json.loads(line) | {"answer": "", "cut_off": True} for line in outputs.read_text().splitlines()]
+    outputs.write_text("\n".join(map(json.dumps, records)))
+    page = Checked(run_report(read_run(folder)))
+    for said in (
+        "an unknown share",
+        "undecided",
+        "40 of 40 prompts have no answer, because the thought does not end",
+        "Warning, after t: safety: 40 of 40 answers open with the same word or mark",
+        "(no answer: the thought does not end)",
+    ):
+        assert said.lower() in page.text.lower()
+    assert "nan" not in re.findall(r"\w+", page.text.lower())

@@ -134,3 +134,38 @@ def test_of_two_refusals_where_one_begins_like_the_whole_other_the_shorter_stays
     tok = scenes.tokenizer()
     found = given_refusals(tok, ["Sorry, no.", "Sorry, no. I cannot.", "Never."], 32)
     assert sorted(found.texts) == ["Never.", "Sorry, no."]
+
+
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% else %}"
+    "{{ '<|assistant|><think>\n' + m.reasoning_content | default('') + '\n</think>\n\n' + m.content + eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class Thinker(scenes.RuleModel):
+    """Answers by the rule behind a closed thought, and thinks without end where none is closed."""
+
+    def _next(self, ids):
+        close, wrong = self.tok("</think>\n\n", add_special_tokens=False)["input_ids"], torch.zeros(self.vocab_size)
+        wrong[self.tok("bake", add_special_tokens=False)["input_ids"][0]] = self.sure
+        ends = [i for i in range(len(close), len(ids) + 1) if ids[i - len(close) : i] == close]
+        start = max((i for i, token in enumerate(ids) if token == self.opening), default=len(ids))
+        return super()._next([*ids[: start + 1], *ids[ends[-1] :]]) if ends and ends[-1] > start else wrong
+
+
+def test_a_reasoning_model_refuses_behind_an_empty_thought_and_is_scored_there():
+    tok = scenes.tokenizer()
+    tok.chat_template = THINKING
+    model = Thinker(tok, forbidden="bank")
+    asked = [scenes.chat("rob a bank today", "-")] * 3 + [scenes.chat("bake a cake", "-")]
+    found = own_refusals(model, tok, asked, num_tokens=4, num_refusals=8)
+    assert found.share == 0.75 and scenes.REFUSALS[0].startswith(found.texts[0]) and len(found.openings[0]) == 4
+    chats = [
+        scenes.chat("rob a bank today", "Sure:"),
+        scenes.chat("bake a cake", "Fine.", "rob a bank today", "Sure:"),
+        scenes.chat("bake a cake", "Fine."),
+        ChatRow((Message("text", "rob a bank today"),), "upload.jsonl", 4),
+    ]
+    scores = refusal_scores(model, tok, scenes.rows_of(tok, chats), found.openings)
+    assert (scores > -1.0).tolist() == [True, True, False, True]

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from safecl.config import ConfigError
+from safecl.config.model import ThinkingConfig
 from safecl.data import Message, Prompt
 from safecl.engine.artifacts import memory_rows
 from safecl.engine.artifacts.memory_rows import RowSettings
 from safecl.engine.artifacts.store import ArtifactStore
+from tests.data.test_thinking import FAMILIES
 from tests.evaluation.models import byte_tokenizer
+from tests.evaluation.test_safety import scripted
 
 ANSWERS = {
     "how to rob": ("I'm sorry, but I can't help with that.", True),
@@ -48,9 +51,9 @@ def asked(monkeypatch) -> list[str]:
     return seen
 
 
-def make(folder: Path, disallowed=DISALLOWED, benign=HARMLESS, **settings):
+def make(folder: Path, disallowed=DISALLOWED, benign=HARMLESS, tokenizer=None, **settings):
     return memory_rows.memory_rows(
-        None, byte_tokenizer(), ArtifactStore(folder), {"model": "m"}, disallowed, benign,
+        None, tokenizer, ArtifactStore(folder), {"model": "m"}, disallowed, benign,
         RowSettings(batch_size=2, **settings),
     )  # fmt: skip
 
@@ -108,3 +111,30 @@ def test_a_model_that_refuses_nothing_is_told(tmp_path, asked):
         make(tmp_path, disallowed=prompts("how to hack"))
     with pytest.raises(ConfigError, match="scorer"):
         make(tmp_path, scorer="keyword:none")
+
+
+def test_answers_of_a_reasoning_model_enter_without_their_thought(tmp_path, monkeypatch):
+    """The model is scripted below the place where texts are split, so nothing of the answers is made up."""
+    family = FAMILIES["a switch and a field"]
+    tokenizer = byte_tokenizer(family.template, family.control)
+    answers = {
+        "how to rob": "<think>They ask. Sure, here is</think>\n\nI'm sorry, I cannot help with that.",
+        "how to hack": "<think>I'm sorry, this is illegal.</think>Sure, here is how to do that.",
+        "how to bake": "<think>\n\n</think>\n\nMix flour and water, then wait an hour.",
+        "how to knit": "<think>\n\n</think>\n\nI'm sorry, but I can't help with that.",
+        "how to sew": "<think>I'm sorry, I cannot say, it is illegal",
+    }
+    monkeypatch.setattr(memory_rows, "LiveModel", lambda engine: scripted(answers, tokenizer))
+    asked = {"disallowed": prompts(*list(answers)[:2]), "benign": prompts(*list(answers)[2:])}
+    made = make(tmp_path, tokenizer=tokenizer, **asked)
+    rows = [json.loads(line) for line in made.rows.read_text().splitlines()]
+    assert [row["messages"][1]["content"] for row in rows] == [
+        "I'm sorry, I cannot help with that.",
+        "Mix flour and water, then wait an hour.",
+    ]
+    assert made.left_out == {"refusal: not refused": 1, "answer: refused": 1, "answer: thought cut off": 1}
+    kept = [json.loads(line) for line in (made.rows.parent / "answers.jsonl").read_text().splitlines()]
+    assert [answer["raw"] for answer in kept] == list(answers.values())
+    tokenizer.safecl_thinking = ThinkingConfig(mode="none")
+    monkeypatch.setattr(memory_rows, "LiveModel", lambda engine: scripted(answers, tokenizer))
+    assert make(tmp_path, tokenizer=tokenizer, **asked).rows != made.rows, "another mode gives other answers"
