@@ -48,7 +48,7 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass
 class Tracebacks:
-    """The place for the traceback of an unexpected error: a file in `folder` (None: in a temporary one), or the
+    """The place for the traceback of an unexpected error: a file in `folder` (None: in a temporary folder), or the
     message."""
 
     folder: Path | None = None
@@ -58,8 +58,8 @@ class Tracebacks:
 tracebacks = Tracebacks()
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
-# A launcher ends all ranks as soon as one fails. A rank that waits this long before it reports its error is heard only
-# where rank 0 had nothing to report.
+# A launcher ends all ranks as soon as one fails. The other ranks wait this long before they report an error, so they
+# report only where rank 0 had nothing to report.
 SECONDS_FOR_RANK_0 = 3.0
 SECONDS_TO_END = 5.0
 

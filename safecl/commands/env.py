@@ -1,5 +1,5 @@
-"""`safecl env`: what an issue report needs, as a table or JSON. A fact that cannot be found out is named as such, and
-is no error."""
+"""`safecl env`: what an issue report needs, as a table or JSON. Where a fact cannot be found out, the reason is shown
+in its place."""
 
 from __future__ import annotations
 

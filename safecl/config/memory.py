@@ -95,12 +95,12 @@ class MemoryConfig(RowsConfig, _MemorySource):
     capacity: Annotated[Annotated[int, Field(ge=1)] | str, AfterValidator(_rows_or_bytes)] = 20000
     """Largest size: a number of rows, or bytes on disk like `2GB`."""
     policy: Literal["reservoir", "balanced", "fifo"] = "reservoir"
-    """Which rows stay when the memory is full. reservoir: a uniform sample of all rows seen; balanced: equally many of
-    each category; fifo: the latest."""
+    """The rows that stay when the memory is full. reservoir: a uniform sample of all rows seen; balanced: equally many
+    of each category; fifo: the latest."""
     balance_by: str = "category"
     """The categories of `balanced` and mix_cd: `task`, `source`, or the name of a tag (a further column of the row)."""
     draw: Literal["auto", "uniform", "balanced", "loss_aware", "mix_cd"] = "auto"
-    """Which rows a step draws. balanced: every category equally often; loss_aware: in proportion to the row's last
+    """The rows that a step draws. balanced: every category equally often; loss_aware: in proportion to the row's last
     loss; mix_cd: in proportion to how often such rows got worse than under the aligned model; auto: balanced where the
     policy is, else uniform."""
     damage_margin: Annotated[float, Field(ge=0)] = 0.5

@@ -112,7 +112,7 @@ class RunConfig(Section):
         averages = [name for name, settings in self.methods.items() if settings.keeps_average]
         if len(averages) > 1:
             raise ValueError(
-                f"methods: {' and '.join(averages)} each keep an average of the weights, and one can be saved; "
+                f"methods: {' and '.join(averages)} each keep an average of the weights, but only one can be saved; "
                 "leave one out"
             )
         return self

@@ -51,7 +51,7 @@ def join_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def settle_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Tell libraries, before they are imported, that there is no GPU (DeepSpeed would warn), and no terminal for
+    """Set variables for libraries, before they are imported: there is no GPU (DeepSpeed would warn), or no terminal for
     progress bars."""
     if not sys.stderr.isatty():
         environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -16,8 +16,8 @@ class ScopedConfig(MethodConfig):
     has_penalty: ClassVar[bool] = True
 
     modules: Literal["all", "attention"] | list[str] = "all"
-    """Which weights: all, attention, or patterns of parameter names with shell wildcards, e.g. ["*.self_attn.v_proj.*",
-    "*.layers.0.*"]."""
+    """The weights that are pulled: all, attention, or patterns of parameter names with shell wildcards, e.g.
+    ["*.self_attn.v_proj.*", "*.layers.0.*"]."""
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """The bytes that a run takes on devices and in host memory, computed from a model's structure and a config.
 
 `safecl check` prints them, and the tables of docs/memory.md come from here. zero_memory.py lists the tensors of each
-ZeRO stage, activations.py counts activations, and this module adds the rest. The total is the peak: items that are
-always there, and the items of the moment in which they take most.
+ZeRO stage, activations.py counts activations, and this module adds the rest. The total is the peak: the items that
+always exist, and those of the moment in which they take most.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The replay buffer: one logical buffer over 1,024 virtual shards, the same for every number of ranks.
 
 A row's key is its position in the stream of inserted rows. Its shard, its owner and its priority in the reservoir are
-hashes of (seed, position), so ranks agree on what the buffer holds without communication. What a step draws is a
-function of (seed, step, stream), the index and the score log. Rows lie in append-only segments that are memory-mapped;
-the index says which rows are held and where they lie.
+hashes of (seed, position), so ranks agree on what the buffer holds without communication. The rows that a step draws
+are a function of (seed, step, stream), the index and the score log. Rows lie in append-only segments that are
+memory-mapped; the index says which rows are held and where they lie.
 
 The buffer copies its rows and does not refer to them by their index in the prepared data set, because
 

@@ -107,7 +107,7 @@ class CacheHeader:
         except (ValueError, KeyError, AttributeError):
             raise ReplayError(f"{path}: the header is damaged") from None
         if digest != _hash(values):
-            raise ReplayError(f"{path}: the header is damaged (its hash does not fit)")
+            raise ReplayError(f"{path}: the header is damaged (its hash does not match)")
         if values["format_version"] != FORMAT_VERSION:
             raise ReplayError(
                 f"{path}: format version {values['format_version']}, this safecl reads version {FORMAT_VERSION}"

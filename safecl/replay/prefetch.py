@@ -56,7 +56,7 @@ class Prefetcher(Generic[T]):
         return self._thread.submit(self.load, step)
 
     def settle(self) -> None:
-        """Return when nothing is being loaded. What was loaded stays ready, and errors wait for their step."""
+        """Return when nothing is being loaded. A loaded step stays ready, and an error waits for its step."""
         with self._lock:
             if self._ahead is not None:
                 self._ahead[1].exception()

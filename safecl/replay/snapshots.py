@@ -66,7 +66,7 @@ def _size(contents: Contents, name: str) -> int:
 
 
 def _is_own(contents: Contents, name: str) -> bool:
-    """True where the segment's first shard is this rank's, which alone deletes it and has read it to the end."""
+    """True where the segment's first shard is this rank's: only this rank deletes it and has read it to the end."""
     first, last = contents.store.shards
     return first <= int(name.split("-")[1]) <= last
 
@@ -84,8 +84,8 @@ def _shorter(contents: Contents, name: str, size: int) -> str | None:
 
 
 def dump(contents: Contents, with_folder: bool) -> bytes:
-    """Return the bytes of an index. `with_folder` adds what concerns this rank's folder alone: segments to skip when it
-    is opened."""
+    """Return the bytes of an index. `with_folder` adds the facts about this rank's folder alone: segments to skip when
+    it is opened."""
     segments = _segments(contents)
     place = np.full(contents.store.num_names + 1, UNKNOWN, np.int32)
     for number, (name, _, _) in enumerate(segments):

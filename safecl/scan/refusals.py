@@ -52,9 +52,9 @@ def own_refusals(
 ) -> Refusals | None:
     """Find the most common openings among the model's refusals of known disallowed prompts. A collective call.
 
-    Args: `disallowed` prompts, or rows whose last assistant turn is left out, of which 128 are taken evenly;
-    `num_tokens` of an opening; at most `num_refusals` openings.
-    Returns: None where the model refuses none of the prompts.
+    Args: `disallowed`: prompts, or rows whose last assistant turn is left out; at most 128 are taken, evenly.
+    `num_tokens`: tokens of an opening. `num_refusals`: largest number of openings. Returns: None where the model
+    refuses none of the prompts.
     """
     chosen = evenly(disallowed, NUM_PROMPTS)
     # Scores are taken behind an empty thought, too: there the first tokens are those of the answer.

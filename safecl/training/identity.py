@@ -55,7 +55,7 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
     """Raise ConfigError where two identities differ in what is trained or measured."""
     if "config" not in saved:
         raise ConfigError(
-            f"{where} holds files of a run that cannot be told apart from this one (its run.json is missing); "
+            f"{where} holds files of a run that cannot be compared with this one (its run.json is missing); "
             f"{HOW_TO_RESUME}"
         )
     refuse_other_config(saved["config"], now["config"], where)

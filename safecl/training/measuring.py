@@ -41,8 +41,8 @@ class Measurements:
     def between_steps(self, run: Run, task: TaskPlan) -> None:
         """Measure before every `safety.every`-th step.
 
-        Before the step, not after the one before it: a run that is resumed here then measures what is missing, and
-        nothing twice.
+        Measuring before a step, and not after the previous one, lets a run that is resumed here measure what is
+        missing, and nothing twice.
         """
         every = self.plan.config.safety.every if self.plan.config.safety is not None else "never"
         if not isinstance(every, int) or run.step == 0 or run.step % every:

@@ -26,8 +26,8 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ready:
-    """A gradient that can be taken at once. rows: all of the step, the same list on every rank. batches: this rank's
-    micro-batches; None where an online teacher must answer first."""
+    """The rows of a gradient, ready for its pass. rows: all of the step, the same list on every rank. batches: this
+    rank's micro-batches; None where an online teacher must answer first."""
 
     rows: list[StepRow]
     batches: list[StepBatch] | None
@@ -37,7 +37,7 @@ class ReadAhead:
     """Rows and micro-batches of a task's steps. `get` waits for a step, and starts to read the next one."""
 
     def __init__(self, engine: TrainingEngine, rows_of_step: RowsOfStep, stop: int):
-        """stop: number of the task's steps; none from there on is read."""
+        """stop: number of the task's steps; steps from there on are not read."""
         self.engine, self.rows_of_step = engine, rows_of_step
         self._prefetcher = Prefetcher(self._load, stop=stop)
 

@@ -185,7 +185,7 @@ class RunSaver:
         what = f"a checkpoint takes at least {format_bytes(size)}, and {format_bytes(free)} are free in {self.folder}"
         if free < size:
             raise ConfigError(
-                f"output: {what}; free some, choose another folder with output=..., or set checkpoint.every: never"
+                f"output: {what}; free space, choose another folder with output=..., or set checkpoint.every: never"
             )
         if free < (keep + 1) * size:
             note(f"{what}: too little for the {keep + 1} that checkpoint.keep: {keep} needs while saving")

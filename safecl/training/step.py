@@ -33,7 +33,7 @@ def rows_by_gradient(run: RunState, task: TaskPlan, step: int) -> dict[str, list
 
 
 def gradient_rows(run: RunState, stream: str, step: int) -> list[StepRow]:
-    """Return the rows of a draw from the memory whose cross-entropy a method takes the gradient of."""
+    """Return the rows of a draw from the memory, for a method that takes the gradient of their cross-entropy."""
     return _replay_rows(run, stream, [ReplayTerm(stream, ce_weight=1.0)], step)
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.equality.stopped_run tests/fixtures/run-format-1
 
-Later versions must go on with such a folder, see tests/training/test_old_run_folder.py. It is made once for each
-version of the format, by a safecl that writes this version. No file in it holds an absolute path, a process or a host.
+Later versions must resume such a folder, see tests/training/test_old_run_folder.py. It is made once for each version of
+the format, by a safecl that writes this version. No file in it holds an absolute path, a process or a host.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def make(root: Path, target: Path) -> None:
 
 
 def train(folder: Path, *overrides: str, root: Path = ROOT, ranks: int = RANKS, stop_after: int | None = None) -> Ended:
-    """Starts the run of the folder, or goes on with it; sends SIGTERM to the first rank after so many steps."""
+    """Starts the run of the folder, or resumes it; sends SIGTERM to the first rank after so many steps."""
     metrics = folder / CONFIG["output"] / "metrics.jsonl"
     stop = partial(_stop_after, metrics, stop_after) if stop_after is not None else lambda processes: None
     return run_safecl(["train", "run.yaml", *overrides], folder, ranks=ranks, root=root, while_running=stop)

@@ -148,7 +148,7 @@ def _go_on(run, task, saver, steps, save_after, watched, log, progress):
 
 
 def cut_at_every_step(folder: str, cuts: int, steps: int, **changes) -> list[str]:
-    """Runs once without interruption, then goes on from a save after each of the first `cuts` steps; returns what was
+    """Runs once without interruption, then resumes from a save after each of the first `cuts` steps; returns what was
     not the same.
 
     The state is compared at the cut and one step later; equal states have equal futures, and from the first cut the run
@@ -192,7 +192,7 @@ def cut_with_a_loss(folder: str, lost: str, **changes) -> list[str]:
 
 
 def leg(folder: str, until: int, begins_again_at: int | None = None, **changes):
-    """Begins or goes on in this layout to step `until`, and saves. Rank 0 returns (state at the start, state at the
+    """Begins or resumes in this layout, up to step `until`, and saves. Rank 0 returns (state at the start, state at the
     end, log).
 
     `begins_again_at`: the step before which the task begins again as a second one does, with a new anchor.

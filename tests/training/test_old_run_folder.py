@@ -1,4 +1,4 @@
-"""The trainer goes on with a run that an earlier safecl has left in the middle, and refuses one of another format.
+"""The trainer resumes a run that an earlier safecl has left in the middle, and refuses one of another format.
 
 tests/equality/stopped_run.py made the folder. Its run trains by DER, EWC and EMA, three tasks of 16 steps, on two ranks
 in ZeRO stage 3, and SIGTERM stopped it after step 21. The folder `finished` holds the end that the same safecl reached.

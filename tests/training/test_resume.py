@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: bitwise in the same layout, and with the same rows in any
+"""A run that was stopped resumes as if it had not been: bitwise in the same layout, and with the same rows in any
 other."""
 
 from __future__ import annotations

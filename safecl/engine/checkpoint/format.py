@@ -192,7 +192,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     digest, _, body = read_file(path, MAX_MANIFEST_BYTES).partition(b"\n")
     if digest != xxhash.xxh3_128_hexdigest(body).encode():
-        raise DamagedCheckpoint(f"{path}: its hash does not fit its text")
+        raise DamagedCheckpoint(f"{path}: its hash does not match its text")
     manifest = _parse_manifest(path, body)
     if manifest.name != folder.name:
         raise DamagedCheckpoint(f"{path}: belongs to {manifest.name!r}, its folder is called {folder.name!r}")

@@ -59,7 +59,7 @@ class CheckpointReader:
         """Find the newest checkpoint that is whole for all ranks; None where there is no checkpoint at all.
 
         Damaged newer ones are set aside, with a message to `note`. `checks` are further conditions, which raise
-        DamagedCheckpoint; all ranks have passed one before any begins the next. Raises ConfigError where there are
+        DamagedCheckpoint; all ranks pass one check before any rank begins the next. Raises ConfigError where there are
         checkpoints and none is whole, or the newest has another version of the format.
         """
         problems: dict[str, str] = {}

@@ -74,7 +74,7 @@ class CheckpointWriter:
 
     A kind of state whose name begins with an underscore is temporary and is not saved. With `base`, state that equals
     the run's first weights is not stored but named by their hash; a checkpoint can then be loaded only while these
-    weights are at hand.
+    weights are available.
     """
 
     def __init__(

@@ -40,8 +40,8 @@ class ForwardEngine(ModelEngine):
         self.layout, self.rank, self.device = layout, collectives.rank(), collectives.device()
         model.requires_grad_(False).eval()
         if sharding.stage == 3:
-            alike = [p for p in model.parameters() if store is not None and store.holds(p)]
-            engine = initialize(model, None, _config(dtype, sharding), alike=alike)
+            viewed = [p for p in model.parameters() if store is not None and store.holds(p)]
+            engine = initialize(model, None, _config(dtype, sharding), viewed=viewed)
             self.deepspeed, self.module = engine, engine.module
         else:
             self.deepspeed = self.module = model.to(self.device)

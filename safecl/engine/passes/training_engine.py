@@ -83,7 +83,7 @@ class TrainingEngine(ModelEngine):
         release = (lambda: None) if keep_store else self.release_store
         self.deepspeed_config = deepspeed_config(config, sum(p.numel() for p in trained))
         self.deepspeed = initialize(
-            model, self.optimizer, self.deepspeed_config, alike=viewed, when_partitioned=release
+            model, self.optimizer, self.deepspeed_config, viewed=viewed, when_partitioned=release
         )
         self.module = self.deepspeed.module
         release()  # stages 0 to 2

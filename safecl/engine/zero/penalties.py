@@ -6,7 +6,7 @@ A penalty joins the update in one of two places:
     before the pass    a pass of its own adds the penalty's gradient to the loss's gradient; there may be any number
 
 Clipping (UpdatePlan.clip_scope) decides what happens first. `task`: the loss's gradient is clipped and the penalties
-join it. `total`: all penalties join it and the sum is clipped, the penalty in the pass by scaling its strength.
+join it. `total`: all penalties join it and the sum is clipped; for the penalty in the pass, its strength is scaled.
 """
 
 from __future__ import annotations

@@ -57,46 +57,46 @@ def initialize(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
     config: dict[str, Any],
-    alike: Collection[torch.nn.Parameter] = (),
+    viewed: Collection[torch.nn.Parameter] = (),
     when_partitioned: Callable[[], None] = lambda: None,
 ) -> DeepSpeedEngine:
     """Call deepspeed.initialize and return its engine.
 
-    alike: parameters that have the same values on all ranks already. They are views of a store that must not be written
-    to, so DeepSpeed's broadcast from rank 0 leaves them out. when_partitioned: called in stage 3 as soon as none of
-    them is a view any more, before DeepSpeed makes the master weights.
+    viewed: parameters that are views of a read-only store, and so equal on all ranks already. DeepSpeed's broadcast
+    from rank 0 leaves them out. when_partitioned: called in stage 3 as soon as none of them is a view any more, before
+    DeepSpeed makes the master weights.
     """
     import deepspeed
 
-    with _broadcasting_all_but({id(p) for p in alike}, when_partitioned):
+    with _broadcasting_all_but({id(p) for p in viewed}, when_partitioned):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
 @contextlib.contextmanager
-def _broadcasting_all_but(alike: set[int], when_partitioned: Callable[[], None]) -> Iterator[None]:
+def _broadcasting_all_but(viewed: set[int], when_partitioned: Callable[[], None]) -> Iterator[None]:
     """Make DeepSpeed leave these parameters (by id) out of its broadcast from rank 0, inside the block."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    replicate, partition, views = DeepSpeedEngine._broadcast_model, Init._zero_init_param, set(alike)
+    replicate, partition, remaining = DeepSpeedEngine._broadcast_model, Init._zero_init_param, set(viewed)
 
     def broadcast_model(engine: Any) -> None:  # stages 0 to 2
         for p in engine.module.parameters():
-            if id(p) not in alike and not hasattr(p, "ds_id"):
+            if id(p) not in viewed and not hasattr(p, "ds_id"):
                 dist.broadcast(p.data, 0)
 
     def partition_one(init: Any, p: Any) -> None:  # stage 3
         init._convert_to_deepspeed_param(p)
-        if id(p) not in alike:
+        if id(p) not in viewed:
             dist.broadcast(p.data, 0)
         p.partition()
-        if id(p) in views:
-            views.remove(id(p))
-            if not views:
+        if id(p) in remaining:
+            remaining.remove(id(p))
+            if not remaining:
                 when_partitioned()
 
-    if alike:
+    if viewed:
         DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast_model, partition_one
     try:
         yield
@@ -127,8 +127,9 @@ class ShardMap:
             self._skip_scaling_by_one()
             self._step_on_the_gradients_themselves()
         elif self.stage in (1, 2):
-            # Otherwise its first step ties the optimizer's state of that moment to every parameter. Dropped state
-            # (temporary sums of a Fisher, moments of the last task) would then stay in memory to the end of the run.
+            # Otherwise DeepSpeed's first step links the optimizer's current state to every parameter. State that is
+            # dropped later (temporary sums of a Fisher, moments of the last task) would then stay in memory until the
+            # run ends.
             self.optimizer._hp_optimizer_states_linked = True
         self.flats = self._find_flats()
         self.fragments = list(self._find_fragments())

@@ -136,7 +136,7 @@ def load_index(data: memoryview, where: str) -> tuple[dict[str, Any], RowTable]:
     if len(data) < _HEAD.size + 16 or bytes(data[:8]) != _MAGIC:
         raise ReplayError(f"{where}: not an index of a safecl memory, or its beginning is damaged")
     if bytes(data[-16:]) != xxhash.xxh3_128_digest(data[:-16]):
-        raise ReplayError(f"{where}: the index is damaged (its hash does not fit)")
+        raise ReplayError(f"{where}: the index is damaged (its hash does not match)")
     try:
         num_text = _HEAD.unpack(data[: _HEAD.size])[1]
         header = json.loads(bytes(data[_HEAD.size : _HEAD.size + num_text]))

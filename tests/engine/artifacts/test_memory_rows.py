@@ -1,4 +1,4 @@
-"""Rows that the aligned model writes itself: what enters, what stays out, and that a stopped build goes on."""
+"""Rows that the aligned model writes itself: what enters, what stays out, and that a stopped build resumes."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def die_at(work: Callable[[], object], number: int) -> int:
 
 
 def survives_a_kill(root: Path, number: int, seed: int, keeps: Sequence[int] = (1, 2, 3)) -> tuple[int, str]:
-    """Saves some checkpoints, is killed at point `number` of the next, and goes on. Returns (exit code of the child,
+    """Saves some checkpoints, is killed at point `number` of the next, and resumes. Returns (exit code of the child,
     what is wrong)."""
     rng = np.random.default_rng([seed, number])
     folder, keep = CheckpointFolder(root), int(rng.choice(keeps))
