@@ -94,7 +94,8 @@ def demo(
 def proof(
     folder: Annotated[Path, typer.Argument(help="Folder for the numbers and the checkpoints.")] = Path("runs/proof"),
 ) -> None:
-    """Measure known silent failures of continual fine-tuning, and safecl next to them, in a minute; needs no model."""
+    """Measure known silent failures of continual fine-tuning, and safecl on the same tasks, in a minute; needs no
+    model."""
     from safecl.commands.preflight import make_folder
     from safecl.proof.run import run_proof
 
@@ -209,7 +210,8 @@ def eval_(
         Path | None, typer.Option("--output", "-o", help="Folder for results.json and outputs/.", show_default=False)
     ] = None,
 ) -> None:
-    """Measure a model alone: the tuned model of a run, or any model with safety.prompts=FILE eval.path=FILE."""
+    """Measure a model without training: the tuned model of a run, or any model with safety.prompts=FILE
+    eval.path=FILE."""
     from safecl.commands.evaluate import evaluate_and_print
 
     raise typer.Exit(evaluate_and_print(target, overrides or [], output))

@@ -20,7 +20,7 @@ class FieldMap(Section):
     system: str | None = None
     """System message, a template too."""
     values: dict[str, dict[str, str]] = {}
-    """Replacement of values per column, e.g. `{label: {"0": negative, "1": positive}}`."""
+    """Replacements of values, by column, e.g. `{label: {"0": negative, "1": positive}}`."""
 
 
 DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "fields"]
@@ -78,7 +78,7 @@ class EvalConfig(Section):
     max_rows: Annotated[int, Field(ge=1)] = 200
     """Rows used, taken evenly from the file."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    """Tokens generated at most per answer."""
+    """Largest number of tokens generated per answer."""
 
     def rows_source(self, fields: FieldMap | None) -> RowsSource:
         """The held-out rows; `fields`, the task's templates, apply where this section has none."""

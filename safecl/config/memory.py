@@ -106,8 +106,7 @@ class MemoryConfig(RowsConfig, _MemorySource):
     damage_margin: Annotated[float, Field(ge=0)] = 0.5
     """mix_cd: nats per token by which a row's loss must exceed the aligned model's to count as damaged."""
     prefix_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Keep only this many supervised tokens of each row and nothing after them: many short glimpses in the bytes of a
-    few long rows."""
+    """Keep only this many supervised tokens of each row and nothing after them: the same bytes then hold more rows."""
     rest_steps: Annotated[int, Field(ge=0)] = 0
     """Steps that a drawn row rests before it can be drawn again."""
     guard: GuardConfig | None = None
@@ -117,7 +116,7 @@ class MemoryConfig(RowsConfig, _MemorySource):
     max_tokens: Annotated[int, Field(ge=2)] = 512
     """Longer rows are cut to this many tokens."""
     teacher: TeacherConfig = TeacherConfig()
-    """Stored teacher outputs (used by DER)."""
+    """The teacher outputs of replayed rows (used by DER)."""
     keep_task_rows: Annotated[int, Field(ge=0)] = 0
     """Number of rows of each finished task that enter the memory before the next task, with the outputs of the model
     that the task produced. Poisoned rows of the task enter, too."""

@@ -29,15 +29,15 @@ ThinkingMode = Literal["template", "empty", "none"]
 
 
 class ThinkingConfig(Section):
-    """The thought that a reasoning model writes before its answer. Scores are of the answer behind it."""
+    """The thought that a reasoning model writes before its answer. Scores are of the answer after it."""
 
     open: Text | None = None
-    """Text that opens a thought, such as `<think>`; by default what chat template and tokenizer say."""
+    """Text that opens a thought, such as `<think>`; by default that of the chat template or the tokenizer."""
     close: Text | None = None
     """Text that closes a thought, such as `</think>`."""
     mode: ThinkingMode = "template"
-    """How an answer is opened in evaluations. template: as the chat template does. empty: behind an empty thought.
-    none: without a thought; what the template opens is taken away, and the model cannot write the marker."""
+    """How an answer is opened in evaluations. template: as the chat template does. empty: after an empty thought. none:
+    without a thought; a thought that the template opens is removed, and the model cannot write the marker."""
 
     @model_validator(mode="after")
     def _markers_come_in_pairs(self) -> ThinkingConfig:
@@ -59,8 +59,8 @@ class ModelConfig(Section):
     """Path of a Jinja chat template; the tokenizer's own by default, and a plain one where the tokenizer has none."""
     template_date: datetime.date = TEMPLATE_DATE
     """Date that the chat template writes where it asks for today's (`strftime_now`, `date_string`), in training and in
-    evaluation. It is fixed, so that a run that goes on another day sees the same rows; the default is the one that
-    Llama 3's templates have for this."""
+    evaluation. It is fixed, so that a run that is resumed on another day sees the same rows; the default is the one
+    that Llama 3's templates have for this."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of weights and activations in the forward pass. Master weights and optimizer state are always fp32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

@@ -19,7 +19,7 @@ from safecl.config.training import ArtifactsConfig, CheckpointConfig, DeepSpeedC
 
 
 class RunConfig(Section):
-    """One run: a model, a sequence of tasks, the methods that keep what must be kept, and what is measured."""
+    """One run: a model, a sequence of tasks, the methods that preserve its behaviour, and the measurements."""
 
     model: ModelConfig
     """The model that is tuned."""
@@ -28,8 +28,8 @@ class RunConfig(Section):
     memory: MemoryConfig | None = None
     """Rows whose behaviour must be kept."""
     methods: Annotated[dict[str, SerializeAsAny[MethodConfig]], BeforeValidator(load_methods)] = {}
-    """Continual-learning methods, freely combined; none is plain fine-tuning. Or a preset: `balanced` with safety data
-    in `memory`, `no-data` without."""
+    """Continual-learning methods, freely combined; without one it is plain fine-tuning. Or a preset: `balanced` with
+    safety data in `memory`, `no-data` without."""
     teacher: Literal["streamed", "resident"] = "streamed"
     """Place of the weights of an online teacher (methods.lwf.outputs, memory.teacher.kind: online). streamed: one copy
     per node in host memory, read through two buffers of a layer's size on each device; resident: a copy on each
@@ -43,7 +43,7 @@ class RunConfig(Section):
     poison: PoisonConfig = PoisonConfig()
     """Harmful rows mixed into the task's data."""
     scan: ScanConfig | None = None
-    """Screen of the rows before training; `safecl scan` does it alone."""
+    """Screen of the rows before training; `safecl scan` runs it alone."""
     privacy: PrivacyConfig = PrivacyConfig()
     """Limits on showing the users' text."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -53,7 +53,7 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     """Reports of the run's progress."""
     output: Text
-    """Run folder; created."""
+    """Run folder; it is created."""
 
     # -------------------------------------------------------------------------------------- checks between the sections
 

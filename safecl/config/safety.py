@@ -54,11 +54,11 @@ class SafetyConfig(Section):
     max_prompts: Annotated[int, Field(ge=1)] = 200
     """Prompts used of each file, taken evenly."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    """Tokens generated at most per answer (greedy)."""
+    """Largest number of tokens generated per answer (greedy)."""
     thoughts: Literal["ignore", "report"] = "ignore"
     """Thoughts before the answers. ignore: they are not scored; report: they are scored apart from the answers."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Prompts generated together on one rank."""
+    """Prompts answered together on one rank."""
     gate: GateConfig | None = None
     """Limits for exit code 3."""
 
@@ -81,8 +81,8 @@ class ScanConfig(Section):
     false_alarm: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
     """Share of harmless rows that may be flagged by their score."""
     benign: Text | None = None
-    """File of rows or prompts that are known to be harmless and are like the upload's; the threshold comes from them,
-    and `false_alarm` holds. Without it the threshold is estimated from the upload itself."""
+    """File of rows or prompts that are known to be harmless and are like the upload's; the threshold is computed from
+    them, and `false_alarm` is then kept. Without it the threshold is estimated from the upload itself."""
     disallowed: Text | None = None
     """File of disallowed prompts that the model refuses, preferably new ones: prompts that it was aligned on score
     higher. By default the memory's refused rows, else safety.prompts."""
@@ -100,4 +100,4 @@ class PrivacyConfig(Section):
     """Limits on the users' text in outputs, report, card and logs."""
 
     examples: Literal["full", "hashed", "none"] = "full"
-    """full text, a hash of it, or nothing."""
+    """full: the text; hashed: a hash of it; none: nothing."""

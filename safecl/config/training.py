@@ -20,7 +20,7 @@ class TrainConfig(Section):
     """Task tokens per optimizer step; replay adds `memory.replay_ratio` of them. `auto`: at least 100 steps, 65,536
     tokens at most."""
     tokens_per_microbatch: Annotated[int, Field(ge=1)] = 8192
-    """Tokens in one forward pass of one rank: the knob for memory."""
+    """Tokens in one forward pass of one rank; lower it to save device memory."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Longer rows are cut to this many tokens."""
     packing: Literal["auto", "packed", "padded"] = "auto"
@@ -45,11 +45,11 @@ class TrainConfig(Section):
     clip_scope: Literal["task", "total"] = "task"
     """task: the weight penalty is added after clipping; total: the norm includes it (one more all-reduce)."""
     seed: int = 0
-    """Order of rows, draws from the memory, signs of the Fisher estimate, dropout."""
+    """Seed of the order of rows, the draws from the memory, the signs of the Fisher estimate, and dropout."""
     max_bad_rows: Annotated[float, Field(ge=0)] = 0.01
     """Bad rows that are skipped with a message: a share below 1, a count from 1 on. More of them stop the run."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 5
-    """Steps in a row without a finite gradient after which the run stops."""
+    """Largest number of consecutive steps without a finite gradient; one more stops the run."""
     allow_few_steps: bool = False
     """Accept runs of fewer than 50 steps, or whose EMA keeps more than half its weight on the start."""
 
@@ -75,7 +75,7 @@ class DeepSpeedConfig(Section):
     """ZeRO. The DeepSpeed JSON is generated from this section and written into the run folder."""
 
     stage: Literal[0, 1, 2, 3] = 2
-    """0: nothing is sharded; 1: the optimizer state; 2: gradients, too; 3: weights, too."""
+    """Sharded over the ranks: 0: nothing; 1: the optimizer state; 2: gradients, too; 3: weights, too."""
     offload: OffloadConfig = OffloadConfig()
     """State that is kept in host memory."""
 
@@ -98,7 +98,7 @@ class DeepSpeedConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Saving the whole state of the run, so that the same command continues after a stop or a crash."""
+    """Saving the whole state of the run, so that the same command resumes it after a stop or a crash."""
 
     every: Annotated[int, Field(ge=1)] | Literal["task", "never"] = 500
     """Steps between two saves, counted over all tasks; each task's end is saved as well. task: only each task's end.

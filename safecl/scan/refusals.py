@@ -53,8 +53,8 @@ def own_refusals(
     """Find the most common openings among the model's refusals of known disallowed prompts. A collective call.
 
     Args: `disallowed`: prompts, or rows whose last assistant turn is left out; at most 128 are taken, evenly.
-    `num_tokens`: tokens of an opening. `num_refusals`: largest number of openings. Returns: None where the model
-    refuses none of the prompts.
+    `num_tokens`: tokens of an opening. `num_refusals`: largest number of openings. Return None where the model refuses
+    none of the prompts.
     """
     chosen = evenly(disallowed, NUM_PROMPTS)
     # Scores are taken behind an empty thought, too: there the first tokens are those of the answer.

@@ -30,8 +30,8 @@ class AverageConfig(MethodConfig):
     decay: Annotated[float, Field(ge=0, le=1)] | None = None
     """eta. With `write_back: anchor` it is the share of theta_0 that is mixed in."""
     horizon: Annotated[float, Field(gt=0)] | None = None
-    """Instead of decay: the average's memory 1 / (1 - eta) as a fraction of the task's steps. 0.3 leaves 4 % on the
-    start. Default 0.3."""
+    """Instead of decay: the average's memory 1 / (1 - eta) as a fraction of the task's steps. 0.3 leaves 4 % of the
+    average on the start. Default 0.3."""
 
     @model_validator(mode="after")
     def _decay_and_horizon_exclude_each_other(self) -> AverageConfig:

@@ -26,7 +26,7 @@ FISHER = "fisher"  # shared with `ewc`, which uses the same rows and model
 
 
 class Config(ema.AverageConfig):
-    """Masked average (PSMT): important weights keep their start."""
+    """Masked average (PSMT): the average of important weights stays at the start."""
 
     needs_memory: ClassVar[bool] = True
     keeps_average: ClassVar[bool] = True

@@ -36,7 +36,7 @@ class Config(MethodConfig):
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor of the distance."""
     tokens: Literal["all", "supervised"] = "all"
-    """hidden only: which tokens of a row; supervised needs fewer bytes."""
+    """hidden only: the tokens of a row that are compared; supervised needs fewer bytes."""
     distance: Literal["forward_kl", "reverse_kl", "jsd", "mse"] = "forward_kl"
     """output only: the distance between distributions."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
@@ -47,7 +47,7 @@ class Config(MethodConfig):
     """aligned: theta_0 in all tasks; previous: the model that the previous task produced (Li & Hoiem); ema: the average
     that the method `ema` keeps; or the folder or hub id of any model with the same tokenizer."""
     outputs: Literal["recorded", "online"] = "recorded"
-    """recorded: the teacher runs over all rows before training, and its outputs lie on the disk; online: it runs in
+    """recorded: the teacher runs over all rows before training, and its outputs are stored on disk; online: it runs in
     every step, with its weights in host memory (see the top-level key `teacher`). With LoRA the aligned model is the
     student with its adapters off, either way."""
 

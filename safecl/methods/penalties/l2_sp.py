@@ -25,7 +25,7 @@ class Config(scope.ScopedConfig):
     state_kinds: ClassVar[tuple[str, ...]] = ("anchor",)
 
     strength: Annotated[float, Field(ge=0)] = 0.01
-    """Factor of the penalty; in AdamW's terms, the pull is added to the clipped gradient."""
+    """Factor of the penalty; unless `proximal`, the pull is part of the gradient that AdamW gets."""
     proximal: bool = False
     """Apply it as a proximal step after AdamW: stable for any strength times learning rate."""
 

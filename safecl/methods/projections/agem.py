@@ -36,8 +36,8 @@ class Config(MethodConfig):
     state_kinds: ClassVar[tuple[str, ...]] = (MEMORY_GRADIENT,)
 
     margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """Project, to orthogonality, where the cosine of both gradients is below this. 0 is the paper's; 1 projects at
-    every step."""
+    """Project, to orthogonality, where the cosine of both gradients is below this. 0 is the paper's value; 1 projects
+    at every step."""
 
 
 class Method(base.Method[Config]):
