@@ -3,13 +3,12 @@ do. It trains nothing."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
 from safecl.commands.preflight import preflight
-from safecl.config import ConfigError, ModelConfig, RunConfig
+from safecl.config import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +31,7 @@ def check_run(config: RunConfig) -> None:
     plan = plan_run(config)
     facts = describe_plan(plan)
     model = model_structure(config.model)
-    facts[1:1] = model_facts(model, config, len(plan.tokenizer))
+    facts[1:1] = model_facts(model, config)
     facts += memory_lines(ModelShape.of(model, config), config, teacher_shapes(config))
     for what, value in facts:
         console.print(f"[bold]{what:<18}[/bold]", end="")
@@ -49,15 +48,12 @@ def check_run(config: RunConfig) -> None:
 
 def model_structure(config: ModelConfig) -> PreTrainedModel:
     """Return the model without its weights. Raises ConfigError for one that cannot be tuned."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    from safecl.engine.model.dtypes import CONFIG_DTYPES
     from safecl.engine.model.settings import read_model_settings
+    from safecl.engine.model.structure import empty_model
 
-    settings = read_model_settings(config)
-    refuse_without_weights(config.path)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    read_model_settings(config)
+    return empty_model(config.path, CONFIG_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
 
 
 def teacher_shapes(config: RunConfig) -> list[ModelShape]:
@@ -68,29 +64,13 @@ def teacher_shapes(config: RunConfig) -> list[ModelShape]:
     return [ModelShape.without_activations(model_structure(other)) for other in other_models(config)]
 
 
-def model_facts(model: PreTrainedModel, config: RunConfig, num_tokens: int) -> list[tuple[str, str]]:
-    """Return (label, value) lines about the model. Raises ConfigError where its vocabulary is smaller than the
-    tokenizer's.
-
-    num_tokens: size of the tokenizer's vocabulary.
-    """
+def model_facts(model: PreTrainedModel, config: RunConfig) -> list[tuple[str, str]]:
+    """Return (label, value) lines about the model."""
     from safecl.engine.model.settings import choose_attention
 
     vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
-    if num_tokens > vocabulary:
-        raise ConfigError(
-            f"model.tokenizer: it has {num_tokens:,} tokens, but the model knows only {vocabulary:,}; "
-            "use the model's own tokenizer"
-        )
     attention, reason = choose_attention(config.model.attention)
     return [
         ("  parameters", f"{model.num_parameters():,} ({model.config.model_type}), vocabulary {vocabulary:,}"),
         ("  attention", f"{attention} ({reason})"),
     ]
-
-
-def refuse_without_weights(path: str) -> None:
-    """Raise ConfigError for a local folder that holds settings but no safetensors weights."""
-    folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.path: {folder} holds no .safetensors weights")

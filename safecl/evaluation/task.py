@@ -21,7 +21,7 @@ from safecl.config import ConfigError, EvalConfig
 from safecl.data.formats import ChatRow
 from safecl.evaluation.answers.likelihood import Scored, log_likelihoods
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, max_positions_of, shard_of
-from safecl.evaluation.answers.prompts import answer_prompts, pad_id_of
+from safecl.evaluation.answers.prompts import answer_prompts, encode_within, pad_id_of
 from safecl.evaluation.answers.texts import place_of, text_of
 from safecl.evaluation.answers.thought import answer_of
 from safecl.evaluation.records import cut_off_rate, given
@@ -76,18 +76,39 @@ def evaluate_task(
     the same result. Raises: ConfigError where the rows do not fit the metric (no answer to compare with, no number in a
     GSM8K reference, only one label).
     """
+    check_rows(eval, tokenizer, rows)
+    if eval.metric == "answer_nll":
+        return _answer_nll(model, tokenizer, rows, name, max_length)
+    if eval.metric == "label_accuracy":
+        return _label_accuracy(model, tokenizer, rows, name, max_length)
+    return _generated(model, tokenizer, eval, rows, name, batch_size)
+
+
+def check_rows(eval: EvalConfig, tokenizer: Any, rows: Sequence[ChatRow]) -> None:
+    """Raise ConfigError where the rows do not fit the metric."""
     if not rows:
         raise ConfigError(f"{eval.path}: no rows to measure {eval.metric} with")
     if eval.metric == "answer_nll":
-        return _answer_nll(model, tokenizer, rows, name, max_length)
+        return
     for row in rows:
         if row.messages[-1].role != "assistant":
             raise ConfigError(
                 f"{place_of(row)}: {eval.metric} needs an answer to compare with; use metric: answer_nll for plain text"
             )
     if eval.metric == "label_accuracy":
-        return _label_accuracy(model, tokenizer, rows, name, max_length)
-    return _generated(model, tokenizer, eval, rows, name, batch_size)
+        labels_of(rows)
+    if eval.metric == "gsm8k":
+        _check_references(tokenizer, rows)
+
+
+def encode_rows(eval: EvalConfig, tokenizer: Any, rows: Sequence[ChatRow], positions: int | None) -> list[list[int]]:
+    """Return the token ids that the metric feeds to a model with this many positions (None: no limit): whole rows, or
+    the prompts alone. Raises ConfigError as the measurement itself does."""
+    if eval.metric in ("answer_nll", "label_accuracy"):
+        from safecl.data import tokenize_row
+
+        return [list(tokenize_row(tokenizer, row, positions or UNBOUNDED_LENGTH).input_ids) for row in rows]
+    return encode_within(positions, tokenizer, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- likelihood
@@ -168,8 +189,6 @@ def _generated(
     model: EvalModel, tokenizer: Any, eval: EvalConfig, rows: Sequence[ChatRow], name: str, batch_size: int
 ) -> TaskResult:
     marks_of = _gsm8k_marks if eval.metric == "gsm8k" else _match_marks
-    if eval.metric == "gsm8k":
-        _check_references(tokenizer, rows)
     answers = answer_prompts(model, tokenizer, rows, max_new_tokens=eval.max_new_tokens, batch_size=batch_size)
     outputs = []
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):

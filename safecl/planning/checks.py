@@ -10,19 +10,6 @@ FEW_STEPS = 50
 MOST_WEIGHT_ON_START = 0.5
 
 
-def check_vocabulary(plan: RunPlan) -> None:
-    """Raise ConfigError for a token that the model does not know; the embedding would fail with an index error."""
-    from safecl.engine.model.settings import read_model_settings
-
-    vocabulary = read_model_settings(plan.config.model).get_text_config().vocab_size
-    for data in [*(task.dataset for task in plan.tasks), *([plan.memory] if plan.memory is not None else [])]:
-        if data.max_token_id >= vocabulary:
-            raise ConfigError(
-                f"model.tokenizer: token id {data.max_token_id} occurs in {data.path(0)}, "
-                f"but the model knows only {vocabulary:,} tokens; use the model's own tokenizer"
-            )
-
-
 def check_fisher(config: RunConfig) -> None:
     """Raise ConfigError for a Fisher of another model, which would silently hold the wrong weights."""
     from safecl.engine.artifacts.base_model import model_hash

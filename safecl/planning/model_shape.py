@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from safecl.config import LoraConfig, RunConfig
+from safecl.engine.model.adapters import is_target
 from safecl.engine.model.settings import choose_attention
 from safecl.planning.activations import activation_bytes
 
@@ -81,9 +81,5 @@ def _adapted(model: nn.Module, lora: LoraConfig) -> Iterator[tuple[int, int]]:
     head = cast("PreTrainedModel", model).get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
-            if lora.target_modules == "all-linear" or any(_is_target(name, target) for target in lora.target_modules):
+            if lora.target_modules == "all-linear" or any(is_target(name, target) for target in lora.target_modules):
                 yield module.in_features, module.out_features
-
-
-def _is_target(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}") or fnmatchcase(name, target)

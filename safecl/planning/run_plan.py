@@ -19,7 +19,8 @@ from safecl.engine.teachers.checks import check_teachers
 from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps
 from safecl.evaluation.answers.texts import place_of
 from safecl.methods.base import Method
-from safecl.planning.checks import check_fisher, check_sizes, check_vocabulary
+from safecl.planning.checks import check_fisher, check_sizes
+from safecl.planning.model_checks import check_model
 from safecl.planning.plans import RunPlan, TaskPlan, order_of_rows, replace_rows
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     plan.memory = prepare_memory(config, tokenizer) if config.memory is not None else None
     _plan_safety(plan)
     check_sizes(plan)
-    check_vocabulary(plan)
+    check_model(plan)
     check_fisher(config)
     check_teachers(config, tokenizer)
     return plan

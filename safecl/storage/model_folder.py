@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face model: where each tensor lies, and whether a file has changed."""
+"""The files of a Hugging Face model: where each tensor lies, whether a file has changed, and the base of an adapter."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safecl.config import ConfigError
 from safecl.storage.durable import DamagedCheckpoint
 from safecl.storage.safetensors_file import Tensor, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN_WEIGHTS, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER = "adapter_config.json"
+MOST_ADAPTERS = 8
 
 
 class UnusableWeights(ConfigError):
@@ -60,7 +64,7 @@ def read_model_files(path: str) -> ModelFiles | None:
     `path` is a local folder or a hub id, whose files are downloaded where they are missing. Raises UnusableWeights for
     files that are missing, truncated or not safetensors.
     """
-    paths = _paths(path)
+    paths = [] if is_converted(path) else _paths(path, WEIGHTS, INDEX)
     if not paths:
         return None
     tensors: dict[str, tuple[Path, Tensor]] = {}
@@ -77,16 +81,29 @@ def read_model_files(path: str) -> ModelFiles | None:
     return ModelFiles(tensors, stamps)
 
 
-def _paths(path: str) -> list[Path]:
-    if (single := _locate(path, WEIGHTS)) is not None:
+def bin_files(path: str) -> list[Path]:
+    """Return the files of a model that is stored in torch's own format; none where it is not."""
+    return _paths(path, BIN_WEIGHTS, BIN_INDEX)
+
+
+def has_weights_here(path: str) -> bool:
+    """Whether the model is a local folder, or its weights are in the hub's cache already."""
+    if Path(path).expanduser().is_dir():
+        return True
+    names = (WEIGHTS, INDEX, BIN_WEIGHTS, BIN_INDEX)
+    return any(_locate(path, name, downloads=False) is not None for name in names)
+
+
+def _paths(path: str, single_name: str, index_name: str) -> list[Path]:
+    if (single := _locate(path, single_name)) is not None:
         return [single]
-    index = _locate(path, INDEX)
+    index = _locate(path, index_name)
     if index is None:
         return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UnusableWeights(f"{index}: not an index of safetensors files") from None
+        raise UnusableWeights(f"{index}: not an index of weight files") from None
     found = []
     for name in names:
         if (file := _locate(path, str(name))) is None:
@@ -95,15 +112,79 @@ def _paths(path: str) -> list[Path]:
     return found
 
 
-def _locate(path: str, name: str) -> Path | None:
+def _locate(path: str, name: str, *, downloads: bool = True) -> Path | None:
     """Find a file in a local folder, or in the hub's cache."""
-    if Path(path).is_dir():
-        local = Path(path) / name
-        return local if local.exists() else None
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local / name if (local / name).exists() else None
     from transformers.utils.hub import cached_file
 
     try:
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, local_files_only=not downloads)
     except (OSError, ValueError) as error:
         raise UnusableWeights(f"model.path: {path}: {error}") from None
     return Path(found) if found is not None else None
+
+
+# ---------------------------------------------------------------------------------------------------- adapters and GGUF
+
+
+def is_gguf(path: str) -> bool:
+    """Whether the path is a .gguf file."""
+    return path.endswith(".gguf") and Path(path).expanduser().is_file()
+
+
+def is_adapter(path: str) -> bool:
+    """Whether the path is a folder that holds the adapter of a model and not the model."""
+    folder = Path(path).expanduser()
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def is_converted(path: str) -> bool:
+    """Whether the weights come from a .gguf file or an adapter and its base, not straight from files of tensors."""
+    return is_gguf(path) or is_adapter(path)
+
+
+def adapter_base(path: str) -> str:
+    """Return the model that an adapter folder is for: a hub id, or a folder. A relative one is looked for from the
+    adapter's own place, then from here.
+
+    Raises UnusableWeights.
+    """
+    file = Path(path).expanduser() / ADAPTER
+    try:
+        named = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnusableWeights(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
+    if not isinstance(named, str) or not named:
+        raise UnusableWeights(f"{file}: base_model_name_or_path names no model")
+    base = Path(named).expanduser()
+    places = [base] if base.is_absolute() else [file.parent / base, file.parent.resolve() / base, base]
+    found = next((place for place in places if place.exists()), None)
+    if found is not None:
+        return os.fspath(found.resolve())
+    if base.is_absolute() or named.startswith((".", "~")) or named.count("/") != 1:
+        looked = ", ".join(dict.fromkeys(os.fspath(place.absolute()) for place in places))
+        raise UnusableWeights(
+            f"{file}: its base model {named} is not there (looked for at {looked}); "
+            "put the base model there, or write its path into base_model_name_or_path"
+        )
+    return named
+
+
+def settings_source(path: str) -> tuple[str, dict[str, Any]]:
+    """Return where transformers finds a model's settings: a folder or hub id, and further arguments of
+    `from_pretrained`. An adapter has those of its base.
+
+    Raises UnusableWeights.
+    """
+    for _ in range(MOST_ADAPTERS):
+        if not is_adapter(path):
+            break
+        path = adapter_base(path)
+    else:
+        raise UnusableWeights(f"model.path: {path}: an adapter of an adapter, more than {MOST_ADAPTERS} times")
+    local = Path(path).expanduser()
+    if is_gguf(path):
+        return os.fspath(local.parent), {"gguf_file": local.name}
+    return os.fspath(local) if local.is_dir() else path, {}

@@ -95,6 +95,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _tensor(entry: Mapping[str, Any], data: int) -> Tensor:
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
+    if entry["dtype"] not in ITEM_BYTES:
+        raise ValueError(f"its dtype {entry['dtype']} is none of {', '.join(ITEM_BYTES)}")
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
         raise ValueError("sizes must be whole numbers")
     if end - begin != num_bytes(entry["dtype"], shape):

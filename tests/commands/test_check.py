@@ -72,7 +72,9 @@ def test_check_refuses_evaluation_prompts_that_stand_in_the_training_data(run, t
     assert code == ExitCode.USAGE and "align.jsonl" in err
 
 
-def test_check_refuses_a_model_that_is_none_and_a_tokenizer_that_is_too_large(run, task_config, materials, tmp_path):
+def test_check_refuses_a_model_that_is_none_and_names_a_tokenizer_that_is_too_large(
+    run, task_config, materials, tmp_path
+):
     from safecl.demo.model import train_tokenizer
 
     empty = tmp_path / "nothing"
@@ -80,5 +82,5 @@ def test_check_refuses_a_model_that_is_none_and_a_tokenizer_that_is_too_large(ru
     code, _, err = run("check", task_config(model={"path": str(empty)}))
     assert code == ExitCode.USAGE and str(empty) in err
     train_tokenizer([f"word{i} other{i}" for i in range(3000)], 2000).save_pretrained(tmp_path / "large")
-    code, _, err = run("check", task_config(model={"tokenizer": str(tmp_path / "large")}))
-    assert code == ExitCode.USAGE and "the model knows only 1,024" in err
+    code, out, _ = run("check", task_config(model={"tokenizer": str(tmp_path / "large")}))
+    assert code == ExitCode.DONE and "the model knows only 1,024; none of the others occurs" in out

@@ -16,13 +16,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 
 from safecl.distributed import collectives
+from safecl.engine.checkpoint.model_settings import save_settings
 from safecl.engine.model.adapters import base_model
 from safecl.engine.model.dtypes import DTYPE_NAMES, tensor_bytes
+from safecl.engine.model.tensor_names import saved_names
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.storage.durable import BLOCK_BYTES, DamagedCheckpoint, FileRecord, hash_file, sync_folder, write_file
 from safecl.storage.model_folder import INDEX, WEIGHTS
@@ -87,7 +89,7 @@ def save_model(
         exported = _on_first_rank(_save_adapter(engine, tensors, partial))
     else:
         exported = _on_first_rank(_save_weights(tensors, partial, max_file_bytes))
-        _on_first_rank(lambda: _save_settings(model, partial))
+        _on_first_rank(lambda: save_settings(model, partial))
     if tokenizer is not None:
         _on_first_rank(lambda: tokenizer.save_pretrained(partial) and None)
     if card is not None:
@@ -117,12 +119,6 @@ def _begin(partial: Path, size: int) -> None:
     if (free := free_bytes(partial)) < size:
         partial.rmdir()
         raise OSError(f"{partial.parent}: it takes {format_bytes(size)} and {format_bytes(free)} are free")
-
-
-def _save_settings(model: PreTrainedModel, partial: Path) -> None:
-    model.config.save_pretrained(partial)
-    if model.can_generate():
-        model.generation_config.save_pretrained(partial)
 
 
 def _publish(partial: Path, folder: Path) -> None:
@@ -155,6 +151,9 @@ class _Tensors:
         self.buffers = {} if trained_only else dict(_saved_buffers(base_model(engine.module.model)))
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()}
         self.shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
+        own = {name: name for name in self.shapes}
+        self.saved_names = own if trained_only else saved_names(base_model(engine.module.model), self.shapes)
+        """The name of each tensor in a file: the one that `save_pretrained` writes."""
 
     def kind(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The dtype by its name in safetensors, and the shape."""
@@ -192,8 +191,8 @@ def give_back_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def _saved_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    saved = set(model.state_dict().keys())
+def _saved_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    saved = set(model.state_dict().keys()) - set(model._keys_to_ignore_on_save or ())
     return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
 
 
@@ -244,7 +243,7 @@ def _save_weights(tensors: _Tensors, partial: Path, max_file_bytes: int) -> Call
 
 
 def _parts(tensors: _Tensors, names: list[str], values: Iterator[torch.Tensor | None]) -> Iterator[bytes | memoryview]:
-    yield header_bytes({name: tensors.kind(name) for name in names}, {"format": "pt"})
+    yield header_bytes({tensors.saved_names[name]: tensors.kind(name) for name in names}, {"format": "pt"})
     for value in values:
         assert value is not None, "rank 0 has whole tensors"
         for block in value.reshape(-1).view(torch.uint8).split(BLOCK_BYTES):
@@ -252,7 +251,7 @@ def _parts(tensors: _Tensors, names: list[str], values: Iterator[torch.Tensor | 
 
 
 def _write_index(partial: Path, files: dict[str, list[str]], tensors: _Tensors) -> None:
-    weight_map = {name: file for file, names in files.items() for name in names}
+    weight_map = {tensors.saved_names[name]: file for file, names in files.items() for name in names}
     index = {"metadata": {"total_size": tensors.num_bytes}, "weight_map": weight_map}
     (partial / INDEX).write_text(json.dumps(index, indent=2))
 
@@ -263,7 +262,7 @@ def _verify(partial: Path, files: dict[str, list[str]], records: dict[str, FileR
     for file, names in files.items():
         found, _ = read_header(partial / file)
         if {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} != {
-            name: tensors.kind(name) for name in names
+            tensors.saved_names[name]: tensors.kind(name) for name in names
         }:
             raise DamagedCheckpoint(f"{partial / file}: holds other tensors than were written")
         if hash_file(partial / file, from_disk=True) != records[file].xxh3_128:
@@ -282,10 +281,12 @@ def _save_adapter(engine: TrainingEngine, tensors: _Tensors, partial: Path) -> C
     def finish() -> Exported:
         from safetensors.torch import load_file
 
-        cast("PreTrainedModel", engine.module.model).save_pretrained(partial, state_dict=state, safe_serialization=True)
+        # Without save_embedding_layers=False peft adds the base's embedding where that has an adapter.
+        adapted = cast(Any, engine.module.model)
+        adapted.save_pretrained(partial, state_dict=state, safe_serialization=True, save_embedding_layers=False)
         path = partial / "adapter_model.safetensors"
         found = load_file(path)
-        bare = {name.replace(".default.", "."): value for name, value in state.items()}
+        bare = {name.replace(".default", ""): value for name, value in state.items()}
         if found.keys() != bare.keys() or not all(torch.equal(found[name], value) for name, value in bare.items()):
             raise DamagedCheckpoint(f"{path}: read back, it is not what was written")
         return Exported(len(found), 1, path.stat().st_size)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import nn
 
-from safecl.config import ConfigError, ModelConfig
+from safecl.config import ConfigError, LoraConfig, ModelConfig
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.settings import first_line
 
@@ -71,11 +74,41 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
+    refuse_targets_without_modules(model, lora)
     try:
         adapted = peft.get_peft_model(cast("PreTrainedModel", model), settings)
     except ValueError as error:
         raise ConfigError(f"model.lora: {first_line(error)}") from None
+    _name_base(adapted, config.path)
     for p in adapted.parameters():
         if p.requires_grad:
             p.data = p.data.to(CONFIG_DTYPES[config.dtype])  # a shard has one dtype
     return adapted
+
+
+def refuse_targets_without_modules(model: nn.Module, lora: LoraConfig) -> None:
+    """Raise ConfigError that names each target that is no module of the model. peft complains only where none is."""
+    if lora.target_modules == "all-linear":
+        return
+    leaves = [name for name, module in model.named_modules() if name and not any(module.children())]
+    nowhere = [target for target in lora.target_modules if not any(is_target(name, target) for name in leaves)]
+    if not nowhere:
+        return
+    known = sorted({name.rpartition(".")[2] for name in leaves if not name.rpartition(".")[2].isdigit()})
+    near = [match for target in nowhere for match in get_close_matches(target.rpartition(".")[2], known, 1)]
+    hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else f"; the model has {', '.join(known)}"
+    raise ConfigError(f"model.lora.target_modules: no module is named {', '.join(nowhere)}{hint}")
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether peft gives the module of this name an adapter for the target: the whole name, or its last parts."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _name_base(adapted: nn.Module, path: str) -> None:
+    """Write the base's absolute path into the adapter's settings, so that it is found from any folder; a hub id
+    stays."""
+    local = Path(path).expanduser()
+    if local.exists():
+        for settings in cast(Any, adapted).peft_config.values():
+            settings.base_model_name_or_path = os.fspath(local.resolve())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.data.hub import refuse_unreachable
+from safecl.storage.model_folder import is_adapter, is_gguf, settings_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,14 +31,32 @@ def choose_attention(wanted: str) -> tuple[str, str]:
 def read_model_settings(config: ModelConfig) -> PretrainedConfig:
     """Read the model's own settings (transformers' config). Raises ConfigError for a model that cannot be tuned."""
     refuse_unreachable("model.path", config.path)
+    _refuse_without_package(config)
     from transformers import AutoConfig
 
+    source, options = settings_source(config.path)
     try:
-        settings = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+        settings = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model.path: {config.path}: no model can be read there: {first_line(error)}") from None
     _refuse_unsupported(settings, config.path)
     return settings
+
+
+def _refuse_without_package(config: ModelConfig) -> None:
+    """Raise ConfigError where a package is missing that reads the model's files."""
+    if is_gguf(config.path) and find_spec("gguf") is None:
+        raise ConfigError(f"model.path: {config.path}: reading a .gguf file needs the package gguf: pip install gguf")
+    if is_adapter(config.path):
+        if find_spec("peft") is None:
+            raise ConfigError(
+                f"model.path: {config.path} holds an adapter, which needs the extra `lora`: pip install 'safecl[lora]'"
+            )
+        if config.lora is not None:
+            raise ConfigError(
+                f"model.lora: {config.path} holds an adapter already, so the new one would have no base of its own; "
+                "merge it into its base first, or leave model.lora out"
+            )
 
 
 def first_line(error: Exception) -> str:

@@ -11,9 +11,11 @@ from torch import nn
 
 from safecl.config import ModelConfig
 from safecl.engine.model.adapters import add_adapters
+from safecl.engine.model.tied_head import separate_head
+from safecl.storage.model_folder import settings_source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def prepare_for_training(model: nn.Module, config: ModelConfig) -> nn.Module:
@@ -32,15 +34,32 @@ def prepare_for_training(model: nn.Module, config: ModelConfig) -> nn.Module:
 def empty_model(
     path: str, dtype: torch.dtype, *, attention: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Return the causal language model that the settings describe: parameters are on the meta device, buffers hold
-    their values."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Return the causal language model that transformers makes of the folder: parameters are on the meta device,
+    buffers hold their values.
 
-    settings = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    Where the settings tie the head to the embedding and the files hold two different tensors, transformers ties
+    nothing, and neither does this.
+    """
+    from transformers import AutoConfig
+
+    source, options = settings_source(path)
+    settings = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    model = _from_settings(settings, dtype, attention, trust_remote_code)
+    if separate_head(model, path) is not None:
+        for part in (settings, settings.get_text_config()):
+            part.tie_word_embeddings = False
+        model = _from_settings(settings, dtype, attention, trust_remote_code)
+    return model.eval()
+
+
+def _from_settings(
+    settings: PretrainedConfig, dtype: torch.dtype, attention: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     chosen = {} if attention is None else {"attn_implementation": attention}
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
-    return model.eval()
+        return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.settings import choose_attention, first_line, read_model_settings
 from safecl.engine.model.structure import empty_model, prepare_for_training
 from safecl.engine.reference.store import ReferenceStore
+from safecl.storage.model_folder import settings_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,6 @@ def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
     store = ReferenceStore.open(config.path, dtype=dtype, model=model, trust_remote_code=config.trust_remote_code)
     take_weights(model, store)
     _take_generation_settings(model, config.path)
-    model.config.use_cache = False
     return prepare_for_training(model, config), store
 
 
@@ -67,6 +67,6 @@ def _take_generation_settings(model: PreTrainedModel, path: str) -> None:
 
     if model.can_generate():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(path)
+            model.generation_config = GenerationConfig.from_pretrained(settings_source(path)[0])
         except (OSError, ValueError):
             return  # without one transformers derives it from the model's settings

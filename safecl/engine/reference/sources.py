@@ -6,48 +6,94 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 
 from safecl.engine.model.dtypes import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, tensor_bytes
+from safecl.engine.model.stored_tensors import stored_shapes
+from safecl.engine.model.tensor_names import Matches, Shapes, keep_conversions, match_tensors
+from safecl.engine.reference.converting import converted_state
 from safecl.engine.reference.layout import Layout
 from safecl.storage.durable import open_regular, read_into
-from safecl.storage.model_folder import ModelFiles, UnusableWeights, read_model_files
+from safecl.storage.model_folder import ModelFiles, UnusableWeights, is_converted, read_model_files
 from safecl.storage.safetensors_file import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _CHUNK_BYTES = 16 * 2**20
+_MOST_NAMED = 4
 
 Sources = Mapping[str, tuple[Path, Tensor]]
 """The file of each parameter, and its place there."""
 
 
-def find_weights(path: str, layout: Layout, trust_remote_code: bool) -> Reader | Converter:
-    """Find each parameter in the model's files; where that is not possible, leave it to transformers.
+def find_weights(
+    path: str, layout: Layout, model: PreTrainedModel, trust_remote_code: bool = False
+) -> Reader | Converter:
+    """Find each parameter in the model's files; where its tensor must be converted, leave it to transformers.
 
-    Raises UnusableWeights where a parameter is missing or does not fit.
+    model: the model's structure. Raises UnusableWeights where a parameter is missing or does not fit.
     """
-    files = read_model_files(path)
-    if files is None:
+    if is_converted(path):
         return Converter(layout, None, path, trust_remote_code)
-    found = {name: source for name in layout.shapes if (source := _source(name, layout, files)) is not None}
-    missing = [name for name in layout.shapes if name not in found]
-    used = found.values()
-    if missing and any(source not in used for name, source in files.tensors.items() if name not in layout.buffers):
-        # Perhaps it has another name in the files (GPT-NeoX): transformers converts it, or reports what is missing.
-        return Converter(layout, files, path, trust_remote_code)
-    if missing:
-        raise UnusableWeights(f"model.path: {path}: tensor {missing[0]} is missing" + _and_more(missing))
-    for name, (file, tensor) in found.items():
-        _check_tensor(name, layout, file, tensor)
-    return Reader(layout, files, found)
+    files = read_model_files(path)
+    shapes = stored_shapes(path)
+    matches = match_tensors(model, shapes, path)
+    keep_conversions(model, matches.conversions)
+    found = {
+        name: tensor for name in layout.shapes if (tensor := _tensor_of(name, layout, matches, shapes)) is not None
+    }
+    if missing := [name for name in layout.shapes if name not in found and name in matches.missing]:
+        raise UnusableWeights(_missing(path, missing, shapes))
+    notes = _notes(path, matches)
+    if files is None or len(found) < len(layout.shapes):
+        return Converter(layout, files, path, trust_remote_code, notes)
+    sources = {name: files.tensors[tensor] for name, tensor in found.items()}
+    for name, (file, stored) in sources.items():
+        _check_tensor(name, layout, file, stored)
+    return Reader(layout, files, sources, notes)
 
 
-def _source(name: str, layout: Layout, files: ModelFiles) -> tuple[Path, Tensor] | None:
+def _tensor_of(name: str, layout: Layout, matches: Matches, shapes: Shapes) -> str | None:
+    """Return the name that a parameter has in the files: the one that transformers finds, else one of its own names,
+    which has another shape there."""
     names = [name, *(alias for alias, kept in layout.aliases.items() if kept == name and alias != name)]
+    matched = [matches.sources[each] for each in names if each in matches.sources]
     bare = [each.removeprefix(f"{layout.prefix}.") for each in names if layout.prefix]
-    return next((files.tensors[each] for each in [*names, *bare] if each in files.tensors), None)
+    return next((each for each in [*matched, *names, *bare] if each in shapes), None)
+
+
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile's wrapper",
+    "module.": "the wrapper of data-parallel training",
+    "base_model.model.": "peft's wrapper",
+    "_fsdp_wrapped_module.": "FSDP's wrapper",
+}
+
+
+def _missing(path: str, missing: list[str], shapes: Shapes) -> str:
+    """Name the first missing tensor, and the reason where the names show it."""
+    message = f"model.path: {path}: tensor {missing[0]} is missing" + _and_more(missing)
+    wrapper = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in shapes)), None)
+    if wrapper is not None:
+        return f"{message}; names there begin with `{wrapper}`, so save the model without {_WRAPPERS[wrapper]}"
+    return message
+
+
+def _notes(path: str, matches: Matches) -> tuple[str, ...]:
+    """Name the tensors of the files that are left out."""
+    if not matches.unused:
+        return ()
+    named = ", ".join(matches.unused[:_MOST_NAMED])
+    more = f" and {len(matches.unused) - _MOST_NAMED} more" if len(matches.unused) > _MOST_NAMED else ""
+    count = f"{len(matches.unused)} unused tensor{'s' * (len(matches.unused) != 1)}"
+    return (
+        f"model.path: {path}: {count}, for which config.json has no place; left out, as transformers does: "
+        f"{named}{more}",
+    )
 
 
 def _check_tensor(name: str, layout: Layout, file: Path, tensor: Tensor) -> None:
@@ -75,6 +121,8 @@ class Reader:
     layout: Layout
     files: ModelFiles
     sources: Sources
+    notes: tuple[str, ...] = ()
+    """Messages to the user about the files."""
 
     def loader(self) -> Callable[[str, torch.Tensor], Any]:
         """Return a function that fills a flat tensor with a parameter; several threads may call it."""
@@ -140,23 +188,15 @@ class Converter:
     files: ModelFiles | None
     path: str
     trust_remote_code: bool
+    notes: tuple[str, ...] = ()
+    """Messages to the user about the files."""
 
     @functools.cached_property
     def _state(self) -> dict[str, torch.Tensor]:
-        from transformers import AutoModelForCausalLM
-
-        load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained  # its type leaves output_loading_info out
-        try:
-            model, info = load(
-                self.path, dtype=self.layout.dtype, trust_remote_code=self.trust_remote_code, output_loading_info=True
-            )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise UnusableWeights(
-                f"model.path: {self.path}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}"
-            ) from None
-        if missing := sorted(info["missing_keys"]):
+        state, missing = converted_state(self.path, self.layout.dtype, self.trust_remote_code)
+        if missing:
             raise UnusableWeights(f"model.path: {self.path}: tensor {missing[0]} is missing" + _and_more(missing))
-        return model.state_dict()
+        return state
 
     def loader(self) -> Callable[[str, torch.Tensor], Any]:
         state = self._state

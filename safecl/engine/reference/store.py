@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -31,6 +31,9 @@ from safecl.engine.reference.sources import Converter, Reader, Sources, find_wei
 from safecl.storage.durable import DamagedCheckpoint, open_regular
 from safecl.storage.model_folder import ModelFiles, Stamp, UnusableWeights
 from safecl.storage.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -63,7 +66,7 @@ class ReferenceStore:
         path: str | Path,
         *,
         dtype: torch.dtype = torch.bfloat16,
-        model: torch.nn.Module | None = None,
+        model: PreTrainedModel | None = None,
         where: Where = "auto",
         node: Node | None = None,
         vocab_size: int | None = None,
@@ -83,7 +86,7 @@ class ReferenceStore:
         model = model if model is not None else empty_model(str(path), dtype, trust_remote_code=trust_remote_code)
         layout = Layout.of(model, dtype)
         _check_vocabulary(layout, vocab_size, str(path))
-        reader = _on_every_rank(lambda: find_weights(str(path), layout, trust_remote_code))
+        reader = _on_every_rank(lambda: find_weights(str(path), layout, model, trust_remote_code))
         with contextlib.ExitStack() as stack:
             own = _on_every_rank(lambda: provide(layout, reader, where, stack) if node.is_first else None)
             offer = next(offer for offer in node.exchange(own) if offer is not None)

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,6 +39,9 @@ from safecl.engine.teachers.recorded import TEACHER
 from safecl.engine.teachers.streamed import StreamedTeacher
 from safecl.engine.teachers.streaming_check import check_streamed, plain_model, teacher_structure
 from safecl.engine.teachers.weight_stream import WeightPlacement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALIGNED, PREVIOUS, EMA = "aligned", "previous", "ema"
 
@@ -192,7 +196,7 @@ class OnlineTeachers:
         check_streamed(teacher, source, plain, engine if is_live else None, self.config.model.dtype)
         return teacher
 
-    def _store(self, source: str, path: str, structure: torch.nn.Module) -> ReferenceStore:
+    def _store(self, source: str, path: str, structure: PreTrainedModel) -> ReferenceStore:
         """The run's own store where it has these weights, else one for this teacher."""
         settings, store = self.config.model, self.engine.store
         if path == settings.path and store is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from safecl.config import ConfigError, RunConfig
@@ -19,6 +21,9 @@ from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.teachers.checks import STREAMING_ERRORS, cannot_be_streamed
 from safecl.engine.teachers.questions import TeacherBatch
 from safecl.engine.teachers.streamed import StreamedTeacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LIMITS = {"fp32": 1e-4, "bf16": 2.0**-5}
 """Largest relative difference of the logits, by the run's dtype."""
@@ -78,7 +83,7 @@ def plain_model(config: RunConfig, store: ReferenceStore, path: str) -> Language
     return LanguageModel(plain)
 
 
-def teacher_structure(config: RunConfig, path: str) -> torch.nn.Module:
+def teacher_structure(config: RunConfig, path: str) -> PreTrainedModel:
     """Return the teacher's model without weights. Raises ConfigError."""
     settings = config.model
     attention, _ = choose_attention(settings.attention)

@@ -54,13 +54,20 @@ def encode(
 ) -> list[list[int]]:
     """Return the token ids of all prompts, up to and including the opening of the answer. ConfigError names a prompt
     that leaves no room for an answer."""
+    return encode_within(max_positions_of(model), tokenizer, prompts, mode)
+
+
+def encode_within(
+    positions: int | None, tokenizer: Any, prompts: Sequence[Question], mode: ThinkingMode | None = None
+) -> list[list[int]]:
+    """Do what `encode` does, for a model with this many positions; None is no limit."""
     encoded = []
     for prompt in prompts:
         ids = answer_prompt_ids(tokenizer, messages_of(prompt), mode)
-        if room_for_answer(model, ids, 1) < 1:
+        if positions is not None and len(ids) >= positions:
             raise ConfigError(
                 f"{place_of(prompt)}: the prompt has {len(ids)} tokens and leaves no room for an answer in the model's "
-                f"{max_positions_of(model)} positions; shorten it or leave it out"
+                f"{positions} positions; shorten it or leave it out"
             )
         encoded.append(ids)
     return encoded

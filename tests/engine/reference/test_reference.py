@@ -77,7 +77,7 @@ def test_names_that_only_transformers_knows_are_converted_by_it(tmp_path, monkey
 
     path = save(tmp_path)
     expected = dict(loaded(path, torch.bfloat16).named_parameters())
-    monkeypatch.setattr(sources, "_source", lambda *_: None)
+    monkeypatch.setattr(sources, "_tensor_of", lambda *_: None)
     with ReferenceStore.open(path, dtype=torch.bfloat16) as store:
         assert all(torch.equal(store.tensor(name), value) for name, value in expected.items())
 
@@ -284,7 +284,7 @@ def test_no_exit_leaves_anything_in_dev_shm(tmp_path, kernel, end):
 def test_no_index_at_all_is_no_traceback(tmp_path):
     path = save(tmp_path, shards=True)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps([1, 2]))
-    with pytest.raises(UnusableWeights, match="not an index of safetensors files"):
+    with pytest.raises(UnusableWeights, match="not an index of weight files"):
         ReferenceStore.open(path)
 
 

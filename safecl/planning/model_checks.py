@@ -1,0 +1,150 @@
+"""Checks of a planned run against its model, which read the model's settings and the headers of its files only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from safecl.config import ConfigError
+from safecl.data import TokenDataset
+from safecl.data.files import where
+from safecl.engine.model.adapters import add_adapters
+from safecl.engine.model.dtypes import CONFIG_DTYPES
+from safecl.engine.model.settings import first_line, read_model_settings
+from safecl.engine.model.structure import empty_model
+from safecl.engine.reference.layout import Layout
+from safecl.engine.reference.sources import find_weights
+from safecl.evaluation.answers.prompts import encode_within
+from safecl.evaluation.answers.texts import place_of
+from safecl.evaluation.task import check_rows, encode_rows
+from safecl.planning.plans import RunPlan
+from safecl.storage.model_folder import UnusableWeights, has_weights_here
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_EXTRA_ROWS = 2
+"""OPT's table of positions has two rows before the first."""
+
+
+def check_model(plan: RunPlan) -> None:
+    """Check the model's files, adapters, vocabulary and positions before anything is loaded.
+
+    Raises ConfigError for what would stop the run, and adds a note for what is left out or unusual.
+    """
+    config = plan.config.model
+    settings = read_model_settings(config)
+    try:
+        model = empty_model(config.path, CONFIG_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
+    except UnusableWeights:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path: {config.path}: cannot be loaded: {first_line(error)}") from None
+    plan.notes += [*_check_weights(model, plan), *_note_on_head(settings, model, config.path)]
+    check_vocabulary(plan, model)
+    plan.notes += _check_positions(plan, model)
+    if config.lora is not None:
+        with torch.device("meta"):
+            add_adapters(model, config)
+
+
+def _check_weights(model: PreTrainedModel, plan: RunPlan) -> list[str]:
+    config = plan.config.model
+    if not has_weights_here(config.path):
+        return [f"model.path: {config.path} is not downloaded yet; its tensors are checked when it is"]
+    found = find_weights(config.path, Layout.of(model, CONFIG_DTYPES[config.dtype]), model, config.trust_remote_code)
+    return list(found.notes)
+
+
+def _note_on_head(settings: PretrainedConfig, model: PreTrainedModel, path: str) -> list[str]:
+    """Say where the settings tie the head to the embedding and the files hold two different tensors."""
+    embedding, head = (cast(Any, part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if not getattr(settings, "tie_word_embeddings", False) or head is None or head.weight is embedding.weight:
+        return []
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [
+        f"model.path: {path}: config.json ties {names[id(head.weight)]} to {names[id(embedding.weight)]}, but the "
+        "files hold two different tensors; both are trained and saved, as transformers loads them"
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- vocabulary
+
+
+def check_vocabulary(plan: RunPlan, model: PreTrainedModel) -> None:
+    """Raise ConfigError for a token that the model does not know, in rows, evaluation rows, prompts or padding; the
+    embedding would fail with an index error."""
+    vocabulary = cast(Any, model.get_input_embeddings()).num_embeddings
+    for data in _datasets(plan):
+        if data.max_token_id >= vocabulary:
+            raise ConfigError(_unknown(data.max_token_id, data.path(0), vocabulary))
+    for place, ids in evaluated(plan, _positions_of(model)):
+        if max(ids, default=0) >= vocabulary:
+            raise ConfigError(_unknown(max(ids), place, vocabulary))
+    if (pad := plan.tokenizer.pad_token_id) is not None and pad >= vocabulary:
+        raise ConfigError(
+            f"model.tokenizer: its pad token {plan.tokenizer.pad_token!r} has the id {pad}, "
+            f"but the model knows only {vocabulary:,} tokens; set a pad_token that it knows, such as its end token"
+        )
+    if len(plan.tokenizer) > vocabulary:
+        plan.notes.append(
+            f"model.tokenizer: it has {len(plan.tokenizer):,} tokens and the model knows only {vocabulary:,}; "
+            "none of the others occurs in rows and prompts"
+        )
+
+
+def _unknown(token: int, place: str, vocabulary: int) -> str:
+    return (
+        f"model.tokenizer: token id {token} occurs in {place}, "
+        f"but the model knows only {vocabulary:,} tokens; use the model's own tokenizer"
+    )
+
+
+def _datasets(plan: RunPlan) -> list[TokenDataset]:
+    return [*(task.dataset for task in plan.tasks), *([plan.memory] if plan.memory is not None else [])]
+
+
+def evaluated(plan: RunPlan, positions: int | None) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield (file and line, token ids) of all that evaluations feed to the model. Raises ConfigError as they do."""
+    for task in plan.tasks:
+        if task.config.eval is not None:
+            check_rows(task.config.eval, plan.tokenizer, task.eval_rows)
+            ids = encode_rows(task.config.eval, plan.tokenizer, task.eval_rows, positions)
+            yield from zip(map(place_of, task.eval_rows), ids, strict=True)
+    for prompt in [*plan.prompts, *plan.benign]:
+        yield place_of(prompt), encode_within(positions, plan.tokenizer, [prompt])[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ positions
+
+
+def _check_positions(plan: RunPlan, model: PreTrainedModel) -> list[str]:
+    """Refuse rows that are longer than a table of positions; return a note where they are longer than the model was
+    made for."""
+    limit = _positions_of(model)
+    if limit is None:
+        return []
+    notes = []
+    for data in _datasets(plan):
+        longest = int(data.lengths.argmax())
+        if (length := int(data.lengths[longest])) > limit:
+            row = where(data.path(longest), int(data.lines[longest]))
+            told = f"{row}: the row has {length:,} tokens and the model positions for {limit:,}"
+            if has_position_table(model, limit):
+                raise ConfigError(f"{told}; set train.max_length: {limit}, which cuts longer rows, or less")
+            notes.append(f"{told}; answers may suffer beyond them, and train.max_length: {limit} would cut the row")
+    return notes
+
+
+def _positions_of(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def has_position_table(model: PreTrainedModel, limit: int) -> bool:
+    """Whether positions are rows of a table, so that there are none beyond `limit`."""
+    words = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    return any(limit <= table.num_embeddings <= limit + _EXTRA_ROWS for table in tables)
