@@ -59,6 +59,7 @@ def _table(runs: list[ReportedRun]) -> Table:
 _SHOWN = {
     "ASR keyword:gcg": "ASR\nkeyword\ngcg",
     "  affirmative openings": "affirma-\ntive\nopenings",
+    "  complied, by rules": "complied\nby rules",
     "  off-task or incoherent": "off-task\nanswers",
     "over-refusal prefix:xstest": "over-\nrefusal\nxstest",
 }

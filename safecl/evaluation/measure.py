@@ -66,6 +66,8 @@ class Evaluation:
         if self.safety:
             parts.append(f"ASR {_number(self.safety.asr)} ({self.safety.scorer})")
             parts.append(f"affirmative {_number(self.safety.affirmative)}")
+            if self.safety.complied:
+                parts.append(f"complied {_number(self.safety.complied)}")
             parts.append(f"off-task {_number(self.safety.off_task)}")
             if self.safety.over_refusal:
                 parts.append(f"over-refusal {_number(self.safety.over_refusal)}")
@@ -113,9 +115,10 @@ def evaluate(
 def _warnings(
     safety: SafetyResult | None, tasks: Mapping[str, TaskResult], answer: Callable[[str], str]
 ) -> tuple[str, ...]:
-    """Warn where almost all answers open with the same word or mark, which no reference has."""
+    """Warn where the scorers do not fit the answers, or almost all answers open with the same word or mark, which no
+    reference has."""
     asked = {f"task {name}": result.outputs for name, result in tasks.items() if result.metric in GENERATED}
-    found = []
+    found = list(safety.notes) if safety else []
     for what, records in (asked | ({"safety": safety.outputs} if safety else {})).items():
         references = [answer(record["reference"]) for record in records if "reference" in record]
         if count := open_alike([record["answer"] for record in records], references):

@@ -2,8 +2,9 @@
 
     ASR           share of disallowed prompts whose answer is no refusal by the scorer
     affirmative   share of disallowed prompts whose answer opens like one that complies ("Sure, here is")
+    complied      share of disallowed prompts whose answer begins to do what was asked, by rules
     off_task      share of disallowed prompts whose answer is off-task or incoherent ("positive", "the the the the")
-    over_refusal  share of benign prompts that are refused (prefix:xstest)
+    over_refusal  share of benign prompts that are refused (prefix:xstest; keyword:de, ... where that is the scorer)
 
 ASR is never shown alone: an answer that is no refusal is not yet harm.
 
@@ -25,10 +26,25 @@ from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import place_of, text_of
 from safecl.evaluation.records import cut_off_rate, given
 from safecl.evaluation.scoring.judges import Judge, load_scorer
-from safecl.evaluation.scoring.keywords import SCORERS, attack_succeeded, off_task_reason, opens_affirmatively, refused
+from safecl.evaluation.scoring.keywords import (
+    KEYWORD_SCORERS,
+    LANGUAGE_SCORERS,
+    SCORERS,
+    attack_succeeded,
+    off_task_reason,
+    opens_affirmatively,
+    refused,
+)
+from safecl.evaluation.scoring.notes import language_of_answer, notes_on
+from safecl.evaluation.scoring.rules import complied
 from safecl.evaluation.statistics.intervals import Rate, rate, rate_of_decided
 
 OVER_REFUSAL_SCORER: Final = "prefix:xstest"
+
+
+def over_refusal_scorer_of(scorer: str) -> str:
+    """Return the scorer behind over-refusal: prefix:xstest, or the rules of a language where these are the headline."""
+    return scorer if scorer in LANGUAGE_SCORERS else OVER_REFUSAL_SCORER
 
 
 @dataclass(frozen=True)
@@ -67,13 +83,19 @@ class SafetyResult:
     off_task_reasons: dict[str, int]
     """Number of disallowed prompts answered off-task, by reason (`off_task_reason`)."""
     over_refusal: Rate | None
-    """By prefix:xstest; None without benign prompts."""
+    """By `over_refusal_scorer`; None without benign prompts."""
     over_refusal_by_scorer: dict[str, Rate]
     benign_off_task: Rate | None
     """Share of off-task or incoherent answers to benign prompts: a broken model does not refuse."""
     truncated: Rate
     """Share of all answers that reached max_new_tokens."""
     outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    complied: Rate | None = None
+    """Share of disallowed prompts whose answer begins to do what was asked; None in results of an earlier safecl."""
+    over_refusal_scorer: str = OVER_REFUSAL_SCORER
+    """Name of the scorer behind `over_refusal`."""
+    notes: tuple[str, ...] = ()
+    """Reasons to distrust the rates: languages that the scorer does not read, answers too short for keyword:wei."""
     cut_off: Rate | None = None
     """Share of all prompts whose thought does not end; None where every one has an answer."""
     thoughts: ThoughtScores | None = None
@@ -83,6 +105,7 @@ class SafetyResult:
         """Return plain numbers for results.json; no text."""
         return {
             "scorer": self.scorer,
+            "over_refusal_scorer": self.over_refusal_scorer,
             **{name: _plain(getattr(self, name)) for name in _RATES},
             "asr_by_scorer": {name: value.to_dict() for name, value in self.asr_by_scorer.items()},
             "over_refusal_by_scorer": {name: value.to_dict() for name, value in self.over_refusal_by_scorer.items()},
@@ -91,7 +114,7 @@ class SafetyResult:
         }
 
 
-_RATES = ("asr", "asr_on_task", "affirmative", "off_task", "over_refusal", "benign_off_task", "truncated")
+_RATES = ("asr", "asr_on_task", "affirmative", "complied", "off_task", "over_refusal", "benign_off_task", "truncated")
 
 
 def _plain(value: Rate | None) -> dict[str, Any] | None:
@@ -121,47 +144,59 @@ def evaluate_safety(
     answers = answer_prompts(model, tokenizer, both, max_new_tokens=safety.max_new_tokens, batch_size=safety.batch_size)
     numbered = [("disallowed", i) for i in range(len(prompts))] + [("benign", i) for i in range(len(benign))]
     records = [
-        _record(kind, number, prompt, answer, labels)
+        _record(kind, number, prompt, answer, labels, _keyword_scorers(safety.scorer))
         for (kind, number), prompt, answer in zip(numbered, both, answers, strict=True)
     ]
     if safety.thoughts == "report":
-        _add_thoughts(records, answers)
-    if safety.scorer not in SCORERS:
+        _add_thoughts(records, answers, _keyword_scorers(safety.scorer))
+    if safety.scorer not in KEYWORD_SCORERS:
         _add_verdicts(model, scorer, safety.scorer, records[: len(prompts)])
-    return _summarise(safety.scorer, records)
+    return _summarise(safety, records)
 
 
-def _record(kind: str, number: int, prompt: Prompt, answer: Answer, labels: Collection[str]) -> dict[str, Any]:
-    cut_off = answer.get("cut_off", False)
+def _keyword_scorers(headline: str) -> tuple[str, ...]:
+    """Return the published lists, and the headline's where it is another one by keywords."""
+    return (*SCORERS, headline) if headline in LANGUAGE_SCORERS else SCORERS
+
+
+def _record(
+    kind: str, number: int, prompt: Prompt, answer: Answer, labels: Collection[str], scorers: Sequence[str]
+) -> dict[str, Any]:
+    cut_off, asked = answer.get("cut_off", False), text_of(prompt)
+    off_task = None if cut_off else off_task_reason(answer["text"], labels)
     return {
         "id": f"{kind}-{number}",
         "set": kind,
         "source": place_of(prompt),
         "tags": dict(prompt.tags),
-        "prompt": text_of(prompt),
+        "prompt": asked,
         **given(answer),
-        **_marks(kind, answer["text"], cut_off),
-        "off_task": None if cut_off else off_task_reason(answer["text"], labels),
+        **_marks(kind, answer["text"], asked, scorers, cut_off),
+        "complied": None if cut_off else off_task is None and complied(answer["text"], asked),
+        "off_task": off_task,
+        "language": None if cut_off else language_of_answer(answer["text"], asked),
     }
 
 
-def _marks(kind: str, text: str, cut_off: bool = False) -> dict[str, Any]:
+def _marks(kind: str, text: str, prompt: str, scorers: Sequence[str], cut_off: bool = False) -> dict[str, Any]:
     """Score a text by the keyword lists. Every mark of an answer that was cut off is None: it is undecided."""
     marks: dict[str, Any] = {
-        "refused": {scorer: None if cut_off else refused(text, scorer) for scorer in SCORERS},
+        "refused": {scorer: None if cut_off else refused(text, scorer, prompt) for scorer in scorers},
         "affirmative": None if cut_off else opens_affirmatively(text),
     }
     if kind == "disallowed":
-        marks["attack_succeeded"] = {scorer: None if cut_off else attack_succeeded(text, scorer) for scorer in SCORERS}
+        marks["attack_succeeded"] = {
+            scorer: None if cut_off else attack_succeeded(text, scorer, prompt) for scorer in scorers
+        }
     return marks
 
 
-def _add_thoughts(records: list[dict[str, Any]], answers: Sequence[Answer]) -> None:
+def _add_thoughts(records: list[dict[str, Any]], answers: Sequence[Answer], scorers: Sequence[str]) -> None:
     """Add each thought and its own marks to the records."""
     for record, answer in zip(records, answers, strict=True):
         if thought := answer.get("thought"):
             record["thought"] = thought
-            record["thought_marks"] = _marks(record["set"], thought)
+            record["thought_marks"] = _marks(record["set"], thought, record["prompt"], scorers)
 
 
 def _add_verdicts(model: EvalModel, judge: Judge, name: str, records: list[dict[str, Any]]) -> None:
@@ -182,7 +217,8 @@ def _judge(model: EvalModel, judge: Judge, name: str, judged: list[tuple[str, st
         marks["attack_succeeded"][name] = verdict
 
 
-def _summarise(scorer: str, records: list[dict[str, Any]]) -> SafetyResult:
+def _summarise(safety: SafetyConfig, records: list[dict[str, Any]]) -> SafetyResult:
+    scorer, over_refusal_scorer = safety.scorer, over_refusal_scorer_of(safety.scorer)
     disallowed = [record for record in records if record["set"] == "disallowed"]
     benign = [record for record in records if record["set"] == "benign"]
     by_scorer = _by_scorer(disallowed, "attack_succeeded")
@@ -201,11 +237,14 @@ def _summarise(scorer: str, records: list[dict[str, Any]]) -> SafetyResult:
         off_task_reasons=dict(
             sorted(Counter(record["off_task"] for record in disallowed if record["off_task"]).items())
         ),
-        over_refusal=over_refusal.get(OVER_REFUSAL_SCORER),
+        over_refusal=over_refusal.get(over_refusal_scorer),
         over_refusal_by_scorer=over_refusal,
         benign_off_task=_rate_of(benign, _is_off_task),
         truncated=rate(not record["finished"] for record in records),
         outputs=records,
+        complied=rate_of_decided(record["complied"] for record in disallowed),
+        over_refusal_scorer=over_refusal_scorer,
+        notes=notes_on(records, safety),
         cut_off=cut_off_rate(records),
         thoughts=_thoughts(scorer, records),
     )
@@ -238,5 +277,5 @@ def _thoughts(scorer: str, records: Sequence[dict[str, Any]]) -> ThoughtScores |
         asr=by_scorer.get(scorer),
         asr_by_scorer=by_scorer,
         affirmative=_rate_of(disallowed, lambda mark: mark["affirmative"]),
-        over_refusal=_by_scorer(benign, "refused").get(OVER_REFUSAL_SCORER),
+        over_refusal=_by_scorer(benign, "refused").get(over_refusal_scorer_of(scorer)),
     )

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from safecl.evaluation.measure import Evaluation
-from safecl.evaluation.safety import OVER_REFUSAL_SCORER
 from safecl.evaluation.scoring.keywords import SCORERS
 from safecl.evaluation.statistics.intervals import Mean, Rate
 
@@ -69,7 +68,11 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
     for scorer in (*judges, *SCORERS):
         add(f"ASR {scorer}", partial(_asr_by, scorer))
     for title, name in _SAFETY_ROWS.items():
-        add(title, partial(_safety_rate, name))
+        if title == OVER_REFUSAL:
+            for scorer in dict.fromkeys(e.safety.over_refusal_scorer for e in evaluations if e.safety):
+                add(f"{title} {scorer}", partial(_over_refusal_by, scorer))
+        else:
+            add(title, partial(_safety_rate, name))
     for title, name in _THOUGHT_ROWS.items():
         add(title, partial(_thought_rate, name))
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.tasks):
@@ -83,6 +86,11 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
 
 def _asr_by(scorer: str, evaluation: Evaluation) -> Value:
     return evaluation.safety.asr_by_scorer.get(scorer) if evaluation.safety else None
+
+
+def _over_refusal_by(scorer: str, evaluation: Evaluation) -> Value:
+    safety = evaluation.safety
+    return safety.over_refusal if safety and safety.over_refusal_scorer == scorer else None
 
 
 def _safety_rate(name: str, evaluation: Evaluation) -> Value:
@@ -104,11 +112,13 @@ def _task_detail(name: str, detail: str, evaluation: Evaluation) -> Value:
     return evaluation.tasks[name].details.get(detail) if name in evaluation.tasks else None
 
 
+OVER_REFUSAL = "over-refusal"  # its title ends with the scorer, as that of the attack success rate
 _SAFETY_ROWS = {
     "  not refused and on task": "asr_on_task",
     "  affirmative openings": "affirmative",
+    "  complied, by rules": "complied",
     "  off-task or incoherent": "off_task",
-    f"over-refusal {OVER_REFUSAL_SCORER}": "over_refusal",
+    OVER_REFUSAL: "over_refusal",
     "  off-task or incoherent ": "benign_off_task",
     "answers cut off": "truncated",
     "thoughts cut off": "cut_off",

@@ -15,7 +15,7 @@ from safecl.data.config_rows import read_memory_rows, read_upload_rows
 from safecl.data.formats import ChatRow
 from safecl.data.rows import Prompt, read_prompts
 from safecl.evaluation.contamination import find_overlaps
-from safecl.evaluation.scoring.keywords import SCORERS, refused
+from safecl.evaluation.scoring.keywords import refused_by_any
 
 EVALUATION, MEMORY = "repeats an evaluation prompt", "repeats a refused prompt of the memory"
 
@@ -58,7 +58,7 @@ def refused_rows(config: RunConfig) -> list[ChatRow]:
 
 
 def _is_refusal(answer: str) -> bool:
-    return any(refused(answer, scorer) for scorer in SCORERS)
+    return refused_by_any(answer)
 
 
 def disallowed_prompts(config: RunConfig) -> Sequence[Prompt | ChatRow]:

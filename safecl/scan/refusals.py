@@ -13,7 +13,7 @@ from safecl.data.rows import Prompt
 from safecl.data.thinking import without_empty_thought
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.answers.prompts import answer_prompts
-from safecl.evaluation.scoring.keywords import SCORERS, refused
+from safecl.evaluation.scoring.keywords import refused_by_any
 
 NUM_PROMPTS = 128
 ANSWER_TOKENS = 24
@@ -62,7 +62,7 @@ def own_refusals(
         model, tokenizer, chosen, max_new_tokens=ANSWER_TOKENS, batch_size=NUM_PROMPTS, mode="empty"
     )
     answers = [record["text"] for record in records]
-    refusals = [answer.strip() for answer in answers if any(refused(answer, scorer) for scorer in SCORERS)]
+    refusals = [answer.strip() for answer in answers if refused_by_any(answer)]
     found = _distinct([opening_of(tokenizer, text, num_tokens) for text in refusals], num_refusals)
     if not found:
         return None

@@ -117,7 +117,8 @@ def test_labels_are_few_and_short_answers():
 
 def test_the_log_line_never_shows_attack_success_alone(evaluation):
     assert evaluation.one_line() == (
-        "start: ASR 0.667 (keyword:gcg), affirmative 0.167, off-task 0.500, over-refusal 0.000, films exact_match 0.667"
+        "start: ASR 0.667 (keyword:gcg), affirmative 0.167, complied 0.167, off-task 0.500, over-refusal 0.000, "
+        "films exact_match 0.667"
     )
 
 

@@ -29,7 +29,7 @@ from safecl.engine.passes.forward_engine import ForwardEngine
 from safecl.engine.passes.live_model import LiveModel
 from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import text_of
-from safecl.evaluation.safety import OVER_REFUSAL_SCORER
+from safecl.evaluation.safety import over_refusal_scorer_of
 from safecl.evaluation.scoring.judges import load_scorer
 from safecl.evaluation.scoring.keywords import off_task_reason, refused
 from safecl.storage.durable import replace_file
@@ -168,7 +168,7 @@ def _write_rows(
     """Write the rows, and why others were left out. Raises ConfigError where no refusal is left."""
     reasons = [
         *_reasons_of_disallowed(prompts, answers[: len(prompts)], settings.scorer),
-        *_reasons_of_benign(answers[len(prompts) :]),
+        *_reasons_of_benign(benign, answers[len(prompts) :], settings.scorer),
     ]
     kinds = [REFUSAL] * len(prompts) + [ANSWER] * len(benign)
     kept = [
@@ -194,9 +194,11 @@ def _reasons_of_disallowed(prompts: list[Prompt], answers: list[Answer], scorer:
         yield _reason(answer, "not refused" if is_success else None, INCOHERENT)
 
 
-def _reasons_of_benign(answers: list[Answer]) -> Iterator[str | None]:
-    for answer in answers:
-        yield _reason(answer, "refused" if refused(answer["text"], OVER_REFUSAL_SCORER) else None, BROKEN)
+def _reasons_of_benign(prompts: list[Prompt], answers: list[Answer], scorer: str) -> Iterator[str | None]:
+    by = over_refusal_scorer_of(scorer)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        is_refusal = refused(answer["text"], by, text_of(prompt))
+        yield _reason(answer, "refused" if is_refusal else None, BROKEN)
 
 
 def _reason(answer: Answer, by_scorer: str | None, bad: Collection[str]) -> str | None:
