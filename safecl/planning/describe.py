@@ -35,10 +35,10 @@ def _task_lines(plan: RunPlan, task: TaskPlan) -> list[tuple[str, str]]:
     data, name = task.dataset, task.config.name
     rows = f"{len(data):,} rows" + (f" ({task.poisoned_rows:,} poisoned)" if task.poisoned_rows else "")
     targets, tokens = int(data.num_targets.sum()), int(data.lengths.sum())
-    epochs = task.num_steps * task.tokens_per_batch / max(tokens, 1)
+    epochs = task.num_steps / task.order.steps_per_epoch
     lines = [
         (f"task {name}", f"{rows}, {tokens:,} tokens, {targets / max(tokens, 1):.0%} supervised"),
-        ("  steps", f"{task.num_steps:,} of about {task.tokens_per_batch:,} tokens, {epochs:.2g} epochs"),
+        ("  steps", f"{task.num_steps:,} of about {task.tokens_per_batch:,} tokens, {epochs:.4g} epochs"),
     ]
     if task.config.role != "align":
         lines += [(f"  {label}", text) for label, text in _method_lines(plan, task.num_steps)]

@@ -216,6 +216,11 @@ class Trainer:
                 if isinstance(every, int) and run.global_step % every == 0 and run.step < task.num_steps:
                     self._save(run)
                 self._end_where_asked(run, stop)
+        if self.progress.skipped_in_a_row >= task.num_steps:
+            raise TrainingFailed(
+                f"task {task.config.name}: none of its {task.num_steps} steps was applied, since no gradient was "
+                "finite; no model is saved. Look for weights that are not finite in model.path, or use dtype: fp32"
+            )
 
     def _measure_after(self, run: Run, task: TaskPlan) -> None:
         run.end_task()

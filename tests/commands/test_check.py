@@ -84,3 +84,10 @@ def test_check_refuses_a_model_that_is_none_and_names_a_tokenizer_that_is_too_la
     train_tokenizer([f"word{i} other{i}" for i in range(3000)], 2000).save_pretrained(tmp_path / "large")
     code, out, _ = run("check", task_config(model={"tokenizer": str(tmp_path / "large")}))
     assert code == ExitCode.DONE and "the model knows only 1,024; none of the others occurs" in out
+
+
+def test_check_tells_epochs_as_they_are(run, task_config):
+    """Steps of an epoch are rounded up, so that steps times tokens would tell 2.2 of exactly 2."""
+    train = {"epochs": 2, "max_steps": None, "tokens_per_batch": 7000}
+    code, out, _ = run("check", task_config(train=train))
+    assert code == ExitCode.DONE and ", 2 epochs" in out, out

@@ -239,3 +239,37 @@ def test_generation_under_zero_equals_the_plain_model_with_unequal_numbers_of_pr
         ].tolist()
         found = (first if index % 2 == 0 else second)[index // 2]
         assert found == (expected[: expected.index(2)] if 2 in expected else expected)
+
+
+def fit_without_a_finite_weight(tree: dict, cache: str) -> str:
+    """The message of a run whose base model holds a weight that is no number."""
+    from safetensors.torch import load_file, save_file
+
+    from safecl.training.trainer import TrainingFailed
+
+    weights = Path(tree["model"]["path"]) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(TrainingFailed) as failed:
+        fit(tree, cache)
+    return str(failed.value)
+
+
+def test_a_run_without_one_applied_step_fails_and_saves_no_model(rank_pool, materials, tmp_path):
+    """max_skipped_steps is larger than such a run."""
+    import shutil
+
+    shutil.copytree(materials / "random-model", tmp_path / "model")
+    config = tree(
+        materials,
+        tmp_path / "run",
+        model={"path": str(tmp_path / "model")},
+        train={"max_steps": 2},
+        deepspeed={"stage": 0},
+    )
+    for section in ("memory", "methods", "safety"):
+        del config[section]
+    (message,) = rank_pool(1).run(fit_without_a_finite_weight, tree=config, cache=str(materials / "cache"))
+    assert "task sentiment: none of its 2 steps was applied" in message
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "results.json").exists()

@@ -25,7 +25,10 @@ def prepare_for_training(model: nn.Module, config: ModelConfig) -> nn.Module:
     if config.gradient_checkpointing:
         pretrained = cast("PreTrainedModel", model)
         # Reentrant checkpointing would give hidden states that losses use no gradient.
-        pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(pretrained, "activation_checkpointing_enable"):  # newer transformers, which warn of the older name
+            pretrained.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
             pretrained.enable_input_require_grads()
     return model
