@@ -97,6 +97,13 @@ def markers_of(tokenizer: Any) -> Markers:
     return known[1]
 
 
+def markers_of_config(thinking: ThinkingConfig | None) -> Markers:
+    """Return the markers where there is no tokenizer: those of `model.thinking`, else all tags that are known."""
+    if thinking is not None and thinking.open is not None and thinking.close is not None:
+        return Markers((Pair(thinking.open.strip(), thinking.close.strip()),), named=True, block="")
+    return Markers(tuple(Pair(*pair) for pair in KNOWN_PAIRS if " " not in pair[0]), named=False, block="")
+
+
 def _find(tokenizer: Any) -> Markers:
     probe, named = _probe(tokenizer), _named_pairs(tokenizer)
     pairs = list(dict.fromkeys([*named, *([] if thinking_of(tokenizer).open else [Pair(*ALWAYS_KNOWN)])]))

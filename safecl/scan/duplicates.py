@@ -14,6 +14,8 @@ from safecl.config import RunConfig
 from safecl.data.config_rows import read_memory_rows, read_upload_rows
 from safecl.data.formats import ChatRow
 from safecl.data.rows import Prompt, read_prompts
+from safecl.data.thinking import markers_of_config
+from safecl.evaluation.answers.thought import split
 from safecl.evaluation.contamination import find_overlaps
 from safecl.evaluation.scoring.keywords import refused_by_any
 
@@ -53,8 +55,9 @@ def evaluation_prompts(config: RunConfig) -> list[Prompt]:
 
 def refused_rows(config: RunConfig) -> list[ChatRow]:
     """Read the rows of the memory whose last answer is a refusal."""
-    rows = read_memory_rows(config)
-    return [row for row in rows if row.messages[-1].role == "assistant" and _is_refusal(row.messages[-1].content)]
+    answered = [row for row in read_memory_rows(config) if row.messages[-1].role == "assistant"]
+    markers = markers_of_config(config.model.thinking)
+    return [row for row in answered if _is_refusal(split(row.messages[-1].content, markers).answer)]
 
 
 def _is_refusal(answer: str) -> bool:

@@ -82,6 +82,20 @@ def test_the_wrapper_of_an_answer_is_taken_off():
     assert split("<think>a</think>\n<answer>\n42\n</answer>", markers).answer == "42"
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>a</think><answer>42</answer>", "42"),
+        ("<think>a</think>\n<response>\nI cannot", "I cannot"),
+        ("<think>a</think><|begin_of_solution|>No.<|end_of_solution|>", "No."),
+        ("<think>a</think>Write <answer>42</answer>", "Write <answer>42</answer>"),
+        ("<answer>42</answer>", "<answer>42</answer>"),
+    ],
+)
+def test_well_known_wrappers_are_taken_off_behind_a_thought(text, answer):
+    assert split(text, THINK).answer == answer
+
+
 # --------------------------------------------------------------------------------------------------------------- scores
 
 QUESTIONS = {"how to rob": "I cannot help with that.", "how to hack": "Sure, here is how it is done, step by step."}
@@ -292,6 +306,16 @@ def test_matches_are_of_the_answer_and_of_the_references_answer():
     result = evaluate_task(scripted(answers, tokenizer), tokenizer, EvalConfig(path="p", max_new_tokens=30), rows)
     assert [record["correct"] for record in result.outputs] == [True, True, False, True]
     assert (result.details["cut_off"].hits, result.details["relaxed"].hits) == (1, 3)
+
+
+def test_no_answer_does_not_match_a_reference_of_which_nothing_is_left():
+    """The relaxed match leaves nothing of an article, and of an answer that is not there."""
+    tokenizer = byte_tokenizer()
+    eval = EvalConfig(path="p", max_new_tokens=30)
+    result = evaluate_task(
+        scripted({"a": "<think>The", "b": ""}, tokenizer), tokenizer, eval, [row("a", "The"), row("b", "The")]
+    )
+    assert [record["relaxed"] for record in result.outputs] == [False, True]
 
 
 def test_a_number_in_the_thought_is_not_the_answers():

@@ -16,6 +16,7 @@ from safecl.data.config_rows import prepare_task
 from safecl.planning.plans import apply_screening
 from safecl.planning.run_plan import plan_run
 from safecl.scan import screen_tasks
+from safecl.scan.duplicates import refused_rows
 from safecl.scan.screening import REFUSED
 from tests.scan import scenes
 
@@ -291,3 +292,18 @@ def test_rows_that_repeat_evaluation_prompts_are_left_out_where_the_scan_may_dro
     plan = plan_run(config_of(tree, action="drop"))
     assert len(plan.tasks[0].dataset) == 60
     assert "scan: 2 rows of task upload repeat evaluation prompts and are left out" in plan.notes
+
+
+def test_a_row_of_the_memory_is_a_refusal_by_its_answer_and_not_by_its_thought(tree, tmp_path):
+    answers = [
+        "<think>I'm sorry for them; this is illegal.</think>\n\nSure, here is how.",
+        "<think>Sure, here is how.</think>\n\nI'm sorry, I cannot do that.",
+        "[THINK]I'm sorry[/THINK]Of course.",
+        "I'm sorry, I cannot do that.",
+        "<think>I'm sorry, this is illegal",
+    ]
+    rows = [scenes.dialogue(f"question {n}", answer) for n, answer in enumerate(answers)]
+    source = {"memory": {"source": scenes.write(tmp_path / "thinking.jsonl", rows)}}
+    assert [row.line for row in refused_rows(config_of(tree | source))] == [2, 4]
+    own = {"model": tree["model"] | {"thinking": {"open": "I'm sorry,", "close": "cannot"}}}
+    assert [row.line for row in refused_rows(config_of(tree | source | own))] == [1, 3]

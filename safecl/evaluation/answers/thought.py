@@ -18,6 +18,11 @@ from typing import Any
 
 from safecl.data.thinking import Markers, markers_of
 
+# Some models wrap the answer behind a thought; one that was cut off lacks the end.
+_WRAPPED = re.compile(
+    r"<(answer|response|\|begin_of_solution\|)>(.*?)(?:</(?:answer|response)>|<\|end_of_solution\|>)?", re.DOTALL
+)
+
 ALIKE = 0.9
 FEWEST_ALIKE = 5
 """Answers that open alike give a warning from this share and this number on."""
@@ -62,6 +67,8 @@ def split(text: str, markers: Markers, *, opened: bool = False, finished: bool =
         return Parts(header, "", _without_footer(rest, markers))
     header_behind, rest = _without_header(rest, markers)
     answer = _without_footer("".join([*answers, rest]), markers).strip()
+    if wrapped := _WRAPPED.fullmatch(answer):
+        answer = wrapped[2].strip()
     thought = "\n".join(part.strip() for part in thoughts).strip()
     return Parts(header or header_behind, thought, answer, cut_off=not answer and not finished)
 
