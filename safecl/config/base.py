@@ -107,7 +107,7 @@ class MethodConfig(Section):
 
     @property
     def refuses_lora(self) -> str | None:
-        """Why the method cannot be combined with model.lora, and what works instead; None where it can."""
+        """The reason why the method cannot be combined with model.lora, and what works instead; None where it can."""
         return None
 
     def decay_for(self, num_steps: int) -> float | None:

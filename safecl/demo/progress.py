@@ -40,8 +40,8 @@ class Reporter:
 
 
 class Bar:
-    """Draws the bar on a terminal, and elsewhere prints a line for each measurement. `titles`: what the bar says for
-    each run, in order."""
+    """Draws the bar on a terminal, and elsewhere prints a line for each measurement. `titles`: the bar's text for each
+    run, in order."""
 
     def __init__(self, path: Path, titles: dict[str, str], console: Console):
         path.unlink(missing_ok=True)

@@ -45,8 +45,8 @@ def run_ranks(
 
 @contextlib.contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
-    """Block SIGINT here, and for good in the processes that are started: a terminal sends it to them as well, which
-    would end their imports with a traceback. The parent gets it afterwards, reports it and ends all ranks."""
+    """Block SIGINT here, and permanently in the started processes: a terminal sends it to them as well, which would end
+    their imports with a traceback. The parent gets it afterwards, reports it and ends all ranks."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

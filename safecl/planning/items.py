@@ -1,4 +1,4 @@
-"""The items of a memory plan: what takes how many bytes, where and when."""
+"""The items of a memory plan, with their bytes, place and time."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from safecl.storage.sizes import available_memory, format_bytes
 
 
 def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelShape] = ()) -> list[tuple[str, str]]:
-    """Return (label, value) lines: the memory on the ranks of this job, then on 8 and on 64.
+    """Return (label, value) lines: the memory on `ranks_here` ranks, then on 8 and on 64.
 
     teachers: further models that compute outputs in every step.
     """
@@ -44,7 +44,7 @@ def ranks_here() -> int:
 
 
 def local_ranks_here() -> int:
-    """Return the ranks on this node, as the launcher says, or else as many as it has GPUs."""
+    """Return the number of ranks on this node: by the launcher, or else its number of GPUs."""
     if launched := int(os.environ.get("LOCAL_WORLD_SIZE") or 0):
         return launched
     return min(ranks_here(), max(1, torch.cuda.device_count())) if torch.cuda.is_available() else ranks_here()

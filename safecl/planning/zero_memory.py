@@ -37,7 +37,7 @@ def _copies_of_gloo(shape: ModelShape, config: RunConfig, world_size: int) -> It
 
 
 def _weights(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """Yield the live weights. Stage 3 shards them, and gathers some for a while."""
+    """Yield the live weights. Stage 3 shards them, and gathers some temporarily."""
     size = weight_bytes(config)
     if config.deepspeed.stage < 3:
         yield Item("weights", "device", shape.weights * size)

@@ -284,8 +284,8 @@ class CacheReader:
 class SharedOutputs:
     """The outputs of a memory's rows in a shared cache, for ReplayBuffer(teacher_of=...).
 
-    The cache is opened when the first row is read. It is an error where the cache is gone by then, was rebuilt with
-    other settings, or is damaged.
+    The cache is opened when the first row is read. That is an error where the cache is gone, was rebuilt with other
+    settings, or is damaged.
     """
 
     def __init__(self, cache: Path, header: CacheHeader):

@@ -177,7 +177,8 @@ class ReportedRun:
         return self.privacy != "full" and any(evaluation.safety for evaluation in self.evaluations)
 
     def answers(self, evaluation: Evaluation) -> dict[str, str]:
-        """Return the answer to each disallowed prompt at that moment; empty where privacy forbids it or files lack."""
+        """Return the answer to each disallowed prompt at that moment; empty where privacy forbids it or files are
+        missing."""
         if self.privacy != "full":
             return {}
         records = [

@@ -1,4 +1,4 @@
-"""Counts what a run's methods have cost, for results.json: time per step, state of the optimizer, memory rows, teacher
+"""Measures the cost of a run's methods, for results.json: time per step, state of the optimizer, memory rows, teacher
 outputs."""
 
 from __future__ import annotations

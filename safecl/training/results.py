@@ -1,4 +1,4 @@
-"""Writes what a finished run leaves: model folders with their cards, results.json and report.html."""
+"""Writes the files of a finished run: model folders with their cards, results.json and report.html."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ class RunSaver:
     # ----------------------------------------------------------------------------------------------------------- saving
 
     def save(self, progress: Progress, metrics: bytes, keep: int) -> SaveReport | None:
-        """Start to save the run as it is now. Return how the save before it ended, unless `settle` has already."""
+        """Start to save the run as it is now. Return the report of the previous save, unless `settle` has returned
+        it."""
         before = self.settle()
         self.run.settle()
         memory = self.run.memory.state_dict() if self.run.memory is not None else None
@@ -160,7 +161,7 @@ class RunSaver:
             run.memory = open_memory(settings, self.memory_folder, run.seed, vocab_size_of(run.engine))
 
     def _load_memory(self, contents: Contents, version: int | None) -> None:
-        """Read the memory's index. The rows lie outside of the checkpoint; where they do not fit it, it is damaged."""
+        """Read the memory's index. The rows are outside of the checkpoint; one that does not fit them is damaged."""
         if version is None or self.run.memory is None:
             return
         index = read_file(contents.folder / MEMORY, MAX_STATE_BYTES)

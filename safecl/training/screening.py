@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def screen_run(run: Run, tokenizer: PreTrainedTokenizerBase, console: Console, folder: Path) -> None:
-    """Screen the rows of all tasks, print and write what is flagged, and do what `scan.action` says. A collective call.
+    """Screen the rows of all tasks, print and write the flagged rows, and apply `scan.action`. A collective call.
 
     Raises UploadRefused where the upload must not be trained on.
     """

@@ -149,7 +149,7 @@ class Trainer:
         return RunResult(self.folder, results, gate)
 
     def _resume(self, run: Run) -> None:
-        """Restore the newest checkpoint, or begin at the beginning."""
+        """Restore the newest checkpoint, or start from the beginning."""
         resumed = self._saver.resume(self.console.note, self.plan.tasks)
         self.progress = resumed.progress if resumed is not None else Progress()
         self.measured.restore(self.progress.evaluations)
@@ -267,7 +267,7 @@ class Trainer:
         return self.progress.task, self.progress.parts_done, run.global_step
 
     def _save(self, run: Run) -> None:
-        """Start to save a checkpoint, unless this very state is saved already."""
+        """Start to save a checkpoint, unless this state is saved already."""
         if self._saved_at == self._position(run):
             return
         self.progress.seconds = time.perf_counter() - self._began
@@ -294,7 +294,7 @@ class Trainer:
         name, where = self._stop.name or "a signal", f"step {run.global_step}"
         if report is not None and report.problem is not None:
             raise TrainingFailed(
-                f"{name} stopped the run after {where}, but {report}; the checkpoint before is untouched"
+                f"{name} stopped the run after {where}, but {report}; the previous checkpoint is untouched"
             )
         self._report_save(report)
         self.console.note(f"{name}: stopped after {where}; the same command resumes from here")

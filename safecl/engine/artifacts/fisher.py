@@ -22,7 +22,7 @@ from safecl.storage.sizes import free_bytes
 
 KIND, FILE = "fisher", "fisher.safetensors"
 SIGNS, EXACT = "random signs", "exact"
-_OF_THE_MEMORY = ("capacity", "policy", "balance_by", "prefix_tokens", "guard")  # what decides which rows it holds
+_OF_THE_MEMORY = ("capacity", "policy", "balance_by", "prefix_tokens", "guard")  # settings that decide its rows
 
 Rows = tuple[Sequence[StepRow], Sequence[int]]
 """The memory's rows and their keys."""

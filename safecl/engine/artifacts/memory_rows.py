@@ -96,7 +96,7 @@ def memory_rows(
 
 
 def _splitting(tokenizer: Any) -> Key:
-    """Return what decides, besides the model, where an answer begins; nothing for a template without thoughts."""
+    """Return the key's part that decides where an answer begins; empty for a template without thoughts and headers."""
     markers, mode = markers_of(tokenizer), thinking_of(tokenizer).mode
     if not (markers.named or markers.headers or markers.footers):
         return {}

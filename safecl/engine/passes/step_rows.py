@@ -83,7 +83,7 @@ class StepRow:
     rank: int | None = None
     """The rank that holds the row; None where any rank can read it."""
     key: int | None = None
-    """The row's key in the memory; None where its loss is not logged."""
+    """The key of a row of the memory, for the score log; None for other rows."""
 
     def weighted(self, term: str, ce_weight: float, distillations: tuple[Distillation, ...] = ()) -> StepRow:
         """Return the same row as part of another term of the loss."""

@@ -1,4 +1,4 @@
-"""Checks of online teachers before anything is loaded: whether they fit, and what they will cost."""
+"""Checks of online teachers before anything is loaded: whether they fit the run, and their cost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def check_teachers(config: RunConfig, tokenizer: Any) -> None:
 
 
 def _check_streaming(config: RunConfig) -> None:
-    """Check what needs no weights. The start of the run checks the numbers (streaming_check)."""
+    """Check, without weights, that the architectures can be streamed. The start of the run compares numbers
+    (streaming_check)."""
     for key, source in config.online_teachers.items():
         if source == "ema" or (source == "aligned" and config.model.lora is not None):
             continue

@@ -47,7 +47,8 @@ ALIGNED, PREVIOUS, EMA = "aligned", "previous", "ema"
 
 
 class OnlineTeachers:
-    """All online teachers of a run. Every method is a collective call."""
+    """All online teachers of a run. Its methods are collective calls, but `read_run_store` and a `close` that discards
+    nothing are not."""
 
     def __init__(self, config: RunConfig, engine: TrainingEngine, log: Callable[[str], None]):
         self.config, self.engine, self.log = config, engine, log
@@ -90,7 +91,7 @@ class OnlineTeachers:
         return any(self._path(source) == self.config.model.path for source in self.sources if source != EMA)
 
     def close(self, *, discard: bool = False) -> None:
-        """Give all memory back; `discard` removes the folders that only this run needed."""
+        """Free all memory; `discard` removes the folders that only this run needed."""
         for source in list(self._teachers):
             self._release(source)
         if discard:
@@ -197,7 +198,7 @@ class OnlineTeachers:
         return teacher
 
     def _store(self, source: str, path: str, structure: PreTrainedModel) -> ReferenceStore:
-        """The run's own store where it has these weights, else one for this teacher."""
+        """Return the run's own store where it has these weights, else open one for this teacher."""
         settings, store = self.config.model, self.engine.store
         if path == settings.path and store is not None:
             return store

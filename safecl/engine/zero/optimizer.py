@@ -162,7 +162,7 @@ class ShardAdamW(torch.optim.Optimizer):
             action([shard for shard in self._shards if shard.has_grad])
 
     def update(self, plan: UpdatePlan) -> Action:
-        """The action of an ordinary step."""
+        """Return the action of an ordinary step."""
 
         def action(shards: list[Shard]) -> None:
             for transform in plan.transforms:
@@ -188,7 +188,7 @@ class ShardAdamW(torch.optim.Optimizer):
         return Penalties(self._restrictions, self.fisher_means)
 
     def grad_norm(self, shards: list[Shard], fresh: bool = False) -> Tensor:
-        """Global gradient norm, 0-dim fp32: DeepSpeed's where it has one, else taken here (always with `fresh`)."""
+        """Global gradient norm, 0-dim fp32: DeepSpeed's where it has one, else computed here (always with `fresh`)."""
         known = None if fresh else self._shard_map.grad_norm()
         if known is not None:
             return known

@@ -101,7 +101,7 @@ class ShardUpdate:
     def _step(
         self, shard: Shard, clip: Tensor | None, penalty: Penalty | None, penalty_scale: Tensor | None = None
     ) -> list[Tensor]:
-        """AdamW over the shard, piece by piece; return the losses of the penalty in the pass by piece."""
+        """Run AdamW over the shard, piece by piece; return the losses of the penalty in the pass, by piece."""
         for kind in ("exp_avg", "exp_avg_sq"):
             if kind not in shard.state:
                 shard.state[kind] = torch.zeros_like(shard.param)
