@@ -238,11 +238,15 @@ def turn_end(tokenizer: Any) -> str:
     return turn_shape(tokenizer)[1]
 
 
-def stop_ids(tokenizer: Any) -> list[int]:
-    """Token ids that end an answer: the end-of-text token, and the control tokens that the template writes after it."""
+def end_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Tokens that end an answer: the end-of-text token, and the control tokens that the template writes after it."""
     after = turn_end(tokenizer)
-    written = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer) if token in after}
-    return sorted(written | {tokenizer.eos_token_id})
+    return tuple({tokenizer.eos_token: None} | {token: None for token in control_tokens(tokenizer) if token in after})
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer."""
+    return sorted({tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(end_tokens(tokenizer)))})
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:

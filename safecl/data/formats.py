@@ -212,7 +212,8 @@ def _thought(holder: Mapping[str, Any], name: str, answer: str) -> str | None:
         if not is_empty(holder.get(key)):
             thought = _text(holder[key], f"{name}.{key}" if name else f"`{key}`")
             _check_text(thought, f"`{key}`")
-            return None if thought.strip() in answer else thought
+            begins_with_it = answer.lstrip()[:1] in ("<", "[", "◁") and thought.strip() in answer
+            return None if begins_with_it else thought
     return None
 
 

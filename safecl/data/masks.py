@@ -15,7 +15,7 @@ which gives the ids that the model sees when it generates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from safecl.data.chat import (
     as_dicts,
     control_tokens,
     encode_pieces,
+    end_tokens,
     has_markers,
     refusal,
     render,
@@ -34,21 +35,22 @@ from safecl.data.chat import (
     template_source,
     turn_shape,
 )
+from safecl.data.endings import Span, cut_behind_end, settle_end
 from safecl.data.files import where
 from safecl.data.formats import ChatRow, DataError, Message, RowProblem
 from safecl.data.tokens import Row, content_digest, row_key
-
-Span = tuple[int, int]
-"""First character and the one after the last."""
+from safecl.data.written import after_thought, compare, probes_of
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised row. ids: int32 [length]; loss_mask: bool [length]; num_tokens: length before it was cut."""
+    """A tokenised row. ids: int32 [length]; loss_mask: bool [length]; num_tokens: length before it was cut; notes: what
+    the template does not write of it."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
     num_tokens: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -62,6 +64,7 @@ class _Chat:
     text: str = ""
     marked: list[Span] | None = None
     spans: list[Span] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
     problem: RowProblem | None = None
 
 
@@ -99,7 +102,7 @@ def _cut(encoded: Encoded | RowProblem, max_length: int) -> Encoded | RowProblem
         cut = f"cut to max_length {max_length}: the answer begins at token {first} of {encoded.num_tokens}"
         reason = cut if encoded.num_tokens > max_length else "in a row this short"
         return RowProblem(f"no supervised token is left, {reason}")
-    return Encoded(encoded.ids[:max_length], mask, encoded.num_tokens)
+    return replace(encoded, ids=encoded.ids[:max_length], loss_mask=mask)
 
 
 def _encode_texts(tokenizer: Any, texts: list[str]) -> list[Encoded]:
@@ -114,13 +117,26 @@ def _encode_texts(tokenizer: Any, texts: list[str]) -> list[Encoded]:
 def _encode_chats(tokenizer: Any, rows: Sequence[ChatRow]) -> list[Encoded | RowProblem]:
     chats = [_Chat(row.messages) for row in rows]
     _render_all(tokenizer, chats)
+    _compare_all(tokenizer, [chat for chat in chats if chat.problem is None])
     _locate_turns(tokenizer, chats, rows)
     good = [chat for chat in chats if chat.problem is None]
-    tokens = control_tokens(tokenizer)
+    tokens, ends = control_tokens(tokenizer), end_tokens(tokenizer) if good else ()
     for chat in good:
-        chat.spans = [_settle_end(chat.text, span, tokens) for span in chat.spans]
+        said = [part for m in chat.messages for part in (m.content.strip(), m.thought) if part]
+        spans = [settle_end(chat.text, span, tokens) for span in chat.spans]
+        chat.spans = [cut_behind_end(chat.text, span, said, tokens, ends) for span in spans]
     encoded = iter(_encode_spans(tokenizer, good))
-    return [chat.problem or next(encoded) for chat in chats]
+    return [chat.problem or _with_notes(next(encoded), chat) for chat in chats]
+
+
+def _compare_all(tokenizer: Any, chats: list[_Chat]) -> None:
+    written = compare(tokenizer, [chat.messages for chat in chats], [chat.text for chat in chats])
+    for chat, found in zip(chats, written, strict=True):
+        chat.problem, chat.notes = found.problem, tuple(found.notes)
+
+
+def _with_notes(encoded: Encoded | RowProblem, chat: _Chat) -> Encoded | RowProblem:
+    return replace(encoded, notes=chat.notes) if isinstance(encoded, Encoded) and chat.notes else encoded
 
 
 # ------------------------------------------------------------------------------------------------ places of the turns
@@ -147,20 +163,41 @@ def _rendered(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> Seq
 
 
 def _locate_turns(tokenizer: Any, chats: list[_Chat], rows: Sequence[ChatRow]) -> None:
-    """Fill in the spans of the trained turns: from the markers where they mark one range per answer, else from
-    prefixes."""
+    """Fill in the spans of what is trained: all that the template marks, or the turns, found from prefixes. Of marks
+    and flags in the data that choose among the turns, both count."""
     by_prefix = []
     for chat, row in zip(chats, rows, strict=True):
         if chat.problem is not None:
             continue
-        answers = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
         wanted = [i for i, m in enumerate(chat.messages) if m.is_trained]
-        if chat.marked is not None and len(chat.marked) == len(answers) and set(wanted) <= set(answers):
-            chat.spans = [span for i, span in zip(answers, chat.marked, strict=True) if i in wanted]
+        if chat.marked is not None and all(m.train is None for m in chat.messages):
+            chat.spans = chat.marked
+        elif (owners := _owners(tokenizer, chat)) is not None and all(chat.messages[i].role != "user" for i in wanted):
+            chat.spans = [span for i, span in zip(owners, chat.marked or [], strict=True) if i in wanted]
         else:
             by_prefix.append((chat, row, wanted))
     if by_prefix:
         _locate_by_prefix(tokenizer, by_prefix)
+    for chat in chats:
+        if chat.problem is None and not chat.spans:
+            source = template_source(tokenizer)
+            chat.problem = RowProblem(f"the chat template ({source}) marks nothing of what this row wants trained")
+
+
+def _owners(tokenizer: Any, chat: _Chat) -> list[int] | None:
+    """The message that each mark belongs to, by a rendering of probes; None where that has other marks."""
+    if chat.marked is None:
+        return None
+    probes = probes_of(chat.messages)
+    try:
+        text, marked = render_marked(tokenizer, [probes])[0]
+    except Exception:  # as below
+        return None
+    if len(marked) != len(chat.marked):
+        return None
+    ends = [text.find(probe.content) + len(probe.content) for probe in probes]
+    answers = [i for i, probe in enumerate(probes) if probe.role == "assistant"]
+    return [next((i for i in answers if ends[i] > start), answers[-1]) for start, _ in marked]
 
 
 def _locate_by_prefix(tokenizer: Any, todo: list[tuple[_Chat, ChatRow, list[int]]]) -> None:
@@ -178,7 +215,15 @@ def _locate_by_prefix(tokenizer: Any, todo: list[tuple[_Chat, ChatRow, list[int]
             span = _span(chat.text, start, stop) or _earlier_span(tokenizer, chat, i, start, shape, tokens)
             if span is None:
                 raise _no_prefix(tokenizer, row, i)
-            chat.spans.append(span)
+            chat.spans += _marks_within(chat, i, span)
+
+
+def _marks_within(chat: _Chat, i: int, span: Span) -> list[Span]:
+    """The marked parts of an answer; the whole turn where the template has no marks, or somebody else speaks."""
+    if chat.marked is None or chat.messages[i].role != "assistant":
+        return [span]
+    parts = [(max(start, span[0]), min(stop, span[1])) for start, stop in chat.marked]
+    return [(start, stop) for start, stop in parts if start < stop]
 
 
 def _span(text: str, start: str | None, stop: str | None) -> Span | None:
@@ -225,12 +270,14 @@ def _earlier_span(
         given = opened
     before, after = shape
     content = as_dicts(tokenizer, [message])[0]["content"]
+    answer = after_thought(content)  # templates leave the thoughts of earlier answers out
+    bodies = [content, content.strip(), *(() if answer is None else (answer, answer.strip()))]
     starts = [header + len(before) if text.startswith(before, header) else header, *range(header, len(given) - 1, -1)]
     for start in starts:
-        for body in (content, content.strip()):
+        for body in bodies:
             stop = start + len(body)
             if text.startswith(body, start) and (text.startswith(after, stop) or text.startswith(tokens, stop)):
-                return min(start, header), stop  # _settle_end adds the end token
+                return min(start, header), stop  # settle_end adds the end token
     return None
 
 
@@ -242,21 +289,6 @@ def _no_prefix(tokenizer: Any, row: ChatRow, i: int) -> DataError:
         "the assistant's turns in a copy of the template with {% generation %} ... {% endgeneration %} and name the "
         "copy in model.chat_template"
     )
-
-
-def _settle_end(text: str, span: Span, tokens: tuple[str, ...]) -> Span:
-    """Move the end of the span behind the token that ends the turn.
-
-    Whitespace after that token belongs to the template: generation has stopped. Some templates close their marker
-    before the token, and a model trained on that span would never stop.
-    """
-    start, stop = span
-    trimmed = text[start:stop].rstrip()
-    if trimmed.endswith(tokens):
-        return start, start + len(trimmed)
-    rest = text[stop:].lstrip(" ")
-    after = next((token for token in tokens if rest.startswith(token)), "")
-    return start, (len(text) - len(rest) + len(after) if after else stop)
 
 
 # --------------------------------------------------------------------------------------------------------- ids and mask

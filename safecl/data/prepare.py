@@ -37,7 +37,7 @@ from safecl.storage.locks import waiting_lock
 
 log = logging.getLogger("safecl")
 
-_VERSION = 3  # of the prepared files; files of another version are prepared again
+_VERSION = 4  # of the prepared files; files of another version are prepared again
 _BATCH = 1024  # rows tokenised at once
 
 
@@ -193,6 +193,8 @@ def _tokenized(
             if isinstance(encoded, RowProblem):
                 bad.add(source.where(row.line), str(encoded))
             else:
+                for note in encoded.notes:
+                    bad.note(source.where(row.line), note)
                 yield row, encoded, row_id
 
 

@@ -66,7 +66,7 @@ CASES = {
     "closed twice": (
         tk.byte_level,
         tk.CLOSED_TWICE,
-        ["She sells 9 eggs.<|im_end|>", "18 a day<|im_end|><|endoftext|>"],
+        CHATML_LEARNED,
     ),
     "Llama-2": (tk.metaspace, tk.LLAMA2, ["She sells 9 eggs. </s>", "18 a day </s>"]),
     "a space before the answer": (
@@ -248,10 +248,8 @@ def test_text_rows_train_on_all_tokens_up_to_an_end(make, end):
 
 
 def test_the_first_token_is_never_a_target():
-    template = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
-    )
-    encoded = tokenize_row(tk.byte_level(template), chat("left out", "the movie"), 100)
+    template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    encoded = tokenize_row(tk.byte_level(template), chat("the", "the movie", train={0: True}), 100)
     assert not encoded.loss_mask[0] and encoded.loss_mask[1:].all()
 
 

@@ -1,0 +1,130 @@
+"""Compares what a row says with what the chat template writes of it.
+
+A row is bad where the template leaves a message out or changes it (other than in white space): something else than the
+row would be trained. Thoughts and tools that the template does not write are remarks, since the turns are there.
+Two things are looked for: the content itself, and a probe in its place, which cannot stand in the text by chance.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from safecl.data.chat import CLOSE, OPEN, render, template_source
+from safecl.data.formats import Message, RowProblem, clip
+
+_THOUGHT = re.compile(r"\s*(?:<([\w|]+)>.*?</\1>|\[(\w+)\].*?\[/\2\]|◁(\w+)▷.*?◁/\3▷)", re.DOTALL)
+_MIN_PART = 8  # a shorter part of a message may stand in the text by chance
+_FIX = "write it in a copy of the template and name the copy in model.chat_template, or take it out of the rows"
+
+
+@dataclass
+class Written:
+    """What a template has made of one conversation: the problem of the row, if any, and remarks."""
+
+    problem: RowProblem | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def probes_of(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The same turns with texts that stand for nothing else. They are short, since some templates cut long texts."""
+    return tuple(replace(m, content=f"qzx{i}xzq", thought=m.thought and f"qzt{i}tzq") for i, m in enumerate(messages))
+
+
+def compare(tokenizer: Any, conversations: Sequence[Sequence[Message]], texts: Sequence[str]) -> list[Written]:
+    """Compare conversations with their renderings."""
+    source = clip(template_source(tokenizer), 80)
+    missing: dict[Any, set[str]] = {}
+    out = []
+    for messages, text in zip(conversations, texts, strict=True):
+        shape = (tuple((m.role, m.thought is not None) for m in messages), messages[0].tools)
+        if shape not in missing:
+            missing[shape] = _missing_probes(tokenizer, messages)
+        out.append(_compare_one(messages, _Text(text), missing[shape], source))
+    return out
+
+
+def _missing_probes(tokenizer: Any, messages: Sequence[Message]) -> set[str]:
+    probes = probes_of(messages)
+    try:
+        text = render(tokenizer, [probes])[0]
+    except Exception:  # a template may refuse the probe for its text; the row itself has been rendered
+        return set()
+    return {part for m in probes for part in (m.content, m.thought) if part is not None and part not in text}
+
+
+class _Text:
+    """A rendered text, without the marks of control tokens, as it is and without its white space."""
+
+    def __init__(self, text: str):
+        self.plain = text.replace(OPEN, "").replace(CLOSE, "")
+        self._dense: str | None = None
+
+    def holds(self, part: str) -> bool:
+        part = part.replace(OPEN, "").replace(CLOSE, "").strip()
+        if part in self.plain:
+            return True
+        if self._dense is None:
+            self._dense = "".join(self.plain.split())
+        return "".join(part.split()) in self._dense
+
+
+def _compare_one(messages: Sequence[Message], text: _Text, missing: set[str], source: str) -> Written:
+    written, probes, wrongs = Written(), probes_of(messages), []
+    last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
+    for i, (message, probe) in enumerate(zip(messages, probes, strict=True)):
+        name = f"message {i + 1} ({message.role})"
+        earlier = " of an earlier answer" if i < last else ""
+        lost = "" if text.holds(message.content) else _lost(message.content, text)
+        if probe.content in missing and lost in ("", message.content):
+            wrongs.append(f"leaves out {name}")
+        elif lost:
+            if message.role == "assistant" and i < last and _only_lacks_thought(message.content, text):
+                written.notes.append(f"the chat template ({source}) leaves out the thought{earlier}")
+            else:
+                wrongs.append(f"changes {name}, {clip(' '.join(lost.split()))!r} is not in what it writes")
+        if message.thought is not None and (probe.thought in missing or not text.holds(message.thought)):
+            written.notes.append(
+                f"the thought{earlier} (`reasoning_content`, `thinking` or `reasoning`) is not used, since the chat "
+                f"template ({source}) does not write it"
+            )
+    if messages[0].tools is not None and not all(name in text.plain for name in _tool_names(messages[0].tools)):
+        written.notes.append(f"`tools` is not used, since the chat template ({source}) does not write it")
+    if wrongs:
+        written.problem = RowProblem(f"the chat template ({source}) {'; and '.join(wrongs)}; {_FIX}")
+    return written
+
+
+def _tool_names(tools: str) -> list[str]:
+    names = [tool.get("name") or (tool.get("function") or {}).get("name") for tool in json.loads(tools)]
+    return [str(name) for name in names if name]
+
+
+def _only_lacks_thought(content: str, text: _Text) -> bool:
+    answer = after_thought(content)
+    return bool(answer and answer.strip()) and text.holds(str(answer))
+
+
+def _lost(content: str, text: _Text) -> str:
+    """The part of a message that does not stand in the text: all but its longest end and its longest beginning."""
+    end = _longest(len(content), lambda n: text.holds(content[len(content) - n :]))
+    start = _longest(len(content) - end, lambda n: text.holds(content[:n]))
+    return content[start if start >= _MIN_PART else 0 : len(content) - (end if end >= _MIN_PART else 0)]
+
+
+def _longest(most: int, holds: Any) -> int:
+    """The largest n up to `most` for which `holds(n)` is true, where it is true for all smaller ones."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def after_thought(content: str) -> str | None:
+    """The answer behind a thought that it begins with, or None where there is no such thought."""
+    opened = _THOUGHT.match(content)
+    return content[opened.end() :] if opened else None
