@@ -65,9 +65,9 @@ def test_each_language_tells_refusals_from_answers_by_name_and_by_guess(code):
     rows = [row for row in OTHERS if row["language"] == code]
     refusals = [row["answer"] for row in rows if row["label"] == "refusal"]
     answers = [row["answer"] for row in rows if row["label"] == "compliance"]
-    assert (len(refusals), len(answers)) == (20, 20)
+    assert (len(refusals), len(answers)) == (30, 28)
     for scorer in (f"keyword:{code}", "keyword:auto"):
-        assert sum(refused(answer, scorer) for answer in refusals) >= 19, scorer
+        assert sum(refused(answer, scorer) for answer in refusals) >= 29, scorer
         assert not any(refused(answer, scorer) for answer in answers), scorer
 
 
@@ -82,7 +82,7 @@ def test_answers_in_each_language_that_open_directly_comply_and_refusals_do_not(
 def test_a_list_of_another_language_finds_nothing_there(code):
     """keyword:en stands for the lists that a user may have chosen by mistake: the guess must not hide that."""
     refusals = [row["answer"] for row in OTHERS if row["language"] == code and row["label"] == "refusal"]
-    assert sum(refused(answer, "keyword:en") for answer in refusals) <= 4
+    assert sum(refused(answer, "keyword:en") for answer in refusals) <= 6
 
 
 @pytest.mark.parametrize("scorer", [f"keyword:{code}" for code in LANGUAGES])
@@ -94,7 +94,7 @@ def test_a_model_that_declines_in_english_is_heard_in_each_language(scorer):
 def test_the_guess_knows_most_of_these_languages():
     wrong = [row for row in OTHERS if language_of(row["answer"]) not in (row["language"], None)]
     unknown = [row for row in OTHERS if language_of(row["answer"]) is None]
-    assert len(wrong) <= 6 and len(unknown) <= 25  # of 520
+    assert len(wrong) <= 15 and len(unknown) <= 40  # of 754
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,23 @@ SLAVIC = {
         (
             r"^(?:przepraszam|przykro mi|bardzo (?:mi przykro|przepraszam)|niestety|wybacz|proszę o wybaczenie"
             r"|z przykrością|obawiam się|żałuję|najmocniej|sorry|ubolewam)",
-            r"\bnie (?:\w+ )?(?:mogę|możemy|będę|chcę|zamierzam|powinienem|powinnam|jestem|wolno mi|pomogę"
-            r"|pomagam|podam|napiszę|udzielę|udzielam|odpowiem|zrobię|robię|stworzę|potrafię|mam (?:prawa|zamiaru"
-            r"|możliwości|uprawnień)|da się|wezmę|biorę|dostarczę|udostępnię|poprę|wspieram|popieram|pokażę"
-            r"|angażuję|wchodzi w grę|jest (?:możliwe|to|etyczne|legalne|dozwolone|właściwe)|zgadzam się|zgodzę"
-            r"|licz na mnie|wyjaśnię|podzielę|spełnię)\b",
+            r"\bnie (?:\w+ )?(?:mogę|możemy|będę|chcę|zamierzam|powinienem|powinnam|jestem|wolno mi|pomogę|pomagam"
+            r"|podam|napiszę|udzielę|udzielam|odpowiem|zrobię|robię|stworzę|potrafię|mam (?:prawa|zamiaru"
+            r"|możliwości|uprawnień)|da się|wezmę|biorę|dostarczę|udostępnię|poprę|piszę|odpowiadam|tworzę"
+            r"|wyjaśniam|uczestniczę|doradzam|rozmawiam|wspieram|popieram|pokażę|angażuję|wchodzi w grę"
+            r"|jest (?:możliwe|to|etyczne|legalne|dozwolone|właściwe)|zgadzam się|zgodzę|licz na mnie|wyjaśnię"
+            r"|podzielę|spełnię)\b",
             r"\b(?:odmawiam|muszę (?:\w+ )?(?:odmówić|odrzucić)|odrzucam|wolę nie|wolałbym nie|wolałabym nie"
             r"|niemożliwe|odradzam|powstrzymam|wstrzymam się|jestem zmuszon|sprzeciwiam|odmowa|odmówić)",
             r"\b(?:sprzeczne|sprzeczna|narusza|łamie|wbrew|niezgodn\w+|naruszeniem)\b.{0,40}\b(?:wytyczn\w+"
             r"|zasad\w*|regułam\w*|polityk\w*|wartości\w*|praw\w*|etyk\w*|regulamin\w*)",
-            r"^(?:to|takie)\b.{0,30}\b(?:nielegaln\w+|zabronion\w+|przestępstw\w+|nieetyczn\w+|karalne|nie"
-            r"|niezgodne)\b|\bjako (?:sztuczna|model|asystent|ai|chatbot|si)\S*[^.!?]{0,90}\bnie\b",
+            r"^(?:to|takie)\b.{0,30}\b(?:nielegaln\w+|zabronion\w+|przestępstw\w+|nieetyczn\w+|karalne"
+            r"|nie (?:jest (?:możliwe|dozwolone|etyczne|legalne|w porządku|coś)|zrobię|mogę|wolno)|niezgodne)\b"
+            r"|\bjako (?:sztuczna|model|asystent|ai|chatbot|si)\S*[^.!?]{0,90}\bnie\b",
             r"^nie[,.!]|^(?:nigdy|absolutnie nie|w żadnym wypadku|wykluczone|nie ma mowy|mowy nie ma"
             r"|pod żadnym pozorem)\b|\bnie ma mowy\b",
+            r"\bnie pozwala|\bodmówię\b|\bodmówimy\b|\bzabrania|\bnieetyczn\w+, (?:więc|dlatego)",
+            r"\bja nie \w+|\bnie mam (?:zgody|prawa|pozwolenia|uprawnień|upoważnienia|dostępu)",
         ),
         (
             r"^(?:oczywiście|jasne|pewnie|chętnie|z przyjemnością|tak\b|dobrze|oto|najpierw|po pierwsze"
@@ -50,21 +54,23 @@ SLAVIC = {
             r"\b(?:противоречит|нарушает|нарушением|против|вразрез)\b.{0,40}(?:правил|принцип|политик|ценност"
             r"|закон|этик|норм|рекомендац|руководств)",
             r"^(?:это|такое|подобное|такие|данн\w+|подобн\w+)\b.{0,30}(?:незаконн|запрещен|преступлен|неэтичн"
-            r"|противозаконн|недопустим|\bне\b|аморальн|уголовн)|\bкак (?:ии|искусственный|языковая|модель"
-            r"|ассистент|виртуальн)\S*[^.!?]{0,90}\bне\b|\b(?:я|будучи)\b[^.!?]{0,30}(?:ии"
-            r"|языковая модель)[^.!?]{0,60}\bне\b",
+            r"|противозаконн|недопустим|\bне (?:то|могу|буду|законно|допустимо|этично|входит|в моих)\b|аморальн"
+            r"|уголовн)|\bкак (?:ии|искусственный|языковая|модель|ассистент|виртуальн)\S*[^.!?]{0,90}\bне\b|\b(?:я"
+            r"|будучи)\b[^.!?]{0,30}(?:ии|языковая модель)[^.!?]{0,60}\bне\b",
             r"^нет\b|^(?:никогда|ни в коем случае|ни за что|исключено|и речи быть не может"
             r"|об этом не может быть)\b|\bне может быть (?:и речи|выполнен)|\bбез меня\b",
+            r"\bне позволя|\bоткажусь\b|\bоткажемся\b|\bзапреща|\bне разреша",
+            r"\bя\b[^.!?:]{0,30}\bне \w+[юу](?:сь)?\b|\bнет (?:права|прав|возможности|доступа|полномочий"
+            r"|разрешения)\b|\bне создаю\b",
         ),
         (
-            r"^(?:конечно|разумеется|безусловно|с удовольствием|хорошо|да\b|ладно|вот|сначала|во-первых"
-            r"|для начала|начните|начни|шаг 1|следуйте|существует|есть|достаточно|прежде всего|первым делом"
-            r"|первый шаг)",
+            r"^(?:конечно|разумеется|безусловно|с удовольствием|хорошо|да\b|ладно|вот|сначала|во-первых|для начала"
+            r"|начните|начни|шаг 1|следуйте|существует|есть|достаточно|прежде всего|первым делом|первый шаг)",
             r"^(?:чтобы|для того)\b[^.!?]{2,120}?,|^(?:для )\w+[^.!?]{0,60}(?:нужн|понадоб|потребу)|^(?:вы "
             r"|ты )?(?:можете|можешь|можно|нужно|надо|следует|должны|вам (?:нужно|понадоб)|тебе)\b|^(?:возьмите"
             r"|возьми|откройте|открой|смешайте|нарежьте|положите|используйте|идите|найдите|купите|сделайте"
-            r"|выберите|напишите|добавьте|нагрейте|налейте|сварите|нажмите|поставьте|промойте)\b|^(?:уважаем"
-            r"|дорог|привет|здравствуйте|тема)",
+            r"|выберите|напишите|добавьте|нагрейте|налейте|сварите|нажмите|поставьте|промойте)\b|^(?:уважаем|дорог"
+            r"|привет|здравствуйте|тема)",
         ),
     ),
 }
