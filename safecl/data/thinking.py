@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from safecl.config import ConfigError
 from safecl.config.model import ThinkingConfig, ThinkingMode
-from safecl.data.chat import control_tokens, prompt_ids, template_source
+from safecl.data.chat import control_tokens, prompt_ids, stop_ids, template_source
 from safecl.data.formats import Message
 
 KNOWN_PAIRS = (
@@ -256,20 +256,20 @@ def opens_thought(tokenizer: Any, prompt: Sequence[int]) -> bool:
 def forbidden_ids(tokenizer: Any, mode: ThinkingMode | None = None) -> tuple[list[int], list[int]]:
     """Token ids that the mode `none` forbids: everywhere in an answer, and as its first token.
 
-    A marker of one token is forbidden everywhere, the first token of a longer one only at the start. Nothing is
-    forbidden where answers without a thought begin with that token.
+    A marker of one token, open or close, is forbidden everywhere; the first token of a longer one only at the start.
+    Not forbidden are tokens that end an answer, and those with which answers without a thought begin.
     """
     markers = markers_of(tokenizer)
     everywhere: list[int] = []
     first: list[int] = []
     if (mode or thinking_of(tokenizer).mode) != "none" or not markers.named:
         return everywhere, first
-    for pair in markers.pairs:
-        ids = tokenizer(pair.open, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1:
-            everywhere.append(ids[0])
-        elif not any(header.startswith(tokenizer.decode(ids[:1])) for header in markers.headers):
-            first.append(ids[0])
+    ends = stop_ids(tokenizer)
+    for marker in (marker for pair in markers.pairs for marker in pair):
+        ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
+        if ids[0] in ends or any(header.startswith(tokenizer.decode(ids[:1])) for header in markers.headers):
+            continue
+        (everywhere if len(ids) == 1 else first).append(ids[0])
     return everywhere, first
 
 

@@ -159,11 +159,13 @@ def test_an_empty_thought_without_markers_is_refused_with_what_helps():
 
 
 def test_without_a_thought_the_marker_cannot_be_written():
-    """One token is forbidden everywhere; of a longer marker its first token, and only where an answer begins."""
+    """One token is forbidden everywhere; of a longer marker its first token, and only where an answer begins. Nothing
+    was opened that a model could close: one that may not open a thought tries to close it next."""
     one = byte_tokenizer(*FAMILIES["control tokens in brackets"][:2])
-    assert forbidden_ids(one, "none")[0][0] == one.convert_tokens_to_ids("[THINK]")
+    assert forbidden_ids(one, "none")[0] == [one.convert_tokens_to_ids(token) for token in ("[THINK]", "[/THINK]")]
     several = byte_tokenizer(FAMILIES["a switch and a field"].template)
-    assert forbidden_ids(several, "none") == ([], [several.convert_tokens_to_ids("<")])
+    everywhere, first = forbidden_ids(several, "none")
+    assert everywhere == [] and set(first) == {several.convert_tokens_to_ids("<")}
     assert forbidden_ids(several, "template") == forbidden_ids(byte_tokenizer(), "none") == ([], [])
 
 

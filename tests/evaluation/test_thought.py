@@ -38,6 +38,8 @@ GRANITE = Markers((Pair("Here is my thought process:", "Here is my response:"),)
         ("<think>I cannot do this, I'm sorry", Parts("", "I cannot do this, I'm sorry", "", cut_off=True)),
         ("<think>a</think>b<think>c", Parts("", "a\nc", "", cut_off=True)),
         ("<think>a</think>", Parts("", "a", "")),
+        ("</think>\n\n</think>\n\nI cannot.", Parts("", "", "I cannot.")),
+        ("<think>a</think></think>", Parts("", "a", "")),
         ("Use </b> and </i>.", Parts("", "", "Use </b> and </i>.")),
     ],
 )

@@ -65,6 +65,8 @@ def split(text: str, markers: Markers, *, opened: bool = False, finished: bool =
             break
     if not thoughts:
         return Parts(header, "", _without_footer(rest, markers))
+    while (again := _closing(markers).match(rest.lstrip())) and not "".join(answers).strip():
+        rest = rest.lstrip()[again.end() :]  # a marker that the model repeats
     header_behind, rest = _without_header(rest, markers)
     answer = _without_footer("".join([*answers, rest]), markers).strip()
     if wrapped := _WRAPPED.fullmatch(answer):
