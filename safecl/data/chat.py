@@ -42,6 +42,9 @@ PLAIN_TEMPLATE = (
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Private-use characters that enclose a control token in a message's own text, from rendering to encoding.
 OPEN, CLOSE = "\uf8f0", "\uf8f1"
+START, STOP = "\uf8f2", "\uf8f3"  # ends of a generation mark
+_TAG = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
+_INNER_MARKS = re.compile(f"[{OPEN}{CLOSE}{START}{STOP}]")
 _PROBE = "safecl probe answer"
 
 
@@ -147,10 +150,15 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted(added | set(tokenizer.all_special_tokens)))
 
 
+def without_marks(text: str) -> str:
+    """Take the inner marks out of a text."""
+    return _INNER_MARKS.sub("", text)
+
+
 def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
     """Put the control tokens in the texts of a value inside OPEN and CLOSE."""
     if isinstance(value, str):
-        return pattern.sub(lambda m: f"{OPEN}{m[0]}{CLOSE}", value.replace(OPEN, "").replace(CLOSE, ""))
+        return pattern.sub(lambda m: f"{OPEN}{m[0]}{CLOSE}", without_marks(value))
     if isinstance(value, dict):
         return {_marked(key, pattern): _marked(item, pattern) for key, item in value.items()}
     return [_marked(item, pattern) for item in value] if isinstance(value, list) else value
@@ -201,21 +209,40 @@ def render(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, genera
 
 
 def render_marked(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[tuple[str, Ranges]]:
-    """Render as `render` does, and return the character ranges between `{% generation %}` and `{% endgeneration %}`."""
+    """Render as `render` does, and return the character ranges between `{% generation %}` and `{% endgeneration %}`.
+
+    The library counts characters from the start of the macro or block that a mark stands in, which misplaces the mark.
+    Here the template writes a character at each end of a mark, which is taken out again.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def render_some(turns: list[list[dict[str, str]]], given: dict[str, Any]) -> list[tuple[str, Ranges]]:
-        rendered: Any = render_jinja_template(  # (texts, ranges of each)
-            turns,
-            chat_template=tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            **given,
-            **tokenizer.special_tokens_map,
-        )
-        return list(zip(*rendered, strict=True))
+    template = _TAG.sub(_with_character, tokenizer.chat_template)
+    fix_clock(tokenizer, template)
 
-    rendered = _by_tools(tokenizer, conversations, render_some)
-    return [(text, [(start, stop) for start, stop in pairs if stop > start]) for text, pairs in rendered]
+    def render_some(turns: list[list[dict[str, str]]], given: dict[str, Any]) -> list[str]:
+        variables = {**given, **tokenizer.special_tokens_map}
+        texts: Any = render_jinja_template(turns, chat_template=template, **variables)[0]
+        return list(texts)
+
+    return [_take_out_marks(text) for text in _by_tools(tokenizer, conversations, render_some)]
+
+
+def _with_character(tag: re.Match[str]) -> str:
+    character = START if tag[2] == "generation" else STOP
+    return f"{{%{tag[1]} {tag[2]} %}}{{% if true %}}{character}{{% endif {tag[3]}%}}"
+
+
+def _take_out_marks(text: str) -> tuple[str, Ranges]:
+    parts, ranges, length, start = [], [], 0, 0
+    for part in re.split(f"([{START}{STOP}])", text):
+        if part == START:
+            start = length
+        elif part == STOP:
+            ranges.append((start, length))
+        else:
+            parts.append(part)
+            length += len(part)
+    return "".join(parts), [(start, stop) for start, stop in ranges if stop > start]
 
 
 def refusal(tokenizer: Any, error: Exception) -> RowProblem:

@@ -5,7 +5,6 @@ A row that cannot be read becomes a problem with its line number. Only a file th
 
 from __future__ import annotations
 
-import csv
 import difflib
 import functools
 import hashlib
@@ -16,22 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safecl.data.csv_rows import csv_rows
 from safecl.data.formats import MAX_ROW_CHARS, DataError, clip
+from safecl.data.raw import PACKED, RawRow, open_bytes, packing_of, suffix_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _JSON = (".jsonl", ".ndjson", ".json")
 _LINES = (".csv", ".tsv", ".txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 _BLOCK = 2**20
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """One row: its `columns`, or the `problem` that makes it unreadable. `line` counts from 1: see `unit_of`."""
-
-    line: int
-    columns: dict[str, Any] | None
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +43,8 @@ class Source:
 def unit_of(path: str) -> str:
     """The unit of row numbers: "line", or "row" where rows are not lines (Parquet, a JSON list, a hub data set)."""
     local = Path(path).expanduser()
-    if local.suffix.lower() not in _JSON:
-        return "line" if local.suffix.lower() in _LINES else "row"
+    if suffix_of(local) not in _JSON:
+        return "line" if suffix_of(local) in _LINES else "row"
     return "row" if local.is_file() and _holds_one_value(local) else "line"
 
 
@@ -92,13 +84,13 @@ def refuse_missing(path: str) -> None:
         return
     if local.exists():
         raise DataError(f"{path}: not a regular file")
-    if local.suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(path):
+    if suffix_of(local) in SUFFIXES or not _HUB_ID.fullmatch(path):
         raise DataError(f"{path}: no such file{_nearest(local)}")
 
 
 def _nearest(path: Path) -> str:
     try:
-        names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES]
+        names = [p.name for p in path.parent.iterdir() if suffix_of(p) in SUFFIXES]
     except OSError:
         return f"; there is no folder {path.parent} either"
     near = difflib.get_close_matches(path.name, names, n=1) or difflib.get_close_matches(
@@ -108,21 +100,24 @@ def _nearest(path: Path) -> str:
 
 
 def _file_source(path: str, local: Path) -> Source:
-    suffix = local.suffix.lower()
+    suffix = suffix_of(local)
     try:
         _refuse_other_encodings(path, local)
         unit = unit_of(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     readers: dict[str, Callable[[str, Path], Iterator[RawRow]]] = {
-        ".csv": functools.partial(_csv_rows, delimiter=","),
-        ".tsv": functools.partial(_csv_rows, delimiter="\t"),
+        ".csv": functools.partial(csv_rows, delimiter=","),
+        ".tsv": functools.partial(csv_rows, delimiter="\t"),
         ".parquet": _parquet_rows,
         ".txt": _text_rows,
         **dict.fromkeys(_JSON, _json_rows if unit == "row" else _jsonl_rows),
     }
     if suffix not in readers:
-        raise DataError(f"{path}: unknown kind of file `{suffix or local.name}`; known: {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"{path}: unknown kind of file `{suffix or local.name}`; known: {', '.join(SUFFIXES)}, each also with "
+            f"{', '.join(PACKED)}"
+        )
     return Source(path, unit, lambda: readers[suffix](path, local), lambda: _hash_file(local))
 
 
@@ -131,7 +126,8 @@ def _hash_file(local: Path) -> str:
     with local.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-    return f"{local.suffix.lower()}:{digest.hexdigest()}"
+    kind = "".join(local.suffixes[-2:]) if local.suffix.lower() in PACKED else local.suffix
+    return f"{kind.lower()}:{digest.hexdigest()}"
 
 
 def _refuse_other_encodings(path: str, local: Path) -> None:
@@ -139,8 +135,10 @@ def _refuse_other_encodings(path: str, local: Path) -> None:
         start = file.read(4)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path}: is UTF-16; save it as UTF-8, e.g. `iconv -f UTF-16 -t UTF-8`")
-    if start[:2] == b"\x1f\x8b":
-        raise DataError(f"{path}: is gzip-compressed; unpack it first, e.g. `gunzip`")
+    if start[:2] == b"PK":
+        raise DataError(f"{path}: is a ZIP archive; unpack it first, e.g. `unzip`")
+    if suffix_of(local) == ".parquet" and packing_of(local) is not None:
+        raise DataError(f"{path}: is a compressed Parquet file; unpack it first, Parquet is compressed inside")
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -216,7 +214,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _jsonl_rows(path: str, local: Path) -> Iterator[RawRow]:
-    with local.open("rb") as file:
+    with open_bytes(path, local) as file:
         for line, raw in _lines(file):
             if raw is None or len(raw) > MAX_ROW_CHARS:
                 yield RawRow(line, None, f"the line is enormous (over {MAX_ROW_CHARS // 2**20} MiB)")
@@ -229,20 +227,38 @@ def _holds_one_value(local: Path) -> bool:
 
     The content decides, since suffixes are often wrong.
     """
-    with local.open("rb") as file:
+    with open_bytes(str(local), local) as file:
         start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
     first, _, rest = start.partition(b"\n")
+    if re.match(rb'\{\s*\n\s*"', start):  # objects over several lines
+        return True
     try:
         _parse(first.decode("utf-8"))
-        return not rest.strip() and (start[:1] == b"[" or local.suffix.lower() == ".json")
+        return not rest.strip() and (start[:1] == b"[" or suffix_of(local) == ".json")
     except (ValueError, RecursionError):
         opens_list = re.match(rb"\[\s*[{\]]", start) or start.strip() == b"["
-        return bool(opens_list) or local.suffix.lower() == ".json"
+        return bool(opens_list) or suffix_of(local) == ".json"
+
+
+def _parse_all(text: str) -> Any:
+    """Parse one JSON value, or several objects one after the other, as `jq .` writes them."""
+    try:
+        return _parse(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" or not text.lstrip().startswith("{"):
+            raise
+    decoder, rows, place = json.JSONDecoder(object_pairs_hook=_mark_repeated_key), [], 0
+    while place < len(text.rstrip()):
+        row, place = decoder.raw_decode(text, len(text) - len(text[place:].lstrip()))
+        rows.append(row)
+    return rows
 
 
 def _json_rows(path: str, local: Path) -> Iterator[RawRow]:
     try:
-        value = _parse(local.read_bytes().decode("utf-8-sig"))
+        with open_bytes(path, local) as file:
+            text = file.read().decode("utf-8-sig")
+        value = _parse_all(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
@@ -268,44 +284,8 @@ def _list_of_rows(path: str, value: Any) -> list[Any]:
 # --------------------------------------------------------------------------------------------------- CSV, text, Parquet
 
 
-def _csv_rows(path: str, local: Path, delimiter: str) -> Iterator[RawRow]:
-    csv.field_size_limit(MAX_ROW_CHARS)
-    # Bytes that are not UTF-8 become lone surrogates, which the row's own check reports with its number.
-    with local.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        names = _csv_header(path, reader)
-        while True:
-            line = reader.line_num + 1  # the row's first line: a quoted cell may span several
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if "end of data" in str(error):
-                    # The rest of the file is inside the quotes, so the number of lost rows is unknown.
-                    raise DataError(f"{path}:{line}: a quote is opened that is never closed") from None
-                yield RawRow(line, None, f"not valid CSV: {clip(str(error), 60)}")
-                continue
-            if cells and len(cells) != len(names):
-                yield RawRow(line, None, f"has {len(cells)} cells, the header has {len(names)}")
-            elif cells:
-                yield RawRow(line, dict(zip(names, cells, strict=True)))
-
-
-def _csv_header(path: str, reader: Any) -> list[str]:
-    try:
-        names = [name.strip() for name in next(reader, [])]
-    except csv.Error as error:
-        raise DataError(f"{path}: the header is not valid CSV: {clip(str(error), 60)}") from None
-    if not any(names):
-        raise DataError(f"{path}: the first line must name the columns, it is empty")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{path}: the header names the column `{clip(twice[0])}` twice")
-    return names
-
-
 def _text_rows(path: str, local: Path) -> Iterator[RawRow]:
-    with local.open("rb") as file:
+    with open_bytes(path, local) as file:
         for line, raw in _lines(file):
             if raw is None or len(raw) > MAX_ROW_CHARS:
                 yield RawRow(line, None, f"the line is enormous (over {MAX_ROW_CHARS // 2**20} MiB)")
@@ -365,7 +345,7 @@ def _dataset_folder(path: str, local: Path, split: str) -> Source:
     import datasets
 
     if not any((local / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        files = sorted(p.name for p in local.iterdir() if p.suffix.lower() in SUFFIXES)
+        files = sorted(p.name for p in local.iterdir() if suffix_of(p) in SUFFIXES)
         hint = f"name one of its files: {clip(', '.join(files), 80)}" if files else "it holds no data files either"
         raise DataError(f"{path}: is a folder, and not one that datasets.save_to_disk wrote; {hint}")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from safecl.config import FieldMap
@@ -96,11 +96,16 @@ def check_fields(fields: FieldMap, columns: Iterable[str], path: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- choosing
 
 
-def suggest_fields(columns: Iterable[str]) -> str:
+def suggest_fields(columns: Sequence[str]) -> str:
     """Suggest a `fields` line for columns of no known format."""
-    columns = list(columns)
+    # Of a pair of preferences, only the chosen answer is worth learning.
+    columns = (
+        [c for c in columns if not re.search(r"reject|label|score", c, re.I)] if "chosen" in columns else [*columns]
+    )
     answers = [
-        c for c in columns if re.search(r"answer|label|target|output|response|completion|summary|solution", c, re.I)
+        c
+        for c in columns
+        if re.search(r"answer|label|target|output|response|completion|summary|solution|chosen", c, re.I)
     ]
     answer = answers[0] if answers else columns[-1] if columns else "answer"
     asked = next((c for c in columns if c != answer and c not in ("id", "idx", "index", "task_id")), "question")

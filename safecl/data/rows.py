@@ -17,7 +17,7 @@ import numpy as np
 from safecl.config import FieldMap
 from safecl.data.cells import is_nan
 from safecl.data.columns import is_unwanted, unused_columns
-from safecl.data.files import RawRow, Source, open_source
+from safecl.data.files import Source, open_source
 from safecl.data.formats import (
     ChatRow,
     DataError,
@@ -31,6 +31,7 @@ from safecl.data.formats import (
     with_system,
     with_tools,
 )
+from safecl.data.raw import RawRow
 from safecl.data.readers import check_fields, row_reader, suggest_fields, tags_of, template_columns
 
 _SAMPLE = 100  # rows that are read to detect the format

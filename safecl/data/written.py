@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safecl.data.chat import CLOSE, OPEN, render, template_source
+from safecl.data.chat import render, template_source, without_marks
 from safecl.data.formats import Message, RowProblem, clip
 
 _THOUGHT = re.compile(r"\s*(?:<([\w|]+)>.*?</\1>|\[(\w+)\].*?\[/\2\]|◁(\w+)▷.*?◁/\3▷)", re.DOTALL)
@@ -60,11 +60,11 @@ class _Text:
     """A rendered text, without the marks of control tokens, as it is and without its white space."""
 
     def __init__(self, text: str):
-        self.plain = text.replace(OPEN, "").replace(CLOSE, "")
+        self.plain = without_marks(text)
         self._dense: str | None = None
 
     def holds(self, part: str) -> bool:
-        part = part.replace(OPEN, "").replace(CLOSE, "").strip()
+        part = without_marks(part).strip()
         if part in self.plain:
             return True
         if self._dense is None:

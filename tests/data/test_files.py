@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import subprocess
 import sys
 
@@ -29,6 +32,17 @@ def write_parquet(path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
 
 
+def packed(path, name, compress):
+    WRITERS[name](path)
+    path.write_bytes(compress(path.read_bytes()))
+
+
+def zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
 WRITERS = {
     "rows.jsonl": lambda p: p.write_text("\n".join(json.dumps(r) for r in ROWS)),
     "rows.ndjson": lambda p: p.write_text(
@@ -45,6 +59,19 @@ WRITERS = {
     "rows.tsv": lambda p: write_csv(p, "\t"),
     "ROWS.CSV": write_csv,
     "rows.parquet": write_parquet,
+    "semicolon.csv": lambda p: write_csv(p, ";"),
+    "tab.csv": lambda p: write_csv(p, "\t", "utf-8-sig"),
+    "comma.tsv": write_csv,
+    "bar.csv": lambda p: write_csv(p, "|"),
+    "indented.jsonl": lambda p: p.write_text("\n".join(json.dumps(r, indent=2) for r in ROWS) + "\n"),
+    "indented.json": lambda p: p.write_text("".join(json.dumps(r, indent=2) for r in ROWS)),
+    "wrapped.jsonl": lambda p: p.write_text(json.dumps({"data": ROWS}, indent=2)),
+    "packed.jsonl.gz": lambda p: packed(p, "rows.jsonl", gzip.compress),
+    "packed.json.bz2": lambda p: packed(p, "array.json", bz2.compress),
+    "packed.csv.xz": lambda p: packed(p, "rows.csv", lzma.compress),
+    "packed.jsonl.zst": lambda p: packed(p, "rows.ndjson", zstd),
+    "packed.csv.zst": lambda p: packed(p, "semicolon.csv", zstd),
+    "packed.jsonl": lambda p: packed(p, "array_called.jsonl", gzip.compress),
 }
 
 
@@ -55,7 +82,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert [(r.messages[0].content, r.messages[1].content) for r in rows] == [
         (r["prompt"], r["completion"]) for r in ROWS
     ]
-    is_table = name.lower().endswith(("csv", "tsv"))  # a header, and a line break inside each row
+    is_table = name.lower().endswith(("csv", "tsv", "csv.xz", "csv.zst"))  # a header, and a line break inside each row
     assert [r.line for r in rows] == ([2, 4, 6, 8] if is_table else [1, 2, 3, 4]) and bad.count == 0
 
 
@@ -67,6 +94,20 @@ def test_a_row_that_is_no_line_is_not_told_as_one(tmp_path, name):
     WRITERS[name](tmp_path / name)
     path = str(tmp_path / name)
     assert where(path, 3) == (f"{path}:3" if name in ON_LINES else f"{path}, row 3") == open_source(path).where(3)
+
+
+def test_excels_line_that_names_the_delimiter_is_no_header(tmp_path):
+    (tmp_path / "a.csv").write_text("\ufeffsep=;\nprompt;completion\na, b;c\nd\n", encoding="utf-8")
+    rows, bad = read_rows(str(tmp_path / "a.csv"), max_bad_rows=1)
+    assert [(r.line, r.messages[0].content) for r in rows] == [(3, "a, b")] and "a.csv:4: has 1 cells" in bad.examples[
+        0
+    ]
+
+
+def test_nan_in_a_csv_file_is_an_empty_cell(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,input,output\na,nan,b\na,,NaN\n")
+    rows, bad = read_rows(str(tmp_path / "a.csv"), max_bad_rows=1)
+    assert rows[0].messages[0].content == "a" and "a.csv:3: `output` is null" in bad.examples[0]
 
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
@@ -140,7 +181,11 @@ FILES = {
     "latin.json": ('[{"text": "é"}]'.encode("latin-1"), "not valid UTF-8"),
     "deep.json": (b"[" * 100_000, "not "),
     "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), "UTF-16"),
-    "packed.jsonl": (b"\x1f\x8b\x08\x00", "gunzip"),
+    "torn.jsonl.gz": (gzip.compress(b'{"text": "a"}' * 99)[:30], "not a whole gzip file"),
+    "torn.jsonl.xz": (lzma.compress(b'{"text": "a"}' * 99)[:60], "not a whole xz file"),
+    "torn.jsonl": (b"\x28\xb5\x2f\xfd nothing", "not a whole zstd file"),
+    "rows.jsonl.zip": (b"PK\x03\x04", "ZIP archive; unpack it"),
+    "rows.parquet.gz": (gzip.compress(b"PAR1"), "Parquet is compressed inside"),
     "broken.parquet": (b"PAR1 nothing PAR1", "not a readable Parquet file"),
     "no_header.csv": (b"\na,b\n", "must name the columns"),
     "twice.csv": (b"a,a\n1,2\n", "column `a` twice"),

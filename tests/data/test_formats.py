@@ -220,6 +220,8 @@ def test_unknown_columns_get_the_templates_that_would_fit(tmp_path):
     ):
         read_rows(write(tmp_path, [{"question": "q", "answer": "a"}]))
     assert suggest_fields(["idx", "sentence", "label"]) == 'fields: {prompt: "{sentence}", completion: "{label}"}'
+    for columns in (["prompt", "chosen", "rejected"], ["prompt", "rejected_response", "chosen", "label"]):
+        assert suggest_fields(columns) == 'fields: {prompt: "{prompt}", completion: "{chosen}"}'
     with pytest.raises(DataError, match="needs templates"):
         read_rows(write(tmp_path, [{"a": "b"}]), format="fields")
 

@@ -162,6 +162,25 @@ def marked(case: str) -> str:
     return "{% for m in messages %}{{ " + OPEN_TURN + " }}" + MARKS[case][0] + "{% endfor %}" + ASSISTANT
 
 
+SAY = "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+SAY += "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+
+
+@pytest.mark.parametrize("source", [
+    "{% macro say(m) %}" + SAY + "{% endmacro %}{% for m in messages %}{{ say(m) }}\n{% endfor %}",
+    "{% for m in messages %}{% set text %}" + SAY + "{% endset %}{{ text }}\n{% endfor %}",
+    "{% for m in messages %}{% filter trim %} " + SAY + "{% endfilter %}\n{% endfor %}",
+    "{% for m in messages %}\n " + SAY.replace("%}{", "%}\n {").replace("generation %", "generation -%")
+    + "{% endfor %}",
+], ids=["macro", "set", "filter", "indented"])  # fmt: skip
+def test_marks_inside_macros_and_blocks_are_where_they_stand(source):
+    tokenizer = tk.byte_level(source + ASSISTANT)
+    row = chat("q", "a b\uf8f2 c", "r", "d")
+    assert [text.strip() for text in learned(tokenizer, row)] == ["a b c<|im_end|>", "d<|im_end|>"]
+    turns = [{"role": m.role, "content": m.content.replace("\uf8f2", "")} for m in row.messages]
+    assert tokenize_row(tokenizer, row, 999).input_ids.tolist() == tokenizer.apply_chat_template(turns)["input_ids"]
+
+
 @pytest.mark.parametrize("case", MARKS)
 def test_what_the_template_marks_is_learned_and_nothing_else(case):
     assert learned(tk.byte_level(marked(case)), chat("q", "a b c", "r", "d e f")) == MARKS[case][1]
