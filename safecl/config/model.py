@@ -51,8 +51,8 @@ class ModelConfig(Section):
     """The model that is tuned: a dense decoder-only Hugging Face model."""
 
     path: Text
-    """Folder in Hugging Face layout, or a hub id. It is the aligned model, theta_0, unless the first task has role
-    `align`."""
+    """Folder in Hugging Face layout, a hub id, a `.gguf` file (dequantised), or the folder of an adapter, which is
+    merged into its base. It is the aligned model, theta_0, unless the first task has role `align`."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; the model's own by default."""
     chat_template: str | None = None

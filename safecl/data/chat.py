@@ -24,7 +24,7 @@ from typing import Any
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.data.formats import THOUGHTS, DataError, Message, RowProblem, clip
-from safecl.data.hub import local_name, refuse_unreachable
+from safecl.data.hub import refuse_unreachable, tokenizer_source
 from safecl.data.template_dates import fix_clock, set_date
 
 log = logging.getLogger("safecl")
@@ -76,7 +76,8 @@ def _from_pretrained(model: ModelConfig, key: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(local_name(name), trust_remote_code=model.trust_remote_code)
+        source, options = tokenizer_source(name)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **options)
     except Exception as error:  # the library raises many kinds for a missing, broken or unreachable tokenizer
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = clip(lines[0] if lines else type(error).__name__, 200)

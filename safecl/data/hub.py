@@ -13,16 +13,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from safecl.config import ConfigError
+from safecl.storage.model_folder import ADAPTER, is_gguf, settings_source
 
 SECONDS_TO_CONNECT = 5.0
 _ONE_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "config.json")
+_ONE_OF_A_MODEL = (*_ONE_OF_A_TOKENIZER, ADAPTER)
 
 
 def refuse_missing_folder(key: str, name: str) -> None:
     """Raise ConfigError where `name` is no model folder and cannot be a model of the hub. Does not use the network."""
     local = Path(name).expanduser()
+    if is_gguf(name):
+        return
     if local.is_dir():
-        if not any((local / file).is_file() for file in _ONE_OF_A_TOKENIZER):
+        if not any((local / file).is_file() for file in _ONE_OF_A_MODEL):
             raise ConfigError(f"{key}: {name} is not a model folder: there is no tokenizer and no config.json in it")
         return
     if local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -36,7 +40,7 @@ def refuse_missing_folder(key: str, name: str) -> None:
 def refuse_unreachable(key: str, name: str) -> None:
     """Raise ConfigError for a missing folder, or for a hub model that is not cached while the hub is out of reach."""
     refuse_missing_folder(key, name)
-    if Path(name).expanduser().is_dir() or _is_cached(name):
+    if is_gguf(name) or Path(name).expanduser().is_dir() or _is_cached(name):
         return
     problem = _no_connection()
     if problem is not None:
@@ -72,3 +76,12 @@ def local_name(name: str) -> str:
     """Return the folder with ~ resolved, or the name on the hub unchanged."""
     local = Path(name).expanduser()
     return os.fspath(local) if local.is_dir() else name
+
+
+def tokenizer_source(name: str) -> tuple[str, dict[str, str]]:
+    """Return where transformers finds a tokenizer: a folder or hub id, and further arguments of `from_pretrained`. An
+    adapter without a tokenizer has that of its base."""
+    local = Path(name).expanduser()
+    if is_gguf(name) or (local.is_dir() and not any((local / file).is_file() for file in _ONE_OF_A_TOKENIZER)):
+        return settings_source(name)
+    return local_name(name), {}

@@ -88,7 +88,7 @@ def bin_files(path: str) -> list[Path]:
 
 def has_weights_here(path: str) -> bool:
     """Whether the model is a local folder, or its weights are in the hub's cache already."""
-    if Path(path).expanduser().is_dir():
+    if is_gguf(path) or Path(path).expanduser().is_dir():
         return True
     names = (WEIGHTS, INDEX, BIN_WEIGHTS, BIN_INDEX)
     return any(_locate(path, name, downloads=False) is not None for name in names)

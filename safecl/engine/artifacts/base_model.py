@@ -56,8 +56,13 @@ def model_hash(path: str, store: ArtifactStore | None = None) -> str:
 
 
 def _files_of(path: str) -> list[Path]:
-    from safecl.storage.model_folder import read_model_files
+    from safecl.storage.model_folder import adapter_base, is_adapter, is_gguf, read_model_files
 
+    if is_gguf(path):
+        return [Path(path).expanduser()]
+    if is_adapter(path):
+        own = Path(path).expanduser()
+        return [*_files_of(adapter_base(path)), *sorted(own.glob("adapter_*"))]
     found = read_model_files(path)
     folder = Path(path) if Path(path).is_dir() else _hub_folder(path)
     weights = list(found.stamps) if found is not None else [*folder.glob("*.bin"), *folder.glob("*.safetensors")]

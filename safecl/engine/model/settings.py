@@ -45,8 +45,13 @@ def read_model_settings(config: ModelConfig) -> PretrainedConfig:
 
 def _refuse_without_package(config: ModelConfig) -> None:
     """Raise ConfigError where a package is missing that reads the model's files."""
-    if is_gguf(config.path) and find_spec("gguf") is None:
-        raise ConfigError(f"model.path: {config.path}: reading a .gguf file needs the package gguf: pip install gguf")
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if is_gguf(config.path) and missing:
+        needed = " and ".join(missing)
+        raise ConfigError(
+            f"model.path: {config.path}: reading a .gguf file needs the package {needed}: "
+            f"pip install {' '.join(missing)}"
+        )
     if is_adapter(config.path):
         if find_spec("peft") is None:
             raise ConfigError(

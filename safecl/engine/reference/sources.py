@@ -17,7 +17,7 @@ from safecl.engine.model.tensor_names import Matches, Shapes, keep_conversions, 
 from safecl.engine.reference.converting import converted_state
 from safecl.engine.reference.layout import Layout
 from safecl.storage.durable import open_regular, read_into
-from safecl.storage.model_folder import ModelFiles, UnusableWeights, is_converted, read_model_files
+from safecl.storage.model_folder import ModelFiles, UnusableWeights, adapter_base, is_adapter, is_gguf, read_model_files
 from safecl.storage.safetensors_file import Tensor
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ def find_weights(
 
     model: the model's structure. Raises UnusableWeights where a parameter is missing or does not fit.
     """
-    if is_converted(path):
+    if is_adapter(path):
+        base = find_weights(adapter_base(path), layout, model, trust_remote_code)
+        return Converter(layout, None, path, trust_remote_code, base.notes)
+    if is_gguf(path):
         return Converter(layout, None, path, trust_remote_code)
     files = read_model_files(path)
     shapes = stored_shapes(path)

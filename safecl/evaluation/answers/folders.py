@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safecl.config import ConfigError
+from safecl.storage.model_folder import is_gguf
 
 
 def is_model(folder: str | Path) -> bool:
@@ -16,6 +17,8 @@ def check_is_model(path: str | Path) -> None:
     """Refuse a folder that holds no model; a hub id is left to transformers. Raises ConfigError, which names a `model`
     folder inside where there is one."""
     folder = Path(path)
+    if is_gguf(str(path)):
+        return
     if not folder.is_dir():
         if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
             raise ConfigError(f"{path}: no such model folder")

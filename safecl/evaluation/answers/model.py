@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from safecl.config import ConfigError
 from safecl.evaluation.answers.folders import check_is_model
+from safecl.storage.model_folder import adapter_base, is_adapter, settings_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,19 +109,10 @@ class HFEvalModel:
         `attention` auto (the model's default), sdpa, eager or flash_attention_2.
         Raises: ConfigError where there is no such model, or its files cannot be read.
         """
-        from transformers import AutoModelForCausalLM
-
         check_is_model(path)
         options = {} if attention == "auto" else {"attn_implementation": attention}
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(path),
-                dtype=_DTYPES[dtype],
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
-            model, info = loaded  # with output_loading_info
+            model, info = _load(str(path), dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code, **options)
         except MemoryError:
             raise
         except Exception as error:  # the library, its file formats and the model's own code raise many kinds
@@ -180,6 +172,20 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _load(path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a model, or an adapter on its base, which may be named relative to the adapter's place. Also return what
+    transformers tells about its weights."""
+    from transformers import AutoModelForCausalLM
+
+    if is_adapter(path):
+        model, info = _load(adapter_base(path), **options)
+        model.load_adapter(path)
+        return model, info
+    source, more = settings_source(path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **more)
+    return loaded[0], loaded[1]
 
 
 def _refuse_random_weights(path: str | Path, info: dict[str, Any]) -> None:

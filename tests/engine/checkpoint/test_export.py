@@ -135,3 +135,57 @@ def test_lora_trains_and_saves_adapters_only(rank_pool, tmp_path, stage):
     assert (found - logits).norm() <= 1e-6 * logits.norm()
     assert (found - start).norm() > 1e-4 * start.norm()
     assert not list((tmp_path / "model").glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["embed_tokens"], ["v_proj", "lm_head"]])
+def test_adapters_of_embedding_and_head_are_saved_and_load_in_peft(rank_pool, tmp_path, stage, targets):
+    import peft
+
+    lora = {"r": 2, "alpha": 8, "target_modules": targets}
+    model = {"path": "unused", "dtype": "fp32", "gradient_checkpointing": False, "lora": lora}
+    changes = dict(model=model, memory=None, deepspeed={"stage": stage})
+    logits = rank_pool(2).run(train_and_save, folder=str(tmp_path / "model"), lora=True, **changes)[0]
+    loaded = peft.PeftModel.from_pretrained(scenes.tiny_model(), tmp_path / "model").eval()
+    found = loaded(IDS, use_cache=False).logits
+    assert (found - logits).norm() <= 1e-6 * logits.norm()
+    names = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert names and all("lora_" in name for name in names)
+
+
+REMOTE = {
+    "configuration_own.py": "from transformers import LlamaConfig\n\n"
+    "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n",
+    "parts_own.py": "from transformers import LlamaForCausalLM as Base\n",
+    "modeling_own.py": "from .configuration_own import OwnConfig\nfrom .parts_own import Base\n\n"
+    "class OwnForCausalLM(Base):\n    config_class = OwnConfig\n",
+}
+
+
+def test_a_model_with_code_of_its_own_is_saved_with_that_code_and_the_settings_of_its_base(tmp_path):
+    import transformers
+
+    from safecl.config import ModelConfig
+    from safecl.engine.checkpoint.model_settings import save_settings
+    from safecl.engine.reference.loading import load_model
+
+    base, folder = tmp_path / "base", tmp_path / "model"
+    scenes.tiny_model().save_pretrained(base)
+    for name, text in REMOTE.items():
+        (base / name).write_text(text)
+    settings = json.loads((base / "config.json").read_text())
+    names = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    own = {"model_type": "own", "auto_map": names, "architectures": ["OwnForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(settings | own))
+    model, _ = load_model(
+        ModelConfig(path=str(base), dtype="fp32", gradient_checkpointing=False, trust_remote_code=True)
+    )
+    folder.mkdir()
+    save_settings(model, folder)
+    assert {path.name for path in folder.glob("*.py")} == set(REMOTE)
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["use_cache"] is settings["use_cache"] is True
+    assert saved["auto_map"] == names and saved["rope_theta"] == settings["rope_parameters"]["rope_theta"]
+    (folder / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    found = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(found(IDS).logits, model(IDS).logits)
