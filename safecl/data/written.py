@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safecl.data.chat import render, template_source, without_marks
+from safecl.data.files import where
 from safecl.data.formats import Message, RowProblem, clip
 
 _THOUGHT = re.compile(r"\s*(?:<([\w|]+)>.*?</\1>|\[(\w+)\].*?\[/\2\]|◁(\w+)▷.*?◁/\3▷)", re.DOTALL)
@@ -128,3 +129,23 @@ def after_thought(content: str) -> str | None:
     """The answer behind a thought that it begins with, or None where there is no such thought."""
     opened = _THOUGHT.match(content)
     return content[opened.end() :] if opened else None
+
+
+def remarks_on_prompts(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
+    """Remarks on prompts that the template does not write as they are, with their number and the first of them.
+
+    Args: `prompts`: anything with `messages`, `path` and `line`. Prompts that the template refuses are left to the one
+    who renders them.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for prompt in prompts:
+        try:
+            text = render(tokenizer, [prompt.messages], generation_prompt=True)[0]
+        except Exception:  # as above
+            continue
+        written = compare(tokenizer, [prompt.messages], [text])[0]
+        for remark in [*([str(written.problem)] if written.problem else []), *written.notes]:
+            count, first = found.get(remark, (0, where(prompt.path, prompt.line)))
+            found[remark] = (count + 1, first)
+    lines = [f"{count:,} of {len(prompts):,} prompts: {text} (first: {at})" for text, (count, at) in found.items()]
+    return [*lines[:5], *([f"and {len(lines) - 5} more remarks on prompts"] if len(lines) > 5 else [])]

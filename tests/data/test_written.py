@@ -10,6 +10,7 @@ import pytest
 from safecl.data import DataError, Message, prepare_dataset, tokenize_row
 from safecl.data.formats import ChatRow, RowProblem
 from safecl.data.masks import tokenize_rows
+from safecl.data.written import remarks_on_prompts
 from tests.data import tokenizers as tk
 from tests.data.test_masks import chat, learned
 
@@ -222,3 +223,11 @@ def test_an_answer_in_two_parts_is_learned_up_to_its_last_end_token():
 def test_messages_of_one_word_that_stand_elsewhere_by_chance_are_still_missed():
     row = ChatRow((Message("system", "four"), *chat("two", "four").messages), "rows.jsonl", 7)
     assert "leaves out message 1" in problem(template("m['content']", turns="messages if m['role'] != 'system'"), row)
+
+
+def test_prompts_that_the_template_does_not_write_are_named_with_their_number():
+    tokenizer = tk.byte_level(template("m['content']", turns="messages if m['role'] != 'system'"))
+    prompts = [replace(row, messages=row.messages[:-1]) for row in (ROW, chat("two", "four"), ROW)]
+    [remark] = remarks_on_prompts(tokenizer, prompts)
+    assert remark.startswith("2 of 3 prompts: ") and "leaves out message 1 (system)" in remark
+    assert remarks_on_prompts(tk.byte_level(), prompts) == []
