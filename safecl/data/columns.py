@@ -27,6 +27,16 @@ _MEANT_TO_BE_READ = {
     "messages", "conversations", "text", "instruction", "prompt", "question", "query", "passage", "knowledge",
     "output", "chosen", "rejected", "label", "kto_tag", "thought", *ANSWERS, *THOUGHTS,
 }  # fmt: skip
+_ASKED = {
+    "system",
+    "system_prompt",
+    "input",
+    "context",
+    "question",
+    "query",
+    "passage",
+    "knowledge",
+}  # not the answer's
 _MAX_TAG_CHARS = 80
 
 
@@ -59,7 +69,12 @@ def unused_columns(row: Mapping[str, Any], messages: Sequence[Message], format: 
     said = "\0".join(text for m in messages for text in (m.content, m.thought or "", m.tools or ""))
     answer = next((name for name in ANSWERS if name in row), "") if format == "prompt_completion" else ""
     rest = {name: value for name, value in row.items() if name not in _USED[format] and name != answer}
-    names = [f"`{clip(name, 24)}`" for name, value in rest.items() if _says_more(name, value, said, format)]
+    asked = "\0".join(m.content for m in messages if m.role != "assistant")
+    names = [
+        f"`{clip(name, 24)}`"
+        for name, value in rest.items()
+        if _says_more(name, value, asked if name in _ASKED else said, format)
+    ]
     turns = row.get({"messages": "messages", "sharegpt": "conversations"}.get(format, ""))
     said_apart = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     extra = dict.fromkeys(key for turn in said_apart for key in turn if not is_empty(turn[key]))

@@ -37,7 +37,7 @@ from safecl.storage.locks import waiting_lock
 
 log = logging.getLogger("safecl")
 
-_VERSION = 5  # of the prepared files; files of another version are prepared again
+_VERSION = 6  # of the prepared files; files of another version are prepared again
 _BATCH = 1024  # rows tokenised at once
 
 

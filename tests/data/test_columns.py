@@ -52,6 +52,7 @@ def test_history_comes_before_a_prompt_and_is_not_trained(read):
     ({"system": "Answer in rhyme", "messages": [{"role": "system", "content": "Be brief"}, ASKS, SAYS]}, "`system`"),
     ({"prompt": "Translate", "input": "two", "response": "zwei"}, "`input`"),
     ({"prompt": "Translate", "context": "two", "response": "zwei"}, "`context`"),
+    ({"prompt": "Translate", "context": "zwei", "response": "zwei"}, "`context`"),
     ({"prompt": "Translate", "answer": "zwei", "response": "deux"}, "`response`"),
     ({"instruction": "Translate", "input": "a", "context": "two", "output": "zwei"}, "`context`"),
     ({"messages": [ASKS, SAYS], "thinking": "It should be calm"}, "`thinking`"),
