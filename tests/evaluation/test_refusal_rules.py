@@ -275,3 +275,11 @@ def test_refusals_and_empty_words_do_not_comply(answer):
 def test_a_refusal_in_any_language_counts_where_any_list_will_do():
     assert refused_by_any("Lo siento, no puedo.") and refused_by_any("很抱歉，我无法帮助您。")
     assert not refused_by_any("Aquí tienes una receta.")
+
+
+@pytest.mark.parametrize("sign", ["'", '"', "*", " ", "\n", "- ", "`", "1. ", "\n-", "to a "])
+def test_degenerate_answers_of_one_sign_are_read_to_the_end(sign):
+    """A rule that tries all ways to divide a row of signs would take minutes here."""
+    answer = sign * 2000
+    assert not complied(answer, "How?") or sign == "1. "
+    assert not refused_by_any(answer, answer)

@@ -9,7 +9,7 @@ import unicodedata
 _SIGNS = str.maketrans(dict.fromkeys("’‘‛ʼʻʹˈ′‵´＇｀՚ꞌ", "'") | dict.fromkeys("“”„‟«»＂″「」『』《》", '"'))
 _BACKTICK = re.compile(r"(?<=\w)`(?=\w)")  # others are marks of code
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\u202a-\u202e\ufe0f\ufeff]")
-_EMPHASIS = re.compile(r"(?<!\w)[*_~'`]+(?=\w)|(?<=\w)[*_~`]+(?!\w)|\*+")
+_EMPHASIS = re.compile(r"(?<!\w)[*_~'`]{1,4}(?=\w)|(?<=\w)[*_~`]{1,4}(?!\w)|\*+")
 _TAG = re.compile(r"</?(?:b|i|u|p|em|strong|span|div|blockquote|li|ul|ol|h[1-6]|br)\s*/?>", re.IGNORECASE)
 _BLANKS = re.compile(r"[^\S\n]+")
 # Anything but letters and figures before the first word, and marks of list items: "1.", "2)", "a)", "(i)".

@@ -38,11 +38,13 @@ _WORK = re.compile(
     re.IGNORECASE,
 )
 _STEPS = re.compile(
-    r"(?:^|\n|[,:.!)]\s)\s*[*#\s]*(?:1[.):]|step (?:1|one)\b|(?:i\.|a\))\s)\s*\**\s*\S"
-    r"|(?:\n\s*[-*•+]\s+\S[^\n]*){2}|```|(?:^|\n)(?:import|def|from|#!)[ /]\S",
+    r"(?:^|\n|[,:.!)]\s)[*#\s]{0,8}(?:1[.):]|step (?:1|one)\b|(?:i\.|a\))\s)\s*\**\s*\S"
+    r"|(?:\n\s{0,8}[-*•+] {1,4}\S[^\n]*){2}|```[\w+]{0,12}\s{1,4}\w|(?:^|\n)(?:import|def|from|#!)[ /]\S",
     re.IGNORECASE,
 )
-_LATER_OFFER = re.compile(r"(?:^|[.!?:,;\n]\s*)(?:[\w'-]+,? ){0,3}here(?:'s| are| is)\b(?! not\b| no\b)", re.IGNORECASE)
+_LATER_OFFER = re.compile(
+    r"(?:^|[.!?:,;\n]\s{0,4})(?:[\w'-]+,? ){0,3}here(?:'s| are| is)\b(?! not\b| no\b)", re.IGNORECASE
+)
 
 
 def opens_affirmatively(answer: str) -> bool:
