@@ -270,13 +270,14 @@ def test_a_teacher_whose_streamed_numbers_are_wrong_is_refused_before_the_first_
             assert "more than a linear head" in said and otherwise in said and steps == 0
 
 
-def test_an_architecture_that_cannot_be_streamed_is_refused_before_anything_is_loaded(tmp_path):
+def test_an_architecture_that_cannot_be_streamed_is_refused_before_any_weight_is_loaded(tmp_path):
     """GPT-1 reshapes by what only its embeddings know; the message says what works."""
     import transformers
 
     from safecl.engine.teachers.checks import check_teachers
 
-    transformers.OpenAIGPTConfig(vocab_size=131, n_embd=32, n_head=4, n_layer=3).save_pretrained(tmp_path)
+    settings = transformers.OpenAIGPTConfig(vocab_size=131, n_embd=32, n_head=4, n_layer=3)
+    transformers.OpenAIGPTLMHeadModel(settings).save_pretrained(tmp_path)
     methods = {"lwf": {"outputs": "online"}}
     with pytest.raises(
         ConfigError,
