@@ -1,4 +1,4 @@
-"""Where the trained part of an answer ends: behind the first token that ends it, and not before."""
+"""The end of the trained part of an answer: it is the first token that ends the answer."""
 
 from __future__ import annotations
 

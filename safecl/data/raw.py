@@ -33,7 +33,7 @@ def suffix_of(local: Path) -> str:
 
 
 def packing_of(local: Path) -> str | None:
-    """How the file is compressed, by its first bytes; None where it is not."""
+    """Return the compression of the file, read from its first bytes; None where it has none."""
     with local.open("rb") as file:
         start = file.read(6)
     return next((name for magic, name in _STARTS.items() if start.startswith(magic)), None)

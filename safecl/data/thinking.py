@@ -56,7 +56,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Markers:
-    """What a tokenizer's template and the config say of thoughts.
+    """The marks of thoughts, from the tokenizer's template and the config.
 
     pairs: the first is the one that prompts are written with. named: whether template, tokenizer or config name it.
     block: an empty thought, as the template writes it. headers, footers: texts around the answer that the model writes

@@ -24,7 +24,7 @@ _FIX = "write it in a copy of the template and name the copy in model.chat_templ
 
 @dataclass
 class Written:
-    """What a template has made of one conversation: the problem of the row, if any, and remarks."""
+    """The rendering of one conversation: the problem of the row, if any, and notes."""
 
     problem: RowProblem | None = None
     notes: list[str] = field(default_factory=list)

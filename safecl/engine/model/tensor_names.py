@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Matches:
-    """What transformers makes of a checkpoint's tensors."""
+    """The tensors of a checkpoint, as transformers loads them."""
 
     sources: Mapping[str, str]
     """{name in the model: name in the checkpoint}, for tensors of which nothing but the name changes."""
