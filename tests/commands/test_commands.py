@@ -60,6 +60,7 @@ def _is_mention(words: list[str]) -> bool:
     return (
         not given
         or given[0].startswith("-")
+        or (given[0] == "memory" and len(given) == 2)
         or alone
         or any(word.strip("[].").isupper() or "..." in word for word in given)
     )
