@@ -15,6 +15,14 @@ from tests.pool import RankPool
 _pools: dict[int, RankPool] = {}
 
 
+def pytest_collection_modifyitems(items):
+    """Tests run on the CPU, also where there is a GPU; those marked `gpu` need DS_ACCELERATOR=cuda."""
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="ranks are on the CPU: set DS_ACCELERATOR=cuda"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """A user's own prepared data and artifacts are neither used nor filled."""

@@ -46,6 +46,9 @@ class TrainConfig(Section):
     """task: the weight penalty is added after clipping; total: the norm includes it (one more all-reduce)."""
     seed: int = 0
     """Seed of the order of rows, the draws from the memory, the signs of the Fisher estimate, and dropout."""
+    deterministic: bool = False
+    """On GPUs: only operations that add in a fixed order, so that repeated and resumed runs have the same bits. Slower;
+    an operation that has no such form ends the run by name. CPUs need no setting."""
     max_bad_rows: Annotated[float, Field(ge=0)] = 0.01
     """Bad rows that are skipped with a message: a share below 1, a count from 1 on. More of them stop the run."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 5

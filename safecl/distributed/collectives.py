@@ -1,26 +1,47 @@
-"""Process groups (gloo on CPU, NCCL on GPUs) and collective calls that also work in one process without a group."""
+"""Process groups and collective calls, which also work in one process without a group.
+
+Tensors go through the ranks' own devices (NCCL on GPUs, gloo on CPUs), where a call that takes longer than
+START_TIMEOUT fails: a rank is lost. Objects, errors and barriers go through a gloo group of their own, which waits for
+PATIENCE: there ranks wait for the work of another, such as tokenising a file or writing a model to slow storage.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from safecl.distributed import environment
+from safecl.config import ConfigError
+from safecl.distributed import devices, environment
+from safecl.distributed.devices import device
+
+__all__ = [
+    "PATIENCE", "START_TIMEOUT", "all_reduce_sum", "any_rank", "barrier", "device", "gather_objects", "gather_tensors",
+    "init_distributed", "on_every_rank", "on_first_rank", "patient_group", "process_group", "rank", "world_size",
+]  # fmt: skip
 
 T = TypeVar("T")
 Errors = tuple[type[Exception], ...]
 
+START_TIMEOUT = timedelta(seconds=300)
+"""Longest collective call on tensors, until a run knows how long its steps take."""
+PATIENCE = timedelta(hours=6)
+"""Longest time that ranks wait for the work of another."""
+
+_patient: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+"""The group of all ranks, and the patient gloo group beside it."""
+
 
 def init_distributed() -> None:
-    """Start DeepSpeed's process group, or use the group that is there already."""
+    """Start DeepSpeed's process group, or use the group that is there already. Raises ConfigError where the launcher's
+    variables, the accelerator or this rank's GPU are not usable."""
     environment.join_launcher()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    devices.settle()
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
@@ -29,8 +50,8 @@ def init_distributed() -> None:
     # DeepSpeed compiles a shared-memory all-reduce at its first CPU start-up (24 to 85 s, and again whenever another
     # project used the cache with other flags); gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    _choose_device()
-    deepspeed.init_distributed(dist_backend=_backend(), verbose=False)
+    deepspeed.init_distributed(dist_backend=devices.backend(), timeout=START_TIMEOUT, verbose=False)
+    _refuse_shared_gpus()
 
 
 @contextlib.contextmanager
@@ -40,21 +61,39 @@ def process_group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE") or 1) == 1 or dist.is_initialized():
         yield
         return
-    _choose_device()
-    dist.init_process_group(_backend())
+    devices.settle()
+    dist.init_process_group(devices.backend(), timeout=START_TIMEOUT)
     try:
+        _refuse_shared_gpus()
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _choose_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+def _refuse_shared_gpus() -> None:
+    """Raise ConfigError on all ranks where two ranks use one GPU, which NCCL would report without saying how it came
+    about. A collective call."""
+    if not devices.on_gpu() or world_size() == 1:
+        return
+    owners: dict[str, int] = {}
+    for number, gpu in enumerate(gather_objects([devices.name_of_gpu()])):
+        if gpu in owners:
+            raise ConfigError(
+                f"environment: ranks {owners[gpu]} and {number} have the same GPU ({gpu}); start one rank per GPU, "
+                "for example torchrun --nproc-per-node=gpu -m safecl train CFG"
+            )
+        owners[gpu] = number
 
 
-def _backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
+def patient_group() -> dist.ProcessGroup | None:
+    """Return the gloo group of all ranks that waits for PATIENCE; None without ranks. The first call is collective."""
+    global _patient
+    everybody = dist.group.WORLD
+    if world_size() == 1 or everybody is None:
+        return None
+    if _patient is None or _patient[0] is not everybody:
+        _patient = everybody, dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _patient[1]
 
 
 def _quiet() -> None:
@@ -84,10 +123,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place."""
     if world_size() > 1:
@@ -99,8 +134,8 @@ def any_rank(flag: bool) -> bool:
     """True on every rank where any rank passes True."""
     if world_size() == 1:
         return flag
-    value = torch.tensor([int(flag)], device=device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=patient_group())
     return bool(value.item())
 
 
@@ -114,8 +149,9 @@ def gather_tensors(values: torch.Tensor) -> torch.Tensor:
 
 
 def barrier() -> None:
+    """Wait for all ranks, also for one that works for hours."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=patient_group())
 
 
 # -------------------------------------------------------------------------------------------------- objects and errors
@@ -126,7 +162,7 @@ def gather_objects(items: list[T]) -> list[T]:
     if world_size() == 1:
         return list(items)
     parts: list[list[T]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items, group=patient_group())
     return [item for part in parts for item in part]
 
 

@@ -22,8 +22,7 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # linux/mman.h; the second since Linux 6.
 def use_huge_pages(tensor: torch.Tensor | None) -> None:
     """Move the part of a tensor's memory that fills whole huge pages into such pages; values and address stay.
 
-    Does nothing for small tensors, for tensors on a GPU, where a GPU is present (memory may be page-locked for it), and
-    where the system has no huge pages.
+    Does nothing for small tensors, for tensors on a GPU or page-locked for one, and where the system has no huge pages.
     """
     size = page_bytes()
     if (
@@ -31,7 +30,7 @@ def use_huge_pages(tensor: torch.Tensor | None) -> None:
         or tensor is None
         or tensor.device.type != "cpu"
         or tensor.nbytes < SMALLEST_BYTES
-        or torch.cuda.is_available()
+        or _is_page_locked(tensor)
     ):
         return
     begin = -(-tensor.data_ptr() // size) * size
@@ -39,6 +38,11 @@ def use_huge_pages(tensor: torch.Tensor | None) -> None:
     # Linux before 6.1 knows only the first: new pages are huge at once, existing ones become huge over time.
     for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
         _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)
+
+
+def _is_page_locked(tensor: torch.Tensor) -> bool:
+    """Such pages cannot move. The question would start CUDA where it does not run yet."""
+    return torch.cuda.is_initialized() and tensor.is_pinned()  # type: ignore[no-untyped-call]  # torch gives no types
 
 
 @functools.lru_cache(1)

@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from safecl.distributed import devices
+
 T = TypeVar("T")
 
 
@@ -74,13 +76,13 @@ class Prefetcher(Generic[T]):
 
 
 def can_pin() -> bool:
-    """True where host memory can be pinned for asynchronous copies: where there is a CUDA device."""
-    return torch.cuda.is_available()
+    """True where host memory can be pinned for asynchronous copies: where ranks compute on GPUs."""
+    return devices.on_gpu()
 
 
 def pinned(value: Any) -> Any:
-    """Copy the CPU tensors in nested dicts, lists, tuples and dataclasses to pinned memory. Without a CUDA device the
-    value is returned unchanged."""
+    """Copy the CPU tensors in nested dicts, lists, tuples and dataclasses to pinned memory. On the CPU the value is
+    returned unchanged."""
     if not can_pin():
         return value
     if isinstance(value, torch.Tensor):

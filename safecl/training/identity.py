@@ -23,6 +23,7 @@ MAY_DIFFER = (
     "privacy",
     "model.path",
     "model.attention",
+    "train.deterministic",
     "model.gradient_checkpointing",
     "tasks.*.train",
     "memory.source",

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import torch
 
 from safecl.config import ConfigError, RunConfig
+from safecl.distributed import devices
 from safecl.planning.plans import TaskPlan
 from safecl.storage.durable import replace_file
 from safecl.training.run import Run
@@ -77,8 +78,8 @@ def step_values(run: Run, task: TaskPlan, totals: dict[str, float], seconds: flo
 
 
 def _peak_memory() -> int:
-    """Bytes of the peak since the start: allocated on the GPU, or resident in this process where there is no GPU."""
-    if torch.cuda.is_available():
+    """Bytes of the peak since the start: allocated on the GPU, or resident in this process on the CPU."""
+    if devices.on_gpu():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 
+import torch
+
 from safecl.config import RunConfig, dump_config
-from safecl.distributed import collectives
+from safecl.distributed import collectives, devices
 from safecl.engine.checkpoint.random_state import seed_generators
 from safecl.engine.model.settings import choose_attention
 from safecl.engine.passes.open_model import open_language_model
@@ -53,6 +56,8 @@ def open_engine(
     gets messages for the user.
     """
     seed_generators(config.train.seed)
+    if config.train.deterministic and devices.on_gpu():
+        _add_in_a_fixed_order()
     model, layout, store = open_language_model(
         config.model,
         packing=config.train.packing,
@@ -61,3 +66,11 @@ def open_engine(
         note=note,
     )
     return TrainingEngine(model, config, layout, store, keep_store=keep_store), store
+
+
+def _add_in_a_fixed_order() -> None:
+    """Let torch, cuBLAS and flash-attention use operations only that repeat bitwise. Call it before cuBLAS is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for one of two values
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over each new tensor

@@ -126,3 +126,35 @@ def test_the_top_k_kernel_compiles_without_spills(divergence, mode, slots, arch)
 def test_three_programs_share_a_multiprocessor_where_the_time_goes():
     plain = RowOptions("forward_kl", temperature=2.0)
     assert triton_rows.register_limit(plain, torch.float32, torch.float32) * triton_rows.NUM_WARPS * 32 * 3 <= 65536
+
+
+class _Guard:
+    """Records the kernels that are launched, and whether the student's device is the current one then."""
+
+    def __init__(self):
+        self.device, self.launched = None, []
+
+    def device_of(self, tensor):
+        self.entering = tensor
+        return self
+
+    def __enter__(self):
+        self.device = self.entering
+
+    def __exit__(self, *_):
+        self.device = None
+
+    def __getitem__(self, grid):
+        return lambda student, *_, **__: self.launched.append(self.device is student)
+
+
+def test_kernels_run_on_the_students_device_whichever_is_the_current_one(monkeypatch):
+    guard = _Guard()
+    monkeypatch.setattr(torch.cuda, "device_of", guard.device_of)
+    monkeypatch.setattr(triton_rows, "dense_rows_kernel", guard)
+    monkeypatch.setattr(triton_rows, "topk_rows_kernel", guard)
+    student, options = torch.zeros(2, 9), RowOptions("forward_kl")
+    triton_rows.dense_rows(student, torch.zeros(2, 9), None, None, torch.ones(2), options)
+    stored, indices = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    triton_rows.topk_rows(student, stored, indices, torch.zeros(2), None, None, torch.ones(2), options)
+    assert guard.launched == [True, True]

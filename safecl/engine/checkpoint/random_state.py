@@ -11,6 +11,8 @@ from typing import cast
 import numpy as np
 import torch
 
+from safecl.distributed import devices
+
 
 def seed_generators(seed: int) -> None:
     """Seed torch (CPU and GPU), `random` and numpy's global generator."""
@@ -24,7 +26,7 @@ def random_state() -> str:
     name, keys, *rest = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state(legacy=True))
     states = {
         "torch": _encode(torch.get_rng_state().numpy()),
-        "cuda": _encode(torch.cuda.get_rng_state().numpy()) if torch.cuda.is_available() else None,
+        "cuda": _encode(torch.cuda.get_rng_state().numpy()) if devices.on_gpu() else None,
         "python": random.getstate(),
         "numpy": [name, _encode(keys), *rest],
     }
@@ -35,7 +37,7 @@ def set_random_state(text: str) -> None:
     """Restore the result of `random_state`. The CUDA generator keeps its state where either machine has no GPU."""
     states = json.loads(text)
     torch.set_rng_state(torch.from_numpy(_decode(states["torch"], np.uint8)))
-    if states["cuda"] is not None and torch.cuda.is_available():
+    if states["cuda"] is not None and devices.on_gpu():
         torch.cuda.set_rng_state(torch.from_numpy(_decode(states["cuda"], np.uint8)))
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from safecl.distributed import collectives
+from safecl.distributed import collectives, devices
 from safecl.engine.checkpoint.format import (
     RANDOM,
     WEIGHTS,
@@ -177,7 +177,7 @@ class CheckpointWriter:
             source = self.shards.view(fragments[one.name, one.offset], tensors[one.kind])
             target = self._image[position : position + one.nbytes].view(source.dtype)
             target.copy_(source, non_blocking=True)
-        if torch.cuda.is_available():
+        if devices.on_gpu():
             torch.cuda.synchronize()
         durable.at("copied")
 

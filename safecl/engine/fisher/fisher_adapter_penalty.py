@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from safecl.config import ConfigError
+from safecl.distributed import devices
 from safecl.engine.fisher.file import FisherFile
 from safecl.engine.model.adapters import adapters
-from safecl.kernels import lowrank_fisher_penalty
+from safecl.kernels import lowrank_fisher_penalty, page_locked
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def read_fisher_pull(
     for name, (rows, columns) in shapes.items():
         first, last = rows * rank // world_size, rows * (rank + 1) // world_size
         values = fisher.read(name, first * columns, last * columns).view(last - first, columns)
-        pinned = device.type == "cpu" and torch.cuda.is_available()
-        shares[name] = first, values.pin_memory() if pinned else values.to(device)
+        pinned = device.type == "cpu" and devices.on_gpu()
+        shares[name] = first, page_locked.copy_of(values) if pinned else values.to(device)
     if not shares:
         raise ConfigError("fisher: no weight of the model has an adapter, so a dense Fisher has nothing to weigh")
     return FisherPull(strength / fisher.header.mean, shares, world_size)

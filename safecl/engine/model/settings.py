@@ -5,10 +5,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-import torch
-
 from safecl.config import ConfigError, ModelConfig
 from safecl.data.hub import refuse_unreachable
+from safecl.distributed import devices
 from safecl.storage.model_folder import is_adapter, is_gguf, settings_source
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ def choose_attention(wanted: str) -> tuple[str, str]:
     """Return the attention implementation to use and the reason for it."""
     if wanted != "auto":
         return wanted, "as configured"
-    if not torch.cuda.is_available():
+    if not devices.on_gpu():
         return "sdpa", "no GPU"
     try:
         import flash_attn  # noqa: F401

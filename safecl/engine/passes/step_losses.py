@@ -6,6 +6,7 @@ import torch
 
 from safecl.distributed import collectives
 from safecl.engine.passes.micro_batches import StepBatch
+from safecl.kernels.repeatable import add_at_
 
 ADAPTERS = "adapter_penalty"
 """Name of the term of the penalty on LoRA's products."""
@@ -49,7 +50,7 @@ class StepLosses:
         if rows:
             row_of = batch.row_of.to(ce.device)
             sums = torch.zeros(len(batch.keys), dtype=torch.float64, device=ce.device)
-            sums.index_add_(0, row_of, ce.double())
+            add_at_(sums, row_of, ce.double())
             counts = torch.bincount(row_of, minlength=len(batch.keys))
             keys = [key for key in batch.keys if key is not None]
             self._replayed.append((keys, (sums / counts)[rows]))
@@ -60,7 +61,7 @@ class StepLosses:
 
     def _add(self, terms: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor) -> None:
         weighted = losses.double() * weights.to(self._sums.device)
-        self._sums.index_add_(0, terms.to(self._sums.device), weighted / self.world_size)
+        add_at_(self._sums, terms.to(self._sums.device), weighted / self.world_size)
 
     def totals(self) -> dict[str, float]:
         """Loss of each term over the whole global step, coefficients included; `penalty`; `tokens`; and `stop`, the

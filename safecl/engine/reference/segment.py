@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import xxhash
 
+from safecl.distributed import devices
 from safecl.engine.reference import shared_memory
 from safecl.engine.reference.layout import Layout, Where
 from safecl.engine.reference.sources import Converter, Reader, combine
@@ -75,7 +76,7 @@ def new_segment(layout: Layout, reader: Reader | Converter, stack: contextlib.Ex
     reader.check_unchanged()
     view.release()
     memory.close()
-    if not torch.cuda.is_available():
+    if not devices.on_gpu():
         shared_memory.seal(handle)
     return handle, combine(layout, hashes)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from safecl.distributed import devices
 from safecl.engine.model.dtypes import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, tensor_bytes
 from safecl.engine.model.stored_tensors import stored_shapes
 from safecl.engine.model.tensor_names import Matches, Shapes, keep_conversions, match_tensors
@@ -143,7 +144,7 @@ class Reader:
 
     def obstacle_to_mapping(self) -> str | None:
         """Say why the files cannot be mapped in place of a segment; None where they can."""
-        if torch.cuda.is_available():
+        if devices.on_gpu():
             return "a GPU needs pinned memory"
         for name, (file, tensor) in self.sources.items():
             if FLOAT_DTYPES[tensor.dtype] != self.layout.dtype:

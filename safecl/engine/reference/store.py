@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from safecl.distributed import collectives
+from safecl.distributed import collectives, devices
 from safecl.distributed.node import Node, this_node
 from safecl.engine.reference import shared_memory
 from safecl.engine.reference.layout import Layout, Where
 from safecl.engine.reference.segment import Offer, new_segment, provide, tensor_view
 from safecl.engine.reference.sources import Converter, Reader, Sources, find_weights
+from safecl.kernels import page_locked
 from safecl.storage.durable import DamagedCheckpoint, open_regular
 from safecl.storage.model_folder import ModelFiles, Stamp, UnusableWeights
 from safecl.storage.sizes import format_bytes
@@ -101,7 +102,7 @@ class ReferenceStore:
             assert isinstance(reader, Reader), "a checkpoint that must be converted cannot be mapped"
             self._map_files(reader.sources)
             return
-        writable = torch.cuda.is_available()  # CUDA registers writable memory only
+        writable = devices.on_gpu()  # CUDA registers writable memory only
         try:
             handle = os.open(offer.address, os.O_RDWR if writable else os.O_RDONLY)
         except OSError as error:
@@ -137,15 +138,16 @@ class ReferenceStore:
             )
 
     def _pin(self) -> None:
-        if not torch.cuda.is_available() or self.where != "segment":
+        if not devices.on_gpu() or self.where != "segment":
             return
-        start = next(iter(self._tensors.values())).data_ptr()
-        code = int(torch.cuda.cudart().cudaHostRegister(start, self.layout.nbytes, 0))
-        self.pinned = code == 0
-        if not self.pinned:
-            self.notes.append(
-                f"the reference weights cannot be registered with CUDA (error {code}); copies from them are slower"
-            )
+        problem = page_locked.register(self._start, self.layout.nbytes)
+        self.pinned = problem is None
+        if problem is not None:
+            self.notes.append(f"reference weights: {problem}")
+
+    @property
+    def _start(self) -> int:
+        return next(iter(self._tensors.values())).data_ptr()
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -198,8 +200,7 @@ class ReferenceStore:
     def close(self) -> None:
         """Give the memory back as soon as no tensor of the store is in use any more."""
         if self.pinned:
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(next(iter(self._tensors.values())).data_ptr())
+            page_locked.unregister(self._start)
             self.pinned = False
         self._tensors, self._maps = {}, []
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from safecl.distributed import devices
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -59,8 +61,8 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5)
 
 def rates_here(dtype: torch.dtype) -> Rates | None:
     """Rates measured on this machine's GPU; without a GPU assumed for bf16, and None for other dtypes."""
-    if torch.cuda.is_available():
-        return measure(torch.device("cuda", torch.cuda.current_device()), dtype)
+    if devices.on_gpu():
+        return measure(devices.device(), dtype)
     return ASSUMED if dtype == torch.bfloat16 else None
 
 

@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from safecl.distributed import devices
+from safecl.kernels import page_locked
 from safecl.kernels.pages import use_huge_pages
 
 Place = Literal["none", "cpu"]
@@ -47,7 +49,9 @@ def role_of(kind: str) -> str | None:
 def allocate(param: torch.Tensor, dtype: torch.dtype, place: Place) -> torch.Tensor:
     """Return zeros of the shard's shape, beside it or in host memory, which is page-locked where there is a GPU."""
     if place == "cpu" or not param.is_cuda:
-        state = torch.zeros(param.shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+        if devices.on_gpu():
+            return page_locked.zeros(param.shape, dtype)
+        state = torch.zeros(param.shape, dtype=dtype)
         use_huge_pages(state)
         return state
     return torch.zeros(param.shape, dtype=dtype, device=param.device)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from safecl.config import ConfigError
+from safecl.distributed import collectives
 from safecl.evaluation.answers.folders import check_is_model
 from safecl.storage.model_folder import adapter_base, is_adapter, settings_source
 
@@ -84,8 +84,7 @@ class HFEvalModel:
         model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         self.model = model
         self.device = next(model.parameters()).device
-        in_group = dist.is_available() and dist.is_initialized()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
+        self.rank, self.world_size = collectives.rank(), collectives.world_size()
         head: torch.nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # as above
         self.vocab_size = head.weight.shape[0]
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -119,7 +118,7 @@ class HFEvalModel:
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{path}: cannot be loaded as a causal language model: {first_line}") from error
         _refuse_random_weights(path, info)
-        return cls(model.to(device or _default_device()))
+        return cls(model.to(device or collectives.device()))
 
     @torch.no_grad()
     def logits(
@@ -139,18 +138,10 @@ class HFEvalModel:
         return logits, getattr(output, self._cache) if use_cache else None
 
     def any(self, flag: bool) -> bool:
-        if self.world_size == 1:
-            return bool(flag)
-        value = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        return collectives.any_rank(bool(flag))
 
     def gather(self, items: list[Item]) -> list[Item]:
-        if self.world_size == 1:
-            return list(items)
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, list(items))
-        return [item for part in parts for item in part]
+        return collectives.gather_objects(items)
 
 
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -168,10 +159,6 @@ def eos_ids_of(model: torch.nn.Module) -> tuple[int, ...]:
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _load(path: str, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from safecl.kernels.head.divergences import shape_backward_, shape_logits_, topk_event_gradients
 from safecl.kernels.head.segments import HeadCall, HeadResult, Segment
 from safecl.kernels.head.teacher_tiles import take, topk_tiles
+from safecl.kernels.repeatable import add_at_
 from safecl.kernels.spans import spans
 
 _GATHER_RATIO = 200  # up to k = V / 200, gathering k rows of W per token is faster than the full product
@@ -75,6 +76,6 @@ def _store_gradients(
         result.store_hidden(segment, start, end, torch.bmm(grad[:, None, :], rows)[:, 0])
     if call.need_weight:
         outer = torch.mul(grad[:, :, None], x[:, None, :], out=rows)
-        result.weight_to_add_to().index_add_(0, indices.flatten(), outer.view(-1, x.shape[1]))
+        add_at_(result.weight_to_add_to(), indices.flatten(), outer.view(-1, x.shape[1]))
     if result.bias is not None:
-        result.bias.index_add_(0, indices.flatten(), grad.flatten())
+        add_at_(result.bias, indices.flatten(), grad.flatten())

@@ -35,7 +35,20 @@ def dense_rows(
     options: RowOptions,
     dlogits: Tensor | None = None,
 ) -> RowLosses:
-    """Compute ``HeadKernels.dense_rows`` on a GPU."""
+    """Compute ``HeadKernels.dense_rows`` on the student's GPU, whichever is the current one."""
+    with torch.cuda.device_of(student):  # type: ignore[no-untyped-call]  # torch gives it no types
+        return _dense_rows(student, teacher, labels, ce_weights, kd_weights, options, dlogits)
+
+
+def _dense_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    ce_weights: Tensor | None,
+    kd_weights: Tensor | None,
+    options: RowOptions,
+    dlogits: Tensor | None,
+) -> RowLosses:
     if student.dtype == torch.float64:
         return torch_twin.dense_rows(student, teacher, labels, ce_weights, kd_weights, options, dlogits)
     rows, vocab = student.shape
@@ -96,7 +109,22 @@ def topk_rows(
     options: RowOptions,
     dlogits: Tensor | None = None,
 ) -> RowLosses:
-    """Compute ``HeadKernels.topk_rows`` on a GPU; ``student`` is overwritten."""
+    """Compute ``HeadKernels.topk_rows`` on the student's GPU; ``student`` is overwritten."""
+    with torch.cuda.device_of(student):  # type: ignore[no-untyped-call]  # torch gives it no types
+        return _topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights, options, dlogits)
+
+
+def _topk_rows(
+    student: Tensor,
+    log_q: Tensor,
+    indices: Tensor,
+    log_tail: Tensor,
+    labels: Tensor | None,
+    ce_weights: Tensor | None,
+    kd_weights: Tensor,
+    options: RowOptions,
+    dlogits: Tensor | None,
+) -> RowLosses:
     if options.topk_mode == "uniform_tail" and options.divergence != "mse":
         spread = spread_tail(log_q.float(), indices, log_tail.float(), student.shape[1])
         spread_options = options._replace(teacher_logit_scale=options.temperature, teacher_softcap=None)

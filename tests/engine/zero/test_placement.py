@@ -6,10 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from safecl.distributed import devices
 from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.zero.pieces import Hosted, Served, Stream
 from safecl.engine.zero.placement import allocate, role_of
 from safecl.engine.zero.shard import Shard
+from safecl.kernels import page_locked
 from tests.engine import scenes
 
 STAGES = [(0, "none"), (1, "none"), (1, "cpu"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
@@ -184,14 +186,12 @@ def test_kinds_of_state_have_roles_by_their_names():
 
 @pytest.mark.parametrize(("place", "gpu"), [("none", True), ("cpu", True), ("none", False)])
 def test_state_in_host_memory_is_page_locked_where_there_is_a_gpu(monkeypatch, place, gpu):
-    seen = []
-    zeros = torch.zeros
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(
-        torch, "zeros", lambda *shape, pin_memory=False, **given: seen.append(pin_memory) or zeros(*shape, **given)
-    )
-    assert allocate(zeros(5), torch.bfloat16, place).dtype == torch.bfloat16
-    assert seen == [gpu]
+    locked = []
+    monkeypatch.setattr(devices, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(page_locked._Mapping, "lock", lambda memory, address: locked.append(len(memory)))
+    state = allocate(torch.zeros(5), torch.bfloat16, place)
+    assert state.dtype == torch.bfloat16 and not state.any()
+    assert locked == [10] * gpu
 
 
 @pytest.mark.gpu
