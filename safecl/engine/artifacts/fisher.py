@@ -58,6 +58,7 @@ def header_of(
         tokenizer=base["tokenizer"],
         dtype=base["dtype"],
         versions=versions(),
+        mode="evaluation",
     )
 
 

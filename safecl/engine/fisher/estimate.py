@@ -6,7 +6,8 @@ The square of a batch's mean gradient would be about F / B. With independent sig
 average:
     E[ B * ((1 / B) sum_b s_b g_b)^2 ] = (1 / B) sum_b g_b^2
 for any micro-batch, accumulation and world size, without communication beyond the gradient's own. The relative error is
-about 0.9 / sqrt(number of sign batches). A sign depends on (seed, row, pass) alone.
+about 0.9 / sqrt(number of sign batches). A sign depends on (seed, row, pass) alone. The model is in evaluation mode:
+with dropout, g_b would be the gradient of another, smaller model in each pass.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def estimate_fisher(
         # Each row's loss is its own mean over tokens: with the batch's token mean the estimate would not converge.
         chosen = [(rows[index], sign) for index, sign in zip(indices, signs, strict=True)]
         batch = [row.weighted("fisher", sign / (max(1, row.num_targets) * batch_size)) for row, sign in chosen]
-        engine.gradient_pass(batch, engine.accumulate_fisher(_SUM, batch_size / sign_batches))
+        engine.gradient_pass(batch, engine.accumulate_fisher(_SUM, batch_size / sign_batches), dropout=False)
         if time.monotonic() - noted_at > SECONDS_BETWEEN_NOTES:
             noted_at = time.monotonic()
             note(f"Fisher: {number + 1} of {sign_batches} batches")

@@ -38,7 +38,8 @@ class FisherHeader:
 
     mean: mean of F over all weights; a penalty's strength is divided by it. estimator: `random signs`, or `exact` (each
     row's own gradient). rows: fingerprint of the `num_rows` rows of memory.source. memory: settings that decide which
-    of them the memory holds. model: its path, for people. model_hash, tokenizer: hashes.
+    of them the memory holds. model: its path, for people. model_hash, tokenizer: hashes. mode: the model's mode in the
+    estimate; files that do not say it were made in training mode, with dropout where the model has some.
     """
 
     mean: float
@@ -55,11 +56,12 @@ class FisherHeader:
     tokenizer: str = ""
     memory: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    mode: str = "training"
     format_version: int = FORMAT_VERSION
 
     def key(self) -> dict[str, str | int]:
         """The fields that the numbers depend on."""
-        settings = ("estimator", "sign_batches", "rows_per_batch", "seed", "format_version")
+        settings = ("estimator", "sign_batches", "rows_per_batch", "seed", "mode", "format_version")
         return {name: getattr(self, name) for name in ("model_hash", "tokenizer", "dtype", "rows", "memory", *settings)}
 
     def differences(self, other: FisherHeader) -> list[str]:

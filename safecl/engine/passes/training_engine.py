@@ -14,7 +14,7 @@ the optimizer does with the reduced gradient:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ import torch
 from safecl.config import RunConfig
 from safecl.distributed import collectives
 from safecl.engine.model.adapter_penalty import AdapterPenalty
+from safecl.engine.model.dropout import dropout_off
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.micro_batches import MicroBatchLayout, StepBatch, micro_batches, to_device
@@ -115,14 +116,18 @@ class TrainingEngine(ModelEngine):
         then: Action,
         adapter_penalty: AdapterPenalty | None = None,
         batches: list[StepBatch] | None = None,
+        *,
+        dropout: bool = True,
     ) -> StepLosses:
         """Make one forward and backward pass over `rows`, then do `then` with the reduced gradient.
 
         rows: the whole global step, the same list on every rank. adapter_penalty: added to the loss once per step.
-        batches: the result of `prepare` for these rows; None: they are loaded here.
+        batches: the result of `prepare` for these rows; None: they are loaded here. dropout: False for an estimate of
+        the model, True (the model's dropout as it is configured) for what trains it.
         """
         self.deepspeed.train()
-        losses = self._forward_backward(rows, adapter_penalty, batches)
+        with nullcontext() if dropout else dropout_off(self.module):
+            losses = self._forward_backward(rows, adapter_penalty, batches)
         self.optimizer.result = UpdateResult()
         self.optimizer.action = then if self.fp32_gradients is None else self._with_fp32_gradients(then)
         try:
