@@ -42,7 +42,7 @@ class Card:
     """The contents of a card.
 
     digest: XXH3-128 of the base model's weights. average: whether the folder holds the average of the weights.
-    measured: whether the evaluations are of the weights in this folder.
+    measured: whether the evaluations are of the weights in this folder. skipped: a sentence about skipped steps.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Card:
     gate: GateResult | None
     average: bool = False
     measured: bool = True
+    skipped: str | None = None
 
     def text(self) -> str:
         """Return the whole file."""
@@ -91,6 +92,7 @@ class Card:
         weights = "the average over the steps (EMA)" if self.average else "those after the last step"
         rows += [
             ("steps", f"{self.num_steps:,}, {self.num_tokens:,} tokens through the model"),
+            *([("skipped steps", self.skipped)] if self.skipped is not None else []),
             ("training", f"{learning}, seed {train.seed}"),
             ("weights", f"{weights}, {model.dtype}"),
             ("licence of the base model", self._licence()),

@@ -22,6 +22,7 @@ from safecl.evaluation.restore import evaluation_from_dict
 from safecl.evaluation.statistics.intervals import Rate
 from safecl.evaluation.tables import Row, measures, moments
 from safecl.report.page import PLAIN_STATE, render
+from safecl.report.skipped import skipped_sentence
 from safecl.storage.durable import replace_file
 
 REPORT = "report.html"
@@ -115,7 +116,13 @@ class ReportedRun:
             lines.append(f"Safety gate: {self.results['gate']['verdict']}.")
         if self.evaluations:
             lines += [f"Warning, {self.evaluations[-1].when}: {text}." for text in self.evaluations[-1].warnings]
-        return lines or ["No safety prompts were named, so nothing is said about safety here."]
+        lines = lines or ["No safety prompts were named, so nothing is said about safety here."]
+        return lines + ([skipped] if (skipped := self.skipped) is not None else [])
+
+    @property
+    def skipped(self) -> str | None:
+        counts = (self.results.get(key, 0) for key in ("steps", "skipped_steps", "skipped_at_the_end"))
+        return skipped_sentence(*counts)
 
     @property
     def _safety(self) -> list[str]:

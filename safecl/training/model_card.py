@@ -19,11 +19,12 @@ def card_of(
     num_tokens: int,
     evaluations: Sequence[Evaluation],
     gate: GateResult | None,
+    skipped: str | None = None,
 ) -> Card:
     """Return the card of the run's last weights.
 
     name: the run's name. identity: see safecl.training.identity, with the base model's hash. num_tokens: tokens trained
-    on.
+    on. skipped: a sentence about skipped steps.
     """
     data = [_of_task(run, task, identity["rows"][task.config.name]) for task in plan.tasks]
     if plan.memory is not None and (memory := plan.config.memory) is not None:
@@ -39,6 +40,7 @@ def card_of(
         identity["versions"],
         list(evaluations),
         gate,
+        skipped=skipped,
     )
 
 

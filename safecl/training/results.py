@@ -47,11 +47,12 @@ def results_of(
     num_tokens: int,
     seconds: float,
     metrics: bytes,
+    skipped_at_the_end: int = 0,
 ) -> dict[str, Any]:
     """Return the contents of results.json, the same on every rank. A collective call, before `run.finish()`.
 
     num_tokens: tokens trained on, over all ranks. seconds: time of the whole run. metrics: the lines of metrics.jsonl,
-    on rank 0.
+    on rank 0. skipped_at_the_end: the last steps that were skipped in a row.
     """
     state = state_bytes(run)
     return {
@@ -60,6 +61,7 @@ def results_of(
         "world_size": collectives.world_size(),
         "steps": run.global_step,
         "skipped_steps": run.skipped_steps,
+        "skipped_at_the_end": skipped_at_the_end,
         "tokens": num_tokens,
         "seconds": collectives.gather_objects([round(seconds, 3)])[0],
         "cost": cost_of(run, metrics, state),

@@ -30,6 +30,7 @@ from safecl.engine.checkpoint.report import SaveReport
 from safecl.evaluation import GateResult
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.planning.run_plan import plan_run
+from safecl.report.skipped import skipped_sentence
 from safecl.training.console import Console, StepLines
 from safecl.training.folder import RunFolder
 from safecl.training.identity import base_of, identity_of, refuse_other_run
@@ -65,6 +66,16 @@ class RunResult:
     gate: GateResult | None = None
     stopped: bool = False
     """True where a signal ended the run after a step. Its state is saved, and the same command resumes it."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps without a finite gradient, which left the weights as they were."""
+        return int(self.results.get("skipped_steps", 0))
+
+    @property
+    def skipped_at_the_end(self) -> int:
+        """Those of them that were the run's last steps, in a row. The saved weights are from before them."""
+        return int(self.results.get("skipped_at_the_end", 0))
 
 
 class Trainer:
@@ -305,7 +316,11 @@ class Trainer:
         self._report_save(self._saver.settle())
         evaluations, gate = self.measured.evaluations, self.measured.verdict()
         num_tokens = self.progress.num_tokens
-        card = card_of(run, self.plan, self.folder.resolve().name, self._identity, num_tokens, evaluations, gate)
+        at_the_end = self.progress.skipped_in_a_row
+        skipped = skipped_sentence(run.global_step, run.skipped_steps, at_the_end)
+        card = card_of(
+            run, self.plan, self.folder.resolve().name, self._identity, num_tokens, evaluations, gate, skipped
+        )
         self.console.note(save_models(run, self.plan, self.folder, card))
         results = results_of(
             run,
@@ -314,12 +329,15 @@ class Trainer:
             num_tokens=num_tokens,
             seconds=time.perf_counter() - self._began,
             metrics=self._metrics.so_far(),
+            skipped_at_the_end=at_the_end,
         )
         if collectives.rank() == 0:
             self._files.write_results(results)
             write_report(self.folder, self.console)
         collectives.barrier()
         run.finish()
+        if skipped is not None:
+            self.console.note(skipped)
         self.console.results(evaluations, gate, self.folder)
         return RunResult(self.folder, results, gate)
 

@@ -273,3 +273,50 @@ def test_a_run_without_one_applied_step_fails_and_saves_no_model(rank_pool, mate
     (message,) = rank_pool(1).run(fit_without_a_finite_weight, tree=config, cache=str(materials / "cache"))
     assert "task sentiment: none of its 2 steps was applied" in message
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "results.json").exists()
+
+
+def fit_with_skipped_steps(tree: dict, cache: str, skipped: list[int]) -> tuple[int, dict, tuple[int, int]]:
+    """The exit code, results.json and the result's counts of a run in which these steps have no finite gradient."""
+    import os
+
+    from safecl.commands.train import train_run
+    from safecl.engine.zero.optimizer import ShardAdamW
+    from safecl.training.trainer import Trainer
+
+    os.environ["SAFECL_CACHE"] = cache
+    norm, calls = ShardAdamW.grad_norm, []
+
+    def grad_norm(self, shards, fresh=False):
+        calls.append(1)
+        return norm(self, shards, fresh) * (float("nan") if len(calls) - 1 in skipped else 1.0)
+
+    ShardAdamW.grad_norm = grad_norm
+    try:
+        code = train_run(RunConfig.model_validate(tree))
+    finally:
+        ShardAdamW.grad_norm = norm
+    result = Trainer(RunConfig.model_validate(tree)).fit()  # the finished run, as it is reported a second time
+    return int(code), result.results, (result.skipped_steps, result.skipped_at_the_end)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "at_the_end", "told"),
+    [
+        ([3], 1, "1 of 4 steps was skipped: no finite gradient. The last step was one of them"),
+        ([0, 2, 3], 2, "3 of 4 steps were skipped: no finite gradient. The last 2 steps were among them"),
+        ([1], 0, "1 of 4 steps was skipped: no finite gradient. Later steps were applied."),
+        ([], 0, None),
+    ],
+)
+def test_a_run_says_which_steps_were_skipped_and_ends_well(rank_pool, materials, tmp_path, skipped, at_the_end, told):
+    config = tree(materials, tmp_path / "run", train={"max_steps": 4}, deepspeed={"stage": 0})
+    for section in ("memory", "methods", "safety"):
+        del config[section]
+    arguments = dict(tree=config, cache=str(materials / "cache"), skipped=skipped)
+    ((code, results, counts),) = rank_pool(1).run(fit_with_skipped_steps, **arguments)
+    assert code == 0
+    assert (results["skipped_steps"], results["skipped_at_the_end"]) == counts == (len(skipped), at_the_end)
+    for page in ("report.html", "model/README.md"):
+        text = (tmp_path / "run" / page).read_text(encoding="utf-8")
+        assert (told in text) if told is not None else ("skipped" not in text.split("How it was made")[0]), page
+        assert ("not changed since step" in text) == (at_the_end > 0)
