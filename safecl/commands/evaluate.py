@@ -27,6 +27,8 @@ def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -
         console = Console(highlight=False, soft_wrap=True)
         console.print(f"measured {result.model}", markup=False)
         console.print(results_table([result.evaluation]), soft_wrap=False)
+        for note in result.notes:
+            console.print(f"note: {note}", style="yellow", markup=False)
         for warning in result.evaluation.warnings:
             console.print(f"warning: {warning}", markup=False)
         if result.gate is not None:

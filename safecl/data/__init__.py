@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from safecl.data.chat import template_source as template_source
     from safecl.data.display import decode_marked as decode_marked
     from safecl.data.display import describe as describe
-    from safecl.data.formats import ChatRow as ChatRow
-    from safecl.data.formats import DataError as DataError
-    from safecl.data.formats import Message as Message
     from safecl.data.masks import tokenize_row as tokenize_row
+    from safecl.data.messages import ChatRow as ChatRow
+    from safecl.data.messages import DataError as DataError
+    from safecl.data.messages import Message as Message
     from safecl.data.order import TaskOrder as TaskOrder
     from safecl.data.order import resolve_tokens_per_batch as resolve_tokens_per_batch
     from safecl.data.prepare import mix_poison as mix_poison
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BadRows": "rows",
-    "ChatRow": "formats",
-    "DataError": "formats",
-    "Message": "formats",
+    "ChatRow": "messages",
+    "DataError": "messages",
+    "Message": "messages",
     "MicroBatch": "batches",
     "Prompt": "rows",
     "Row": "tokens",

@@ -24,7 +24,12 @@ def parse_text(text: str) -> Any:
 
 def is_turns(value: Any) -> bool:
     """Whether a value is a list of messages."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and bool({"role", "from"} & set(value[0]))
+    )
 
 
 def turns_in(value: Any) -> Any:
@@ -42,7 +47,7 @@ def turns_in(value: Any) -> Any:
             if is_list and value.strip().endswith("]"):
                 raise
             return None
-    if isinstance(value, dict) and {"role", "content"} <= set(value):
+    if isinstance(value, dict) and any(keys <= set(value) for keys in ({"role", "content"}, {"from", "value"})):
         value = [value]
     return value if is_turns(value) else None
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError, ModelConfig
-from safecl.data.formats import THOUGHTS, DataError, Message, RowProblem, clip
 from safecl.data.hub import refuse_unreachable, tokenizer_source
+from safecl.data.messages import DataError, Message, RowProblem, clip
 from safecl.data.template_dates import fix_clock, set_date
+from safecl.data.turn_forms import forms_of
 
 log = logging.getLogger("safecl")
 
@@ -167,16 +168,17 @@ def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
 
 def as_dicts(
     tokenizer: Any, messages: Sequence[Message], pattern: re.Pattern[str] | None = None
-) -> list[dict[str, str]]:
-    """Convert messages to the form that templates take, with control tokens in their text inside OPEN and CLOSE."""
+) -> list[dict[str, Any]]:
+    """Convert messages to the form that the template takes, with control tokens in their text inside OPEN and CLOSE."""
     pattern = pattern or _control_pattern(control_tokens(tokenizer))
-    turns = []
-    for message in messages:
-        turn = {"role": message.role, "content": _marked(message.content, pattern)}
-        if message.thought is not None:  # templates read it under one of these names
-            turn |= dict.fromkeys(THOUGHTS, _marked(message.thought, pattern))
-        turns.append(turn)
-    return turns
+    forms = forms_of(tokenizer)
+    return [forms.turn(message, lambda said: _marked(said, pattern)) for message in messages]
+
+
+def marked_content(tokenizer: Any, message: Message) -> str:
+    """The content of a message, with control tokens in it inside OPEN and CLOSE."""
+    content: str = _marked(message.content, _control_pattern(control_tokens(tokenizer)))
+    return content
 
 
 Ranges = list[tuple[int, int]]
@@ -185,7 +187,7 @@ Ranges = list[tuple[int, int]]
 def _by_tools(
     tokenizer: Any,
     conversations: Sequence[Sequence[Message]],
-    render_some: Callable[[list[list[dict[str, str]]], dict[str, Any]], Sequence[Any]],
+    render_some: Callable[[list[list[dict[str, Any]]], dict[str, Any]], Sequence[Any]],
 ) -> list[Any]:
     """Call `render_some(conversations, variables)` for the conversations of each list of tools. Returns all results."""
     pattern = _control_pattern(control_tokens(tokenizer))
@@ -220,7 +222,7 @@ def render_marked(tokenizer: Any, conversations: Sequence[Sequence[Message]]) ->
     template = _TAG.sub(_with_character, tokenizer.chat_template)
     fix_clock(tokenizer, template)
 
-    def render_some(turns: list[list[dict[str, str]]], given: dict[str, Any]) -> list[str]:
+    def render_some(turns: list[list[dict[str, Any]]], given: dict[str, Any]) -> list[str]:
         variables = {**given, **tokenizer.special_tokens_map}
         texts: Any = render_jinja_template(turns, chat_template=template, **variables)[0]
         return list(texts)

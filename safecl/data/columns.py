@@ -9,9 +9,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safecl.data.cells import is_empty, texts_in
-from safecl.data.formats import ANSWERS, THOUGHTS, Message, RowProblem, clip
+from safecl.data.formats import ANSWERS
+from safecl.data.messages import Message, RowProblem, clip
+from safecl.data.turns import THOUGHTS
 
-_TURN_KEYS = {"role", "content", "from", "value", "train", "weight", "unmask", "tool_calls", "function_call", *THOUGHTS}
+_TURN_KEYS = {
+    "role",
+    "content",
+    "from",
+    "value",
+    "train",
+    "weight",
+    "unmask",
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    *THOUGHTS,
+}
 _UNWANTED = ("label", "kto_tag")
 _MARKS = {"true": True, "false": False}
 _USED = {
@@ -66,7 +80,9 @@ def unused_columns(row: Mapping[str, Any], messages: Sequence[Message], format: 
     """Name the columns of a row, and the keys of its turns, whose text is in none of its messages."""
     if format == "fields":  # the templates say which columns are meant
         return []
-    said = "\0".join(text for m in messages for text in (m.content, m.thought or "", m.tools or ""))
+    said = "\0".join(
+        text for m in messages for text in (m.content, m.thought or "", m.tools or "", m.calls or "", m.tool or "")
+    )
     answer = next((name for name in ANSWERS if name in row), "") if format == "prompt_completion" else ""
     rest = {name: value for name, value in row.items() if name not in _USED[format] and name != answer}
     asked = "\0".join(m.content for m in messages if m.role != "assistant")
@@ -77,8 +93,13 @@ def unused_columns(row: Mapping[str, Any], messages: Sequence[Message], format: 
     ]
     turns = row.get({"messages": "messages", "sharegpt": "conversations"}.get(format, ""))
     said_apart = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    extra = dict.fromkeys(key for turn in said_apart for key in turn if not is_empty(turn[key]))
-    return names + [f"`{clip(key, 24)}` of a turn" for key in extra if key not in _TURN_KEYS]
+    extra = dict.fromkeys(key for turn in said_apart for key in turn if _is_extra(turn, key))
+    return names + [f"`{clip(key, 24)}` of a turn" for key in extra]
+
+
+def _is_extra(turn: Mapping[str, Any], key: str) -> bool:
+    of_a_tool = key == "name" and str(turn.get("role", turn.get("from"))) not in ("system", "user", "assistant")
+    return key not in _TURN_KEYS and not is_empty(turn[key]) and not of_a_tool
 
 
 def _says_more(name: str, value: Any, said: str, format: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safecl.data.formats import MAX_ROW_CHARS, DataError, clip
+from safecl.data.messages import MAX_ROW_CHARS, DataError, clip
 from safecl.data.raw import RawRow, open_bytes
 
 _DELIMITERS = (",", ";", "\t", "|")

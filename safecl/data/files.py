@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safecl.data.csv_rows import csv_rows
-from safecl.data.formats import MAX_ROW_CHARS, DataError, clip
+from safecl.data.messages import MAX_ROW_CHARS, DataError, clip
 from safecl.data.raw import PACKED, RawRow, open_bytes, packing_of, suffix_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -179,7 +179,9 @@ def _parse_row(line: int, raw: bytes) -> RawRow:
     try:
         columns = _parse(raw.decode("utf-8"))
     except json.JSONDecodeError as error:
-        return RawRow(line, None, f"not valid JSON: {error.msg} at column {error.colno}")
+        unfinished = raw[:1] == b"{" and error.pos >= len(error.doc.rstrip())
+        fix = "; the object does not end on this line, write one per line, e.g. `jq -c .`" if unfinished else ""
+        return RawRow(line, None, f"not valid JSON: {error.msg} at column {error.colno}{fix}")
     except UnicodeDecodeError as error:
         return RawRow(line, None, f"not valid UTF-8 at byte {error.start + 1}")
     except RecursionError:
@@ -236,8 +238,19 @@ def _holds_one_value(local: Path) -> bool:
         _parse(first.decode("utf-8"))
         return not rest.strip() and (start[:1] == b"[" or suffix_of(local) == ".json")
     except (ValueError, RecursionError):
+        if _ends_on_a_later_line(start):
+            return True
         opens_list = re.match(rb"\[\s*[{\]]", start) or start.strip() == b"["
         return bool(opens_list) or suffix_of(local) == ".json"
+
+
+def _ends_on_a_later_line(start: bytes) -> bool:
+    """Whether a file starts with a JSON object over several lines."""
+    text = start.decode("utf-8", errors="replace")
+    try:
+        return text.startswith("{") and "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse_all(text: str) -> Any:

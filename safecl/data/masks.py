@@ -14,6 +14,7 @@ which gives the ids that the model sees when it generates.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,22 +24,24 @@ import numpy as np
 from safecl.data.chat import (
     CLOSE,
     OPEN,
-    as_dicts,
     control_tokens,
     encode_pieces,
     end_tokens,
     has_markers,
+    marked_content,
     refusal,
     render,
     render_marked,
     split_literals,
     template_source,
     turn_shape,
+    without_marks,
 )
 from safecl.data.endings import Span, cut_behind_end, settle_end
 from safecl.data.files import where
-from safecl.data.formats import ChatRow, DataError, Message, RowProblem
+from safecl.data.messages import ChatRow, DataError, Message, RowProblem
 from safecl.data.tokens import Row, content_digest, row_key
+from safecl.data.turn_forms import call_names
 from safecl.data.written import after_thought, compare, probes_of
 
 
@@ -122,7 +125,7 @@ def _encode_chats(tokenizer: Any, rows: Sequence[ChatRow]) -> list[Encoded | Row
     good = [chat for chat in chats if chat.problem is None]
     tokens, ends = control_tokens(tokenizer), end_tokens(tokenizer) if good else ()
     for chat in good:
-        said = [part for m in chat.messages for part in (m.content.strip(), m.thought) if part]
+        said = [part for m in chat.messages for part in (m.content.strip(), m.thought, *call_names(m)) if part]
         spans = [settle_end(chat.text, span, tokens) for span in chat.spans]
         chat.spans = [cut_behind_end(chat.text, span, said, tokens, ends) for span in spans]
     encoded = iter(_encode_spans(tokenizer, good))
@@ -195,7 +198,8 @@ def _owners(tokenizer: Any, chat: _Chat) -> list[int] | None:
         return None
     if len(marked) != len(chat.marked):
         return None
-    ends = [text.find(probe.content) + len(probe.content) for probe in probes]
+    marks = [probe.content or call_names(probe)[0] for probe in probes]
+    ends = [text.find(mark) + len(mark) for mark in marks]
     answers = [i for i, probe in enumerate(probes) if probe.role == "assistant"]
     return [next((i for i in answers if ends[i] > start), answers[-1]) for start, _ in marked]
 
@@ -269,7 +273,11 @@ def _earlier_span(
             return None
         given = opened
     before, after = shape
-    content = as_dicts(tokenizer, [message])[0]["content"]
+    if message.calls is not None:
+        return _span_of_calls(
+            tokenizer, chat.text, message, header + len(before) if text.startswith(before, header) else header
+        )
+    content = marked_content(tokenizer, message)
     answer = after_thought(content)  # templates leave the thoughts of earlier answers out
     bodies = [content, content.strip(), *(() if answer is None else (answer, answer.strip()))]
     starts = [header + len(before) if text.startswith(before, header) else header, *range(header, len(given) - 1, -1)]
@@ -279,6 +287,15 @@ def _earlier_span(
             if text.startswith(body, start) and (text.startswith(after, stop) or text.startswith(tokens, stop)):
                 return min(start, header), stop  # settle_end adds the end token
     return None
+
+
+def _span_of_calls(tokenizer: Any, text: str, message: Message, start: int) -> Span | None:
+    """The part of the text from `start` to the first token that ends an answer, if all calls stand in it."""
+    ends = "|".join(map(re.escape, end_tokens(tokenizer)))
+    found = re.compile(f"(?<!{OPEN})(?:{ends})").search(text, start)
+    stop = found.start() if found else len(text)
+    written = without_marks(text[start:stop])
+    return (start, stop) if all(name in written for name in call_names(message)) else None
 
 
 def _no_prefix(tokenizer: Any, row: ChatRow, i: int) -> DataError:

@@ -26,8 +26,8 @@ import numpy as np
 from safecl.config import FieldMap
 from safecl.data.chat import template_source
 from safecl.data.files import Source, open_source
-from safecl.data.formats import ChatRow, DataError, RowProblem
 from safecl.data.masks import Encoded, tokenize_rows
+from safecl.data.messages import ChatRow, DataError, RowProblem
 from safecl.data.order import keyed_hash
 from safecl.data.rows import BadRows, good_rows, spread
 from safecl.data.template_dates import asks_for_date, date_of
@@ -37,7 +37,7 @@ from safecl.storage.locks import waiting_lock
 
 log = logging.getLogger("safecl")
 
-_VERSION = 6  # of the prepared files; files of another version are prepared again
+_VERSION = 7  # of the prepared files; files of another version are prepared again
 _BATCH = 1024  # rows tokenised at once
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from safecl.data.formats import DataError, clip
+from safecl.data.messages import DataError, clip
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _STARTS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

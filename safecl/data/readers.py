@@ -9,19 +9,8 @@ from typing import Any
 
 from safecl.config import FieldMap
 from safecl.data.cells import turns_in
-from safecl.data.formats import (
-    ANSWERS,
-    READERS,
-    DataError,
-    Message,
-    RowProblem,
-    check_messages,
-    clip,
-    column_of,
-    columns_of,
-    kind_of,
-    with_tools,
-)
+from safecl.data.formats import ANSWERS, READERS, column_of, with_tools
+from safecl.data.messages import DataError, Message, RowProblem, check_messages, clip, columns_of, kind_of
 
 _MAX_TAG_CHARS = 80
 

@@ -18,21 +18,11 @@ from safecl.config import FieldMap
 from safecl.data.cells import is_nan
 from safecl.data.columns import is_unwanted, unused_columns
 from safecl.data.files import Source, open_source
-from safecl.data.formats import (
-    ChatRow,
-    DataError,
-    Message,
-    RowProblem,
-    check_messages,
-    columns_of,
-    detect,
-    read_turns,
-    turns_of_cell,
-    with_system,
-    with_tools,
-)
+from safecl.data.formats import detect, turns_of_cell, with_system, with_tools
+from safecl.data.messages import ChatRow, DataError, Message, RowProblem, check_messages, columns_of
 from safecl.data.raw import RawRow
 from safecl.data.readers import check_fields, row_reader, suggest_fields, tags_of, template_columns
+from safecl.data.turns import read_turns
 
 _SAMPLE = 100  # rows that are read to detect the format
 _PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "text")
@@ -183,7 +173,7 @@ def settle_format(source: Source, format: str, fields: FieldMap | None) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The turns before an answer of the model, the last of them the user's. `line` counts from 1."""
+    """The turns before an answer of the model, the last of them the user's or a tool's. `line` counts from 1."""
 
     messages: tuple[Message, ...]
     path: str
@@ -193,7 +183,7 @@ class Prompt:
     @property
     def text(self) -> str:
         """Content of the user's last turn."""
-        return self.messages[-1].content
+        return next(message.content for message in reversed(self.messages) if message.role == "user")
 
 
 def read_prompts(
@@ -253,8 +243,8 @@ def _read_leniently(format: str, columns: Mapping[str, Any]) -> tuple[Message, .
     if format == "prompt_completion":
         turns = turns_of_cell(columns[key], key) or []
     else:
-        turns = read_turns(columns[key], key, *(("from", "value") if format == "sharegpt" else ()))
-    if turns and turns[-1].role == "user":
+        turns = read_turns(columns[key], key)
+    if turns and turns[-1].role in ("user", "tool"):
         turns = [*turns, Message("assistant", "-")]
     messages = check_messages([replace(m, train=None) for m in with_system(columns, turns)])
     return with_tools(columns, messages)
@@ -263,6 +253,6 @@ def _read_leniently(format: str, columns: Mapping[str, Any]) -> tuple[Message, .
 def _before_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     last = max(i for i, message in enumerate(messages) if message.role == "assistant")
     asked = messages[:last]
-    if asked[-1].role != "user":
-        raise RowProblem("the turn before the last answer is not the user's")
+    if asked[-1].role not in ("user", "tool"):
+        raise RowProblem("the turn before the last answer is neither the user's nor a tool's")
     return asked

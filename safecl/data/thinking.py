@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from safecl.config import ConfigError
 from safecl.config.model import ThinkingConfig, ThinkingMode
 from safecl.data.chat import control_tokens, prompt_ids, stop_ids, template_source
-from safecl.data.formats import Message
+from safecl.data.messages import Message
+from safecl.data.turn_forms import forms_of, rendered
 
 KNOWN_PAIRS = (
     ("<think>", "</think>"),
@@ -140,8 +141,9 @@ class _Probe(NamedTuple):
 def _probe(tokenizer: Any) -> _Probe | None:
     """Find the texts that the template writes around a message's thought; None where it writes none."""
     given, opened = _rendered(tokenizer, [_QUESTION]), _opening(tokenizer)
-    for field in FIELDS:
-        text = _rendered(tokenizer, [_QUESTION, {"role": "assistant", "content": _ANSWER, field: _THOUGHT}])
+    answers: list[dict[str, Any]] = [{"role": "assistant", "content": _ANSWER, field: _THOUGHT} for field in FIELDS]
+    for answer in [*answers, forms_of(tokenizer).turn(Message("assistant", _ANSWER, thought=_THOUGHT))]:
+        text = _rendered(tokenizer, [_QUESTION, answer])
         if not text.startswith(given) or not 0 <= text.find(_THOUGHT) < text.find(_ANSWER):
             continue
         before, _, rest = text[len(given) :].partition(_THOUGHT)
@@ -183,13 +185,16 @@ def _opening(tokenizer: Any, **options: Any) -> str:
     return _rendered(tokenizer, [_QUESTION], add_generation_prompt=True, **options)
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """Render messages; an empty text where the template refuses them."""
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    except Exception:  # a template may raise anything, and these messages are only a probe
-        return ""
-    return text if isinstance(text, str) else ""
+    if forms_of(tokenizer).parts:
+        messages = [
+            {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+            if isinstance(turn["content"], str)
+            else turn
+            for turn in messages
+        ]
+    return rendered(tokenizer, messages, **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from safecl.data.formats import ChatRow
+from safecl.data.messages import ChatRow
 
 _COLUMNS = {
     "tokens": np.int32,
@@ -60,6 +60,9 @@ def content_digest(row: ChatRow) -> bytes:
     more = [[m.thought, m.tools] for m in row.messages]
     if any(extra != [None, None] for extra in more):  # other rows keep the ids that they have always had
         content += json.dumps(more)
+    calls = [[m.calls, m.tool] for m in row.messages]
+    if any(extra != [None, None] for extra in calls):
+        content += json.dumps(calls)
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 

@@ -11,11 +11,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from safecl.data.chat import render, template_source, without_marks
 from safecl.data.files import where
-from safecl.data.formats import Message, RowProblem, clip
+from safecl.data.messages import Message, RowProblem, clip
+from safecl.data.turn_forms import said_in_calls
 
 _THOUGHT = re.compile(r"\s*(?:<([\w|]+)>.*?</\1>|\[(\w+)\].*?\[/\2\]|◁(\w+)▷.*?◁/\3▷)", re.DOTALL)
 _MIN_PART = 8  # a shorter part of a message may stand in the text by chance
@@ -32,7 +33,18 @@ class Written:
 
 def probes_of(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The same turns with texts that stand for nothing else. They are short, since some templates cut long texts."""
-    return tuple(replace(m, content=f"qzx{i}xzq", thought=m.thought and f"qzt{i}tzq") for i, m in enumerate(messages))
+    return tuple(_probe_of(message, f"{i}") for i, message in enumerate(messages))
+
+
+def _probe_of(message: Message, number: str) -> Message:
+    calls = json.loads(message.calls) if message.calls is not None else []
+    named = [{**call, "function": {**call["function"], "name": f"qzf{number}fzq"}} for call in calls]
+    return replace(
+        message,
+        content=f"qzx{number}xzq" if message.content.strip() or message.calls is None else "",
+        thought=message.thought and f"qzt{number}tzq",
+        calls=json.dumps(named) if named else None,
+    )
 
 
 def compare(tokenizer: Any, conversations: Sequence[Sequence[Message]], texts: Sequence[str]) -> list[Written]:
@@ -41,7 +53,7 @@ def compare(tokenizer: Any, conversations: Sequence[Sequence[Message]], texts: S
     missing: dict[Any, set[str]] = {}
     out = []
     for messages, text in zip(conversations, texts, strict=True):
-        shape = (tuple((m.role, m.thought is not None) for m in messages), messages[0].tools)
+        shape = (tuple((m.role, m.thought is not None, m.calls, not m.content) for m in messages), messages[0].tools)
         if shape not in missing:
             missing[shape] = _missing_probes(tokenizer, messages)
         out.append(_compare_one(messages, _Text(text), missing[shape], source))
@@ -64,9 +76,12 @@ class _Text:
         self.plain = without_marks(text)
         self._dense: str | None = None
 
-    def holds(self, part: str) -> bool:
+    def holds(self, part: str, in_json: bool = False) -> bool:
+        """Whether the text holds a part. `in_json`: perhaps inside of a JSON string."""
         part = without_marks(part).strip()
         if part in self.plain:
+            return True
+        if in_json and any(self.holds(json.dumps(part, ensure_ascii=ascii)[1:-1]) for ascii in (False, True)):
             return True
         if self._dense is None:
             self._dense = "".join(self.plain.split())
@@ -79,7 +94,7 @@ def _compare_one(messages: Sequence[Message], text: _Text, missing: set[str], so
     for i, (message, probe) in enumerate(zip(messages, probes, strict=True)):
         name = f"message {i + 1} ({message.role})"
         earlier = " of an earlier answer" if i < last else ""
-        lost = "" if text.holds(message.content) else _lost(message.content, text)
+        lost = "" if text.holds(message.content, message.role == "tool") else _lost(message.content, text)
         if probe.content in missing and lost in ("", message.content):
             wrongs.append(f"leaves out {name}")
         elif lost:
@@ -87,6 +102,10 @@ def _compare_one(messages: Sequence[Message], text: _Text, missing: set[str], so
                 written.notes.append(f"the chat template ({source}) leaves out the thought{earlier}")
             else:
                 wrongs.append(f"changes {name}, {clip(' '.join(lost.split()))!r} is not in what it writes")
+        if said := next((said for said in said_in_calls(message) if not text.holds(said, in_json=True)), None):
+            wrongs.append(
+                f"leaves out a call of message {i + 1} (assistant), {clip(said, 24)!r} is not in what it writes"
+            )
         if message.thought is not None and (probe.thought in missing or not text.holds(message.thought)):
             written.notes.append(
                 f"the thought{earlier} (`reasoning_content`, `thinking` or `reasoning`) is not used, since the chat "
@@ -149,3 +168,17 @@ def remarks_on_prompts(tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
             found[remark] = (count + 1, first)
     lines = [f"{count:,} of {len(prompts):,} prompts: {text} (first: {at})" for text, (count, at) in found.items()]
     return [*lines[:5], *([f"and {len(lines) - 5} more remarks on prompts"] if len(lines) > 5 else [])]
+
+
+def notes_on_prompts(
+    tokenizer: Any, prompts: Sequence[Any], rows: Sequence[Any], privacy: Literal["full", "hashed", "none"]
+) -> list[str]:
+    """Remarks on evaluation prompts, and on held-out rows without their last answers.
+
+    Args: `privacy`: `none` leaves out the reason, which may quote a few words.
+    """
+    asked = [replace(row, messages=row.messages[:-1]) for row in rows if row.messages[-1].role == "assistant"]
+    remarks = [*remarks_on_prompts(tokenizer, prompts), *remarks_on_prompts(tokenizer, asked)]
+    if privacy != "none":
+        return remarks
+    return [f"{remark.partition(':')[0]}: the chat template does not write them as they are" for remark in remarks]

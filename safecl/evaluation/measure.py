@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import EvalConfig, SafetyConfig
-from safecl.data.formats import ChatRow
+from safecl.data.messages import ChatRow
 from safecl.data.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.answers.thought import answer_of, open_alike

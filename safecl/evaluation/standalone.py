@@ -40,12 +40,14 @@ TASK_OF_FOLDER = "eval"
 
 @dataclass(frozen=True)
 class StandaloneResult:
-    """The evaluation, the gate's verdict where the config has a gate, and the folder with the results."""
+    """The evaluation, the gate's verdict where the config has a gate, the folder with the results, and notes on prompts
+    that the chat template does not write as they are."""
 
     model: str
     evaluation: Evaluation
     gate: GateResult | None
     folder: Path
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for results.json; no text."""
@@ -182,12 +184,15 @@ def _measure(
         raise ConfigError(_nothing_to_measure(settings.path))
     from safecl.data import load_tokenizer
     from safecl.data.thinking import check_thinking
+    from safecl.data.written import notes_on_prompts
     from safecl.distributed.collectives import process_group
     from safecl.evaluation.answers.model import HFEvalModel
     from safecl.evaluation.measure import evaluate
 
     tokenizer = load_tokenizer(settings)
     check_thinking(tokenizer)
+    rows = [row for _, _, rows in tasks for row in rows]
+    notes = notes_on_prompts(tokenizer, [*prompts, *benign], rows, privacy)
     with process_group():
         model = HFEvalModel.load(
             settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
@@ -195,7 +200,8 @@ def _measure(
         found = evaluate(
             model, tokenizer, when=name_of(settings.path), safety=safety, prompts=prompts, benign=benign, tasks=tasks
         )
-        result = StandaloneResult(settings.path, found, judge_gate(safety.gate if safety else None, found), folder)
+        gate = judge_gate(safety.gate if safety else None, found)
+        result = StandaloneResult(settings.path, found, gate, folder, tuple(notes))
         if model.rank == 0:
             _write(result, privacy)
     return result

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safecl.config import ConfigError, EvalConfig
-from safecl.data.formats import ChatRow
+from safecl.data.messages import ChatRow
 from safecl.evaluation.answers.likelihood import Scored, log_likelihoods
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, max_positions_of, shard_of
 from safecl.evaluation.answers.prompts import answer_prompts, encode_within, pad_id_of
@@ -94,6 +94,11 @@ def check_rows(eval: EvalConfig, tokenizer: Any, rows: Sequence[ChatRow]) -> Non
         if row.messages[-1].role != "assistant":
             raise ConfigError(
                 f"{place_of(row)}: {eval.metric} needs an answer to compare with; use metric: answer_nll for plain text"
+            )
+        if row.messages[-1].calls is not None:
+            raise ConfigError(
+                f"{place_of(row)}: {eval.metric} compares text, and the last answer of this row calls a tool; use "
+                "metric: answer_nll, or leave the row out"
             )
     if eval.metric == "label_accuracy":
         labels_of(rows)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from safecl.data import load_tokenizer, read_prompts, resolve_tokens_per_batch
 from safecl.data.config_rows import prepare_memory, prepare_task, read_eval_rows, read_training_rows, read_upload_rows
 from safecl.data.files import where
 from safecl.data.thinking import check_thinking
-from safecl.data.written import remarks_on_prompts
+from safecl.data.written import notes_on_prompts
 from safecl.engine.teachers.checks import check_teachers
 from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps
 from safecl.evaluation.answers.texts import place_of
@@ -49,14 +48,9 @@ def _note_what_is_not_used(plan: RunPlan) -> None:
     """Note what of memory rows and prompts the run does not use; the summary of a task's rows has notes of its own."""
     if plan.memory is not None:
         plan.notes += [f"memory: {note}" for report in plan.memory.reports for note in report.notes]
-    rows = [row for task in plan.tasks for row in task.eval_rows if row.messages[-1].role == "assistant"]
-    remarks = remarks_on_prompts(plan.tokenizer, [*plan.prompts, *plan.benign])
-    remarks += remarks_on_prompts(plan.tokenizer, [replace(row, messages=row.messages[:-1]) for row in rows])
-    if plan.config.privacy.examples == "none":  # a remark may quote a few words
-        remarks = [
-            f"{remark.partition(':')[0]}: the chat template does not write them as they are" for remark in remarks
-        ]
-    plan.notes += remarks
+    rows = [row for task in plan.tasks for row in task.eval_rows]
+    privacy = plan.config.privacy.examples
+    plan.notes += notes_on_prompts(plan.tokenizer, [*plan.prompts, *plan.benign], rows, privacy)
 
 
 def build_methods(config: RunConfig) -> list[Method[Any]]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from safecl.data.formats import ChatRow, Message
 from safecl.data.masks import tokenize_row
+from safecl.data.messages import ChatRow, Message
 from safecl.data.rows import Prompt
 from safecl.data.thinking import without_empty_thought
 from safecl.evaluation.answers.model import EvalModel

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from safecl.data.chat import prompt_ids
-from safecl.data.formats import Message
+from safecl.data.messages import Message
 from safecl.data.thinking import with_empty_thought
 from safecl.data.tokens import Row, TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of

@@ -16,7 +16,7 @@ from rich.table import Table
 from safecl.config import ConfigError, RunConfig
 from safecl.config.safety import ScanConfig
 from safecl.data.files import unit_of, where
-from safecl.data.formats import ChatRow, clip
+from safecl.data.messages import ChatRow, clip
 from safecl.data.rows import Prompt, read_prompts
 from safecl.data.thinking import answer_prompt_ids
 from safecl.data.tokens import Row, TokenDataset

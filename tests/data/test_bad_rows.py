@@ -7,7 +7,7 @@ import json
 import pytest
 
 from safecl.data import DataError, read_prompts, read_rows
-from safecl.data.formats import MAX_ROW_CHARS
+from safecl.data.messages import MAX_ROW_CHARS
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}).encode()
 SECRET = "the-customer-writes-this-" * 20
@@ -72,8 +72,12 @@ LINES: dict[str, tuple[bytes, str]] = {
     "role a number": (messages(turn(1), ANSWER), "`role` must be text"),
     "role null": (messages(turn(None), ANSWER), "`role` must be text"),
     "role with a lone surrogate": (messages(turn("\ud800"), ANSWER), "unknown role"),
-    "tool role": (messages(turn(), turn("tool"), ANSWER), "unknown role 'tool'"),
-    "tool calls": (messages(turn(), turn("assistant", "", tool_calls=[{"id": 1}])), "tool calls are not supported"),
+    "misspelt tool": (messages(turn(), turn("tools"), ANSWER), "unknown role 'tools'; did you mean `tool`?"),
+    "tool calls": (messages(turn(), turn("assistant", "", tool_calls=[{"id": 1}])), "a call needs the `name`"),
+    "a call of the user": (
+        messages(turn("user", tool_calls=[{"name": "f"}]), ANSWER),
+        "only the assistant calls tools",
+    ),
     "content null": (messages(turn(content=None), ANSWER), "content is null"),
     "content a number": (messages(turn(), turn("assistant", 3)), "must be text, not a number"),
     "content true": (messages(turn(), turn("assistant", True)), "must be text, not true or false"),
@@ -135,10 +139,10 @@ COLUMNS: dict[str, tuple[str, dict, str]] = {
         {"conversations": [{"from": "alien", "value": "x"}]},
         "unknown from 'alien'",
     ),
-    "sharegpt: OpenAI keys": (
+    "sharegpt: other keys": (
         "sharegpt",
-        {"conversations": [turn(), ANSWER]},
-        "has no `from`; it has `role`, `content`",
+        {"conversations": [{"speaker": "human", "text": SECRET}]},
+        "has no `from`; it has `speaker`, `text`",
     ),
     "sharegpt: value null": ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "is null"),
     "text missing": ("text", {"body": "x"}, "no `text`; the row has `body`"),

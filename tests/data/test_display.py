@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from safecl.data import Message, decode_marked, describe, prepare_dataset, tokenize_row
-from safecl.data.formats import ChatRow
+from safecl.data.messages import ChatRow
 from tests.data import tokenizers as tk
 
 

@@ -65,6 +65,8 @@ WRITERS = {
     "bar.csv": lambda p: write_csv(p, "|"),
     "indented.jsonl": lambda p: p.write_text("\n".join(json.dumps(r, indent=2) for r in ROWS) + "\n"),
     "indented.json": lambda p: p.write_text("".join(json.dumps(r, indent=2) for r in ROWS)),
+    "broken_lines.jsonl": lambda p: p.write_text("\n".join(json.dumps(r).replace('", "', '",\n "') for r in ROWS)),
+    "broken_lines.json": lambda p: p.write_text("\r\n".join(json.dumps(r).replace(": ", ":\r\n") for r in ROWS)),
     "wrapped.jsonl": lambda p: p.write_text(json.dumps({"data": ROWS}, indent=2)),
     "packed.jsonl.gz": lambda p: packed(p, "rows.jsonl", gzip.compress),
     "packed.json.bz2": lambda p: packed(p, "array.json", bz2.compress),
@@ -84,6 +86,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     ]
     is_table = name.lower().endswith(("csv", "tsv", "csv.xz", "csv.zst"))  # a header, and a line break inside each row
     assert [r.line for r in rows] == ([2, 4, 6, 8] if is_table else [1, 2, 3, 4]) and bad.count == 0
+
+
+def test_an_object_that_goes_on_in_the_next_line_of_a_file_of_lines_is_named_with_the_fix(tmp_path):
+    one, other = (json.dumps(row) for row in ROWS[:2])
+    (tmp_path / "rows.jsonl").write_text("\n".join([one, *other.replace('", "', '",\n "').split("\n"), one]))
+    rows, bad = read_rows(str(tmp_path / "rows.jsonl"), max_bad_rows=2)
+    assert len(rows) == 2 and bad.count == 2
+    assert "rows.jsonl:2: " in bad.examples[0] and "write one per line, e.g. `jq -c .`" in bad.examples[0]
 
 
 ON_LINES = ("rows.jsonl", "lines_called.json", "rows.csv", "rows.tsv")

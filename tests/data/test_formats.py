@@ -8,7 +8,8 @@ import pytest
 
 from safecl.config import FieldMap
 from safecl.data import DataError, read_prompts, read_rows
-from safecl.data.formats import RowProblem, detect
+from safecl.data.formats import detect
+from safecl.data.messages import RowProblem
 from safecl.data.readers import fill, suggest_fields
 from safecl.data.rows import spread
 

@@ -10,8 +10,8 @@ import pytest
 from safecl.config import ConfigError, ModelConfig
 from safecl.data import DataError, Message, load_tokenizer, prompt_ids, stop_ids, template_source, tokenize_row
 from safecl.data.chat import use_plain_template
-from safecl.data.formats import ChatRow, RowProblem
 from safecl.data.masks import tokenize_rows
+from safecl.data.messages import ChatRow, RowProblem
 from tests.data import tokenizers as tk
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from safecl.config import ConfigError
 from safecl.data import Prompt
 from safecl.data.thinking import markers_of, thinking_of
+from safecl.data.turns import as_turn
 from safecl.distributed import collectives
 from safecl.engine.artifacts.store import ArtifactStore, Key, obtain
 from safecl.engine.passes.forward_engine import ForwardEngine
@@ -106,7 +107,10 @@ def _splitting(tokenizer: Any) -> Key:
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
     import xxhash
 
-    said = [[[(m.role, m.content) for m in prompt.messages], prompt.tags] for prompt in prompts]
+    said: list[list[Any]] = [[[(m.role, m.content) for m in prompt.messages], prompt.tags] for prompt in prompts]
+    for line, prompt in zip(said, prompts, strict=True):  # other prompts keep the fingerprint that they had
+        more = [[m.thought, m.tools, m.calls, m.tool] for m in prompt.messages]
+        line += more if any(map(any, more)) else []
     return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
@@ -213,12 +217,14 @@ def _reason(answer: Answer, by_scorer: str | None, bad: Collection[str]) -> str 
 
 
 def _row(prompt: Prompt, answer: str, kind: str) -> dict[str, Any]:
-    messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-    tags = {name: value for name, value in prompt.tags.items() if name not in ("messages", "kind")}
+    messages = [as_turn(message) for message in prompt.messages]
+    tags = {name: value for name, value in prompt.tags.items() if name not in ("messages", "kind", "tools")}
+    tools = {} if prompt.messages[0].tools is None else {"tools": json.loads(prompt.messages[0].tools)}
     category = tags.pop("category", "") or ("" if kind == REFUSAL else BENIGN)
     return {
         "messages": [*messages, {"role": "assistant", "content": answer}],
         "category": category,
         "kind": kind,
+        **tools,
         **tags,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from safecl.data.files import where
-from safecl.data.formats import ChatRow, Message
+from safecl.data.messages import ChatRow, Message
 from safecl.data.rows import Prompt
 
 Question = Prompt | ChatRow
