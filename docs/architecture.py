@@ -21,6 +21,7 @@ ROOMS = {
     "demo": "the built-in demonstration: corpus, tiny model, runs",
     "training": "the loop: tasks, steps, measurements, resuming, the run folder",
     "planning": "what will run and what it takes, before a model is loaded",
+    "merging": "arithmetic on checkpoints: one file per merge",
     "report": "pages and model cards of finished runs",
     "scan": "screening an upload before training",
     "engine": "the DeepSpeed side",

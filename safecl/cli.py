@@ -17,6 +17,7 @@ from safecl.commands.memory import verbs
 from safecl.commands.verbs import EPILOG, verbs_of
 from safecl.distributed import environment
 from safecl.exits import ExitCode, tracebacks
+from safecl.merging.registry import help_text as merge_kinds
 
 app = typer.Typer(
     name="safecl",
@@ -234,6 +235,46 @@ def report(
     from safecl.commands.report import report_runs
 
     report_runs(runs, output)
+
+
+@verbs_of(app, more=merge_kinds())
+def merge(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="Kind of merge; they are listed below.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the kind, e.g. alpha=0.5", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model before tuning: a folder or hub id.", show_default=False)
+    ] = None,
+    tuned: Annotated[
+        list[str] | None,
+        typer.Option(help="A tuned model or LoRA adapter; once for each. The first gives names, dtype and tokenizer."),
+    ] = None,
+    aligned: Annotated[str | None, typer.Option(help="The aligned model, where it is not the base.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Rows, for kinds that need some.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; an existing one is never overwritten.")
+    ] = None,
+    settings: Annotated[bool, typer.Option("--settings", help="Print the kind's settings, and merge nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge model folders into a new one, tensor by tensor: averages, task vectors, safety merges."""
+    from safecl.commands.merge import merge_models, print_settings
+
+    if settings:
+        print_settings(kind)
+        return
+    merge_models(
+        kind,
+        overrides or [],
+        out=output,
+        base=base,
+        tuned=tuned or [],
+        aligned=aligned,
+        data=data,
+        as_json=as_json,
+    )
 
 
 @verb

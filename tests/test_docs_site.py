@@ -18,7 +18,15 @@ from tests.test_docs import ROOT
 
 API = ROOT / "docs" / "api"
 DIRECTIVE = re.compile(r"^::: (\S+)\n    options:\n      heading: (\S+)$", re.M)
-PACKAGES = ("safecl", "safecl.kernels", "safecl.data", "safecl.replay", "safecl.evaluation", "safecl.scan")
+PACKAGES = (
+    "safecl",
+    "safecl.kernels",
+    "safecl.data",
+    "safecl.replay",
+    "safecl.evaluation",
+    "safecl.scan",
+    "safecl.merging",
+)
 OF_METHODS = ("Method", "Run", "ReplayTerm", "TaskTerm", "Penalty", "AverageMask")
 
 

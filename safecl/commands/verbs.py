@@ -18,9 +18,9 @@ EPILOG = (
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
-def verbs_of(app: typer.Typer, group: str = "") -> Callable[[Verb], Verb]:
+def verbs_of(app: typer.Typer, group: str = "", more: str = "") -> Callable[[Verb], Verb]:
     """Return a decorator that makes a function a verb of `app` with the function's name. Its errors become messages and
-    exit codes."""
+    exit codes. `more` stands at the end of its help."""
 
     def verb(function: Verb) -> Verb:
         name = function.__name__.rstrip("_")
@@ -30,7 +30,7 @@ def verbs_of(app: typer.Typer, group: str = "") -> Callable[[Verb], Verb]:
             with endings_as_exit_codes(f"{group} {name}".strip()):
                 return function(*args, **kwargs)
 
-        app.command(name, epilog=EPILOG)(run)
+        app.command(name, epilog=f"{more}\n\n{EPILOG}" if more else EPILOG)(run)
         return function
 
     return verb

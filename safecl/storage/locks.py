@@ -13,7 +13,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""The errors of file systems that have no locks."""
 
 
 class FileLock:
@@ -34,7 +35,7 @@ class FileLock:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             self.unsupported = error.strerror
         return True

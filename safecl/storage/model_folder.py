@@ -126,6 +126,23 @@ def _locate(path: str, name: str, *, downloads: bool = True) -> Path | None:
     return Path(found) if found is not None else None
 
 
+def plan_files(sizes: Mapping[str, int], max_file_bytes: int) -> dict[str, list[str]]:
+    """Assign tensors of these sizes in bytes to files named as transformers does: {file name: names of its tensors}. A
+    file has at most `max_file_bytes`, or one larger tensor."""
+    groups: list[list[str]] = [[]]
+    pending = 0
+    for name, size in sizes.items():
+        if groups[-1] and pending + size > max_file_bytes:
+            groups.append([])
+            pending = 0
+        groups[-1].append(name)
+        pending += size
+    count = len(groups)
+    if count == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": names for i, names in enumerate(groups)}
+
+
 # ---------------------------------------------------------------------------------------------------- adapters and GGUF
 
 

@@ -27,7 +27,7 @@ from safecl.engine.model.dtypes import DTYPE_NAMES, tensor_bytes
 from safecl.engine.model.tensor_names import saved_names
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.storage.durable import BLOCK_BYTES, DamagedCheckpoint, FileRecord, hash_file, sync_folder, write_file
-from safecl.storage.model_folder import INDEX, WEIGHTS
+from safecl.storage.model_folder import INDEX, plan_files
 from safecl.storage.safetensors_file import header_bytes, num_bytes, read_header
 from safecl.storage.sizes import format_bytes, free_bytes
 
@@ -199,27 +199,10 @@ def _saved_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def plan_files(tensors: _Tensors, max_file_bytes: int) -> dict[str, list[str]]:
-    """Assign the tensors to files named as transformers does: {file name: names of its tensors}. A file has at most
-    `max_file_bytes`, or one larger tensor."""
-    groups: list[list[str]] = [[]]
-    pending = 0
-    for name in tensors.shapes:
-        if groups[-1] and pending + tensors.size(name) > max_file_bytes:
-            groups.append([])
-            pending = 0
-        groups[-1].append(name)
-        pending += tensors.size(name)
-    count = len(groups)
-    if count == 1:
-        return {WEIGHTS: groups[0]}
-    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": names for i, names in enumerate(groups)}
-
-
 def _save_weights(tensors: _Tensors, partial: Path, max_file_bytes: int) -> Callable[[], Exported]:
     """Write the files on rank 0, to which all ranks gather the tensors. The returned function verifies the files on
     rank 0, or raises the error of writing them."""
-    files = plan_files(tensors, max_file_bytes)
+    files = plan_files({name: tensors.size(name) for name in tensors.shapes}, max_file_bytes)
     records: dict[str, FileRecord] = {}
     problem: OSError | None = None
     for file, names in files.items():

@@ -1,0 +1,71 @@
+"""`safecl merge KIND`: merges model folders into a new one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from safecl.config import ConfigError
+from safecl.exits import stderr
+from safecl.merging.registry import kind_module, kinds, parse_settings, read_settings
+
+
+def merge_models(
+    kind: str,
+    overrides: list[str],
+    *,
+    out: Path | None,
+    base: str | None,
+    tuned: list[str],
+    aligned: str | None,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Merge, and print the report. Raises ConfigError for models or settings that do not fit."""
+    settings = parse_settings(overrides)
+    read_settings(kind, settings)  # before torch is loaded
+    if out is None:
+        raise ConfigError(f"{kind}: no folder to write: -o OUT")
+    from safecl.merging.run import merge
+
+    with _progress_bar(kind) as progress:
+        report = merge(kind, out=out, base=base, tuned=tuned, aligned=aligned, data=data, progress=progress, **settings)
+    console = Console(highlight=False, soft_wrap=True)
+    text = json.dumps(report.as_dict(), indent=2) if as_json else str(report)
+    console.print(text, markup=False)
+
+
+@contextlib.contextmanager
+def _progress_bar(kind: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar on a terminal; on stderr, so that a pipe gets the report only."""
+    if not stderr.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True) as bar:
+        task = bar.add_task(f"merging: {kind}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_settings(kind: str) -> None:
+    """Print what a kind of merge needs, and its settings with their defaults."""
+    config = kind_module(kind).Config
+    needs, console = config.needs, Console(highlight=False)
+    most = "" if needs.most == needs.fewest else f" to {needs.most}" if needs.most else " or more"
+    parts = [f"{needs.fewest}{most} tuned"]
+    parts += [f"{role} ({need})" for role, need in (("base", needs.base), ("aligned", needs.aligned)) if need != "no"]
+    parts += [f"data: {needs.data}{' (optional)' * needs.data_optional}"] if needs.data else []
+    console.print(f"{kinds().get(kind, kind)}\nmodels: {', '.join(parts)}", markup=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("setting", "default", "meaning"):
+        table.add_column(title)
+    for name, field in config.model_fields.items():
+        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+        table.add_row(name, default, " ".join((field.description or "").split()))
+    console.print(table)

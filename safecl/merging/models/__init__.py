@@ -1,0 +1,1 @@
+"""Reading the models that are merged, and checking that they fit together."""

@@ -1,0 +1,226 @@
+"""`merge`: model folders in, a model folder out."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safecl.config import ConfigError
+from safecl.engine.model.dtypes import FLOAT_DTYPES
+from safecl.merging.base import Merge, MergeConfig
+from safecl.merging.models.lora import AdapterWeights
+from safecl.merging.models.matching import copied
+from safecl.merging.models.opening import Opened, open_models
+from safecl.merging.output.adapter import write_adapter
+from safecl.merging.output.beside import copy_beside, copy_tokenizer
+from safecl.merging.output.new_folder import NewFolder
+from safecl.merging.output.weights import Entry, Written, write_weights
+from safecl.merging.registry import kind_module, kinds, read_settings
+from safecl.merging.report import MergeReport, ParentRecord, card_text
+from safecl.merging.stream import merged_rows, merged_tensor, run_passes
+from safecl.storage.durable import write_file
+
+_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+Progress = Callable[[int, int], None]
+"""Called with the elements that are done, and with all."""
+
+
+def merge(
+    kind: str,
+    *,
+    out: str | Path,
+    base: str | Path | None = None,
+    tuned: Sequence[str | Path] | str | Path = (),
+    aligned: str | Path | None = None,
+    data: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> MergeReport:
+    """Merge models, folders in and a folder out, tensor by tensor in fp32.
+
+    kind: the name of a merge; `safecl.merging.kinds()` lists them. base, tuned, aligned: folders or hub ids of whole
+    models, or folders of LoRA adapters, which count as dense weights. The result has the names, dtypes, settings,
+    tokenizer and chat template of the first tuned model. data: a file of rows, for the kinds that need one. settings:
+    those of the kind, and of MergeConfig. progress: called with the numbers of elements done and in all.
+
+    Memory: two of the largest tensors per model in fp32, of which merges by rows take a small part; a merge that runs
+    rows through a model says what it needs. Raises ConfigError, with nothing written, where models or settings do not
+    fit; OSError where the disk fails. The folder appears when everything in it is on the disk.
+    """
+    begin = time.monotonic()
+    config = read_settings(kind, settings)
+    paths = [tuned] if isinstance(tuned, (str, Path)) else list(tuned)
+    folder = NewFolder(Path(out).expanduser())
+    _refuse_parents_as_output(folder, [*paths, base, aligned])
+    folder.check_free()
+    opened = open_models(
+        kind,
+        config,
+        base=_text(base),
+        tuned=[os.fspath(path) for path in paths],
+        aligned=_text(aligned),
+        data=Path(data).expanduser() if data is not None else None,
+    )
+    try:
+        return _Work(kind, config, opened, folder, progress, begin).run()
+    finally:
+        opened.close()
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _refuse_parents_as_output(folder: NewFolder, parents: Sequence[str | Path | None]) -> None:
+    for parent in parents:
+        if parent is None or not Path(parent).expanduser().is_dir():
+            continue
+        place = Path(parent).expanduser().resolve()
+        if folder.path.resolve() == place or place in folder.path.resolve().parents:
+            raise ConfigError(f"{folder.path}: lies in the folder of a model that is merged; choose another place")
+
+
+@dataclass
+class _Work:
+    """One merge, when its models are open."""
+
+    kind: str
+    config: MergeConfig
+    opened: Opened
+    folder: NewFolder
+    progress: Progress | None
+    begin: float
+    done: int = 0
+
+    @functools.cached_property
+    def merge(self) -> Merge[MergeConfig]:
+        made: Merge[MergeConfig] = kind_module(self.kind).Merge(self.config, self.opened.models)
+        return made
+
+    def run(self) -> MergeReport:
+        entries = self._entries()
+        try:
+            partial = self.folder.begin(sum(entry.nbytes for entry in entries.values()))
+            run_passes(self.merge, self.opened.models, self._advance)
+            if self.config.adapter_rank is None:
+                report = self._write_model(partial, entries)
+            else:
+                report = self._write_adapter(partial, self.config.adapter_rank)
+            title = kinds().get(self.kind, "")
+            write_file(partial / "README.md", [card_text(self.kind, title, self.folder.path.name, report).encode()])
+            self.opened.check_unchanged()
+            self.folder.publish()
+            return report
+        finally:
+            self.folder.abandon()
+
+    def _entries(self) -> dict[str, Entry]:
+        home = self.opened.matched.views[0]
+        entries = {}
+        for name, shape in home.shapes.items():
+            stored = home.source.stored[home.names[name]].dtype
+            asked = _DTYPES.get(self.config.dtype, stored) if stored in FLOAT_DTYPES else stored
+            entries[name] = Entry(asked, shape)
+        return entries
+
+    # -------------------------------------------------------------------------------------------------------- writing
+
+    def _write_model(self, partial: Path, entries: Mapping[str, Entry]) -> MergeReport:
+        source = self.opened.home.source
+        written = write_weights(partial, entries, self._values, self.config.max_file_bytes)
+        is_adapter = isinstance(source, AdapterWeights)
+        folder = source.base.folder if isinstance(source, AdapterWeights) else source.folder
+        tokenizer = source.folder if is_adapter else None
+        copy_beside(folder, partial, changes=self._changes(entries), tokenizer=tokenizer)
+        return self._report(len(entries), written)
+
+    def _values(self, name: str) -> Iterator[torch.Tensor | bytes]:
+        self._read_ahead(name)
+        if name not in self.opened.models.places:
+            yield copied(self.opened.matched.views, name)
+            return
+        for rows in merged_rows(self.merge, self.opened.models, name):
+            self._advance(rows.numel())
+            yield rows
+
+    def _read_ahead(self, name: str) -> None:
+        """Let the system read the next tensor while this one is worked on."""
+        following = self._following.get(name)
+        if following is not None:
+            for view in self.opened.matched.views:
+                view.read_ahead(following)
+
+    @functools.cached_property
+    def _following(self) -> dict[str, str]:
+        names = list(self.opened.matched.views[0].shapes)
+        return dict(itertools.pairwise(names))
+
+    def _changes(self, entries: Mapping[str, Entry]) -> dict[str, Any]:
+        """The keys of config.json that differ from the first tuned model's."""
+        changes: dict[str, Any] = {}
+        if self.opened.matched.unties:
+            changes["tie_word_embeddings"] = False
+        if self.config.dtype != "same":
+            key = "torch_dtype" if "torch_dtype" in self.opened.home.source.settings else "dtype"
+            changes[key] = _TORCH_NAMES[_DTYPES[self.config.dtype]]
+        return changes
+
+    def _write_adapter(self, partial: Path, rank: int) -> MergeReport:
+        base, source = self.opened.models.base, self.opened.home.source
+        if base is None or not isinstance(source, AdapterWeights):
+            raise ConfigError(f"{self.kind}: adapter_rank needs a --base, and an adapter as the first --tuned")
+        read = functools.partial(merged_tensor, self.merge, self.opened.models)
+        path = str(source.adapter_settings["base_model_name_or_path"])
+        local = source.base.folder
+        written = write_adapter(
+            partial,
+            base,
+            os.fspath(local.resolve()) if Path(path).expanduser().exists() or not path.count("/") == 1 else path,
+            read,
+            rank,
+            FLOAT_DTYPES[_DTYPES.get(self.config.dtype, source.factor_dtype)],
+            self._advance,
+        )
+        copy_tokenizer(source.folder, partial)
+        note = f"an adapter of rank {rank} that leaves out {written.left_out:.2%} of the change (Frobenius norm)"
+        return self._report(written.num_tensors, Written(1, written.num_bytes), note)
+
+    # ---------------------------------------------------------------------------------------------------------- report
+
+    def _report(self, num_tensors: int, written: Written, *notes: str) -> MergeReport:
+        return MergeReport(
+            kind=self.kind,
+            out=os.fspath(self.folder.path),
+            settings=self.config.model_dump(mode="json"),
+            parents=[ParentRecord(p.role, p.path, p.source.digest()) for p in self._in_order()],
+            num_tensors=num_tensors,
+            num_files=written.num_files,
+            num_bytes=written.num_bytes,
+            seconds=time.monotonic() - self.begin,
+            notes=[*self.opened.matched.notes, *self.merge.notes(), *notes],
+        )
+
+    def _in_order(self) -> list[Any]:
+        return sorted(self.opened.parents, key=lambda parent: parent.role != "base")
+
+    @functools.cached_property
+    def _total(self) -> int:
+        passes = self.merge.num_passes + 1
+        shapes = self.opened.models.tuned[0].shapes
+        return passes * sum(math.prod(shapes[name]) for name in self.opened.models.places)
+
+    def _advance(self, elements: int) -> None:
+        self.done += elements
+        if self.progress is not None:
+            self.progress(self.done, self._total)

@@ -1,0 +1,1 @@
+"""Merges that add task vectors, tuned - base, to a base."""
