@@ -16,6 +16,7 @@ from safecl import __version__
 from safecl.commands.memory import verbs
 from safecl.commands.verbs import EPILOG, verbs_of
 from safecl.distributed import environment
+from safecl.distributed.library_warnings import hide_future_warnings
 from safecl.exits import ExitCode, tracebacks
 from safecl.merging.registry import help_text as merge_kinds
 
@@ -59,6 +60,7 @@ def _root(
         bool, typer.Option("--traceback", help="Print the traceback of an unexpected error (also after the verb).")
     ] = False,
 ) -> None:
+    hide_future_warnings()
     tracebacks.in_message = traceback
     tracebacks.folder = None
 

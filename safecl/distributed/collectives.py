@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safecl.config import ConfigError
 from safecl.distributed import devices, environment
 from safecl.distributed.devices import device
+from safecl.distributed.library_warnings import hide_future_warnings
 
 __all__ = [
     "PATIENCE", "START_TIMEOUT", "all_reduce_sum", "any_rank", "barrier", "device", "gather_objects", "gather_tensors",
@@ -106,7 +107,7 @@ def _quiet() -> None:
 
     logger.setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it has no annotations
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed|transformers")
+    hide_future_warnings()
     warnings.filterwarnings(
         "ignore", message=r".*(c10d|all_gather_object|reduce_scatter|all_gather).*", module=r"torch"
     )

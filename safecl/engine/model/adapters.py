@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from torch import nn
 
 from safecl.config import ConfigError, LoraConfig, ModelConfig
+from safecl.distributed.library_warnings import no_future_warnings
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.settings import first_line
 
@@ -76,7 +77,8 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
     )
     refuse_targets_without_modules(model, lora)
     try:
-        adapted = peft.get_peft_model(cast("PreTrainedModel", model), settings)
+        with no_future_warnings():  # peft asks transformers for a name that is to go
+            adapted = peft.get_peft_model(cast("PreTrainedModel", model), settings)
     except ValueError as error:
         raise ConfigError(f"model.lora: {first_line(error)}") from None
     _name_base(adapted, config.path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safecl.distributed.library_warnings import no_future_warnings
 from safecl.engine.model.settings import first_line
 from safecl.storage.model_folder import UnusableWeights, adapter_base, is_adapter, settings_source
 
@@ -47,5 +48,6 @@ def _load_adapter(path: str, dtype: torch.dtype, trust_remote_code: bool) -> tup
     import peft
 
     base, missing = _load(adapter_base(path), torch.float32, trust_remote_code)
-    merged: Any = peft.PeftModel.from_pretrained(base, path)
-    return merged.merge_and_unload().to(dtype), missing
+    with no_future_warnings():
+        adapted: Any = peft.PeftModel.from_pretrained(base, path)
+        return adapted.merge_and_unload().to(dtype), missing

@@ -11,6 +11,7 @@ import torch
 
 from safecl.config import ConfigError
 from safecl.distributed import collectives
+from safecl.distributed.library_warnings import no_future_warnings
 from safecl.evaluation.answers.folders import check_is_model
 from safecl.storage.model_folder import adapter_base, is_adapter, settings_source
 
@@ -111,7 +112,8 @@ class HFEvalModel:
         check_is_model(path)
         options = {} if attention == "auto" else {"attn_implementation": attention}
         try:
-            model, info = _load(str(path), dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code, **options)
+            with no_future_warnings():
+                model, info = _load(str(path), dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code, **options)
         except MemoryError:
             raise
         except Exception as error:  # the library, its file formats and the model's own code raise many kinds
