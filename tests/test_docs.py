@@ -17,6 +17,7 @@ from safecl.cli import app
 from safecl.config import load_config, parse_yaml
 from safecl.config.docs import reference_page
 from safecl.config.method_registry import builtin_methods
+from safecl.merging import kinds
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -115,6 +116,12 @@ def test_the_page_of_config_keys_is_current():
 def test_the_readme_names_exactly_the_methods_there_are():
     table = (ROOT / "README.md").read_text().split("## Methods")[1].split("## ")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.M)) == builtin_methods()
+
+
+def test_the_page_of_merges_names_exactly_the_merges_there_are():
+    table = (ROOT / "docs" / "merging.md").read_text().split("## Which one")[1].split("```")[0]
+    rows = [line.split("|")[3] for line in table.splitlines() if line.startswith("|")][2:]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(kinds())
 
 
 def test_every_link_between_the_pages_leads_somewhere():

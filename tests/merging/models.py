@@ -89,13 +89,14 @@ def exact(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_rounded(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The stored values are the expected ones (fp64), with an error of at most one unit in the last place."""
+    """The stored values are the expected ones (fp64), with an error of at most one unit in the last place. Where terms
+    cancel, the error of fp32 arithmetic on the tensor's largest values is allowed as well."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         ulp = torch.finfo(value.dtype).eps * torch.frexp(expected[name])[1].double().sub(1).exp2()
-        small = torch.finfo(value.dtype).tiny
         error = (value.double() - expected[name]).abs()
-        assert bool((error <= ulp.clamp(min=small)).all()), (name, float((error / ulp).max()))
+        cancelled = 2.0**-22 * float(expected[name].abs().max())
+        assert bool((error <= ulp + cancelled).all()), (name, float((error / ulp).max()))
 
 
 def settings(folder: Path) -> dict:

@@ -66,6 +66,8 @@ def open_models(
     data: Path | None,
 ) -> Opened:
     """Open the models. Raises ConfigError where one is missing, cannot be used, or does not fit the others."""
+    if base is None and config.needs.base == "yes" and tuned and is_adapter(tuned[0]):
+        base = adapter_base(tuned[0])
     check_needs(kind, config.needs, base=base, num_tuned=len(tuned), aligned=aligned, data=data)
     opened_base = _open(base, "base", None) if base is not None else None
     roles = ["tuned" if i == 0 else f"tuned {i + 1}" for i in range(len(tuned))]
