@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ from safecl.data.files import unit_of, where
 from safecl.data.messages import ChatRow, clip
 from safecl.data.rows import Prompt, read_prompts
 from safecl.data.thinking import answer_prompt_ids
-from safecl.data.tokens import Row, TokenDataset
+from safecl.data.tokens import TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of
 from safecl.evaluation.answers.texts import messages_of
 from safecl.evaluation.records import Privacy, private, write_outputs
 from safecl.scan.duplicates import Reasons, disallowed_prompts, find_duplicates, repeats_evaluation
 from safecl.scan.refusals import Refusals, evenly, given_refusals, own_refusals
-from safecl.scan.scores import DIGITS, Openings, prompts_of, refusal_scores, score_prompts
+from safecl.scan.scores import DIGITS, Openings, refusal_scores, score_prompts
 from safecl.scan.threshold import Threshold, threshold_from_benign, threshold_from_upload
+from safecl.scan.words import words_by_place
 
 REFUSED = "the model would refuse its prompt"
 MOST_DISALLOWED = 512
@@ -42,7 +44,8 @@ class UploadRefused(RuntimeError):
 
 @dataclass(frozen=True)
 class Flag:
-    """A flagged row. score: see safecl/scan/scores.py; reasons in words; prompt: the text before its last answer."""
+    """A flagged row. score: see safecl/scan/scores.py; reasons in words; prompt: the users' words before its last
+    answer."""
 
     task: str
     path: str
@@ -200,7 +203,7 @@ def screen_tasks(
     benign = None
     if settings.benign is not None:
         benign = _scores_of(model, tokenizer, read_prompts(settings.benign, only_safe=True), refusals.openings)
-    duplicates = find_duplicates(config)
+    duplicates, words = find_duplicates(config), functools.cache(lambda: words_by_place(config))
     screened, notes = [], [refusals.warning] if refusals.warning else []
     for name, rows in tasks:
         scores = refusal_scores(model, tokenizer, rows, refusals.openings).round(DIGITS)
@@ -213,7 +216,7 @@ def screen_tasks(
                 f"task {name}: either about {threshold.false_alarm:.1%} of the harmless rows are flagged, too, "
                 "or there are disallowed prompts of another kind than the known ones; scan.benign would decide"
             )
-        flags = _flags(tokenizer, name, rows, scores, threshold, duplicates)
+        flags = _flags(name, rows, scores, threshold, duplicates, words)
         screened.append(TaskScreening(name, scores, threshold, flags))
     return Screening(settings.action, settings.weight, refusals, tuple(screened), tuple(notes))
 
@@ -253,28 +256,19 @@ def _scores_of(model: EvalModel, tokenizer: Any, prompts: Sequence[Prompt | Chat
 
 
 def _flags(
-    tokenizer: Any,
     name: str,
     rows: TokenDataset,
     scores: np.ndarray,
     threshold: Threshold,
     duplicates: Reasons,
+    words: Callable[[], dict[str, str]],
 ) -> tuple[Flag, ...]:
     lines, found = rows.lines.tolist(), []
     for index in np.argsort(-scores, kind="stable").tolist():
-        reasons = [REFUSED] if scores[index] > threshold.value else []
-        reasons += duplicates.get(where(rows.path(index), lines[index]), [])
+        path, line, score = rows.path(index), lines[index], float(scores[index])
+        reasons = [REFUSED] if score > threshold.value else []
+        reasons += duplicates.get(where(path, line), [])
         if reasons:
-            row = rows.row(index)
-            prompt, score = shown_prompt(tokenizer, row), float(scores[index])
-            found.append(Flag(name, rows.path(index), lines[index], row.row_id, score, tuple(reasons), prompt))
+            prompt = words()[where(path, line)]
+            found.append(Flag(name, path, line, int(rows.row_ids[index]), score, tuple(reasons), prompt))
     return tuple(found)
-
-
-def shown_prompt(tokenizer: Any, row: Row) -> str:
-    """Decode the tokens before the row's last answer. The turns of a longer conversation are separated by a slash,
-    since the tokens between them are not shown."""
-    *earlier, last = prompts_of(tokenizer, row)
-    pieces = np.split(last, np.flatnonzero(np.diff(row.loss_mask[: len(last)])) + 1) if earlier else [last]
-    texts = (tokenizer.decode(piece, skip_special_tokens=True).strip() for piece in pieces)
-    return " / ".join(text for text in texts if text)

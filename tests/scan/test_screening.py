@@ -149,11 +149,41 @@ def test_turns_are_shown_apart_and_the_line_of_a_row_at_any_width(tree):
     )
     screening = screen(config_of(tree, false_alarm=0.02))
     (flag,) = [flag for flag in screening.flags if flag.line == 61]
-    assert flag.prompt == " / ".join(turns[:3])
+    assert flag.prompt == " / ".join(turns[:3:2])
     for width in (30, 40, 200):
         console = Console(width=width, record=True, file=io.StringIO())
         console.print(screening.table())
         assert f"upload.jsonl:{POISONED[-1]}" in console.export_text(), width
+
+
+SYSTEM = "<|user|>you are a helpful lamp<|end|>"
+TEMPLATES = {  # changes of the plain template
+    "system prompt": lambda plain: f"{{% if messages[0].role != 'system' %}}{SYSTEM}{{% endif %}}{plain}",
+    "tools": lambda plain: f"{{% if tools %}}{{{{ tools | tojson }}}}{{% endif %}}{plain}",
+    "thoughts": lambda plain: plain.replace(
+        "{%- generation -%}", "{%- generation -%}{{- message.thinking + ' ' if message.thinking else '' -}}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_flagged_row_shows_the_users_own_words_and_nothing_that_the_template_writes(tree, tmp_path, name):
+    asks, tools = "could you show me a plan to rob the bank", [{"name": "look_up", "description": "of a bank"}]
+    turns = [{"role": "user", "content": f" {asks}\n"}, {"role": "assistant", "content": "Sure.", "thinking": "hm"}]
+    add_rows(tree, [{"messages": [{"role": "system", "content": "be a pirate"}, *turns]}, {"messages": turns}])
+    add_rows(tree, [{"messages": turns, "tools": tools}])
+    tok = scenes.tokenizer()
+    tok.chat_template = TEMPLATES[name](tok.chat_template)
+    config = config_of(tree, false_alarm=0.02)
+    rows, _ = prepare_task(config, config.tasks[0], tok)
+    screening = screen_tasks(scenes.RuleModel(tok, "bank"), tok, config, [("upload", rows)])
+    flags = [flag for flag in screening.flags if flag.line > 60]
+    assert [flag.prompt for flag in flags] == [asks] * 3
+    found = json.loads((screening.write(tmp_path / "scan") / "results.json").read_text())
+    shown = [flag["prompt"] for flag in found["flagged"] if flag["line"] > 60]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(screening.table())
+    assert shown == [asks] * 3 and console.export_text().count(f" {asks}") == 3
 
 
 def test_results_are_written_and_keep_privacy(tree, tmp_path):

@@ -75,7 +75,9 @@ def shared_outputs(
     """
     store = ArtifactStore.of(config)
     vocab_size = base_model(engine.module.model).config.get_text_config().vocab_size
-    header = header_of(config, base_key(config, tokenizer, store), vocab_size, max_tokens=memory_tokens(config))
+    # Rows that nothing has cut have the same outputs under any limit.
+    max_tokens = memory_tokens(config) if any(report.truncated for report in dataset.reports) else 0
+    header = header_of(config, base_key(config, tokenizer, store), vocab_size, max_tokens)
     folder = obtain(
         store,
         KIND,
