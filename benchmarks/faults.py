@@ -12,6 +12,7 @@
                near after 20 steps
     memory     the extra memory of loading a checkpoint and of writing a model folder, at 100 M weights
     cost       a run of 100 M weights on a CPU that saves every 10th step; the rival is the run without saving
+    staging    how long such a run waits for a save, by checkpoint.staging; the floor is the copy in memory
     demo       `safecl demo` killed in each of its 28 phases and started again, compared with one that was never killed
 
 There is no roof; the error of a section is its list `wrong`. Writes benchmarks/results/faults.json, section by section.
@@ -43,6 +44,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 SEEDS = 20
 LARGE = dict(hidden=640, layers=12, vocabulary=32000)
+STAGING = {"2GiB": 2**31, "256MiB": 2**28, "64MiB": 2**26}
 EWC = {"ewc": {"strength": 0.5, "sign_batches": 4, "rows_per_batch": 4}}
 ONLINE_EWC = {"online_ewc": {"sign_batches": 4, "rows_per_batch": 4}}
 
@@ -334,6 +336,45 @@ def time_blocks(folder: str) -> dict:
     return {**facts, **times, "seconds_blocked": blocked, "seconds_written": written}
 
 
+# -------------------------------------------------------------------------------------------------------------- staging
+
+
+def staging() -> dict:
+    """Save five times with each size, alternating, on 2 ranks, and keep the seconds that training waited."""
+    with scratch(in_memory=False) as folder, ranks(2) as pool:
+        found = pool.run(time_staging, folder=str(folder))[0]
+    waits = {name: statistics.median(seconds) for name, seconds in found["seconds_blocked"].items()}
+    return found | {"median": {name: round(value, 3) for name, value in waits.items()}, "wrong": []}
+
+
+def time_staging(folder: str) -> dict:
+    from safecl.distributed import collectives
+    from safecl.engine.checkpoint.writing import CheckpointWriter
+    from tests.engine.checkpoint import memory_scenes
+
+    run, task, first = memory_scenes.build(
+        folder, LARGE, 2, methods={}, tokens_per_batch=512, tokens_per_microbatch=256, max_steps=1000
+    )
+    run.train_step(task)
+    first.close()
+    blocked: dict[str, list[float]] = {name: [] for name in STAGING}
+    written: dict[str, list[float]] = {name: [] for name in STAGING}
+    size = 0
+    for _ in range(5):
+        for name, limit in STAGING.items():
+            writer = CheckpointWriter(run.engine.shards, run.engine.optimizer, first.folder, staging=limit)
+            writer.save(run.global_step, keep=1, files={})
+            report = writer.finish()
+            assert report.problem is None, report
+            blocked[name].append(round(report.seconds_blocked, 3))
+            written[name].append(round(report.seconds_written, 3))
+            size = report.num_bytes
+            writer.close()
+            collectives.barrier()
+    facts = {"weights": run.engine.shards.numel, "ranks": 2, "checkpoint_bytes": size}
+    return {**facts, "seconds_blocked": blocked, "seconds_written": written}
+
+
 # ----------------------------------------------------------------------------------------------------------------- demo
 
 
@@ -352,6 +393,7 @@ SECTIONS = {
     "layouts": layouts,
     "memory": memory,
     "cost": cost,
+    "staging": staging,
     "demo": demo,
 }
 

@@ -3,11 +3,11 @@ under three seconds."""
 
 from __future__ import annotations
 
-from safecl.config.base import MethodConfig, Section
+from safecl.config.base import MethodConfig, Section, parse_bytes
 from safecl.config.data import EvalConfig, FieldMap, PoisonConfig, TaskConfig
 from safecl.config.errors import ConfigError
 from safecl.config.load import dump_config, load_config, validate_tree
-from safecl.config.memory import GuardConfig, MemoryConfig, parse_bytes
+from safecl.config.memory import GuardConfig, MemoryConfig
 from safecl.config.model import LoraConfig, ModelConfig
 from safecl.config.parsing import apply_overrides, parse_yaml
 from safecl.config.run import RunConfig

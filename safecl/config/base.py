@@ -6,6 +6,7 @@ these strings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -117,3 +118,25 @@ class MethodConfig(Section):
     def weight_on_start(self, num_steps: int) -> float:
         """Share of the task's start in the saved average after `num_steps` optimizer steps; 0 without an average."""
         return 0.0
+
+
+_BYTES = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as `500MB` or `1.5GiB`. Raises ValueError naming the units."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    unit = _BYTES.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is not a size; write bytes like 500MB or 1.5GiB")
+    return int(float(match[1]) * unit)

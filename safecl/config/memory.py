@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from safecl.config.base import Section, Text
+from safecl.config.base import Section, Text, parse_bytes
 from safecl.config.data import RowsConfig, RowsSource
 
 
@@ -54,31 +53,14 @@ class GuardConfig(Section):
         return self
 
 
-_BYTES = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in a size such as `500MB` or `1.5GiB`. Raises ValueError naming the units."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
-    unit = _BYTES.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise ValueError(f"{text!r} is not a size; write a number of rows, or bytes like 500MB or 1.5GiB")
-    return int(float(match[1]) * unit)
-
-
 def _rows_or_bytes(value: Any) -> Any:
-    if isinstance(value, str) and parse_bytes(value) < 1:
-        raise ValueError(f"{value!r} holds nothing; write a number of rows, or bytes like 500MB or 1.5GiB")
+    if isinstance(value, str):
+        try:
+            count = parse_bytes(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or a number of rows") from None
+        if count < 1:
+            raise ValueError(f"{value!r} holds nothing; write a number of rows, or bytes like 500MB or 1.5GiB")
     return value
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from safecl.config.base import Section, Text
+from safecl.config.base import Section, Text, parse_bytes
+
+
+def _at_least_a_megabyte(value: str) -> str:
+    if parse_bytes(value) < 10**6:
+        raise ValueError(f"{value!r} is too little; write 1MB or more, for example 2GiB")
+    return value
 
 
 class TrainConfig(Section):
@@ -110,6 +116,10 @@ class CheckpointConfig(Section):
     """Number of checkpoints to keep. Older ones are deleted only when a newer one is on the disk, so leave room for one
     more. One takes 12 bytes per trained weight, 4 more with EMA, 4 with a Fisher (2 in bf16), 4 with an anchor that is
     not the base model."""
+
+    staging: Annotated[str, AfterValidator(_at_least_a_megabyte)] = "2GiB"
+    """Host memory of each rank through which its state is copied. State that fits holds training up for the copy only;
+    of larger state training waits until all but this much is on the disk."""
 
 
 class ArtifactsConfig(Section):

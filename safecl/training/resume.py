@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from safecl.config import ConfigError
+from safecl.config import ConfigError, parse_bytes
 from safecl.distributed import collectives
 from safecl.engine.checkpoint.format import Contents
 from safecl.engine.checkpoint.publishing import CheckpointFolder
@@ -73,7 +73,8 @@ class RunSaver:
         self.run, self.folder = run, folder
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
         engine = run.engine
-        self.checkpointer = CheckpointWriter(engine.shards, engine.optimizer, self.checkpoints, base)
+        staging = parse_bytes(run.config.checkpoint.staging)
+        self.checkpointer = CheckpointWriter(engine.shards, engine.optimizer, self.checkpoints, base, staging=staging)
         self._reader = CheckpointReader(engine.shards, engine.optimizer, self.checkpoints, base)
         self._identity = identity
         self._memory_versions: dict[str, int] = {}

@@ -17,6 +17,7 @@ overlap, and padding is never stored, so that any layout can load any other by r
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -144,11 +145,15 @@ def rank_file(rank: int) -> str:
 
 
 def write_slices(
-    path: Path, placed: Iterable[tuple[Slice, int]], data: memoryview, metadata: Mapping[str, str] | None = None
+    path: Path,
+    placed: Iterable[tuple[Slice, int]],
+    blocks: Iterable[bytes | memoryview],
+    metadata: Mapping[str, str] | None = None,
 ) -> FileRecord:
-    """Write slices, which `arrange` has placed in `data`, and return when they are on the disk. Raises OSError."""
+    """Write slices, whose data `arrange` has placed and `blocks` hold in order, and return when they are on the disk.
+    Raises OSError."""
     header = header_bytes({one.key: (one.dtype, [one.length]) for one, _ in placed}, metadata)
-    return write_file(path, [header, data])
+    return write_file(path, itertools.chain([header], blocks))
 
 
 def read_slices(path: Path) -> list[StoredSlice]:

@@ -22,7 +22,7 @@ class SaveReport:
     name: str
     num_bytes: int = 0
     seconds_blocked: float = 0.0
-    """Seconds that the training waited for the copy to host memory."""
+    """Seconds that the training waited until all was copied to host memory."""
     seconds_written: float = 0.0
     problem: str | None = None
     notes: list[str] = field(default_factory=list)

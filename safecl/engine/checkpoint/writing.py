@@ -1,16 +1,17 @@
 """Saves a run's sharded state from any world size, ZeRO stage and offload.
 
-Every rank copies its own slices into one host buffer; the step waits for this copy only. Then a thread writes the
-buffer into the rank's file. When all ranks have finished, rank 0 writes the manifest and publishes the checkpoint by
+Every rank copies its own slices into host memory of a bounded size (staging.py), and a thread writes them into the
+rank's file. State that fits there holds training up for the copy only; of larger state training waits until all but the
+last bytes are on the disk. When all ranks have finished, rank 0 writes the manifest and publishes the checkpoint by
 rename. The threads communicate over a process group of their own, so that their calls cannot get between the training's
 collectives. There is at most one save at a time.
 
-Host memory: the buffer has the size of this rank's weights and state. In ZeRO stage 0 each rank writes a part of the
-replicated state.
+In ZeRO stage 0 each rank writes a part of the replicated state.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 import threading
@@ -37,6 +38,7 @@ from safecl.engine.checkpoint.format import (
 from safecl.engine.checkpoint.publishing import CheckpointFolder
 from safecl.engine.checkpoint.random_state import random_state
 from safecl.engine.checkpoint.report import BaseModel, SaveReport
+from safecl.engine.checkpoint.staging import Staging
 from safecl.engine.model.dtypes import DTYPE_NAMES
 from safecl.engine.zero.optimizer import ShardAdamW
 from safecl.engine.zero.shards import Fragment, ShardMap
@@ -48,6 +50,9 @@ T = TypeVar("T")
 _WRITER_NICENESS = 10  # training comes first where both want the same core
 _LONGEST_WRITE = timedelta(hours=6)
 
+STAGING_BYTES = 2 * 2**30
+"""Bytes of host memory that a save takes on each rank, where the config says nothing else."""
+
 
 @dataclass
 class _Save:
@@ -55,13 +60,13 @@ class _Save:
 
     step: int
     slices: list[tuple[Slice, int]]
-    image: torch.Tensor
+    num_bytes: int
     random: str
     files: Mapping[str, bytes]
     kinds: dict[str, str]
     references: dict[str, Reference]
     keep: int
-    seconds_blocked: float
+    seconds_blocked: float = 0.0
     report: SaveReport | None = None
     failure: BaseException | None = None
 
@@ -69,7 +74,8 @@ class _Save:
 class CheckpointWriter:
     """Saves weights and optimizer state of one engine. `save` and `finish` are collective calls.
 
-        writer.save(step, keep=2, files={"state.json": b"..."})    # returns after the copy; rank 0's files are written
+        writer.save(step, keep=2, files={"state.json": b"..."})    # returns when all is copied; rank 0's files are
+                                                                   # written
         report = writer.finish()                                   # waits until the checkpoint is on the disk
 
     A kind of state whose name begins with an underscore is temporary and is not saved. With `base`, state that equals
@@ -78,13 +84,20 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, shards: ShardMap, optimizer: ShardAdamW, folder: CheckpointFolder, base: BaseModel | None = None
+        self,
+        shards: ShardMap,
+        optimizer: ShardAdamW,
+        folder: CheckpointFolder,
+        base: BaseModel | None = None,
+        *,
+        staging: int = STAGING_BYTES,
     ):
+        """staging: bytes of host memory that copies take at most on this rank."""
         self.shards, self.optimizer, self.folder, self.base = shards, optimizer, folder, base
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self._fragments = list(own_fragments(shards, self.rank, self.world_size))
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE) if self.world_size > 1 else None
-        self._image = torch.zeros(0, dtype=torch.uint8)
+        self._staging = Staging(staging, locked=devices.on_gpu())
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
 
@@ -93,7 +106,8 @@ class CheckpointWriter:
         if self._group is not None and not self.is_writing:
             dist.destroy_process_group(self._group)
             self._group = None
-        self._image = torch.zeros(0, dtype=torch.uint8)
+        if not self.is_writing:
+            self._staging.free()
 
     def save(self, step: int, *, keep: int, files: Mapping[str, bytes]) -> None:
         """Start to save the state after global step `step`. Call `finish` before the next save.
@@ -109,13 +123,15 @@ class CheckpointWriter:
         slices = arrange(
             Slice(kind, f.name, f.offset, f.length, kinds[kind]) for kind in tensors for f in self._fragments
         )
-        self._copy(slices, tensors)
-        blocked = time.perf_counter() - began
-        self._save = _Save(step, slices, self._image, random_state(), dict(files), kinds, references, keep, blocked)
+        size = sum(one.nbytes for one, _ in slices)
+        self._save = save = _Save(step, slices, size, random_state(), dict(files), kinds, references, keep)
+        self._staging.begin(size)
         self._thread = threading.Thread(
-            target=self._write_in_background, args=(self._save,), name="safecl-checkpoint", daemon=True
+            target=self._write_in_background, args=(save,), name="safecl-checkpoint", daemon=True
         )
         self._thread.start()
+        self._copy(slices, tensors, size)
+        save.seconds_blocked = time.perf_counter() - began
 
     def finish(self, timeout: float | None = None) -> SaveReport | None:
         """Wait for the running save and return its report, the same on all ranks.
@@ -130,12 +146,17 @@ class CheckpointWriter:
         save, self._save, self._thread = self._save, None, None
         if save.failure is not None:
             raise save.failure
+        if save.report is not None:
+            save.report.seconds_blocked = save.seconds_blocked
         return save.report
 
     def peek(self) -> SaveReport | None:
         """Return the report of a save that this rank has finished, without waiting; `finish` still returns it. Not a
         collective call."""
-        return None if self._save is None or self.is_writing else self._save.report
+        if self._save is None or self.is_writing or self._save.report is None:
+            return None
+        self._save.report.seconds_blocked = self._save.seconds_blocked
+        return self._save.report
 
     @property
     def is_writing(self) -> bool:
@@ -166,19 +187,23 @@ class CheckpointWriter:
         return {kind: Reference(self.base.name, self.base.digest, DTYPE_NAMES[dtype]) for kind, dtype in equal.items()}
 
     @torch.no_grad()
-    def _copy(self, slices: list[tuple[Slice, int]], tensors: dict[str, list[torch.Tensor]]) -> None:
-        """Fill the host buffer, which becomes the data of this rank's file."""
-        size = sum(one.nbytes for one, _ in slices)
-        if self._image.numel() != size:
-            self._image = torch.zeros(0, dtype=torch.uint8)  # frees the old buffer before the new one is allocated
-            self._image = torch.empty(size, dtype=torch.uint8, pin_memory=self.shards.flats[0].is_cuda)
+    def _copy(self, slices: list[tuple[Slice, int]], tensors: dict[str, list[torch.Tensor]], size: int) -> None:
+        """Copy the data of this rank's file to the staging buffers, in the file's order."""
         fragments = {(f.name, f.offset): f for f in self._fragments}
-        for one, position in slices:
-            source = self.shards.view(fragments[one.name, one.offset], tensors[one.kind])
-            target = self._image[position : position + one.nbytes].view(source.dtype)
-            target.copy_(source, non_blocking=True)
-        if devices.on_gpu():
-            torch.cuda.synchronize()
+        begins = [position for _, position in slices]
+
+        def copy(low: int, high: int, target: torch.Tensor) -> None:
+            for one, position in slices[bisect.bisect_right(begins, low) - 1 : bisect.bisect_left(begins, high)]:
+                begin, end = max(low, position), min(high, position + one.nbytes)
+                if begin < end:
+                    source = self.shards.view(fragments[one.name, one.offset], tensors[one.kind])
+                    item = source.element_size()
+                    part = source[(begin - position) // item : (end - position) // item]
+                    target[begin - low : end - low].view(source.dtype).copy_(part, non_blocking=True)
+            if devices.on_gpu():
+                torch.cuda.synchronize()
+
+        self._staging.fill(size, copy)
         durable.at("copied")
 
     # ------------------------------------------------------------------------------------------------ in the background
@@ -189,14 +214,16 @@ class CheckpointWriter:
         began = time.perf_counter()
         try:
             save.report = self._write_and_publish(save)
-            save.report.seconds_blocked, save.report.seconds_written = save.seconds_blocked, time.perf_counter() - began
+            save.report.seconds_written = time.perf_counter() - began
         except BaseException as error:
             save.failure = error
+        finally:
+            self._staging.abandon()
 
     def _write_and_publish(self, save: _Save) -> SaveReport:
         """Write and publish the checkpoint. The ranks agree three times: the folder is there, all files are on the
         disk, the checkpoint is published."""
-        size = save.image.numel() + sum(map(len, save.files.values()))
+        size = save.num_bytes + sum(map(len, save.files.values()))
         total = sum(self._exchange(size))
         begun = self._exchange(_problem_of(lambda: self.folder.begin(total)) if self.rank == 0 else None)[0]
         if begun is not None:
@@ -214,7 +241,7 @@ class CheckpointWriter:
 
     def _write_files(self, save: _Save) -> dict[str, FileRecord]:
         folder, name = self.folder.partial, rank_file(self.rank)
-        records = {name: write_slices(folder / name, save.slices, save.image.numpy().data, {RANDOM: save.random})}
+        records = {name: write_slices(folder / name, save.slices, self._staging.blocks(), {RANDOM: save.random})}
         if self.rank == 0:
             records |= {name: write_file(folder / name, [content]) for name, content in save.files.items()}
         sync_folder(folder)

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from safecl.distributed import devices
+from safecl.kernels import page_locked
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -62,15 +65,43 @@ def initialize(
 ) -> DeepSpeedEngine:
     """Call deepspeed.initialize and return its engine.
 
-    viewed: parameters that are views of a read-only store, and so equal on all ranks already. DeepSpeed's broadcast
-    from rank 0 leaves them out. when_partitioned: called in stage 3 as soon as none of them is a view any more, before
-    DeepSpeed makes the master weights.
+    Stage 3 cuts up one parameter after the other, so that no device ever holds the whole model. viewed: parameters that
+    are views of a read-only store, and so equal on all ranks already. DeepSpeed's broadcast from rank 0 leaves them
+    out. when_partitioned: called in stage 3 as soon as none of them is a view any more, before DeepSpeed makes the
+    master weights.
     """
     import deepspeed
 
+    _lock_memory_exactly()
     with _broadcasting_all_but({id(p) for p in viewed}, when_partitioned):
+        if config["zero_optimization"]["stage"] == 3:
+            _shard_at_once(model, config)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
+
+
+def _shard_at_once(model: torch.nn.Module, config: dict[str, Any]) -> None:
+    """Give each rank its part of every parameter, on the device (or in host memory where parameters are offloaded), and
+    put the buffers on the device. deepspeed.initialize would first copy the whole model to every device."""
+    import deepspeed
+
+    dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    for p in model.parameters():
+        if p.is_floating_point() and p.dtype != dtype:
+            p.data = p.data.to(dtype)
+    deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(devices.device())
+
+
+def _lock_memory_exactly() -> None:
+    """Let DeepSpeed, too, lock host memory of exactly the size that it needs."""
+    from deepspeed.accelerator import get_accelerator
+
+    if devices.on_gpu():
+        accelerator = get_accelerator()
+        accelerator._torch_pin_memory = page_locked.copy_of
+        accelerator._torch_empty_pinned = lambda like, shape: page_locked.empty(shape, like.dtype)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def write_checkpoint(folder: CheckpointFolder, *, step: int, seed: int = 0, worl
     for rank in range(world_size):
         placed = arrange(slices_of_rank(rank, world_size))
         data = b"".join(_bytes_of(one, seed, step) for one, _ in placed)
-        files[rank_file(rank)] = write_slices(partial / rank_file(rank), placed, memoryview(data), {"random": "{}"})
+        files[rank_file(rank)] = write_slices(partial / rank_file(rank), placed, [memoryview(data)], {"random": "{}"})
     files["state.json"] = write_file(partial / "state.json", [f'{{"step": {step}}}\n'.encode()])
     sync_folder(partial)
     target = folder.publish(Manifest(folder.free_name(step), step, world_size, files, SHAPES, KINDS))
