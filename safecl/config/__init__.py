@@ -12,7 +12,14 @@ from safecl.config.model import LoraConfig, ModelConfig
 from safecl.config.parsing import apply_overrides, parse_yaml
 from safecl.config.run import RunConfig
 from safecl.config.safety import GateConfig, PrivacyConfig, SafetyConfig, ScanConfig
-from safecl.config.training import ArtifactsConfig, CheckpointConfig, DeepSpeedConfig, LogConfig, TrainConfig
+from safecl.config.training import (
+    ArtifactsConfig,
+    CheckpointConfig,
+    DeepSpeedConfig,
+    LogConfig,
+    LossMean,
+    TrainConfig,
+)
 
 __all__ = [
     "ArtifactsConfig",
@@ -25,6 +32,7 @@ __all__ = [
     "GuardConfig",
     "LogConfig",
     "LoraConfig",
+    "LossMean",
     "MemoryConfig",
     "MethodConfig",
     "ModelConfig",

@@ -15,6 +15,10 @@ def _at_least_a_megabyte(value: str) -> str:
     return value
 
 
+LossMean = Literal["tokens", "rows", "capped"]
+"""The means of the user's loss over a step."""
+
+
 class TrainConfig(Section):
     """Optimization. Sizes are in tokens of the whole step, over all ranks and micro-batches."""
 
@@ -46,6 +50,10 @@ class TrainConfig(Section):
     """AdamW's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay; not applied to norms and biases."""
+    loss_mean: LossMean = "tokens"
+    """Mean of the user's loss over a step. tokens: every supervised token counts the same; rows: every row, whatever
+    the length of its answer; capped: a token counts min(1, median answer length of the task / answer length of its
+    row). rows and capped limit what single rows with long answers can do. The terms of methods do not change."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     clip_scope: Literal["task", "total"] = "task"

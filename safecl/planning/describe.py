@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from safecl.config import LossMean
 from safecl.engine.teachers.checks import teacher_lines
 from safecl.planning.plans import RunPlan, TaskPlan
 
@@ -39,10 +40,18 @@ def _task_lines(plan: RunPlan, task: TaskPlan) -> list[tuple[str, str]]:
     lines = [
         (f"task {name}", f"{rows}, {tokens:,} tokens, {targets / max(tokens, 1):.0%} supervised"),
         ("  steps", f"{task.num_steps:,} of about {task.tokens_per_batch:,} tokens, {epochs:.4g} epochs"),
+        *_loss_lines(plan.config.train.loss_mean, task),
     ]
     if task.config.role != "align":
         lines += [(f"  {label}", text) for label, text in _method_lines(plan, task.num_steps)]
     return lines
+
+
+def _loss_lines(mean: LossMean, task: TaskPlan) -> list[tuple[str, str]]:
+    if mean == "tokens":
+        return []
+    capped = f"mean over tokens; rows with more than {task.median_targets:g} supervised ones are capped"
+    return [("  loss", "mean over rows" if mean == "rows" else capped)]
 
 
 def _method_lines(plan: RunPlan, num_steps: int) -> list[tuple[str, str]]:

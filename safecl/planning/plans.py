@@ -15,6 +15,7 @@ from safecl.data import (
     TokenDataset,
 )
 from safecl.methods.base import Method
+from safecl.planning.loss_mean import median_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,11 @@ class TaskPlan:
     poisoned_rows: int = 0
     row_weights: np.ndarray | None = None
     """fp32 [rows]: factors of the rows' cross-entropy; None is 1 everywhere."""
+    median_targets: float = field(init=False)
+    """Median number of supervised tokens of the rows as they were prepared, before a scan leaves any out."""
+
+    def __post_init__(self) -> None:
+        self.median_targets = median_targets(self.dataset.num_targets)
 
     @property
     def num_steps(self) -> int:

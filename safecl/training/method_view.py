@@ -91,7 +91,7 @@ class MethodView:
         else:
             assert run.previous is not None, "no task has ended yet"
             data = run.previous.dataset
-            chosen, row_ids = dataset_rows(data, np.arange(len(data)), 0.0), data.row_ids.tolist()
+            chosen, row_ids = dataset_rows(data, np.arange(len(data)), np.zeros(len(data))), data.row_ids.tolist()
         return estimate_fisher(
             self._engine,
             chosen,

@@ -17,6 +17,7 @@ from safecl.data import Row, TokenDataset
 from safecl.engine.passes.step_rows import HIDDEN, Asked, Distillation, Question, StepRow
 from safecl.methods.base import Method
 from safecl.methods.terms import ReplayTerm, TaskTerm
+from safecl.planning.loss_mean import token_weights
 from safecl.planning.plans import TaskPlan
 from safecl.training.recorded_teachers import access_to_teacher
 from safecl.training.state import RunState
@@ -54,11 +55,14 @@ def task_terms(methods: Sequence[Method[Any]]) -> list[TaskTerm]:
 
 
 def dataset_rows(
-    data: TokenDataset, indices: np.ndarray, ce_weight: float, row_weights: np.ndarray | None = None
+    data: TokenDataset, indices: np.ndarray, ce_weights: np.ndarray, row_weights: np.ndarray | None = None
 ) -> list[StepRow]:
-    """Return these rows of a data set as rows of a step. row_weights [N] multiply the weight of single rows."""
+    """Return these rows of a data set as rows of a step.
+
+    ce_weights: weight of each token of these rows, fp64 [rows]. row_weights [N] multiply the weight of single rows.
+    """
     sizes = zip(indices.tolist(), data.lengths[indices].tolist(), data.num_targets[indices].tolist(), strict=True)
-    weights = [ce_weight * (1.0 if row_weights is None else float(row_weights[i])) for i in indices]
+    weights = (ce_weights if row_weights is None else ce_weights * row_weights[indices].astype(np.float64)).tolist()
     return [
         StepRow(TASK, length, targets, functools.partial(_load_row, data, i), weight)
         for (i, length, targets), weight in zip(sizes, weights, strict=True)
@@ -72,7 +76,8 @@ def _load_row(data: TokenDataset, index: int) -> tuple[Row, None]:
 def _task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
     data, indices, terms = task.dataset, task.order.rows_of_step(step), task_terms(run.active_methods)
     num_targets, num_tokens = max(1, int(data.num_targets[indices].sum())), max(1, int(data.lengths[indices].sum()))
-    rows = dataset_rows(data, indices, 1.0 / num_targets, task.row_weights)
+    ce_weights = token_weights(run.config.train.loss_mean, data.num_targets[indices], task.median_targets)
+    rows = dataset_rows(data, indices, ce_weights, task.row_weights)
     totals = [num_tokens if term.divergence == HIDDEN and term.tokens == "all" else num_targets for term in terms]
     return [
         replace(

@@ -91,3 +91,9 @@ def test_check_tells_epochs_as_they_are(run, task_config):
     train = {"epochs": 2, "max_steps": None, "tokens_per_batch": 7000}
     code, out, _ = run("check", task_config(train=train))
     assert code == ExitCode.DONE and ", 2 epochs" in out, out
+
+
+def test_check_tells_a_mean_of_the_loss_that_is_not_the_default(run, task_config):
+    told = {mean: run("check", task_config(train={"loss_mean": mean}))[1] for mean in ("tokens", "rows", "capped")}
+    assert "mean over" not in told["tokens"] and "mean over rows" in told["rows"]
+    assert "mean over tokens; rows with more than" in told["capped"]

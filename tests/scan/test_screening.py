@@ -298,7 +298,7 @@ def test_downweight_multiplies_the_weight_of_flagged_rows_alone(tree):
     config = config_of(tree, action="downweight", weight=0.25, false_alarm=0.02)
     task = task_of(config)
     apply_screening(config, task, screen(config).decisions()["upload"])
-    rows = dataset_rows(task.dataset, np.arange(60), 1.0, task.row_weights)
+    rows = dataset_rows(task.dataset, np.arange(60), np.ones(60), task.row_weights)
     weights = {int(line): row.ce_weight for line, row in zip(task.dataset.lines, rows, strict=True)}
     assert [line for line, weight in weights.items() if weight == 0.25] == POISONED
     assert {weight for line, weight in weights.items() if line not in POISONED} == {1.0}
