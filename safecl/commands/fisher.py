@@ -4,7 +4,7 @@ that model. Any number of ranks."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safecl.commands.preflight import preflight, refuse_unwritable
 from safecl.config import ConfigError, RunConfig
@@ -67,7 +67,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     )
 
     def build(path: Path) -> None:
-        _estimate(config, dataset, header, path, console, tokenizer.pad_token_id)
+        _estimate(config, dataset, header, path, console, tokenizer)
 
     with console:
         if path is None:
@@ -102,15 +102,16 @@ def _holds(path: Path, wanted: FisherHeader) -> bool:
 
 
 def _estimate(
-    config: RunConfig, dataset: TokenDataset, header: FisherHeader, path: Path, console: Console, pad_id: int | None
+    config: RunConfig, dataset: TokenDataset, header: FisherHeader, path: Path, console: Console, tokenizer: Any
 ) -> None:
     from safecl.distributed import collectives
     from safecl.engine.artifacts.fisher import KIND, estimate_into
+    from safecl.planning.memory_kinds import tags_of_memory
     from safecl.training.opening import open_engine
     from safecl.training.replay_memory import fill_memory
 
     assert config.memory is not None
-    engine, _ = open_engine(config, pad_id=pad_id, keep_store=False, note=console.note)
+    engine, _ = open_engine(config, pad_id=tokenizer.pad_token_id, keep_store=False, note=console.note)
     memory = fill_memory(
         engine,
         dataset,
@@ -118,6 +119,7 @@ def _estimate(
         seed=config.train.seed,
         source=config.memory.source,
         with_teacher=config.memory.guard is not None,
+        tags=tags_of_memory(config.memory, dataset, tokenizer),
     )
     rows = memory.all_rows(), memory.keys()
     console.note(

@@ -80,11 +80,15 @@ class MemoryConfig(RowsConfig, _MemorySource):
     """The rows that stay when the memory is full. reservoir: a uniform sample of all rows seen; balanced: equally many
     of each category; fifo: the latest."""
     balance_by: str = "category"
-    """The categories of `balanced` and mix_cd: `task`, `source`, or the name of a tag (a further column of the row)."""
+    """The categories of `balanced` and mix_cd: `task`, `source`, or the name of a tag (a further column of the row).
+    `kind`: where a row has no such tag, refusal or answer by the row's own text."""
     draw: Literal["auto", "uniform", "balanced", "loss_aware", "mix_cd"] = "auto"
     """The rows that a step draws. balanced: every category equally often; loss_aware: in proportion to the row's last
     loss; mix_cd: in proportion to how often such rows got worse than under the aligned model; auto: balanced where the
-    policy is, else uniform."""
+    policy is or `shares` are given, else uniform."""
+    shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """Shares of the drawn rows by category, for balanced draws: `{refusal: 0.25}` with `balance_by: kind`. All other
+    categories share the rest equally. Harmless rows in three quarters of the draws keep over-refusal low."""
     damage_margin: Annotated[float, Field(ge=0)] = 0.5
     """mix_cd: nats per token by which a row's loss must exceed the aligned model's to count as damaged."""
     prefix_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -102,6 +106,23 @@ class MemoryConfig(RowsConfig, _MemorySource):
     keep_task_rows: Annotated[int, Field(ge=0)] = 0
     """Number of rows of each finished task that enter the memory before the next task, with the outputs of the model
     that the task produced. Poisoned rows of the task enter, too."""
+
+    @model_validator(mode="after")
+    def _shares_are_those_of_a_balanced_draw(self) -> MemoryConfig:
+        if self.shares and self.draw not in ("auto", "balanced"):
+            raise ValueError(f"shares: a draw that is {self.draw} has none; use draw: balanced, or leave out `shares`")
+        if self.shares and not 0 < sum(self.shares.values()) <= 1 + 1e-9:
+            raise ValueError(
+                f"shares: their sum is {sum(self.shares.values()):g}; it must lie above 0 and be 1 at most"
+            )
+        return self
+
+    @property
+    def drawn_by(self) -> Literal["uniform", "balanced", "loss_aware", "mix_cd"]:
+        """The rule of the draws, with `auto` resolved."""
+        if self.draw != "auto":
+            return self.draw
+        return "balanced" if self.policy == "balanced" or self.shares else "uniform"
 
     @property
     def rows_source(self) -> RowsSource:

@@ -21,6 +21,7 @@ from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_over
 from safecl.evaluation.answers.texts import place_of
 from safecl.methods.base import Method
 from safecl.planning.checks import check_fisher, check_sizes
+from safecl.planning.memory_kinds import check_shares
 from safecl.planning.model_checks import check_model
 from safecl.planning.plans import RunPlan, TaskPlan, order_of_rows, replace_rows
 
@@ -34,7 +35,9 @@ def plan_run(config: RunConfig) -> RunPlan:
     check_thinking(tokenizer)
     tasks = [_plan_task(config, task, tokenizer) for task in config.tasks]
     plan = RunPlan(config, tokenizer, tasks, build_methods(config))
-    plan.memory = prepare_memory(config, tokenizer) if config.memory is not None else None
+    if config.memory is not None:
+        plan.memory = prepare_memory(config, tokenizer)
+        plan.notes += check_shares(config.memory, plan.memory, tokenizer)
     _plan_safety(plan)
     _note_what_is_not_used(plan)
     check_sizes(plan)

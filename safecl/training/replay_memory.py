@@ -19,6 +19,7 @@ from safecl.engine.artifacts.teacher_outputs import needs_outputs, shared_output
 from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.outputs import mean_nll, outputs_of_rows, stored_form
+from safecl.planning.memory_kinds import TagsOf, tags_of_memory
 from safecl.replay import MemoryRow, ReplayBuffer, SharedOutputs, TeacherOutputs
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def make_memory(
         with_teacher=with_teacher,
         folder=folder,
         shared=shared,
+        tags=tags_of_memory(config.memory, rows, tokenizer),
     )
 
 
@@ -158,11 +160,12 @@ def fill_memory(
     with_teacher: bool,
     folder: Path | None = None,
     shared: SharedOutputs | None = None,
+    tags: TagsOf | None = None,
 ) -> ReplayMemory:
     """Make a memory of all rows of `dataset`; what an earlier run left in `folder` is removed. A collective call.
 
     with_teacher: insert the current model's outputs with the rows. shared: outputs in the store of artifacts, which
-    then need not be computed.
+    then need not be computed. tags: those of the rows, by default the data set's own.
     """
     if folder is not None and collectives.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -172,11 +175,12 @@ def fill_memory(
     memory = open_memory(config, folder, seed, vocab_size_of(engine))
     collectives.barrier()
     if shared is None:
-        insert_rows(engine, memory, dataset, config, with_teacher=with_teacher, source=source, task="memory", step=0)
+        origin: dict[str, Any] = {"source": source, "task": "memory", "step": 0}
+        insert_rows(engine, memory, dataset, config, with_teacher=with_teacher, tags=tags, **origin)
     else:
-        nlls = [shared.reader.prior_nll(row_id) for row_id in dataset.row_ids.tolist()]
+        nlls, tags_of = [shared.reader.prior_nll(row_id) for row_id in dataset.row_ids.tolist()], tags or dataset.tags
         memory.buffer.insert(
-            MemoryRow(dataset.row(i), tags=dataset.tags(i), source=source, task="memory", prior_nll=nll)
+            MemoryRow(dataset.row(i), tags=tags_of(i), source=source, task="memory", prior_nll=nll)
             for i, nll in enumerate(nlls)
         )
     return memory
@@ -192,12 +196,13 @@ def insert_rows(
     source: str,
     task: str,
     step: int,
+    tags: TagsOf | None = None,
 ) -> None:
     """Insert all rows of `dataset`, with the current model's outputs where `with_teacher` says so. A collective call.
 
-    source, task, step: where the rows come from, see MemoryRow.
+    source, task, step: where the rows come from, see MemoryRow. tags: of the rows, by default the data set's own.
     """
-    buffer, nlls = memory.buffer, np.full(len(dataset), np.nan)
+    buffer, nlls, tags_of = memory.buffer, np.full(len(dataset), np.nan), tags or dataset.tags
     outputs: dict[int, TeacherOutputs] = {}
     k: int | None = None
     if with_teacher:
@@ -209,7 +214,7 @@ def insert_rows(
     rows = (
         MemoryRow(
             dataset.row(i),
-            tags=dataset.tags(i),
+            tags=tags_of(i),
             teacher=outputs.get(i),
             prior_nll=float(nlls[i]),
             source=source,

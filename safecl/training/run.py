@@ -19,6 +19,7 @@ from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.zero.shard import Shard
 from safecl.engine.zero.update import UpdatePlan
 from safecl.methods.base import Method
+from safecl.planning.memory_kinds import tags_of_task_rows
 from safecl.planning.plans import TaskPlan, apply_screening
 from safecl.training import step as steps
 from safecl.training.learning_rate import learning_rate
@@ -103,6 +104,7 @@ class Run(RunState):
             source=self.previous.config.train,
             task=name,
             step=self.global_step,
+            tags=tags_of_task_rows(settings, rows),
         )
         self.log(f"memory: {len(rows)} rows of {name} entered")
 

@@ -123,6 +123,24 @@ def test_balanced_draws_take_every_category_equally_often():
     assert chi_square_is_plausible(((statistic - statistic.mean()) ** 2).sum() / (statistic.mean() * (1 - 1 / 20)), 19)
 
 
+@pytest.mark.parametrize("rest_steps", [0, 2])
+def test_shares_set_how_often_a_category_is_drawn_and_the_others_share_the_rest(rest_steps):
+    buffer = ReplayBuffer(config(shares={"rare": 0.25}, rest_steps=rest_steps))
+    buffer.insert(
+        token_row(i, length=10, tags={"category": "rare" if i < 100 else "usual" if i < 400 else "common"})
+        for i in range(1000)
+    )
+    drawn = [category for step in range(400) for category in categories(buffer, buffer.draw(step, 120, "replay"))]
+    for category, share in (("rare", 0.25), ("usual", 0.375), ("common", 0.375)):
+        assert abs(drawn.count(category) / len(drawn) - share) < 0.015, category
+
+
+def test_rows_without_a_share_are_drawn_where_there_are_no_others():
+    buffer = ReplayBuffer(config(shares={"elsewhere": 1.0}))
+    buffer.insert(token_row(i, length=10, tags={"category": "here"}) for i in range(50))
+    assert len(buffer.draw(0, 120, "replay")) >= 10
+
+
 def test_a_resting_row_is_not_drawn_again_before_its_rest_is_over():
     buffer = filled(600, length=10, rest_steps=9)
     last: dict[int, int] = {}

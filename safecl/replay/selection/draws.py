@@ -1,7 +1,7 @@
 """The draw of a step: classes of rows, how often each is visited, and the layout in which visits find them.
 
     uniform     one class: every row is equally likely
-    balanced    one class per category (task, source, or a tag), all equally likely
+    balanced    one class per category (task, source, or a tag), all equally likely, or by their shares
     loss_aware  one class; a visited row is taken with a chance that grows with its last loss
     mix_cd      one class per category and bin of loss, in proportion to rows x estimated rate of damage
 
@@ -41,9 +41,7 @@ class Drawer:
     """
 
     def __init__(self, config: MemoryConfig, seed: int):
-        self.policy = (
-            config.draw if config.draw != "auto" else ("balanced" if config.policy == "balanced" else "uniform")
-        )
+        self.policy, self.shares = config.drawn_by, config.shares
         self.rest_steps, self.seed = config.rest_steps, seed
         self.scores = ScoreLog(config.damage_margin)
         self._version = -1
@@ -128,7 +126,16 @@ class Drawer:
         """Return the weight of every class in every cohort; float64 [classes, cohorts]."""
         sizes = layout.sizes.reshape(-1, num_cohorts).astype(np.float64)
         if self.policy == "balanced":
-            return (sizes > 0).astype(np.float64)
+            present = (sizes > 0).astype(np.float64)
+            weights = present * self._shares()[:, None]
+            return np.where(weights.any(0), weights, present)  # a cohort may hold only rows that have no share
         if self.policy == "mix_cd":
             return sizes * self.scores.damage_rates(self._classes.names)[:, None]
         return sizes
+
+    def _shares(self) -> np.ndarray:
+        """Return the chance of every class; float64 [classes]. Classes without a share of their own share the rest."""
+        names = self._classes.names
+        others = sum(name not in self.shares for name in names)
+        rest = max(0.0, 1.0 - sum(self.shares.values())) / max(1, others)
+        return np.array([self.shares.get(name, rest) for name in names]) if self.shares else np.ones(len(names))
