@@ -76,6 +76,13 @@ KL4 = ("methods.der.alpha=4", "methods.der.beta=0")
 EMA = ("methods.ema.horizon=0.3",)
 MIXED = "memory.source=MIXED"
 DER_CE = ("methods.der.alpha=2", "methods.der.beta=1")
+STRICT = (
+    "methods.der.alpha=8",
+    "methods.der.beta=0",
+    "train.loss_mean=rows",
+    "memory.balance_by=kind",
+    "memory.shares={refusal: 0.25}",
+)
 SCAN = "scan.action=drop"
 SCAN5 = (SCAN, "scan.benign=HARMLESS", "scan.false_alarm=0.05")
 SEARCH = [
@@ -118,6 +125,8 @@ SEARCH = [
     _arm(
         "scan5-lwf-ema", "scan by harmless rows, LwF outputs, EMA", *SCAN5, "methods.lwf.form=output", *EMA, memory=True
     ),
+    _arm("strict", "preset `strict`, mixed memory", *STRICT, MIXED, memory=True, preset=True),
+    _arm("scan5-strict", "preset `strict` and scan, mixed memory", *SCAN5, *STRICT, MIXED, memory=True, preset=True),
     _arm("der-mixed", "DER with CE, mixed memory", *DER_CE, MIXED, memory=True),
     _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, "memory.prefix_tokens=12", memory=True),
     _arm("der-lr", "DER with CE, learning rate 0.0003", *DER_CE, "train.learning_rate=0.0003", memory=True),
@@ -156,6 +165,8 @@ FRONT = (
     "scan5-der-ce-ema-mixed",
     "scan5-der-ema-mixed",
     "scan5-kl4-ema-mixed",
+    "strict",
+    "scan5-strict",
 )
 
 

@@ -122,9 +122,13 @@ def init(
     safety_prompts: Annotated[
         str | None, typer.Option("--safety", help="Disallowed prompts to measure safety with, or `none`.")
     ] = None,
+    untrusted: Annotated[
+        bool | None,
+        typer.Option("--untrusted/--trusted", help="Whether training rows may be poisoned: the preset strict."),
+    ] = None,
     every_key: Annotated[bool, typer.Option("--all", help="Write all keys, not only the usual ones.")] = False,
 ) -> None:
-    """Write a commented starter config; asks four questions on a terminal."""
+    """Write a commented starter config; asks up to five questions on a terminal."""
     from safecl.commands.init import init_config
 
     init_config(
@@ -133,6 +137,7 @@ def init(
         train_file=train_file,
         memory=memory_file,
         safety_prompts=safety_prompts,
+        untrusted=untrusted,
         every_key=every_key,
     )
 

@@ -1,5 +1,5 @@
-"""`safecl init`: asks four questions and writes a commented config. The comments are the config's own documentation
-(safecl/config/docs.py)."""
+"""`safecl init`: asks up to five questions and writes a commented config. The comments are the config's own
+documentation (safecl/config/docs.py)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def init_config(
     train_file: str | None,
     memory: str | None,
     safety_prompts: str | None,
+    untrusted: bool | None,
     every_key: bool,
 ) -> None:
     """Ask on a terminal for what is not given, and write `output`. Raises ConfigError where the file exists or cannot
@@ -42,14 +43,21 @@ def init_config(
     )
     memory = memory or _ask("Disallowed prompts with the refusals to keep (a file, or none)", "none")
     safety_prompts = safety_prompts or _ask("Other disallowed prompts to measure safety with (a file, or none)", "none")
-    values = starter_values(model, train_file, *(None if name == "none" else name for name in (memory, safety_prompts)))
+    kept, prompts = (None if name == "none" else name for name in (memory, safety_prompts))
+    if untrusted is None and kept:
+        untrusted = (
+            _ask("May somebody have poisoned the training rows (uploads of others)? yes or no", "no")[:1] in "yY"
+        )
+    values = starter_values(model, train_file, kept, prompts, untrusted=bool(untrusted))
     text = HEADER.format(file=output) + starter_yaml(values, every_key)
     assert parse_yaml(text)["model"]["path"] == model
     _write(output, text)
     Console(highlight=False, soft_wrap=True).print(f"wrote {output}; next: safecl check {output}", markup=False)
 
 
-def starter_values(model: str, train_file: str, memory: str | None, safety_prompts: str | None) -> dict[str, Any]:
+def starter_values(
+    model: str, train_file: str, memory: str | None, safety_prompts: str | None, *, untrusted: bool = False
+) -> dict[str, Any]:
     """Return the keys that a starter sets: the answers, the preset that fits, and the sizes that people change first.
 
     Where there are prompts that the model is known to refuse, the upload is screened. Flagged rows are only listed:
@@ -60,7 +68,7 @@ def starter_values(model: str, train_file: str, memory: str | None, safety_promp
     values: dict[str, Any] = {
         "model": {"path": model},
         "tasks": [{"name": name, "train": train_file}],
-        "methods": "balanced" if memory else "no-data",
+        "methods": ("strict" if untrusted else "balanced") if memory else "no-data",
         "train": {"epochs": 3.0, "learning_rate": 2e-5},
         "deepspeed": {"stage": 2},
         "output": f"runs/{name}",

@@ -120,7 +120,7 @@ def _value(field: FieldInfo, values: Mapping[str, Any], path: str) -> str:
 def _methods(chosen: Mapping[str, Any] | str) -> Iterator[str]:
     if isinstance(chosen, str):
         yield f"methods: {chosen}"
-        yield f"# {PRESETS[chosen].summary} Stands for {inline(PRESETS[chosen].methods)}"
+        yield f"# {PRESETS[chosen].summary} Stands for {inline(PRESETS[chosen].settings)}"
         yield "# Or, in its place, methods of your own choice:"
         yield from (f"# {line}" for line in _methods({}))
         return
@@ -159,7 +159,7 @@ def reference_page() -> str:
 def _presets() -> str:
     """The table of the presets of `methods:`."""
     rows = [
-        f"| `methods: {name}` | {preset.summary} | `{inline(preset.methods)}` |" for name, preset in PRESETS.items()
+        f"| `methods: {name}` | {preset.summary} | `{inline(preset.settings)}` |" for name, preset in PRESETS.items()
     ]
     return "\n".join(["### Presets", "", "| preset | for whom | stands for |", "|---|---|---|", *rows, ""])
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safecl.config.errors import ConfigError, explain, line_of
 from safecl.config.method_registry import preset_methods
 from safecl.config.parsing import apply_overrides, key_lines, read_tree
+from safecl.config.presets import with_sections
 from safecl.config.run import RunConfig
 
 
@@ -25,7 +26,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     path, overrides = Path(path), list(overrides)
     tree = read_tree(path)
     for override in overrides:
-        apply_overrides(_expand_preset(tree, str(path)), [override])
+        if override.startswith("methods."):
+            _expand_preset(tree, str(path))
+        apply_overrides(tree, [override])
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -35,15 +38,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise _config_error(error, str(path), lines) from None
 
 
-def _expand_preset(tree: dict[str, Any], source: str) -> dict[str, Any]:
+def _expand_preset(tree: dict[str, Any], source: str) -> None:
     """Write out a preset of `methods`, so that an override can change one of its settings:
     `methods.der.alpha=2` with `methods: balanced`."""
     if isinstance(tree.get("methods"), str):
         try:
-            tree["methods"] = preset_methods(tree["methods"])
+            methods = preset_methods(tree["methods"])
+            tree |= with_sections(tree) | {"methods": methods}
         except ValueError as error:
             raise ConfigError(f"{source}: methods: {error}") from None
-    return tree
 
 
 def validate_tree(tree: dict[str, Any], source: str) -> RunConfig:

@@ -5,7 +5,8 @@ Importing it imports no torch, so mistakes are reported in well under three seco
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -14,6 +15,7 @@ from safecl.config.data import PoisonConfig, TaskConfig
 from safecl.config.memory import MemoryConfig
 from safecl.config.method_registry import load_methods, methods_that
 from safecl.config.model import ModelConfig
+from safecl.config.presets import with_sections
 from safecl.config.safety import PrivacyConfig, SafetyConfig, ScanConfig
 from safecl.config.training import ArtifactsConfig, CheckpointConfig, DeepSpeedConfig, LogConfig, TrainConfig
 
@@ -28,8 +30,8 @@ class RunConfig(Section):
     memory: MemoryConfig | None = None
     """Rows whose behaviour must be kept."""
     methods: Annotated[dict[str, SerializeAsAny[MethodConfig]], BeforeValidator(load_methods)] = {}
-    """Continual-learning methods, freely combined; without one it is plain fine-tuning. Or a preset: `balanced` with
-    safety data in `memory`, `no-data` without."""
+    """Continual-learning methods, freely combined; without one it is plain fine-tuning. Or a preset: `balanced` where
+    uploads are screened, `strict` where poison is expected (both need a `memory`), `no-data` without safety data."""
     teacher: Literal["streamed", "resident"] = "streamed"
     """Place of the weights of an online teacher (methods.lwf.outputs, memory.teacher.kind: online). streamed: one copy
     per node in host memory, read through two buffers of a layer's size on each device; resident: a copy on each
@@ -54,6 +56,11 @@ class RunConfig(Section):
     """Reports of the run's progress."""
     output: Text
     """Run folder; it is created."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_preset_fills_other_sections(cls, tree: Any) -> Any:
+        return with_sections(tree) if isinstance(tree, Mapping) else tree
 
     # -------------------------------------------------------------------------------------- checks between the sections
 

@@ -30,6 +30,16 @@ def test_init_with_refusals_to_keep_takes_the_preset_for_them_and_screens_the_up
     assert config.methods == RunConfig.model_validate(config.model_dump() | {"methods": "balanced"}).methods
 
 
+def test_init_takes_the_strict_preset_where_rows_may_be_poisoned(run, tmp_path):
+    path = tmp_path / "run.yaml"
+    assert run("init", "-o", path, "--memory", "refusals.jsonl", "--untrusted")[0] == ExitCode.DONE
+    config = load_config(path)
+    assert (config.train.loss_mean, config.memory.shares, set(config.methods)) == ("rows", {"refusal": 0.25}, {"der"})
+    assert "methods: strict" in path.read_text() and "loss_mean: rows" in path.read_text()  # what it stands for
+    run("init", "-o", tmp_path / "other.yaml", "--untrusted")
+    assert set(load_config(tmp_path / "other.yaml").methods) == {"ema"}
+
+
 def test_init_never_overwrites(run, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("mine")
@@ -38,20 +48,20 @@ def test_init_never_overwrites(run, tmp_path):
     assert path.read_text() == "mine"
 
 
-def test_init_asks_four_questions_on_a_terminal(run, tmp_path, monkeypatch):
-    answers = iter(["models/m", "rows.jsonl", "kept.jsonl", "none"])
+def test_init_asks_five_questions_on_a_terminal(run, tmp_path, monkeypatch):
+    answers = iter(["models/m", "rows.jsonl", "kept.jsonl", "none", "yes"])
     asked = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("typer.prompt", lambda question, default: asked.append(question) or next(answers))
     assert run("init", "-o", tmp_path / "run.yaml")[0] == ExitCode.DONE
     config = load_config(tmp_path / "run.yaml")
-    assert len(asked) == 4 and (config.model.path, config.tasks[0].train, config.safety) == (
+    assert len(asked) == 5 and (config.model.path, config.tasks[0].train, config.safety) == (
         "models/m",
         "rows.jsonl",
         None,
     )
-    assert config.memory.source == "kept.jsonl"
+    assert config.memory.source == "kept.jsonl" and config.train.loss_mean == "rows"
 
 
 def test_a_section_of_the_starter_works_when_its_comment_signs_are_taken_away(run, tmp_path):

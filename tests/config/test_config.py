@@ -349,10 +349,15 @@ def test_loading_a_config_with_every_method_imports_neither_torch_nor_transforme
 # -------------------------------------------------------------------------------------------------------------- presets
 
 
+def _memory_of(preset) -> dict:
+    return {"memory": MEMORY | preset.sections.get("memory", {})}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_methods_that_it_stands_for_and_is_written_out_as_these(load, tmp_path, name):
     config = load({"memory": MEMORY, "methods": name})
-    assert config.methods == load({"memory": MEMORY, "methods": PRESETS[name].methods}).methods != {}
+    assert config == load({"memory": MEMORY} | PRESETS[name].settings | _memory_of(PRESETS[name]))
+    assert config.methods != {}
     (tmp_path / "resolved.yaml").write_text(dump_config(config))
     assert yaml.safe_load(dump_config(config))["methods"].keys() == PRESETS[name].methods.keys()
     assert load_config(tmp_path / "resolved.yaml") == config
@@ -366,11 +371,41 @@ def test_one_setting_of_a_preset_can_be_overridden_and_presets_do_not_change_by_
     assert "der" not in load({"memory": MEMORY, "methods": "balanced"}, "methods=no-data").methods
 
 
+def test_a_presets_settings_of_other_sections_give_way_to_the_configs_own(load):
+    strict = load({"memory": MEMORY, "methods": "strict"})
+    assert (strict.train.loss_mean, strict.memory.shares, strict.memory.drawn_by) == (
+        "rows",
+        {"refusal": 0.25},
+        "balanced",
+    )
+    own = load({"memory": MEMORY | {"shares": {"refusal": 0.5}}, "train": {"loss_mean": "capped"}, "methods": "strict"})
+    assert (own.train.loss_mean, own.memory.shares, own.memory.balance_by) == ("capped", {"refusal": 0.5}, "kind")
+    for overrides in (["methods=strict", "train.loss_mean=tokens"], ["train.loss_mean=tokens", "methods=strict"]):
+        assert load({"memory": MEMORY}, *overrides, "methods.der.alpha=4").train.loss_mean == "tokens", overrides
+    other = load({"memory": MEMORY, "methods": "strict"}, "train.seed=1", "methods=balanced")
+    assert (other.train.loss_mean, other.memory.shares, other.train.seed) == ("tokens", {}, 1)
+    with pytest.raises(ConfigError, match="needs `memory"):
+        load({"methods": "strict"})
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ({"shares": {"refusal": 0.7, "answer": 0.4}}, "shares: their sum is 1.1"),
+        ({"shares": {"refusal": 0.0}}, "shares: their sum is 0"),
+        ({"shares": {"refusal": 0.2}, "draw": "mix_cd"}, "a draw that is mix_cd has none"),
+    ],
+)
+def test_shares_that_no_draw_can_have_are_refused(load, memory, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load({"memory": MEMORY | memory})
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("balancd", "no preset is named 'balancd'; did you mean `balanced`?"),
-        ("everything", "no preset is named 'everything'; known presets: balanced, no-data"),
+        ("everything", "no preset is named 'everything'; known presets: balanced, strict, no-data"),
         ("ewc", "'ewc' is a method, not a preset; write `methods: {ewc: {}}`"),
     ],
 )
