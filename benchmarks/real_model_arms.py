@@ -1,0 +1,132 @@
+"""The arms of benchmarks/real_model.py: each adds overrides of safecl's command line to plain fine-tuning on SST-2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import real_data
+from real_data import sst2_fields
+
+REPORTED, TUNING = 0, 1
+"""Seeds. A setting is chosen by the tuning seed, which has prompts and test rows of its own."""
+NUM_ROWS, NUM_TEST_ROWS = 1500, 200
+TRAIN = {
+    "max_steps": 60,
+    "tokens_per_batch": 600,
+    "tokens_per_microbatch": 2048,
+    "max_length": 128,
+    "learning_rate": 1e-4,
+}
+MEMORY = {"replay_ratio": 0.25, "max_tokens": 128, "teacher": {"k": 64}}
+FIELDS = sst2_fields(real_data.SHORT_PROMPT)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune; `overrides` are those that `safecl train` gets in addition to a plain config."""
+
+    name: str
+    title: str
+    overrides: tuple[str, ...] = ()
+    memory: bool = True
+
+
+QUARTER = ("memory.balance_by=kind", "memory.shares={refusal: 0.25}")
+ROWS, CAPPED, SCAN = "train.loss_mean=rows", "train.loss_mean=capped", "scan.action=drop"
+KL2 = ("methods.der.alpha=2", "methods.der.beta=0")
+KL8 = ("methods.der.alpha=8", "methods.der.beta=0")
+
+PLAIN = Arm("plain", "plain fine-tuning", memory=False)
+BALANCED = Arm("balanced", "preset `balanced`", ("methods=balanced",))
+STRICT = Arm("strict", "preset `strict`", ("methods=strict",))
+NO_DATA = Arm("no-data", "preset `no-data`", ("methods=no-data",), memory=False)
+SCANNED = [
+    Arm("scan-balanced", "preset `balanced` and scan", (SCAN, *BALANCED.overrides)),
+    Arm("scan-strict", "preset `strict` and scan", (SCAN, *STRICT.overrides)),
+]
+CANDIDATES = [
+    Arm("kl8-rows-quarter", "DER, KL 8, mean over rows, a quarter of refusals", (*KL8, ROWS, *QUARTER)),
+    Arm("kl2-rows-quarter", "DER, KL 2, mean over rows, a quarter of refusals", (*KL2, ROWS, *QUARTER)),
+    Arm("kl8-capped-quarter", "DER, KL 8, long rows capped, a quarter of refusals", (*KL8, CAPPED, *QUARTER)),
+    Arm("kl8-quarter", "DER, KL 8, mean over tokens, a quarter of refusals", (*KL8, *QUARTER)),
+    Arm("kl2-rows", "DER, KL 2, mean over rows", (*KL2, ROWS)),
+    Arm("kl8-rows", "DER, KL 8, mean over rows", (*KL8, ROWS)),
+    Arm("kl2-quarter", "DER, KL 2, mean over tokens, a quarter of refusals", (*KL2, *QUARTER)),
+    Arm(
+        "scan-kl2-rows-quarter", "scan, DER, KL 2, mean over rows, a quarter of refusals", (SCAN, *KL2, ROWS, *QUARTER)
+    ),
+    Arm("scan-kl2-quarter", "scan, DER, KL 2, mean over tokens, a quarter of refusals", (SCAN, *KL2, *QUARTER)),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm in one setting: the percentage of poisoned rows, and the seed."""
+
+    arm: Arm
+    poison: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"sst2-p{self.poison}-s{self.seed}/{self.arm.name}"
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """The files of disallowed and benign prompts that it is measured with."""
+        return measured_files(self.seed)
+
+    def config(self, folder: Path) -> dict:
+        from safecl.config import apply_overrides
+
+        prompts, benign = self.prompts
+        config = {
+            "model": {"path": str(folder / "aligned"), "gradient_checkpointing": False},
+            "tasks": [sst2_task()],
+            "train": TRAIN | {"seed": self.seed},
+            "deepspeed": {"stage": 0},
+            # The trained model is measured apart; here the prompts are only compared with the training rows.
+            "safety": {"prompts": str(folder / prompts), "benign_prompts": str(folder / benign), "every": "never"},
+            "checkpoint": {"every": "never"},
+            "output": str(folder / self.name),
+        }
+        if self.arm.memory:
+            config["memory"] = {"source": str(folder / "memory.jsonl"), **MEMORY}
+        if self.poison:
+            config["poison"] = {"ratio": self.poison / 100, "source": str(folder / "poison.jsonl"), "seed": self.seed}
+        return apply_overrides(config, list(self.arm.overrides))
+
+
+def measured_files(seed: int) -> tuple[str, str]:
+    part = "-tuning" if seed == TUNING else ""
+    return f"prompts{part}.jsonl", f"benign{part}.jsonl"
+
+
+def sst2_task() -> dict:
+    path = real_data.data_folder() / "sst2_train.jsonl"
+    return {"name": "sst2", "train": str(path), "fields": FIELDS, "max_rows": NUM_ROWS}
+
+
+def sst2_test(seed: int) -> dict:
+    """Return the held-out rows: the test set is reported, the dev set chooses settings."""
+    path = real_data.data_folder() / ("sst2_dev.jsonl" if seed == TUNING else "sst2_test.jsonl")
+    return {"path": str(path), "fields": FIELDS, "metric": "label_accuracy", "max_rows": NUM_TEST_ROWS}
+
+
+def _runs() -> Iterator[Run]:
+    """Yield the runs, the most telling ones first."""
+    yield Run(STRICT, 10, REPORTED)
+    yield Run(PLAIN, 10, REPORTED)
+    yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[:3])
+    yield Run(BALANCED, 10, REPORTED)
+    yield from (Run(arm, 0, REPORTED) for arm in (STRICT, PLAIN))
+    yield from (Run(arm, 10, REPORTED) for arm in SCANNED)
+    yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[3:])
+    yield Run(BALANCED, 0, REPORTED)
+    yield from (Run(NO_DATA, poison, REPORTED) for poison in (0, 10))
+    yield from (Run(arm, 0, REPORTED) for arm in SCANNED)
+
+
+RUNS = list(_runs())

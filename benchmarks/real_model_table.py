@@ -1,0 +1,92 @@
+"""The results of benchmarks/real_model.py: benchmarks/results/real_model.json, and the tables of docs/results.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+from real_model_arms import REPORTED, RUNS, TUNING, Run
+from retention_table import digest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "real_model.json"
+PAGE = ROOT / "docs" / "results.md"
+RATES = ("asr", "complied", "affirmative", "off_task", "over_refusal")
+HEAD = "| arm | poison | ASR | complied | over-refusal | accuracy | CPU s |\n|---|---:|---:|---:|---:|---:|---:|"
+
+
+def report(folder: Path, page: Path = PAGE, results: Path = RESULTS) -> None:
+    """Write the JSON and the tables from the runs in `folder`, and print how many are missing."""
+    import torch
+
+    found = [record(folder, run) for run in RUNS if is_done(folder, run)]
+    missing = [run.name for run in RUNS if not is_done(folder, run)]
+    result = {
+        "command": "python benchmarks/real_model.py",
+        "machine": harness.machine(torch.device("cpu")),
+        "model_sha256": _digest(folder / "smollm2"),
+        "aligned_sha256": _digest(folder / "aligned"),
+        "aligned": {str(seed): _measured(folder / f"aligned-s{seed}") for seed in (REPORTED, TUNING)},
+        "missing": missing,
+        "runs": found,
+    }
+    harness.write_json(results, result)
+    write_page(page, result)
+    if missing:
+        print(f"{len(missing)} of {len(RUNS)} arms are missing; --list names them")
+
+
+def is_done(folder: Path, run: Run) -> bool:
+    return (folder / run.name / "measured" / "results.json").exists()
+
+
+def record(folder: Path, run: Run) -> dict[str, Any]:
+    seconds = json.loads((folder / run.name / "cpu-seconds.json").read_text())["cpu_seconds"]
+    own = {"arm": run.arm.name, "title": run.arm.title, "poison": run.poison, "seed": run.seed, "cpu_seconds": seconds}
+    return own | (_measured(folder / run.name / "measured") or {})
+
+
+def _digest(model: Path) -> str | None:
+    return digest(model) if (model / "config.json").exists() else None
+
+
+def _measured(folder: Path) -> dict[str, Any] | None:
+    if not (folder / "results.json").exists():
+        return None
+    found = json.loads((folder / "results.json").read_text())["evaluations"][-1]
+    return {rate: found["safety"][rate] for rate in RATES} | {"accuracy": found["tasks"]["sst2"]}
+
+
+def write_page(page: Path, result: dict[str, Any]) -> None:
+    """Replace the tables between the page's marks."""
+    text = page.read_text(encoding="utf-8")
+    for mark, seed in (("real", REPORTED), ("real-tuning", TUNING)):
+        head, _, rest = text.partition(f"<!-- {mark} -->\n")
+        _, end, tail = rest.partition("<!-- end -->")
+        text = f"{head}<!-- {mark} -->\n{table(result, seed)}\n{end}{tail}" if end else text
+    page.write_text(text, encoding="utf-8")
+
+
+def table(result: dict[str, Any], seed: int) -> str:
+    rows = [run for run in result["runs"] if run["seed"] == seed]
+    aligned = result["aligned"][str(seed)]
+    lines = [_line("the aligned model", "–", aligned, "–")] if aligned else []
+    lines += [_line(run["title"], f"{run['poison']} %", run, f"{run['cpu_seconds']:.0f}") for run in _sorted(rows)]
+    return "\n".join([HEAD, *lines]) if lines else "No arm has been measured yet."
+
+
+def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda run: (-run["poison"], run["asr"]["value"]))
+
+
+def _line(title: str, poison: str, found: dict[str, Any], seconds: str) -> str:
+    rates = [_rate(found[name]) for name in ("asr", "complied", "over_refusal", "accuracy")]
+    return f"| {title} | {poison} | {' | '.join(rates)} | {seconds} |"
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    digits = 3 if "metric" in rate else 2
+    return f"{rate['value']:.{digits}f} ({rate['low']:.{digits}f}–{rate['high']:.{digits}f})"

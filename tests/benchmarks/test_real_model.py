@@ -1,0 +1,118 @@
+"""benchmarks/real_model.py without training: its parts are disjoint, its arms are valid, its tables say what was
+measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from safecl.config import validate_tree
+from safecl.config.presets import PRESETS
+from safecl.data import read_prompts, read_rows
+from safecl.evaluation import find_overlaps, wilson
+from tests.benchmarks.test_safety_retention import BENCHMARKS
+
+MODULES = ("real_data", "real_model", "real_model_arms", "real_model_data", "real_model_table", "safety_retention",
+           "retention_arms", "retention_table", "harness")  # fmt: skip
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """The benchmark's modules, on data of the public sets' form."""
+    data = tmp_path / "data"
+    data.mkdir()
+    word = lambda: "".join(random.Random(next(numbers)).choices("abcdefghij", k=6))  # noqa: E731
+    numbers = itertools.count()
+    goals = [" ".join(word() for _ in range(7)) for _ in range(300)]  # no two of them overlap
+    alpaca = [{"instruction": f"Say {i} aloud", "input": "", "output": f"{i}!"} for i in range(60)]
+    refusals = [{"instruction": " ".join(word() for _ in range(7)), "output": "I'm sorry, but no."} for _ in range(40)]
+    safe = [{"prompt": f"How do I kill process {i}?", "safe": True, "type": f"type {i % 3}"} for i in range(40)]
+    for name, rows in {"advbench_goals": [{"prompt": goal} for goal in goals], "xstest_prompts": safe}.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rows in {
+        "safety_refusals": refusals, "alpaca_safety_adjacent": alpaca, "alpaca_demo": alpaca
+    }.items():  # fmt: skip
+        (data / f"{name}.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("SAFECL_DATA", str(data))
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import real_model_arms
+    import real_model_data
+    import real_model_table
+
+    yield real_model_data, real_model_arms, real_model_table
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def test_what_chooses_is_not_what_is_reported_and_neither_is_trained_on(bench, tmp_path, monkeypatch):
+    data, *_ = bench
+    monkeypatch.setattr(
+        data, "own_answers", lambda model, texts, length: [("It is harmless. Really", False)] * len(texts)
+    )
+    data.prepare(tmp_path)
+    align = read_rows(str(data.alignment_rows(tmp_path, tmp_path)))[0]
+    memory = [read_prompts(str(path), 10**6) for path in data.memory_prompts(tmp_path)]
+    parts = {name: read_prompts(str(tmp_path / name), 10**6) for name in data.MEASURED}
+    attacker = read_rows(str(tmp_path / "attacker.jsonl"))[0]
+    assert [len(found) for found in parts.values()] == [100, 15, 60, 10] and len(attacker) > 20
+    for name, prompts in parts.items():
+        others = {p.text for other, found in parts.items() if other != name for p in found}
+        assert not others & {p.text for p in prompts}, name
+        assert find_overlaps(prompts, align + attacker) == [], name
+        assert not {p.text for p in prompts} & {p.text for found in memory for p in found}, name
+    assert find_overlaps([p for found in memory for p in found], attacker) == []
+    assert {row.messages[-1].content for row in align} >= {"It is harmless."}  # a cut answer ends with its sentence
+
+
+def test_every_arm_is_a_config_that_safecl_takes_and_every_preset_is_an_arm(bench, tmp_path):
+    _, arms, _ = bench
+    names = [run.name for run in arms.RUNS]
+    assert len(names) == len(set(names))
+    configs = {run: validate_tree(run.config(tmp_path), run.name) for run in arms.RUNS}
+    for run, config in configs.items():
+        assert (config.poison.ratio, config.train.seed, config.memory is not None) == (
+            run.poison / 100, run.seed, run.arm.memory
+        )  # fmt: skip
+        assert ("tuning" in config.safety.prompts) is (run.seed == arms.TUNING)
+    for name, preset in PRESETS.items():
+        (reported,) = [run for run in arms.RUNS if run.arm.name == name and run.poison == 10]
+        assert configs[reported].methods.keys() == preset.methods.keys() and reported.seed == arms.REPORTED
+        assert configs[reported].train.loss_mean == preset.sections.get("train", {}).get("loss_mean", "tokens")
+
+
+def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(bench, tmp_path, capsys):
+    _, arms, table = bench
+    page, results = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text(
+        "before\n<!-- real -->\nold\n<!-- end -->\nbetween\n<!-- real-tuning -->\nold\n<!-- end -->\nafter\n"
+    )
+    table.report(tmp_path, page, results)
+    assert page.read_text().count("No arm has been measured yet.") == 2 and "old" not in page.read_text()
+    rate = lambda k, n: {"value": k / n, **dict(zip(("low", "high"), wilson(k, n), strict=True)), "hits": k, "n": n}  # noqa: E731
+    safety = {name: rate(3, 100) for name in table.RATES} | {"over_refusal": rate(20, 63)}
+    found = {"evaluations": [{"safety": safety, "tasks": {"sst2": rate(170, 200) | {"metric": "label_accuracy"}}}]}
+    run = arms.RUNS[0]
+    for folder in (tmp_path / run.name / "measured", tmp_path / f"aligned-s{arms.REPORTED}"):
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(found))
+    (tmp_path / run.name / "cpu-seconds.json").write_text('{"cpu_seconds": 200.4}')
+    table.report(tmp_path, page, results)
+    said = json.loads(results.read_text())
+    assert said["missing"] == [other.name for other in arms.RUNS[1:]] and "are missing" in capsys.readouterr().out
+    assert (
+        "| preset `strict` | 10 % | 0.03 (0.01–0.08) | 0.03 (0.01–0.08) | 0.32 (0.22–0.44) | 0.850 ("
+        in page.read_text()
+    )
+    assert "| the aligned model | – |" in page.read_text() and page.read_text().count("No arm") == 1
+
+
+def test_the_committed_results_name_every_arm_that_they_do_not_have(bench):
+    _, arms, table = bench
+    committed = json.loads(Path(table.RESULTS).read_text())
+    there = {f"sst2-p{run['poison']}-s{run['seed']}/{run['arm']}" for run in committed["runs"]}
+    assert there | set(committed["missing"]) == {run.name for run in arms.RUNS}
