@@ -10,12 +10,14 @@ import contextlib
 import enum
 import errno
 import os
+import re
+import resource
 import signal
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +26,10 @@ from rich.console import Console
 from rich.text import Text
 
 from safecl.config import ConfigError
+from safecl.config.texts import visible
 from safecl.distributed import environment
 from safecl.distributed.signals import StopSignals, name_of, set_handler
+from safecl.storage.sizes import memory_text
 
 
 class ExitCode(enum.IntEnum):
@@ -53,6 +57,8 @@ class Tracebacks:
 
     folder: Path | None = None
     in_message: bool = False
+    needs: Callable[[], str] | None = None
+    """What the run needs of memory, in words."""
 
 
 tracebacks = Tracebacks()
@@ -66,13 +72,16 @@ SECONDS_TO_END = 5.0
 _HINTS = {
     "OutOfMemoryError": "less memory: a smaller train.tokens_per_microbatch, a higher deepspeed.stage, or "
     "deepspeed.offload.optimizer=cpu",
-    "MemoryError": "less host memory: fewer ranks on this machine, or a smaller train.tokens_per_microbatch",
+    "MemoryError": "less host memory: fewer ranks on this machine, a smaller train.tokens_per_microbatch, or a higher "
+    "limit",
 }
 
-_FORESEEN = ("TrainingFailed", "ExportFailed")
+_FORESEEN = ("TrainingFailed", "ExportFailed", "RanksMissing")
 """Errors whose messages need no traceback; by name, because their modules import torch."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_FILES = (errno.EMFILE, errno.ENFILE)
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory|can't start new thread|std::bad_alloc|Cannot allocate")
 
 
 # -------------------------------------------------------------------------------------------------------------- endings
@@ -159,12 +168,19 @@ def _report(kind: str, message: str) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
         kind = f"{kind} on rank {rank}"
     style = "yellow" if kind == "stopped" else "bold red"
-    stderr.print(Text(f"safecl: {kind}: ", style=style).append(Text(message, style="default not bold")))
+    stderr.print(Text(f"safecl: {kind}: ", style=style).append(Text(visible(message), style="default not bold")))
 
 
 def _describe(verb: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return f"{error.filename or 'the disk'}: {error.strerror}; once that is fixed, the same command resumes"
+    if (isinstance(error, OSError) and error.errno in _NO_FILES) or "EMFILE" in str(error):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"too many open files: {soft} are allowed (ulimit -n, at most {hard}); 1024 are enough for most runs"
+    if isinstance(error, FileNotFoundError) and tracebacks.folder is not None and not tracebacks.folder.exists():
+        return f"{tracebacks.folder}: the run folder has vanished, with all that was saved in it"
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        return _describe_memory(error)
     if type(error).__name__ in _FORESEEN and not tracebacks.in_message:
         return str(error)
     first_line = (str(error).strip() or "no message").splitlines()[0]
@@ -176,7 +192,19 @@ def _describe(verb: str, error: Exception) -> str:
     return "\n".join([*lines, f"The traceback is in {_write_traceback()}; `--traceback` prints it here."])
 
 
-def _write_traceback() -> Path:
+def _describe_memory(error: Exception) -> str:
+    """Say what is needed and what there is. The process may have no memory left even for that."""
+    needed, text = "", "host memory is used up"
+    with contextlib.suppress(Exception):
+        needed = f"; {tracebacks.needs()}" if tracebacks.needs is not None else ""
+    with contextlib.suppress(Exception):
+        text = f"host memory is used up ({str(error).strip().splitlines()[0][:120] or type(error).__name__})"
+    with contextlib.suppress(Exception):
+        text = f"{text}: {memory_text()}{needed}"
+    return f"{text}. What helps: {_HINTS['MemoryError']}"
+
+
+def _write_traceback() -> Path | str:
     name = f"error-rank{environment.rank()}.txt"
     text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}"
     if tracebacks.folder is not None:
@@ -184,6 +212,9 @@ def _write_traceback() -> Path:
             tracebacks.folder.mkdir(parents=True, exist_ok=True)
             (tracebacks.folder / name).write_text(text, encoding="utf-8")
             return tracebacks.folder / name
-    path = Path(tempfile.mkdtemp(prefix="safecl-")) / name
-    path.write_text(text, encoding="utf-8")
+    try:
+        path = Path(tempfile.mkdtemp(prefix="safecl-")) / name
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        return f"no file (there is no place for one: {error.strerror or error})"
     return path

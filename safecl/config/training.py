@@ -67,6 +67,10 @@ class TrainConfig(Section):
     """Bad rows that are skipped with a message: a share below 1, a count from 1 on. More of them stop the run."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 5
     """Largest number of consecutive steps without a finite gradient; one more stops the run."""
+    hang_timeout: Annotated[float, Field(gt=0)] | Literal["auto", "never"] = "auto"
+    """Seconds that a step may be without progress. Then the run ends with code 1 and says which rank hangs and where;
+    the stacks of all ranks are in `hangs/` of the run folder. auto: 10 x the median step + 60 s, and half an hour in
+    the first three steps. never: wait for ever."""
     allow_few_steps: bool = False
     """Accept runs of fewer than 50 steps, or whose EMA keeps more than half its weight on the start."""
 

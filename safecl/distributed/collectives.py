@@ -8,6 +8,7 @@ PATIENCE: there ranks wait for the work of another, such as tokenising a file or
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -23,7 +24,8 @@ from safecl.distributed.library_warnings import hide_future_warnings
 
 __all__ = [
     "PATIENCE", "START_TIMEOUT", "all_reduce_sum", "any_rank", "barrier", "device", "gather_objects", "gather_tensors",
-    "init_distributed", "on_every_rank", "on_first_rank", "patient_group", "process_group", "rank", "world_size",
+    "init_distributed", "on_every_rank", "on_first_rank", "patient_group", "process_group", "rank",
+    "timeout_of_collectives", "world_size",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -51,7 +53,8 @@ def init_distributed() -> None:
     # DeepSpeed compiles a shared-memory all-reduce at its first CPU start-up (24 to 85 s, and again whenever another
     # project used the cache with other flags); gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=devices.backend(), timeout=START_TIMEOUT, verbose=False)
+    with _missing_ranks_named():
+        deepspeed.init_distributed(dist_backend=devices.backend(), timeout=_start_timeout(), verbose=False)
     _refuse_shared_gpus()
 
 
@@ -63,7 +66,8 @@ def process_group() -> Iterator[None]:
         yield
         return
     devices.settle()
-    dist.init_process_group(devices.backend(), timeout=START_TIMEOUT)
+    with _missing_ranks_named():
+        dist.init_process_group(devices.backend(), timeout=_start_timeout())
     try:
         _refuse_shared_gpus()
         yield
@@ -84,6 +88,34 @@ def _refuse_shared_gpus() -> None:
                 "for example torchrun --nproc-per-node=gpu -m safecl train CFG"
             )
         owners[gpu] = number
+
+
+class RanksMissing(RuntimeError):
+    """Not all ranks have joined the process group in time."""
+
+
+@contextlib.contextmanager
+def _missing_ranks_named() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise RanksMissing(
+            f"the ranks have not found each other: {first_line}. Each of the {os.environ.get('WORLD_SIZE')} ranks must "
+            f"run, and reach {os.environ.get('MASTER_ADDR')} at port {os.environ.get('MASTER_PORT')}"
+        ) from error
+
+
+def _start_timeout() -> timedelta:
+    return timedelta(seconds=timeout_of_collectives(START_TIMEOUT.total_seconds()))
+
+
+def timeout_of_collectives(seconds: float) -> float:
+    """Seconds after which a collective call fails: DEEPSPEED_TIMEOUT (in minutes) where it is set, else `seconds`,
+    rounded up to whole tens and at most a week."""
+    with contextlib.suppress(ValueError):
+        return 60.0 * float(os.environ.get("DEEPSPEED_TIMEOUT", ""))
+    return min(10.0 * math.ceil(seconds / 10), 7 * 86400.0) if seconds < math.inf else 7 * 86400.0
 
 
 def patient_group() -> dist.ProcessGroup | None:

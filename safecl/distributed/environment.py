@@ -14,6 +14,8 @@ from pathlib import Path
 
 from safecl.config import ConfigError
 
+LAUNCHED = "SAFECL_LAUNCHED"
+"""Set by spawn.py for the ranks that it starts. torchrun sets TORCHELASTIC_RUN_ID, DeepSpeed's launcher CROSS_SIZE."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -50,9 +52,22 @@ def join_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
         )
 
 
+def launcher() -> int | None:
+    """The process of the launcher that started this one and should outlive it; None for one that a user, or a script
+    that may end, has started."""
+    is_launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "CROSS_SIZE", LAUNCHED))
+    return os.getppid() if is_launched else None
+
+
+def launcher_keeps_store() -> bool:
+    """Whether torchrun's own process, and not rank 0, holds the store through which the ranks find each other."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def settle_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set variables for libraries, before they are imported: there is no GPU (DeepSpeed would warn), or no terminal for
     progress bars."""
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # C++ stacks of every connection that a killed rank leaves
     if not sys.stderr.isatty():
         environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):

@@ -56,8 +56,9 @@ def _ctrl_c_waits() -> Iterator[None]:
 
 def _start(module: str, arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
-    environment = {
+    variables = {
         **os.environ,
+        environment.LAUNCHED: "1",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
@@ -65,7 +66,7 @@ def _start(module: str, arguments: Sequence[str], rank: int, num_ranks: int, por
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
     }
-    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=variables)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], watch: Callable[[], object], patience: float) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -25,8 +27,31 @@ def free_bytes(path: Path) -> int:
 def available_memory() -> int | None:
     """Bytes of host memory that can still be used, by the machine's count and by the container's limit; None if
     unknown."""
-    known = [value for value in (_machine_available(), _group_available()) if value is not None]
+    known = [value for value in (_machine_available(), _group_available(), _address_space()) if value is not None]
     return min(known, default=None)
+
+
+def _address_space() -> int | None:
+    """Bytes that `ulimit -v` still leaves to this process; None without such a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        return max(0, limit - used)
+    return limit
+
+
+def memory_text() -> str:
+    """Say how much host memory is available, and which limits there are."""
+    limits = []
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        limits.append(f"ulimit -v allows {format_bytes(limit)}")
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(f"the control group allows {format_bytes(int(Path('/sys/fs/cgroup/memory.max').read_text()))}")
+    free = available_memory()
+    told = f"{format_bytes(free)} are available" if free is not None else "it is unknown how much is available"
+    return f"{told} ({'; '.join(limits)})" if limits else told
 
 
 def _machine_available() -> int | None:

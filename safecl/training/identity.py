@@ -33,6 +33,7 @@ MAY_DIFFER = (
     "train.max_bad_rows",
     "train.max_skipped_steps",
     "train.allow_few_steps",
+    "train.hang_timeout",
     "safety.batch_size",
     "safety.gate",
 )

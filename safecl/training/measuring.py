@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl.distributed import collectives
+from safecl.distributed.progress import phase
 from safecl.engine.passes.live_model import evaluating
 from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate
 from safecl.evaluation.restore import evaluation_from_dict
@@ -66,7 +67,11 @@ class Measurements:
         ]
         if not plan.prompts and not tasks:
             return
-        with self.console.working(f"{when}: measuring"), evaluating(run.engine, average=run.saves_average) as model:
+        with (
+            phase("evaluation"),
+            self.console.working(f"{when}: measuring"),
+            evaluating(run.engine, average=run.saves_average) as model,
+        ):
             found = evaluate(
                 model,
                 plan.tokenizer,

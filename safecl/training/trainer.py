@@ -25,7 +25,9 @@ from typing import Any
 
 from safecl.config import RunConfig
 from safecl.distributed import collectives, environment
+from safecl.distributed.progress import STEP, phase, step_took
 from safecl.distributed.signals import StopRequest
+from safecl.distributed.watchdog import watching
 from safecl.engine.checkpoint.report import SaveReport
 from safecl.evaluation import GateResult
 from safecl.planning.plans import RunPlan, TaskPlan
@@ -106,14 +108,22 @@ class Trainer:
         """
         self._began = time.perf_counter()
         self.measured = Measurements(self.plan, self.folder, self.console)
-        with self.console, StopRequest(announce=environment.rank() == 0) as self._stop:
+        with (
+            self.console,
+            StopRequest(announce=environment.rank() == 0) as self._stop,
+            watching(self.folder, self.config.train.hang_timeout) as watchdog,
+        ):
             try:
                 self._take_folder()
                 self.console.plan(self.plan)
                 if (finished := self._finished_before()) is not None:
                     return finished
-                collectives.init_distributed()
-                return self._run()
+                with phase("collective start"):
+                    collectives.init_distributed()
+                    watchdog.attach()
+                result = self._run()
+                watchdog.close(together=True)
+                return result
             finally:
                 self._files.release()
 
@@ -190,7 +200,8 @@ class Trainer:
             self._hand_over,
         ]
         for part in parts[self.progress.parts_done :]:
-            part(run, task)
+            with phase("preparation"):
+                part(run, task)
             self.progress.parts_done += 1
             if part == self._train and self.config.checkpoint.every != "never":
                 self._save(run)
@@ -222,7 +233,8 @@ class Trainer:
         with self.console.progress(task.config.name, task.num_steps, run.step) as lines:
             while run.step < task.num_steps:
                 self.measured.between_steps(run, task)
-                stop = self._train_step(run, task, lines)
+                with phase(STEP):
+                    stop = self._train_step(run, task, lines)
                 self._report_save(self._saver.checkpointer.peek())
                 if isinstance(every, int) and run.global_step % every == 0 and run.step < task.num_steps:
                     self._save(run)
@@ -254,7 +266,9 @@ class Trainer:
         run.skipped_steps += not applied
         totals = losses.totals()
         stop = totals.pop("stop") > 0
-        values = step_values(run, task, totals, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        step_took(seconds)
+        values = step_values(run, task, totals, seconds)
         self.progress.num_tokens += values["tokens"]
         self._metrics.write(values)
         lines.step(values)
@@ -277,6 +291,7 @@ class Trainer:
     def _position(self, run: Run) -> tuple[int, int, int]:
         return self.progress.task, self.progress.parts_done, run.global_step
 
+    @phase("save")
     def _save(self, run: Run) -> None:
         """Start to save a checkpoint, unless this state is saved already."""
         if self._saved_at == self._position(run):
@@ -300,6 +315,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------------------- end
 
+    @phase("save")
     def _end_stopped(self, run: Run) -> RunResult:
         report = self._saver.settle()
         name, where = self._stop.name or "a signal", f"step {run.global_step}"
@@ -311,6 +327,7 @@ class Trainer:
         self.console.note(f"{name}: stopped after {where}; the same command resumes from here")
         return RunResult(self.folder, stopped=True)
 
+    @phase("export")
     def _finish(self, run: Run) -> RunResult:
         """Save the models last, so that their cards show what was measured; a run that is killed here does it again."""
         self._report_save(self._saver.settle())

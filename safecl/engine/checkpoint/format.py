@@ -21,7 +21,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -29,7 +29,15 @@ from typing import ClassVar
 import xxhash
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from safecl.storage.durable import DamagedCheckpoint, FileRecord, hash_file, open_regular, read_file, write_file
+from safecl.distributed import progress
+from safecl.storage.durable import (
+    DamagedCheckpoint,
+    FileRecord,
+    hash_file,
+    open_regular,
+    read_file,
+    write_file,
+)
 from safecl.storage.safetensors_file import ITEM_BYTES, Tensor, header_bytes, read_header
 
 FORMAT = "safecl-checkpoint"
@@ -153,7 +161,14 @@ def write_slices(
     """Write slices, whose data `arrange` has placed and `blocks` hold in order, and return when they are on the disk.
     Raises OSError."""
     header = header_bytes({one.key: (one.dtype, [one.length]) for one, _ in placed}, metadata)
-    return write_file(path, itertools.chain([header], blocks))
+    return write_file(path, itertools.chain([header], _told(blocks)))
+
+
+def _told(blocks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """Yield the blocks, and tell the watchdog of each."""
+    for block in blocks:
+        progress.block_saved()
+        yield block
 
 
 def read_slices(path: Path) -> list[StoredSlice]:

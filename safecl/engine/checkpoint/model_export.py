@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 
-from safecl.distributed import collectives
+from safecl.distributed import collectives, progress
 from safecl.engine.checkpoint.model_settings import save_settings
 from safecl.engine.model.adapters import base_model
 from safecl.engine.model.dtypes import DTYPE_NAMES, tensor_bytes
@@ -171,6 +171,7 @@ class _Tensors:
         """Yield whole tensors on rank 0, each valid until the next, and None elsewhere. Every rank must take all."""
         freed = 0
         for name in names:
+            progress.beat()
             freed += self.size(name)
             if freed > FREED_BYTES:
                 give_back_freed_memory()

@@ -18,13 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from safecl.distributed import collectives, devices
+from safecl.distributed import collectives, devices, progress, recorder
 from safecl.engine.checkpoint.format import (
     RANDOM,
     WEIGHTS,
@@ -48,7 +47,8 @@ from safecl.storage.durable import FileRecord, sync_folder, write_file
 T = TypeVar("T")
 
 _WRITER_NICENESS = 10  # training comes first where both want the same core
-_LONGEST_WRITE = timedelta(hours=6)
+_SLOWEST_DISK = 10e6
+"""Bytes per second. A rank waits for others as long as such a disk needs for the whole checkpoint, and a while more."""
 
 STAGING_BYTES = 2 * 2**30
 """Bytes of host memory that a save takes on each rank, where the config says nothing else."""
@@ -96,7 +96,7 @@ class CheckpointWriter:
         self.shards, self.optimizer, self.folder, self.base = shards, optimizer, folder, base
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self._fragments = list(own_fragments(shards, self.rank, self.world_size))
-        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE) if self.world_size > 1 else None
+        self._group = recorder.background_group() if self.world_size > 1 else None
         self._staging = Staging(staging, locked=devices.on_gpu())
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
@@ -124,6 +124,8 @@ class CheckpointWriter:
             Slice(kind, f.name, f.offset, f.length, kinds[kind]) for kind in tensors for f in self._fragments
         )
         size = sum(one.nbytes for one, _ in slices)
+        if self._group is not None:
+            recorder.set_timeout(self._group, self._patience(size))
         self._save = save = _Save(step, slices, size, random_state(), dict(files), kinds, references, keep)
         self._staging.begin(size)
         self._thread = threading.Thread(
@@ -262,10 +264,16 @@ class CheckpointWriter:
             if (problem := _problem_of(work)) is not None:
                 report.notes.append(f"{what}: {problem}")
 
+    def _patience(self, size: int) -> float:
+        """Seconds that this rank, which writes `size` bytes, waits for another one that writes."""
+        total = size * self.world_size
+        return collectives.timeout_of_collectives(progress.SECONDS_WITHOUT_A_BEAT["save"] + total / _SLOWEST_DISK)
+
     def _exchange(self, item: T) -> list[T]:
         """Return the items of all ranks, in rank order, over the writers' own process group."""
         if self._group is None:
             return [item]
+        progress.block_saved()
         items = [item] * self.world_size
         dist.all_gather_object(items, item, group=self._group)
         return items

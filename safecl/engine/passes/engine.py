@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safecl.distributed import progress
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.passes.micro_batches import MicroBatchLayout
 
@@ -53,4 +54,5 @@ class ModelEngine:
             use_cache=use_cache,
             last_only=last_only,
         )
+        progress.beat()
         return output["logits"]

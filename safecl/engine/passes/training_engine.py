@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from safecl.config import RunConfig
-from safecl.distributed import collectives
+from safecl.distributed import collectives, progress
 from safecl.engine.model.adapter_penalty import AdapterPenalty
 from safecl.engine.model.dropout import dropout_off
 from safecl.engine.model.language_model import LanguageModel
@@ -165,6 +165,7 @@ class TrainingEngine(ModelEngine):
             # accumulation steps.
             self.deepspeed.backward(output["loss"] * 1.0, scale_wrt_gas=False)
             losses.add(batch, output)
+            progress.beat()
             if self.fp32_gradients is not None:
                 self.fp32_gradients.add()
         if self.fp32_gradients is not None:

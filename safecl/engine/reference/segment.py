@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import xxhash
 
-from safecl.distributed import devices
+from safecl.distributed import devices, progress
 from safecl.engine.reference import shared_memory
 from safecl.engine.reference.layout import Layout, Where
 from safecl.engine.reference.sources import Converter, Reader, combine
@@ -69,6 +69,7 @@ def new_segment(layout: Layout, reader: Reader | Converter, stack: contextlib.Ex
     def fill(name: str) -> bytes:
         target = view[layout.offsets[name] : layout.offsets[name] + layout.num_bytes(name)]
         load(name, torch.frombuffer(target, dtype=layout.dtype) if target else torch.empty(0, dtype=layout.dtype))
+        progress.beat()
         return xxhash.xxh3_128(target).digest()
 
     with ThreadPoolExecutor(min(_FILLERS, os.cpu_count() or 1)) as pool:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from safecl.data import Row, TokenDataset, collate
+from safecl.distributed import progress
 from safecl.engine.passes.distances import target_positions
 from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.micro_batches import split_step, to_device
@@ -82,6 +83,7 @@ def _outputs_of(
         inputs["targets"] = batch.targets[positions]
     inputs = to_device(inputs, engine.device)
     output = {key: value.cpu() for key, value in engine.deepspeed(task=task, **inputs, **settings).items()}
+    progress.beat()
     first = np.cumsum([0, *(len(place) for place in places)])
     for n, index in enumerate(indices):
         yield index, {key: value[first[n] : first[n + 1]] for key, value in output.items()}

@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from safecl.distributed import progress
 from safecl.evaluation.answers.model import EvalModel, max_positions_of
 
 
@@ -99,6 +100,7 @@ def _generate_batch(
         )
         token = _best(logits[:, -1], [*forbidden[0], *(forbidden[1] if step == 0 else ())])
         chosen.append(token)
+        progress.beat()
         done = done | torch.isin(token, ends) | (room == step + 1)
         if step + 1 == max_new_tokens or not model.any(not bool(done.all())):
             break

@@ -1,0 +1,139 @@
+"""Ranks that hang, as processes of their own: the watchdog ends them. Stderr of each rank goes into a file."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+from safecl.distributed import progress, watchdog
+from safecl.distributed.progress import STEP, phase, step_took
+from safecl.distributed.signals import StopRequest
+from tests.distributed import stop_scenes
+
+
+def sleep() -> None:
+    time.sleep(1000)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def keep_the_lock() -> None:
+    re.match(r"(a+)+$", "a" * 60 + "b")  # in C, without giving back Python's lock
+
+
+HANGS = {"sleeps": sleep, "is stopped": stop, "keeps the lock": keep_the_lock}
+
+
+def redirect_stderr(said: str) -> None:
+    os.dup2(os.open(f"{said}-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+
+
+def loop(folder: str, said: str, how: str, rank: int, where: str = STEP, timeout: float = 0.8) -> None:
+    """Steps of one all-reduce, an evaluation every fifth; one rank hangs in its eighth step or in an evaluation."""
+    import torch
+    import torch.distributed as dist
+
+    redirect_stderr(said)
+    own = int(os.environ["RANK"])
+    Path(f"{said}-process-{own}").write_text(str(os.getpid()))
+    limits = dict.fromkeys(progress.SECONDS_WITHOUT_A_BEAT, timeout)
+    with (
+        mock.patch.dict(progress.SECONDS_WITHOUT_A_BEAT, limits),
+        mock.patch.object(watchdog, "SECONDS_FOR_THE_STORE", 1.0),
+        mock.patch.object(watchdog, "SECONDS_AFTER_A_SIGNAL", 3.0),
+        mock.patch.object(watchdog, "SECONDS_AFTER_A_SECOND_CTRL_C", 0.5),
+        StopRequest(),
+        watchdog.watching(Path(folder), 1000.0 if how == "waits for a signal" else timeout) as dog,
+    ):
+        dog.tick = 0.1
+        dog.attach()
+        for step in range(12):
+            name = "evaluation" if step % 5 == 4 else STEP
+            with phase(name):
+                if own == rank and name == where and step in (7, 9):
+                    HANGS["sleeps" if how == "waits for a signal" else how]()
+                dist.all_reduce(torch.ones(4))
+                step_took(0.01)
+        dog.close(together=True)
+    Path(f"{said}-{own}-finished").touch()
+
+
+def pause_and_slow_work(folder: str, said: str) -> None:
+    """Work that is slower than the limit of a step but shows beats, evaluations that are slow, and a pause of all."""
+    import torch
+    import torch.distributed as dist
+
+    redirect_stderr(said)
+    own = int(os.environ["RANK"])
+    Path(f"{said}-process-{own}").write_text(str(os.getpid()))
+    with watchdog.watching(Path(folder), 0.8) as dog:
+        dog.tick = 0.1
+        dog.attach()
+        with phase(STEP):
+            for _ in range(12):
+                time.sleep(0.1)
+                progress.beat()
+            dist.all_reduce(torch.ones(4))
+        with phase("evaluation"):
+            time.sleep(1.5 if own else 0.0)
+            dist.all_reduce(torch.ones(4))
+        Path(f"{said}-ready-{own}").touch()
+        with phase(STEP):
+            time.sleep(0.4)  # the test pauses all ranks in here, for much longer than the limit
+            dist.all_reduce(torch.ones(4))
+        dog.close(together=True)
+    Path(f"{said}-{own}-finished").touch()
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def at_step(how: str, step: int):
+    """Replace the trainer's step: it hangs before a global step."""
+    from safecl.training.run import Run
+
+    train_step = Run.train_step
+
+    def stepping(self, task):
+        if self.global_step + 1 == step:
+            HANGS[how]()
+        return train_step(self, task)
+
+    return mock.patch.object(Run, "train_step", stepping)
+
+
+def in_phase(name: str, how: str):
+    """Hang in a phase of the run."""
+    from safecl.engine.checkpoint.writing import CheckpointWriter
+    from safecl.training import measuring, trainer
+
+    places = {
+        "load": (trainer, "open_run"),
+        "evaluation": (measuring, "evaluate"),
+        "save": (CheckpointWriter, "_write_files"),
+        "export": (trainer, "save_models"),
+        "preparation": (trainer, "make_memory"),
+    }
+    owner, function = places[name]
+    return mock.patch.object(owner, function, lambda *arguments, **options: HANGS[how]())
+
+
+def fit_and_hang(tree: dict, cache: str, said: str, rank: int, where: str, how: str, limit: float) -> None:
+    """Fit on all ranks; one of them hangs in its fifth step, or in another phase, whose limit is short then."""
+    redirect_stderr(said)
+    own = int(os.environ["RANK"])
+    Path(f"{said}-process-{own}").write_text(str(os.getpid()))
+    with ExitStack() as stack:
+        if where != STEP:
+            stack.enter_context(mock.patch.dict(progress.SECONDS_WITHOUT_A_BEAT, {where: limit}))
+        if own == rank:
+            stack.enter_context(at_step(how, 5) if where == STEP else in_phase(where, how))
+        stop_scenes.fit(tree, cache)
+    Path(f"{said}-{own}-finished").touch()
