@@ -10,10 +10,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from safecl.config import ConfigError, RunConfig
+from safecl.storage.limits import check_cache
 
 
 def preflight(config: RunConfig, *, writes_fisher: bool = False) -> None:
-    """Raise ConfigError with a line for each missing file, and for a run folder that cannot be made. Makes nothing.
+    """Raise ConfigError with a line for each missing file, and for a run folder or a cache that cannot be made. Makes
+    only the cache's folder.
 
     writes_fisher: the verb writes the Fisher file that a method names, so it need not exist yet.
     """
@@ -22,6 +24,8 @@ def preflight(config: RunConfig, *, writes_fisher: bool = False) -> None:
         refuse_missing_files(config, fisher=not writes_fisher)
     with _collecting(mistakes):
         refuse_unwritable(Path(config.output))
+    with _collecting(mistakes):
+        check_cache()
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     settle_hub([name for _, name in (*_model_folders(config), *_data_files(config))])

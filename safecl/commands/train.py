@@ -19,7 +19,7 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
     """
     environment.join_launcher()
     preflight(config)
-    tracebacks.folder = Path(config.output)
+    tracebacks.folder, tracebacks.needs = Path(config.output), lambda: memory_needs(config)
     from safecl.training.folder import EXIT_CODE, RunFolder
 
     code = _train(config, fresh)
@@ -32,6 +32,16 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
                     flush=True,
                 )
     return code
+
+
+def memory_needs(config: RunConfig) -> str:
+    """Say what `safecl check` predicts for the run."""
+    from safecl.commands.check import model_structure
+    from safecl.planning.memory_report import memory_lines
+    from safecl.planning.model_shape import ModelShape
+
+    lines = memory_lines(ModelShape.of(model_structure(config.model), config), config)
+    return f"the run takes {lines[0][1]}, besides 1 to 2 GB for the libraries of each rank"
 
 
 def _train(config: RunConfig, fresh: bool) -> ExitCode:

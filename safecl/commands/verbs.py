@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import typer
 
 from safecl.exits import endings_as_exit_codes
+from safecl.storage.limits import check_limits
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, "
@@ -28,6 +29,7 @@ def verbs_of(app: typer.Typer, group: str = "", more: str = "") -> Callable[[Ver
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             with endings_as_exit_codes(f"{group} {name}".strip()):
+                check_limits()
                 return function(*args, **kwargs)
 
         app.command(name, epilog=f"{more}\n\n{EPILOG}" if more else EPILOG)(run)

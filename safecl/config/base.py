@@ -11,9 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Text = Annotated[str, Field(min_length=1)]
+from safecl.config.texts import check_text
+
+LARGEST_FLOAT = 3e38
+LARGEST_INT = 2**63 - 1
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
+"""A name or a path."""
 
 
 class Section(BaseModel):
@@ -29,6 +35,16 @@ class Section(BaseModel):
             return given
         sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, BaseModel)}
         return {key: value for key, value in given.items() if value is not None or key not in sections}
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _numbers_fit(cls, value: Any) -> Any:
+        """Refuse numbers that would become infinite where they are used: in fp32, or as 64-bit integers."""
+        if isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+            raise ValueError(f"{value:g} does not fit into a 32-bit float; at most {LARGEST_FLOAT:g} is possible")
+        if isinstance(value, int) and abs(value) > LARGEST_INT:
+            raise ValueError(f"{value:.3g} does not fit into a 64-bit integer")
+        return value
 
 
 @dataclass(frozen=True)

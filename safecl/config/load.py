@@ -15,6 +15,7 @@ from safecl.config.method_registry import preset_methods
 from safecl.config.parsing import apply_overrides, key_lines, read_tree
 from safecl.config.presets import with_sections
 from safecl.config.run import RunConfig
+from safecl.config.texts import visible
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -61,7 +62,7 @@ def validate_tree(tree: dict[str, Any], source: str) -> RunConfig:
 def _config_error(
     error: ValidationError, source: str, lines: Mapping[str, int | None] = MappingProxyType({})
 ) -> ConfigError:
-    mistakes = "\n".join(explain(error, RunConfig)).splitlines()
+    mistakes = visible("\n".join(explain(error, RunConfig))).splitlines()
     numbers = [line_of(mistake, lines) for mistake in mistakes]
     places = [f"{source}:{number}" if number else source for number in numbers]
     return ConfigError("\n".join(f"{place}: {mistake}" for place, mistake in zip(places, mistakes, strict=True)))

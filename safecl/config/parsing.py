@@ -12,7 +12,13 @@ from typing import Any
 import yaml
 
 from safecl.config.errors import ConfigError
+from safecl.config.texts import visible
 
+MOST_NESTED, MOST_VALUES, MOST_DIGITS = 32, 100_000, 40
+"""Limits of a config."""
+MOST_BYTES = 2 * 2**20
+
+_LONG_NUMBER = re.compile(rf"[-+]?[0-9][0-9_:]{{{MOST_DIGITS},}}")
 _DEEPEST = 8
 """Depth down to which the lines of keys are looked up; the config is less deep."""
 
@@ -49,9 +55,45 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def parse_yaml(text: str) -> Any:
     """Read YAML, with the differences of this module. Raises ConfigError with line and column."""
     try:
+        _refuse_bombs(text)
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {_explain(error)}") from None
+    except ConfigError:
+        raise
+    except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # PyYAML passes on what int(), datetime and its own tables raise for a value that its tag does not fit
+        raise ConfigError(f"not valid YAML: a value that cannot be read ({visible(str(error))[:80]})") from None
+
+
+def _refuse_bombs(text: str) -> None:
+    """Raise ConfigError for a text that would take minutes to read, or overflow the stack.
+
+    The parser's events are counted before anything is made of them. An alias counts as all that it stands for.
+    """
+    open_sizes, anchors = [0], [""]
+    sizes: dict[str, int] = {}
+    for event in yaml.parse(text, Loader=_Loader):
+        place = f"line {event.start_mark.line + 1 if event.start_mark is not None else 1}"
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_sizes.append(1)
+            anchors.append(event.anchor or "")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size = open_sizes.pop()
+            sizes[anchors.pop()] = size
+            open_sizes[-1] += size
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in anchors:
+                raise ConfigError(f"{place}: &{event.anchor} contains itself")
+            open_sizes[-1] += sizes.get(event.anchor or "", 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            open_sizes[-1] += 1
+            if _LONG_NUMBER.fullmatch(event.value):
+                raise ConfigError(f"{place}: a number of more than {MOST_DIGITS} digits")
+        if len(open_sizes) > MOST_NESTED:
+            raise ConfigError(f"{place}: nested more than {MOST_NESTED} deep")
+        if open_sizes[-1] > MOST_VALUES:
+            raise ConfigError(f"{place}: more than {MOST_VALUES:,} values, with those that aliases (`*name`) stand for")
 
 
 def _explain(error: yaml.YAMLError) -> str:
@@ -65,7 +107,7 @@ def _explain(error: yaml.YAMLError) -> str:
 def read_tree(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError; where there is no such file it names the nearest one."""
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8-sig"))
+        tree = parse_yaml(_read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file{_did_you_mean(_nearest_file(path))}") from None
     except IsADirectoryError:
@@ -83,6 +125,16 @@ def read_tree(path: Path) -> dict[str, Any]:
             f"{path}: {what}; a run config needs at least model, tasks and output (`safecl init` writes one)"
         )
     return tree
+
+
+def _read_text(path: Path) -> str:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError("not a regular file")
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"more than {MOST_BYTES:,} bytes long; a run config has some thousands")
+    return content.decode("utf-8-sig")
 
 
 def _nearest_file(path: Path) -> Path | None:

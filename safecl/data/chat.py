@@ -23,10 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError, ModelConfig
+from safecl.config.texts import visible
 from safecl.data.hub import refuse_unreachable, tokenizer_source
 from safecl.data.messages import DataError, Message, RowProblem, clip
 from safecl.data.template_dates import fix_clock, set_date
+from safecl.data.trial import TooLong, try_in_a_child
 from safecl.data.turn_forms import forms_of
+from safecl.storage.untrusted import code_of, library_error
 
 log = logging.getLogger("safecl")
 
@@ -47,6 +50,7 @@ START, STOP = "\uf8f2", "\uf8f3"  # ends of a generation mark
 _TAG = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
 _INNER_MARKS = re.compile(f"[{OPEN}{CLOSE}{START}{STOP}]")
 _PROBE = "safecl probe answer"
+_ANY_TEXT = "".join(map(chr, range(32, 127))) * 4 + "\n\u00e9\u4e2d" * 8
 
 
 def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
@@ -62,6 +66,7 @@ def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
             f"{name}: the tokenizer has no end-of-text token, so answers could not end; set `eos_token` in its folder"
         )
     _settle_template(tokenizer, model)
+    _try_without_trust(tokenizer)
     set_date(tokenizer, model.template_date)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is neither attended to nor trained: no new token is needed
@@ -78,10 +83,13 @@ def _from_pretrained(model: ModelConfig, key: str) -> Any:
 
     try:
         source, options = tokenizer_source(name)
+        if model.trust_remote_code and (code := code_of(Path(source))):
+            log.warning("%s: model.trust_remote_code is set, so code of %s runs: %s", key, name, ", ".join(code))
         return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **options)
+    except ConfigError:
+        raise
     except Exception as error:  # the library raises many kinds for a missing, broken or unreachable tokenizer
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = clip(lines[0] if lines else type(error).__name__, 200)
+        reason = clip(library_error(error), 200)
         raise ConfigError(f"{key}: {name}: no tokenizer could be loaded from here: {reason}") from None
 
 
@@ -114,6 +122,31 @@ def use_plain_template(tokenizer: Any) -> None:
 def template_source(tokenizer: Any) -> str:
     """Origin of the chat template, in words."""
     return getattr(tokenizer, "safecl_template", "the tokenizer's own")
+
+
+def _try_without_trust(tokenizer: Any) -> None:
+    """Render and encode short texts in a child process first: neither may take long, or much memory."""
+    system, user, answer = Message("system", _ANY_TEXT), Message("user", _ANY_TEXT), Message("assistant", _ANY_TEXT)
+
+    def encode() -> None:
+        tokenizer(_ANY_TEXT, add_special_tokens=False)
+
+    def render_some() -> None:
+        for messages in ([user, answer] * 3, [system, user, answer]):
+            try:
+                render(tokenizer, [messages])
+            except MemoryError:
+                raise
+            except Exception:  # a template may refuse turns; `_try_template` reports its errors
+                continue
+
+    for what, work in (("the tokenizer", encode), (f"the chat template ({template_source(tokenizer)})", render_some)):
+        try:
+            try_in_a_child(work)
+        except TooLong as error:
+            raise ConfigError(f"{what} does not work: {error}") from None
+        except RuntimeError as error:
+            raise ConfigError(f"{what} does not work: {clip(visible(str(error)), 160)}") from None
 
 
 def _try_template(tokenizer: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from safecl.data.csv_rows import csv_rows
 from safecl.data.messages import MAX_ROW_CHARS, DataError, clip
 from safecl.data.raw import PACKED, RawRow, open_bytes, packing_of, suffix_of
+from safecl.storage.untrusted import UnusableWeights, inside, read_json
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _JSON = (".jsonl", ".ndjson", ".json")
@@ -361,6 +362,7 @@ def _dataset_folder(path: str, local: Path, split: str) -> Source:
         files = sorted(p.name for p in local.iterdir() if suffix_of(p) in SUFFIXES)
         hint = f"name one of its files: {clip(', '.join(files), 80)}" if files else "it holds no data files either"
         raise DataError(f"{path}: is a folder, and not one that datasets.save_to_disk wrote; {hint}")
+    _refuse_files_elsewhere(path, local)
     try:
         loaded = datasets.load_from_disk(str(local))
     except Exception as error:  # as above
@@ -370,6 +372,19 @@ def _dataset_folder(path: str, local: Path, split: str) -> Source:
             raise DataError(f"{path}: has no split `{split}`; it has {', '.join(loaded)}")
         loaded = loaded[split]
     return _dataset_source(path, loaded)
+
+
+def _refuse_files_elsewhere(path: str, folder: Path) -> None:
+    """Raise DataError where a saved data set names, or links to, files outside of its folder."""
+    for state in folder.rglob("state.json"):
+        try:
+            names = [str(entry["filename"]) for entry in read_json(state)["_data_files"]]
+            for name in ["dataset_info.json", *names]:
+                inside(state.parent, name)
+        except UnusableWeights as error:
+            raise DataError(str(error)) from None
+        except (KeyError, TypeError):
+            raise DataError(f"{path}: {state.name} names no data files") from None
 
 
 def _dataset_source(path: str, loaded: Any) -> Source:

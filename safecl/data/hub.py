@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from safecl.config import ConfigError
 from safecl.storage.model_folder import ADAPTER, is_gguf, settings_source
+from safecl.storage.untrusted import check_folder
 
 SECONDS_TO_CONNECT = 5.0
 _ONE_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "config.json")
@@ -84,4 +85,6 @@ def tokenizer_source(name: str) -> tuple[str, dict[str, str]]:
     local = Path(name).expanduser()
     if is_gguf(name) or (local.is_dir() and not any((local / file).is_file() for file in _ONE_OF_A_TOKENIZER)):
         return settings_source(name)
+    if local.is_dir():
+        check_folder(local)
     return local_name(name), {}

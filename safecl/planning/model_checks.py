@@ -13,7 +13,7 @@ from safecl.data import TokenDataset
 from safecl.data.files import where
 from safecl.engine.model.adapters import add_adapters
 from safecl.engine.model.dtypes import CONFIG_DTYPES
-from safecl.engine.model.settings import first_line, read_model_settings
+from safecl.engine.model.settings import read_model_settings
 from safecl.engine.model.structure import empty_model
 from safecl.engine.reference.layout import Layout
 from safecl.engine.reference.sources import find_weights
@@ -21,7 +21,8 @@ from safecl.evaluation.answers.prompts import encode_within
 from safecl.evaluation.answers.texts import place_of
 from safecl.evaluation.task import check_rows, encode_rows
 from safecl.planning.plans import RunPlan
-from safecl.storage.model_folder import UnusableWeights, has_weights_here
+from safecl.storage.model_folder import has_weights_here
+from safecl.storage.untrusted import library_error
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -39,10 +40,10 @@ def check_model(plan: RunPlan) -> None:
     settings = read_model_settings(config)
     try:
         model = empty_model(config.path, CONFIG_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
-    except UnusableWeights:
+    except (ConfigError, MemoryError):
         raise
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path: {config.path}: cannot be loaded: {first_line(error)}") from None
+    except Exception as error:  # the library's classes check their sizes in many ways
+        raise ConfigError(f"model.path: {config.path}: cannot be loaded: {library_error(error)}") from None
     plan.notes += [*_check_weights(model, plan), *_note_on_head(settings, model, config.path)]
     check_vocabulary(plan, model)
     plan.notes += _check_positions(plan, model)

@@ -6,16 +6,24 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from safecl.config import ConfigError
+
 
 def data_cache() -> Path:
     """The cache's folder of prepared data."""
-    return _cache() / "data"
+    return cache_folder() / "data"
 
 
 def artifact_cache() -> Path:
     """The cache's folder of artifacts."""
-    return _cache() / "artifacts"
+    return cache_folder() / "artifacts"
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("SAFECL_CACHE") or Path.home() / ".cache" / "safecl")
+def cache_folder() -> Path:
+    """The cache's own folder. Raises ConfigError where it is not set and there is no home folder."""
+    if named := os.environ.get("SAFECL_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "safecl"
+    except RuntimeError:
+        raise ConfigError("there is no home folder for the cache: set SAFECL_CACHE to a folder, or HOME") from None

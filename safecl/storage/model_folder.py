@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safecl.config import ConfigError
+from safecl.config.texts import visible
 from safecl.storage.durable import DamagedCheckpoint
 from safecl.storage.safetensors_file import Tensor, read_header
+from safecl.storage.untrusted import UnusableWeights, check_folder, inside, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_WEIGHTS, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER = "adapter_config.json"
 MOST_ADAPTERS = 8
-
-
-class UnusableWeights(ConfigError):
-    """A model's weights cannot be used; the message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -101,22 +97,22 @@ def _paths(path: str, single_name: str, index_name: str) -> list[Path]:
     if index is None:
         return []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        files = {name: _locate(path, inside(index.parent, name).relative_to(index.parent).as_posix()) for name in names}
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, UnusableWeights):
+            raise
         raise UnusableWeights(f"{index}: not an index of weight files") from None
-    found = []
-    for name in names:
-        if (file := _locate(path, str(name))) is None:
-            raise UnusableWeights(f"{index}: names {name}, which is not there")
-        found.append(file)
-    return found
+    if missing := [name for name, file in files.items() if file is None]:
+        raise UnusableWeights(f"{index}: names {visible(missing[0])}, which is not there")
+    return [file for file in files.values() if file is not None]
 
 
 def _locate(path: str, name: str, *, downloads: bool = True) -> Path | None:
     """Find a file in a local folder, or in the hub's cache."""
     local = Path(path).expanduser()
     if local.is_dir():
-        return local / name if (local / name).exists() else None
+        return inside(local, name) if (local / name).exists() else None
     from transformers.utils.hub import cached_file
 
     try:
@@ -169,10 +165,11 @@ def adapter_base(path: str) -> str:
     Raises UnusableWeights.
     """
     file = Path(path).expanduser() / ADAPTER
+    check_folder(file.parent)
     try:
-        named = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnusableWeights(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
+        named = read_json(file)["base_model_name_or_path"]
+    except (KeyError, TypeError):
+        raise UnusableWeights(f"{file}: has no base_model_name_or_path") from None
     if not isinstance(named, str) or not named:
         raise UnusableWeights(f"{file}: base_model_name_or_path names no model")
     base = Path(named).expanduser()
@@ -204,4 +201,7 @@ def settings_source(path: str) -> tuple[str, dict[str, Any]]:
     local = Path(path).expanduser()
     if is_gguf(path):
         return os.fspath(local.parent), {"gguf_file": local.name}
-    return os.fspath(local) if local.is_dir() else path, {}
+    if local.is_dir():
+        check_folder(local)
+        return os.fspath(local), {}
+    return path, {}

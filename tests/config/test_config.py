@@ -218,7 +218,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(load, text):
         (b"train: {epochs: 1", "line 1, column"),
         (b"? [a, b]\n: 1\n", "a key must be one word"),
         (b"a: *nowhere\n", "undefined alias"),
-        (b"a: &a [*a]\n", "recursive"),
+        (b"a: &a [*a]\n", "contains itself"),
         (b"a: !!python/object:os.system {}\n", "not valid YAML"),
         (b"model: {path: m}\x00", "not valid YAML"),
     ],

@@ -15,7 +15,7 @@ from torch import nn
 from safecl.config import ConfigError, LoraConfig, ModelConfig
 from safecl.distributed.library_warnings import no_future_warnings
 from safecl.engine.model.dtypes import CONFIG_DTYPES
-from safecl.engine.model.settings import first_line
+from safecl.storage.untrusted import library_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
         with no_future_warnings():  # peft asks transformers for a name that is to go
             adapted = peft.get_peft_model(cast("PreTrainedModel", model), settings)
     except ValueError as error:
-        raise ConfigError(f"model.lora: {first_line(error)}") from None
+        raise ConfigError(f"model.lora: {library_error(error)}") from None
     _name_base(adapted, config.path)
     for p in adapted.parameters():
         if p.requires_grad:

@@ -9,6 +9,7 @@ from safecl.config import ConfigError, ModelConfig
 from safecl.data.hub import refuse_unreachable
 from safecl.distributed import devices
 from safecl.storage.model_folder import is_adapter, is_gguf, settings_source
+from safecl.storage.untrusted import library_error
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,9 +37,12 @@ def read_model_settings(config: ModelConfig) -> PretrainedConfig:
     source, options = settings_source(config.path)
     try:
         settings = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"model.path: {config.path}: no model can be read there: {first_line(error)}") from None
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # the library's classes check their values in many ways
+        raise ConfigError(f"model.path: {config.path}: no model can be read there: {library_error(error)}") from None
     _refuse_unsupported(settings, config.path)
+    _refuse_absurd(settings, config.path)
     return settings
 
 
@@ -63,9 +67,28 @@ def _refuse_without_package(config: ModelConfig) -> None:
             )
 
 
-def first_line(error: Exception) -> str:
-    """The first line of the error's message, or its type where there is none."""
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+_LARGEST = {
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 10_000,
+    "num_key_value_heads": 10_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "head_dim": 100_000,
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 10**9,
+}
+"""Sizes beyond which a model's settings are a mistake or an attack: its structure alone would fill the memory."""
+
+
+def _refuse_absurd(settings: PretrainedConfig, path: str) -> None:
+    text = settings.get_text_config()
+    for key, most in _LARGEST.items():
+        value = getattr(text, key, None)
+        if value is None or isinstance(value, list):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            shown = f"{value:,}" if isinstance(value, int) else repr(value)[:80]
+            raise ConfigError(f"model.path: {path}: its config.json has {key} {shown}; it must be 1 to {most:,}")
 
 
 def _refuse_unsupported(settings: PretrainedConfig, path: str) -> None:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safecl.engine.model.settings import first_line
-from safecl.storage.model_folder import UnusableWeights
+from safecl.storage.untrusted import UnusableWeights, library_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +54,7 @@ def match_tensors(model: PreTrainedModel, shapes: Shapes, path: str) -> Matches:
                 output_loading_info=True,
             )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UnusableWeights(f"model.path: {path}: cannot be loaded: {first_line(error)}") from None
+        raise UnusableWeights(f"model.path: {path}: cannot be loaded: {library_error(error)}") from None
     return Matches(
         _sources(loaded, tensors),
         tuple(sorted(info["missing_keys"])),

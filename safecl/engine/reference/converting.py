@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safecl.config import ConfigError
 from safecl.distributed.library_warnings import no_future_warnings
-from safecl.engine.model.settings import first_line
-from safecl.storage.model_folder import UnusableWeights, adapter_base, is_adapter, settings_source
+from safecl.storage.model_folder import adapter_base, is_adapter, settings_source
+from safecl.storage.untrusted import UnusableWeights, library_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +26,10 @@ def converted_state(
     """
     try:
         model, missing = _load(path, dtype, trust_remote_code)
-    except UnusableWeights:
+    except (ConfigError, MemoryError):
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise UnusableWeights(f"model.path: {path}: cannot be loaded: {first_line(error)}") from None
+    except Exception as error:  # pickle, zip, peft and transformers raise many kinds
+        raise UnusableWeights(f"model.path: {path}: cannot be loaded: {library_error(error)}") from None
     return model.state_dict(), missing
 
 

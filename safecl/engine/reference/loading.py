@@ -13,10 +13,11 @@ from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.engine.model.dtypes import CONFIG_DTYPES
-from safecl.engine.model.settings import choose_attention, first_line, read_model_settings
+from safecl.engine.model.settings import choose_attention, read_model_settings
 from safecl.engine.model.structure import empty_model, prepare_for_training
 from safecl.engine.reference.store import ReferenceStore
 from safecl.storage.model_folder import settings_source
+from safecl.storage.untrusted import library_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +37,10 @@ def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
     dtype = CONFIG_DTYPES[config.dtype]
     try:
         model = empty_model(config.path, dtype, attention=chosen, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path: {config.path}: cannot be loaded: {first_line(error)}") from None
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # the library's classes check their sizes in many ways
+        raise ConfigError(f"model.path: {config.path}: cannot be loaded: {library_error(error)}") from None
     store = ReferenceStore.open(config.path, dtype=dtype, model=model, trust_remote_code=config.trust_remote_code)
     take_weights(model, store)
     _take_generation_settings(model, config.path)

@@ -18,7 +18,7 @@ from safecl.distributed import devices, progress
 from safecl.engine.reference import shared_memory
 from safecl.engine.reference.layout import Layout, Where
 from safecl.engine.reference.sources import Converter, Reader, combine
-from safecl.storage.model_folder import UnusableWeights
+from safecl.storage.untrusted import UnusableWeights
 
 _FILLERS = 4
 

@@ -13,13 +13,14 @@ import xxhash
 
 from safecl.distributed import devices
 from safecl.engine.model.dtypes import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, tensor_bytes
-from safecl.engine.model.stored_tensors import stored_shapes
+from safecl.engine.model.stored_tensors import check_adapter, stored_shapes
 from safecl.engine.model.tensor_names import Matches, Shapes, keep_conversions, match_tensors
 from safecl.engine.reference.converting import converted_state
 from safecl.engine.reference.layout import Layout
 from safecl.storage.durable import open_regular, read_into
-from safecl.storage.model_folder import ModelFiles, UnusableWeights, adapter_base, is_adapter, is_gguf, read_model_files
+from safecl.storage.model_folder import ModelFiles, adapter_base, is_adapter, is_gguf, read_model_files
 from safecl.storage.safetensors_file import Tensor
+from safecl.storage.untrusted import UnusableWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +40,7 @@ def find_weights(
     model: the model's structure. Raises UnusableWeights where a parameter is missing or does not fit.
     """
     if is_adapter(path):
+        check_adapter(path)
         base = find_weights(adapter_base(path), layout, model, trust_remote_code)
         return Converter(layout, None, path, trust_remote_code, base.notes)
     if is_gguf(path):

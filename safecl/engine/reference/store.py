@@ -30,8 +30,9 @@ from safecl.engine.reference.segment import Offer, new_segment, provide, tensor_
 from safecl.engine.reference.sources import Converter, Reader, Sources, find_weights
 from safecl.kernels import page_locked
 from safecl.storage.durable import DamagedCheckpoint, open_regular
-from safecl.storage.model_folder import ModelFiles, Stamp, UnusableWeights
+from safecl.storage.model_folder import ModelFiles, Stamp
 from safecl.storage.sizes import format_bytes
+from safecl.storage.untrusted import UnusableWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,6 +9,7 @@ from typing import Any
 
 from safecl.config import ConfigError, ModelConfig, RunConfig
 from safecl.data import load_tokenizer
+from safecl.storage.untrusted import library_error
 
 KNOWN = ("aligned", "previous", "ema")
 """Teachers that are made from the run's own model; any other name is a folder or hub id."""
@@ -68,7 +69,7 @@ def _streaming_problem(model: ModelConfig) -> str | None:
 
     from safecl.engine.model.checks import rows_are_not_packed
     from safecl.engine.model.dtypes import CONFIG_DTYPES
-    from safecl.engine.model.settings import first_line, read_model_settings
+    from safecl.engine.model.settings import read_model_settings
     from safecl.engine.model.structure import empty_model
     from safecl.engine.teachers.questions import TeacherBatch
     from safecl.engine.teachers.streamed import StreamedTeacher
@@ -82,7 +83,7 @@ def _streaming_problem(model: ModelConfig) -> str | None:
             teacher.logits(TeacherBatch(torch.arange(2, 10)[None], torch.arange(8)[None]))
     except (ConfigError, *STREAMING_ERRORS) as error:
         only_without_numbers = isinstance(error, NotImplementedError) or "meta" in str(error).lower()
-        return None if only_without_numbers else first_line(error)
+        return None if only_without_numbers else library_error(error)
     return None
 
 

@@ -12,7 +12,7 @@ from safecl.distributed.node import this_node
 from safecl.engine.model.checks import check_head
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.language_model import LanguageModel
-from safecl.engine.model.settings import choose_attention, first_line
+from safecl.engine.model.settings import choose_attention
 from safecl.engine.model.structure import empty_model
 from safecl.engine.passes.live_model import evaluating
 from safecl.engine.passes.training_engine import TrainingEngine
@@ -21,6 +21,7 @@ from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.teachers.checks import STREAMING_ERRORS, cannot_be_streamed
 from safecl.engine.teachers.questions import TeacherBatch
 from safecl.engine.teachers.streamed import StreamedTeacher
+from safecl.storage.untrusted import library_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,5 +92,7 @@ def teacher_structure(config: RunConfig, path: str) -> PreTrainedModel:
     dtype = CONFIG_DTYPES[settings.dtype]
     try:
         return empty_model(path, dtype, attention=chosen, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"teacher: {path}: no model can be read there: {first_line(error)}") from None
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # the library's classes check their sizes in many ways
+        raise ConfigError(f"teacher: {path}: no model can be read there: {library_error(error)}") from None

@@ -14,6 +14,7 @@ from safecl.distributed import collectives
 from safecl.distributed.library_warnings import no_future_warnings
 from safecl.evaluation.answers.folders import check_is_model
 from safecl.storage.model_folder import adapter_base, is_adapter, settings_source
+from safecl.storage.untrusted import library_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,8 +118,7 @@ class HFEvalModel:
         except MemoryError:
             raise
         except Exception as error:  # the library, its file formats and the model's own code raise many kinds
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"{path}: cannot be loaded as a causal language model: {first_line}") from error
+            raise ConfigError(f"{path}: cannot be loaded as a causal language model: {library_error(error)}") from error
         _refuse_random_weights(path, info)
         return cls(model.to(device or collectives.device()))
 

@@ -16,7 +16,7 @@ import torch
 
 from safecl import ReferenceStore
 from safecl.engine.reference import shared_memory
-from safecl.storage.model_folder import UnusableWeights
+from safecl.storage.untrusted import UnusableWeights
 from tests.engine import scenes
 
 
