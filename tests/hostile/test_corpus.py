@@ -41,8 +41,20 @@ _opened: list[str] = []
 sys.addaudithook(lambda event, values: _opened.append(str(values[0])) if event == "open" else None)
 
 
+QUICK = (
+    "index_with_a_path_upwards", "weights_that_are_a_link", "weights_that_are_a_pickle", "settings_that_are_a_pipe",
+    "settings_that_are_deep", "settings_with_a_million_layers", "settings_with_code", "template_that_takes_all_memory",
+    "template_that_reaches_for_python_1", "adapter_that_is_a_pickle", "rows_with_escapes_and_markup",
+    "rows_in_a_dataset_folder_with_a_path_upwards", "config_with_a_python_tag", "config_with_an_entity_bomb",
+    "path_of_no_user", "name_with_escapes",
+)  # fmt: skip
+"""One of each kind; the others take as long together as the rest of the tests of this folder."""
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in CASES]
+)
 def test_a_file_made_to_hurt_is_refused(run, place, name):  # noqa: F811
     case = CASES[name]
     case.make(place)

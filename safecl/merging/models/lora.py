@@ -20,8 +20,9 @@ import torch
 
 from safecl.merging.models.folder import FolderWeights, local_folder, read_settings_file
 from safecl.merging.models.tensor_files import open_file
-from safecl.storage.model_folder import ADAPTER, UnusableWeights
+from safecl.storage.model_folder import ADAPTER
 from safecl.storage.safetensors_file import Tensor
+from safecl.storage.untrusted import UnusableWeights
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -15,7 +15,8 @@ from safecl.merging.models.matching import Matched, holds_numbers, match_models
 from safecl.merging.models.tokens import Tokens, read_tokens
 from safecl.merging.models.view import Source
 from safecl.merging.places import places_of
-from safecl.storage.model_folder import UnusableWeights, adapter_base, is_adapter
+from safecl.storage.model_folder import adapter_base, is_adapter
+from safecl.storage.untrusted import UnusableWeights
 
 _PROBED_BYTES = 4096
 

@@ -18,8 +18,9 @@ import xxhash
 
 from safecl.engine.model.dtypes import FLOAT_DTYPES, tensor_bytes
 from safecl.storage.durable import BLOCK_BYTES, DamagedCheckpoint, open_regular, read_into
-from safecl.storage.model_folder import ModelFiles, Stamp, UnusableWeights
+from safecl.storage.model_folder import ModelFiles, Stamp
 from safecl.storage.safetensors_file import Tensor, read_header
+from safecl.storage.untrusted import UnusableWeights
 
 
 class TensorFiles:

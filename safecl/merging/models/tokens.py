@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from safecl.storage.model_folder import UnusableWeights
+from safecl.storage.untrusted import UnusableWeights
 
 FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
 MAX_BYTES = 256 * 2**20
