@@ -104,15 +104,16 @@ class CacheHeader:
             raise ConfigError(
                 f"{folder}: no cache of teacher outputs in this folder; `safecl memory cache CFG` builds one"
             ) from None
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise ReplayError(f"{path}: the header is damaged") from None
         if digest != _hash(values):
             raise ReplayError(f"{path}: the header is damaged (its hash does not match)")
-        if values["format_version"] != FORMAT_VERSION:
-            raise ReplayError(
-                f"{path}: format version {values['format_version']}, this safecl reads version {FORMAT_VERSION}"
-            )
-        return cls(**values)
+        if (version := values.get("format_version")) != FORMAT_VERSION:
+            raise ReplayError(f"{path}: format version {version}, this safecl reads version {FORMAT_VERSION}")
+        try:
+            return cls(**values)
+        except TypeError:
+            raise ReplayError(f"{path}: not a header that this safecl wrote") from None
 
 
 def _hash(values: dict[str, Any]) -> str:

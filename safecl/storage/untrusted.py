@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ class UnusableWeights(ConfigError):
 def library_error(error: BaseException) -> str:
     """Say in one line what a library's error means. Advice to run code, or to unpickle it, is left out."""
     text = visible(str(error).strip())
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text or "WeightsUnpickler" in text:
+    if type(error).__name__ == "UnpicklingError" or "weights_only" in text or "WeightsUnpickler" in text:
         return (
             "it is a pickle that holds more than tensors, and to read it could run code; "
             "save the model as safetensors where it came from"

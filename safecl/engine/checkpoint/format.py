@@ -231,7 +231,9 @@ def _parse_manifest(path: Path, body: bytes) -> Manifest:
         wrong = error.errors()[0]
         place = ".".join(map(str, wrong["loc"]))
         raise DamagedCheckpoint(f"{path}: cannot be read ({place}: {wrong['msg']})") from None
-    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except DamagedCheckpoint:
+        raise
+    except (KeyError, TypeError, RecursionError, ValueError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:

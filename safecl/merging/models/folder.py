@@ -14,10 +14,10 @@ from safecl.storage.model_folder import (
     INDEX,
     WEIGHTS,
     ModelFiles,
-    UnusableWeights,
     is_gguf,
     read_model_files,
 )
+from safecl.storage.untrusted import UnusableWeights
 
 MAX_SETTINGS_BYTES = 16 * 2**20
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "README.md"]
