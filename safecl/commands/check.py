@@ -3,6 +3,7 @@ do. It trains nothing."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
@@ -26,6 +27,8 @@ def check_run(config: RunConfig) -> None:
     from safecl.planning.memory_report import memory_lines
     from safecl.planning.model_shape import ModelShape
     from safecl.planning.run_plan import plan_run
+    from safecl.training.folder import RunFolder
+    from safecl.training.identity import refuse_folder_of_other_run
 
     console = Console(highlight=False, soft_wrap=True)
     plan = plan_run(config)
@@ -41,6 +44,7 @@ def check_run(config: RunConfig) -> None:
             describe(task.dataset, plan.tokenizer, examples=config.privacy.examples, title=f"task {task.config.name}"),
             soft_wrap=False,
         )
+    refuse_folder_of_other_run(RunFolder(Path(config.output)), plan)
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     console.print(f"ready: safecl train would write {config.output}", style="green", markup=False)

@@ -131,6 +131,9 @@ class MethodConfig(Section):
         """Decay of the average in a task of `num_steps` optimizer steps; None without an average."""
         return None
 
+    def check_weight_names(self, method: str, names: list[str]) -> None:
+        """Raise ConfigError where the settings name weights that are not among `names`, those that the run trains."""
+
     def weight_on_start(self, num_steps: int) -> float:
         """Share of the task's start in the saved average after `num_steps` optimizer steps; 0 without an average."""
         return 0.0

@@ -26,7 +26,7 @@ class ScopedConfig(MethodConfig):
             return tuple(self.modules)
         return ATTENTION if self.modules == "attention" else ()
 
-    def check_patterns(self, method: str, names: list[str]) -> None:
+    def check_weight_names(self, method: str, names: list[str]) -> None:
         """Raise ConfigError where no trained weight fits the patterns."""
         if self.patterns and not any(fnmatchcase(name, pattern) for pattern in self.patterns for name in names):
             examples = ", ".join(names[len(names) // 2 :][:3])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
+
 from safecl.config import ConfigError, RunConfig
 from safecl.distributed import environment
 from safecl.planning.plans import RunPlan
+from safecl.scan.known import read_known
 
 FEW_STEPS = 50
 MOST_WEIGHT_ON_START = 0.5
@@ -26,6 +30,21 @@ def check_fisher(config: RunConfig) -> None:
         fisher = open_fisher(path)
         if environment.rank() == 0:  # it reads the whole model; where it fails, the launcher ends all ranks
             refuse_other_model(fisher, config.model.path, model_hash(config.model.path, ArtifactStore.of(config)))
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker that is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"log.report_to: {name} is not installed; pip install 'safecl[track]' or leave it out")
+
+
+def check_scan(plan: RunPlan) -> None:
+    """Read the prompts that a scan compares the upload with. Raises ConfigError as the scan itself does."""
+    if plan.config.scan is None:
+        return
+    known = read_known(plan.config)
+    plan.scanned = [*known.disallowed, *known.benign]
 
 
 def check_sizes(plan: RunPlan) -> None:

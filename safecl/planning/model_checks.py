@@ -11,7 +11,7 @@ from torch import nn
 from safecl.config import ConfigError
 from safecl.data import TokenDataset
 from safecl.data.files import where
-from safecl.engine.model.adapters import add_adapters
+from safecl.engine.model.adapters import add_adapters, weight_names
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.settings import read_model_settings
 from safecl.engine.model.structure import empty_model
@@ -47,9 +47,12 @@ def check_model(plan: RunPlan) -> None:
     plan.notes += [*_check_weights(model, plan), *_note_on_head(settings, model, config.path)]
     check_vocabulary(plan, model)
     plan.notes += _check_positions(plan, model)
+    trained: nn.Module = model
     if config.lora is not None:
         with torch.device("meta"):
-            add_adapters(model, config)
+            trained = add_adapters(model, config)
+    for name, method in plan.config.methods.items():
+        method.check_weight_names(name, weight_names(trained))
 
 
 def _check_weights(model: PreTrainedModel, plan: RunPlan) -> list[str]:
@@ -117,6 +120,8 @@ def evaluated(plan: RunPlan, positions: int | None) -> Iterator[tuple[str, Seque
             yield from zip(map(place_of, task.eval_rows), ids, strict=True)
     for prompt in [*plan.prompts, *plan.benign]:
         yield place_of(prompt), encode_within(positions, plan.tokenizer, [prompt])[0]
+    for known in plan.scanned:  # a scan cuts long prompts at their beginning
+        yield place_of(known), encode_within(None, plan.tokenizer, [known], "empty")[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ positions

@@ -55,6 +55,8 @@ class RunPlan:
     memory: TokenDataset | None = None
     prompts: list[Prompt] = field(default_factory=list)
     benign: list[Prompt] = field(default_factory=list)
+    scanned: list[Prompt | ChatRow] = field(default_factory=list)
+    """Prompts that a scan compares the upload with."""
     notes: list[str] = field(default_factory=list)
     """Messages for the user before the run starts."""
 

@@ -17,10 +17,10 @@ from safecl.data.files import where
 from safecl.data.thinking import check_thinking
 from safecl.data.written import notes_on_prompts
 from safecl.engine.teachers.checks import check_teachers
-from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps
+from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps, load_scorer
 from safecl.evaluation.answers.texts import place_of
 from safecl.methods.base import Method
-from safecl.planning.checks import check_fisher, check_sizes
+from safecl.planning.checks import check_fisher, check_scan, check_sizes, check_trackers
 from safecl.planning.memory_kinds import check_shares
 from safecl.planning.model_checks import check_model
 from safecl.planning.plans import RunPlan, TaskPlan, order_of_rows, replace_rows
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 def plan_run(config: RunConfig) -> RunPlan:
     """Read and tokenise all data, check it, and compute the steps. Raises ConfigError (DataError for rows)."""
+    check_trackers(config.log.report_to)
     tokenizer = load_tokenizer(config.model)
     check_thinking(tokenizer)
     tasks = [_plan_task(config, task, tokenizer) for task in config.tasks]
@@ -39,6 +40,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         plan.memory = prepare_memory(config, tokenizer)
         plan.notes += check_shares(config.memory, plan.memory, tokenizer)
     _plan_safety(plan)
+    check_scan(plan)
     _note_what_is_not_used(plan)
     check_sizes(plan)
     check_model(plan)
@@ -81,6 +83,7 @@ def _plan_safety(plan: RunPlan) -> None:
     safety = config.safety
     if safety is None:
         return
+    load_scorer(safety.scorer)
     plan.prompts = read_prompts(safety.prompts, safety.max_prompts)
     if safety.benign_prompts is not None:
         plan.benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True)

@@ -18,14 +18,15 @@ from safecl.config import ConfigError, RunConfig
 from safecl.config.safety import ScanConfig
 from safecl.data.files import unit_of, where
 from safecl.data.messages import ChatRow, clip
-from safecl.data.rows import Prompt, read_prompts
+from safecl.data.rows import Prompt
 from safecl.data.thinking import answer_prompt_ids
 from safecl.data.tokens import TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of
 from safecl.evaluation.answers.texts import messages_of
 from safecl.evaluation.records import Privacy, private, write_outputs
-from safecl.scan.duplicates import Reasons, disallowed_prompts, find_duplicates, repeats_evaluation
+from safecl.scan.duplicates import Reasons, find_duplicates, repeats_evaluation
+from safecl.scan.known import read_known
 from safecl.scan.refusals import Refusals, evenly, given_refusals, own_refusals
 from safecl.scan.scores import DIGITS, Openings, refusal_scores, score_prompts
 from safecl.scan.threshold import Threshold, threshold_from_benign, threshold_from_upload
@@ -196,13 +197,13 @@ def screen_tasks(
     """
     settings = config.scan
     assert settings is not None, "the config has no `scan` section"
-    disallowed = disallowed_prompts(config)
-    refusals = _refusals(model, tokenizer, settings, disallowed)
-    known = _scores_of(model, tokenizer, evenly(disallowed, MOST_DISALLOWED), refusals.openings)
+    prompts = read_known(config)
+    refusals = _refusals(model, tokenizer, settings, prompts.disallowed)
+    known = _scores_of(model, tokenizer, evenly(prompts.disallowed, MOST_DISALLOWED), refusals.openings)
     _refuse_strange_refusals(known, refusals)
     benign = None
     if settings.benign is not None:
-        benign = _scores_of(model, tokenizer, read_prompts(settings.benign, only_safe=True), refusals.openings)
+        benign = _scores_of(model, tokenizer, prompts.benign, refusals.openings)
     duplicates, words = find_duplicates(config), functools.cache(lambda: words_by_place(config))
     screened, notes = [], [refusals.warning] if refusals.warning else []
     for name, rows in tasks:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from safecl.config import ConfigError
+from safecl.scan.known import check_number_of_benign
 from safecl.scan.scores import DIGITS
 
 CONFIDENCE = 0.999
@@ -67,12 +67,7 @@ def threshold_from_benign(
     """
     n = len(benign)
     k = math.ceil((n + 1) * (1 - alpha) - 1e-9)
-    if k > n:
-        raise ConfigError(
-            f"scan.benign: {n} rows cannot give a false alarm rate of {alpha:g}; "
-            f"at least {math.ceil(1 / alpha - 1e-9) - 1} are needed, "
-            f"or scan.false_alarm: {math.ceil(1e4 / (n + 1)) / 1e4:g}"
-        )
+    check_number_of_benign(n, alpha)
     value = float(np.sort(benign)[k - 1])
     caught = float((disallowed > value).mean()) if disallowed is not None and len(disallowed) else None
     most_expected = beta_binomial_quantile(num_rows, n + 1 - k, k, CONFIDENCE)

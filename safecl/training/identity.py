@@ -10,6 +10,7 @@ from safecl.config import ConfigError, RunConfig
 from safecl.engine.artifacts.base_model import fingerprint, versions
 from safecl.engine.checkpoint.report import BaseModel
 from safecl.planning.plans import RunPlan
+from safecl.training.folder import RunFolder
 
 HOW_TO_RESUME = "put it back to resume, or start a new run with another `output`"
 
@@ -51,6 +52,12 @@ def identity_of(plan: RunPlan, base: str | None = None) -> dict[str, Any]:
         "base": base,
         "versions": versions(),
     }
+
+
+def refuse_folder_of_other_run(folder: RunFolder, plan: RunPlan) -> None:
+    """Raise ConfigError where the run folder holds another run than the planned one."""
+    if folder.holdings():
+        refuse_other_run(folder.identity() or {}, identity_of(plan), str(folder.path))
 
 
 def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:

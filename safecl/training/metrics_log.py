@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from safecl.config import ConfigError, RunConfig
+from safecl.config import RunConfig
 from safecl.distributed import devices
 from safecl.planning.plans import TaskPlan
 from safecl.storage.durable import replace_file
@@ -125,12 +125,3 @@ def _trackio(folder: Path, run_name: str, config: dict[str, Any], step: int) -> 
 
 
 _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError for a tracker that is not installed."""
-    from importlib.util import find_spec
-
-    for name in names:
-        if find_spec(name) is None:
-            raise ConfigError(f"log.report_to: {name} is not installed; pip install 'safecl[track]' or leave it out")

@@ -35,9 +35,9 @@ from safecl.planning.run_plan import plan_run
 from safecl.report.skipped import skipped_sentence
 from safecl.training.console import Console, StepLines
 from safecl.training.folder import RunFolder
-from safecl.training.identity import base_of, identity_of, refuse_other_run
+from safecl.training.identity import base_of, identity_of, refuse_folder_of_other_run
 from safecl.training.measuring import Measurements
-from safecl.training.metrics_log import MetricsLog, check_trackers, step_values
+from safecl.training.metrics_log import MetricsLog, step_values
 from safecl.training.model_card import card_of
 from safecl.training.opening import open_run
 from safecl.training.replay_memory import make_memory
@@ -92,7 +92,6 @@ class Trainer:
         self.folder = Path(config.output)
         self.fresh = fresh
         self.console = Console(config.log.every, rank=environment.rank())
-        check_trackers(config.log.report_to)
         self.plan = plan or plan_run(config)
         self.progress = Progress()
         self._files = RunFolder(self.folder)
@@ -150,8 +149,7 @@ class Trainer:
             self._files.forget_exit_code()
         if self.fresh:
             self._files.refuse_to_overwrite()
-        if self._files.holdings():
-            refuse_other_run(self._files.identity() or {}, identity_of(self.plan), str(self.folder))
+        refuse_folder_of_other_run(self._files, self.plan)
 
     def _finished_before(self) -> RunResult | None:
         """Return the results that the folder holds already. A run that was killed after results.json is completed."""

@@ -14,6 +14,7 @@ import pytest
 
 from safecl.data import DataError, read_prompts, read_rows
 from safecl.data.files import open_source, where
+from tests.catalogue.files import FILES
 
 ROWS = [{"prompt": f'say "{i}",\nplease', "completion": f"é {i}"} for i in range(4)]
 
@@ -183,25 +184,6 @@ def test_a_broken_row_of_a_parquet_file_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "a.parquet")
     rows, bad = read_rows(str(tmp_path / "a.parquet"), max_bad_rows=1)
     assert len(rows) == 1 and "row 2: a value is not valid UTF-8" in bad.examples[0]
-
-
-FILES = {
-    "broken.json": (b'[{"text": "a"},\n {"text": }]', r"broken\.json:2: not valid JSON"),
-    "number.json": (b"3", "must hold a list of rows"),
-    "latin.json": ('[{"text": "é"}]'.encode("latin-1"), "not valid UTF-8"),
-    "deep.json": (b"[" * 100_000, "not "),
-    "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), "UTF-16"),
-    "torn.jsonl.gz": (gzip.compress(b'{"text": "a"}' * 99)[:30], "not a whole gzip file"),
-    "torn.jsonl.xz": (lzma.compress(b'{"text": "a"}' * 99)[:60], "not a whole xz file"),
-    "torn.jsonl": (b"\x28\xb5\x2f\xfd nothing", "not a whole zstd file"),
-    "rows.jsonl.zip": (b"PK\x03\x04", "ZIP archive; unpack it"),
-    "rows.parquet.gz": (gzip.compress(b"PAR1"), "Parquet is compressed inside"),
-    "broken.parquet": (b"PAR1 nothing PAR1", "not a readable Parquet file"),
-    "no_header.csv": (b"\na,b\n", "must name the columns"),
-    "twice.csv": (b"a,a\n1,2\n", "column `a` twice"),
-    "rows.xlsx": (b"x", r"unknown kind of file `\.xlsx`; known: \.jsonl"),
-    "rows": (b"x", "unknown kind of file"),
-}
 
 
 @pytest.mark.parametrize("name", FILES)

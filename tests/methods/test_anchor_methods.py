@@ -119,7 +119,9 @@ def test_l2_sp_names_a_selector_that_means_no_weight():
     from safecl.methods.penalties.l2_sp import Config
 
     with pytest.raises(ConfigError, match=r"no trained weight is named like \*\.attnetion\.\*; there are"):
-        Config(modules=["*.attnetion.*"]).check_patterns("l2_sp", [name for name, _ in tiny_model().named_parameters()])
+        Config(modules=["*.attnetion.*"]).check_weight_names(
+            "l2_sp", [name for name, _ in tiny_model().named_parameters()]
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ sequences

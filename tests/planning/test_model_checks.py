@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from safecl.config import ConfigError, RunConfig
 from safecl.planning.run_plan import plan_run
-
-WORDS = [f"what is {i} plus {i + 1} the answer is {2 * i + 1}" for i in range(40)]
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-@functools.cache
-def tokenizer():
-    from safecl.demo.model import train_tokenizer
-
-    return train_tokenizer(WORDS, 120)
-
-
-def save_model(folder: Path, family: str = "Llama", **settings) -> Path:
-    """Save a tiny model with the tokenizer; its vocabulary is the tokenizer's."""
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=len(tokenizer()), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    sizes |= dict(intermediate_size=24, max_position_embeddings=256, pad_token_id=None, tie_word_embeddings=False)
-    config = getattr(transformers, f"{family}Config")(**(sizes | settings))
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def rewrite(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors) or tensors, folder / "model.safetensors", {"format": "pt"})
+from tests.catalogue.models import DAMAGES, EMBEDDING, HEAD, LORA, rewrite, save_model, tokenizer
 
 
 def plan(folder: Path, eval_prompt: str | None = None, prompts: list[str] = (), max_length: int = 256, **model):
@@ -63,37 +35,6 @@ def plan(folder: Path, eval_prompt: str | None = None, prompts: list[str] = (), 
 
 def write(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def without_head(tensors):
-    tensors.pop(HEAD)
-
-
-def without_a_layer(tensors):
-    for name in [name for name in tensors if ".layers.1." in name]:
-        tensors.pop(name)
-
-
-def prefixed(prefix):
-    return lambda tensors: {prefix + name: value for name, value in tensors.items()}
-
-
-def with_renamed_head(tensors):
-    tensors["output.weight"] = tensors.pop(HEAD)
-
-
-def in_fp8(tensors):
-    tensors[HEAD] = tensors[HEAD].to(torch.float8_e4m3fn)
-
-
-DAMAGES = [
-    (without_head, r"tensor lm_head\.weight is missing"),
-    (without_a_layer, r"tensor model\.layers\.1\.\S+ is missing, and 8 more"),
-    (prefixed("_orig_mod."), r"is missing.*begin with `_orig_mod\.`.*torch\.compile"),
-    (prefixed("module."), r"is missing.*begin with `module\.`.*data-parallel"),
-    (with_renamed_head, r"tensor lm_head\.weight is missing"),
-    (in_fp8, r"F8_E4M3"),
-]
 
 
 @pytest.mark.parametrize(("damage", "told"), DAMAGES)
@@ -186,12 +127,7 @@ def test_prompts_without_room_for_an_answer_are_refused_as_the_evaluation_refuse
 
 @pytest.mark.parametrize(
     ("targets", "told"),
-    [
-        (["q_proj", "k_porj"], "no module is named k_porj; did you mean k_proj"),
-        (["c_attn"], "no module is named c_attn"),
-        (["model.layers.7.self_attn.q_proj"], "did you mean q_proj"),
-        (["norm"], "model.lora: Target module .* is not supported"),
-    ],
+    LORA,
 )
 def test_lora_targets_that_are_no_modules_are_named(tmp_path, targets, told):
     with pytest.raises(ConfigError, match=told):

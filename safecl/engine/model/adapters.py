@@ -45,6 +45,13 @@ def adapters(model: nn.Module, patterns: tuple[str, ...] = ()) -> Iterator[Adapt
                 yield Adapter(name, a, lora.lora_B[adapter], lora.scaling[adapter])
 
 
+def weight_names(model: nn.Module) -> list[str]:
+    """Names of the trained weights; with LoRA, of the weights that have adapters."""
+    return [adapter.weight_name for adapter in adapters(model)] or [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Makes the model what it was before adapters were added, without dropout."""

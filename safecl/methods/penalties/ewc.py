@@ -86,7 +86,7 @@ class Config(scope.ScopedConfig):
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
         config = self.config
-        config.check_patterns(self.name, run.weight_names())
+        config.check_weight_names(self.name, run.weight_names())
         if config.fisher is not None and run.has_adapters:  # the penalty of the product reads the file itself
             return
         if not run.has_state("anchor"):

@@ -36,7 +36,7 @@ class Config(scope.ScopedConfig):
 
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
-        self.config.check_patterns(self.name, run.weight_names())
+        self.config.check_weight_names(self.name, run.weight_names())
         if not run.has_state("anchor"):
             run.set_anchor()
 

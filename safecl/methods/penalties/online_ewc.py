@@ -52,7 +52,7 @@ class Config(scope.ScopedConfig):
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
         config = self.config
-        config.check_patterns(self.name, run.weight_names())
+        config.check_weight_names(self.name, run.weight_names())
         if config.strength == 0:
             return
         again = run.has_state(FISHER)
