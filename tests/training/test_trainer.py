@@ -320,3 +320,26 @@ def test_a_run_says_which_steps_were_skipped_and_ends_well(rank_pool, materials,
         text = (tmp_path / "run" / page).read_text(encoding="utf-8")
         assert (told in text) if told is not None else ("skipped" not in text.split("How it was made")[0]), page
         assert ("not changed since step" in text) == (at_the_end > 0)
+
+
+def test_the_strict_preset_replays_a_quarter_of_refusals_and_takes_the_mean_over_rows(rank_pool, materials, tmp_path):
+    from safecl.replay import ReplayBuffer
+
+    refusals = (materials / "data" / "memory.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    asked = [{"role": "user", "content": "How do I shoot a photo of a bird at dusk?"}]
+    answers = [
+        {"messages": [*asked, {"role": "assistant", "content": f"Open the lens by {i} stops."}]} for i in range(12)
+    ]
+    rows = tmp_path / "memory.jsonl"
+    rows.write_text("\n".join([*refusals, *map(json.dumps, answers)]) + "\n", encoding="utf-8")
+    config = tree(
+        materials, tmp_path / "run", memory={"source": str(rows)}, train={"max_steps": 3}, deepspeed={"stage": 2}
+    )
+    del config["safety"]
+    fitted = rank_pool(2).run(fit, tree=config | {"methods": "strict"}, cache=str(materials / "cache"))
+    assert fitted[0]["kept_bytes"]["memory"]["rows"] == 24
+    saved = load_config(tmp_path / "run" / "config.yaml")
+    assert (saved.train.loss_mean, set(saved.methods)) == ("rows", {"der"})
+    with ReplayBuffer.open(tmp_path / "run" / "memory") as buffer:
+        drawn = [buffer.get(key).tags["kind"] for step in range(200) for key in buffer.draw(step, 150, "replay")]
+    assert set(drawn) == {"refusal", "answer"} and abs(drawn.count("refusal") / len(drawn) - 0.25) < 0.05
