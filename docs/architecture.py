@@ -29,6 +29,7 @@ ROOMS = {
     "replay": "the replay memory: what stays and what is drawn",
     "data": "rows, chat templates, masks, order and batches",
     "methods": "one file per continual-learning method",
+    "launching": "torchrun, deepspeed, Slurm, Kubernetes",
     "exits": "exit codes and how a process ends",
     "distributed": "launchers, collectives, nodes and signals",
     "storage": "files that are whole or absent, locks, folders",

@@ -15,7 +15,7 @@ import typer
 from safecl import __version__
 from safecl.commands.memory import verbs
 from safecl.commands.verbs import EPILOG, verbs_of
-from safecl.distributed import environment
+from safecl.distributed import environment, rank_files
 from safecl.distributed.library_warnings import hide_future_warnings
 from safecl.exits import ExitCode, tracebacks
 from safecl.merging.registry import help_text as merge_kinds
@@ -167,6 +167,48 @@ def train(
 
 
 @verb
+def launch(
+    config: Config,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]... [-- OPTION...]",
+            help="Overrides of the config, and behind `--` options of `safecl train`.",
+            show_default=False,
+        ),
+    ] = None,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="N|MIN:MAX", help="Nodes; 1:4 takes those that are there.")
+    ] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(metavar="N", help="Ranks on each node.", min=1)] = None,
+    via: Annotated[str | None, typer.Option(metavar="WAY", help="torchrun, deepspeed, slurm or kubernetes.")] = None,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The first node, the same on every node.")
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(metavar="K", help="Number of this node, for deepspeed without ssh.", min=0)
+    ] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(metavar="N", help="Restarts after a failure, from the last checkpoint.", min=0)
+    ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A,B", help="Runs of a sweep, as a Slurm array; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")] = False,
+) -> None:
+    """Start `safecl train` on one node or several, by torchrun, the deepspeed launcher, Slurm or Kubernetes. Every
+    option has a default in the config's section `launch`."""
+    from safecl.commands.launch import launch_run
+    from safecl.launching.plan import with_options
+
+    arguments = overrides or []
+    loaded = _load(config, [argument for argument in arguments if not argument.startswith("-")])
+    options = {"nodes": nodes, "gpus_per_node": gpus_per_node, "via": via, "rendezvous": rendezvous}
+    loaded = with_options(loaded, options | {"max_restarts": max_restarts})
+    raise typer.Exit(launch_run(config, arguments, loaded, dry_run=dry_run, node_rank=node_rank, sweep=sweep or []))
+
+
+@verb
 def scan(
     config: Config,
     overrides: Overrides = None,
@@ -285,6 +327,17 @@ def merge(
 
 
 @verb
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
+) -> None:
+    """Show how far a run is, its step time, its last checkpoint and its slowest rank, from the run folder alone."""
+    from safecl.commands.status import show_status
+
+    show_status(run, as_json)
+
+
+@verb
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for issue reports and scripts.")] = False,
 ) -> None:
@@ -306,7 +359,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `safecl` and `python -m safecl`. Ends the process with an ExitCode."""
     given = sys.argv[1:] if arguments is None else arguments
     environment.settle_environment()
-    app(args=_traceback_first(environment.without_launcher_arguments(given)), prog_name="safecl")
+    arguments = _traceback_first(environment.without_launcher_arguments(given))
+    rank_files.begin(arguments)
+    try:
+        app(args=arguments, prog_name="safecl")
+    except SystemExit as ended:
+        rank_files.write_code(ended.code)
+        raise
 
 
 __all__ = ["ExitCode", "app", "main", "verb"]

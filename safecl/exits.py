@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
-import os
 import re
 import resource
 import signal
@@ -27,7 +26,7 @@ from rich.text import Text
 
 from safecl.config import ConfigError
 from safecl.config.texts import visible
-from safecl.distributed import environment
+from safecl.distributed import environment, rank_files
 from safecl.distributed.signals import StopSignals, name_of, set_handler
 from safecl.storage.sizes import memory_text
 
@@ -91,7 +90,7 @@ _NO_MEMORY = re.compile("can't allocate memory|not enough memory|can't start new
 def endings_as_exit_codes(verb: str) -> Iterator[None]:
     """Run a verb's body; every way it can end becomes an exit code and, where something is wrong, a message."""
     stop = _Stop(verb)
-    with StopSignals(stop.raise_stopped, lambda _: os._exit(ExitCode.STOPPED)):
+    with StopSignals(stop.raise_stopped, lambda _: rank_files.leave(ExitCode.STOPPED)):
         try:
             with errors_as_messages(verb), stop.errors_taken_back():
                 yield
@@ -150,7 +149,7 @@ class _Stop:
         """End the process where a library has swallowed the exception, or the main thread waits in a collective call
         for a rank that has ended."""
         self.report(name)
-        os._exit(ExitCode.STOPPED)
+        rank_files.leave(ExitCode.STOPPED)
 
     def report(self, name: str) -> None:
         if environment.rank() == 0 and not self._is_reported:
@@ -167,6 +166,7 @@ def _report(kind: str, message: str) -> None:
         set_handler(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_FOR_RANK_0)
         kind = f"{kind} on rank {rank}"
+        rank_files.tell(f"safecl: {kind}: {visible(message)}\n")
     style = "yellow" if kind == "stopped" else "bold red"
     stderr.print(Text(f"safecl: {kind}: ", style=style).append(Text(visible(message), style="default not bold")))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from safecl.config.base import MethodConfig, Section, parse_bytes
 from safecl.config.data import EvalConfig, FieldMap, PoisonConfig, TaskConfig
 from safecl.config.errors import ConfigError
+from safecl.config.launch import KubernetesConfig, LaunchConfig, SlurmConfig
 from safecl.config.load import dump_config, load_config, validate_tree
 from safecl.config.memory import GuardConfig, MemoryConfig
 from safecl.config.model import LoraConfig, ModelConfig
@@ -30,6 +31,8 @@ __all__ = [
     "FieldMap",
     "GateConfig",
     "GuardConfig",
+    "KubernetesConfig",
+    "LaunchConfig",
     "LogConfig",
     "LoraConfig",
     "LossMean",
@@ -42,6 +45,7 @@ __all__ = [
     "SafetyConfig",
     "ScanConfig",
     "Section",
+    "SlurmConfig",
     "TaskConfig",
     "TrainConfig",
     "apply_overrides",

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from safecl.config.base import MethodConfig, Section, Text
 from safecl.config.data import PoisonConfig, TaskConfig
+from safecl.config.launch import LaunchConfig
 from safecl.config.memory import MemoryConfig
 from safecl.config.method_registry import load_methods, methods_that
 from safecl.config.model import ModelConfig
@@ -52,6 +53,8 @@ class RunConfig(Section):
     """Saving the run's state."""
     artifacts: ArtifactsConfig = ArtifactsConfig()
     """Results that runs on the same base model share."""
+    launch: LaunchConfig = LaunchConfig()
+    """Nodes and ranks of `safecl launch`."""
     log: LogConfig = LogConfig()
     """Reports of the run's progress."""
     output: Text

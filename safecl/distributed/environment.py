@@ -16,6 +16,9 @@ from safecl.config import ConfigError
 
 LAUNCHED = "SAFECL_LAUNCHED"
 """Set by spawn.py for the ranks that it starts. torchrun sets TORCHELASTIC_RUN_ID, DeepSpeed's launcher CROSS_SIZE."""
+settled: set[str] = set()
+"""Names of the variables that `settle_environment` has set: they are not the user's."""
+
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -67,11 +70,13 @@ def launcher_keeps_store() -> bool:
 def settle_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set variables for libraries, before they are imported: there is no GPU (DeepSpeed would warn), or no terminal for
     progress bars."""
-    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # C++ stacks of every connection that a killed rank leaves
+    wanted = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # C++ stacks of every connection that a killed rank leaves
     if not sys.stderr.isatty():
-        environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        wanted["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
-        environ.setdefault("DS_ACCELERATOR", "cpu")
+        wanted["DS_ACCELERATOR"] = "cpu"
+    settled.update(wanted.keys() - environ.keys())
+    environ.update({name: value for name, value in wanted.items() if name not in environ})
 
 
 def without_launcher_arguments(arguments: list[str]) -> list[str]:

@@ -31,12 +31,12 @@ class Node:
 
 def this_node() -> Node:
     """Find the node of this rank. A collective call of all ranks; one process without a group is a node by itself."""
-    own = collectives.rank(), _identity()
+    own = collectives.rank(), node_identity()
     places = collectives.gather_objects([own])
     return Node(tuple(rank for rank, place in places if place == own[1]), own[0])
 
 
-def _identity() -> tuple[str, ...]:
+def node_identity() -> tuple[str, ...]:
     """Host name, boot and process namespace. Containers on one machine differ in the last: they cannot open each
     other's memory."""
     boot = Path("/proc/sys/kernel/random/boot_id")

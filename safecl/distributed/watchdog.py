@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from safecl.distributed import collectives, courier, environment, recorder
+from safecl.distributed import collectives, courier, environment, rank_files, recorder
 from safecl.distributed.ending import STACKS, end_members, say, write_stacks
 from safecl.distributed.hearts import Heartbeat, Hearts, Verdict, describe, judge, this_member
 from safecl.distributed.progress import PROGRESS, STEP, HangTimeout
@@ -150,7 +150,7 @@ class Watchdog:
             verdict = self._ask_for_the_end(beat)
         if self._ignores_a_second_ctrl_c():
             say(f"stopped: Ctrl-C twice, in the phase {PROGRESS.phase}; the same command resumes the last checkpoint")
-            os._exit(STOPPED)
+            rank_files.leave(STOPPED)
         if verdict is not None and not self._closing.is_set():
             self._end(verdict)
 
@@ -268,7 +268,7 @@ class Watchdog:
         if self._courier is not None:
             others = [rank for rank in self.members if rank not in verdict.guilty]
             self._courier.wait_until_told(others, SECONDS_FOR_STACKS)
-        os._exit(FAILED)
+        rank_files.leave(FAILED)
 
 
 @contextlib.contextmanager

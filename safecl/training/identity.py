@@ -19,6 +19,7 @@ MAY_DIFFER = (
     "deepspeed",
     "teacher",
     "artifacts",
+    "launch",
     "log",
     "checkpoint",
     "privacy",

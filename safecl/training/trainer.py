@@ -17,6 +17,7 @@ evaluation/gates/gate.py.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,13 +29,17 @@ from safecl.distributed import collectives, environment
 from safecl.distributed.progress import STEP, phase, step_took
 from safecl.distributed.signals import StopRequest
 from safecl.distributed.watchdog import watching
+from safecl.engine.artifacts.base_model import model_files
 from safecl.engine.checkpoint.report import SaveReport
 from safecl.evaluation import GateResult
+from safecl.launching.preflight import check_ranks
+from safecl.launching.status import write_ranks
+from safecl.launching.stragglers import Pace
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.planning.run_plan import plan_run
 from safecl.report.skipped import skipped_sentence
 from safecl.training.console import Console, StepLines
-from safecl.training.folder import RunFolder
+from safecl.training.folder import LOCK, RunFolder
 from safecl.training.identity import base_of, identity_of, refuse_folder_of_other_run
 from safecl.training.measuring import Measurements
 from safecl.training.metrics_log import MetricsLog, step_values
@@ -98,6 +103,7 @@ class Trainer:
         self._metrics = MetricsLog(None, config)
         self._saved_at: tuple[int, int, int] | None = None
         self._reported: SaveReport | None = None
+        self._pace: Pace | None = None
 
     def fit(self) -> RunResult:
         """Run all tasks and return what was measured.
@@ -120,6 +126,7 @@ class Trainer:
                 with phase("collective start"):
                     collectives.init_distributed()
                     watchdog.attach()
+                self._check_ranks()
                 result = self._run()
                 watchdog.close(together=True)
                 return result
@@ -150,6 +157,25 @@ class Trainer:
         if self.fresh:
             self._files.refuse_to_overwrite()
         refuse_folder_of_other_run(self._files, self.plan)
+
+    def _check_ranks(self) -> None:
+        """Compare what all ranks see, before the model is loaded, and write who they are."""
+        hosts = collectives.gather_objects([socket.gethostname()])
+        if collectives.rank() == 0:
+            write_ranks(self.folder, hosts, {task.config.name: task.num_steps for task in self.plan.tasks})
+        if len(hosts) == 1:
+            return
+        self._pace = Pace(hosts, self.folder, self.console.note)
+        identity = identity_of(self.plan)
+        rows = {f"task {name}": rows for name, rows in identity["rows"].items()}
+        self.config = self.plan.config = check_ranks(
+            self.config,
+            rows | {"memory.source": str(identity["memory_rows"])},
+            model_files(self.config.model.path),
+            identity["versions"],
+            self.console.note,
+            LOCK,
+        )
 
     def _finished_before(self) -> RunResult | None:
         """Return the results that the folder holds already. A run that was killed after results.json is completed."""
@@ -256,7 +282,7 @@ class Trainer:
 
     def _train_step(self, run: Run, task: TaskPlan, lines: StepLines) -> bool:
         """Make one step and write its line in metrics.jsonl; return True where a rank was asked to stop."""
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), run.wait_seconds
         losses = run.train_step(task)
         losses.stop = self._stop.requested
         applied = run.engine.optimizer.result.applied
@@ -266,6 +292,8 @@ class Trainer:
         stop = totals.pop("stop") > 0
         seconds = time.perf_counter() - began
         step_took(seconds)
+        if self._pace is not None:
+            self._pace.step(run.global_step, seconds, run.wait_seconds - waited)
         values = step_values(run, task, totals, seconds)
         self.progress.num_tokens += values["tokens"]
         self._metrics.write(values)

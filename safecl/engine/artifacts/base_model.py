@@ -41,7 +41,7 @@ def model_hash(path: str, store: ArtifactStore | None = None) -> str:
 
     It does not matter where the files are. With a store, files that have not changed are not read again.
     """
-    files = _files_of(path)
+    files = model_files(path)
     stamps = [[str(file.resolve()), *_stamp(file)] for file in files]
     known = _known_hashes(store) if store is not None else {}
     if (entry := known.get(path)) is not None and entry[0] == stamps:
@@ -55,14 +55,18 @@ def model_hash(path: str, store: ArtifactStore | None = None) -> str:
     return digest
 
 
-def _files_of(path: str) -> list[Path]:
+def model_files(path: str) -> list[Path]:
+    """Return the files that decide what a model computes: weights, config.json and its own code.
+
+    path: a folder or a hub id. Raises ConfigError.
+    """
     from safecl.storage.model_folder import adapter_base, is_adapter, is_gguf, read_model_files
 
     if is_gguf(path):
         return [Path(path).expanduser()]
     if is_adapter(path):
         own = Path(path).expanduser()
-        return [*_files_of(adapter_base(path)), *sorted(own.glob("adapter_*"))]
+        return [*model_files(adapter_base(path)), *sorted(own.glob("adapter_*"))]
     found = read_model_files(path)
     folder = Path(path) if Path(path).is_dir() else _hub_folder(path)
     weights = list(found.stamps) if found is not None else [*folder.glob("*.bin"), *folder.glob("*.safetensors")]

@@ -1,0 +1,92 @@
+"""`safecl launch CFG`: prints the command that starts the ranks of a run, and runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from safecl.commands.preflight import preflight
+from safecl.config import ConfigError, RunConfig
+from safecl.exits import ExitCode
+from safecl.launching.agent import Agent
+from safecl.launching.job import Job, Launch
+from safecl.launching.plan import agent_folder, plan_launch
+from safecl.launching.slurm import sweep_of
+from safecl.storage.durable import replace_file
+from safecl.training.folder import EXIT_CODE
+
+
+def launch_run(
+    path: Path, arguments: list[str], config: RunConfig, *, dry_run: bool, node_rank: int | None, sweep: list[str]
+) -> int:
+    """Print the launch; without `dry_run` run it and return its exit code. Raises ConfigError.
+
+    arguments: overrides, and options of `safecl train`. sweep: `key=value,value` texts.
+    """
+    job = Job.of(path, arguments, config)
+    job = replace(job, sweep=sweep_of(sweep, job.folder))
+    if job.settings.via != "kubernetes":
+        preflight(config)  # a job on Kubernetes reads files of its claim, which are not here
+    launch = plan_launch(job, node_rank)
+    _print(launch, job, with_files=dry_run)
+    if dry_run:
+        return ExitCode.DONE
+    for file, text in launch.files.items():
+        _write(file, text)
+    if not launch.agent:
+        return _submit(launch)
+    settings = job.settings
+    agent = Agent(
+        launch.command,
+        agent_folder(),
+        job.folder / EXIT_CODE,
+        settings.max_restarts,
+        settings.start_timeout,
+        settings.stop_timeout,
+        say=lambda line: print(line, flush=True),
+    )
+    try:
+        return agent.run()
+    finally:
+        shutil.rmtree(agent.files, ignore_errors=True)
+
+
+def _print(launch: Launch, job: Job, *, with_files: bool) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for label, text in [("run", f"{job.folder}, from {job.config}"), *launch.facts]:
+        console.print(f"[bold]{label:<16}[/bold]", end="")
+        console.print(text, markup=False)
+    for path, text in launch.files.items() if with_files else ():
+        if text:
+            console.print(f"\n[bold]{path}[/bold]")
+            console.print(text, markup=False)
+    console.print("[bold]command[/bold]")
+    console.print(launch.command.line(), markup=False)
+    console.file.flush()
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text)
+    except OSError as error:
+        raise ConfigError(f"output: {path} cannot be written: {error.strerror}") from None
+
+
+def _submit(launch: Launch) -> int:
+    program = launch.command.argv[0]
+    if shutil.which(program) is None:
+        raise ConfigError(
+            f"launch.via: {program} is not installed here; run this where it is, or with --dry-run to see what it "
+            "would be given"
+        )
+    with contextlib.suppress(KeyboardInterrupt):
+        done = subprocess.run(launch.command.argv, env={**os.environ, **launch.command.environment}, check=False)
+        return ExitCode.DONE if done.returncode == 0 else ExitCode.FAILED
+    return ExitCode.STOPPED

@@ -1,0 +1,95 @@
+"""The network of this machine, as the ranks will use it. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import socket
+import struct
+from dataclasses import dataclass
+
+from safecl.config import ConfigError
+
+LOCALHOST = "127.0.0.1"
+_SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True)
+class Address:
+    """The address of this node that other nodes reach, and its interface; None where no interface has it."""
+
+    ip: str
+    interface: str | None
+
+
+def split_endpoint(endpoint: str, port: int) -> tuple[str, int]:
+    """Return (host, port) of `host:port` or `host`."""
+    host, _, given = endpoint.partition(":")
+    return host, int(given or port)
+
+
+def resolve(host: str, key: str = "launch.rendezvous") -> str:
+    """Return the IPv4 address of a host. Raises ConfigError for a name that this machine does not know."""
+    try:
+        return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: {host}: {socket.gethostname()} cannot resolve this name ({error.strerror or error}); "
+            "give the address of the first node instead, as `ip -4 addr` shows it there"
+        ) from None
+
+
+def is_own(ip: str) -> bool:
+    """True where this machine has the address: only an own address can be bound."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((ip, 0))
+        except OSError:
+            return False
+    return True
+
+
+def interfaces() -> dict[str, str]:
+    """Return the IPv4 address of each interface that has one."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                asked = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
+                found[name] = socket.inet_ntoa(asked[20:24])
+    return found
+
+
+def address_towards(ip: str) -> Address:
+    """Return the address with which this machine reaches another; for an own address, that one.
+
+    Raises ConfigError where there is no route.
+    """
+    own = ip if is_own(ip) else _source_of_route(ip)
+    return Address(own, next((name for name, address in interfaces().items() if address == own), None))
+
+
+def _source_of_route(ip: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((ip, 9))  # sends nothing: it only chooses the route
+        except OSError as error:
+            raise ConfigError(
+                f"launch.rendezvous: {ip}: this machine has no route to the first node ({error.strerror}); its "
+                f"interfaces are {_described()}"
+            ) from None
+        return str(probe.getsockname()[0])
+
+
+def address_of(interface: str) -> Address:
+    """Return the address of an interface. Raises ConfigError where there is no such interface with an address."""
+    if (ip := interfaces().get(interface)) is None:
+        raise ConfigError(
+            f"launch.interface: {interface}: this machine ({socket.gethostname()}) has no such interface with an IPv4 "
+            f"address; there are {_described()}"
+        )
+    return Address(ip, interface)
+
+
+def _described() -> str:
+    return ", ".join(f"{name} ({ip})" for name, ip in interfaces().items()) or "none"

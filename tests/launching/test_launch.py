@@ -1,0 +1,131 @@
+"""`safecl launch`: what is printed is what is run, on one node and several, and whose each environment variable is."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+
+import pytest
+
+from safecl.launching import agent, network
+from safecl.launching.job import Command
+
+
+def command_in(out: str) -> list[str]:
+    return shlex.split(out.splitlines()[-1])
+
+
+def test_what_is_printed_is_what_is_run(safecl, config, monkeypatch):
+    ran: list[Command] = []
+
+    def start(command: Command) -> subprocess.Popen:
+        ran.append(command)
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(agent, "start", start)
+    code, out, _ = safecl("launch", config, "train.max_steps=3", "--", "--fresh")
+    printed = command_in(out)
+    (command,) = ran
+    assert code == 1  # no rank has left a code, so the run did not succeed, whatever the launcher says
+    assignments = [f"{name}={value}" for name, value in command.environment.items()]
+    assert printed == ["env", *assignments, *command.argv]
+    assert printed[-5:] == ["safecl", "train", str(config), "train.max_steps=3", "--fresh"]
+    assert command.environment["SAFECL_RANK_LOGS"].endswith("run-A_1/logs")
+    _, out, _ = safecl("launch", config, "train.max_steps=3", "--dry-run", "--", "--fresh")
+    assert command_in(out) == printed and len(ran) == 1
+
+
+def test_several_nodes_meet_at_the_first_one_by_its_address_and_interface(safecl, config):
+    code, out, _ = safecl("launch", config, "--nodes", "2", "--rendezvous", "127.0.0.1:4321", "--dry-run")
+    words = command_in(out)
+    assert code == 0 and "127.0.0.1 on lo (the route to the first node)" in out
+    for word in (
+        "--nnodes=2",
+        "--nproc-per-node=2",
+        "--rdzv-endpoint=127.0.0.1:4321",
+        "--rdzv-id=run-a-1",
+        "--local-addr=127.0.0.1",
+        "GLOO_SOCKET_IFNAME=lo",
+        "NCCL_SOCKET_IFNAME=lo",
+    ):
+        assert word in words
+    assert not any("is_host" in word for word in words)  # torch itself finds out for agents on one machine
+    _, out, _ = safecl("launch", config, "--nodes", "1:4", "--rendezvous", "127.0.0.1", "--dry-run")
+    assert "--nnodes=1:4" in command_in(out) and "--rdzv-endpoint=127.0.0.1:29500" in command_in(out)
+
+
+def test_the_users_own_variables_are_kept_and_told_apart(safecl, config):
+    os.environ |= {"NCCL_SOCKET_IFNAME": "eth7", "NCCL_DEBUG": "INFO", "HF_TOKEN": "hf_secret", "OMP_NUM_THREADS": "5"}
+    two = ("--nodes", "2", "--rendezvous", "127.0.0.1", "launch.environment={NCCL_DEBUG: WARN}", "--dry-run")
+    _, out, _ = safecl("launch", config, *two)
+    facts = {line[:16].strip(): line[16:] for line in out.splitlines()}
+    assert "GLOO_SOCKET_IFNAME=lo" in facts["set by safecl"] and "NCCL_SOCKET_IFNAME" not in facts["set by safecl"]
+    assert facts["by the config"] == "NCCL_DEBUG=WARN" and facts["yours, replaced"] == "NCCL_DEBUG=INFO"
+    assert "NCCL_SOCKET_IFNAME=eth7" in facts["yours, kept"] and "OMP_NUM_THREADS=5" in facts["yours, kept"]
+    assert "hf_secret" not in out and "HF_TOKEN=(hidden)" in out
+    assert "NCCL_DEBUG=WARN" in command_in(out) and "OMP_NUM_THREADS=5" not in command_in(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--nodes", "2"), "2 nodes must agree on the first one; run the same command on every node, with `--rendezv"),
+        (("--nodes", "0:2"), "'0:2' is not a number of nodes; give 2, or 1:4"),
+        (("--nodes", "2", "--rendezvous", "no such host"), "is not host:port"),
+        (("--nodes", "2", "--rendezvous", "a.invalid"), "cannot resolve this name"),
+        (("--nodes", "2", "--rendezvous", "127.0.0.1", "launch.interface=eth9"), "no such interface with an IPv4 addr"),
+        (("--via", "deepspeed", "--nodes", "2", "--rendezvous", "127.0.0.1"), "must say which node it is: 0 on the fi"),
+        (("--via", "deepspeed", "--nodes", "1:2"), "nodes: 1:2 is for torchrun"),
+        (("--via", "mpirun"), "Input should be 'torchrun', 'deepspeed', 'slurm' or 'kubernetes'"),
+        (("--via", "slurm", "launch.gpus_per_node=auto"), "auto counts the GPUs of this machine, but slurm starts the"),
+        (("--sweep", "train.seed=1,2"), "is for --via slurm"),
+        (("--via", "slurm", "--sweep", "train.seed"), "give a key and its values"),
+        (("--via", "kubernetes"), "launch.kubernetes.image: is needed"),
+        (("tasks.0.train=none.jsonl",), "none.jsonl: no such file"),
+    ],
+)
+def test_what_would_not_start_is_refused_with_what_works(safecl, config, arguments, told):
+    code, _, err = safecl("launch", config, *arguments, "--dry-run")
+    assert code == 2 and told in " ".join(err.split())
+
+
+def test_a_host_name_that_is_only_this_machine_is_refused(safecl, config, monkeypatch):
+    """Debian writes `127.0.1.1 HOST` into /etc/hosts; other nodes would be told to connect to themselves."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("127.0.1.1", 0))])
+    code, _, err = safecl("launch", config, "--nodes", "2", "--rendezvous", "node-0", "--dry-run")
+    assert code == 2 and "node-0 is 127.0.1.1 on this machine (see /etc/hosts)" in err
+
+
+def test_the_deepspeed_launcher_gets_a_hostfile_with_every_node(safecl, config, tmp_path):
+    two = ("--via", "deepspeed", "--nodes", "2", "--rendezvous", "127.0.0.1:4000", "--dry-run")
+    _, out, _ = safecl("launch", config, *two, "--node-rank", "1", "launch.hosts=[a,b]")
+    assert "a slots=2\nb slots=2\n" in out
+    words = command_in(out)
+    assert "--no_ssh" in words and "--node_rank=1" in words and "--master_addr=127.0.0.1" in words
+    assert words[words.index("--module") + 1] == "safecl"
+    code, _, err = safecl("launch", config, *two, "--node-rank", "1", "launch.hosts=[a]")
+    assert code == 2 and "launch.hosts: 1 names for 2 nodes" in err
+
+
+def test_with_ssh_the_variables_travel_in_front_of_the_ranks(safecl, config, monkeypatch):
+    """The launcher itself passes on only those that it knows."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    ssh = ("--via", "deepspeed", "--nodes", "2", "--rendezvous", "127.0.0.1", "launch.ssh=true", "launch.hosts=[a,b]")
+    _, out, _ = safecl("launch", config, *ssh, "launch.environment={FI_PROVIDER: efa}", "--dry-run")
+    words = command_in(out)
+    assert words[0] != "env" and "FI_PROVIDER=efa" in words[words.index("env") : words.index("safecl")]
+
+
+@pytest.mark.parametrize(("own", "told"), [(True, ",is_host=1"), (False, ",is_host=0")])
+def test_the_node_with_the_address_keeps_the_store_whatever_its_name(safecl, config, monkeypatch, own, told):
+    monkeypatch.setattr(network, "is_own", lambda ip: own)
+    monkeypatch.setattr(network, "_source_of_route", lambda ip: "127.0.0.1")
+    _, out, _ = safecl("launch", config, "--nodes", "2", "--rendezvous", "192.0.2.1:29500", "--dry-run")
+    assert next(word for word in command_in(out) if word.startswith("--rdzv-conf=")).endswith(told)
+
+
+def test_an_own_address_is_found_by_its_interface():
+    assert network.address_towards("127.0.0.1") == network.Address("127.0.0.1", "lo")
+    assert network.is_own("127.0.0.1") and not network.is_own("192.0.2.1")
