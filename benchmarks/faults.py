@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py                      # all sections, one after the other
     python benchmarks/faults.py forks damage         # only these
-    python benchmarks/faults.py layouts              # again: continues with the layouts that are not done yet
+    python benchmarks/faults.py layouts nodes        # again: continues with layouts and scenes that are not done yet
 
     forks      a process dies at every labelled point of a save, 20 seeds each (fork and immediate exit)
     damage     1,000 flips, truncations, deletions, renames, ... of a checkpoint's files
@@ -14,6 +14,8 @@
     cost       a run of 100 M weights on a CPU that saves every 10th step; the rival is the run without saving
     staging    how long such a run waits for a save, by checkpoint.staging; the floor is the copy in memory
     demo       `safecl demo` killed in each of its 28 phases and started again, compared with one that was never killed
+    nodes      two hosts of namespaces: bitwise one host, lost hosts, 20 restarts, a slow link, clock skew (root)
+    slurm      a job on a real Slurm of two nodes, stopped by a signal, queued again and finished (root)
 
 There is no roof; the error of a section is its list `wrong`. Writes benchmarks/results/faults.json, section by section.
 Exits with code 1 if anything was wrong.
@@ -385,6 +387,18 @@ def demo() -> dict:
         return kill_in_every_phase(folder, seed=4)
 
 
+def nodes() -> dict:
+    import node_faults
+
+    return node_faults.nodes()
+
+
+def slurm() -> dict:
+    import node_faults
+
+    return node_faults.slurm()
+
+
 SECTIONS = {
     "forks": forks,
     "damage": damage,
@@ -395,6 +409,8 @@ SECTIONS = {
     "cost": cost,
     "staging": staging,
     "demo": demo,
+    "nodes": nodes,
+    "slurm": slurm,
 }
 
 

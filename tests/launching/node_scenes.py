@@ -1,0 +1,167 @@
+"""Runs on two hosts (see hosts.py) that are started, cut, killed and started again, and what is left of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from tests.launching.hosts import ROOT, Host, hosts, wait_for
+
+PORT = 29477
+OF_THE_MACHINE = ("tokens_per_second", "memory_bytes")
+
+
+def write_config(materials: Path, path: Path, **sections: object) -> Path:
+    """Write a config of few steps on the demonstration's data and its random model."""
+    data = materials / "data"
+    tree = {
+        "model": {"path": str(materials / "random-model"), "dtype": "fp32", "gradient_checkpointing": False},
+        "tasks": [{"name": "sentiment", "train": str(data / "task.jsonl")}],
+        "memory": {"source": str(data / "memory.jsonl"), "max_rows": 12, "replay_ratio": 0.5, "max_tokens": 64},
+        "methods": {"er": {}, "ema": {"decay": 0.7}},
+        "train": {"max_steps": 6, "tokens_per_batch": 150, "tokens_per_microbatch": 256, "max_length": 64},
+        "deepspeed": {"stage": 2},
+        "checkpoint": {"every": 2},
+        "output": str(path.parent / "run"),
+    }
+    tree["train"] |= {"learning_rate": 1e-3, "allow_few_steps": True}
+    for name, section in sections.items():
+        old = tree.get(name)
+        merged = isinstance(old, dict) and isinstance(section, dict) and section
+        tree[name] = {**old, **section} if merged else section
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@dataclass
+class Job:
+    """A run on hosts: `start` begins the agents, one a host; `wait` gives their exit codes."""
+
+    config: Path
+    machines: list[Host]
+    ranks: int = 1
+    options: tuple[str, ...] = ()
+    logs: list[Path] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return Path(yaml.safe_load(self.config.read_text())["output"])
+
+    def start(self, *which: int, nodes: str = "2", **environ: str) -> None:
+        for index in which or range(len(self.machines)):
+            self.start_one(index, nodes, environ=environ)
+
+    def start_one(self, index: int, nodes: str, config: Path | None = None, environ: dict | None = None) -> None:
+        machine, first = self.machines[index], self.machines[0]
+        log = self.config.parent / f"{machine.name}.log"
+        rank = ["--node-rank", str(index)] if "deepspeed" in self.options else []
+        rendezvous = ["--rendezvous", f"{first.ip}:{PORT}"] if nodes != "1" else []
+        arguments = ["launch", config or self.config, "--nodes", nodes, "--gpus-per-node", self.ranks, *rendezvous]
+        machine.safecl(*arguments, *rank, *self.options, environ=environ, log=log)
+        self.logs = [*self.logs, log] if log not in self.logs else self.logs
+
+    def wait(self, seconds: float = 240.0) -> list[int]:
+        """Wait for the agents that were started last; fail with the logs where they do not end."""
+        codes = []
+        for machine in self.machines:
+            try:
+                codes += [machine.processes[-1].wait(seconds)] if machine.processes else []
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"{machine.name} has not ended\n{self.said()[-6000:]}") from None
+        return codes
+
+    def said(self) -> str:
+        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+
+    def steps(self) -> int:
+        path = self.folder / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def reach(self, steps: int, seconds: float = 180.0) -> None:
+        """Wait until the run has made so many steps."""
+
+        def reached() -> bool:
+            assert any(m.processes and m.processes[-1].poll() is None for m in self.machines), self.said()[-6000:]
+            return self.steps() >= steps
+
+        wait_for(reached, seconds, f"step {steps}")
+
+    def orphans(self) -> list[int]:
+        """What still runs on the hosts though its agent has ended."""
+        return [pid for m in self.machines if m.processes and m.processes[-1].poll() is not None for pid in m.running()]
+
+
+@contextmanager
+def two_hosts(shared: list[Path]) -> Iterator[list[Host]]:
+    with hosts("a", "b", shared=shared) as machines:
+        yield machines
+
+
+def left(folder: Path) -> dict:
+    """What a run leaves for its user, without wall-clock times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "metrics": [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in lines],
+        "models": {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("model*/*.safetensors"))},
+    }
+
+
+def on_one_host(config: Path, ranks: int, folder: Path, cache: Path) -> dict:
+    """What the same ranks leave on one host, under plain torchrun."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "SAFECL_CACHE": str(cache)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [f"--nproc-per-node={ranks}", "-m", "safecl", "train", str(config), f"output={folder}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return left(folder)
+
+
+def stop_and_go_on(job: Job, at_step: int) -> list[str]:
+    """Stop by a signal to one host's agent; both end with 75, and the same command finishes. Return what is wrong."""
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.start()
+    job.reach(at_step)
+    job.machines[1].send(signal.SIGTERM)
+    codes = job.wait()
+    wrong = [] if codes == [75, 75] else [f"exit codes {codes} after SIGTERM on one host"]
+    job.start()
+    codes = job.wait()
+    return wrong + ([] if codes == [0, 0] else [f"exit codes {codes} at the end"])
+
+
+def lose_a_host(job: Job, at_step: int, how: str, limit: float) -> tuple[float, list[str]]:
+    """Lose host b at a step; return the seconds until host a has ended, and what is wrong.
+
+    how: `killed` (its processes), `power` (the cable first, so nobody is told), `cable` (it runs on).
+    """
+    job.reach(at_step)
+    b = job.machines[1]
+    {"killed": b.kill, "power": b.lose_power, "cable": b.unplug}[how]()
+    began = time.monotonic()
+    wrong = []
+    watched = job.machines[:1] if how != "cable" else job.machines
+    for machine in watched:
+        try:
+            code = machine.processes[-1].wait(limit)
+            wrong += [] if code == 1 else [f"{how}: {machine.name} ended with {code}"]
+        except subprocess.TimeoutExpired:
+            wrong.append(f"{how}: {machine.name} still runs {limit:.0f} s later")
+            machine.kill()
+    seconds = time.monotonic() - began
+    wrong += [f"{how}: process {pid} is left" for pid in job.orphans()]
+    b.plug_in()
+    return seconds, wrong

@@ -1,0 +1,75 @@
+"""A slow link between two hosts: a tunnel whose packets arrive late. (The kernel's own tool for that, netem, is often
+missing.)
+
+    with slow_link(20.0, ("namespace-a", "10.78.0.1"), ("namespace-b", "10.78.0.2")):
+        ...
+
+Each end is a process in the namespace of its host (`python slow_link.py MILLISECONDS ADDRESS PIPE`), which owns the
+interface `slow0`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+INTERFACE = "slow0"
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+_MOST_BYTES = 65536
+
+
+@contextlib.contextmanager
+def slow_link(milliseconds: float, *ends: tuple[str, str]) -> Iterator[None]:
+    """Join two hosts, given as (namespace, address), by a link that takes so long in each direction."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    processes = []
+    for (namespace, address), pipe in zip(ends, (one, other), strict=True):
+        end = [sys.executable, __file__, str(milliseconds), address, str(pipe.fileno())]
+        inside = ["ip", "netns", "exec", namespace, *end]
+        processes.append(subprocess.Popen(inside, pass_fds=[pipe.fileno()]))
+        pipe.close()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def open_tunnel(address: str) -> int:
+    handle = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(handle, _TUNSETIFF, struct.pack("16sH", INTERFACE.encode(), _IFF_TUN | _IFF_NO_PI))
+    subprocess.run(["ip", "addr", "add", f"{address}/24", "dev", INTERFACE], check=True)
+    subprocess.run(["ip", "link", "set", INTERFACE, "mtu", "9000", "up"], check=True)
+    return handle
+
+
+def pump(tunnel: int, pipe: socket.socket, seconds: float) -> None:
+    """Send what enters the tunnel to the other end, when its time has come; and let out what arrives from there."""
+    late: collections.deque[tuple[float, bytes]] = collections.deque()
+    while True:
+        wait = max(0.0, late[0][0] - time.monotonic()) if late else None
+        ready, _, _ = select.select([tunnel, pipe], [], [], wait)
+        if tunnel in ready:
+            late.append((time.monotonic() + seconds, os.read(tunnel, _MOST_BYTES)))
+        if pipe in ready:
+            packet = pipe.recv(_MOST_BYTES)
+            if not packet:
+                return
+            os.write(tunnel, packet)
+        while late and late[0][0] <= time.monotonic():
+            pipe.send(late.popleft()[1])
+
+
+if __name__ == "__main__":
+    delay, address, handle = sys.argv[1:]
+    pump(open_tunnel(address), socket.socket(fileno=int(handle)), float(delay) / 1e3)

@@ -1,0 +1,51 @@
+"""Two hosts in namespaces: a run leaves what the same ranks leave on one host, bit for bit; a config that differs is
+named; a lost host ends the run, which goes on. The long counts are in benchmarks/faults.py nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launching import hosts, node_scenes
+from tests.launching.node_scenes import Job, left, two_hosts, write_config
+
+pytestmark = pytest.mark.skipif(hosts.reason_against() is not None, reason=str(hosts.reason_against()))
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    from safecl.demo.materials import write_materials
+
+    folder = tmp_path_factory.mktemp("demo")
+    write_materials(folder)
+    return folder
+
+
+def test_two_hosts_leave_what_two_ranks_on_one_host_leave_and_a_stop_in_between_changes_nothing(
+    materials, tmp_path, rank_pool
+):
+    from tests.distributed import stop_scenes
+
+    config = write_config(materials, tmp_path / "two" / "run.yaml", deepspeed={"stage": 3})
+    with two_hosts([tmp_path, materials]) as machines:
+        job = Job(config, machines)
+        assert node_scenes.stop_and_go_on(job, at_step=2) == []
+        said = job.said()
+    assert "2 nodes, 2 ranks agree; a 10.77." in said and "GB/s" in said
+    assert f"artifacts      {job.folder}/artifacts" in said and "once per node" in said
+    assert {path.name for path in (job.folder / "logs").iterdir()} == {"rank-00000.log", "rank-00001.log"}
+    tree = node_scenes.yaml.safe_load(config.read_text()) | {"output": str(tmp_path / "one")}
+    rank_pool(2).run(stop_scenes.fit, tree=tree, cache=str(tmp_path / "cache"))
+    assert left(job.folder) == left(tmp_path / "one")
+
+
+def test_another_config_on_the_second_host_is_refused_on_both_with_both_values(materials, tmp_path):
+    config = write_config(materials, tmp_path / "two" / "run.yaml")
+    other = write_config(materials, tmp_path / "two" / "old.yaml", train={"seed": 7})
+    with two_hosts([tmp_path, materials]) as machines:
+        job = Job(config, machines)
+        job.start_one(0, "2")
+        job.start_one(1, "2", config=other)
+        assert job.wait() == [2, 2], job.said()[-3000:]
+        assert "the nodes differ in the config key train.seed: 0 on a and 7 on b" in " ".join(job.said().split())
