@@ -27,6 +27,7 @@ def check_run(config: RunConfig) -> None:
     from safecl.planning.memory_report import memory_lines
     from safecl.planning.model_shape import ModelShape
     from safecl.planning.run_plan import plan_run
+    from safecl.planning.step_report import prediction
     from safecl.training.folder import RunFolder
     from safecl.training.identity import refuse_folder_of_other_run
 
@@ -35,7 +36,9 @@ def check_run(config: RunConfig) -> None:
     facts = describe_plan(plan)
     model = model_structure(config.model)
     facts[1:1] = model_facts(model, config)
-    facts += memory_lines(ModelShape.of(model, config), config, teacher_shapes(config))
+    shape, teachers = ModelShape.of(model, config), teacher_shapes(config)
+    facts += memory_lines(shape, config, teachers)
+    facts += prediction(shape, config, max(task.tokens_per_batch for task in plan.tasks), teachers)
     for what, value in facts:
         console.print(f"[bold]{what:<18}[/bold]", end="")
         console.print(value, markup=False)

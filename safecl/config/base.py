@@ -85,6 +85,11 @@ class MethodConfig(Section):
         return False
 
     @property
+    def gradient_passes(self) -> int:
+        """Number of gradients of its own, on replayed rows, that the method takes in every step."""
+        return 0
+
+    @property
     def state_kinds(self) -> tuple[str, ...]:
         """Kinds of state with one value per weight that the method keeps in the shards.
 

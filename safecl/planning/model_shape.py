@@ -30,6 +30,10 @@ class ModelShape:
     """Weights of the largest decoder layer."""
     hidden: int
     vocab: int
+    layers: int = 0
+    """Decoder layers."""
+    tied: bool = False
+    """True where the head's weights are those of the embedding."""
     activations: int = 0
     """Peak bytes of a micro-batch, without the head's logits."""
 
@@ -57,6 +61,8 @@ class ModelShape:
             largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
             hidden=settings.hidden_size,
             vocab=settings.vocab_size,
+            layers=len(layers),
+            tied=bool(settings.tie_word_embeddings),
         )
 
 

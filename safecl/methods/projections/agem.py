@@ -33,6 +33,7 @@ class Config(MethodConfig):
     """A-GEM: gradients that conflict with the memory's are projected."""
 
     needs_memory: ClassVar[bool] = True
+    gradient_passes: ClassVar[int] = 1
     state_kinds: ClassVar[tuple[str, ...]] = (MEMORY_GRADIENT,)
 
     margin: Annotated[float, Field(ge=-1, le=1)] = 0.0

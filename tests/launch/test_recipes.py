@@ -1,0 +1,130 @@
+"""launch/recipes: `safecl check` passes with a folder of the model's shape, and the predictions are the code's."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from safecl import cli
+from safecl.config import load_config
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+scaling = importlib.import_module("scaling")
+
+RECIPES = scaling.recipes()
+ROWS = {
+    "gsm8k": lambda i: {"question": f"What is {i} plus {i + 1}?", "answer": f"It is {2 * i + 1}.\n#### {2 * i + 1}"},
+    "sst2": lambda i: {"sentence": f"a film of {i} good minutes", "label": i % 2},
+    "code": lambda i: {"instruction": f"Write {i} in Python.", "input": "", "output": f"print({i})"},
+}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Toy rows in the forms of the real data sets."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, row in ROWS.items():
+        write(folder / f"{name}_train.jsonl", [row(i) for i in range(60)])
+        write(folder / f"{name}_test.jsonl", [row(i) for i in range(100, 120)])
+    write(folder / "refusals.jsonl", [{"prompt": f"Harm {i}", "completion": "I cannot help."} for i in range(60)])
+    write(folder / "disallowed.jsonl", [{"prompt": f"Describe crime number {i}"} for i in range(200)])
+    write(folder / "benign.jsonl", [{"prompt": f"Describe plant number {i}"} for i in range(200)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders with a model's config.json, a toy tokenizer, and a file of weights that is a hole."""
+    from transformers import AutoConfig
+
+    from safecl.demo.model import train_tokenizer
+
+    tokenizer = train_tokenizer([json.dumps(row(i)) for row in ROWS.values() for i in range(60)], 200)
+    made: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name not in made:
+            settings = dict(json.loads((scaling.RECIPES / "shapes.json").read_text())[name])
+            made[name] = tmp_path_factory.mktemp("model") / name
+            AutoConfig.for_model(settings.pop("model_type"), **settings).save_pretrained(made[name])
+            tokenizer.save_pretrained(made[name])
+            write_hole(made[name] / "model.safetensors", scaling.model_of(name))
+        return made[name]
+
+    return folder_of
+
+
+def write_hole(path: Path, model) -> None:
+    """Write a safetensors file with the names and the shapes of a model, whose values take no room on the disk."""
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        if model.config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def name_of(path: Path) -> str:
+    return next(
+        name for name in json.loads((scaling.RECIPES / "shapes.json").read_text()) if path.name.startswith(name)
+    )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_passes_check_and_states_what_the_code_predicts(path, data, models, tmp_path, capsys):
+    config = load_config(path)
+    task = config.tasks[0]
+    overrides = [
+        f"model.path={models(name_of(path))}",
+        f"tasks.0.train={data / Path(task.train).name}",
+        f"tasks.0.eval.path={data / Path(task.eval.path).name}",
+        f"memory.source={data / 'refusals.jsonl'}",
+        f"safety.prompts={data / 'disallowed.jsonl'}",
+        f"safety.benign_prompts={data / 'benign.jsonl'}",
+        f"output={tmp_path / 'run'}",
+        "train.allow_few_steps=true",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", str(path), *overrides])
+    out, err = capsys.readouterr()
+    assert ended.value.code in (0, None), err
+    stated = [line[2:] for line in path.read_text().splitlines() if line.startswith(("# launched: ", "# step: "))]
+    for line in stated:
+        assert line.partition(": ")[2] in out, out
+    assert path.read_text() == scaling.with_head(path), "python benchmarks/scaling.py renews the predictions"
+
+
+def test_the_recipes_cover_the_families_the_data_and_the_machines():
+    names = " ".join(path.stem for path in RECIPES)
+    for part in ("llama-2-7b", "mistral-7b", "gemma-2b", "llama-3-8b", "qwen3-8b", "llama-3-70b"):
+        assert part in names
+    for part in ("gsm8k", "sst2", "code", "1x80gb", "-8x80gb", "4x8x80gb"):
+        assert part in names
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_its_devices(path):
+    (line,) = [line for line in path.read_text().splitlines() if line.startswith("# launched: ")]
+    gigabytes = float(line.partition("about ")[2].partition(" GB")[0])
+    assert gigabytes < 76  # of 80, with room for CUDA itself
+
+
+def test_the_tables_of_docs_scaling_are_those_of_the_code():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for table in (scaling.volume_table(), scaling.scaling_table(), scaling.methods_table(), scaling.checks_table()):
+        assert table in page, "python benchmarks/scaling.py renews the tables"
