@@ -89,10 +89,10 @@ def inside(name: str, folder: str, options: list[str]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--inside"]:  # before anything of safecl is imported, which could not be instrumented then
+        inside(sys.argv[2], sys.argv[3], sys.argv[4:])
     from tests.hostile.readers import READERS
 
-    if sys.argv[1:2] == ["--inside"]:
-        inside(sys.argv[2], sys.argv[3], sys.argv[4:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("readers", nargs="*", choices=[*READERS, []], metavar="READER")
     parser.add_argument("--seconds", type=int, default=3600, help="for each reader")

@@ -47,6 +47,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     from safecl.data import load_tokenizer
     from safecl.data.config_rows import prepare_memory
     from safecl.distributed import collectives
+    from safecl.distributed.watchdog import watched
     from safecl.engine.artifacts.fisher import header_of, shared_fisher
     from safecl.engine.fisher.file import open_fisher
     from safecl.training.console import Console
@@ -69,7 +70,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     def build(path: Path) -> None:
         _estimate(config, dataset, header, path, console, tokenizer)
 
-    with console:
+    with console, watched(Path(config.output), "preparation"):
         if path is None:
             path = shared_fisher(config, header, build, console.note)
         elif _holds(path, header):

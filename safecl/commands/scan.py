@@ -32,13 +32,14 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
     from safecl.data.config_rows import prepare_task
     from safecl.data.thinking import check_thinking
     from safecl.distributed.collectives import process_group
+    from safecl.distributed.watchdog import watched
     from safecl.evaluation import HFEvalModel
     from safecl.scan import screen_tasks
 
     tokenizer = load_tokenizer(config.model)
     check_thinking(tokenizer)
     tasks = [(task.name, prepare_task(config, task, tokenizer)[0]) for task in config.tasks]
-    with working("screening the rows"), process_group():
+    with working("screening the rows"), process_group(), watched(Path(config.output), "evaluation"):
         settings = config.model
         model = HFEvalModel.load(
             settings.path,

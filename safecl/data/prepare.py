@@ -110,7 +110,7 @@ def tokenizer_key(tokenizer: Any) -> str:
 def _map(folder: Path) -> TokenDataset | None:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     store = map_store(folder, meta) if isinstance(meta, dict) else None
     return TokenDataset.from_store(store) if store is not None else None

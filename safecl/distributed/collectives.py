@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from safecl.config import ConfigError
-from safecl.distributed import devices, environment
+from safecl.distributed import devices, environment, recorder
 from safecl.distributed.devices import device
 from safecl.distributed.library_warnings import hide_future_warnings
 
@@ -53,6 +53,7 @@ def init_distributed() -> None:
     # DeepSpeed compiles a shared-memory all-reduce at its first CPU start-up (24 to 85 s, and again whenever another
     # project used the cache with other flags); gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
+    recorder.switch_on()
     with _missing_ranks_named():
         deepspeed.init_distributed(dist_backend=devices.backend(), timeout=_start_timeout(), verbose=False)
     _refuse_shared_gpus()
@@ -66,6 +67,7 @@ def process_group() -> Iterator[None]:
         yield
         return
     devices.settle()
+    recorder.switch_on()
     with _missing_ranks_named():
         dist.init_process_group(devices.backend(), timeout=_start_timeout())
     try:

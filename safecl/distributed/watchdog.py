@@ -27,7 +27,7 @@ from pathlib import Path
 from safecl.distributed import collectives, courier, environment, rank_files, recorder
 from safecl.distributed.ending import STACKS, end_members, say, write_stacks
 from safecl.distributed.hearts import Heartbeat, Hearts, Verdict, describe, judge, this_member
-from safecl.distributed.progress import PROGRESS, STEP, HangTimeout
+from safecl.distributed.progress import PROGRESS, STEP, HangTimeout, phase
 from safecl.distributed.signals import name_of, set_handler
 
 FAILED, STOPPED = 1, 75
@@ -74,7 +74,6 @@ class Watchdog:
 
     def start(self) -> None:
         """Watch this process alone. Ranks are watched after `attach`."""
-        recorder.switch_on()
         PROGRESS.entered = self._set_timeouts
         with contextlib.suppress(ValueError):  # outside of the main thread Python handles no signals
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -280,3 +279,16 @@ def watching(folder: Path, timeout: HangTimeout = "auto") -> Iterator[Watchdog]:
         yield watchdog
     finally:
         watchdog.close()
+
+
+@contextlib.contextmanager
+def watched(folder: Path, work: str) -> Iterator[None]:
+    """Watch the ranks of a process group that is there while they do one kind of work (a phase). A collective call; a
+    process alone is not watched."""
+    if collectives.world_size() == 1:
+        yield
+        return
+    with watching(folder) as watchdog, phase(work):
+        watchdog.attach()
+        yield
+        watchdog.close(together=True)

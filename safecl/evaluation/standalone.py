@@ -186,6 +186,7 @@ def _measure(
     from safecl.data.thinking import check_thinking
     from safecl.data.written import notes_on_prompts
     from safecl.distributed.collectives import process_group
+    from safecl.distributed.watchdog import watched
     from safecl.evaluation.answers.model import HFEvalModel
     from safecl.evaluation.measure import evaluate
 
@@ -193,7 +194,7 @@ def _measure(
     check_thinking(tokenizer)
     rows = [row for _, _, rows in tasks for row in rows]
     notes = notes_on_prompts(tokenizer, [*prompts, *benign], rows, privacy)
-    with process_group():
+    with process_group(), watched(folder, "evaluation"):
         model = HFEvalModel.load(
             settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
         )

@@ -17,10 +17,7 @@ The buffer copies its rows and does not refer to them by their index in the prep
 from __future__ import annotations
 
 import functools
-import shutil
-import tempfile
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -38,6 +35,7 @@ from safecl.replay.insertion import InsertReport, insert_rows
 from safecl.replay.rows import MemoryRow, TeacherOutputs
 from safecl.replay.selection.draws import Drawer
 from safecl.replay.selection.guard import Guard
+from safecl.storage.temporary import temporary_folder
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,8 +94,7 @@ class ReplayBuffer:
         if mode not in ("append", "read"):
             raise ValueError(f"mode {mode!r}: `append` or `read`")
         if folder is None:
-            folder = tempfile.mkdtemp(prefix="safecl-memory-")
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            folder = temporary_folder("memory", self)
         self.config, self.folder, self.seed, self.rank, self.world_size = config, Path(folder), seed, rank, world_size
         self.teacher_of = teacher_of
         self._lock = threading.RLock()

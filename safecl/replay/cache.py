@@ -324,7 +324,7 @@ class SharedOutputs:
             return cls(Path(values["cache"]), CacheHeader(**values["header"]))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise ReplayError(
                 f"{folder / LINK}: cannot be read; it names the cache of this memory's teacher outputs"
             ) from None

@@ -215,7 +215,7 @@ def _row(line: dict[str, Any], path: Path, number: int) -> MemoryRow:
             raise ValueError(f"tags are {tags!r}; write them as a JSON object")
         fields = plain("source", path.name), plain("task", ""), int(plain("step", 0)), tags
         return MemoryRow(Row(row_id, ids, mask), *fields, _teacher(line, plain), plain("prior_nll", float("nan")))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: row {number}: {error}") from None
 
 

@@ -83,7 +83,7 @@ class ReportedRun:
         try:
             found = json.loads((self.folder / "scan" / "results.json").read_text(encoding="utf-8"))
             return [_scanned(task, found["action"]) for task in found["tasks"]] + found["notes"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, RecursionError):
             return []
 
     # --------------------------------------------------------------------------------------------------------- measured
@@ -261,7 +261,7 @@ def _refused(asr: Rate) -> str:
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
 
 
@@ -290,7 +290,7 @@ def read_run(folder: str | Path) -> ReportedRun:
         if (folder / "run.json").exists():
             hint = "the run is not finished; the command that started it continues it"
         raise ConfigError(f"{folder}: {hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder / 'results.json'}: cannot be read: {error}") from None
     results = {"cost": None, "gate": None, **results}
     return ReportedRun(folder, results, _text(folder / "config.yaml"), _versions(folder))
@@ -306,7 +306,7 @@ def _text(path: Path) -> str:
 def _versions(folder: Path) -> dict[str, str]:
     try:
         return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("versions", {}))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

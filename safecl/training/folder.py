@@ -91,7 +91,7 @@ class RunFolder:
         """Return what `write_identity` wrote; None where it cannot be read."""
         try:
             return json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     def write_identity(self, identity: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class RunFolder:
         """Return results.json of a finished run; None where the run is not finished."""
         try:
             return json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     def write_results(self, results: dict[str, Any]) -> None:

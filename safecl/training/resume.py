@@ -150,7 +150,7 @@ class RunSaver:
     def _read_state(self, contents: Contents) -> dict[str, Any]:
         try:
             return json.loads(read_file(contents.folder / STATE, MAX_STATE_BYTES))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedCheckpoint(f"{contents.folder / STATE}: {error}") from None
 
     def _open_memory(self, version: int | None) -> None:
@@ -175,7 +175,7 @@ class RunSaver:
         for name in self.checkpoints.names():
             try:
                 version = json.loads(read_file(self.checkpoints.path / name / STATE, MAX_STATE_BYTES))["memory_version"]
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, RecursionError):
                 continue
             if version is not None:
                 self._memory_versions[name] = version

@@ -137,3 +137,20 @@ def fit_and_hang(tree: dict, cache: str, said: str, rank: int, where: str, how: 
             stack.enter_context(at_step(how, 5) if where == STEP else in_phase(where, how))
         stop_scenes.fit(tree, cache)
     Path(f"{said}-{own}-finished").touch()
+
+
+def fit_slowly(tree: dict, cache: str, said: str) -> None:
+    """Fit, with steps that are slow enough to be interrupted by a test."""
+    from safecl.training.run import Run
+
+    train_step = Run.train_step
+
+    def slowly(self, task):
+        Path(f"{said}-step-{self.global_step}-{os.environ['RANK']}").touch()
+        time.sleep(0.5)
+        return train_step(self, task)
+
+    redirect_stderr(said)
+    with mock.patch.object(Run, "train_step", slowly):
+        stop_scenes.fit(tree, cache)
+    Path(f"{said}-{os.environ['RANK']}-finished").touch()

@@ -15,7 +15,7 @@ from safecl.distributed import hearts
 from safecl.distributed.hearts import Heartbeat, Member, describe, judge
 from safecl.distributed.progress import Progress, step_limit
 from tests.distributed import hang_scenes
-from tests.distributed.test_stopping import materials, tree  # noqa: F401
+from tests.distributed.test_stopping import materials, tree, what_is_left  # noqa: F401
 from tests.pool import RankPool
 
 
@@ -192,3 +192,22 @@ def test_a_run_in_which_a_rank_hangs_ends_and_resumes(rank_pool, materials, tmp_
     again = rank_pool(2).run(hang_scenes.stop_scenes.fit, tree=config, cache=str(materials / "cache"))
     assert again[0]["results"]["steps"] == 5
     assert where not in ("step", "export") or "resuming from step-" in again[0]["said"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("paused", [(1,), (0, 1)])
+def test_a_pause_of_15_seconds_changes_no_bit(rank_pool, materials, tmp_path, paused):  # noqa: F811
+    def config(name: str) -> dict:
+        found = tree(materials, tmp_path / name, methods={"er": {}, "ema": {"decay": 0.7}}, safety=None)
+        return found | {"tasks": found["tasks"][1:]}
+
+    rank_pool(2).run(hang_scenes.stop_scenes.fit, tree=config("whole"), cache=str(materials / "cache"))
+    pool = start(hang_scenes.fit_slowly, tmp_path, tree=config("paused"), cache=str(materials / "cache"))
+    wait_for(tmp_path / "said-step-2-1", seconds=120)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in paused:
+            os.kill(pool.processes[rank].pid, number)
+        time.sleep(15 if number == signal.SIGSTOP else 0)
+    wait_for(*(tmp_path / f"said-{rank}-finished" for rank in range(2)), seconds=120)
+    pool.close()
+    assert said(tmp_path) == "" and what_is_left(tmp_path / "paused") == what_is_left(tmp_path / "whole")

@@ -49,7 +49,7 @@ def build_rows(
     harmless = read_prompts(benign, max_prompts, only_safe=True) if benign is not None else []
     tokenizer = load_tokenizer(config.model)
     check_thinking(tokenizer)
-    with ranks():
+    with ranks(Path(config.output)):
         _build(config, tokenizer, disallowed, harmless, RowSettings(**settings), output)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from safecl.commands.preflight import refuse_missing_files
 from safecl.config import ConfigError, RunConfig
@@ -26,7 +27,7 @@ def cache_run(config: RunConfig) -> None:
     console = Console(1, environment.rank())
     tokenizer = load_tokenizer(config.model)
     rows = prepare_memory(config, tokenizer)
-    with ranks():
+    with ranks(Path(config.output)):
         engine = open_forward_engine(
             config.model,
             tokenizer,
@@ -58,16 +59,21 @@ def cacheable_source(config: RunConfig) -> str:
 
 
 @contextlib.contextmanager
-def ranks() -> Iterator[None]:
-    """Keep a process group for the `with` block; without a launcher, a group of one rank."""
+def ranks(folder: Path) -> Iterator[None]:
+    """Keep a process group for the `with` block, and watch its ranks; without a launcher, a group of one rank.
+
+    folder: gets the stacks of ranks that hang.
+    """
     import torch.distributed as dist
 
     from safecl.distributed.collectives import init_distributed
+    from safecl.distributed.watchdog import watched
 
     there = dist.is_initialized()
     init_distributed()
     try:
-        yield
+        with watched(folder, "preparation"):
+            yield
     finally:
         if not there:
             dist.destroy_process_group()

@@ -78,7 +78,7 @@ def _hub_folder(path: str) -> Path:
 
     try:
         settings = cached_file(path, "config.json")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model.path: {path}: {str(error).splitlines()[0]}") from None
     assert settings is not None, "cached_file raises where there is no such file"
     return Path(settings).parent
@@ -92,7 +92,7 @@ def _stamp(file: Path) -> list[int]:
 def _known_hashes(store: ArtifactStore) -> dict[str, list[Any]]:
     try:
         found = json.loads((store.folder / MODELS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

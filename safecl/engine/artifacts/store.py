@@ -65,7 +65,7 @@ class ArtifactStore:
             found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["key"]
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(
                 f"{folder / DESCRIPTION}: cannot be read; remove {folder}, and it is built again"
             ) from None

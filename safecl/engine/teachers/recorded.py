@@ -150,7 +150,7 @@ def open_recorded(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm,
     form = Form.of(term, engine)
     try:
         found = json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ConfigError(
             f"{folder}: the aligned model's recorded outputs are not there, so the run cannot resume; start it anew"
         ) from None
