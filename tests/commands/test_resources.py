@@ -76,6 +76,8 @@ def test_no_home_and_no_cache_is_refused_and_a_named_cache_suffices(config, tmp_
 
 def test_no_place_for_temporary_files_is_refused(config):
     as_root()
+    if ROOT.is_relative_to("/tmp"):
+        pytest.skip("this checkout lies in /tmp, which is hidden here")
     hidden = "mount -t tmpfs -o ro tmpfs /tmp; mount -t tmpfs -o ro tmpfs /var/tmp; mount -t tmpfs -o ro tmpfs /usr/tmp"
     inner = f"{hidden}; cd /proc; {sys.executable} -m safecl env"
     done = subprocess.run(
