@@ -64,6 +64,8 @@ struct Bf16 {  // consecutive bf16 values, read as fp32
   float operator[](int j) const { return from_bits(uint32_t{bits[j]} << 16); }
 };
 
+inline bool is_finite(float value) { return (to_bits(value) & 0x7f800000u) != 0x7f800000u; }
+
 inline uint16_t to_bf16(float value) {  // rounds to nearest, ties to even
   const uint32_t bits = to_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -72,9 +74,8 @@ inline uint16_t to_bf16(float value) {  // rounds to nearest, ties to even
 
 inline uint16_t to_bf16_stochastic(float value, uint32_t word) {
   const uint32_t bits = to_bits(value);
-  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   const uint32_t special = value != value ? 0x7fc0u : bits >> 16;
-  return static_cast<uint16_t>(finite ? (bits + (word >> 16)) >> 16 : special);
+  return static_cast<uint16_t>(is_finite(value) ? (bits + (word >> 16)) >> 16 : special);
 }
 
 inline uint32_t mix(uint32_t x) {  // "lowbias32", C. Wellons
@@ -217,10 +218,11 @@ Sums run(Sums (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
   run_blocks(num_blocks, threads, [&](int64_t block) {
     partial[block] = kernel(call, block * kBlock, std::min(call.numel, (block + 1) * kBlock));
   });
-  Sums sums = {0, 0};
+  Sums sums = {0, 0, 0};
   for (const Sums& part : partial) {
     sums.penalty += part.penalty;
     sums.square += part.square;
+    sums.nonfinite += part.nonfinite;
   }
   return sums;
 }
@@ -248,7 +250,7 @@ EXPORT void safecl_use_threads(int count) { num_threads.store(std::max(1, count)
 // Allows torch's OpenMP threads, or forbids them: then our own pool is used. Returns whether they are used.
 EXPORT int safecl_use_openmp(int wanted) { return use_openmp(wanted != 0); }
 
-EXPORT double safecl_adamw(const AdamWCall* call) { return run(current_set().kernels->adamw, *call).penalty; }
+EXPORT void safecl_adamw(const AdamWCall* call, Sums* sums) { *sums = run(current_set().kernels->adamw, *call); }
 
 EXPORT double safecl_fisher_penalty(const PenaltyCall* call) {
   return run(current_set().kernels->fisher_penalty, *call).penalty;

@@ -51,8 +51,9 @@ struct FisherCall {
 };
 
 struct Sums {  // sums of a kernel over its elements
-  double penalty;  // sum strength F d^2, twice the penalty loss
-  double square;   // sum (grad_mult grad + strength F d)^2
+  double penalty;     // sum strength F d^2, twice the penalty loss
+  double square;      // sum (grad_mult grad + strength F d)^2
+  int64_t nonfinite;  // elements whose new weight, second moment or average is NaN or infinite
 };
 
 // The kernels compiled for one instruction set, each over elements [begin, end). None fuses multiply-adds, so the

@@ -64,7 +64,7 @@ class FisherCall(ctypes.Structure):
 
 
 class Sums(ctypes.Structure):
-    _fields_ = [("penalty", c_double), ("square", c_double)]
+    _fields_ = [("penalty", c_double), ("square", c_double), ("nonfinite", c_int64)]
 
 
 _SIGNATURES = {
@@ -73,7 +73,7 @@ _SIGNATURES = {
     "safecl_use_instruction_set": (c_int, [c_char_p]),
     "safecl_use_threads": (None, [c_int]),
     "safecl_use_openmp": (c_int, [c_int]),
-    "safecl_adamw": (c_double, [POINTER(AdamWCall)]),
+    "safecl_adamw": (None, [POINTER(AdamWCall), POINTER(Sums)]),
     "safecl_fisher_penalty": (c_double, [POINTER(PenaltyCall)]),
     "safecl_penalized_grad_norm": (None, [POINTER(PenaltyCall), POINTER(Sums)]),
     "safecl_ema": (None, [POINTER(EmaCall)]),

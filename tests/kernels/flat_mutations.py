@@ -51,6 +51,7 @@ TORCH = {
     "norm without penalty": ("h = h + pull", "h = h"),
     "proximal cap gone": ("weight.clamp(max=1e37)", "weight"),
     "ema threshold ignored": ("fisher.float() > threshold", "fisher.float() > -1"),
+    "second moments not counted": ("call.found_inf, new_p, new_v, new_ema)", "call.found_inf, new_p, new_ema)"),
 }
 CPP = {
     "last partial group skipped": ("if (at < (end)) group<false>", "if (false) group<false>"),
@@ -68,6 +69,8 @@ CPP = {
         "c.weight_decay",
     ),
     "norm without penalty": ("c.grad_mult * g[j] + pull[j]", "c.grad_mult * g[j]"),
+    "averages not counted": ("sum += ema[j];", ""),
+    "overflow of the probe counted": ("count += !(is_finite(c.param[i]) &&", "count += !(false &&"),
     "loss loses half its lanes": (
         "for (double lane : lanes) sum += lane;",
         "for (int j = 0; j < kLanes; j += 2) sum += lanes[j];",
@@ -93,6 +96,8 @@ TRITON = {
     "copy truncated": ("(bits + 0x7FFF + ((bits >> 16) & 1))", "bits"),
     "only one round of partial sums": ("for start in range(0, count, LANES)", "for start in range(0, 1, LANES)"),
     "fisher not squared": ("weight * g * g", "weight * g"),
+    "second moments not counted": ("_sum_of_block(new_p + v, mask, MASKED)", "_sum_of_block(new_p, mask, MASKED)"),
+    "averages not counted": ("probe += _sum_of_block(new_e, mask, MASKED)", "probe += 0.0"),
 }
 
 LISTS = {

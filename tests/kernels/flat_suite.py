@@ -195,6 +195,36 @@ def check_found_inf(device: str = "cpu", wrap=lambda x: x) -> None:
     assert not torch.equal(_bits(buffers["ema"].whole), buffers["ema"].before)
 
 
+def check_nonfinite_count(numel: int, device: str = "cpu") -> None:
+    """The count is that of the elements whose new state is not finite, wherever NaN or infinity came from, and is added
+    to what was there. Values so large that their sum overflows are finite."""
+    for name in ("plain", "everything", "everything proximal"):
+        for kind in ("grad", "param", "exp_avg", "exp_avg_sq", "anchor", "fisher", "ema", "none"):
+            for value in (float("nan"), float("inf")):
+                _check_nonfinite_count(CASES[name], kind, value, numel, device)
+
+
+def _check_nonfinite_count(case: Case, kind: str, value: float, numel: int, device: str) -> None:
+    inputs = make_inputs(case, numel, steps=1)
+    places = [0, numel // 2, numel - 1]
+    target = inputs.grads[0] if kind == "grad" else getattr(inputs, kind, None)
+    if target is None:  # finite, but the sum of two overflows
+        inputs.param[places] = 3e38
+    else:
+        target[places] = value
+    buffers = guard(inputs, device)
+    states = {n: buffers[n].inner for n in ("param", "exp_avg", "exp_avg_sq")}
+    count, grad = torch.full((), 5, dtype=torch.int64, device=device), Guarded(inputs.grads[0], 1, device)
+    call = arguments(case, inputs, buffers, 3)
+    adamw_step_(states["param"], grad.inner, states["exp_avg"], states["exp_avg_sq"], **call, nonfinite=count)
+    if "ema" in buffers:
+        states["ema"] = buffers["ema"].inner
+    want = sum(torch.stack([t.isfinite() for t in states.values()]).all(0).logical_not())
+    assert int(count) - 5 == int(want), f"{kind} {value}: counted {int(count) - 5}, there are {int(want)}"
+    if kind in ("grad", "param", "exp_avg", "exp_avg_sq"):
+        assert int(want) == len(set(places)), kind
+
+
 def check_ema(param_dtype: torch.dtype, numel: int, device: str = "cpu", wrap=lambda x: x) -> None:
     g = torch.Generator().manual_seed(numel)
     start, param = torch.randn(numel, generator=g), torch.randn(numel, generator=g).to(param_dtype)
@@ -447,6 +477,7 @@ def quick_checks(
     checks += [(f"penalty {d}, {n}", lambda d=d, n=n: check_penalty(d, n, device)) for d in penalties for n in sizes]
     checks += [
         ("found_inf", lambda: check_found_inf(device)),
+        ("nonfinite", lambda: check_nonfinite_count(max(sizes), device)),
         ("total clipping", lambda: check_total_clipping(max(sizes), device)),
         ("split", lambda: check_split_invariance(max(sizes), max(sizes) // 3, device)),
         ("repeat", lambda: check_repeatability(max(sizes), device)),

@@ -44,6 +44,10 @@ def test_host_scalar_tensors_equal_numbers_bitwise():
     assert all(torch.equal(numbers[n].inner, tensors[n].inner) for n in numbers)
 
 
+def test_the_pass_counts_what_it_writes_that_is_not_finite():
+    suite.check_nonfinite_count(40_001)
+
+
 def test_found_inf_leaves_every_state_bitwise():
     suite.check_found_inf()
     suite.check_found_inf(wrap=torch.tensor)

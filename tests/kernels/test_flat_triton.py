@@ -29,11 +29,11 @@ ADAMW = (
     | {"segment_decay": None, "PROXIMAL": False, "EMA_BY_FISHER": False}
 )
 ADAMW |= {"param": F32, "grad": F32, "exp_avg": F32, "exp_avg_sq": F32}
-ADAMW |= dict.fromkeys(("anchor", "fisher", "ema", "param_out", "partial", "found_inf", "scalars"))
+ADAMW |= dict.fromkeys(("anchor", "fisher", "ema", "param_out", "partial", "nonfinite", "found_inf", "scalars"))
 FULL = (
     ADAMW | TABLE | {"segment_decay": F32, "grad": BF16, "anchor": BF16, "fisher": BF16, "ema": F32, "param_out": BF16}
 )
-FULL |= {"partial": F32, "found_inf": F32, "scalars": F32}
+FULL |= {"partial": F32, "nonfinite": I64, "found_inf": F32, "scalars": F32}
 PENALTY = SHAPE | {"partial": F32, "strength_on_device": None, "strength": "fp32"}
 NORM = PENALTY | TABLE | {"squares": F32, "mult_on_device": None, "grad_mult": "fp32"}
 EMA = SHAPE | {"ema": F32, "param": BF16, "seed": None, "rate_on_device": None, "rate": "fp32"}

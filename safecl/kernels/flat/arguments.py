@@ -84,6 +84,7 @@ class AdamWArguments:
     found_inf: Tensor | None = None  # a device scalar; a host scalar has become `frozen`
     frozen: bool = False  # found_inf was true on the host: compute the penalty loss, write nothing
     segments: Segments | None = None
+    nonfinite: Tensor | None = None  # the number of elements whose new state is not finite is added to it
 
 
 def check_tensor(name: str, tensor: Tensor | None, like: Tensor, dtypes: Sequence[torch.dtype], like_name: str) -> None:
@@ -177,6 +178,18 @@ def check_found_inf(found_inf: Scalar | None, device: torch.device) -> bool | Te
         if stays_on_device(found_inf):
             return _device_scalar("found_inf", found_inf, device).float()
     return float(found_inf) != 0.0
+
+
+def check_counter(nonfinite: Tensor | None, device: torch.device) -> Tensor | None:
+    """Raise ValueError unless a kernel can add to `nonfinite`."""
+    if nonfinite is None:
+        return None
+    if not isinstance(nonfinite, Tensor):
+        raise ValueError(f"nonfinite must be a tensor, not {type(nonfinite).__name__}")
+    _check_one_element("nonfinite", nonfinite)
+    if nonfinite.dtype != torch.int64 or nonfinite.device != device:
+        raise ValueError(f"nonfinite must be int64 on {device}, not {nonfinite.dtype} on {nonfinite.device}")
+    return nonfinite
 
 
 def check_segments(segments: object, numel: int, device: torch.device) -> Segments | None:

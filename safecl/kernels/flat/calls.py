@@ -29,6 +29,7 @@ from safecl.kernels.flat.arguments import (
     Segments,
     SegmentTable,
     adamw_coefficients,
+    check_counter,
     check_found_inf,
     check_grad_scale,
     check_overlap,
@@ -154,6 +155,7 @@ def adamw_step_(
     grad_scale: Scalar | None = None,
     found_inf: Scalar | None = None,
     segments: SegmentTable | None = None,
+    nonfinite: Tensor | None = None,
 ) -> Tensor | None:
     """Do one AdamW step with penalty, EMA and bf16 copy in a single pass, and return the penalty loss.
 
@@ -175,6 +177,9 @@ def adamw_step_(
         `fisher` as the threshold, and need `ema` and `fisher`; `fisher` then needs no anchor. A NaN in `fisher` counts
         as below the threshold.
     segments: (offsets, strength, weight_decay), see `Segments`; an entry replaces the scalar of the same name.
+    nonfinite: int64, one element, on the device of `param`. The number of elements whose new param, exp_avg_sq or ema
+        is NaN or infinite is added to it, at no extra pass. That covers exp_avg: where it is not finite, one of the
+        others is not either.
 
     Returns 1/2 sum strength F d^2 at the old p, 0-dim fp32 (summed in a fixed order: it repeats bitwise), or None
     without an anchor. Raises ValueError naming the argument on a wrong dtype, device, length, layout, overlap or value,
@@ -217,6 +222,7 @@ def adamw_step_(
         found_inf=skip if isinstance(skip, Tensor) else None,
         frozen=skip is True,
         segments=table,
+        nonfinite=check_counter(nonfinite, device),
     )
     loss = flat_backend("adamw_step_", param).adamw_step(arguments)
     _written(param, *states.values(), *_given(param_out=param_out).values())

@@ -66,8 +66,11 @@ def adamw_step(call: AdamWArguments) -> Tensor | None:
         **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
         **_coefficients(call.coef),
     )
-    twice_loss = native.library().safecl_adamw(byref(arguments))
-    return None if call.anchor is None else torch.tensor(0.5 * twice_loss, dtype=torch.float32)
+    sums = native.Sums()
+    native.library().safecl_adamw(byref(arguments), byref(sums))
+    if call.nonfinite is not None and sums.nonfinite:
+        call.nonfinite.add_(sums.nonfinite)
+    return None if call.anchor is None else torch.tensor(0.5 * sums.penalty, dtype=torch.float32)
 
 
 def _coefficients(c: Coefficients) -> dict[str, float]:

@@ -142,6 +142,8 @@ def _step_chunk(
         new_ema = None if ema is None else ema + _ema_rate(call, fisher) * (new_p - ema)
         for old, new in ((p, new_p), (m, new_m), (v, new_v), (ema, new_ema), (out, new_p)):
             _write(old, new, call.found_inf)
+        if call.nonfinite is not None:
+            _count(call.nonfinite, call.found_inf, new_p, new_v, new_ema)
     return twice_loss
 
 
@@ -173,6 +175,13 @@ def _write(old: Tensor | None, new: Tensor | None, found_inf: Tensor | None) -> 
     if old is None or new is None:
         return
     old.copy_(new if found_inf is None else torch.where(found_inf != 0, old, new.to(old.dtype)))
+
+
+def _count(total: Tensor, found_inf: Tensor | None, *written: Tensor | None) -> None:
+    """Add the number of elements of which one of the written values is not finite."""
+    finite = [values.isfinite() for values in written if values is not None]
+    count = torch.stack(finite).all(0).logical_not().sum()
+    total.add_(count if found_inf is None else torch.where(found_inf != 0, 0, count))
 
 
 def _per_element(

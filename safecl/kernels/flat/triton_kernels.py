@@ -54,6 +54,30 @@ def _round_to_bf16(values):
 
 
 @triton.jit
+def _is_finite(values):
+    return (values.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
+
+
+@triton.jit
+def _sum_of_block(values, mask, MASKED: tl.constexpr):
+    if MASKED:
+        values = tl.where(mask, values, 0.0)
+    return tl.sum(values, 0)
+
+
+@triton.jit
+def _count_nonfinite(nonfinite, param, exp_avg_sq, ema, offsets, mask, MASKED: tl.constexpr):
+    """Add the number of elements of this block whose new state is not finite. Reading it once more, where it happens,
+    keeps registers free everywhere else."""
+    tl.debug_barrier()
+    finite = _is_finite(_load(param, offsets, mask, MASKED)) & _is_finite(_load(exp_avg_sq, offsets, mask, MASKED))
+    if ema is not None:
+        finite = finite & _is_finite(_load(ema, offsets, mask, MASKED))
+    count = tl.sum((finite == 0).to(tl.int64), 0)
+    tl.atomic_add(nonfinite, count, sem="relaxed")  # integer sums do not depend on the order
+
+
+@triton.jit
 def _mix(x):
     """Mix the bits of 32-bit words: "lowbias32" (C. Wellons), as in ``torch_twin.py``."""
     x ^= x >> 16
@@ -200,7 +224,7 @@ def norm_kernel(
     ]
 )  # fmt: skip
 def adamw_kernel(
-    param, grad, exp_avg, exp_avg_sq, anchor, fisher, ema, param_out, partial, found_inf, scalars,
+    param, grad, exp_avg, exp_avg_sq, anchor, fisher, ema, param_out, partial, nonfinite, found_inf, scalars,
     starts, first_segment, segment_strength, segment_decay,
     n, first_block, grad_mult, lr, step_size, inv_sqrt_correction2, decay, strength, ema_rate,
     ema_threshold, ema_rate_above, beta1, one_minus_beta1, beta2, one_minus_beta2, eps,
@@ -246,15 +270,23 @@ def adamw_kernel(
         _store(exp_avg, offsets, m, mask, MASKED)
         _store(exp_avg_sq, offsets, v, mask, MASKED)
         _store(param, offsets, new_p, mask, MASKED)
+        if nonfinite is not None:
+            probe = _sum_of_block(new_p + v, mask, MASKED)
         if ema is not None:
             e = _load(ema, offsets, mask, MASKED)
             if EMA_BY_FISHER:
                 rate = tl.where(f > ema_threshold, ema_rate_above, ema_rate)
             else:
                 rate = ema_rate
-            _store(ema, offsets, e + rate * (new_p - e), mask, MASKED)
+            new_e = e + rate * (new_p - e)
+            _store(ema, offsets, new_e, mask, MASKED)
+            if nonfinite is not None:
+                probe += _sum_of_block(new_e, mask, MASKED)
         if param_out is not None:
             _store(param_out, offsets, new_p, mask, MASKED)
+        if nonfinite is not None:
+            if not _is_finite(probe):
+                _count_nonfinite(nonfinite, param, exp_avg_sq, ema, offsets, mask, MASKED)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -318,7 +350,8 @@ def adamw_step(call: AdamWArguments) -> Tensor | None:
     partial = None if call.anchor is None else _partials(call.param)
     starts, first, segment_strength, segment_decay = _segment_table(call.segments, call.param)
     states = (call.param, call.grad, call.exp_avg, call.exp_avg_sq, call.anchor, call.fisher, call.ema, call.param_out)
-    tensors = (*states, partial, call.found_inf, on_device, starts, first, segment_strength, segment_decay)
+    counts = partial, call.nonfinite, call.found_inf
+    tensors = (*states, *counts, on_device, starts, first, segment_strength, segment_decay)
     _launch(
         adamw_kernel, call.param.numel(), *tensors, **values, PROXIMAL=call.proximal, EMA_BY_FISHER=call.ema_by_fisher
     )
