@@ -32,14 +32,12 @@ from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import text_of
 from safecl.evaluation.safety import over_refusal_scorer_of
 from safecl.evaluation.scoring.judges import load_scorer
-from safecl.evaluation.scoring.keywords import off_task_reason, refused
+from safecl.evaluation.scoring.keywords import BROKEN, INCOHERENT, off_task_reason, refused
 from safecl.storage.durable import replace_file
 
 KIND, ROWS, ANSWERS, LEFT_OUT = "memory-rows", "rows.jsonl", "answers.jsonl", "left-out.json"
 BATCHES_AT_ONCE = 4
 REFUSAL, ANSWER, BENIGN = "refusal", "answer", "benign"
-BROKEN = ("empty", "repetition")  # only these: "42." may answer a benign prompt
-INCOHERENT = (*BROKEN, "not_language")
 
 Note = Callable[[str], None]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -104,6 +104,14 @@ def rate_of_decided(outcomes: Iterable[bool | None]) -> Rate:
     """Compute the share of true outcomes with its interval, where None is an undecided one. ValueError without any."""
     outcomes = list(outcomes)
     return rate((outcome for outcome in outcomes if outcome is not None), undecided=outcomes.count(None))
+
+
+def with_undecided(measured: Rate, more: int) -> Rate:
+    """Take `more` of the trials that were no hits for undecided."""
+    undecided = measured.undecided + more
+    decided = measured.n - undecided
+    value = measured.hits / decided if decided else math.nan
+    return replace(measured, value=value, high=wilson(measured.hits + undecided, measured.n)[1], undecided=undecided)
 
 
 def token_mean(sums: Sequence[float], counts: Sequence[int]) -> Mean:
