@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from safecl.config import ConfigError
+from safecl.config.secrets import hide_secrets
 from safecl.config.texts import visible
 from safecl.distributed import environment, rank_files
 from safecl.distributed.signals import StopSignals, name_of, set_handler
@@ -206,15 +207,20 @@ def _describe_memory(error: Exception) -> str:
 
 def _write_traceback() -> Path | str:
     name = f"error-rank{environment.rank()}.txt"
-    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}"
+    text = hide_secrets(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{traceback.format_exc()}")
     if tracebacks.folder is not None:
         with contextlib.suppress(OSError):
             tracebacks.folder.mkdir(parents=True, exist_ok=True)
-            (tracebacks.folder / name).write_text(text, encoding="utf-8")
-            return tracebacks.folder / name
+            return _write_private(tracebacks.folder / name, text)
     try:
-        path = Path(tempfile.mkdtemp(prefix="safecl-")) / name
-        path.write_text(text, encoding="utf-8")
+        return _write_private(Path(tempfile.mkdtemp(prefix="safecl-")) / name, text)
     except OSError as error:
         return f"no file (there is no place for one: {error.strerror or error})"
+
+
+def _write_private(path: Path, text: str) -> Path:
+    """Write a file that others cannot read: a traceback may quote what a run works with."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
     return path

@@ -15,6 +15,7 @@ from safecl.config.method_registry import preset_methods
 from safecl.config.parsing import apply_overrides, key_lines, read_tree
 from safecl.config.presets import with_sections
 from safecl.config.run import RunConfig
+from safecl.config.secrets import without_secrets
 from safecl.config.texts import visible
 
 
@@ -69,5 +70,7 @@ def _config_error(
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML, defaults included; `load_config` reads it back to the same tree."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """The resolved config as YAML, defaults included, without secrets; `load_config` reads it back to the same tree."""
+    return yaml.safe_dump(
+        without_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=120
+    )

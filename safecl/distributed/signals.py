@@ -1,4 +1,5 @@
-"""Signals that ask a process to end: SIGTERM, Ctrl-C and SIGUSR1. Imports no torch."""
+"""Signals that ask a process to end: SIGTERM, Ctrl-C, SIGUSR1, and SIGHUP, which a terminal sends when it closes.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_BEFORE_A_SECOND_COUNTS = 1.0  # a terminal and a launcher may both pass on one key press
 
 
@@ -25,9 +26,13 @@ class StopSignals:
         self._first, self._again = first, again
         self._came_at: float | None = None
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> None:
-        self._before = {number: set_handler(number, self._on_signal) for number in SIGNALS}
+        self._terminals = [handle for handle in (1, 2) if os.isatty(handle)]
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
+        wanted = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+        self._before = {number: set_handler(number, self._on_signal) for number in wanted}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         for number, handler in self._before.items():
@@ -35,11 +40,20 @@ class StopSignals:
                 set_handler(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminal()
         if self._came_at is None:
             self._came_at = time.monotonic()
             self._first(number)
         elif time.monotonic() - self._came_at > SECONDS_BEFORE_A_SECOND_COUNTS:
             self._again(number)
+
+    def _leave_terminal(self) -> None:
+        """Write to nowhere instead of to a terminal that is gone, where each write would be an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for handle in self._terminals:
+            os.dup2(nowhere, handle)
+        os.close(nowhere)
 
 
 class StopRequest:
@@ -76,7 +90,7 @@ class StopRequest:
 
 
 def name_of(number: int) -> str:
-    """A signal's name for people: Ctrl-C, SIGTERM, SIGUSR1."""
+    """A signal's name for people: Ctrl-C, SIGTERM, SIGUSR1, SIGHUP."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 

@@ -17,8 +17,10 @@ import yaml
 from pydantic import BaseModel
 
 from safecl.config import RunConfig
+from safecl.config.secrets import without_secrets
 from safecl.evaluation import Evaluation, GateResult
 from safecl.evaluation.tables import measures, moments
+from safecl.report.visible import markdown, one_line
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -29,7 +31,7 @@ class TrainedOn:
     """One file of rows that the run was trained on."""
 
     title: str
-    """`task NAME` or `memory`."""
+    """`task NAME` or `memory`, as Markdown."""
     path: str
     num_rows: int
     fingerprint: str
@@ -79,15 +81,15 @@ class Card:
 
     def _heading(self) -> str:
         adapter = ", as a LoRA adapter," if self.config.model.lora is not None else ""
-        version, methods = self.versions["safecl"], " + ".join(self.config.methods) or "plain fine-tuning"
+        version, methods = self.versions["safecl"], markdown(" + ".join(self.config.methods) or "plain fine-tuning")
         base = file_name(self.config.model.path)
-        return f"# {_plain(self.name)}\n\n`{base}`{adapter} fine-tuned with safecl {version}: {methods}."
+        return f"# {markdown(self.name)}\n\n`{base}`{adapter} fine-tuned with safecl {version}: {methods}."
 
     def _facts(self) -> str:
         train, model = self.config.train, self.config.model
         rows = [("base model", f"`{file_name(model.path)}`, XXH3-128 of its weights `{self.digest}`")]
         rows += [(data.title, _data(data)) for data in self.data]
-        rows += [(f"method `{name}`", _settings(settings)) for name, settings in self.config.methods.items()]
+        rows += [(f"method `{one_line(name)}`", _settings(settings)) for name, settings in self.config.methods.items()]
         learning = f"learning rate {train.learning_rate:g}, at most {train.max_length:,} tokens a row"
         weights = "the average over the steps (EMA)" if self.average else "those after the last step"
         rows += [
@@ -102,7 +104,7 @@ class Card:
 
     def _licence(self) -> str:
         found = licence_of(self.config.model.path)
-        return found.get("license", "not known to safecl") + (", as its own card says" if found else "")
+        return markdown(found.get("license", "not known to safecl")) + (", as its own card says" if found else "")
 
     def _measured(self) -> str:
         heading = "## What was measured\n\n"
@@ -111,8 +113,8 @@ class Card:
         if not self.evaluations:
             return f"{heading}Nothing: the run named neither safety prompts nor held-out rows."
         shown = moments(self.evaluations)
-        rows = [["", *(f"{each.when}, step {each.step}" for each in shown)]]
-        rows += [[title.strip(), *map(_value, values)] for title, _, values in measures(shown)]
+        rows = [["", *(markdown(f"{each.when}, step {each.step}") for each in shown)]]
+        rows += [[markdown(title), *map(_value, values)] for title, _, values in measures(shown)]
         gate = [self.gate.message.replace("\n  ", "\n- ")] if self.gate else []
         return heading + "\n\n".join([self._prompts(), _table(rows), *gate])
 
@@ -166,7 +168,7 @@ def _card_of(model: str) -> Path | None:
 
 def file_name(path: str) -> str:
     """Return a hub id as it is, and the last part of a local path: the card does not show where files lie."""
-    return _plain(path if _HUB_ID.fullmatch(path) and not Path(path).exists() else Path(path).name)
+    return one_line(path if _HUB_ID.fullmatch(path) and not Path(path).exists() else Path(path).name)
 
 
 def _data(data: TrainedOn) -> str:
@@ -175,14 +177,16 @@ def _data(data: TrainedOn) -> str:
 
 
 def _settings(settings: BaseModel) -> str:
-    known = [f"{key} {_setting(key, value)}" for key, value in settings if value is not None]
+    known = [
+        f"{key} {_setting(key, value)}" for key, value in without_secrets(dict(settings)).items() if value is not None
+    ]
     return ", ".join(known) or "default settings"
 
 
 def _setting(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return file_name(value) if key == "fisher" else _plain(str(value))
+    return file_name(value) if key == "fisher" else markdown(str(value))
 
 
 def _value(value: Any) -> str:
@@ -196,8 +200,3 @@ def _table(rows: list[list[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _plain(text: str) -> str:
-    """Put the text on one line, without backticks, which would end a code span."""
-    return " ".join(text.replace("`", "'").split())

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from safecl.config import ConfigError, RunConfig
+from safecl.config.secrets import without_secrets
 from safecl.engine.artifacts.base_model import fingerprint, versions
 from safecl.engine.checkpoint.report import BaseModel
 from safecl.planning.plans import RunPlan
@@ -47,7 +48,7 @@ def identity_of(plan: RunPlan, base: str | None = None) -> dict[str, Any]:
     """Return the identity that run.json and every checkpoint keep. base: hash of the base model's weights; None before
     the model is read."""
     return {
-        "config": plan.config.model_dump(mode="json"),
+        "config": without_secrets(plan.config.model_dump(mode="json")),
         "rows": {task.config.name: fingerprint(task.dataset) for task in plan.tasks},
         "memory_rows": fingerprint(plan.memory) if plan.memory is not None else None,
         "base": base,
@@ -89,7 +90,7 @@ def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], where: str) 
 def _completed(saved: dict[str, Any]) -> dict[str, Any]:
     """Give a saved config the defaults of keys that are newer than it; as it is where this safecl cannot read it."""
     try:
-        return RunConfig.model_validate(saved).model_dump(mode="json")
+        return without_secrets(RunConfig.model_validate(saved).model_dump(mode="json"))
     except ValueError:
         return saved
 

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import torch
 
 from safecl.config import RunConfig
+from safecl.config.secrets import without_secrets
 from safecl.distributed import devices
 from safecl.planning.plans import TaskPlan
 from safecl.storage.durable import replace_file
@@ -30,7 +31,7 @@ class MetricsLog:
         if folder is not None:
             replace_file(folder / "metrics.jsonl", earlier.decode())
             self._file = (folder / "metrics.jsonl").open("a+", encoding="utf-8")
-            settings = config.model_dump(mode="json")
+            settings = without_secrets(config.model_dump(mode="json"))
             self._trackers = [_TRACKERS[name](folder, folder.name, settings, step) for name in config.log.report_to]
 
     def so_far(self) -> bytes:

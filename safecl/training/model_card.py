@@ -8,6 +8,7 @@ from typing import Any
 from safecl.evaluation import Evaluation, GateResult
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.report.card import Card, TrainedOn
+from safecl.report.visible import one_line
 from safecl.training.state import RunState
 
 
@@ -51,5 +52,9 @@ def _of_task(run: RunState, task: TaskPlan, fingerprint: str) -> TrainedOn:
         notes.append(f"{len(decision['rows']):,} flagged rows {what}")
     role = " (alignment)" if task.config.role == "align" else ""
     return TrainedOn(
-        f"task `{task.config.name}`{role}", task.config.train, len(task.dataset), fingerprint, "; ".join(notes)
+        f"task `{one_line(task.config.name)}`{role}",
+        task.config.train,
+        len(task.dataset),
+        fingerprint,
+        "; ".join(notes),
     )

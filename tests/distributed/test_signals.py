@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 
 import pytest
@@ -61,3 +62,28 @@ def test_a_handler_that_was_set_meanwhile_stays(handlers):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
     set_handler(signal.SIGTERM, handlers[signal.SIGTERM])
+
+
+def test_a_closed_terminal_asks_like_sigterm_and_is_written_to_no_more():
+    """SIGHUP comes when the terminal is gone; a write to it would be an error in the middle of the last save."""
+    here, there = pty.openpty()
+    kept = os.dup(2)
+    os.dup2(there, 2)
+    try:
+        with StopRequest() as stop:
+            os.close(here)
+            send(signal.SIGHUP)
+            os.write(2, b"saving")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(there)
+    assert stop.name == "SIGHUP"
+
+
+def test_nohup_is_obeyed(handlers):
+    set_handler(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest(announce=False) as stop:
+        send(signal.SIGHUP)
+    assert not stop.requested
+    set_handler(signal.SIGHUP, handlers[signal.SIGHUP])
