@@ -104,6 +104,12 @@ def read_into(file: BinaryIO, position: int, target: memoryview) -> None:
         target, position = target[count:], position + count
 
 
+def record_of(path: Path) -> FileRecord:
+    """Size and XXH3-128 of a plain file. Raises DamagedCheckpoint where it cannot be opened."""
+    digest = hash_file(path)
+    return FileRecord(path.stat().st_size, digest)
+
+
 def hash_file(path: Path, *, from_disk: bool = False) -> str:
     """XXH3-128 of a plain file. With `from_disk` the system's copy in memory is dropped first, so that the disk is
     read."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from safecl.config import ConfigError, parse_bytes
 from safecl.distributed import collectives
+from safecl.engine.artifacts.teacher_outputs import relink
 from safecl.engine.checkpoint.format import Contents
 from safecl.engine.checkpoint.publishing import CheckpointFolder
 from safecl.engine.checkpoint.reading import CheckpointReader
@@ -125,6 +126,7 @@ class RunSaver:
         Raises ConfigError where all checkpoints are damaged, or belong to another run; the run is then unchanged.
         """
         states: dict[str, dict[str, Any]] = {}
+        self._mend_outputs(note)
 
         def read_state(contents: Contents) -> None:
             state = states[contents.folder.name] = self._read_state(contents)
@@ -146,6 +148,12 @@ class RunSaver:
         self._remember_versions()
         metrics = read_file(contents.folder / METRICS, contents.manifest.files[METRICS].size)
         return Resumed(contents.folder.name, progress, metrics, version_notes(state["versions"]))
+
+    def _mend_outputs(self, note: Callable[[str], None]) -> None:
+        run, plan = self.run, self.run.plan
+        has_checkpoints = collectives.on_first_rank(lambda: bool(self.checkpoints.names()))
+        if has_checkpoints and plan is not None and plan.memory is not None:
+            relink(run.engine, plan.memory, run.config, plan.tokenizer, self.memory_folder, note=note)
 
     def _read_state(self, contents: Contents) -> dict[str, Any]:
         try:

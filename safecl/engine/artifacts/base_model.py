@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ def model_hash(path: str, store: ArtifactStore | None = None) -> str:
     if store is not None:
         _keep_hash(store, path, [stamps, digest])
     return digest
+
+
+def once_per_model(path: str, what: str, store: ArtifactStore, work: Callable[[], None]) -> None:
+    """Do `work`, which passes or raises, unless it has passed before with the model's files as they are now. what: its
+    name in the store."""
+    stamps, name = [[str(file.resolve()), *_stamp(file)] for file in model_files(path)], f"{what} {path}"
+    if _known_hashes(store).get(name) != [stamps, what]:
+        work()
+        _keep_hash(store, name, [stamps, what])
 
 
 def model_files(path: str) -> list[Path]:

@@ -3,12 +3,14 @@ teacher outputs, Fisher information and memory rows.
 
     $SAFECL_CACHE/artifacts/            by default ~/.cache/safecl/artifacts, or the config's `artifacts.folder`
         teacher-cache/3f2a.../          one artifact: KIND / hash of its key
-            artifact.json               its whole key; written last, so that it marks the artifact as finished
+            artifact.json               its whole key, and size and hash of every file; written last, so that it marks
+                                        the artifact as finished
             ...                         the builder's files
         models.json                     hashes of models, so that a large one is read once
 
 An artifact's key names everything that it depends on: base model, tokenizer, settings. It is built where it is missing,
 by one run at a time (others wait), and used by all after that. A stopped build resumes from the files that are there.
+A finished artifact is used only where its files still have their hashes; else it is removed and built again.
 In a run, every rank calls
 
     store = ArtifactStore.of(config)
@@ -27,11 +29,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from safecl.config import ConfigError, RunConfig
 from safecl.storage.cache_folder import artifact_cache
-from safecl.storage.durable import replace_file
+from safecl.storage.durable import record_of, replace_file
 from safecl.storage.locks import FileLock
 
 T = TypeVar("T")
@@ -62,21 +64,42 @@ class ArtifactStore:
         key."""
         folder = self.folder_of(kind, key)
         try:
-            found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["key"]
+            found = _described(folder)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise ConfigError(
-                f"{folder / DESCRIPTION}: cannot be read; remove {folder}, and it is built again"
-            ) from None
-        refuse_other_key(found, key, folder)
+        refuse_other_key(found["key"], key, folder)
         return folder
 
-    def finish(self, kind: str, key: Key) -> Path:
-        """Mark the artifact as finished, once all its files are on the disk."""
+    def finish(self, kind: str, key: Key, *, hashed: bool = True) -> Path:
+        """Mark the artifact as finished, once all its files are on the disk. hashed: see `obtain`."""
         folder = self.folder_of(kind, key)
-        replace_file(folder / DESCRIPTION, json.dumps({"kind": kind, "key": dict(key)}, indent=1))
+        files = {path.name: vars(record_of(path)) for path in _files_of(folder)} if hashed else None
+        replace_file(folder / DESCRIPTION, json.dumps({"kind": kind, "key": dict(key), "files": files}, indent=1))
         return folder
+
+    def damage(self, kind: str, key: Key) -> str | None:
+        """Compare all files of a finished artifact with their hashes; name the first that differs, None where all are
+        right. Raises ConfigError where there is no artifact."""
+        folder = self.folder_of(kind, key)
+        files = _described(folder).get("files")
+        if files is None:
+            return f"{folder / DESCRIPTION} has no hashes of its files, since an earlier safecl has written it"
+        for name, record in files.items():
+            if Path(name).name != name:
+                return f"{folder / DESCRIPTION} names a file outside of its folder"
+            try:
+                if vars(record_of(folder / name)) != record:
+                    return f"the bytes of {folder / name} are not those that were written"
+            except ValueError as error:  # DamagedCheckpoint, or a name that no file has
+                return str(error)
+        return None
+
+    def discard(self, kind: str, key: Key) -> None:
+        """Remove the files of an artifact, whose lock this process holds."""
+        folder = self.folder_of(kind, key)
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        for path in _files_of(folder):
+            path.unlink()
 
     @contextlib.contextmanager
     def building(self, kind: str, key: Key) -> Iterator[Path | None]:
@@ -98,6 +121,24 @@ class ArtifactStore:
             yield folder if lock.take() else None
         finally:
             lock.close()
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """Read artifact.json. Raises ConfigError where it cannot be read, FileNotFoundError where there is none."""
+    try:
+        found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        files = found.get("files")
+        return {"key": found["key"], "files": None if files is None else dict(files)}
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"{folder / DESCRIPTION}: cannot be read; remove {folder}, and it is built again") from None
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The builder's files."""
+    own = (DESCRIPTION, LOCK)
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in own)
 
 
 def refuse_other_key(found: Key, wanted: Key, where: Path) -> None:
@@ -123,26 +164,31 @@ def obtain(
     build: Callable[[Path], None],
     note: Callable[[str], None] = lambda message: None,
     is_whole: Callable[[Path], bool] = lambda folder: True,
+    hashed: bool = True,
 ) -> Path:
     """Return the folder of an artifact, the same on every rank; build it where it is missing. A collective call.
 
     `build(folder)` runs on every rank and returns when its files are on the disk; the folder may hold files of a build
     that was stopped. `is_whole(folder)` runs on rank 0 and decides whether a finished artifact has all that is needed,
-    for artifacts that grow. `note` gets a message when the artifact is reused, built or waited for. Raises ConfigError.
+    for artifacts that grow. hashed: its files are hashed when it is finished, and compared each time that it is reused;
+    False for artifacts that grow and have checksums of their own. `note` gets a message when the artifact is reused,
+    built or waited for. Raises ConfigError.
     """
     from safecl.distributed import collectives
 
     folder, waits, began = store.folder_of(kind, key), False, time.monotonic()
     while True:
         with contextlib.ExitStack() as lock:
-            state = ask_first_rank(lambda: _look(store, kind, key, is_whole, lock))
+            state, found = ask_first_rank(lambda: _look(store, kind, key, is_whole, hashed, lock))
+            if found is not None:
+                note(f"{kind}: {found}; it is built again")
             if state == "finished":
                 note(f"{kind}: reused from {folder}")
                 return folder
             if state == "ours":
                 build(folder)
                 collectives.barrier()
-                ask_first_rank(lambda: store.finish(kind, key))
+                ask_first_rank(lambda: store.finish(kind, key, hashed=hashed))
                 note(f"{kind}: built in {folder}, {time.monotonic() - began:.1f} s")
                 return folder
         if not waits:
@@ -152,15 +198,26 @@ def obtain(
 
 
 def _look(
-    store: ArtifactStore, kind: str, key: Key, is_whole: Callable[[Path], bool], lock: contextlib.ExitStack
-) -> Literal["finished", "ours", "theirs"]:
-    """Find out whether an artifact is finished, ours to build (its lock is now taken), or built by another process."""
-    if _is_finished(store, kind, key, is_whole):
-        return "finished"
+    store: ArtifactStore,
+    kind: str,
+    key: Key,
+    is_whole: Callable[[Path], bool],
+    hashed: bool,
+    lock: contextlib.ExitStack,
+) -> tuple[Literal["finished", "ours", "theirs"], str | None]:
+    """Find out whether an artifact is finished, ours to build (its lock is now taken), or built by another process; and
+    the damage for which it is built again."""
+    if _is_finished(store, kind, key, is_whole) and not (hashed and store.damage(kind, key)):
+        return "finished", None
     if lock.enter_context(store.building(kind, key)) is None:
-        return "theirs"
+        return "theirs", None
     # The other process may have finished between the look and the lock.
-    return "finished" if _is_finished(store, kind, key, is_whole) else "ours"
+    if not _is_finished(store, kind, key, is_whole):
+        return "ours", None
+    if (damage := store.damage(kind, key) if hashed else None) is None:
+        return "finished", None
+    store.discard(kind, key)
+    return "ours", damage
 
 
 def _is_finished(store: ArtifactStore, kind: str, key: Key, is_whole: Callable[[Path], bool]) -> bool:

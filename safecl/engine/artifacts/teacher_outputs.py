@@ -3,6 +3,9 @@ that model.
 
 A cache belongs to one model, tokenizer and settings, and holds the rows of every memory that was ever used with them,
 by their contents. A run adds the rows that are missing. Training with the cache needs no teacher in memory.
+
+Each row has a forward pass of its own. So its outputs depend on nothing else: not on the rows that were missing when a
+build was stopped and started again, and not on the run that came first.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from safecl.config.run import memory_tokens
 from safecl.data import TokenDataset
 from safecl.distributed import collectives
 from safecl.engine.artifacts.base_model import base_key
-from safecl.engine.artifacts.store import ArtifactStore, obtain
+from safecl.engine.artifacts.store import ArtifactStore, ask_first_rank, obtain
 from safecl.engine.model.adapters import base_model
 from safecl.engine.passes.forward_engine import ForwardEngine
 from safecl.engine.passes.training_engine import TrainingEngine
@@ -85,10 +88,33 @@ def shared_outputs(
         build=lambda folder: write_outputs(engine, dataset, header, folder, note),
         note=note,
         is_whole=lambda folder: holds(folder, header, dataset),
+        hashed=False,
     )
     outputs = SharedOutputs(folder, header)
     outputs.reader.require(dataset.row_ids)
     return outputs
+
+
+def relink(
+    engine: TrainingEngine,
+    dataset: TokenDataset,
+    config: RunConfig,
+    tokenizer: Any,
+    memory: Path,
+    *,
+    note: Note = lambda message: None,
+) -> None:
+    """Before a run is resumed, compute outputs that its memory needs and the cache has lost, and name the cache in the
+    memory's folder again. A collective call.
+
+    The engine's weights are still the base model's then. Nothing is done where the memory has outputs of its own.
+    """
+    assert config.memory is not None
+    shares = needs_outputs(config) and config.memory.teacher.kind == "topk" and config.tasks[0].role != "align"
+    if not shares or not ask_first_rank(memory.is_dir):
+        return
+    outputs = shared_outputs(engine, dataset, config, tokenizer, note=note)
+    ask_first_rank(lambda: outputs.link(memory))
 
 
 def holds(folder: Path, header: CacheHeader, dataset: TokenDataset) -> bool:
@@ -111,7 +137,8 @@ def write_outputs(
         missing = dataset.select(np.flatnonzero(~writer.has(dataset.row_ids)))
         collectives.barrier()  # every rank has looked before one writes
         noted_at, done = time.monotonic(), 0
-        for rows in _portions(outputs_of_rows(engine, missing, "topk", k=header.k, temperature=header.temperature)):
+        settings = {"k": header.k, "temperature": header.temperature}
+        for rows in _portions(outputs_of_rows(engine, missing, "topk", alone=True, **settings)):
             row_ids = [int(missing.row_ids[index]) for index, _ in rows]
             writer.add(row_ids, [stored_form(output) for _, output in rows], [mean_nll(output) for _, output in rows])
             done += len(rows)

@@ -30,13 +30,15 @@ def outputs_of_rows(
     *,
     all_tokens: bool = False,
     rank_of: np.ndarray | None = None,
+    alone: bool = False,
     **settings: Any,
 ) -> Outputs:
     """Yield the outputs of this rank's share of the rows. A collective call: every rank must consume all of its share.
 
     task, settings: of LanguageModel.forward ("topk" with k and temperature, which also gives the targets' `nll`, or
     "hidden"). The tokens are those that predict a supervised target, or all. Exactly one rank computes a row: that of
-    `rank_of` [rows], or else one that depends on the lengths alone.
+    `rank_of` [rows], or else one that depends on the lengths alone. alone: each row has a forward pass of its own. The
+    last bits of its outputs then do not depend on the rows beside it.
     """
     layout = engine.layout
     with engine.evaluation_mode():
@@ -44,9 +46,17 @@ def outputs_of_rows(
             dataset.lengths, layout.world_size * layout.tokens_per_microbatch * MICRO_BATCHES_AT_ONCE
         ):
             rows = [_row_to_place(dataset, i, None if rank_of is None else int(rank_of[i])) for i in indices]
-            for part in split_step(rows, layout)[engine.rank]:
+            split = split_step(rows, layout)
+            for part in (_one_by_one(split) if alone else split)[engine.rank]:
                 chosen = [int(indices[j]) for j in part]
                 yield from _outputs_of(engine, chosen, dataset.rows(chosen), task, all_tokens, settings)
+
+
+def _one_by_one(split: list[list[list[int]]]) -> list[list[list[int]]]:
+    """Cut each rank's micro-batches into rows. Ranks with fewer rows get empty ones: each is a collective call."""
+    rows = [[[index] for part in parts for index in part] for parts in split]
+    most = max(map(len, rows))
+    return [parts + [[]] * (most - len(parts)) for parts in rows]
 
 
 def _row_to_place(dataset: TokenDataset, index: int, rank: int | None) -> StepRow:

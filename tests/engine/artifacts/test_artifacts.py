@@ -135,3 +135,38 @@ def test_an_unchanged_model_is_hashed_once(tmp_path, monkeypatch):
     first = model_hash(str(tmp_path / "model"), store)
     monkeypatch.setattr(base_model, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
     assert model_hash(str(tmp_path / "model"), store) == first
+
+
+def _write(folder: Path) -> None:
+    (folder / "values").write_bytes(b"0123456789")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "longer", "without hashes"])
+def test_a_damaged_artifact_is_found_named_and_built_again(tmp_path, damage):
+    store, said, built = ArtifactStore(tmp_path), [], []
+
+    def build(folder: Path) -> None:
+        built.append(sorted(path.name for path in folder.iterdir()))
+        _write(folder)
+
+    folder = obtain(store, "fisher", KEY, build=build)
+    values, described = folder / "values", folder / "artifact.json"
+    if damage == "gone":
+        values.unlink()
+    elif damage == "without hashes":
+        described.write_text(json.dumps({"kind": "fisher", "key": KEY}))
+    else:
+        values.write_bytes({"flipped": b"0123456788", "cut": b"01234", "longer": b"0123456789x"}[damage])
+    obtain(store, "fisher", KEY, build=build, note=said.append)
+    assert built == [["build.lock"], ["build.lock"]], "nothing of the damaged artifact is left for the builder"
+    assert said[0].startswith("fisher: ") and said[0].endswith("; it is built again") and str(folder) in said[0]
+    assert said[1].startswith("fisher: built") and values.read_bytes() == b"0123456789"
+    assert store.damage("fisher", KEY) is None
+
+
+def test_an_artifact_that_grows_has_no_hashes_of_its_files(tmp_path):
+    store, built = ArtifactStore(tmp_path), []
+    for _ in range(2):
+        folder = obtain(store, "cache", KEY, build=lambda folder: built.append(_write(folder)), hashed=False)
+        (folder / "values").write_bytes(b"more than before")
+    assert len(built) == 1

@@ -151,3 +151,25 @@ def test_outputs_are_asked_for_by_methods_guards_and_draws_that_need_them():
         and not needs({"er": {}}, guard={"flag_tag": "bad"})
     )
     assert needs({"der": {}}) and needs({"er": {}}, draw="mix_cd") and needs({"er": {}}, guard={"max_nll": 3.0})
+
+
+def build_parts(folder: str, parts: list[list[int]]) -> None:
+    """Write the outputs of these rows in several builds, each on the rows that are missing then."""
+    for rows in parts:
+        chosen = random_dataset(20, seed=2).select(np.array(rows))
+        teacher_outputs.write_outputs(forward_engine(2), chosen, HEADER, Path(folder))
+
+
+def test_outputs_do_not_depend_on_the_builds_that_they_come_from(rank_pool, tmp_path):
+    """A build that was killed anywhere, and another memory that came first, leave no trace in the numbers."""
+    whole = [list(range(20))]
+    rank_pool(1).run(build_parts, folder=str(tmp_path / "whole"), parts=whole)
+    expected = contents(tmp_path / "whole")
+    for number, first in enumerate(([0], [3, 1, 19], list(range(7)), list(range(1, 20, 2)))):
+        for ranks in (1, 2):
+            folder = tmp_path / f"{number}-{ranks}"
+            rank_pool(ranks).run(build_parts, folder=str(folder), parts=[first, *whole])
+            found = contents(folder)
+            assert found.keys() == expected.keys()
+            for row_id, parts in expected.items():
+                assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(parts, found[row_id], strict=True))
