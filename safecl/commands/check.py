@@ -23,8 +23,10 @@ def check_run(config: RunConfig) -> None:
     bad rows it names file and line."""
     preflight(config)
     from safecl.data import describe
+    from safecl.planning.checks import check_fisher_values
     from safecl.planning.describe import describe_plan
     from safecl.planning.memory_report import memory_lines
+    from safecl.planning.model_checks import check_weights_are_finite
     from safecl.planning.model_shape import ModelShape
     from safecl.planning.run_plan import plan_run
     from safecl.planning.step_report import prediction
@@ -33,6 +35,8 @@ def check_run(config: RunConfig) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     plan = plan_run(config)
+    check_weights_are_finite(config)
+    check_fisher_values(config)
     facts = describe_plan(plan)
     model = model_structure(config.model)
     facts[1:1] = model_facts(model, config)

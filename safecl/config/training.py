@@ -66,7 +66,8 @@ class TrainConfig(Section):
     max_bad_rows: Annotated[float, Field(ge=0)] = 0.01
     """Bad rows that are skipped with a message: a share below 1, a count from 1 on. More of them stop the run."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 5
-    """Largest number of consecutive steps without a finite gradient; one more stops the run."""
+    """Stop after this many steps in a row without a finite gradient, and after a quarter of the task's steps at the
+    latest. Such steps change nothing. 0 and 1 stop at the first."""
     hang_timeout: Annotated[float, Field(gt=0)] | Literal["auto", "never"] = "auto"
     """Seconds that a step may be without progress. Then the run ends with code 1 and says which rank hangs and where;
     the stacks of all ranks are in `hangs/` of the run folder. auto: 10 x the median step + 60 s, and half an hour in

@@ -47,6 +47,18 @@ def check_scan(plan: RunPlan) -> None:
     plan.scanned = [*known.disallowed, *known.benign]
 
 
+def check_fisher_values(config: RunConfig) -> None:
+    """Raise ConfigError for a Fisher file with a value that is NaN, infinite or negative, as the run does.
+
+    Reads the whole file.
+    """
+    from safecl.engine.fisher.file import open_fisher
+
+    for path in dict.fromkeys(settings.fisher_file for settings in config.methods.values()):
+        if path is not None:
+            open_fisher(path).check_values()
+
+
 def check_sizes(plan: RunPlan) -> None:
     """Refuse, unless train.allow_few_steps is set, too few steps and an average that mostly holds the start."""
     allow = plan.config.train.allow_few_steps

@@ -1,22 +1,27 @@
-"""Checks of a planned run against its model, which read the model's settings and the headers of its files only."""
+"""Checks of a planned run against its model. Only `check_weights_are_finite` reads more than the model's settings and
+the headers of its files."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from safecl.config import ConfigError
+from safecl.config import ConfigError, ModelConfig, RunConfig
 from safecl.data import TokenDataset
 from safecl.data.files import where
+from safecl.engine.artifacts.base_model import once_per_model
+from safecl.engine.artifacts.store import ArtifactStore
 from safecl.engine.model.adapters import add_adapters, weight_names
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.settings import read_model_settings
 from safecl.engine.model.structure import empty_model
 from safecl.engine.reference.layout import Layout
 from safecl.engine.reference.sources import find_weights
+from safecl.engine.teachers.checks import other_models
 from safecl.evaluation.answers.prompts import encode_within
 from safecl.evaluation.answers.texts import place_of
 from safecl.evaluation.task import check_rows, encode_rows
@@ -61,6 +66,22 @@ def _check_weights(model: PreTrainedModel, plan: RunPlan) -> list[str]:
         return [f"model.path: {config.path} is not downloaded yet; its tensors are checked when it is"]
     found = find_weights(config.path, Layout.of(model, CONFIG_DTYPES[config.dtype]), model, config.trust_remote_code)
     return list(found.notes)
+
+
+def check_weights_are_finite(config: RunConfig) -> None:
+    """Raise ConfigError for a weight that is NaN or infinite, in the model or in an online teacher, in the words of the
+    run that reads it. A model whose files have not changed is read once."""
+    store = ArtifactStore.of(config)
+    for settings in [config.model, *other_models(config)]:
+        if has_weights_here(settings.path):
+            work = functools.partial(_check_weights_are_finite, settings)
+            once_per_model(settings.path, f"finite in {settings.dtype}", store, work)
+
+
+def _check_weights_are_finite(settings: ModelConfig) -> None:
+    dtype, trusted = CONFIG_DTYPES[settings.dtype], settings.trust_remote_code
+    model = empty_model(settings.path, dtype, trust_remote_code=trusted)
+    find_weights(settings.path, Layout.of(model, dtype), model, trusted).check_finite()
 
 
 def _note_on_head(settings: PretrainedConfig, model: PreTrainedModel, path: str) -> list[str]:

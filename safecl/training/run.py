@@ -49,8 +49,8 @@ class Run(RunState):
         self._ahead: ReadAhead | None = None
         self._ready: dict[str, Ready] = {}
         """The rows and micro-batches read for the current step, by gradient; each is removed when it is used."""
-        self._passes: list[tuple[list[StepRow], StepLosses]] = []
-        """The passes of the current step, for draws that follow losses."""
+        self.passes: list[tuple[list[StepRow], StepLosses]] = []
+        """The passes of the last step, for draws that follow losses and for messages."""
         self._waited = 0.0
 
     # ---------------------------------------------------------------------------------------------------------- a task
@@ -139,7 +139,7 @@ class Run(RunState):
     def train_step(self, task: TaskPlan) -> StepLosses:
         """Make one optimizer step of the task: task rows and replayed rows in one forward pass, one backward pass, one
         pass over the shard."""
-        self._ready, self._passes = self._take_ready(task), []
+        self._ready, self.passes = self._take_ready(task), []
         for method in self.active_methods:
             method.before_step(self.view)
         ready = self._ready.pop(steps.TASK)
@@ -150,8 +150,9 @@ class Run(RunState):
             self.penalties.in_loss(self.active_methods),
             ready.batches,
         )
-        self._passes.append((ready.rows, losses))
-        self._log_losses_of_replayed_rows()
+        self.passes.append((ready.rows, losses))
+        if self.engine.optimizer.result.applied:
+            self._log_losses_of_replayed_rows()
         self.step += 1
         self.global_step += 1
         return losses
@@ -182,14 +183,14 @@ class Run(RunState):
         """See safecl.methods.context.Run.memory_gradient."""
         ready = self._ready.pop(stream, None) or Ready(steps.gradient_rows(self, stream, self.step), None)
         losses = self.engine.gradient_pass(ready.rows, self.engine.stash(kind), batches=ready.batches)
-        self._passes.append((ready.rows, losses))
+        self.passes.append((ready.rows, losses))
         return self.engine.optimizer.result.applied
 
     def _log_losses_of_replayed_rows(self) -> None:
         if self.memory is None or not self.memory.follows_losses or not self.active_methods:
             return
-        rows = [row for rows, _ in self._passes for row in rows]
-        own = {key: loss for _, losses in self._passes for key, loss in losses.of_replayed_rows().items()}
+        rows = [row for rows, _ in self.passes for row in rows]
+        own = {key: loss for _, losses in self.passes for key, loss in losses.of_replayed_rows().items()}
         self.memory.log_losses(self.global_step, rows, own)
 
     # ------------------------------------------------------------------------------------------------------------- rows

@@ -64,7 +64,7 @@ def dataset_rows(
     sizes = zip(indices.tolist(), data.lengths[indices].tolist(), data.num_targets[indices].tolist(), strict=True)
     weights = (ce_weights if row_weights is None else ce_weights * row_weights[indices].astype(np.float64)).tolist()
     return [
-        StepRow(TASK, length, targets, functools.partial(_load_row, data, i), weight)
+        StepRow(TASK, length, targets, functools.partial(_load_row, data, i), weight, index=i)
         for (i, length, targets), weight in zip(sizes, weights, strict=True)
     ]
 

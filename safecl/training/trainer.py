@@ -17,6 +17,7 @@ evaluation/gates/gate.py.
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from safecl.distributed.progress import STEP, phase, step_took
 from safecl.distributed.signals import StopRequest
 from safecl.distributed.watchdog import watching
 from safecl.engine.artifacts.base_model import model_files
+from safecl.engine.checkpoint.model_export import ModelNotFinite
 from safecl.engine.checkpoint.report import SaveReport
 from safecl.evaluation import GateResult
 from safecl.launching.preflight import check_ranks
@@ -37,6 +39,7 @@ from safecl.launching.status import write_ranks
 from safecl.launching.stragglers import Pace
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.planning.run_plan import plan_run
+from safecl.report.card import Card
 from safecl.report.skipped import skipped_sentence
 from safecl.training.console import Console, StepLines
 from safecl.training.folder import LOCK, RunFolder
@@ -44,6 +47,7 @@ from safecl.training.identity import base_of, identity_of, refuse_folder_of_othe
 from safecl.training.measuring import Measurements
 from safecl.training.metrics_log import MetricsLog, step_values
 from safecl.training.model_card import card_of
+from safecl.training.nonfinite import cause_of_skip, fault_in_state
 from safecl.training.opening import open_run
 from safecl.training.replay_memory import make_memory
 from safecl.training.results import complete_folder, results_of, save_models, write_report
@@ -51,8 +55,9 @@ from safecl.training.resume import Progress, RunSaver
 from safecl.training.run import Run
 from safecl.training.screening import screen_run
 
-SECONDS_FOR_THE_LAST_SAVE = 60.0
-"""A run that fails waits at most this long for a checkpoint that is being written."""
+SECONDS_FOR_THE_LAST_SAVE = 20.0
+"""A run that fails waits at most this long for a checkpoint that is being written. With the time that a launcher needs,
+no rank outlives another by more than 30 s."""
 
 
 class TrainingFailed(RuntimeError):
@@ -108,7 +113,7 @@ class Trainer:
     def fit(self) -> RunResult:
         """Run all tasks and return what was measured.
 
-        SIGTERM, SIGINT and SIGUSR1 end it after the current step, with `stopped` set; a second Ctrl-C raises
+        SIGTERM, SIGINT, SIGUSR1 and SIGHUP end it after the current step, with `stopped` set; a second Ctrl-C raises
         KeyboardInterrupt at once.
         """
         self._began = time.perf_counter()
@@ -263,14 +268,10 @@ class Trainer:
                 if isinstance(every, int) and run.global_step % every == 0 and run.step < task.num_steps:
                     self._save(run)
                 self._end_where_asked(run, stop)
-        if self.progress.skipped_in_a_row >= task.num_steps:
-            raise TrainingFailed(
-                f"task {task.config.name}: none of its {task.num_steps} steps was applied, since no gradient was "
-                "finite; no model is saved. Look for weights that are not finite in model.path, or use dtype: fp32"
-            )
 
     def _measure_after(self, run: Run, task: TaskPlan) -> None:
         run.end_task()
+        self._refuse_nonfinite(run, fault_in_state(run, ("weights", "ema")), "after the last update")
         self.measured.after_task(run, task)
 
     def _hand_over(self, run: Run, task: TaskPlan) -> None:
@@ -289,7 +290,7 @@ class Trainer:
         self.progress.skipped_in_a_row = 0 if applied else self.progress.skipped_in_a_row + 1
         run.skipped_steps += not applied
         totals = losses.totals()
-        stop = totals.pop("stop") > 0
+        stop, nonfinite = totals.pop("stop") > 0, totals.pop("nonfinite") > 0
         seconds = time.perf_counter() - began
         step_took(seconds)
         if self._pace is not None:
@@ -298,15 +299,25 @@ class Trainer:
         self.progress.num_tokens += values["tokens"]
         self._metrics.write(values)
         lines.step(values)
+        if nonfinite or not applied or not math.isfinite(totals["penalty"]):
+            self._refuse_nonfinite(run, fault_in_state(run), "this step")
         if not applied:
             self._report_skipped(run, task)
         return stop
 
+    def _refuse_nonfinite(self, run: Run, fault: str | None, since: str) -> None:
+        """Fail the run where its state is not finite, before it is saved. fault: what `fault_in_state` has found."""
+        if fault is not None:
+            kept = self._saver.checkpoints.names()
+            newest = f"the newest checkpoint, {kept[0]}, is from before" if kept else "there is no earlier checkpoint"
+            raise TrainingFailed(
+                f"step {run.global_step - 1}: {fault}; known since {since}. Nothing is saved of it; {newest}"
+            )
+
     def _report_skipped(self, run: Run, task: TaskPlan) -> None:
-        rows, in_a_row = task.order.rows_of_step(run.step - 1), self.progress.skipped_in_a_row
-        places = ", ".join(str(int(line)) for line in task.dataset.lines[rows][:8]) + (", ..." if len(rows) > 8 else "")
-        message = f"step {run.global_step - 1}: the gradient is not finite, step skipped (its rows are lines {places})"
-        if in_a_row > self.config.train.max_skipped_steps:
+        in_a_row = self.progress.skipped_in_a_row
+        message = f"step {run.global_step - 1}: skipped, its gradient is not finite: {cause_of_skip(run, task)}"
+        if in_a_row >= max(1, min(self.config.train.max_skipped_steps, task.num_steps // 4)):
             raise TrainingFailed(
                 f"{message}; {in_a_row} in a row, the run stops; try a lower train.learning_rate or dtype: fp32"
             )
@@ -364,7 +375,7 @@ class Trainer:
         card = card_of(
             run, self.plan, self.folder.resolve().name, self._identity, num_tokens, evaluations, gate, skipped
         )
-        self.console.note(save_models(run, self.plan, self.folder, card))
+        self.console.note(self._save_models(run, card))
         results = results_of(
             run,
             evaluations,
@@ -383,6 +394,13 @@ class Trainer:
             self.console.note(skipped)
         self.console.results(evaluations, gate, self.folder)
         return RunResult(self.folder, results, gate)
+
+    def _save_models(self, run: Run, card: Card) -> str:
+        try:
+            return save_models(run, self.plan, self.folder, card)
+        except ModelNotFinite as error:
+            last = run.global_step - 1 - self.progress.skipped_in_a_row
+            raise TrainingFailed(f"{error}; what the update of step {last} wrote was finite") from None
 
     def _close(self, run: Run) -> None:
         self._saver.close(SECONDS_FOR_THE_LAST_SAVE)

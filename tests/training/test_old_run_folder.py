@@ -69,11 +69,11 @@ def test_a_stopped_run_of_format_1_goes_on_with_one_rank_and_nothing_sharded(fol
 def test_a_run_of_another_format_is_refused_with_both_versions_and_left_as_it_is(folder):
     """The message names the version that is there and the version that this safecl reads."""
     checkpoint = folder / "stopped" / "checkpoints" / CHECKPOINT
-    give_version(checkpoint / "manifest.json", 2)
+    give_version(checkpoint / "manifest.json", 3)
     ended = train(folder, ranks=1)
     assert ended.codes == [USAGE], ended.said
     said = " ".join(ended.said.split())
-    assert "safecl-checkpoint version 2, this safecl reads safecl-checkpoint version 1" in said
+    assert "safecl-checkpoint version 3, this safecl reads safecl-checkpoint versions 1 and 2" in said
     assert [path.name for path in sorted(checkpoint.parent.iterdir())] == ["latest", CHECKPOINT]
 
 

@@ -92,10 +92,10 @@ def test_a_checkpoint_of_another_version_is_refused_and_neither_set_aside_nor_pa
     changes = dict(methods={}, deepspeed={"stage": 1})
     rank_pool(2).run(resume_scenes.train_and_save, folder=folder, steps=2, save_after=[1, 2], **changes)
     newest = Path(folder) / "checkpoints" / "step-00000002"
-    manifest = dataclasses.replace(read_manifest(newest), version=2)
+    manifest = dataclasses.replace(read_manifest(newest), version=3)
     (newest / MANIFEST).write_bytes(dump_manifest(manifest))
     for message in rank_pool(2).run(resume_scenes.refusal_of_resuming, folder=folder, **changes):
-        assert "safecl-checkpoint version 2, this safecl reads safecl-checkpoint version 1" in message
+        assert "safecl-checkpoint version 3, this safecl reads safecl-checkpoint versions 1 and 2" in message
         assert "resume with the safecl that wrote it" in message
     assert newest.is_dir() and not list(newest.parent.glob("damaged-*"))
 

@@ -241,38 +241,35 @@ def test_generation_under_zero_equals_the_plain_model_with_unequal_numbers_of_pr
         assert found == (expected[: expected.index(2)] if 2 in expected else expected)
 
 
-def fit_without_a_finite_weight(tree: dict, cache: str) -> str:
-    """The message of a run whose base model holds a weight that is no number."""
-    from safetensors.torch import load_file, save_file
+def fit_without_a_finite_gradient(tree: dict, cache: str) -> tuple[str, int]:
+    """The message of a run in which no gradient is finite, and the number of its steps."""
+    from unittest import mock
 
+    from safecl.engine.zero.optimizer import ShardAdamW
     from safecl.training.trainer import TrainingFailed
 
-    weights = Path(tree["model"]["path"]) / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["model.norm.weight"][0] = float("nan")
-    save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(TrainingFailed) as failed:
+    nan = torch.tensor(float("nan"))
+    with mock.patch.object(ShardAdamW, "grad_norm", lambda *_, **__: nan), pytest.raises(TrainingFailed) as failed:
         fit(tree, cache)
-    return str(failed.value)
+    return str(failed.value), len((Path(tree["output"]) / "metrics.jsonl").read_text().splitlines())
 
 
-def test_a_run_without_one_applied_step_fails_and_saves_no_model(rank_pool, materials, tmp_path):
-    """max_skipped_steps is larger than such a run."""
-    import shutil
-
-    shutil.copytree(materials / "random-model", tmp_path / "model")
+@pytest.mark.parametrize("max_skipped, steps, made", [(3, 40, 3), (5, 8, 2), (5, 3, 1), (0, 40, 1)])
+def test_a_run_stops_after_max_skipped_steps_or_a_quarter_of_the_task(
+    rank_pool, materials, tmp_path, max_skipped, steps, made
+):
     config = tree(
         materials,
-        tmp_path / "run",
-        model={"path": str(tmp_path / "model")},
-        train={"max_steps": 2},
+        tmp_path,
+        train={"max_steps": steps, "max_skipped_steps": max_skipped},
         deepspeed={"stage": 0},
     )
     for section in ("memory", "methods", "safety"):
         del config[section]
-    (message,) = rank_pool(1).run(fit_without_a_finite_weight, tree=config, cache=str(materials / "cache"))
-    assert "task sentiment: none of its 2 steps was applied" in message
-    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "results.json").exists()
+    ((message, lines),) = rank_pool(1).run(fit_without_a_finite_gradient, tree=config, cache=str(materials / "cache"))
+    assert lines == made and f"; {made} in a row, the run stops" in message
+    assert "every loss is finite" in message and "task.jsonl:" in message
+    assert not (tmp_path / "model").exists() and not (tmp_path / "results.json").exists()
 
 
 def fit_with_skipped_steps(tree: dict, cache: str, skipped: list[int]) -> tuple[int, dict, tuple[int, int]]:
@@ -302,14 +299,14 @@ def fit_with_skipped_steps(tree: dict, cache: str, skipped: list[int]) -> tuple[
 @pytest.mark.parametrize(
     ("skipped", "at_the_end", "told"),
     [
-        ([3], 1, "1 of 4 steps was skipped: no finite gradient. The last step was one of them"),
-        ([0, 2, 3], 2, "3 of 4 steps were skipped: no finite gradient. The last 2 steps were among them"),
-        ([1], 0, "1 of 4 steps was skipped: no finite gradient. Later steps were applied."),
+        ([11], 1, "1 of 12 steps was skipped: no finite gradient. The last step was one of them"),
+        ([0, 10, 11], 2, "3 of 12 steps were skipped: no finite gradient. The last 2 steps were among them"),
+        ([1], 0, "1 of 12 steps was skipped: no finite gradient. Later steps were applied."),
         ([], 0, None),
     ],
 )
 def test_a_run_says_which_steps_were_skipped_and_ends_well(rank_pool, materials, tmp_path, skipped, at_the_end, told):
-    config = tree(materials, tmp_path / "run", train={"max_steps": 4}, deepspeed={"stage": 0})
+    config = tree(materials, tmp_path / "run", train={"max_steps": 12}, deepspeed={"stage": 0})
     for section in ("memory", "methods", "safety"):
         del config[section]
     arguments = dict(tree=config, cache=str(materials / "cache"), skipped=skipped)

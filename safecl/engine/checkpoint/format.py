@@ -41,7 +41,9 @@ from safecl.storage.durable import (
 from safecl.storage.safetensors_file import ITEM_BYTES, Tensor, header_bytes, read_header
 
 FORMAT = "safecl-checkpoint"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 does not say whether the state is finite."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"  # the kind of the weights themselves
 RANDOM = "random"  # key of a rank's random states in the metadata of its file
@@ -102,6 +104,7 @@ class Manifest:
     """The contents of a checkpoint.
 
     `parameters`: shapes by name. `kinds`: dtypes of the stored state by kind. `references`: kinds that equal a model.
+    `finite`: no value of the state is NaN or infinite; version 1 does not say it.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -113,6 +116,7 @@ class Manifest:
     parameters: dict[str, tuple[int, ...]]
     kinds: dict[str, str]
     references: dict[str, Reference] = field(default_factory=dict)
+    finite: bool = False
     version: int = VERSION
     format: str = FORMAT
 
@@ -222,9 +226,10 @@ def read_manifest(folder: Path) -> Manifest:
 def _parse_manifest(path: Path, body: bytes) -> Manifest:
     try:
         values = json.loads(body)
-        if (values["format"], values["version"]) != (FORMAT, VERSION):
+        if values["format"] != FORMAT or values["version"] not in READABLE:
             raise OtherFormat(
-                f"{path}: {values['format']} version {values['version']}, this safecl reads {FORMAT} version {VERSION}"
+                f"{path}: {values['format']} version {values['version']}, this safecl reads {FORMAT} versions "
+                f"{' and '.join(map(str, READABLE))}"
             )
         manifest = _MANIFEST.validate_python(values)
     except ValidationError as error:

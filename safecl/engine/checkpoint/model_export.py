@@ -1,5 +1,5 @@
 """Writes the live model as a Hugging Face model folder: streamed parameter by parameter, read back and compared, and
-published by rename.
+published by rename. A tensor that is not finite is refused.
 
 Memory: sharded parameters are gathered on every rank, one at a time, and rank 0 writes each in blocks of 16 MiB.
 Besides the training's memory no rank holds more than two of the largest parameters (gloo gathers through a second
@@ -26,6 +26,7 @@ from safecl.engine.model.adapters import base_model
 from safecl.engine.model.dtypes import DTYPE_NAMES, tensor_bytes
 from safecl.engine.model.tensor_names import saved_names
 from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.kernels.finite import count_nonfinite
 from safecl.storage.durable import BLOCK_BYTES, DamagedCheckpoint, FileRecord, hash_file, sync_folder, write_file
 from safecl.storage.model_folder import INDEX, plan_files
 from safecl.storage.safetensors_file import header_bytes, num_bytes, read_header
@@ -50,6 +51,17 @@ class Tokenizer(Protocol):
 class ExportFailed(RuntimeError):
     """A model folder could not be written, or differs from what was written. An older folder of the name is
     untouched."""
+
+
+class ModelNotFinite(ExportFailed):
+    """A tensor of the model holds values that are NaN or infinite; it is handed over to nobody."""
+
+
+_NOT_FINITE = "are not finite (NaN or infinite)"
+
+
+class _NotFinite(ValueError):
+    """The same on the rank that writes."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,8 @@ def save_model(
 
     `card` is the text of the folder's README.md. With LoRA the folder holds the adapter only.
     `AutoModelForCausalLM.from_pretrained(folder)` (or peft) loads it. The folder appears when everything in it is on
-    the disk and verified; an older one of the name is replaced. Raises ExportFailed on all ranks.
+    the disk and verified; an older one of the name is replaced. Raises ExportFailed on all ranks,
+    ModelNotFinite for a tensor that is not finite.
     """
     model, partial = cast("PreTrainedModel", engine.module.model), folder.with_name(f".{folder.name}.partial")
     is_adapter = hasattr(model, "peft_config")
@@ -110,7 +123,8 @@ def _on_first_rank(work: Callable[[], T]) -> T:
 
 
 def _failure(problem: str) -> ExportFailed:
-    return ExportFailed(f"the model could not be saved: {problem}; the same command goes on from the last checkpoint")
+    kind = ModelNotFinite if problem.endswith(_NOT_FINITE) else ExportFailed
+    return kind(f"the model could not be saved: {problem}; the same command goes on from the last checkpoint")
 
 
 def _begin(partial: Path, size: int) -> None:
@@ -205,19 +219,20 @@ def _save_weights(tensors: _Tensors, partial: Path, max_file_bytes: int) -> Call
     rank 0, or raises the error of writing them."""
     files = plan_files({name: tensors.size(name) for name in tensors.shapes}, max_file_bytes)
     records: dict[str, FileRecord] = {}
-    problem: OSError | None = None
+    problem: OSError | _NotFinite | None = None
     for file, names in files.items():
         values = tensors.values(names)
         if collectives.rank() == 0 and problem is None:
             try:
                 records[file] = write_file(partial / file, _parts(tensors, names, values))
-            except OSError as error:
+            except (OSError, _NotFinite) as error:
                 problem = error
         for _ in values:  # every rank takes part in gathering, also in that of tensors that a full disk has left over
             pass
 
     def finish() -> Exported:
         if problem is not None:
+            shutil.rmtree(partial, ignore_errors=True)
             raise problem
         if len(files) > 1:
             _write_index(partial, files, tensors)
@@ -228,10 +243,17 @@ def _save_weights(tensors: _Tensors, partial: Path, max_file_bytes: int) -> Call
 
 def _parts(tensors: _Tensors, names: list[str], values: Iterator[torch.Tensor | None]) -> Iterator[bytes | memoryview]:
     yield header_bytes({tensors.saved_names[name]: tensors.kind(name) for name in names}, {"format": "pt"})
-    for value in values:
+    for name, value in zip(names, values, strict=False):  # a strict zip would gather once more than other ranks
         assert value is not None, "rank 0 has whole tensors"
+        _refuse_nonfinite(tensors.saved_names[name], value)
         for block in value.reshape(-1).view(torch.uint8).split(BLOCK_BYTES):
             yield tensor_bytes(block.cpu())
+
+
+def _refuse_nonfinite(name: str, value: torch.Tensor) -> None:
+    """Raise _NotFinite for a tensor with NaN or infinite values."""
+    if count := count_nonfinite(value):
+        raise _NotFinite(f"{count:,} of the {value.numel():,} values of {name} {_NOT_FINITE}")
 
 
 def _write_index(partial: Path, files: dict[str, list[str]], tensors: _Tensors) -> None:
@@ -264,6 +286,9 @@ def _save_adapter(engine: TrainingEngine, tensors: _Tensors, partial: Path) -> C
 
     def finish() -> Exported:
         from safetensors.torch import load_file
+
+        for name, value in state.items():
+            _refuse_nonfinite(name, value)
 
         # Without save_embedding_layers=False peft adds the base's embedding where that has an adapter.
         adapted = cast(Any, engine.module.model)

@@ -99,9 +99,9 @@ class CheckpointFolder:
     # -------------------------------------------------------------------------------------------------------- retention
 
     def prune(self, keep: int) -> None:
-        """Delete checkpoints that are older than the `keep` newest whole ones, and damaged ones. Call it only after
-        publishing."""
-        for name in superseded(self.names(), self.is_whole, keep):
+        """Delete checkpoints that are older than the `keep` newest whole ones, and damaged ones; see `superseded`. Call
+        it only after publishing."""
+        for name in superseded(self.names(), self.is_whole, keep, self.is_finite):
             os.rename(self.path / name, self.path / (DELETING + name))
             durable.at("marked for deletion")
         for path in self.path.glob(DAMAGED + "*"):
@@ -115,6 +115,13 @@ class CheckpointFolder:
         except DamagedCheckpoint:
             return False
         return True
+
+    def is_finite(self, name: str) -> bool:
+        """True where the checkpoint says that no value of its state is NaN or infinite."""
+        try:
+            return read_manifest(self.path / name).finite
+        except DamagedCheckpoint:
+            return False
 
     def set_aside(self, name: str) -> Path:
         """Rename a damaged checkpoint, so that it no longer counts as one."""
@@ -137,15 +144,26 @@ class CheckpointFolder:
             durable.at("deleted")
 
 
-def superseded(newest_first: Iterable[str], is_whole: Callable[[str], bool], keep: int) -> list[str]:
-    """Names that are older than the `keep` newest whole ones; none where there are fewer whole ones."""
+def superseded(
+    newest_first: Iterable[str],
+    is_whole: Callable[[str], bool],
+    keep: int,
+    is_finite: Callable[[str], bool] = lambda name: True,
+) -> list[str]:
+    """Names that are older than the `keep` newest whole ones; none where there are fewer whole ones. The newest whole
+    one whose state is finite stays in any case."""
     assert keep >= 1, "the last whole checkpoint always stays"
-    whole, old = 0, []
+    whole, has_finite, old = 0, False, []
     for name in newest_first:
-        if whole >= keep:
+        if whole >= keep and has_finite:
             old.append(name)
-        elif is_whole(name):
-            whole += 1
+        elif not is_whole(name):
+            if whole >= keep:
+                old.append(name)
+        elif whole < keep or is_finite(name):
+            whole, has_finite = whole + 1, has_finite or is_finite(name)
+        else:
+            old.append(name)
     return old
 
 

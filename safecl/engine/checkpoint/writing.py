@@ -38,9 +38,10 @@ from safecl.engine.checkpoint.publishing import CheckpointFolder
 from safecl.engine.checkpoint.random_state import random_state
 from safecl.engine.checkpoint.report import BaseModel, SaveReport
 from safecl.engine.checkpoint.staging import Staging
-from safecl.engine.model.dtypes import DTYPE_NAMES
+from safecl.engine.model.dtypes import DTYPE_NAMES, DTYPES
 from safecl.engine.zero.optimizer import ShardAdamW
 from safecl.engine.zero.shards import Fragment, ShardMap
+from safecl.kernels.finite import count_nonfinite
 from safecl.storage import durable
 from safecl.storage.durable import FileRecord, sync_folder, write_file
 
@@ -243,7 +244,8 @@ class CheckpointWriter:
 
     def _write_files(self, save: _Save) -> dict[str, FileRecord]:
         folder, name = self.folder.partial, rank_file(self.rank)
-        records = {name: write_slices(folder / name, save.slices, self._staging.blocks(), {RANDOM: save.random})}
+        blocks = finite_blocks(save.slices, self._staging.blocks())
+        records = {name: write_slices(folder / name, save.slices, blocks, {RANDOM: save.random})}
         if self.rank == 0:
             records |= {name: write_file(folder / name, [content]) for name, content in save.files.items()}
         sync_folder(folder)
@@ -251,7 +253,7 @@ class CheckpointWriter:
 
     def _publish(self, save: _Save, report: SaveReport, files: dict[str, FileRecord]) -> None:
         manifest = Manifest(
-            report.name, save.step, self.world_size, files, self.shards.shapes, save.kinds, save.references
+            report.name, save.step, self.world_size, files, self.shards.shapes, save.kinds, save.references, finite=True
         )
         report.problem = _problem_of(lambda: self.folder.publish(manifest))
         if report.problem is not None:
@@ -277,6 +279,25 @@ class CheckpointWriter:
         items = [item] * self.world_size
         dist.all_gather_object(items, item, group=self._group)
         return items
+
+
+def finite_blocks(slices: list[tuple[Slice, int]], blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Pass on the blocks of a file's data. Raises OSError for a value that is NaN or infinite: a checkpoint of such a
+    state would displace the last one that can be used."""
+    begins, low = [position for _, position in slices], 0
+    for block in blocks:
+        high = low + len(block)
+        for one, position in slices[bisect.bisect_right(begins, low) - 1 : bisect.bisect_left(begins, high)]:
+            begin, end = max(low, position), min(high, position + one.nbytes)
+            if begin < end and (count := count_nonfinite(_values(block[begin - low : end - low], one.dtype))):
+                values = "value is" if count == 1 else "values are"
+                raise OSError(f"{count:,} {values} not finite (NaN or infinite), in its {one.kind} of {one.name}")
+        yield block
+        low = high
+
+
+def _values(data: memoryview, dtype: str) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=DTYPES[dtype])
 
 
 def own_fragments(shards: ShardMap, rank: int, world_size: int) -> Iterator[Fragment]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from safecl.storage.sizes import free_bytes
 FORMAT_VERSION = 1
 _KEY = "safecl-fisher"
 _DTYPE = "BF16"
+_CHUNK = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,32 @@ class FisherFile:
                 read_into(file, self.tensors[name].position + 2 * start, tensor_bytes(values))
         except DamagedCheckpoint as error:
             raise ConfigError(str(error)) from None
+        self._check_values(name, values)
         return values
+
+    def check_values(self) -> None:
+        """Read all of the file. Raises ConfigError for a value that no Fisher information has."""
+        for name, tensor in self.tensors.items():
+            for start in range(0, tensor.nbytes // 2, _CHUNK):
+                self.read(name, start, min(start + _CHUNK, tensor.nbytes // 2))
+
+    def _check_values(self, name: str, values: torch.Tensor) -> None:
+        if not values.numel():
+            return
+        low, high = torch.aminmax(values)
+        if not (0 <= low and high < math.inf):  # False for NaN, too
+            wrong = int((~((values >= 0) & (values < math.inf))).sum())
+            raise ConfigError(
+                f"{self.path}: {name} holds NaN, infinite or negative values ({wrong:,} of the {values.numel():,} that "
+                "were read), and a mean of squares has none of these; estimate it anew with `safecl fisher CFG`"
+            )
 
 
 def open_fisher(path: str | Path) -> FisherFile:
-    """Open a file and read its header. Raises ConfigError where it is missing, damaged, or no Fisher file."""
+    """Open a file and read its header. Raises ConfigError where it is missing, damaged, or no Fisher file.
+
+    `FisherFile.read` refuses values that are NaN, infinite or negative.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; `safecl fisher CFG` estimates the Fisher information and writes one")
@@ -118,6 +141,10 @@ def open_fisher(path: str | Path) -> FisherFile:
         raise ConfigError(f"{path}: not a Fisher file; `safecl fisher CFG` writes one") from None
     if header.format_version != FORMAT_VERSION:
         raise ConfigError(f"{path}: format version {header.format_version}, this safecl reads version {FORMAT_VERSION}")
+    if not 0 < header.mean < math.inf:
+        raise ConfigError(
+            f"{path}: its mean is {header.mean}, which no Fisher has; estimate it anew with `safecl fisher CFG`"
+        )
     if wrong := [name for name, tensor in tensors.items() if tensor.dtype != _DTYPE]:
         raise ConfigError(f"{path}: {wrong[0]} is {tensors[wrong[0]].dtype}, a Fisher file holds {_DTYPE}")
     return FisherFile(path.resolve(), header, tensors)
@@ -133,13 +160,18 @@ def refuse_other_model(fisher: FisherFile, model: str, model_hash: str) -> None:
 
 
 def load_fisher(fisher: FisherFile, shards: ShardMap, optimizer: ShardAdamW, kind: str) -> None:
-    """Load this rank's part of the file into the state `kind`, in that state's place and dtype. Raises ConfigError."""
+    """Load this rank's part of the file into the state `kind`, in that state's place and dtype. A collective call.
+    Raises ConfigError on all ranks."""
     fisher.check_weights(shards.shapes)
     values = [torch.zeros(flat.shape, dtype=torch.bfloat16) for flat in shards.flats]
-    for fragment in shards.fragments:
-        shards.view(fragment, values).copy_(
-            fisher.read(fragment.name, fragment.offset, fragment.offset + fragment.length)
-        )
+
+    def read() -> None:
+        for fragment in shards.fragments:
+            shards.view(fragment, values).copy_(
+                fisher.read(fragment.name, fragment.offset, fragment.offset + fragment.length)
+            )
+
+    collectives.on_every_rank(read, (ConfigError, OSError), ConfigError)
     for shard, own in zip(optimizer.shards(), values, strict=True):
         shard.keep(kind, own)
     optimizer.fisher_means[kind] = fisher.header.mean

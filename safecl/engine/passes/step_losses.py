@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from safecl.distributed import collectives
@@ -10,6 +14,31 @@ from safecl.kernels.repeatable import add_at_
 
 ADAPTERS = "adapter_penalty"
 """Name of the term of the penalty on LoRA's products."""
+TO_TEACHER = ", distance to the teacher"
+
+
+@dataclass(frozen=True)
+class _TokenLosses:
+    """The losses of one micro-batch per target, with the row and the terms of each."""
+
+    row_of: torch.Tensor
+    terms: torch.Tensor
+    kd_terms: list[torch.Tensor]
+    ce: torch.Tensor
+    kd: list[torch.Tensor]
+
+    def not_finite(self, names: list[str]) -> Iterator[tuple[str, int]]:
+        """Yield (term, row) of losses that are not finite. Where the model's own loss is not, no distance is named."""
+        own = self.ce.isfinite().logical_not().cpu()
+        yield from self._named(names, self.terms, own, "")
+        for terms, distances in zip(self.kd_terms, self.kd, strict=True):
+            yield from self._named(names, terms, distances.isfinite().logical_not().cpu() & ~own, TO_TEACHER)
+
+    def _named(
+        self, names: list[str], terms: torch.Tensor, bad: torch.Tensor, suffix: str
+    ) -> Iterator[tuple[str, int]]:
+        pairs = zip(terms[bad].tolist(), self.row_of[bad].tolist(), strict=True)
+        yield from ((names[term] + suffix, row) for term, row in dict.fromkeys(pairs))
 
 
 class StepLosses:
@@ -23,6 +52,8 @@ class StepLosses:
         self.world_size = world_size
         self.penalty = torch.zeros(())
         """This rank's part of the weight penalty."""
+        self.nonfinite: torch.Tensor | None = None
+        """The number of elements of this rank's shards that the update has made NaN or infinite."""
         self.num_tokens = 0
         """Tokens that went through the model on this rank."""
         self.stop = False
@@ -30,6 +61,7 @@ class StepLosses:
         step."""
         self._sums = torch.zeros(len(terms), dtype=torch.float64, device=device)
         self._replayed: list[tuple[list[int], torch.Tensor]] = []
+        self._batches: list[_TokenLosses] = []
 
     def add(self, batch: StepBatch, output: dict[str, torch.Tensor]) -> None:
         """Add the per-token losses of one micro-batch, times their weights, which hold 1 / N_term and the world
@@ -43,6 +75,8 @@ class StepLosses:
             self._sums[self.terms.index(ADAPTERS)] += output["adapters"].double() / self.world_size
         self.num_tokens += batch.num_tokens
         self._keep_rows(batch, output["ce"])
+        kd = [output[f"kd{index}"] for index in range(len(batch.kd_terms))]
+        self._batches.append(_TokenLosses(batch.row_of, batch.terms, batch.kd_terms, output["ce"], kd))
 
     def _keep_rows(self, batch: StepBatch, ce: torch.Tensor) -> None:
         """Keep the mean NLL of each row of the memory, on the device."""
@@ -59,14 +93,29 @@ class StepLosses:
         """Mean NLL of the memory's rows that this rank computed, by key; NaN for a row without targets."""
         return {key: loss for keys, losses in self._replayed for key, loss in zip(keys, losses.tolist(), strict=True)}
 
+    def not_finite(self) -> dict[str, list[tuple[int, int]]]:
+        """Return this rank's terms with a loss that is not finite, each with its rows where they are known.
+
+        A row is (micro-batch, row of it). A distance to a teacher that is not finite by itself is a term of its own.
+        """
+        found: dict[str, list[tuple[int, int]]] = {}
+        for number, batch in enumerate(self._batches):
+            for term, row in batch.not_finite(self.terms):
+                found.setdefault(term, []).append((number, row))
+        for term, value in zip(self.terms, self._sums.tolist(), strict=True):
+            if not math.isfinite(value) and not any(name.split(TO_TEACHER)[0] == term for name in found):
+                found[term] = []
+        return found
+
     def _add(self, terms: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor) -> None:
         weighted = losses.double() * weights.to(self._sums.device)
         add_at_(self._sums, terms.to(self._sums.device), weighted / self.world_size)
 
     def totals(self) -> dict[str, float]:
-        """Loss of each term over the whole global step, coefficients included; `penalty`; `tokens`; and `stop`, the
-        number of ranks that were asked to. A collective call."""
-        extra = [float(self.penalty), self.num_tokens, self.stop]
+        """Loss of each term over the whole global step, coefficients included; `penalty`; `tokens`; `nonfinite`; and
+        `stop`, the number of ranks that were asked to. A collective call."""
+        nonfinite = 0 if self.nonfinite is None else int(self.nonfinite)
+        extra = [float(self.penalty), self.num_tokens, nonfinite, self.stop]
         values = torch.tensor(extra, dtype=torch.float64, device=self._sums.device)
         sums = collectives.all_reduce_sum(torch.cat([self._sums, values]))
-        return dict(zip([*self.terms, "penalty", "tokens", "stop"], sums.tolist(), strict=True))
+        return dict(zip([*self.terms, "penalty", "tokens", "nonfinite", "stop"], sums.tolist(), strict=True))

@@ -84,6 +84,8 @@ class StepRow:
     """The rank that holds the row; None where any rank can read it."""
     key: int | None = None
     """The key of a row of the memory, for the score log; None for other rows."""
+    index: int | None = None
+    """The place of a task row in its data set, for messages; None for other rows."""
 
     def weighted(self, term: str, ce_weight: float, distillations: tuple[Distillation, ...] = ()) -> StepRow:
         """Return the same row as part of another term of the loss."""

@@ -143,6 +143,7 @@ class TrainingEngine(ModelEngine):
             self.shards.publish()
         if self.optimizer.result.penalty is not None:
             losses.penalty = self.optimizer.result.penalty / (self.layout.world_size if self.shards.replicated else 1)
+        losses.nonfinite = self.optimizer.result.nonfinite
         return losses
 
     def prepare(self, rows: Sequence[StepRow]) -> list[StepBatch]:
@@ -237,7 +238,7 @@ class TrainingEngine(ModelEngine):
 
         def action(shards: list[Shard]) -> None:
             norm = self.optimizer.grad_norm(shards)
-            if bool(torch.isfinite(norm)):
+            if self.shards.all_agree(bool(torch.isfinite(norm))):
                 work(shards, norm)
                 self.optimizer.result.applied = True
 

@@ -17,7 +17,7 @@ import xxhash
 from safecl.distributed import devices, progress
 from safecl.engine.reference import shared_memory
 from safecl.engine.reference.layout import Layout, Where
-from safecl.engine.reference.sources import Converter, Reader, combine
+from safecl.engine.reference.sources import Converter, Reader, combine, refuse_nonfinite
 from safecl.storage.untrusted import UnusableWeights
 
 _FILLERS = 4
@@ -68,8 +68,10 @@ def new_segment(layout: Layout, reader: Reader | Converter, stack: contextlib.Ex
 
     def fill(name: str) -> bytes:
         target = view[layout.offsets[name] : layout.offsets[name] + layout.num_bytes(name)]
-        load(name, torch.frombuffer(target, dtype=layout.dtype) if target else torch.empty(0, dtype=layout.dtype))
+        values = torch.frombuffer(target, dtype=layout.dtype) if target else torch.empty(0, dtype=layout.dtype)
+        load(name, values)
         progress.beat()
+        refuse_nonfinite(reader.path, name, values)
         return xxhash.xxh3_128(target).digest()
 
     with ThreadPoolExecutor(min(_FILLERS, os.cpu_count() or 1)) as pool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from safecl.engine.model.stored_tensors import check_adapter, stored_shapes
 from safecl.engine.model.tensor_names import Matches, Shapes, keep_conversions, match_tensors
 from safecl.engine.reference.converting import converted_state
 from safecl.engine.reference.layout import Layout
+from safecl.kernels.finite import count_nonfinite
 from safecl.storage.durable import open_regular, read_into
 from safecl.storage.model_folder import ModelFiles, adapter_base, is_adapter, is_gguf, read_model_files
 from safecl.storage.safetensors_file import Tensor
@@ -60,7 +62,7 @@ def find_weights(
     sources = {name: files.tensors[tensor] for name, tensor in found.items()}
     for name, (file, stored) in sources.items():
         _check_tensor(name, layout, file, stored)
-    return Reader(layout, files, sources, notes)
+    return Reader(layout, files, path, sources, notes)
 
 
 def _tensor_of(name: str, layout: Layout, matches: Matches, shapes: Shapes) -> str | None:
@@ -126,6 +128,7 @@ class Reader:
 
     layout: Layout
     files: ModelFiles
+    path: str
     sources: Sources
     notes: tuple[str, ...] = ()
     """Messages to the user about the files."""
@@ -155,18 +158,59 @@ class Reader:
                 return f"{file} is not aligned"
         return None
 
+    def check_finite(self) -> None:
+        """Raise UnusableWeights for a parameter that is not finite in the run's dtype, as filling a segment does.
+
+        Reads all files.
+        """
+        _check_finite(self.path, self.sources, self.layout.dtype)
+
     def digest(self) -> str:
-        """Digest of the parameters, the same as that of a segment with their values."""
+        """Digest of the parameters, the same as that of a segment with their values.
+
+        Raises UnusableWeights for one that is not finite.
+        """
         hashes = {}
-        for name, (path, tensor) in self.sources.items():
-            digest, block = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
-            with open_regular(path.resolve()) as file:
-                for start in range(0, tensor.nbytes, _CHUNK_BYTES):
-                    part = memoryview(block)[: min(_CHUNK_BYTES, tensor.nbytes - start)]
-                    read_into(file, tensor.position + start, part)
-                    digest.update(part)
+        for name, source in self.sources.items():
+            digest, nonfinite = xxhash.xxh3_128(), 0
+            for part in _chunks(source):
+                digest.update(tensor_bytes(part))
+                nonfinite += count_nonfinite(part)
+            _refuse(self.path, name, nonfinite, source[1].shape)
             hashes[name] = digest.digest()
         return combine(self.layout, hashes)
+
+
+def _chunks(source: tuple[Path, Tensor]) -> Iterator[torch.Tensor]:
+    """Yield one stored tensor in parts, each valid until the next."""
+    path, tensor = source
+    stored = DTYPES[tensor.dtype]
+    numel, chunk = tensor.nbytes // stored.itemsize, _CHUNK_BYTES // stored.itemsize
+    scratch = torch.empty(min(chunk, numel), dtype=stored)
+    with open_regular(path.resolve()) as file:
+        for start in range(0, numel, chunk):
+            part = scratch[: min(chunk, numel - start)]
+            read_into(file, tensor.position + start * stored.itemsize, tensor_bytes(part))
+            yield part
+
+
+def _check_finite(path: str, sources: Sources, dtype: torch.dtype) -> None:
+    for name, source in sources.items():
+        if source[1].dtype in FLOAT_DTYPES:
+            _refuse(path, name, sum(count_nonfinite(part.to(dtype)) for part in _chunks(source)), source[1].shape)
+
+
+def refuse_nonfinite(path: str, name: str, values: torch.Tensor) -> None:
+    """Raise UnusableWeights where a parameter of the model at `path` is NaN or infinite somewhere."""
+    _refuse(path, name, count_nonfinite(values), values.shape)
+
+
+def _refuse(path: str, name: str, nonfinite: int, shape: Sequence[int]) -> None:
+    if nonfinite:
+        raise UnusableWeights(
+            f"model.path: {path}: {nonfinite:,} of the {math.prod(shape):,} values of {name} are not finite (NaN or "
+            "infinite); such a model cannot be trained or measured"
+        )
 
 
 @torch.no_grad()
@@ -210,6 +254,14 @@ class Converter:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         return {name: self._state[name] for name in self.layout.buffers}
+
+    def check_finite(self) -> None:
+        """Raise UnusableWeights for a tensor that is not finite in the run's dtype. Reads all of them."""
+        if self.files is not None:
+            _check_finite(self.path, self.files.tensors, self.layout.dtype)
+            return
+        for name in self.layout.shapes:
+            refuse_nonfinite(self.path, name, self._state[name])
 
     def check_unchanged(self) -> None:
         """Do nothing: all values are in memory already."""

@@ -169,10 +169,11 @@ class ShardAdamW(torch.optim.Optimizer):
                 transform(shards)
             norm = self.grad_norm(shards, fresh=bool(plan.transforms))
             self.result = UpdateResult(grad_norm=norm)
-            if not bool(torch.isfinite(norm)):
+            if not self._shard_map.all_agree(bool(torch.isfinite(norm))):
                 return
             self.num_updates += 1
-            self.result.penalty = self._update(plan).run(shards, norm)
+            update = self._update(plan)
+            self.result.penalty, self.result.nonfinite = update.run(shards, norm), update.nonfinite
             for work in plan.after_update:
                 work(shards)
             self.result.applied = True
@@ -182,7 +183,8 @@ class ShardAdamW(torch.optim.Optimizer):
     def _update(self, plan: UpdatePlan) -> ShardUpdate:
         group = self.param_groups[0]
         settings = AdamWSettings(betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
-        return ShardUpdate(plan, settings, self.num_updates, self._penalties(), self._shard_map.reduce_sum)
+        nonfinite = torch.zeros((), dtype=torch.int64, device=self._shard_map.flats[0].device)
+        return ShardUpdate(plan, settings, self.num_updates, self._penalties(), self._shard_map.reduce_sum, nonfinite)
 
     def _penalties(self) -> Penalties:
         return Penalties(self._restrictions, self.fisher_means)

@@ -285,6 +285,18 @@ class ShardMap:
         dist.all_reduce(moved)
         return moved.to(values.device)
 
+    def all_agree(self, flag: bool) -> bool:
+        """Return whether the flag is true on every rank.
+
+        A collective call in stage 0, where each rank has a norm of its own; in the other stages the norm, and so the
+        flag, is the same on all ranks.
+        """
+        if not self.replicated or dist.get_world_size() == 1:
+            return flag
+        value = torch.tensor([int(flag)], device=self.engine.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        return bool(value.item())
+
     def _skip_scaling_by_one(self) -> None:
         """Save a pass over the shard: stage 3 multiplies all gradients by 1 / loss scale even when that is 1."""
         original = self.optimizer.unscale_and_clip_grads

@@ -47,6 +47,9 @@ class UpdateResult:
     penalty: Tensor | None = None
     """This shard's part of the penalty loss, 0-dim fp32; None without penalties. The step adds the parts up with its
     other losses, so that a penalty needs no collective call of its own."""
+    nonfinite: Tensor | None = None
+    """The number of elements of this rank's shards that the pass has made NaN or infinite, 0-dim int64 on their device.
+    It is added up with the losses, too."""
 
 
 class AdamWSettings(TypedDict):
@@ -68,6 +71,9 @@ class ShardUpdate:
     penalties: Penalties
     reduce_sum: Callable[[Tensor], Tensor]
     """Sum over all shards of a number that each rank has for its own."""
+    nonfinite: Tensor
+    """The pass adds the number of elements to it that it has made NaN or infinite; 0-dim int64, on the shards'
+    device."""
 
     def run(self, shards: Sequence[Shard], norm: Tensor) -> Tensor | None:
         """Update the shards; return this rank's part of the penalty loss. norm: that of the loss's gradient."""
@@ -111,7 +117,7 @@ class ShardUpdate:
         options = self._options(shard, clip)
         losses = []
         for piece in shard.pieces(list(kinds), written=average):
-            tensors: dict[str, Any] = {"segments": piece.of_table(shard.segments)}
+            tensors: dict[str, Any] = {"segments": piece.of_table(shard.segments), "nonfinite": self.nonfinite}
             tensors["ema"] = piece.state["ema"] if average else None
             if mask is not None:
                 tensors["fisher"] = piece.state[mask.fisher]

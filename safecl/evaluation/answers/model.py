@@ -13,6 +13,7 @@ from safecl.config import ConfigError
 from safecl.distributed import collectives
 from safecl.distributed.library_warnings import no_future_warnings
 from safecl.evaluation.answers.folders import check_is_model
+from safecl.kernels.finite import count_nonfinite
 from safecl.storage.model_folder import adapter_base, is_adapter, settings_source
 from safecl.storage.untrusted import library_error
 
@@ -108,7 +109,7 @@ class HFEvalModel:
 
         Args: `dtype` bf16, fp32 or auto (as saved); `device` the GPU of this rank where there is one, else CPU;
         `attention` auto (the model's default), sdpa, eager or flash_attention_2.
-        Raises: ConfigError where there is no such model, or its files cannot be read.
+        Raises: ConfigError where there is no such model, its files cannot be read, or a weight is NaN or infinite.
         """
         check_is_model(path)
         options = {} if attention == "auto" else {"attn_implementation": attention}
@@ -120,6 +121,7 @@ class HFEvalModel:
         except Exception as error:  # the library, its file formats and the model's own code raise many kinds
             raise ConfigError(f"{path}: cannot be loaded as a causal language model: {library_error(error)}") from error
         _refuse_random_weights(path, info)
+        _refuse_nonfinite_weights(path, model)
         return cls(model.to(device or collectives.device()))
 
     @torch.no_grad()
@@ -184,3 +186,13 @@ def _refuse_random_weights(path: str | Path, info: dict[str, Any]) -> None:
         raise ConfigError(
             f"{path}: {len(missing)} weights are missing or of another shape than config.json says, first {missing[0]}"
         )
+
+
+def _refuse_nonfinite_weights(path: str | Path, model: PreTrainedModel) -> None:
+    """Refuse a model whose weights are not finite: its answers are noise, in which a scorer may find no harm."""
+    for name, p in model.named_parameters():
+        if count := count_nonfinite(p):
+            raise ConfigError(
+                f"{path}: {count:,} of the {p.numel():,} values of {name} are not finite (NaN or infinite); such a "
+                "model cannot be trained or measured"
+            )

@@ -184,9 +184,10 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(folder, name):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda values: values.update(version=2),
+        lambda values: values.update(version=3),
         lambda values: values.update(format="another"),
         lambda values: values.update(surprise=1),
+        lambda values: values.update(finite=7),
         lambda values: values.pop("kinds"),
         lambda values: values.update(kinds=7),
         lambda values: values.update(step="many"),
@@ -215,7 +216,7 @@ def test_a_manifest_that_contradicts_the_files_is_refused_even_with_a_right_hash
 def test_another_version_of_the_format_is_refused_with_both_versions_and_is_not_damaged(folder):
     target = files.write_checkpoint(folder, step=10)
     _rewrite_manifest(target, lambda values: values.update(version=7))
-    versions = "safecl-checkpoint version 7, this safecl reads safecl-checkpoint version 1"
+    versions = "safecl-checkpoint version 7, this safecl reads safecl-checkpoint versions 1 and 2"
     with pytest.raises(OtherFormat, match=f"{versions}$"):
         read_contents(target)
 
@@ -233,19 +234,20 @@ def _rewrite_manifest(target, change) -> None:
 # ------------------------------------------------------------------------------------------------------------ retention
 
 
-def test_retention_never_deletes_the_last_whole_checkpoint_in_any_of_10000_histories():
+def test_retention_never_deletes_the_last_whole_and_the_last_finite_checkpoint_in_any_of_10000_histories():
     for seed in range(10_000):
         rng = np.random.default_rng(seed)
         whole = {
             f"step-{step:08d}": bool(rng.integers(0, 3)) for step in rng.choice(50, rng.integers(0, 8), replace=False)
         }
         names, keep = sorted(whole, reverse=True), int(rng.integers(1, 4))
-        gone = set(superseded(names, whole.get, keep))
+        finite = {name: bool(rng.integers(0, 2)) for name in names}
+        gone = set(superseded(names, whole.get, keep, finite.get))
         stay = [name for name in names if name not in gone]
-        assert sum(whole[name] for name in stay) == min(
-            keep, sum(whole.values())
-        )  # as many whole ones as asked for, or all
-        assert not gone or max(gone) < min(name for name in stay if whole[name])  # only what is older than all of these
+        newest = [name for name in names if whole[name]][:keep]  # as many whole ones as asked for, or all
+        fit = [name for name in names if whole[name] and finite[name]][:1]
+        assert {name for name in stay if whole[name]} == {*newest, *fit}
+        assert not gone or max(gone) < min(newest)  # only what is older than all of these
 
 
 def test_a_second_checkpoint_of_one_step_gets_its_own_name_and_is_the_newer_one(folder):

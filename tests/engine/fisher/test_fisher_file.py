@@ -222,3 +222,30 @@ def test_a_second_run_loads_the_fisher_that_the_first_has_kept(rank_pool, materi
     lines = [(tmp_path / f"run-{number}" / "metrics.jsonl").read_text().splitlines() for number in range(2)]
     penalties = [[json.loads(line)["loss/penalty"] for line in each] for each in lines]
     assert penalties[0] == penalties[1] and penalties[0][0] == 0.0 < penalties[0][1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_file_with_a_value_that_no_fisher_has_is_refused_by_name(tmp_path, value):
+    values = torch.ones(2, 3, dtype=torch.bfloat16)
+    open_fisher(_file_of(tmp_path / "good.safetensors", values, 1.0)).check_values()
+    values[1, 2] = value
+    fisher = open_fisher(_file_of(tmp_path / "bad.safetensors", values, 1.0))
+    told = r"bad\.safetensors: layer\.weight holds NaN, infinite or negative values \(1 of the"
+    with pytest.raises(ConfigError, match=told):
+        fisher.check_values()
+    with pytest.raises(ConfigError, match=told):
+        fisher.read("layer.weight", 3, 6)
+    assert fisher.read("layer.weight", 0, 5).tolist() == [1.0] * 5
+    with pytest.raises(ConfigError, match="its mean is"):
+        open_fisher(_file_of(tmp_path / "mean.safetensors", torch.ones(2, 3, dtype=torch.bfloat16), value))
+
+
+def _file_of(path: Path, values: torch.Tensor, mean: float) -> Path:
+    """A Fisher file of one weight."""
+    import dataclasses
+
+    from safecl.engine.fisher.file import FisherHeader
+
+    header = FisherHeader(mean, 6, "exact", 0, 1, 0, 1, "rows", "model", "hash", "fp32")
+    save_file({"layer.weight": values}, path, {"safecl-fisher": json.dumps(dataclasses.asdict(header))})
+    return path
