@@ -62,6 +62,17 @@ def is_empty(value: Any) -> bool:
     return value is None or is_nan(value) or (isinstance(value, str) and not value.strip()) or value in ([], {})
 
 
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop the nulls in the objects of a row's cells. Arrow gives every object of a column the keys of all others."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def texts_in(value: Any) -> list[str]:
     """Return all texts in a value, those of lists and objects included."""
     if isinstance(value, str):

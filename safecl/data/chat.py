@@ -159,11 +159,21 @@ def _try_template(tokenizer: Any) -> None:
         ) from None
     if _PROBE not in text:
         raise ConfigError(f"the chat template ({template_source(tokenizer)}) leaves the assistant's answer out")
+    source = template_source(tokenizer)
     if not turn_end(tokenizer).strip():
-        source = template_source(tokenizer)
         log.warning(
             "the chat template (%s) writes no end token after an answer, so the model is not taught to stop", source
         )
+    if has_markers(tokenizer) and _marks_others(tokenizer):
+        log.warning("the chat template (%s) marks more than answers as generated, and all that is trained", source)
+
+
+def _marks_others(tokenizer: Any) -> bool:
+    """Whether the user's words stand inside a generation mark."""
+    asked = "safecl probe question"
+    text, marked = render_marked(tokenizer, [[Message("user", asked), Message("assistant", _PROBE)]])[0]
+    place = text.find(asked)
+    return any(start <= place < stop for start, stop in marked)
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering

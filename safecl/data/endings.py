@@ -39,6 +39,8 @@ def cut_behind_end(text: str, span: Span, said: Sequence[str], tokens: Sequence[
         if text[begin - 1 : begin] == OPEN:  # somebody wrote the token in a message
             continue
         rest = text[end:stop]
+        if OPEN in rest:  # as here, behind this end
+            continue
         for token in tokens if rest.strip() else ():
             rest = rest.replace(token, "")
         if not rest.strip() or not any(part in rest for part in said):

@@ -8,16 +8,18 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from safecl.data.cells import without_nulls
 from safecl.data.csv_rows import csv_rows
+from safecl.data.json_rows import holds_one_value, json_rows, jsonl_rows
 from safecl.data.messages import MAX_ROW_CHARS, DataError, clip
-from safecl.data.raw import PACKED, RawRow, open_bytes, packing_of, suffix_of
+from safecl.data.raw import PACKED, RawRow, lines_of, open_bytes, suffix_of
+from safecl.data.strangers import refuse_strangers
 from safecl.storage.untrusted import UnusableWeights, inside, read_json
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -46,7 +48,7 @@ def unit_of(path: str) -> str:
     local = Path(path).expanduser()
     if suffix_of(local) not in _JSON:
         return "line" if suffix_of(local) in _LINES else "row"
-    return "row" if local.is_file() and _holds_one_value(local) else "line"
+    return "row" if local.is_file() and holds_one_value(local) else "line"
 
 
 _unit_once = functools.lru_cache(64)(unit_of)  # called for every row of a file
@@ -85,6 +87,8 @@ def refuse_missing(path: str) -> None:
         return
     if local.exists():
         raise DataError(f"{path}: not a regular file")
+    if local.is_symlink():
+        raise DataError(f"{path}: is a link that leads to no file")
     if suffix_of(local) in SUFFIXES or not _HUB_ID.fullmatch(path):
         raise DataError(f"{path}: no such file{_nearest(local)}")
 
@@ -103,7 +107,7 @@ def _nearest(path: Path) -> str:
 def _file_source(path: str, local: Path) -> Source:
     suffix = suffix_of(local)
     try:
-        _refuse_other_encodings(path, local)
+        refuse_strangers(path, local)
         unit = unit_of(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -112,7 +116,7 @@ def _file_source(path: str, local: Path) -> Source:
         ".tsv": functools.partial(csv_rows, delimiter="\t"),
         ".parquet": _parquet_rows,
         ".txt": _text_rows,
-        **dict.fromkeys(_JSON, _json_rows if unit == "row" else _jsonl_rows),
+        **dict.fromkeys(_JSON, json_rows if unit == "row" else jsonl_rows),
     }
     if suffix not in readers:
         raise DataError(
@@ -131,176 +135,12 @@ def _hash_file(local: Path) -> str:
     return f"{kind.lower()}:{digest.hexdigest()}"
 
 
-def _refuse_other_encodings(path: str, local: Path) -> None:
-    with local.open("rb") as file:
-        start = file.read(4)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path}: is UTF-16; save it as UTF-8, e.g. `iconv -f UTF-16 -t UTF-8`")
-    if start[:2] == b"PK":
-        raise DataError(f"{path}: is a ZIP archive; unpack it first, e.g. `unzip`")
-    if suffix_of(local) == ".parquet" and packing_of(local) is not None:
-        raise DataError(f"{path}: is a compressed Parquet file; unpack it first, Parquet is compressed inside")
-
-
-# ----------------------------------------------------------------------------------------------------------------- JSON
-
-
-class _RepeatedKey(dict[str, Any]):
-    """A JSON object that has the key `key` more than once."""
-
-    key = ""
-
-
-def _mark_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(columns := dict(pairs)) == len(pairs):
-        return columns
-    names = [name for name, _ in pairs]
-    marked = _RepeatedKey(columns)
-    marked.key = next(name for name in names if names.count(name) > 1)
-    return marked
-
-
-def _repeated_key(value: Any) -> str | None:
-    """A key that some object in a parsed value has more than once, or None."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, _RepeatedKey):
-            return value.key
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        waiting += [item for item in inner if isinstance(item, (dict, list))]
-    return None
-
-
-def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_mark_repeated_key)
-
-
-def _parse_row(line: int, raw: bytes) -> RawRow:
-    try:
-        columns = _parse(raw.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        unfinished = raw[:1] == b"{" and error.pos >= len(error.doc.rstrip())
-        fix = "; the object does not end on this line, write one per line, e.g. `jq -c .`" if unfinished else ""
-        return RawRow(line, None, f"not valid JSON: {error.msg} at column {error.colno}{fix}")
-    except UnicodeDecodeError as error:
-        return RawRow(line, None, f"not valid UTF-8 at byte {error.start + 1}")
-    except RecursionError:
-        return RawRow(line, None, "not usable JSON: nested too deeply")
-    except ValueError as error:
-        return RawRow(line, None, f"not usable JSON: {clip(str(error), 80)}")
-    return _as_columns(line, columns)
-
-
-def _as_columns(line: int, value: Any) -> RawRow:
-    if not isinstance(value, dict):
-        return RawRow(line, None, f"a row must be a JSON object like {{...}}, not {clip(json.dumps(value)[:100], 24)}")
-    if (key := _repeated_key(value)) is not None:
-        return RawRow(line, None, f"not usable JSON: the key `{clip(key)}` appears twice")
-    return RawRow(line, value) if value else RawRow(line, None, "the row is empty")
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (number, line without its end) of each line that is not empty; None for a line longer than the limit."""
-    limit = 4 * MAX_ROW_CHARS  # a character has up to 4 bytes
-    number = 0
-    while raw := file.readline(limit):
-        number += 1
-        if len(raw) == limit and not raw.endswith(b"\n"):
-            while (rest := file.readline(_BLOCK)) and not rest.endswith(b"\n"):
-                pass
-            yield number, None
-            continue
-        raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        if raw.strip():
-            yield number, raw.rstrip(b"\r\n")
-
-
-def _jsonl_rows(path: str, local: Path) -> Iterator[RawRow]:
-    with open_bytes(path, local) as file:
-        for line, raw in _lines(file):
-            if raw is None or len(raw) > MAX_ROW_CHARS:
-                yield RawRow(line, None, f"the line is enormous (over {MAX_ROW_CHARS // 2**20} MiB)")
-            else:
-                yield _parse_row(line, raw)
-
-
-def _holds_one_value(local: Path) -> bool:
-    """Whether the file is one JSON value (`[{...}, ...]` or `{"data": [...]}`) and not one per line.
-
-    The content decides, since suffixes are often wrong.
-    """
-    with open_bytes(str(local), local) as file:
-        start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
-    first, _, rest = start.partition(b"\n")
-    if re.match(rb'\{\s*\n\s*"', start):  # objects over several lines
-        return True
-    try:
-        _parse(first.decode("utf-8"))
-        return not rest.strip() and (start[:1] == b"[" or suffix_of(local) == ".json")
-    except (ValueError, RecursionError):
-        if _ends_on_a_later_line(start):
-            return True
-        opens_list = re.match(rb"\[\s*[{\]]", start) or start.strip() == b"["
-        return bool(opens_list) or suffix_of(local) == ".json"
-
-
-def _ends_on_a_later_line(start: bytes) -> bool:
-    """Whether a file starts with a JSON object over several lines."""
-    text = start.decode("utf-8", errors="replace")
-    try:
-        return text.startswith("{") and "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
-    except (ValueError, RecursionError):
-        return False
-
-
-def _parse_all(text: str) -> Any:
-    """Parse one JSON value, or several objects one after the other, as `jq .` writes them."""
-    try:
-        return _parse(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data" or not text.lstrip().startswith("{"):
-            raise
-    decoder, rows, place = json.JSONDecoder(object_pairs_hook=_mark_repeated_key), [], 0
-    while place < len(text.rstrip()):
-        row, place = decoder.raw_decode(text, len(text) - len(text[place:].lstrip()))
-        rows.append(row)
-    return rows
-
-
-def _json_rows(path: str, local: Path) -> Iterator[RawRow]:
-    try:
-        with open_bytes(path, local) as file:
-            text = file.read().decode("utf-8-sig")
-        value = _parse_all(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not valid UTF-8 at byte {error.start + 1}") from None
-    except RecursionError:
-        raise DataError(f"{path}: not usable JSON: nested too deeply") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not usable JSON: {clip(str(error), 80)}") from None
-    for number, row in enumerate(_list_of_rows(path, value), 1):
-        yield _as_columns(number, row)
-
-
-def _list_of_rows(path: str, value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        is_row = any(isinstance(value.get(name), list) for name in ("messages", "conversations"))
-        value = [value] if is_row else lists[0] if len(lists) == 1 else [value]
-    if not isinstance(value, list):
-        raise DataError(f"{path}: must hold a list of rows, [{{...}}, ...]")
-    return value
-
-
 # --------------------------------------------------------------------------------------------------- CSV, text, Parquet
 
 
 def _text_rows(path: str, local: Path) -> Iterator[RawRow]:
     with open_bytes(path, local) as file:
-        for line, raw in _lines(file):
+        for line, raw in lines_of(file):
             if raw is None or len(raw) > MAX_ROW_CHARS:
                 yield RawRow(line, None, f"the line is enormous (over {MAX_ROW_CHARS // 2**20} MiB)")
             else:
@@ -313,7 +153,9 @@ def _parquet_rows(path: str, local: Path) -> Iterator[RawRow]:
 
     try:
         with pyarrow.parquet.ParquetFile(local) as file:
-            number = 0
+            names, number = file.schema_arrow.names, 0
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"{path}: has the column `{clip(twice[0])}` twice")
             for batch in file.iter_batches(1024):
                 for columns in _batch_rows(batch):
                     number += 1
@@ -325,14 +167,14 @@ def _parquet_rows(path: str, local: Path) -> Iterator[RawRow]:
 
 def _batch_rows(batch: Any) -> list[dict[str, Any] | None]:
     try:
-        return batch.to_pylist()
+        return [without_nulls(row) for row in batch.to_pylist()]
     except (UnicodeDecodeError, ValueError):
         return [_one_row(batch, i) for i in range(batch.num_rows)]
 
 
 def _one_row(batch: Any, index: int) -> dict[str, Any] | None:
     try:
-        return batch.slice(index, 1).to_pylist()[0]
+        return without_nulls(batch.slice(index, 1).to_pylist()[0])
     except (UnicodeDecodeError, ValueError):
         return None
 
@@ -390,6 +232,6 @@ def _refuse_files_elsewhere(path: str, folder: Path) -> None:
 def _dataset_source(path: str, loaded: Any) -> Source:
     def rows() -> Iterator[RawRow]:
         for number, columns in enumerate(loaded, 1):
-            yield RawRow(number, dict(columns))
+            yield RawRow(number, without_nulls(dict(columns)))
 
     return Source(path, "row", rows, lambda: f"datasets:{loaded._fingerprint}")

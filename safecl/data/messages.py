@@ -74,7 +74,15 @@ def kind_of(value: Any) -> str:
     """Name the kind of a JSON value."""
     if isinstance(value, bool):
         return "true or false"
-    kinds = {int: "a number", float: "a number", dict: "an object", list: "a list", str: "text", type(None): "null"}
+    kinds = {
+        int: "a number",
+        float: "a number",
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bytes: "binary data",
+        type(None): "null",
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from safecl.data.messages import DataError, clip
+from safecl.data.messages import MAX_ROW_CHARS, DataError, clip
 
+_BLOCK = 2**20
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _STARTS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -64,3 +65,19 @@ def _unpacking(local: Path, packing: str) -> BinaryIO:
         return cast(BinaryIO, io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(str(local), "zstd"))))
     openers: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
     return cast(BinaryIO, openers[packing](local, "rb"))
+
+
+def lines_of(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (number, line without its end) of each line that is not empty; None for a line longer than the limit."""
+    limit = 4 * MAX_ROW_CHARS  # a character has up to 4 bytes
+    number = 0
+    while raw := file.readline(limit):
+        number += 1
+        if len(raw) == limit and not raw.endswith(b"\n"):
+            while (rest := file.readline(_BLOCK)) and not rest.endswith(b"\n"):
+                pass
+            yield number, None
+            continue
+        raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if raw.strip():
+            yield number, raw.rstrip(b"\r\n")

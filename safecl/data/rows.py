@@ -7,7 +7,7 @@ hundred, 5 allows five.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from safecl.config import FieldMap
-from safecl.data.cells import is_nan
+from safecl.data.cells import is_nan, turns_in
 from safecl.data.columns import is_unwanted, unused_columns
 from safecl.data.files import Source, open_source
 from safecl.data.formats import detect, turns_of_cell, with_system, with_tools
-from safecl.data.messages import ChatRow, DataError, Message, RowProblem, check_messages, columns_of
+from safecl.data.messages import ChatRow, DataError, Message, RowProblem, check_messages, clip, columns_of
 from safecl.data.raw import RawRow
 from safecl.data.readers import check_fields, row_reader, suggest_fields, tags_of, template_columns
 from safecl.data.turns import read_turns
@@ -159,6 +159,8 @@ def settle_format(source: Source, format: str, fields: FieldMap | None) -> str:
         check_fields(fields, columns, source.path)
         return format
     found = Counter(name for name in map(detect, sample) if name)
+    if not found and (name := _turns_column(sample)) is not None:
+        raise DataError(f"{source.path}: the column `{clip(name)}` holds messages; name it `messages`")
     if not found:
         raise DataError(
             f"{source.path}: the columns {columns_of(columns)} are none of the known formats (messages, "
@@ -166,6 +168,19 @@ def settle_format(source: Source, format: str, fields: FieldMap | None) -> str:
             f"map them with templates, e.g. {suggest_fields(columns)}"
         )
     return found.most_common(1)[0][0]
+
+
+def _turns_column(sample: Sequence[Mapping[str, Any]]) -> str | None:
+    """A column that holds messages, if possible one of wanted answers."""
+    names = dict.fromkeys(name for row in sample for name, value in row.items() if _holds_turns(value))
+    return next((name for name in names if "reject" not in name.lower()), next(iter(names), None))
+
+
+def _holds_turns(value: Any) -> bool:
+    try:
+        return turns_in(value) is not None
+    except ValueError:
+        return False
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts

@@ -50,23 +50,25 @@ def _probe_of(message: Message, number: str) -> Message:
 def compare(tokenizer: Any, conversations: Sequence[Sequence[Message]], texts: Sequence[str]) -> list[Written]:
     """Compare conversations with their renderings."""
     source = clip(template_source(tokenizer), 80)
-    missing: dict[Any, set[str]] = {}
+    missing: dict[Any, tuple[set[str], set[str]]] = {}
     out = []
     for messages, text in zip(conversations, texts, strict=True):
         shape = (tuple((m.role, m.thought is not None, m.calls, not m.content) for m in messages), messages[0].tools)
         if shape not in missing:
-            missing[shape] = _missing_probes(tokenizer, messages)
-        out.append(_compare_one(messages, _Text(text), missing[shape], source))
+            missing[shape] = _odd_probes(tokenizer, messages)
+        out.append(_compare_one(messages, _Text(text), *missing[shape], source))
     return out
 
 
-def _missing_probes(tokenizer: Any, messages: Sequence[Message]) -> set[str]:
+def _odd_probes(tokenizer: Any, messages: Sequence[Message]) -> tuple[set[str], set[str]]:
+    """The probes that the template leaves out, and those that it writes more than once."""
     probes = probes_of(messages)
     try:
         text = render(tokenizer, [probes])[0]
     except Exception:  # a template may refuse the probe for its text; the row itself has been rendered
-        return set()
-    return {part for m in probes for part in (m.content, m.thought) if part is not None and part not in text}
+        return set(), set()
+    parts = [part for m in probes for part in (m.content, m.thought) if part]
+    return {part for part in parts if part not in text}, {part for part in parts if text.count(part) > 1}
 
 
 class _Text:
@@ -88,7 +90,9 @@ class _Text:
         return "".join(part.split()) in self._dense
 
 
-def _compare_one(messages: Sequence[Message], text: _Text, missing: set[str], source: str) -> Written:
+def _compare_one(
+    messages: Sequence[Message], text: _Text, missing: set[str], repeated: set[str], source: str
+) -> Written:
     written, probes, wrongs = Written(), probes_of(messages), []
     last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
     for i, (message, probe) in enumerate(zip(messages, probes, strict=True)):
@@ -97,6 +101,8 @@ def _compare_one(messages: Sequence[Message], text: _Text, missing: set[str], so
         lost = "" if text.holds(message.content, message.role == "tool") else _lost(message.content, text)
         if probe.content in missing and lost in ("", message.content):
             wrongs.append(f"leaves out {name}")
+        elif probe.content in repeated and message.role == "assistant":
+            wrongs.append(f"writes {name} more than once")
         elif lost:
             if message.role == "assistant" and i < last and _only_lacks_thought(message.content, text):
                 written.notes.append(f"the chat template ({source}) leaves out the thought{earlier}")
