@@ -50,6 +50,7 @@ def check_model(plan: RunPlan) -> None:
     except Exception as error:  # the library's classes check their sizes in many ways
         raise ConfigError(f"model.path: {config.path}: cannot be loaded: {library_error(error)}") from None
     plan.notes += [*_check_weights(model, plan), *_note_on_head(settings, model, config.path)]
+    plan.notes += _check_parts_without_text(plan, model)
     check_vocabulary(plan, model)
     plan.notes += _check_positions(plan, model)
     trained: nn.Module = model
@@ -94,6 +95,29 @@ def _note_on_head(settings: PretrainedConfig, model: PreTrainedModel, path: str)
         f"model.path: {path}: config.json ties {names[id(head.weight)]} to {names[id(embedding.weight)]}, but the "
         "files hold two different tensors; both are trained and saved, as transformers loads them"
     ]
+
+
+def _check_parts_without_text(plan: RunPlan, model: PreTrainedModel) -> list[str]:
+    """Name the parts of a model of several kinds of input that text does not reach, such as a vision tower.
+
+    They get no gradient and stay as they are. Raises ConfigError for a weight decay, which would shrink them.
+    """
+    if plan.config.model.lora is not None:
+        return []
+    if not (left := parts_without_text(model)):
+        return []
+    parts = ", ".join(dict.fromkeys(name.removeprefix("model.").split(".")[0] for name in left))
+    told = f"model.path: {plan.config.model.path}: text does not reach {parts} ({sum(left.values()):,} weights)"
+    if plan.config.train.weight_decay > 0:
+        raise ConfigError(f"{told}, and train.weight_decay would shrink them; set train.weight_decay: 0, or use LoRA")
+    return [f"{told}; they stay as they are, and take the optimizer's memory"]
+
+
+def parts_without_text(model: PreTrainedModel) -> dict[str, int]:
+    """Return the sizes of the weights that belong neither to the model's decoder nor to its head, by name."""
+    parts = cast("tuple[nn.Module, nn.Module]", (model.get_decoder(), model.get_output_embeddings()))
+    reached = {id(p) for part in parts for p in part.parameters()}
+    return {name: p.numel() for name, p in model.named_parameters() if id(p) not in reached}
 
 
 # ----------------------------------------------------------------------------------------------------------- vocabulary

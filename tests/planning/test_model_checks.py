@@ -10,11 +10,19 @@ import torch
 from safetensors.torch import load_file
 
 from safecl.config import ConfigError, RunConfig
+from safecl.planning.model_checks import parts_without_text
 from safecl.planning.run_plan import plan_run
 from tests.catalogue.models import DAMAGES, EMBEDDING, HEAD, LORA, rewrite, save_model, tokenizer
 
 
-def plan(folder: Path, eval_prompt: str | None = None, prompts: list[str] = (), max_length: int = 256, **model):
+def plan(
+    folder: Path,
+    eval_prompt: str | None = None,
+    prompts: list[str] = (),
+    max_length: int = 256,
+    weight_decay: float = 0.0,
+    **model,
+):
     rows = [{"prompt": f"what is {i} plus {i}", "completion": f"the answer is {2 * i}"} for i in range(30)]
     write(folder / "t.jsonl", rows)
     task = {"name": "t", "train": str(folder / "t.jsonl")}
@@ -24,7 +32,7 @@ def plan(folder: Path, eval_prompt: str | None = None, prompts: list[str] = (), 
     tree = {
         "model": {"path": str(folder), "dtype": "fp32", **model},
         "tasks": [task],
-        "train": {"max_length": max_length, "allow_few_steps": True, "max_steps": 2},
+        "train": {"max_length": max_length, "allow_few_steps": True, "max_steps": 2, "weight_decay": weight_decay},
         "output": str(folder / "out"),
     }
     if prompts:
@@ -189,3 +197,32 @@ def test_weights_in_torchs_own_format_have_one_answer(tmp_path, kind):
         ConfigError, match="holds no weights" if kind == "none" else r"pytorch_model\.bin: cannot be read"
     ):
         plan(tmp_path)
+
+
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+
+
+def save_model_with_vision(folder: Path) -> Path:
+    text = dict(vocab_size=len(tokenizer()), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    text |= dict(intermediate_size=24, max_position_embeddings=256, num_key_value_heads=2, head_dim=8)
+    return save_model(folder, "Gemma3", text_config=text, vision_config=VISION | {"patch_size": 14})
+
+
+def test_parts_that_text_does_not_reach_are_named(tmp_path):
+    save_model_with_vision(tmp_path)
+    (note,) = (note for note in plan(tmp_path).notes if "text does not reach" in note)
+    assert "vision_tower, multi_modal_projector" in note and "stay as they are" in note
+    with pytest.raises(ConfigError, match="train.weight_decay would shrink them; set train.weight_decay: 0"):
+        plan(tmp_path, weight_decay=0.1)
+
+
+def test_text_reaches_every_weight_of_a_text_model():
+    import transformers
+
+    from tests.engine.checkpoint.families import FAMILIES
+
+    for family, sizes in FAMILIES.items():
+        settings = transformers.AutoConfig.for_model(family.partition("-")[0], **sizes)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(settings)
+        assert bool(parts_without_text(model)) == (family == "gemma3"), family

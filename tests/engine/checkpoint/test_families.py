@@ -34,14 +34,15 @@ def older_transformers(tmp_path_factory) -> Path:
 
 @pytest.mark.long
 def test_exports_of_all_families_are_the_same_models_in_transformers_4(rank_pool, tmp_path, older_transformers):
-    rank_pool(1).run(families.exported_families, root=str(tmp_path), families=list(families.FAMILIES))
+    chosen = [family for family in families.FAMILIES if family not in families.NOT_IN_TRANSFORMERS_4]
+    rank_pool(1).run(families.exported_families, root=str(tmp_path), families=chosen)
     file, root = tmp_path / "older.pt", Path(__file__).parents[3]
     code = f"from tests.engine.checkpoint.families import save_outputs; save_outputs({str(tmp_path)!r}, {str(file)!r})"
     environment = os.environ | {"PYTHONPATH": f"{older_transformers}{os.pathsep}{root}"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     older = torch.load(file)
     assert older.pop("version").startswith("4.57")
-    assert older.keys() == families.FAMILIES.keys()
+    assert set(older) == set(chosen)
     wrong = {}
     for family, logits in older.items():
         expected = families.outputs(tmp_path / family / "model")[0]
