@@ -59,6 +59,18 @@ def check_model(plan: RunPlan) -> None:
             trained = add_adapters(model, config)
     for name, method in plan.config.methods.items():
         method.check_weight_names(name, weight_names(trained))
+    plan.notes += _note_on_unpulled(plan, trained)
+
+
+def _note_on_unpulled(plan: RunPlan, adapted: nn.Module) -> list[str]:
+    """Name the adapters of embeddings where a penalty pulls the products of all others."""
+    terms = [(method.name, method.penalty()) for method in plan.methods]
+    pulling = [name for name, penalty in terms if penalty is not None and penalty.product]
+    embeddings = [name for name, module in adapted.named_modules() if len(getattr(module, "lora_embedding_A", ()))]
+    names = ", ".join(name.removeprefix("base_model.model.") for name in embeddings)
+    if not names:
+        return []
+    return [f"methods.{name}: the adapter of {names} is not pulled, only those of linear maps" for name in pulling]
 
 
 def _check_weights(model: PreTrainedModel, plan: RunPlan) -> list[str]:

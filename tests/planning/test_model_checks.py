@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from safecl.config import ConfigError, RunConfig
 from safecl.planning.model_checks import parts_without_text
 from safecl.planning.run_plan import plan_run
-from tests.catalogue.models import DAMAGES, EMBEDDING, HEAD, LORA, rewrite, save_model, tokenizer
+from tests.catalogue.models import DAMAGES, EMBEDDING, HEAD, LORA, rewrite, save_model, tokenizer, without_a_layer
 
 
 def plan(
@@ -21,6 +21,7 @@ def plan(
     prompts: list[str] = (),
     max_length: int = 256,
     weight_decay: float = 0.0,
+    methods: dict | None = None,
     **model,
 ):
     rows = [{"prompt": f"what is {i} plus {i}", "completion": f"the answer is {2 * i}"} for i in range(30)]
@@ -35,6 +36,8 @@ def plan(
         "train": {"max_length": max_length, "allow_few_steps": True, "max_steps": 2, "weight_decay": weight_decay},
         "output": str(folder / "out"),
     }
+    if methods is not None:
+        tree["methods"] = methods
     if prompts:
         write(folder / "p.jsonl", [{"prompt": prompt} for prompt in prompts])
         tree["safety"] = {"prompts": str(folder / "p.jsonl")}
@@ -212,7 +215,7 @@ def test_parts_that_text_does_not_reach_are_named(tmp_path):
     save_model_with_vision(tmp_path)
     (note,) = (note for note in plan(tmp_path).notes if "text does not reach" in note)
     assert "vision_tower, multi_modal_projector" in note and "stay as they are" in note
-    with pytest.raises(ConfigError, match="train.weight_decay would shrink them; set train.weight_decay: 0"):
+    with pytest.raises(ConfigError, match=r"train\.weight_decay would shrink them; set train\.weight_decay: 0"):
         plan(tmp_path, weight_decay=0.1)
 
 
@@ -226,3 +229,48 @@ def test_text_reaches_every_weight_of_a_text_model():
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(settings)
         assert bool(parts_without_text(model)) == (family == "gemma3"), family
+
+
+@pytest.mark.parametrize(
+    ("targets", "methods", "named"),
+    [
+        (["embed_tokens", "q_proj"], {"l2_sp": {}}, ["methods.l2_sp: the adapter of model.embed_tokens is not pulled"]),
+        (["q_proj"], {"l2_sp": {}}, []),
+        (["embed_tokens"], {}, []),
+        (["embed_tokens"], {"l2_sp": {"strength": 0}}, []),
+    ],
+)
+def test_an_adapter_that_no_penalty_pulls_is_named(tmp_path, targets, methods, named):
+    notes = plan(save_model(tmp_path), methods=methods, lora={"target_modules": targets}).notes
+    found = [note.partition(",")[0] for note in notes if "not pulled" in note]
+    assert found == named
+
+
+def _cut_file(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: rewrite(folder, without_a_layer), "model.layers.1"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "methods.lwf.teacher"),
+        (_cut_file, "model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "methods.lwf.teacher"),
+        (lambda folder: None, None),
+    ],
+)
+def test_the_files_of_an_online_teacher_are_checked_before_the_run(tmp_path, damage, told):
+    teacher = save_model(tmp_path / "teacher")
+    damage(teacher)
+    methods = {"lwf": {"teacher": str(teacher), "outputs": "online"}}
+    student = save_model(tmp_path / "student")
+    if told is None:
+        plan(student, methods=methods)
+        return
+    with pytest.raises(ConfigError) as refused:
+        plan(student, methods=methods)
+    assert told in str(refused.value) and str(teacher) in str(refused.value)
+    assert "model.path" not in str(refused.value)

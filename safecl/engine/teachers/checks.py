@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from safecl.config import ConfigError, ModelConfig, RunConfig
 from safecl.data import load_tokenizer
+from safecl.storage.model_folder import has_weights_here
 from safecl.storage.untrusted import library_error
 
 KNOWN = ("aligned", "previous", "ema")
@@ -21,8 +23,9 @@ STREAMING_ERRORS = (IndexError, TypeError, RuntimeError, ValueError, AttributeEr
 def check_teachers(config: RunConfig, tokenizer: Any) -> None:
     """Check the teachers of a run.
 
-    Raises ConfigError, with the key, where an architecture cannot be streamed, where another model has another
-    tokenizer, or where it has another width and hidden states are compared.
+    Raises ConfigError, with the key, where an architecture cannot be streamed, where another model's files are not
+    there or do not fit its settings, where it has another tokenizer, or where it has another width and hidden states
+    are compared.
     """
     from safecl.engine.model.settings import read_model_settings
 
@@ -31,6 +34,8 @@ def check_teachers(config: RunConfig, tokenizer: Any) -> None:
         if source in KNOWN:
             continue
         model = _model_at(config, source)
+        with _named(key):
+            _check_files(model)
         theirs = load_tokenizer(model, key)
         if difference := _different_token(theirs.get_vocab(), tokenizer.get_vocab()):
             raise ConfigError(
@@ -51,8 +56,32 @@ def _check_streaming(config: RunConfig) -> None:
         if source == "ema" or (source == "aligned" and config.model.lora is not None):
             continue
         model = config.model if source in KNOWN else _model_at(config, source)
-        if (problem := _streaming_problem(model)) is not None:
+        with nullcontext() if source in KNOWN else _named(key):
+            problem = _streaming_problem(model)
+        if problem is not None:
             raise ConfigError(cannot_be_streamed(key, source, problem))
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Names this key in messages about a model, which name model.path."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path:", f"{key}:", 1)) from None
+
+
+def _check_files(model: ModelConfig) -> None:
+    """Check the headers of the teacher's files against its settings, where they are on this machine."""
+    from safecl.engine.model.dtypes import CONFIG_DTYPES
+    from safecl.engine.model.structure import empty_model
+    from safecl.engine.reference.layout import Layout
+    from safecl.engine.reference.sources import find_weights
+
+    if has_weights_here(model.path):
+        dtype = CONFIG_DTYPES[model.dtype]
+        empty = empty_model(model.path, dtype, trust_remote_code=model.trust_remote_code)
+        find_weights(model.path, Layout.of(empty, dtype), empty, model.trust_remote_code)
 
 
 def cannot_be_streamed(key: str, source: str, problem: str) -> str:
