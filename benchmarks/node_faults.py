@@ -17,6 +17,7 @@ LIMIT = 30.0
 """Seconds in which the ranks of the other host have ended, once a loss is noticed (docs/reliability.md)."""
 HANG_TIMEOUT = 10
 RESTARTS = 20
+STEPS_OF_THE_JOB = 60
 
 
 def nodes() -> dict:
@@ -29,7 +30,7 @@ def nodes() -> dict:
     if (reason := reason_against()) is not None:
         return {"skipped": reason, "wrong": []}
     found = read_results().get("nodes", {}).get("found", {})
-    for scene in (_start, _bitwise, _skew, _slow, _losses, _elastic, _restarts):
+    for scene in (_losses, _bitwise, _elastic, _skew, _slow, _start, _restarts):
         name = scene.__name__.strip("_")
         if name in found:
             continue
@@ -76,8 +77,8 @@ def _losses(folder: Path, here: Path) -> tuple[dict, list[str]]:
     from tests.launching.node_scenes import Job, left, lose_a_host, two_hosts, write_config
 
     found, wrong = {}, []
-    train = {"max_steps": 60, "hang_timeout": HANG_TIMEOUT}
-    config = write_config(folder / "demo", here / "run.yaml", train=train)
+    train = {"max_steps": 30, "hang_timeout": HANG_TIMEOUT}
+    config = write_config(folder / "demo", here / "run.yaml", train=train, checkpoint={"every": 3})
     rows = None
     for how in ("killed", "power", "cable"):
         with two_hosts([folder]) as machines:
@@ -277,6 +278,8 @@ def _cluster(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        subprocess.run(["scancel", "--user=root"], check=False)
+        time.sleep(5)
         pids = [*made.glob("*.pid"), *([Path("/run/munge") / munge.name] if own else [])]
         for path in pids:
             with contextlib.suppress(OSError, ValueError):
@@ -298,7 +301,8 @@ def _preempted_job(folder: Path) -> dict:
         "rendezvous": f"127.0.0.1:{port}",
         "slurm": {"gpus": False, "setup": [f"export PYTHONPATH={ROOT}"]},
     }
-    config = write_config(folder / "demo", folder / "run.yaml", train={"max_steps": 300}, launch=launch)
+    settings = {"train": {"max_steps": STEPS_OF_THE_JOB}, "checkpoint": {"every": 20}, "launch": launch}
+    config = write_config(folder / "demo", folder / "run.yaml", **settings)
     run = folder / "run"
     submitted = subprocess.run(["safecl", "launch", str(config)], capture_output=True, text=True, check=True).stdout
     job = submitted.split()[-1]
@@ -315,10 +319,10 @@ def _preempted_job(folder: Path) -> dict:
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
     wait_for(lambda: (run / "exit_code").exists(), 120, "the job stops")
     code = (run / "exit_code").read_text().strip()
-    wait_for(lambda: (run / "results.json").exists(), 420, "the job is queued again and finishes")
+    wait_for(lambda: (run / "results.json").exists(), 900, "the job is queued again and finishes")
     wait_for(lambda: job not in queue().split(), 60, "the job has left the queue")
     log = (run / "logs" / f"slurm-{job}.out").read_text()
     wrong = [] if code == "75" else [f"exit code {code} after the signal"]
     wrong += [] if "resuming from step-" in log else ["the job began anew"]
-    wrong += [] if steps() == 300 else [f"{steps()} steps"]
+    wrong += [] if steps() == STEPS_OF_THE_JOB else [f"{steps()} steps"]
     return {"stopped_after_step": stopped_at, "steps": steps(), "wrong": wrong}

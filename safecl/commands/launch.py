@@ -49,6 +49,7 @@ def launch_run(
         settings.max_restarts,
         settings.start_timeout,
         settings.stop_timeout,
+        launch.first_node,
         say=lambda line: print(line, flush=True),
     )
     try:

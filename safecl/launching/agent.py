@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,9 @@ from safecl.launching.job import Command
 _POLL_SECONDS = 0.1
 _SECONDS_BEFORE_A_RESTART = 5.0
 _SECONDS_TO_END = 10.0
+_SECONDS_BETWEEN_LOOKS, _SECONDS_TO_CONNECT = 5.0, 3.0
+SECONDS_TO_BE_LOST = 20.0
+"""The ranks of a node end when the first node could not be reached for this long."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,7 +38,9 @@ class Agent:
     """Runs `command` until it is done or has failed more than `max_restarts` times.
 
     files: the folder of the ranks' files. exit_code: the file of the run folder where rank 0 says how the run ended.
-    start_timeout, stop_timeout: seconds, see LaunchConfig. say: prints a line for people.
+    start_timeout, stop_timeout: seconds, see LaunchConfig. first_node: where the nodes have met, for agents of other
+    nodes. The ranks end where it cannot be reached any more: they may hang in calls that nobody answers. say: prints
+    a line for people.
     """
 
     command: Command
@@ -43,6 +49,7 @@ class Agent:
     max_restarts: int = 0
     start_timeout: float = 600.0
     stop_timeout: float = 600.0
+    first_node: tuple[str, int] | None = None
     say: Callable[[str], object] = print
     _stop: str | None = None
     _stop_by: float | None = None
@@ -82,10 +89,13 @@ class Agent:
         for stale in (*self.files.glob("*.pid"), *self.files.glob("*.code")):
             stale.unlink()
         began = time.time()
-        self._launcher = start(self.command)
+        self._launcher, reach = start(self.command), Reach(self.first_node)
         try:
             while self._launcher.poll() is None:
                 time.sleep(_POLL_SECONDS)
+                if (lost := reach.lost_for()) > SECONDS_TO_BE_LOST:
+                    self.say(f"safecl launch: the first node ({reach}) cannot be reached for {lost:.0f} s; ending")
+                    break
                 if self._stop_by is not None and time.monotonic() > self._stop_by:
                     self.say(f"safecl launch: the ranks have not ended {self.stop_timeout:.0f} s after {self._stop}")
                     break
@@ -169,6 +179,31 @@ class Agent:
         for path in sorted(self.files.glob(f"*.{kind}")):
             with contextlib.suppress(OSError, ValueError):
                 yield int(path.read_text())
+
+
+class Reach:
+    """Tells for how long the first node cannot be reached. It counts from the first time that it could."""
+
+    def __init__(self, place: tuple[str, int] | None):
+        self._place = place
+        self._reached_at: float | None = None
+        self._looked_at = 0.0
+
+    def __str__(self) -> str:
+        return ":".join(map(str, self._place or ()))
+
+    def lost_for(self) -> float:
+        """Look, at most every 5 seconds; return the seconds since it was reached last, 0 where it is there."""
+        now = time.monotonic()
+        if self._place is None or now - self._looked_at < _SECONDS_BETWEEN_LOOKS:
+            return 0.0
+        self._looked_at = now
+        try:
+            socket.create_connection(self._place, timeout=_SECONDS_TO_CONNECT).close()
+        except OSError:
+            return 0.0 if self._reached_at is None else time.monotonic() - self._reached_at
+        self._reached_at = time.monotonic()
+        return 0.0
 
 
 def start(command: Command) -> subprocess.Popen[bytes]:

@@ -13,7 +13,7 @@ from safecl.config import ConfigError
 from safecl.distributed import rank_files
 from safecl.launching import network
 from safecl.launching.job import FILES, Command, Job, Launch, python
-from safecl.launching.torchrun import describe, first_node, own_address
+from safecl.launching.torchrun import describe, first_node, other_first_node, own_address
 from safecl.launching.variables import network_variables, threads_of, variables_of
 
 HOSTFILE = "hostfile"
@@ -53,7 +53,8 @@ def _each_by_itself(job: Job, files: Path, node_rank: int | None) -> Launch:
         ("this node", describe(address, settings)),
         *variables.facts(),
     ]
-    return Launch(facts, Command((*_runner(places), *job.training), variables.to_set()), written, agent=True)
+    command = Command((*_runner(places), *job.training), variables.to_set())
+    return Launch(facts, command, written, agent=True, first_node=other_first_node(settings))
 
 
 def _by_ssh(job: Job) -> Launch:

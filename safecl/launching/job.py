@@ -86,12 +86,14 @@ class Command:
 @dataclass(frozen=True)
 class Launch:
     """What starts a job. facts: (label, text) lines for people. files: to be written before the command runs. agent:
-    the command starts ranks on this machine, so an agent must look after them."""
+    the command starts ranks on this machine, so an agent must look after them. first_node: address of the first node,
+    where it is another one."""
 
     facts: list[tuple[str, str]]
     command: Command
     files: dict[Path, str] = field(default_factory=dict)
     agent: bool = False
+    first_node: tuple[str, int] | None = None
 
 
 def python() -> str:

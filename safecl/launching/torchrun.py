@@ -37,6 +37,7 @@ def plan(job: Job, files: Path) -> Launch:
         [("ranks", f"{nodes} node{'s' * (largest > 1)} x {ranks}, by torchrun"), *facts, *variables.facts()],
         Command((*argv, *job.training), variables.to_set()),
         agent=True,
+        first_node=other_first_node(settings) if largest > 1 else None,
     )
 
 
@@ -82,6 +83,13 @@ def own_address(settings: LaunchConfig) -> network.Address:
             "the address of the first node instead, as `ip -4 addr` shows it there"
         )
     return network.address_towards(ip)
+
+
+def other_first_node(settings: LaunchConfig) -> tuple[str, int] | None:
+    """Return the address of the first node; None on that node itself."""
+    host, port = first_node(settings)
+    ip = network.resolve(host)
+    return None if network.is_own(ip) else (ip, port)
 
 
 def describe(address: network.Address, settings: LaunchConfig) -> str:

@@ -125,6 +125,39 @@ class Host:
             process.wait()
 
 
+class Agent(Host):
+    """A stand-in for a host where namespaces are forbidden: processes of this machine, which reach each other by
+    127.0.0.1."""
+
+    def start(self, *command: object, environ: Mapping[str, str] | None = None, log: Path) -> subprocess.Popen:
+        env = {**os.environ, **(environ or {})}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            env.pop(name, None)
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [*map(str, command)], env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=ROOT
+            )
+        self.processes.append(process)
+        return process
+
+    def inner(self) -> int:
+        return self.processes[-1].pid
+
+    def running(self) -> list[int]:
+        return [process.pid for process in self.processes if process.poll() is None]
+
+
+@contextlib.contextmanager
+def agents(*names: str) -> Iterator[list[Host]]:
+    """Make stand-ins for hosts, and end what they have started."""
+    made: list[Host] = [Agent(name, "", "lo", "127.0.0.1", []) for name in names]
+    try:
+        yield made
+    finally:
+        for agent in made:
+            agent.kill()
+
+
 def _extensions() -> list[Path]:
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/tmp/torch_ext"))
     return [folder] if folder.is_dir() else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -70,6 +71,22 @@ def test_a_rank_that_the_launcher_has_lost_is_ended(tmp_path):
     assert agent_of(tmp_path, "stays").run() == 1
     (pid,) = [int(path.read_text()) for path in (tmp_path / "files").glob("*.pid")]
     wait_for(lambda: not Path(f"/proc/{pid}").exists(), 10, "the rank is gone")
+
+
+def test_ranks_end_when_the_first_node_cannot_be_reached_any_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("safecl.launching.agent.SECONDS_TO_BE_LOST", 0.5)
+    monkeypatch.setattr("safecl.launching.agent._SECONDS_BETWEEN_LOOKS", 0.1)
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        place = first.getsockname()
+        agent = agent_of(tmp_path, "wait,wait", first_node=place, say=said.append)
+        unplugged = threading.Thread(target=lambda: (time.sleep(2.0), first.close()))
+        unplugged.start()
+        assert agent.run() == 1
+        unplugged.join()
+    assert f"the first node (127.0.0.1:{place[1]}) cannot be reached for" in said[0]
+    for path in (tmp_path / "files").glob("*.pid"):
+        wait_for(lambda path=path: not Path(f"/proc/{path.read_text().strip()}").exists(), 10, "the ranks are gone")
 
 
 def test_ranks_on_other_machines_leave_their_code_in_the_run_folder(tmp_path):
