@@ -52,8 +52,9 @@ def places_of(names: Iterable[str]) -> dict[str, Place]:
     return {name: Place(name, block, num_blocks) for name, block in blocks.items()}
 
 
-Gradient = Annotated[list[float], Field(min_length=2)]
-Value = float | Gradient
+Number = Annotated[float, Field(ge=-1e6, le=1e6)]
+Gradient = Annotated[list[Number], Field(min_length=2)]
+Value = Number | Gradient
 
 
 def _with_readable_patterns(value: float | list[float] | dict[str, Value]) -> float | list[float] | dict[str, Value]:

@@ -14,8 +14,8 @@ import torch
 
 from safecl.merging.base import Merge, MergeConfig, Models, Tensors, Unmergeable, Weights
 
-PIECE_ELEMENTS = 4 * 2**20
-"""fp32 elements of each model in one piece of a merge by rows: 16 MiB."""
+PIECE_ELEMENTS = 2**20
+"""fp32 elements of each model in one piece of a merge by rows: 4 MiB."""
 
 Progress = Callable[[int], None]
 """Called with a number of elements that are done."""

@@ -9,6 +9,7 @@ not averaging their products, so merges see only W. Memory: one tensor of the ba
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from safecl.merging.models.folder import FolderWeights, local_folder, read_settings_file
+from safecl.merging.models.names import names_in_files
 from safecl.merging.models.tensor_files import open_file
 from safecl.storage.model_folder import ADAPTER
 from safecl.storage.safetensors_file import Tensor
@@ -123,11 +125,16 @@ class AdapterWeights:
         return factors, replaced
 
     def _in_base(self, name: str, given: str) -> str:
-        if name not in self.base.shapes:
-            raise UnusableWeights(
-                f"{self.label}: {given} is for {name}, which the base {self.base.folder} does not have"
-            )
-        return name
+        """Return the name of a weight in the base's files: its own, or the one that it has in transformers' model."""
+        if name in self.base.shapes:
+            return name
+        if name in self._model_names:
+            return self._model_names[name]
+        raise UnusableWeights(f"{self.label}: {given} is for {name}, which the base {self.base.folder} does not have")
+
+    @functools.cached_property
+    def _model_names(self) -> Mapping[str, str]:
+        return names_in_files(self.base)
 
     def _factors(self, module: str, pair: Mapping[str, str]) -> _Factors:
         embedding = "embedding_A" in pair or "embedding_B" in pair

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from safecl.engine.model.dtypes import FLOAT_DTYPES
 from safecl.merging.base import Unmergeable
+from safecl.merging.models.folder import FolderWeights
+from safecl.merging.models.lora import AdapterWeights
+from safecl.merging.models.names import names_in_files
 from safecl.merging.models.tokens import Tokens
 from safecl.merging.models.view import Source, View
 
@@ -31,43 +34,59 @@ def match_models(sources: Sequence[Source], tokens: Sequence[Tokens | None]) -> 
 
     Raises Unmergeable with the name of a tensor that is missing or has another shape.
     """
-    head, embedding = head_and_embedding(sources)
-    keeps_head = head is not None and embedding is not None and not _is_tied_everywhere(sources, head, embedding)
-    names = [name for name in sources[0].stored if name != head or keeps_head]
-    if keeps_head and head is not None and head not in sources[0].stored:
+    ends = [_ends_of(source) for source in sources]
+    head = next((own.head for own in ends if own.head is not None), None)
+    keeps_head = not _is_tied_everywhere(sources, ends)
+    names = [name for name in sources[0].stored if name != ends[0].head or keeps_head]
+    if keeps_head and head is not None and ends[0].head is None:
         names.append(head)
-    aliases = {head: embedding} if keeps_head and head is not None and embedding is not None else {}
     buffers, notes = _buffers(sources), []
     if left_out := [name for name in names if name in buffers]:
         notes.append(f"left out, as the model makes them itself: {_named(left_out)}")
     names = [name for name in names if name not in buffers]
-    home = _view(sources[0], names, aliases)
+    home = _view(sources[0], names, ends[0].aliases(head, ends[0].embedding))
     views = [home]
-    for source, their_tokens in zip(sources[1:], tokens[1:], strict=True):
+    for source, own_ends, their_tokens in zip(sources[1:], ends[1:], tokens[1:], strict=True):
+        aliases = own_ends.aliases(head, ends[0].embedding)
+        aliases |= _renamed(source, sources[0], names, aliases)
         own = _view(source, names, aliases, home)
-        _check_nothing_more(source, sources[0], names, head, buffers)
+        _check_nothing_more(source, sources[0], {*own.names.values(), *buffers, own_ends.head})
         notes += _check_shapes(own, home, tokens[0], their_tokens)
         views.append(own)
-    unties = keeps_head and any(head not in source.stored for source in sources)
+    unties = keeps_head and any(own.head is None for own in ends)
     if unties:
-        notes.append(f"{head} becomes a tensor of its own: one of the models has it apart from {embedding}")
+        notes.append(f"{head} becomes a tensor of its own: one of the models has it apart from its embedding")
     return Matched(views, unties, tuple(dict.fromkeys(notes)))
 
 
-def head_and_embedding(sources: Sequence[Source]) -> tuple[str | None, str | None]:
-    """Return the names of the output head's weight and of the token embedding, where a model has them."""
-    stored = dict.fromkeys(name for source in sources for name in source.stored)
-    head = next((name for name in stored if _HEAD.search(name) and name.endswith("weight")), None)
-    embedding = next((name for name in stored if _EMBEDDING.search(name)), None)
-    return head, embedding
+@dataclass(frozen=True)
+class _Ends:
+    """The names of a model's token embedding and of the weight of its output head; None where it has no such tensor."""
+
+    embedding: str | None
+    head: str | None
+
+    def aliases(self, head: str | None, embedding: str | None) -> dict[str, str]:
+        """Return {name in the merge: name in this model}; a model without a head uses its embedding."""
+        own_head = self.head or self.embedding
+        found = {head: own_head, embedding: self.embedding}
+        return {name: own for name, own in found.items() if name is not None and own is not None}
 
 
-def _is_tied_everywhere(sources: Sequence[Source], head: str, embedding: str) -> bool:
+def _ends_of(source: Source) -> _Ends:
+    heads = (name for name in source.stored if _HEAD.search(name) and name.endswith("weight"))
+    embeddings = (name for name in source.stored if _EMBEDDING.search(name))
+    return _Ends(next(embeddings, None), next(heads, None))
+
+
+def _is_tied_everywhere(sources: Sequence[Source], ends: Sequence[_Ends]) -> bool:
     """Whether the head is the embedding in every model: it is not stored, or stored with the same values."""
-    having = [source for source in sources if head in source.stored and embedding in source.stored]
-    if len(having) == len(sources) and all(source.settings.get("tie_word_embeddings") is False for source in sources):
+    pairs = [(source, own.head, own.embedding) for source, own in zip(sources, ends, strict=True)]
+    if all(head for _, head, _ in pairs) and all(s.settings.get("tie_word_embeddings") is False for s in sources):
         return False
-    return all(source.same_bytes(head, embedding) for source in having)
+    return all(
+        embedding is not None and source.same_bytes(head, embedding) for source, head, embedding in pairs if head
+    )
 
 
 def _buffers(sources: Sequence[Source]) -> set[str]:
@@ -77,17 +96,29 @@ def _buffers(sources: Sequence[Source]) -> set[str]:
 
 
 def _view(source: Source, names: Sequence[str], aliases: Mapping[str, str], home: View | None = None) -> View:
-    own = {name: name if name in source.stored else aliases.get(name, name) for name in names}
+    own = {name: aliases.get(name, name) for name in names}
     if missing := [name for name in names if own[name] not in source.stored]:
         raise Unmergeable(f"{source.label}: has no tensor {_named(missing)}")
     shapes = home.shapes if home is not None else {name: source.stored[own[name]].shape for name in names}
     return View(source, own, shapes, home)
 
 
-def _check_nothing_more(
-    source: Source, home: Source, names: Sequence[str], head: str | None, buffers: set[str]
-) -> None:
-    if more := [name for name in source.stored if name not in {*names, head, *buffers}]:
+def _renamed(source: Source, home: Source, names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Return {name in the first model: name in this one} for tensors that the two store under different names."""
+    missing = [name for name in names if aliases.get(name, name) not in source.stored]
+    if not missing:
+        return {}
+    theirs = names_in_files(_folder_of(source))
+    in_model = {stored: name for name, stored in names_in_files(_folder_of(home)).items()}
+    return {name: theirs[in_model[name]] for name in missing if in_model.get(name) in theirs}
+
+
+def _folder_of(source: Source) -> FolderWeights:
+    return source.base if isinstance(source, AdapterWeights) else source
+
+
+def _check_nothing_more(source: Source, home: Source, known: set[str | None]) -> None:
+    if more := [name for name in source.stored if name not in known]:
         raise Unmergeable(f"{source.label}: has the tensor {_named(more)}, which {home.label} does not have")
 
 

@@ -124,9 +124,9 @@ def _open(path: str, role: str, base: Source | None) -> Source:
     named = adapter_base(path)
     if isinstance(base, FolderWeights) and _is_same(named, base):
         return AdapterWeights(path, label, base)
-    own = _open(named, role, None)
-    if not isinstance(own, FolderWeights):
+    if is_adapter(named):
         raise UnusableWeights(f"{label}: an adapter of an adapter; merge the first one into its base before")
+    own = FolderWeights(named, f"the base of {label}")
     if isinstance(base, FolderWeights) and not _has_same_weights(own, base):
         raise Unmergeable(
             f"{label}: the adapter was trained on {named}, whose weights differ from those of {base.label}; give that "
