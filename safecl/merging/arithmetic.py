@@ -1,4 +1,4 @@
-"""Arithmetic that merges share. It works through large tensors in pieces of 16 MiB, so that it takes no memory of their
+"""Arithmetic that merges share. It works through large tensors in pieces of 4 MiB, so that it takes no memory of their
 size."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from safecl.config import ConfigError
 from safecl.merging.base import Tensors
 from safecl.merging.places import Coefficient
 
-PIECE = 4 * 2**20
+PIECE = 2**20
 _HIGH_BINS, _LOW_BINS = 2**15, 2**16
 
 

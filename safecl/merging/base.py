@@ -51,6 +51,13 @@ class MergeConfig(Section):
     """Settings that every kind of merge has."""
 
     needs: ClassVar[Needs] = Needs()
+    takes_checkpoints: ClassVar[bool] = False
+    """Whether tuned models may be checkpoints that a run has kept."""
+
+    @property
+    def reads_averages(self) -> bool:
+        """Whether the average in a checkpoint is read, and not the weights."""
+        return False
 
     dtype: Literal["same", "bf16", "fp16", "fp32"] = "same"
     """Dtype of the result's weights; `same` is that of the first tuned model, tensor by tensor."""
@@ -98,6 +105,11 @@ class Models:
     places: Mapping[str, Place] = field(default_factory=dict)
     data: Path | None = None
     folders: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num(self) -> int:
+        """Number of models."""
+        return len(self.tuned) + (self.base is not None) + (self.aligned is not None)
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,8 @@ class Merge(Generic[C]):
     def __init__(self, config: C, models: Models):
         self.config = config
         self.models = models
+        self.freed = 0
+        """Bytes of values that were worked on since the allocator gave memory back; see safecl.merging.stream."""
 
     @property
     def num_passes(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from safecl.config import ConfigError
 from safecl.engine.model.dtypes import FLOAT_DTYPES
 from safecl.merging.base import Merge, MergeConfig
+from safecl.merging.models.folder import FolderWeights
 from safecl.merging.models.lora import AdapterWeights
 from safecl.merging.models.matching import copied
 from safecl.merging.models.opening import Opened, open_models
@@ -139,9 +140,8 @@ class _Work:
     def _write_model(self, partial: Path, entries: Mapping[str, Entry]) -> MergeReport:
         source = self.opened.home.source
         written = write_weights(partial, entries, self._values, self.config.max_file_bytes)
-        is_adapter = isinstance(source, AdapterWeights)
-        folder = source.base.folder if isinstance(source, AdapterWeights) else source.folder
-        tokenizer = source.folder if is_adapter else None
+        folder = source.folder if isinstance(source, FolderWeights) else source.base.folder
+        tokenizer = source.folder if isinstance(source, AdapterWeights) else None
         copy_beside(folder, partial, changes=self._changes(entries), tokenizer=tokenizer)
         return self._report(len(entries), written)
 

@@ -1,8 +1,7 @@
 """Drives a merge over the tensors: the passes, and the result a few rows at a time.
 
-Memory: the values of one tensor in every model, in fp32, and as much again for what the merge forms of them: two of the
-largest tensors per model. Merges that work by rows need a part of that: pieces of 16 MiB per model. Besides, the blocks
-on their way to the disk, and one block per open model: PIECES + 1 of 16 MiB per model.
+Memory: see `memory_bound`. Values lie in memory for one tensor at a time, in every model, in fp32; merges that work by
+rows hold 4 MiB of each.
 """
 
 from __future__ import annotations
@@ -13,9 +12,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from safecl.merging.base import Merge, MergeConfig, Models, Tensors, Unmergeable, Weights
+from safecl.storage.durable import BLOCK_BYTES
+from safecl.storage.sizes import give_back_freed_memory
 
 PIECE_ELEMENTS = 2**20
 """fp32 elements of each model in one piece of a merge by rows: 4 MiB."""
+
+FREED_BYTES = 32 * 2**20
+"""Freed buffers that the allocator may keep."""
 
 Progress = Callable[[int], None]
 """Called with a number of elements that are done."""
@@ -23,6 +27,16 @@ Progress = Callable[[int], None]
 
 def nothing(done: int) -> None:
     """Report no progress."""
+
+
+def memory_bound(num_models: int, largest: int, by_rows: bool) -> int:
+    """Return the bytes that a merge takes at most, besides the libraries.
+
+    largest: number of elements of the largest tensor. Two of the largest tensors per model, or of the pieces of a merge
+    by rows; one block per model for reading and three on the way to the disk; and what the allocator keeps.
+    """
+    elements = min(largest, PIECE_ELEMENTS) if by_rows else largest
+    return 2 * num_models * 4 * elements + (num_models + 3) * BLOCK_BYTES + FREED_BYTES
 
 
 @torch.no_grad()
@@ -49,7 +63,9 @@ def merged_rows(merge: Merge[MergeConfig], models: Models, name: str) -> Iterato
         assert result.shape == shape and result.dtype == torch.float32, f"{name}: combine returns fp32 of its shape"
         if not math.isfinite(float(result.sum())) and not bool(result.isfinite().all()):
             raise Unmergeable(f"{name}: the merged values are not finite; use smaller coefficients")
+        del tensors
         yield result
+        del result
 
 
 def merged_tensor(merge: Merge[MergeConfig], models: Models, name: str) -> torch.Tensor:
@@ -65,7 +81,13 @@ def _pieces(merge: Merge[MergeConfig], models: Models, name: str) -> Iterator[Te
     if merge.by_rows and shape:
         step = max(1, PIECE_ELEMENTS // max(1, math.prod(shape[1:])))
     for start in range(0, max(1, num_rows), max(1, step)):
-        yield _read(models, name, start, min(start + step, num_rows))
+        tensors = _read(models, name, start, min(start + step, num_rows))
+        merge.freed += models.num * tensors.tuned[0].nbytes
+        yield tensors
+        del tensors  # before the next ones are read
+        if merge.freed > FREED_BYTES:
+            give_back_freed_memory()
+            merge.freed = 0
 
 
 def _read(models: Models, name: str, start: int, stop: int) -> Tensors:

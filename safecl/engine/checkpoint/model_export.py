@@ -9,7 +9,6 @@ and number of files do not matter.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from safecl.kernels.finite import count_nonfinite
 from safecl.storage.durable import BLOCK_BYTES, DamagedCheckpoint, FileRecord, hash_file, sync_folder, write_file
 from safecl.storage.model_folder import INDEX, plan_files
 from safecl.storage.safetensors_file import header_bytes, num_bytes, read_header
-from safecl.storage.sizes import format_bytes, free_bytes
+from safecl.storage.sizes import format_bytes, free_bytes, give_back_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -195,15 +194,6 @@ class _Tensors:
                 continue
             with self.engine.shards.full_parameter(self.parameters[name]):
                 yield self.parameters[name].detach() if collectives.rank() == 0 else None
-
-
-def give_back_freed_memory() -> None:
-    """Return freed memory to the system.
-
-    glibc keeps freed buffers of some MB, and takes new memory for the next ones while anything small lies between them.
-    """
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _saved_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:

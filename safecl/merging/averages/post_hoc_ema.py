@@ -6,6 +6,9 @@ theta_i is a snapshot at step t_i, p_i its profile: the share of each step in it
 steps, exponential averages as `methods: {ema: ...}` keeps them, or averages with power-law profiles. Source: Karras et
 al., arXiv 2312.02696, section 3.2, which stores two averages of power-law profiles. Ours: the factors sum to 1, so
 weights that never moved stay as they are; weights of single steps stand for the steps since the snapshot before.
+
+A snapshot is a model folder, or a checkpoint that a run has kept, RUN/checkpoints/step-...: its weights, or its average
+with `profile=ema`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ class Config(base.MergeConfig):
     """An average over a run's steps, made from snapshots."""
 
     needs: ClassVar[base.Needs] = base.Needs(base="no", fewest=2)
+    takes_checkpoints: ClassVar[bool] = True
 
     sigma_rel: Annotated[float, Field(gt=0, lt=0.2886)] = 0.1
     """Width of the average as a share of the steps: its standard deviation divided by the number of steps."""
@@ -38,6 +42,10 @@ class Config(base.MergeConfig):
     """eta of the snapshots, where they are exponential averages."""
     sigma_rels: Annotated[list[Annotated[float, Field(gt=0, lt=0.2886)]], Field(min_length=2)] | None = None
     """Width of each snapshot, where they have power-law profiles."""
+
+    @property
+    def reads_averages(self) -> bool:
+        return self.profile == "ema"
 
     @model_validator(mode="after")
     def _a_profile_has_its_setting(self) -> Config:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from safecl.engine.model.dtypes import FLOAT_DTYPES
 from safecl.merging.base import Unmergeable
 from safecl.merging.models.folder import FolderWeights
-from safecl.merging.models.lora import AdapterWeights
 from safecl.merging.models.names import names_in_files
 from safecl.merging.models.tokens import Tokens
 from safecl.merging.models.view import Source, View
@@ -114,7 +113,7 @@ def _renamed(source: Source, home: Source, names: Sequence[str], aliases: Mappin
 
 
 def _folder_of(source: Source) -> FolderWeights:
-    return source.base if isinstance(source, AdapterWeights) else source
+    return source if isinstance(source, FolderWeights) else source.base
 
 
 def _check_nothing_more(source: Source, home: Source, known: set[str | None]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safecl.merging.base import MergeConfig, Models, Needs, Unmergeable
+from safecl.merging.models.checkpoint import CheckpointWeights, is_checkpoint
 from safecl.merging.models.checks import check_more_tokens, check_related, check_settings, check_tokens
 from safecl.merging.models.folder import FolderWeights
 from safecl.merging.models.lora import AdapterWeights
@@ -67,12 +68,17 @@ def open_models(
     data: Path | None,
 ) -> Opened:
     """Open the models. Raises ConfigError where one is missing, cannot be used, or does not fit the others."""
+    if kept := [path for path in (*tuned, base, aligned) if path is not None and is_checkpoint(path)]:
+        check_checkpoints(kind, config, kept[0])
     if base is None and config.needs.base == "yes" and tuned and is_adapter(tuned[0]):
         base = adapter_base(tuned[0])
     check_needs(kind, config.needs, base=base, num_tuned=len(tuned), aligned=aligned, data=data)
     opened_base = _open(base, "base", None) if base is not None else None
     roles = ["tuned" if i == 0 else f"tuned {i + 1}" for i in range(len(tuned))]
-    parents = [Parent(role, path, _open(path, role, opened_base)) for role, path in zip(roles, tuned, strict=True)]
+    parents = [
+        Parent(role, path, _open(path, role, opened_base, config.reads_averages))
+        for role, path in zip(roles, tuned, strict=True)
+    ]
     if base is not None and opened_base is not None:
         parents.append(Parent("base", base, opened_base))
     if aligned is not None:
@@ -117,8 +123,18 @@ def check_needs(
         raise Unmergeable(f"--data {data}: no such file")
 
 
-def _open(path: str, role: str, base: Source | None) -> Source:
+def check_checkpoints(kind: str, config: MergeConfig, path: str) -> None:
+    """Raise Unmergeable where the kind does not take a run's checkpoints."""
+    if not config.takes_checkpoints:
+        raise Unmergeable(
+            f"{path}: is a checkpoint of a run, which {kind} does not take; give the run's model folder, RUN/model"
+        )
+
+
+def _open(path: str, role: str, base: Source | None, averaged: bool = False) -> Source:
     label = f"{role} ({path})"
+    if is_checkpoint(path):
+        return CheckpointWeights(path, label, averaged)
     if not is_adapter(path):
         return FolderWeights(path, label)
     named = adapter_base(path)
@@ -149,7 +165,7 @@ def _has_same_weights(own: FolderWeights, base: FolderWeights) -> bool:
 def _tokens_of(source: Source) -> Tokens | None:
     """Read an adapter's own tokenizer, or that of its base; for other models, the folder's."""
     own = read_tokens(source.folder)
-    if own is None and isinstance(source, AdapterWeights):
+    if own is None and not isinstance(source, FolderWeights):
         return read_tokens(source.base.folder)
     return own
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from safecl.merging.models.checkpoint import CheckpointWeights
 from safecl.merging.models.folder import FolderWeights
 from safecl.merging.models.lora import AdapterWeights
 
-Source = FolderWeights | AdapterWeights
+Source = FolderWeights | AdapterWeights | CheckpointWeights
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def _blocks(
                 yield memoryview(rows)
                 continue
             yield from _rounded(name, rows, FLOAT_DTYPES[entries[name].dtype])
+            del rows  # before the next ones are computed
 
 
 def _rounded(name: str, rows: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:

@@ -99,7 +99,7 @@ def peak_of_exporting(folder: str, size: dict, stage: int) -> dict[str, int]:
 
 def _start_watching() -> int:
     """Resets this process's peak; returns what it has now, without what it has freed and could use again."""
-    from safecl.engine.checkpoint.model_export import give_back_freed_memory
+    from safecl.storage.sizes import give_back_freed_memory
 
     collectives.barrier()
     give_back_freed_memory()
