@@ -7,8 +7,9 @@
 The parents are random bf16 weights with the names and shapes of a Llama of 0.75 G parameters, in three files each. The
 rival and roof is a copy: it reads every byte of the parents and writes as many bytes as the result has, in blocks of
 16 MiB, to the same disk, and brings them to it (fsync). Before each run the parents leave the system's cache. Copy and
-merges alternate, each in a process of its own. Memory is the growth of the process above what it had when the libraries
-were loaded (VmHWM); it has no part of the system's cache. Writes benchmarks/results/merging.json.
+merges alternate, each in a process of its own. CPU seconds stand beside wall seconds, which other work disturbs. Memory
+is the growth of the process above what it had when the libraries were loaded (VmHWM); it has no part of the system's
+cache. Writes benchmarks/results/merging.json.
 """
 
 from __future__ import annotations
@@ -122,17 +123,17 @@ def one_run(job: dict) -> None:
     """Do one copy or merge, and print its seconds and peak bytes as JSON."""
     folders, out = [Path(path) for path in job["folders"]], Path(job["out"])
     if job["kind"] == "copy":
-        begin = time.perf_counter()
+        begin, worked = time.perf_counter(), time.process_time()
         copy(folders, out)
-        print(json.dumps({"seconds": time.perf_counter() - begin}))
+        print(json.dumps({"seconds": time.perf_counter() - begin, "cpu": time.process_time() - worked}))
         return
     kind_module(job["kind"])
     torch.ones(8).bfloat16().float().sum()
     before = status("VmRSS")
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     merge(job["kind"], base=folders[0], tuned=folders[1:], out=out, **job["settings"])
-    seconds = time.perf_counter() - begin
-    print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before}))
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - worked
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": status("VmHWM") - before}))
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -167,6 +168,8 @@ def compare(folders: list[Path], folder: Path, kinds: list[str], rounds: int) ->
             "models": len(parents),
             "copy_seconds": [round(value, 2) for value in copied],
             "merge_seconds": [round(value, 2) for value in merged],
+            "copy_cpu_seconds": [round(pair[0]["cpu"], 2) for pair in pairs],
+            "merge_cpu_seconds": [round(pair[1]["cpu"], 2) for pair in pairs],
             "of_copy": round(statistics.median(copied) / statistics.median(merged), 3),
             "peak_mb": round(max(pair[1]["peak"] for pair in pairs) / 1e6, 1),
             "bound_mb": round(bound(kind, len(parents)) / 1e6, 1),

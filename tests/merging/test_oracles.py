@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from safecl.merging import merge
+from safecl.merging import arithmetic, merge, stream
 from safecl.merging.arithmetic import drop_
 from tests.merging import models
 
@@ -133,6 +133,17 @@ def test_a_merge_is_its_formula_to_the_last_place(parents, family, case, tmp_pat
     merge(case.split()[0], base=base, tuned=tuned, out=tmp_path / "out", **wanted.settings)
     given = [*([base] if base else []), *tuned]
     models.assert_rounded(models.state(tmp_path / "out"), wanted.oracle(*map(models.exact, given)))
+
+
+@pytest.mark.parametrize("case", ["linear", "slerp", "ties", "ties scope=model", "magmax", "bang"])
+def test_work_in_many_pieces_is_work_on_the_whole(parents, case, tmp_path, monkeypatch):
+    folders, wanted = parents("qwen"), CASES[case]
+    monkeypatch.setattr(arithmetic, "PIECE", 100)
+    monkeypatch.setattr(stream, "PIECE_ELEMENTS", 70)
+    tuned = [folders[name] for name in models.TUNED[: wanted.num_tuned]]
+    merge(case.split()[0], base=folders["base"], tuned=tuned, out=tmp_path / "out", **wanted.settings)
+    expected = wanted.oracle(*map(models.exact, [folders["base"], *tuned]))
+    models.assert_rounded(models.state(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize("family", list(models.FAMILIES))
