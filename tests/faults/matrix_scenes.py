@@ -1,0 +1,174 @@
+"""Scenes of the fault matrix (benchmarks/fault_matrix.py): runs that are killed at random and resumed, processes that
+start at once, and histories of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from safecl.distributed import collectives
+from safecl.engine.checkpoint.format import Manifest
+from safecl.engine.checkpoint.publishing import CheckpointFolder
+from safecl.engine.checkpoint.random_state import seed_generators
+from safecl.storage.durable import write_file
+from tests.engine import scenes
+from tests.pool import RankPool
+from tests.training import resume_scenes
+
+SECONDS_TO_DIE = 300.0
+
+
+def go_on(
+    folder: str,
+    until: int,
+    save_every: int,
+    begins_again_at: int | None = None,
+    kill: tuple[int, int, float] | None = None,
+    **changes,
+) -> dict:
+    """Begin or resume, and go to step `until`. kill: (rank, steps from here, seconds into that step) of a SIGKILL.
+
+    Returns where it began and the digests of the end. The task begins again at a step as a second one does.
+    """
+    with resume_scenes.open_saver(folder, **changes) as (run, task, saver):
+        notes: list[str] = []
+        resumed = saver.resume(notes.append, [task])
+        if resumed is None:
+            seed_generators(11 + collectives.rank())
+            scenes.begin(run, task, memory_folder=saver.memory_folder)
+        began = run.global_step
+        while run.global_step < until:
+            if run.global_step == begins_again_at:
+                run.end_task()
+                run.begin_task(task, active=True)
+            if kill is not None and (collectives.rank(), run.global_step) == (kill[0], began + kill[1]):
+                _die_in(kill[2])
+            torch.rand(3)  # as dropout does
+            resume_scenes.step_once(run, task, [])
+            if run.global_step % save_every == 0:
+                saver.save(resume_scenes._progress(), b"[]", 2)
+        report = saver.settle()
+        assert report is None or report.problem is None, report
+        return {"began": began, "step": run.global_step, "digests": resume_scenes.digests(run), "notes": notes}
+
+
+def _die_in(seconds: float) -> None:
+    def die() -> None:
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=die, daemon=True).start()
+
+
+def kill_and_resume(folder: Path, seed: int, longest: int, **arguments) -> dict:
+    """Start ranks that go on with the run of the folder; a random one is killed at a random moment of one of the next
+    `longest` steps. Returns who was killed and whether anything of the run is left."""
+    rng = random.Random(seed)
+    victim, steps, seconds = rng.randrange(2), rng.randrange(longest), rng.random() * 0.2
+    pool = RankPool(2, forked=True)
+    try:
+        for pipe in pool.pipes:
+            pipe.send((go_on, dict(folder=str(folder), kill=(victim, steps, seconds), **arguments)))
+        pool.processes[victim].join(SECONDS_TO_DIE)
+        code = pool.processes[victim].exitcode
+    finally:
+        pool.close()
+    problems = [] if code == -signal.SIGKILL else [f"seed {seed}: rank {victim} ended with {code}"]
+    if any(process.is_alive() for process in pool.processes):
+        problems.append(f"seed {seed}: a rank lives on")
+    return {"victim": victim, "steps": steps, "wrong": problems}
+
+
+# --------------------------------------------------------------------------------------------------- starts at one time
+
+
+def take_folder(folder: str, start: float, everybody_has_tried, queue) -> None:
+    """Try to take a run folder at a given time, and hold it until everybody has tried."""
+    from safecl.config import ConfigError
+    from safecl.training.folder import RunFolder
+
+    own = RunFolder(Path(folder))
+    time.sleep(max(0.0, start - time.time()))
+    try:
+        own.lock()
+        queue.put("taken")
+        everybody_has_tried.wait()
+        own.release()
+    except ConfigError as error:
+        queue.put(str(error))
+
+
+def obtain_artifact(folder: str, start: float, everybody_has_tried, queue) -> None:
+    """Ask for an artifact at a given time; builds are counted in a file."""
+    from safecl.engine.artifacts import store as artifacts
+
+    artifacts.SECONDS_BETWEEN_LOOKS = 0.05
+
+    def build(path: Path) -> None:
+        with (path.parent / "builds").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.3)
+        (path / "values").write_bytes(bytes(1000))
+
+    time.sleep(max(0.0, start - time.time()))
+    found = artifacts.obtain(artifacts.ArtifactStore(Path(folder)), "matrix", {"key": 1}, build=build)
+    queue.put(str(found))
+
+
+# ------------------------------------------------------------------------------------------------------------ retention
+
+
+def history_of_checkpoints(folder: Path, seed: int) -> tuple[int, str | None]:
+    """Make a random sequence of saves, interrupted saves, damage and starts in a checkpoint folder.
+
+    After each event the newest checkpoint that is whole and finite, of those that were ever published, must be there,
+    unless it was damaged itself. Returns (number of events, what was wrong).
+    """
+    rng = np.random.default_rng(seed)
+    checkpoints, good, step = CheckpointFolder(folder), [], 0
+    num_events = int(rng.integers(5, 15))
+    for number in range(num_events):
+        event = rng.choice(["save", "save", "save", "unknown", "interrupted", "damage", "start"])
+        if event in ("save", "unknown"):
+            step += 1
+            name = _publish(checkpoints, step, finite=event == "save")
+            good += [name] if event == "save" else []
+            checkpoints.prune(int(rng.integers(1, 4)))
+        elif event == "interrupted":
+            checkpoints.begin(10)
+            (checkpoints.partial / "rank-00000.safetensors").write_bytes(b"half")
+        elif event == "damage" and (names := checkpoints.names()):
+            name = str(rng.choice(names))
+            (folder / name / "rank-00000.safetensors").write_bytes(b"")
+            good = [other for other in good if other != name and checkpoints.is_whole(other)]
+        elif event == "start" and folder.is_dir():
+            checkpoints.sweep()
+            for name in checkpoints.names():
+                if checkpoints.is_whole(name):
+                    break
+                checkpoints.set_aside(name)
+        if good and not (checkpoints.is_whole(good[-1]) and checkpoints.is_finite(good[-1])):
+            return number + 1, f"seed {seed}, event {number} ({event}): {good[-1]} is gone"
+    return num_events, None
+
+
+def _publish(checkpoints: CheckpointFolder, step: int, finite: bool) -> str:
+    checkpoints.begin(10)
+    record = write_file(checkpoints.partial / "rank-00000.safetensors", [b"0123456789"])
+    name = checkpoints.free_name(step)
+    files = {"rank-00000.safetensors": record}
+    checkpoints.publish(Manifest(name, step, 1, files, {}, {}, finite=finite))
+    return name
+
+
+def digests_of(found: dict) -> str:
+    """The digests as one text, to compare runs."""
+    return json.dumps(found["digests"], sort_keys=True)
