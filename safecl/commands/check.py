@@ -80,7 +80,7 @@ def model_facts(model: PreTrainedModel, config: RunConfig) -> list[tuple[str, st
     from safecl.engine.model.settings import choose_attention
 
     vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
-    attention, reason = choose_attention(config.model.attention)
+    attention, reason = choose_attention(config.model.attention, config.model.dtype)
     return [
         ("  parameters", f"{model.num_parameters():,} ({model.config.model_type}), vocabulary {vocabulary:,}"),
         ("  attention", f"{attention} ({reason})"),

@@ -64,7 +64,11 @@ class ModelConfig(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of weights and activations in the forward pass. Master weights and optimizer state are always fp32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel; `auto` takes flash_attention_2 where it can be imported on a GPU, else sdpa, and says which."""
+    """Attention kernel; `auto` takes flash_attention_2 where it can be imported on a GPU and the model has it, in bf16,
+    else sdpa, and says which."""
+    attention_check: Annotated[int, Field(ge=1)] | None = None
+    """Steps between comparisons of flash attention with exact attention, in one layer at the weights as they are; sdpa
+    takes its place where they differ by more than 2 %. null: at the start only."""
     lora: LoraConfig | None = None
     """Train adapters only; null trains all weights."""
     gradient_checkpointing: bool = True

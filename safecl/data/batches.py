@@ -36,6 +36,14 @@ class MicroBatch:
     lengths: list[int]
 
     @property
+    def bounds(self) -> torch.Tensor:
+        """int32 [documents + 1]: the flat index at which each document begins, and the end. Padding belongs to its
+        row's document."""
+        rows, length = self.input_ids.shape
+        begins = self.starts if rows == 1 and self.starts else [row * length for row in range(rows)]
+        return torch.tensor([*begins, rows * length], dtype=torch.int32)
+
+    @property
     def num_targets(self) -> int:
         return int((self.targets != IGNORE).sum())
 

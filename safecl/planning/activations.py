@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from safecl.config import ModelConfig
 from safecl.engine.model.adapters import base_model
-from safecl.engine.model.checks import rows_are_not_packed
+from safecl.engine.model.attention import rows_are_not_packed
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.model.structure import parameters_on_meta, prepare_for_training

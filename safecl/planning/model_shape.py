@@ -79,7 +79,10 @@ def _micro_batch(config: RunConfig) -> tuple[int, int]:
 
 def _is_masked(config: RunConfig) -> bool:
     """True where a mask separates packed documents. Flash attention needs none: it is given where they begin."""
-    return config.train.packing == "packed" and choose_attention(config.model.attention)[0] != "flash_attention_2"
+    return (
+        config.train.packing == "packed"
+        and choose_attention(config.model.attention, config.model.dtype)[0] != "flash_attention_2"
+    )
 
 
 def _adapted(model: nn.Module, lora: LoraConfig) -> Iterator[tuple[int, int]]:

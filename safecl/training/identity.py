@@ -26,6 +26,7 @@ MAY_DIFFER = (
     "privacy",
     "model.path",
     "model.attention",
+    "model.attention_check",
     "train.deterministic",
     "model.gradient_checkpointing",
     "tasks.*.train",

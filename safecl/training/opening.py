@@ -11,7 +11,9 @@ import torch
 from safecl.config import RunConfig, dump_config
 from safecl.distributed import collectives, devices
 from safecl.engine.checkpoint.random_state import seed_generators
+from safecl.engine.model.attention import attention_of
 from safecl.engine.model.settings import choose_attention
+from safecl.engine.passes.attention import start_attention
 from safecl.engine.passes.open_model import open_language_model
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.reference.store import ReferenceStore
@@ -38,7 +40,9 @@ def open_run(plan: RunPlan, folder: RunFolder, console: Console) -> Run:
     )
     if collectives.rank() == 0:
         folder.write_text("deepspeed.json", json.dumps(engine.deepspeed_config, indent=2))
-    attention, reason = choose_attention(config.model.attention)
+    chosen, reason = choose_attention(config.model.attention, config.model.dtype)
+    attention = attention_of(engine.module.model)
+    reason = reason if attention == chosen else f"in place of {chosen}"
     console.fact("attention", f"{attention} ({reason}), rows {'packed' if engine.layout.packed else 'padded'}")
     ranks = f"{collectives.world_size()} rank{'s' if collectives.world_size() > 1 else ''}"
     console.fact("trained", f"{engine.shards.numel:,} weights on {ranks}, {engine.device}")
@@ -65,7 +69,9 @@ def open_engine(
         pad_id=pad_id,
         note=note,
     )
-    return TrainingEngine(model, config, layout, store, keep_store=keep_store), store
+    engine = TrainingEngine(model, config, layout, store, keep_store=keep_store)
+    start_attention(engine, config.model, packing=config.train.packing, note=note)
+    return engine, store
 
 
 def _add_in_a_fixed_order() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from safecl.config import RunConfig
 from safecl.engine.artifacts.teacher_outputs import needs_outputs
+from safecl.engine.passes.attention import guard_attention
 from safecl.engine.passes.step_losses import StepLosses
 from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
@@ -139,6 +140,9 @@ class Run(RunState):
     def train_step(self, task: TaskPlan) -> StepLosses:
         """Make one optimizer step of the task: task rows and replayed rows in one forward pass, one backward pass, one
         pass over the shard."""
+        every = self.config.model.attention_check
+        if every is not None and self.global_step > 0 and self.global_step % every == 0:
+            guard_attention(self.engine, self.log)
         self._ready, self.passes = self._take_ready(task), []
         for method in self.active_methods:
             method.before_step(self.view)

@@ -14,21 +14,6 @@ from safecl.config import ConfigError
 from safecl.engine.model.language_model import LanguageModel
 
 
-@contextmanager
-def rows_are_not_packed() -> Iterator[None]:
-    """Tells transformers that rows are not packed. It would look at the positions' values, and assume packed rows where
-    positions have none (meta tensors)."""
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    before = getattr(masking_utils, name, None)
-    setattr(masking_utils, name, lambda position_ids: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, name, before)
-
-
 @torch.no_grad()
 def check_head(wrapped: LanguageModel, tolerance: float = 1e-5) -> bool:
     """Compare head(trunk(x)) with model(x).logits on a few tokens; return whether they are equal, and set
@@ -89,6 +74,11 @@ def check_packing(wrapped: LanguageModel) -> None:
         input_ids=second[None], attention_mask=None, position_ids=restart[:, len(first) :], use_cache=False
     ).logits[0]
     model.train(training)
+    refuse_mixed_documents(packed, alone)
+
+
+def refuse_mixed_documents(packed: torch.Tensor, alone: torch.Tensor) -> None:
+    """Raise ConfigError where a document's logits [tokens, vocab] depend on what it is packed with."""
     error = (packed.float() - alone.float()).norm() / alone.float().norm().clamp_min(1e-20)
     if error > (1e-4 if packed.dtype == torch.float32 else 5e-2):
         raise ConfigError(

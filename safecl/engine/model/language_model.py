@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from safecl.engine.model.adapter_penalty import AdapterPenalty
 from safecl.engine.model.adapters import adapters_off, base_model
+from safecl.engine.model.attention import Sequences, attention_of, document_arguments, rows_are_not_packed
 from safecl.engine.model.head import FusedHeadLosses, HeadLosses, LogitsLosses, head_scaling
 from safecl.engine.model.loss_inputs import HiddenDistance, OutputDistance
 from safecl.evaluation.answers.model import cache_name
@@ -37,11 +38,14 @@ class LanguageModel(nn.Module):
     """Trunk and fused head as one module.
 
     `forward(task="loss", ...)` calls `losses`; `task` may also be "logits", "topk" or "hidden". All of them return
-    plain dictionaries: a dataclass that crosses a module's boundary crashes ZeRO-3.
+    plain dictionaries: a dataclass that crosses a module's boundary crashes ZeRO-3. `sequences` says where documents
+    begin; without it transformers finds out from the positions.
     """
 
     vocab_size: int
     """Width of the logits, padding included."""
+    runs_anywhere: str
+    """The attention kernel with which the model was made, which also runs on the CPU."""
     fused: bool
     """Whether the fused head gives the model's logits; `check_head` sets it."""
 
@@ -50,6 +54,8 @@ class LanguageModel(nn.Module):
         self.model = model
         self.scaling = head_scaling(model)
         self.fused = True
+        self.runs_anywhere = attention_of(model)
+        self._documents: dict[str, Any] = {}
         # A plain number: under ZeRO-3 reading a weight's shape during a forward pass gathers the weight, and the thread
         # that prepares the next step needs the number in the middle of one.
         self.vocab_size = getattr(self.head.weight, "ds_shape", self.head.weight.shape)[0]
@@ -67,14 +73,18 @@ class LanguageModel(nn.Module):
         """transformers' settings of the language model, also inside a model of several parts."""
         return base_model(self.model).config.get_text_config()
 
-    def forward(self, *, task: str, **inputs: Any) -> dict[str, Tensor]:
+    def forward(self, *, task: str, sequences: Sequences | None = None, **inputs: Any) -> dict[str, Tensor]:
         tasks: dict[str, Callable[..., dict[str, Tensor]]] = {
             "loss": self.losses,
             "logits": self.logits,
             "topk": self.topk,
             "hidden": self.hidden,
         }
-        return tasks[task](**inputs)
+        self._documents = document_arguments(self.model, sequences)
+        # transformers would ask the device whether the positions are those of packed rows.
+        known = sequences is not None and (self._documents or not sequences["packed"])
+        with rows_are_not_packed() if known else nullcontext():
+            return tasks[task](**inputs)
 
     def logits(
         self,
@@ -92,6 +102,7 @@ class LanguageModel(nn.Module):
             position_ids=position_ids,
             use_cache=use_cache,
             logits_to_keep=1 if last_only else 0,
+            **self._documents,
             **{cache_name(base_model(self.model)): past},
         )
         return {"logits": output.logits}
@@ -209,7 +220,9 @@ class LanguageModel(nn.Module):
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         # No mask and no cache: with either, packed documents would see each other, silently.
-        output = self.trunk(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
+        output = self.trunk(
+            input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False, **self._documents
+        )
         return output.last_hidden_state.flatten(0, 1)  # [batch * length, H]
 
     def _own_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -225,6 +238,7 @@ class LanguageModel(nn.Module):
             position_ids=position_ids,
             use_cache=False,
             output_hidden_states=need_hidden,
+            **self._documents,
         )
         return _Outputs(output.hidden_states[-1].flatten(0, 1) if need_hidden else None, output.logits.flatten(0, 1))
 

@@ -9,6 +9,8 @@ from typing import TypedDict
 
 from torch import Tensor
 
+from safecl.engine.model.attention import Sequences
+
 
 class _StoredOutputs(TypedDict, total=False):
     log_probs: Tensor  # fp32 [m, k]
@@ -42,7 +44,11 @@ class HiddenDistance(_StoredHidden):
     weights: Tensor  # fp32 [m]
 
 
-class LossInputs(TypedDict):
+class _Documents(TypedDict, total=False):
+    sequences: Sequences
+
+
+class LossInputs(_Documents):
     """One micro-batch with n supervised targets. All weights hold their term's normaliser."""
 
     input_ids: Tensor  # int64 [batch, length]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def choose_attention(wanted: str) -> tuple[str, str]:
-    """Return the attention implementation to use and the reason for it."""
+def choose_attention(wanted: str, dtype: str = "bf16") -> tuple[str, str]:
+    """Return the attention implementation to use and the reason for it. dtype: bf16 or fp32, that of the run."""
     if wanted != "auto":
         return wanted, "as configured"
     if not devices.on_gpu():
@@ -25,6 +25,8 @@ def choose_attention(wanted: str) -> tuple[str, str]:
         import flash_attn  # noqa: F401
     except ImportError:
         return "sdpa", "flash_attn is not installed"
+    if dtype != "bf16":
+        return "sdpa", "flash_attn computes in 16 bits only"
     return "flash_attention_2", "flash_attn is installed"
 
 

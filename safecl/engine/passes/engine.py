@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from safecl.distributed import progress
+from safecl.engine.model.attention import Sequences
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.passes.micro_batches import MicroBatchLayout
 
@@ -43,6 +44,7 @@ class ModelEngine:
         past: Any = None,
         use_cache: bool = False,
         last_only: bool = False,
+        sequences: Sequences | None = None,
     ) -> torch.Tensor:
         """The model's own logits, [batch, length or 1, vocab]."""
         output = self.deepspeed(
@@ -53,6 +55,7 @@ class ModelEngine:
             past=past,
             use_cache=use_cache,
             last_only=last_only,
+            sequences=sequences,
         )
         progress.beat()
         return output["logits"]

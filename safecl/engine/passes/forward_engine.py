@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safecl.config import DeepSpeedConfig, ModelConfig
 from safecl.distributed import collectives
 from safecl.engine.model.language_model import LanguageModel
+from safecl.engine.passes.attention import start_attention
 from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.micro_batches import MicroBatchLayout
 from safecl.engine.passes.open_model import open_language_model
@@ -61,7 +62,9 @@ def open_forward_engine(
     model, layout, store = open_language_model(
         alone, packing=packing, tokens_per_microbatch=tokens_per_microbatch, pad_id=tokenizer.pad_token_id, note=note
     )
-    return ForwardEngine(model, layout, dtype=settings.dtype, sharding=sharding, store=store)
+    engine = ForwardEngine(model, layout, dtype=settings.dtype, sharding=sharding, store=store)
+    start_attention(engine, alone, packing=packing, note=note)
+    return engine
 
 
 def _config(dtype: str, sharding: DeepSpeedConfig) -> dict[str, Any]:

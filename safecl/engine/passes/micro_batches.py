@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from safecl.data import assign, collate
+from safecl.data import MicroBatch, assign, collate
+from safecl.engine.model.attention import Sequences
 from safecl.engine.model.loss_inputs import LossInputs
 from safecl.engine.passes.distances import hidden_distances, output_distances, target_positions
 from safecl.engine.passes.step_rows import StepRow
@@ -94,6 +95,7 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
         distillations=distillations,
         features=features,
         reference=reference,
+        sequences=sequences_of(batch, layout.packed),
     )
     return StepBatch(
         inputs,
@@ -104,6 +106,12 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
         row_of=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
         keys=[row.key for row in rows],
     )
+
+
+def sequences_of(batch: MicroBatch, packed: bool) -> Sequences:
+    """Return where the micro-batch's documents begin."""
+    bounds = batch.bounds
+    return Sequences(cu_seqlens=bounds, max_length=int(bounds.diff().max()), packed=packed)
 
 
 def to_device(value: T, device: torch.device) -> T:

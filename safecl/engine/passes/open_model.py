@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from safecl.config import ModelConfig
 from safecl.distributed import collectives
+from safecl.engine.model.attention import ON_GPUS_ONLY
 from safecl.engine.model.checks import check_head, check_packing
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.model.settings import choose_attention
@@ -19,7 +20,8 @@ def open_language_model(
 ) -> tuple[LanguageModel, MicroBatchLayout, ReferenceStore]:
     """Load a model and check it; return it with the layout of its micro-batches and the store of its weights.
 
-    `note` gets messages for the user. A collective call. Raises ConfigError.
+    The checks run in host memory, with a kernel that can; safecl.engine.passes.attention takes the chosen kernel into
+    use on the device. `note` gets messages for the user. A collective call. Raises ConfigError.
     """
     loaded, store = load_model(config)
     for message in store.notes:
@@ -27,7 +29,8 @@ def open_language_model(
     model = LanguageModel(loaded)
     if not check_head(model):
         note("the model's logits are more than a linear head; its own logits are used (more memory)")
-    packed = packing == "packed" or (packing == "auto" and choose_attention(config.attention)[0] == "flash_attention_2")
+    attention, _ = choose_attention(config.attention, config.dtype)
+    packed = packing == "packed" or (packing == "auto" and attention in ON_GPUS_ONLY)
     if packed:
         check_packing(model)
     layout = MicroBatchLayout(collectives.world_size(), tokens_per_microbatch, packed, pad_id=pad_id or 0)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from safecl.config import ConfigError, ModelConfig
+from safecl.engine.model.attention import ON_GPUS_ONLY
 from safecl.engine.model.dtypes import CONFIG_DTYPES
-from safecl.engine.model.settings import choose_attention, read_model_settings
+from safecl.engine.model.settings import read_model_settings
 from safecl.engine.model.structure import empty_model, prepare_for_training
 from safecl.engine.reference.store import ReferenceStore
 from safecl.storage.model_folder import settings_source
@@ -31,9 +32,9 @@ def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
     ConfigError.
     """
     read_model_settings(config)
-    attention, _ = choose_attention(config.attention)
-    # Not every architecture has sdpa, so transformers chooses where the user does not.
-    chosen = None if config.attention == "auto" and attention == "sdpa" else attention
+    # transformers chooses where the user does not, since not every architecture has sdpa, and where the chosen kernel
+    # cannot run yet: the weights are in host memory.
+    chosen = None if config.attention == "auto" or config.attention in ON_GPUS_ONLY else config.attention
     dtype = CONFIG_DTYPES[config.dtype]
     try:
         model = empty_model(config.path, dtype, attention=chosen, trust_remote_code=config.trust_remote_code)

@@ -17,7 +17,7 @@ import xxhash
 from safecl.distributed import devices, progress
 from safecl.engine.reference import shared_memory
 from safecl.engine.reference.layout import Layout, Where
-from safecl.engine.reference.sources import Converter, Reader, combine, refuse_nonfinite
+from safecl.engine.reference.sources import Converter, Given, Reader, combine, refuse_nonfinite
 from safecl.storage.untrusted import UnusableWeights
 
 _FILLERS = 4
@@ -34,7 +34,7 @@ class Offer:
     notes: tuple[str, ...] = ()
 
 
-def provide(layout: Layout, reader: Reader | Converter, where: Where, stack: contextlib.ExitStack) -> Offer:
+def provide(layout: Layout, reader: Reader | Converter | Given, where: Where, stack: contextlib.ExitStack) -> Offer:
     """Make and fill the segment, or offer the files for mapping. For the first rank of a node."""
     obstacle = reader.obstacle_to_mapping()
     if where == "file":
@@ -52,12 +52,12 @@ def provide(layout: Layout, reader: Reader | Converter, where: Where, stack: con
     return Offer("segment", shared_memory.address(handle), digest, reader.buffers())
 
 
-def _offer_files(reader: Reader | Converter, *notes: str) -> Offer:
+def _offer_files(reader: Reader | Converter | Given, *notes: str) -> Offer:
     assert isinstance(reader, Reader), "a checkpoint that must be converted cannot be mapped"
     return Offer("file", "", reader.digest(), reader.buffers(), notes)
 
 
-def new_segment(layout: Layout, reader: Reader | Converter, stack: contextlib.ExitStack) -> tuple[int, str]:
+def new_segment(layout: Layout, reader: Reader | Converter | Given, stack: contextlib.ExitStack) -> tuple[int, str]:
     """Fill a segment with all parameters and seal it. Return (handle, digest); the stack closes the handle."""
     handle = shared_memory.create(layout.nbytes, "safecl-reference")
     stack.callback(os.close, handle)

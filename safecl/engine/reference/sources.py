@@ -270,6 +270,26 @@ class Converter:
         return "their tensors must be converted"
 
 
+@dataclass
+class Given:
+    """Takes the values of parameters from a function, which fills a flat tensor with the parameter of that name."""
+
+    fill: Callable[[str, torch.Tensor], Any]
+    files: None = None
+
+    def loader(self) -> Callable[[str, torch.Tensor], Any]:
+        return self.fill
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def check_unchanged(self) -> None:
+        """Do nothing: there are no files."""
+
+    def obstacle_to_mapping(self) -> str | None:
+        return "there are none"
+
+
 def combine(layout: Layout, hashes: Mapping[str, bytes]) -> str:
     """Digest of all parameters from the hashes of each one's bytes in the layout's dtype."""
     digest = xxhash.xxh3_128(str(layout.dtype).encode())

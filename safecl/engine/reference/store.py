@@ -27,7 +27,7 @@ from safecl.distributed.node import Node, this_node
 from safecl.engine.reference import shared_memory
 from safecl.engine.reference.layout import Layout, Where
 from safecl.engine.reference.segment import Offer, new_segment, provide, tensor_view
-from safecl.engine.reference.sources import Converter, Reader, Sources, find_weights
+from safecl.engine.reference.sources import Converter, Given, Reader, Sources, find_weights
 from safecl.kernels import page_locked
 from safecl.storage.durable import DamagedCheckpoint, open_regular
 from safecl.storage.model_folder import ModelFiles, Stamp
@@ -89,16 +89,38 @@ class ReferenceStore:
         layout = Layout.of(model, dtype)
         _check_vocabulary(layout, vocab_size, str(path))
         reader = _on_every_rank(lambda: find_weights(str(path), layout, model, trust_remote_code))
+        return cls._make(layout, reader, where, node, str(path))
+
+    @classmethod
+    def filled(
+        cls,
+        model: PreTrainedModel,
+        fill: Callable[[str, torch.Tensor], None],
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        node: Node | None = None,
+    ) -> ReferenceStore:
+        """Make a store whose values do not come from files. A collective call of all ranks of the job.
+
+        model: its structure, with parameters on the meta device. fill(name, values): writes a parameter's values into a
+        1-D tensor; called by several threads, on the first rank of each node.
+        """
+        return cls._make(Layout.of(model, dtype), Given(fill), "segment", node or this_node(), type(model).__name__)
+
+    @classmethod
+    def _make(
+        cls, layout: Layout, reader: Reader | Converter | Given, where: Where, node: Node, path: str
+    ) -> ReferenceStore:
         with contextlib.ExitStack() as stack:
             own = _on_every_rank(lambda: provide(layout, reader, where, stack) if node.is_first else None)
             offer = next(offer for offer in node.exchange(own) if offer is not None)
             store = cls(layout, offer.digest, offer.where, reader.files, offer.buffers, list(offer.notes))
             _on_every_rank(lambda: store._map(offer, reader, node, stack))
-        store._compare_nodes(str(path))
+        store._compare_nodes(path)
         store._pin()
         return store
 
-    def _map(self, offer: Offer, reader: Reader | Converter, node: Node, stack: contextlib.ExitStack) -> None:
+    def _map(self, offer: Offer, reader: Reader | Converter | Given, node: Node, stack: contextlib.ExitStack) -> None:
         if offer.where == "file":
             assert isinstance(reader, Reader), "a checkpoint that must be converted cannot be mapped"
             self._map_files(reader.sources)

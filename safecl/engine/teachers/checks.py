@@ -96,7 +96,7 @@ def _streaming_problem(model: ModelConfig) -> str | None:
     show the problem."""
     import torch
 
-    from safecl.engine.model.checks import rows_are_not_packed
+    from safecl.engine.model.attention import rows_are_not_packed
     from safecl.engine.model.dtypes import CONFIG_DTYPES
     from safecl.engine.model.settings import read_model_settings
     from safecl.engine.model.structure import empty_model

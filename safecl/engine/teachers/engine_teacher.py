@@ -30,7 +30,12 @@ class EngineTeacher:
             return [[self._ask(batch, question, positions) for question, positions in batch.asked] for batch in batches]
 
     def _ask(self, batch: TeacherBatch, question: Question, positions: torch.Tensor) -> Answer:
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "positions": positions}
+        inputs = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "positions": positions,
+            "sequences": batch.sequences,
+        }
         settings = {"k": question.k, "temperature": question.temperature} if question.form == "topk" else {}
         output = self.engine.deepspeed(
             task=question.form, **to_device(inputs, self.engine.device), **settings, reference=not self.average

@@ -27,7 +27,7 @@ from safecl.distributed import collectives
 from safecl.engine.checkpoint.model_export import save_plain
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.passes.distances import target_positions
-from safecl.engine.passes.micro_batches import split_step
+from safecl.engine.passes.micro_batches import sequences_of, split_step
 from safecl.engine.passes.step_rows import Answer, Asked, Question, StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.reference.store import ReferenceStore
@@ -157,7 +157,8 @@ class OnlineTeachers:
             ]
             asked.append((question, torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64))))
             waiting.append(_Waiting([cell for cell, _ in found], [len(place) for place in places]))
-        return TeacherBatch(batch.input_ids, batch.position_ids, asked), waiting
+        sequences = sequences_of(batch, self.engine.layout.packed)
+        return TeacherBatch(batch.input_ids, batch.position_ids, asked, sequences), waiting
 
     # ---------------------------------------------------------------------------------------------------------- opening
 

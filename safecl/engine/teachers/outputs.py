@@ -12,7 +12,7 @@ from safecl.data import Row, TokenDataset, collate
 from safecl.distributed import progress
 from safecl.engine.passes.distances import target_positions
 from safecl.engine.passes.engine import ModelEngine
-from safecl.engine.passes.micro_batches import split_step, to_device
+from safecl.engine.passes.micro_batches import sequences_of, split_step, to_device
 from safecl.engine.passes.step_rows import StepRow
 from safecl.replay import TeacherOutputs
 
@@ -88,7 +88,12 @@ def _outputs_of(
         for n, row in enumerate(rows)
     ]
     positions = torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64))
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "positions": positions}
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "positions": positions,
+        "sequences": sequences_of(batch, engine.layout.packed),
+    }
     if task == "topk":
         inputs["targets"] = batch.targets[positions]
     inputs = to_device(inputs, engine.device)

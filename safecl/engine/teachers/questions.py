@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from safecl.engine.model.attention import Sequences
 from safecl.engine.passes.step_rows import Answer, Question
 
 
@@ -19,6 +20,8 @@ class TeacherBatch:
     position_ids: torch.Tensor  # int64 [batch, length]
     asked: list[tuple[Question, torch.Tensor]] = field(default_factory=list)
     """Questions, each with the flat positions that it is about (int64)."""
+    sequences: Sequences | None = None
+    """The documents, for attention kernels that know them by their bounds."""
 
 
 class OnlineTeacher(Protocol):

@@ -31,7 +31,9 @@ from torch import nn
 from torch.func import functional_call
 
 from safecl.config import ConfigError
+from safecl.engine.model.attention import document_arguments
 from safecl.engine.model.head import head_scaling
+from safecl.engine.passes.micro_batches import to_device
 from safecl.engine.passes.step_rows import Answer, Question
 from safecl.engine.teachers.questions import TeacherBatch
 from safecl.engine.teachers.weight_stream import Unit, WeightPlacement, WeightStream, unit_bytes
@@ -206,6 +208,7 @@ class StreamedTeacher:
             attention_mask=None,
             position_ids=batch.position_ids.to(self.device),
             use_cache=False,
+            **document_arguments(self.model, to_device(batch.sequences, self.device)),
         )
 
     def _look_up(self, ids: torch.Tensor) -> torch.Tensor:

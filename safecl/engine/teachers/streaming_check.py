@@ -87,7 +87,7 @@ def plain_model(config: RunConfig, store: ReferenceStore, path: str) -> Language
 def teacher_structure(config: RunConfig, path: str) -> PreTrainedModel:
     """Return the teacher's model without weights. Raises ConfigError."""
     settings = config.model
-    attention, _ = choose_attention(settings.attention)
+    attention, _ = choose_attention(settings.attention, settings.dtype)
     chosen = None if settings.attention == "auto" and attention == "sdpa" else attention
     dtype = CONFIG_DTYPES[settings.dtype]
     try:
