@@ -26,7 +26,7 @@ ifeq ($(wildcard /dev/nvidiactl /dev/kfd /dev/dxg),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install demo demo-all test test-long lint docs docs-site clean distclean
+.PHONY: help install demo demo-all test test-long gpu-dry lint docs docs-site clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make demo-all    the same with every method, on clean data and with 10 % poison; goes on where it was stopped"
 	@echo "make test    install, then run all tests but the long ones"
 	@echo "make test-long    the same with the long ones"
+	@echo "make gpu-dry    run every section of the GPU suite at toy size, on the CPU"
 	@echo "make lint    check style, types, the direction of imports, shell scripts and the documentation"
 	@echo "make docs    renew the generated pages"
 	@echo "make docs-site    build the documentation site into site/"
@@ -57,6 +58,10 @@ test: install
 test-long: install
 	@echo "==> pytest -m '' $(PYTEST_ARGS)"
 	@$(BIN)/python -m pytest -m '' $(PYTEST_ARGS)
+
+gpu-dry: install
+	@echo "==> launch/gpu_suite.sh --dry"
+	@OUT=$(CURDIR)/runs/gpu-dry PYTHON=$(abspath $(BIN))/python launch/gpu_suite.sh --dry --fresh --minutes 60
 
 lint: install $(STAMPS)/docs
 	@echo "==> ruff, mypy, lint-imports, shellcheck, mkdocs"

@@ -3,6 +3,8 @@
     python benchmarks/engine_step.py                 runs rounds for at most --seconds
     python benchmarks/engine_step.py                 again: adds rounds to benchmarks/results/engine-step-cpu.json
     python benchmarks/engine_step.py --fresh         discards earlier rounds
+    python benchmarks/engine_step.py --device cuda --model 7b      one step of a large model on a GPU: large_step.py
+    python benchmarks/engine_step.py --model 7b --fake             the same without data, on any machine
 
 Two DeepSpeed engines in one process, with the same model, configuration and tokens, alternate:
 
@@ -163,7 +165,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150.0, help="at most this long for the rounds of one part")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine-step-cpu.json")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", choices=["110m", "tiny", "7b", "13b"], default="110m")
+    parser.add_argument("--fake", action="store_true", help="tensors without data, to the last allocation")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a large model")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of each step of a large model")
+    parser.add_argument("--sides", nargs="+", choices=["plain", "safecl"], default=["plain", "safecl"])
     options = parser.parse_args()
+    if options.model != "110m":
+        run_large(options)
+        return
     torch.set_num_threads(options.threads)
     os.environ["SAFECL_NUM_THREADS"] = str(options.threads)
     for name, value in {
@@ -175,6 +186,17 @@ def main() -> None:
     }.items():
         os.environ.setdefault(name, value)
     measure(options)
+
+
+def run_large(options: argparse.Namespace) -> None:
+    import large_step
+
+    if options.tokens == 256:  # the default of the small model
+        options.tokens = 128 if options.model == "tiny" else 8192
+    if options.out.name == "engine-step-cpu.json":
+        kind = "fake" if options.fake else options.device
+        options.out = options.out.with_name(f"engine-step-{options.model}-{kind}.json")
+    large_step.run(options)
 
 
 def measure(options: argparse.Namespace) -> None:

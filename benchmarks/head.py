@@ -344,12 +344,14 @@ def limits(results: dict, table: list[tuple]) -> list[dict]:
 
 def on_cpu(options) -> dict:
     tokens, width, vocab = options.tokens[0] if options.tokens else 4096, 1024, 32000
+    if options.toy:
+        tokens, width, vocab = 64, 32, 1000
     p = Problem.random(tokens, width, vocab, torch.float32, torch.device("cpu"))
     results = {}
     for objective in options.objectives or ["KL + CE"]:
         results[objective] = measure(objective, p, torch.device("cpu"), options)
         for name, row in results[objective]["rows"].items():
-            if name != "bare products":
+            if name != "bare products" and not options.toy:
                 row["peak_mb"] = round(cpu_peak(objective, name, (tokens, width, vocab)), 1)
         show(f"{objective}, {tokens} tokens, H {width}, V {vocab}, fp32", results[objective])
     peaks = {
@@ -403,6 +405,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="GPU only")
     parser.add_argument("--tokens", nargs="*", type=int)
     parser.add_argument("--objectives", nargs="*", choices=list(OBJECTIVES))
+    parser.add_argument("--toy", action="store_true", help="so small that only the code is tried (CPU)")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()

@@ -67,16 +67,16 @@ def private_bytes() -> int:
     raise RuntimeError("this kernel does not report RssAnon")
 
 
-def model_on_disk(folder: Path) -> None:
-    """Save a random Llama of about 400 MB in fp32."""
+def model_on_disk(folder: Path, toy: bool) -> None:
+    """Save a random Llama of about 400 MB in fp32, or a tiny one."""
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32000,
-        hidden_size=640,
+        vocab_size=TOY_VOCAB if toy else 32000,
+        hidden_size=40 if toy else 640,
         intermediate_size=1728,
-        num_hidden_layers=14,
+        num_hidden_layers=2 if toy else 14,
         num_attention_heads=10,
         num_key_value_heads=10,
         tie_word_embeddings=False,
@@ -84,7 +84,10 @@ def model_on_disk(folder: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def cpu_batches(num: int = 4, rows: int = 4, length: int = 256):
+TOY_VOCAB = 1000
+
+
+def cpu_batches(num: int = 4, rows: int = 4, length: int = 256, vocab: int = 32000):
     from safecl.engine.passes.step_rows import Question
     from safecl.engine.teachers.questions import TeacherBatch
 
@@ -92,16 +95,16 @@ def cpu_batches(num: int = 4, rows: int = 4, length: int = 256):
     positions = torch.arange(0, rows * length, TOPK_EVERY)
     return [
         TeacherBatch(
-            torch.randint(3, 32000, (rows, length), generator=generator), torch.arange(length).expand(rows, -1),
+            torch.randint(3, vocab, (rows, length), generator=generator), torch.arange(length).expand(rows, -1),
             [(Question("topk", k=K), positions)],
         )
         for _ in range(num)
     ]  # fmt: skip
 
 
-def cpu_arm(arm: str, folder: str) -> dict:
+def cpu_arm(arm: str, folder: str, toy: bool) -> dict:
     """Return the peak of one arm, and the start of its outputs for comparison."""
-    batches = cpu_batches()
+    batches = cpu_batches(1, 1, 64, TOY_VOCAB) if toy else cpu_batches()
     if arm == "plain":
         return _plain_arm(folder, batches)
     from safecl.engine.model.structure import empty_model
@@ -140,12 +143,12 @@ def _plain_arm(folder: str, batches) -> dict:
     return dict(peak_bytes=weights + memory.above, weights_bytes=weights, log_probs=said[0].log_probs[:8, :4].tolist())
 
 
-def measure_cpu() -> dict:
+def measure_cpu(toy: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        model_on_disk(Path(folder))
+        model_on_disk(Path(folder), toy)
         arms = {}
         for arm in ARMS:
-            command = [sys.executable, __file__, "--arm", arm, "--folder", folder]
+            command = [sys.executable, __file__, "--arm", arm, "--folder", folder, *["--toy"] * toy]
             arms[arm] = json.loads(
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             )
@@ -183,7 +186,9 @@ class PinnedWeights:
 
     @staticmethod
     def _filled(shape: torch.Size, block: torch.Tensor) -> torch.Tensor:
-        flat = torch.empty(shape.numel(), dtype=block.dtype, pin_memory=True)
+        from safecl.kernels import page_locked
+
+        flat = page_locked.empty((shape.numel(),), block.dtype)
         for start in range(0, len(flat), len(block)):
             part = flat[start : start + len(block)]
             part.copy_(block[: len(part)])
@@ -280,17 +285,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="of the 7B model (GPU)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--toy", action="store_true", help="so small that only the code is tried (CPU)")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.arm is not None:
-        print(json.dumps(cpu_arm(given.arm, given.folder)))
+        print(json.dumps(cpu_arm(given.arm, given.folder, given.toy)))
         return
     if given.device == "cuda":
         found = measure_gpu(given.tokens, given.layers, given.repeats)
         show_gpu(found)
     else:
-        found = measure_cpu()
+        found = measure_cpu(given.toy)
         show_cpu(found)
     write_json(given.out or RESULTS / f"teacher-{given.device}.json", machine(torch.device(given.device)) | found)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from safecl.engine.model.adapters import base_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 ON_GPUS_ONLY = {"flash_attention_2"}
 """Kernels that take no CPU tensors. They know documents by their bounds and need no mask."""

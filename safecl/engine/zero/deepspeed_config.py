@@ -35,7 +35,7 @@ def deepspeed_config(config: RunConfig, num_trained: int = BUCKET) -> dict[str, 
     }
     if bf16:
         result["bf16"] = {"enabled": True}
-        result["communication_data_type"] = "fp32"
+        result["communication_data_type"] = config.deepspeed.reduce_dtype
         # DeepSpeed refuses fp32 accumulation where nothing is sharded.
         result["data_types"] = {"grad_accum_dtype": "fp32" if config.deepspeed.stage > 0 else "bf16"}
     return result
@@ -43,7 +43,7 @@ def deepspeed_config(config: RunConfig, num_trained: int = BUCKET) -> dict[str, 
 
 def _zero(config: RunConfig, bucket: int) -> dict[str, Any]:
     stage, offload = config.deepspeed.stage, config.deepspeed.offload
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": config.deepspeed.overlap_comm, "contiguous_gradients": True}
     if stage > 0:
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:

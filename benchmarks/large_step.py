@@ -1,0 +1,466 @@
+"""One step of a large model in the engine, against plain DeepSpeed: `engine_step.py --model 7b` runs it.
+
+    python benchmarks/engine_step.py --device cuda --model 7b          on a GPU
+    python benchmarks/engine_step.py --model 7b --fake                 anywhere: the same code without data
+
+The model has random bf16 weights in the shape of Llama 2 7B, and ZeRO-2. Reference, Fisher and EMA are in host memory.
+Two sides take turns in one process, since two of them do not fit a GPU:
+
+    plain    DeepSpeed with its own Adam, cross-entropy on all tokens; the rival
+    safecl   EWC (anchor from the reference store, bf16 Fisher), EMA (fp32), and DER on a tenth of the tokens from
+             stored top-64 outputs
+
+Both see the same number of tokens in micro-batches of the same size, with gradient checkpointing. Floors: the FLOPs of
+the model at the GPU's peak, and the bytes of the offloaded state over the link. MFU counts 6 FLOPs per weight and
+token; the recomputation of checkpointing is not counted. With --fake, tensors have shapes and no data, all of them are
+counted from the first allocation to the last, and the peak is compared with the plan of `safecl check`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from harness import machine, write_json
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000),
+    "7b": dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    ),
+    "13b": dict(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000
+    ),
+}
+ROW, K = 512, 64
+REPLAYED = 0.1
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+LINK = 50e9
+LR, STRENGTH, DECAY = 2e-5, 0.1, 0.999
+PHASES = ("forward", "backward", "step")
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Time both sides and return the report."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29732")
+    os.environ["DS_ACCELERATOR"] = "cpu" if options.fake else options.device
+    with without_data() if options.fake else contextlib.nullcontext():
+        from safecl.distributed import collectives, devices
+
+        collectives.init_distributed()
+        report: dict[str, Any] = {"machine": machine(devices.device()), "setting": setting_of(options), "sides": {}}
+        for name, build in {"plain": plain_side, "safecl": safecl_side}.items():
+            if name in options.sides:
+                report["sides"][name] = measure(build, options)
+                write_json(options.out, report)  # after each side, so that an abort loses none
+    torch.distributed.destroy_process_group()
+    report["summary"] = summary(report)
+    write_json(options.out, report)
+    print_report(report)
+    return report
+
+
+def setting_of(options: argparse.Namespace) -> dict:
+    return {
+        "model": options.model,
+        "zero": 2,
+        "offload": "reference, fisher, ema",
+        "tokens_per_microbatch": options.tokens,
+        "micro_batches": options.micro_batches,
+        "fake": options.fake,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- sides
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    from safecl.config import RunConfig
+
+    place = "cpu"
+    tree = {
+        "model": {"path": options.model, "dtype": "bf16"},
+        "tasks": [{"name": "task", "train": "unused"}],
+        "methods": {"ewc": {"strength": STRENGTH}, "ema": {"decay": DECAY}, "der": {}},
+        "memory": {"source": "unused", "replay_ratio": REPLAYED, "teacher": {"k": K}},
+        "deepspeed": {"stage": 2, "offload": {"reference": place, "fisher": place, "ema": place}},
+        "train": {"tokens_per_microbatch": options.tokens, "max_length": min(ROW, options.tokens), "packing": "padded"},
+        "checkpoint": {"every": "never"},
+        "output": "unused",
+    }
+    return RunConfig.model_validate(tree)
+
+
+def structure(options: argparse.Namespace) -> Any:
+    """The model without weights."""
+    import transformers
+
+    from safecl.engine.model.structure import parameters_on_meta
+
+    settings = transformers.LlamaConfig(**SHAPES[options.model], max_position_embeddings=4096, pad_token_id=None)
+    with parameters_on_meta():
+        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    model.config.use_cache = False
+    return model
+
+
+def random_store(model: Any) -> Any:
+    """A reference store of random weights: one block of normal values, repeated with a shift per parameter."""
+    from safecl.engine.reference.store import ReferenceStore
+
+    block = (0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))).bfloat16()
+
+    def fill(name: str, values: torch.Tensor) -> None:
+        if "norm" in name:
+            values.fill_(1.0)
+            return
+        shift = hash(name) % block.numel()
+        for start in range(-shift, values.numel(), block.numel()):
+            low, high = max(start, 0), min(start + block.numel(), values.numel())
+            values[low:high] = block[low - start : high - start]
+
+    return ReferenceStore.filled(model, fill)
+
+
+def safecl_side(options: argparse.Namespace) -> tuple[Any, Callable[[], None], dict]:
+    """(DeepSpeed's engine, one step, facts)."""
+    from safecl.engine.model.language_model import LanguageModel
+    from safecl.engine.model.structure import prepare_for_training
+    from safecl.engine.passes.attention import start_attention
+    from safecl.engine.passes.micro_batches import MicroBatchLayout
+    from safecl.engine.passes.training_engine import TrainingEngine
+    from safecl.engine.reference.loading import take_weights
+    from safecl.engine.zero.update import UpdatePlan
+    from safecl.methods.terms import Penalty
+
+    config, model = config_of(options), structure(options)
+    store = fake_store(model) if options.fake else random_store(model)
+    take_weights(model, store)
+    layout = MicroBatchLayout(1, options.tokens, packed=False)
+    engine = TrainingEngine(LanguageModel(prepare_for_training(model, config.model)), config, layout, store)
+    start_attention(engine, config.model, packing="padded", note=print)
+    optimizer = engine.optimizer
+    optimizer.take_base("anchor", torch.bfloat16)
+    for fisher in optimizer.new_state("fisher", torch.bfloat16):
+        fisher.fill_(1.0)
+    optimizer.copy_weights_to("ema")
+    penalty = Penalty(strength=STRENGTH, anchor="anchor", fisher="fisher")
+    plan = UpdatePlan(lr=LR, clip_norm=1.0, ema_decay=DECAY, penalties=[penalty])
+    rows = step_rows(options)
+
+    def step() -> None:
+        losses = engine.gradient_pass(rows, then=engine.update(plan))
+        if not options.fake:
+            losses.totals()
+
+    return engine.deepspeed, step, {"attention": config.model.attention, "weights": engine.shards.numel}
+
+
+def step_rows(options: argparse.Namespace) -> list[Any]:
+    """Rows of random tokens that fill the micro-batches; a tenth of them are replayed with stored outputs."""
+    from safecl.data import Row
+    from safecl.engine.passes.step_rows import Distillation, StepRow
+    from safecl.replay import TeacherOutputs
+
+    rng, vocab = np.random.default_rng(0), SHAPES[options.model]["vocab_size"]
+    length = min(ROW, options.tokens)
+    count = options.micro_batches * (options.tokens // length)
+    replayed = max(1, round(REPLAYED * count))
+    mask = np.arange(length) > 0
+    log_probs = np.log(np.full((length - 1, K), 0.9 / K)).astype(np.float16)
+    tails = np.full(length - 1, np.log(0.1), np.float32)
+    rows = []
+    for number in range(count):
+        row = Row(number, rng.integers(3, vocab, length).astype(np.int32), mask)
+        indices = np.argsort(rng.random((length - 1, vocab)), axis=1)[:, :K] if vocab <= 1000 else distinct(rng, vocab)
+        outputs = TeacherOutputs(log_probs, np.resize(indices, (length - 1, K)).astype(np.int32), tails)
+        is_replayed = number < replayed
+        weight = 1.0 / ((length - 1) * (replayed if is_replayed else count - replayed))
+        distance = (Distillation("forward_kl", weight),) if is_replayed else ()
+        rows.append(
+            StepRow(
+                "replay" if is_replayed else "task",
+                length,
+                length - 1,
+                lambda row=row, outputs=outputs, is_replayed=is_replayed: (row, outputs if is_replayed else None),
+                ce_weight=0.0 if is_replayed else weight,
+                distillations=distance,
+            )
+        )
+    return rows
+
+
+def distinct(rng: np.random.Generator, vocab: int) -> np.ndarray:
+    """64 distinct tokens for each of 16 positions; positions repeat them."""
+    return np.stack([rng.choice(vocab, K, replace=False) for _ in range(16)])
+
+
+def plain_side(options: argparse.Namespace) -> tuple[Any, Callable[[], None], dict]:
+    """(DeepSpeed's engine, one step, facts)."""
+    import deepspeed
+
+    from safecl.distributed import devices
+    from safecl.engine.model.structure import prepare_for_training
+    from safecl.engine.reference.loading import take_weights
+
+    config, model = config_of(options), structure(options)
+    store = fake_store(model) if options.fake else random_store(model)
+    take_weights(model, store)
+    prepare_for_training(model, config.model)
+    for p in model.parameters():
+        p.data = p.data.to(devices.device()) if not options.fake else p.data.clone()
+    store.close()
+    adam, name = own_adam(options)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": options.micro_batches,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "torch_adam": not adam}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    vocab, length = SHAPES[options.model]["vocab_size"], min(ROW, options.tokens)
+    batches = [
+        torch.randint(3, vocab, (options.tokens // length, length)).to(engine.device)
+        for _ in range(options.micro_batches)
+    ]
+
+    def step() -> None:
+        for batch in batches:
+            engine.backward(engine(input_ids=batch, labels=batch).loss)
+            engine.step()
+
+    return engine, step, {"optimizer": name, "weights": sum(p.numel() for p in model.parameters())}
+
+
+def own_adam(options: argparse.Namespace) -> tuple[bool, str]:
+    """Whether DeepSpeed's FusedAdam can be built here, and the name of the optimizer."""
+    if options.fake or options.device == "cpu":
+        return False, "torch.optim.AdamW"
+    try:
+        from deepspeed.ops.op_builder import FusedAdamBuilder
+
+        FusedAdamBuilder().load(verbose=False)
+    except Exception as error:  # no nvcc, no compiler, a broken cache: each has an error of its own
+        return False, f"torch.optim.AdamW (FusedAdam cannot be built: {str(error).splitlines()[0][:80]})"
+    return True, "FusedAdam"
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def measure(build: Callable[..., tuple[Any, Callable[[], None], dict]], options: argparse.Namespace) -> dict:
+    """Build a side, make a first step, time the others, and forget the side."""
+    if options.fake:
+        return count_bytes(build, options)
+    cuda = options.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    engine, step, facts = build(options)
+    facts["seconds_to_build"] = round(time.perf_counter() - began, 1)
+    watch = Watch(engine, cuda)
+    step()
+    watch.take()
+    steps = []
+    for _ in range(options.steps):
+        began = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        steps.append(watch.take() | {"whole step": time.perf_counter() - began})
+    facts["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+    facts["steps"] = [{name: round(value, 4) for name, value in one.items()} for one in steps]
+    engine.destroy()
+    del engine, step, watch
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    return facts
+
+
+class Watch:
+    """Seconds in an engine's forward, backward and step, by events on a GPU."""
+
+    def __init__(self, engine: Any, cuda: bool):
+        self.cuda, self.marks = cuda, {phase: [] for phase in PHASES}
+        for phase in PHASES:
+            setattr(engine, phase, self._timed(getattr(engine, phase), phase))
+
+    def _timed(self, call: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def timed(*arguments: Any, **settings: Any) -> Any:
+            begin = self._now()
+            result = call(*arguments, **settings)
+            self.marks[phase].append((begin, self._now()))
+            return result
+
+        return timed
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last call."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        found = {}
+        for phase, marks in self.marks.items():
+            pairs = [begin.elapsed_time(end) / 1e3 if self.cuda else end - begin for begin, end in marks]
+            found[phase] = sum(pairs)
+            marks.clear()
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- fakes
+
+
+@contextlib.contextmanager
+def without_data() -> Iterator[None]:
+    """Give tensors shapes and no data, on the CPU.
+
+    Numbers that are read from them are 1, and 0 where they are bytes (DeepSpeed's flag of an overflow); numbers are
+    finite, other conditions do not hold. Process groups send nothing. The torch twins of the kernels run, in few large
+    pieces.
+    """
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from safecl.kernels import backends
+    from safecl.kernels.flat import calls, torch_twin
+
+    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    chunk, move, check = dict(torch_twin.CHUNK), torch.nn.Module.to, calls.check_overlap
+    torch_twin.CHUNK["cpu"] = 1 << 28
+    calls.check_overlap = lambda written, read: None  # all tensors are at address 0
+    torch.nn.Module.to = lambda module, *arguments, **settings: module
+    try:
+        with backends.using("torch"), FakeTensorMode(allow_non_fake_inputs=True), _ReadsConstants():
+            yield
+    finally:
+        torch_twin.CHUNK.update(chunk)
+        torch.nn.Module.to, calls.check_overlap = move, check
+
+
+class _ReadsConstants(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            if arguments[0].dtype == torch.bool:
+                return getattr(arguments[0], "is_finite", False)
+            return 0 if arguments[0].dtype == torch.uint8 else 1
+        made = function(*arguments, **(settings or {}))
+        if function is torch.ops.aten.mul.Tensor and made.dtype == torch.bool:  # isfinite: (x == x) * (|x| != inf)
+            made.is_finite = True
+        return made
+
+
+class fake_store:
+    """A reference store without data, for the two calls that the engine makes of it."""
+
+    notes: tuple[str, ...] = ()
+    where, pinned, digest = "segment", False, ""
+
+    def __init__(self, model: Any):
+        from safecl.engine.reference.layout import Layout
+
+        self.layout, self.dtype, self.buffers = Layout.of(model, torch.bfloat16), torch.bfloat16, {}
+        self._tensors = {name: torch.empty(shape, dtype=self.dtype) for name, shape in self.layout.shapes.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[self.layout.aliases[name]]
+
+    def names(self) -> list[str]:
+        return list(self.layout.aliases)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in self._tensors.values())
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def count_bytes(build: Callable[..., tuple[Any, Callable[[], None], dict]], options: argparse.Namespace) -> dict:
+    """Build a side and make its steps, and count every tensor."""
+    from safecl.planning.activations import LiveBytes
+
+    began = time.perf_counter()
+    with LiveBytes() as live:
+        engine, step, facts = build(options)
+        facts["bytes_when_built"] = live.now
+        facts["peak_of_building"] = live.peak
+        for _ in range(options.steps):
+            step()
+        assert live.now > facts["bytes_when_built"], "no step was applied: the moments are not there"
+        facts |= {"peak_bytes": live.peak, "bytes_at_the_end": live.now}
+        engine.destroy()
+        del engine, step
+        gc.collect()
+    facts["seconds"] = round(time.perf_counter() - began, 1)
+    return facts
+
+
+# -------------------------------------------------------------------------------------------------------------- summary
+
+
+def planned_bytes(options: Any, fake: bool) -> int:
+    """The plan's peak for safecl's side: of the device, or of device and host together where all is in one memory."""
+    from safecl.planning.device_memory import plan_memory
+    from safecl.planning.model_shape import ModelShape
+
+    config = config_of(options)
+    shape = ModelShape.of(structure(options), config)
+    plan = plan_memory(shape, config, 1, 1, device="cpu" if fake else "cuda")
+    return plan.shared_host if fake else plan.device
+
+
+def summary(report: dict) -> dict:
+    """Rates, the share of the peak, the floors, and the peak beside the plan."""
+    setting, sides = argparse.Namespace(**report["setting"]), report["sides"]
+    options = argparse.Namespace(
+        model=setting.model, tokens=setting.tokens_per_microbatch, micro_batches=setting.micro_batches
+    )
+    found: dict[str, Any] = {}
+    if "safecl" in sides and sides["safecl"].get("peak_bytes"):
+        planned = planned_bytes(options, setting.fake)
+        peak = sides["safecl"]["peak_bytes"]
+        found["memory"] = {"peak": peak, "planned": planned, "ratio": round(peak / planned, 3)}
+        found["memory"]["met"] = 0.9 <= peak / planned <= 1.1
+    if setting.fake:
+        return found
+    tokens = setting.tokens_per_microbatch * setting.micro_batches
+    peak_flops = next((value for name, value in PEAK_FLOPS.items() if name in report["machine"].get("gpu", "")), None)
+    for name, side in sides.items():
+        phases = {key: statistics.median(one[key] for one in side["steps"]) for key in side["steps"][0]}
+        rate = tokens / phases["whole step"]
+        row = {"tokens_per_second": round(rate), "seconds": {key: round(value, 3) for key, value in phases.items()}}
+        if peak_flops:
+            row["mfu"] = round(6 * side["weights"] * rate / peak_flops, 3)
+            row["floor_seconds"] = round(8 * side["weights"] * tokens / peak_flops, 3)
+        if name == "safecl":  # reads anchor and Fisher in bf16; reads and writes the average in fp32
+            row["offload_floor_seconds"] = round((2 + 2 + 4 + 4) * side["weights"] / LINK, 3)
+        found[name] = row
+    if "plain" in found and "safecl" in found:
+        ratio = found["safecl"]["seconds"]["whole step"] / found["plain"]["seconds"]["whole step"]
+        found["ratio"] = round(ratio, 3)
+    return found
+
+
+def print_report(report: dict) -> None:
+    for name, values in report["summary"].items():
+        print(f"{name}: {values}")
