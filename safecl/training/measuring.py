@@ -70,7 +70,7 @@ class Measurements:
         with (
             phase("evaluation"),
             self.console.working(f"{when}: measuring"),
-            evaluating(run.engine, average=run.saves_average) as model,
+            evaluating(run.engine, average=run.saves_average, many_passes=True) as model,
         ):
             found = evaluate(
                 model,

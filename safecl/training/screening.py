@@ -22,7 +22,7 @@ def screen_run(run: Run, tokenizer: PreTrainedTokenizerBase, console: Console, f
     Raises UploadRefused where the upload must not be trained on.
     """
     privacy = run.config.privacy.examples
-    with console.working("screening the rows"), evaluating(run.engine, average=False) as model:
+    with console.working("screening the rows"), evaluating(run.engine, average=False, many_passes=True) as model:
         screening = screen_tasks(model, tokenizer, run.config, [(task.config.name, task.dataset) for task in run.tasks])
     if collectives.rank() == 0:
         screening.write(folder / "scan", privacy)

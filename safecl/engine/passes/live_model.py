@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 
 from safecl.distributed import collectives
+from safecl.distributed.node import this_node
 from safecl.engine.model.adapters import base_model
 from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.evaluation.answers.model import eos_ids_of
+from safecl.storage.sizes import available_memory
 
 Item = TypeVar("Item")
+
+SHARE_FOR_WEIGHTS = 0.6
+"""Of the free memory of a device, the part that gathered weights may take; activations and caches take the rest."""
 
 
 class LiveModel:
@@ -55,16 +60,31 @@ class LiveModel:
 
 
 @contextmanager
-def evaluating(engine: TrainingEngine, average: bool) -> Iterator[LiveModel]:
+def evaluating(engine: TrainingEngine, average: bool, *, many_passes: bool = False) -> Iterator[LiveModel]:
     """The model in evaluation mode, with the EMA as its weights where `average` is true.
 
-    Leaving restores weights and mode exactly.
+    many_passes: under ZeRO-3 every pass gathers all weights, and generation makes one per token. Where they fit every
+    device whole, they are gathered once for the whole block instead. Leaving restores weights and mode exactly.
     """
     with engine.evaluation_mode():
         if average:
             engine.shards.swap(engine.optimizer.tensors("ema"))
         try:
-            yield LiveModel(engine)
+            with engine.shards.whole_model() if many_passes and fits_whole(engine) else nullcontext():
+                yield LiveModel(engine)
         finally:
             if average:
                 engine.shards.swap(engine.optimizer.tensors("ema"))
+
+
+def fits_whole(engine: TrainingEngine) -> bool:
+    """Return whether every rank has room for all weights at once, beside what it holds. A collective call."""
+    if engine.shards.stage < 3:
+        return True
+    wanted = engine.shards.whole_model_bytes
+    if engine.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
+        room = torch.cuda.mem_get_info(engine.device)[0] + unused
+    else:
+        room = (available_memory() or 2 * wanted * collectives.world_size()) // len(this_node().ranks)
+    return not collectives.any_rank(wanted > SHARE_FOR_WEIGHTS * room)

@@ -324,6 +324,29 @@ class ShardMap:
 
         self.optimizer._prepare_fp32_grad_for_sub_group = types.MethodType(prepare, self.optimizer)
 
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Keep all live weights whole on every rank inside the block, gathered once, for passes that change none."""
+        if self.stage < 3:
+            yield
+            return
+        live = list(self.engine.module.parameters())
+        known = [p.is_external_param for p in live]
+        with contextlib.ExitStack() as stack:
+            for p in live:
+                stack.enter_context(self.full_parameter(p))
+                p.is_external_param = True  # DeepSpeed's hooks do not release such parameters after a module
+            try:
+                yield
+            finally:
+                for p, before in zip(live, known, strict=True):
+                    p.is_external_param = before
+
+    @property
+    def whole_model_bytes(self) -> int:
+        """Bytes of the live weights on a rank that holds them all."""
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.engine.module.parameters())
+
     def full_parameter(self, p: torch.nn.Parameter) -> AbstractContextManager[Any]:
         """A context in which a live parameter is whole on every rank, for reading."""
         if self.stage == 3:
