@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from safecl.config import RunConfig
+from safecl.config import RunConfig, parse_bytes
+from safecl.engine.checkpoint.staging import staging_bytes
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.zero.pieces import CHUNK
 from safecl.engine.zero.placement import StatePlacement, role_of
@@ -20,7 +21,7 @@ from safecl.engine.zero.state_placement import needs_reference, placement_of, st
 from safecl.kernels.head.chunks import workspace_bytes
 from safecl.planning.items import FP32, Item, Moment, Where, share_of, weight_bytes
 from safecl.planning.model_shape import ModelShape
-from safecl.planning.zero_memory import zero_items
+from safecl.planning.zero_memory import loading_bytes, zero_items
 
 RANKS_PER_NODE = 8
 """Ranks of a node where nothing else says how many they are."""
@@ -33,11 +34,13 @@ class MemoryPlan:
     world_size: int
     ranks_per_node: int
     items: list[Item] = field(default_factory=list)
+    loading: int = 0
+    """Peak bytes on the device of a rank while the weights are loaded."""
 
     @property
     def device(self) -> int:
-        """Peak bytes on the device of a rank."""
-        return sum(item.nbytes for item in self.at_peak("device"))
+        """Peak bytes on the device of a rank, from the start of the run to its steps."""
+        return max(self.loading, sum(item.nbytes for item in self.at_peak("device")))
 
     @property
     def host(self) -> int:
@@ -82,7 +85,7 @@ def plan_memory(
     step.
     """
     per_node = min(world_size, ranks_per_node or RANKS_PER_NODE)
-    plan = MemoryPlan(world_size, per_node)
+    plan = MemoryPlan(world_size, per_node, loading=loading_bytes(shape, config, world_size))
     items = [
         *zero_items(shape, config, world_size, device),
         *_method_state(shape, config, world_size, device),
@@ -147,7 +150,8 @@ def _teacher_buffers(shape: ModelShape, config: RunConfig, device: str) -> int:
 
 
 def _checkpoints(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
-    """Yield the copy of the rank's state in host memory, which is written while training continues."""
+    """Yield the host memory through which a rank's state is written: that of the whole state, or `checkpoint.staging`
+    where the state is larger."""
     if config.checkpoint.every == "never":
         return
     placement, base = placement_of(config), config.tasks[0].role != "align" and config.model.lora is None
@@ -155,7 +159,8 @@ def _checkpoints(shape: ModelShape, config: RunConfig, world_size: int) -> Itera
         kind for kind in state_kinds(config) if not kind.startswith("_") and not (base and role_of(kind) == "reference")
     ]
     per_weight = 3 * FP32 + sum(_element_bytes(kind, config, placement) for kind in kinds)
-    yield Item("copy for the checkpoint", "host", share_of(shape.trained, world_size) * per_weight)
+    state, limit = share_of(shape.trained, world_size) * per_weight, parse_bytes(config.checkpoint.staging)
+    yield Item("copy for the checkpoint", "host", staging_bytes(state, limit))
 
 
 def _activations(shape: ModelShape, config: RunConfig, device: str) -> Iterator[Item]:

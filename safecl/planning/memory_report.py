@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from safecl.config import RunConfig
+from safecl.distributed import devices
 from safecl.planning.device_memory import MemoryPlan, plan_memory
 from safecl.planning.items import Where
 from safecl.planning.model_shape import ModelShape
+from safecl.planning.nearest import nearest_that_fits
 from safecl.storage.sizes import available_memory, format_bytes
 
 
@@ -19,12 +22,14 @@ def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelS
 
     teachers: further models that compute outputs in every step.
     """
-    here, device = ranks_here(), "cuda" if torch.cuda.is_available() else "cpu"
+    here, local, device = ranks_here(), local_ranks_here(), "cuda" if devices.on_gpu() else "cpu"
 
-    def planned(ranks: int, ranks_per_node: int | None = None) -> MemoryPlan:
-        return plan_memory(shape, config, ranks, ranks_per_node, device=device, teachers=teachers)
+    def planned(ranks: int, ranks_per_node: int | None = None, changed: RunConfig = config) -> MemoryPlan:
+        part = changed.train.tokens_per_microbatch / config.train.tokens_per_microbatch
+        resized = replace(shape, activations=round(part * shape.activations))
+        return plan_memory(resized, changed, ranks, ranks_per_node, device=device, teachers=teachers)
 
-    plan = planned(here, local_ranks_here())
+    plan = planned(here, local)
     places: tuple[Where, ...] = ("device", "host")
     lines = [("takes", f"{_totals(plan)}, on {here} rank{'s' if here > 1 else ''}")]
     for where in places:
@@ -34,20 +39,22 @@ def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelS
     lines += [(f"  on {ranks} ranks", _totals(planned(ranks))) for ranks in (8, 64) if ranks > here]
     if (note := _shortage(plan)) is not None:
         lines.append(("  too little", note))
+        if changes := nearest_that_fits(config, lambda changed: _shortage(planned(here, local, changed)) is None):
+            lines.append(("  would fit", changes))
     return lines
 
 
 def ranks_here() -> int:
     """Return the number of ranks that the launcher has started; without a launcher, one per GPU."""
     launched = int(os.environ.get("WORLD_SIZE") or 1)
-    return launched if launched > 1 else max(1, torch.cuda.device_count())
+    return launched if launched > 1 else max(1, torch.cuda.device_count()) if devices.on_gpu() else 1
 
 
 def local_ranks_here() -> int:
     """Return the number of ranks on this node: by the launcher, or else its number of GPUs."""
     if launched := int(os.environ.get("LOCAL_WORLD_SIZE") or 0):
         return launched
-    return min(ranks_here(), max(1, torch.cuda.device_count())) if torch.cuda.is_available() else ranks_here()
+    return min(ranks_here(), max(1, torch.cuda.device_count())) if devices.on_gpu() else ranks_here()
 
 
 def _totals(plan: MemoryPlan) -> str:
@@ -58,7 +65,7 @@ def _totals(plan: MemoryPlan) -> str:
 def _shortage(plan: MemoryPlan) -> str | None:
     """Return a message on what does not fit on this machine; None where everything fits. Without a GPU, host memory
     holds everything."""
-    has_gpu = torch.cuda.is_available()
+    has_gpu = devices.on_gpu()
     host = plan.host if has_gpu else plan.shared_host
     if has_gpu and plan.device > (there := torch.cuda.get_device_properties(0).total_memory):
         return (

@@ -24,8 +24,29 @@ def zero_items(shape: ModelShape, config: RunConfig, world_size: int, device: st
     yield from _weights(shape, config, world_size)
     yield from gradients(shape, config, world_size)
     yield from _optimizer(shape, config, world_size)
+    yield from _second_bucket(shape, config)
     if device == "cpu" and world_size > 1:
         yield from _copies_of_gloo(shape, config, world_size)
+
+
+def loading_bytes(shape: ModelShape, config: RunConfig, world_size: int) -> int:
+    """Return the bytes on a device while weights are loaded.
+
+    Stage 3 cuts up one parameter after the other: the device holds its part of the model (none where parameters are in
+    host memory) and one whole parameter. The other stages put the whole model on the device, then a flat copy.
+    """
+    size = weight_bytes(config)
+    if config.deepspeed.stage < 3:
+        return (shape.weights + (shape.trained if config.deepspeed.stage else 0)) * size
+    own = 0 if config.deepspeed.offload.parameters == "cpu" else share_of(shape.weights, world_size)
+    return (own + max(shape.largest, shape.vocab * shape.hidden)) * size
+
+
+def _second_bucket(shape: ModelShape, config: RunConfig) -> Iterator[Item]:
+    """Yield the bucket that is reduced while the backward pass fills the other."""
+    if config.deepspeed.overlap_comm and config.deepspeed.stage > 0:
+        size = FP32 if config.deepspeed.stage == 3 else weight_bytes(config)
+        yield Item("communication buckets", "device", min(BUCKET, shape.trained) * size, "backward")
 
 
 def _copies_of_gloo(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:

@@ -4,6 +4,7 @@ code."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safecl.config import CheckpointConfig, LoraConfig
 from safecl.config.method_registry import builtin_methods
 from safecl.planning import memory_tables
 from safecl.planning.device_memory import plan_memory
+from safecl.planning.memory_tables import shape_of_size
 from safecl.planning.model_shape import ModelShape
 from tests.engine import scenes
 
@@ -122,3 +124,40 @@ def test_with_lora_the_adapters_are_counted_as_peft_makes_them(targets):
     planned = ModelShape.without_activations(scenes.tiny_model(), lora).trained
     model = add_adapters(scenes.tiny_model(), scenes.run_config(model={"path": "m", "lora": lora.model_dump()}).model)
     assert planned == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_checkpoint_takes_the_state_or_the_staging_whichever_is_smaller():
+    large = replace(SHAPE, weights=10**9, trained=10**9)
+    for staging, wanted in (("2GiB", 2 * 2**30), ("64MiB", 64 * 2**20), ("1TB", 10**9 * 18)):
+        config = config_of(3).model_copy(update={"checkpoint": CheckpointConfig(staging=staging)})
+        assert plan_memory(large, config, 1).bytes_of("copy for the checkpoint") == wanted
+
+
+@pytest.mark.parametrize(("size", "ranks"), [("7B", 1), ("13B", 8), ("70B", 8), ("70B", 64)])
+def test_under_zero_3_loading_takes_a_ranks_part_and_one_whole_parameter(size, ranks):
+    """The same as tests/engine/zero/test_sharded_start.py counts in a real start."""
+    shape = shape_of_size(size, config_of(3))
+    loading = plan_memory(shape, config_of(3), ranks).loading
+    assert loading == (-(-shape.weights // ranks) + shape.largest) * 2
+    assert plan_memory(shape, config_of(2), ranks).loading == 4 * shape.weights
+
+
+def test_70b_fits_eight_gpus_of_80_gb_with_its_optimizer_in_host_memory():
+    offload = {"optimizer": "cpu", "parameters": "cpu", "fisher": "cpu", "ema": "cpu"}
+    config = config_of(3, **offload)
+    shape = shape_of_size("70B", config)
+    plan = plan_memory(shape, config, 8)
+    assert max(plan.loading, plan.device) == plan.device < 80e9
+    resident = config_of(3, **{**offload, "parameters": "none"})
+    assert plan_memory(shape, resident, 8).device < 80e9
+
+
+@pytest.mark.parametrize(("stage", "bucket"), [(1, 2000), (2, 2000), (3, 4000)])
+def test_overlapping_takes_a_second_bucket(stage, bucket):
+    def backward(**options) -> int:
+        config = config_of(stage)
+        deepspeed = config.deepspeed.model_copy(update=options)
+        plan = plan_memory(SHAPE, config.model_copy(update={"deepspeed": deepspeed}), 4)
+        return sum(item.nbytes for item in plan.items if item.where == "device" and item.moment == "backward")
+
+    assert backward(overlap_comm=True) - backward() == bucket

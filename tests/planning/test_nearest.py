@@ -1,0 +1,38 @@
+"""A setting that does not fit is named with the nearest one that does."""
+
+from __future__ import annotations
+
+from safecl.planning import memory_report
+from safecl.planning.device_memory import plan_memory
+from safecl.planning.model_shape import ModelShape
+from safecl.planning.nearest import nearest_that_fits
+from tests.engine import scenes
+
+
+def config(**train):
+    return scenes.run_config(train={"tokens_per_microbatch": 256, **train}, deepspeed={"stage": 2})
+
+
+def test_the_cheapest_changes_come_first_and_add_up():
+    assert nearest_that_fits(config(), lambda c: c.checkpoint.staging != "2GiB") == "checkpoint.staging=256MiB"
+    found = nearest_that_fits(config(), lambda c: c.deepspeed.offload.fisher == "cpu")
+    assert found == "checkpoint.staging=256MiB deepspeed.offload.ema=cpu deepspeed.offload.fisher=cpu"
+
+
+def test_micro_batches_shrink_last_and_never_below_the_longest_row():
+    found = nearest_that_fits(config(), lambda c: c.train.tokens_per_microbatch < 128)
+    assert found is not None and found.endswith("deepspeed.offload.parameters=cpu train.tokens_per_microbatch=64")
+    assert nearest_that_fits(config(), lambda c: c.train.tokens_per_microbatch < 64) is None
+
+
+def test_check_names_the_nearest_setting_that_fits_this_machine(monkeypatch):
+    """1 B weights on one CPU rank: a smaller staging leaves 1.8 GiB more."""
+    shape = ModelShape(10**9, 10**9, 10**8, 10**8, hidden=1000, vocab=1000, activations=10**9)
+    needed = plan_memory(shape, config(), 1, 1, device="cpu").shared_host
+    monkeypatch.setattr(memory_report, "available_memory", lambda: needed)
+    assert "  would fit" not in dict(memory_report.memory_lines(shape, config()))
+    monkeypatch.setattr(memory_report, "available_memory", lambda: needed - 10**9)
+    assert dict(memory_report.memory_lines(shape, config()))["  would fit"] == "checkpoint.staging=256MiB"
+    monkeypatch.setattr(memory_report, "available_memory", lambda: 10**6)
+    lines = dict(memory_report.memory_lines(shape, config()))
+    assert "  too little" in lines and "  would fit" not in lines
