@@ -21,8 +21,9 @@ from safecl.engine.model.attention import (
     watched_attention,
 )
 from safecl.engine.model.checks import refuse_mixed_documents
-from safecl.engine.model.settings import choose_attention, first_line
+from safecl.engine.model.settings import choose_attention
 from safecl.engine.passes.engine import ModelEngine
+from safecl.storage.untrusted import library_error
 
 _FIRST, _SECOND = torch.arange(2, 63), torch.arange(3, 70)  # the documents that are compared
 
@@ -42,7 +43,7 @@ def start_attention(engine: ModelEngine, config: ModelConfig, *, packing: str, n
             _check_packing(engine)
             problem = _imprecision(engine)
         except (ValueError, ImportError) as error:  # ConfigError is a ValueError
-            problem = first_line(error)
+            problem = library_error(error)
         if problem is None:
             return
         if config.attention != "auto":
