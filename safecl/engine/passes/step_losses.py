@@ -82,7 +82,7 @@ class StepLosses:
         """Keep the mean NLL of each row of the memory, on the device."""
         rows = [number for number, key in enumerate(batch.keys) if key is not None]
         if rows:
-            row_of = batch.row_of.to(ce.device)
+            row_of = batch.row_of.to(ce.device, non_blocking=True)
             sums = torch.zeros(len(batch.keys), dtype=torch.float64, device=ce.device)
             add_at_(sums, row_of, ce.double())
             counts = torch.bincount(row_of, minlength=len(batch.keys))
@@ -108,8 +108,9 @@ class StepLosses:
         return found
 
     def _add(self, terms: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor) -> None:
-        weighted = losses.double() * weights.to(self._sums.device)
-        add_at_(self._sums, terms.to(self._sums.device), weighted / self.world_size)
+        device = self._sums.device  # terms and weights are in page-locked memory, so nobody waits for the copies
+        weighted = losses.double() * weights.to(device, non_blocking=True)
+        add_at_(self._sums, terms.to(device, non_blocking=True), weighted / self.world_size)
 
     def totals(self) -> dict[str, float]:
         """Loss of each term over the whole global step, coefficients included; `penalty`; `tokens`; `nonfinite`; and

@@ -194,6 +194,22 @@ def test_state_in_host_memory_is_page_locked_where_there_is_a_gpu(monkeypatch, p
     assert locked == [10] * gpu
 
 
+def test_deepspeed_locks_memory_of_exactly_the_size_that_it_needs(monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    from safecl.engine.zero import shards
+
+    locked, accelerator = [], get_accelerator()
+    for name in ("_torch_pin_memory", "_torch_empty_pinned"):
+        monkeypatch.setattr(accelerator, name, getattr(accelerator, name), raising=False)
+    monkeypatch.setattr(devices, "on_gpu", lambda: True)
+    monkeypatch.setattr(page_locked._Mapping, "lock", lambda memory, address: locked.append(len(memory)))
+    shards._lock_memory_exactly()
+    values = torch.arange(1000)
+    assert torch.equal(type(accelerator).__mro__[1].pin_memory(accelerator, values), values) and locked == [8000]
+    assert accelerator._torch_empty_pinned(values, (3,)).shape == (3,) and locked == [8000, 24]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("shard", "place"), [("cpu", "none"), ("cpu", "cpu"), ("cuda", "cpu")])
