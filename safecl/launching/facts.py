@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from safecl.config import ConfigError, RunConfig
-from safecl.distributed import collectives
+from safecl.distributed import collectives, devices
 from safecl.distributed.node import node_identity
 from safecl.launching import network
 
@@ -57,7 +57,7 @@ def facts_here(
     flat = {key: value for key, value in flatten(config.model_dump(mode="json")).items() if not _is_per_node(key)}
     free = shutil.disk_usage(_existing(Path(config.output))).free
     shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
-    on_gpu = torch.cuda.is_available()
+    on_gpu = devices.on_gpu()
     collectives.barrier()
     return Facts(
         rank=collectives.rank(),
@@ -77,7 +77,7 @@ def facts_here(
 
 
 def _gpu_versions() -> dict[str, str]:
-    if not torch.cuda.is_available():
+    if not devices.on_gpu():
         return {}
     nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # it has no annotations
     return {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, nccl))}
@@ -99,7 +99,7 @@ def _interface() -> str:
         address = network.address_towards(network.resolve(master, "MASTER_ADDR"))
     except ConfigError:
         return "unknown"
-    told = os.environ.get("NCCL_SOCKET_IFNAME" if torch.cuda.is_available() else "GLOO_SOCKET_IFNAME")
+    told = os.environ.get("NCCL_SOCKET_IFNAME" if devices.on_gpu() else "GLOO_SOCKET_IFNAME")
     return f"{address.ip} on {told or address.interface or 'an unknown interface'}"
 
 
