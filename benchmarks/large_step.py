@@ -53,6 +53,8 @@ def run(options: argparse.Namespace) -> dict:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29732")
+    # Both sides nearly fill a GPU: what is free must not be in pieces.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ["DS_ACCELERATOR"] = "cpu" if options.fake else options.device
     with without_data() if options.fake else contextlib.nullcontext():
         from safecl.distributed import collectives, devices
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace) -> dict:
         report: dict[str, Any] = {"machine": machine(devices.device()), "setting": setting_of(options), "sides": {}}
         for name, build in {"plain": plain_side, "safecl": safecl_side}.items():
             if name in options.sides:
-                report["sides"][name] = measure(build, options)
+                report["sides"][name] = measured_or_too_large(build, options)
                 write_json(options.out, report)  # after each side, so that an abort loses none
     torch.distributed.destroy_process_group()
     report["summary"] = summary(report)
@@ -261,6 +263,18 @@ def own_adam(options: argparse.Namespace) -> tuple[bool, str]:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
+def measured_or_too_large(build: Callable[..., Any], options: argparse.Namespace) -> dict:
+    """Measure a side; where it does not fit the GPU, say so and go on."""
+    try:
+        return measure(build, options)
+    except torch.OutOfMemoryError as error:
+        problem = str(error).splitlines()[0][:160]
+    print(f"does not fit: {problem}")
+    gc.collect()  # the traceback is gone, and with it the side
+    torch.cuda.empty_cache()
+    return {"problem": problem}
+
+
 def measure(build: Callable[..., tuple[Any, Callable[[], None], dict]], options: argparse.Namespace) -> dict:
     """Build a side, make a first step, time the others, and forget the side."""
     if options.fake:
@@ -446,6 +460,9 @@ def summary(report: dict) -> dict:
     tokens = setting.tokens_per_microbatch * setting.micro_batches
     peak_flops = next((value for name, value in PEAK_FLOPS.items() if name in report["machine"].get("gpu", "")), None)
     for name, side in sides.items():
+        if "problem" in side:
+            found[name] = side
+            continue
         phases = {key: statistics.median(one[key] for one in side["steps"]) for key in side["steps"][0]}
         rate = tokens / phases["whole step"]
         row = {"tokens_per_second": round(rate), "seconds": {key: round(value, 3) for key, value in phases.items()}}
@@ -455,7 +472,7 @@ def summary(report: dict) -> dict:
         if name == "safecl":  # reads anchor and Fisher in bf16; reads and writes the average in fp32
             row["offload_floor_seconds"] = round((2 + 2 + 4 + 4) * side["weights"] / LINK, 3)
         found[name] = row
-    if "plain" in found and "safecl" in found:
+    if all("seconds" in found.get(name, {}) for name in ("plain", "safecl")):
         ratio = found["safecl"]["seconds"]["whole step"] / found["plain"]["seconds"]["whole step"]
         found["ratio"] = round(ratio, 3)
     return found

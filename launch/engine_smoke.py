@@ -35,6 +35,7 @@ def train(device: str, runs: int, out: str) -> None:
     states = {}
     for stage, place in RUNS[:runs]:
         offload = {"optimizer": place, "parameters": place if stage == 3 else "none", "fisher": place, "ema": place}
+        torch.manual_seed(0)
         run, task = scenes.make_run(
             scenes.run_config(methods=METHODS, deepspeed={"stage": stage, "offload": offload}), scenes.tiny_model()
         )
@@ -42,6 +43,7 @@ def train(device: str, runs: int, out: str) -> None:
         for _ in range(STEPS):
             run.train_step(task)
         found = scenes.state_of(run)
+        print(f"{device}: {name_of(stage, place)} is done", flush=True)
         states[name_of(stage, place)] = {"before": before, "weights": found["weights"], "ema": found["ema"]}
     torch.save(states, out)
     torch.distributed.destroy_process_group()
@@ -56,12 +58,15 @@ def compare(device: str, runs: int) -> list[dict]:
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        found = []
-        for number, where in enumerate((device, "cpu")):
+        started = []
+        for number, where in enumerate((device, "cpu")):  # side by side: most of the time goes into imports
             path = str(Path(folder) / f"{number}.pt")
             command = [sys.executable, __file__, "--device", where, "--runs", str(runs), "--state", path]
-            subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": where})
-            found.append(torch.load(path, weights_only=True))
+            environment = os.environ | {"DS_ACCELERATOR": where, "OMP_NUM_THREADS": "2"}
+            started.append((path, subprocess.Popen(command, cwd=ROOT, env=environment)))
+        if any(code != 0 for code in [process.wait() for _, process in started]):
+            raise SystemExit("a run failed")
+        found = [torch.load(path, weights_only=True) for path, _ in started]
     results = []
     for name, expected in found[1].items():
         errors = {

@@ -92,8 +92,10 @@ def _of_flat(out: Path) -> Iterator[Figure]:
 def _of_step(out: Path) -> Iterator[Figure]:
     summary = _json(out / "step.json")["summary"]
     for side in ("plain", "safecl"):
-        if side in summary:
-            row = summary[side]
+        row = summary.get(side, {})
+        if "problem" in row:
+            yield Figure(f"7B step, {side}", "does not fit", met=None if side == "plain" else False)
+        elif row:
             floor = f"{row['floor_seconds']} s of products" if "floor_seconds" in row else ""
             rate = f"{row['tokens_per_second']:,} tokens/s, MFU {row.get('mfu', 'unknown')}"
             yield Figure(f"7B step, {side}", f"{row['seconds']['whole step']} s, {rate}", floor)
@@ -130,14 +132,14 @@ def _of_teacher(out: Path) -> Iterator[Figure]:
 
 GPU_TESTS = "-m pytest -q -p no:cacheprovider -m gpu"
 SECTIONS = [
-    Section("environment", 40, "launch/gpu_environment.py {out}/environment.json",
+    Section("environment", 15, "launch/gpu_environment.py {out}/environment.json",
             "launch/gpu_environment.py {out}/environment.json --dry", needed=True),
-    Section("build", 70, "setup.py -q build_ext --inplace", "setup.py --version"),
-    Section("engine-smoke", 60, "launch/engine_smoke.py --device cuda --out {out}/smoke.json",
+    Section("build", 35, "setup.py -q build_ext --inplace", "setup.py --version"),
+    Section("engine-smoke", 90, "launch/engine_smoke.py --device cuda --out {out}/smoke.json",
             "launch/engine_smoke.py --device cpu --runs 2 --out {out}/smoke.json", _of_smoke),
     Section("flat-tests", 45, f"{GPU_TESTS} -n 6 tests/kernels/test_flat_gpu.py",
             f"{GPU_TESTS} tests/kernels/test_flat_gpu.py"),
-    Section("head-tests", 80, f"{GPU_TESTS} -n 6 tests/kernels/test_head_gpu.py",
+    Section("head-tests", 110, f"{GPU_TESTS} -n 6 tests/kernels/test_head_gpu.py",
             f"{GPU_TESTS} tests/kernels/test_head_gpu.py"),
     Section("placement-and-teacher-tests", 40,
             f"{GPU_TESTS} -n 4 tests/engine/zero/test_placement_gpu.py tests/engine/zero/test_placement.py "
