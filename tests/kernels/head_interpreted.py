@@ -39,8 +39,44 @@ def checks() -> dict[str, Callable[[], None]]:
     found["an infinite loss"] = (
         test_head.test_a_student_without_mass_where_the_teacher_has_it_is_infinitely_far_with_a_finite_gradient
     )
+    found["padded rows"] = check_padded
     found["a masked label"] = test_head.test_a_masked_label_is_infinitely_unlikely_with_a_finite_gradient
     return found
+
+
+def check_padded() -> None:
+    """An odd vocabulary in a padded tile gives bitwise what it gives without padding, and nothing beyond it."""
+    import torch
+
+    from safecl.kernels.head import triton_rows
+    from safecl.kernels.head.backend import RowOptions
+    from safecl.kernels.head.matmul import padded_width
+
+    vocab, generator = 699, torch.Generator().manual_seed(0)
+
+    def padded(values: torch.Tensor) -> torch.Tensor:
+        tile = torch.full((len(values), padded_width(vocab)), float("-inf"))
+        tile[:, :vocab] = values
+        return tile[:, :vocab]
+
+    student, teacher = (torch.randn(3, vocab, generator=generator) for _ in range(2))
+    labels, weights = torch.tensor([5, 698, -100]), torch.ones(3)
+    log_q = torch.full((3, 4), -2.0)
+    stored = log_q, torch.tensor([[0, 5, 9, 698]] * 3), torch.full((3,), -0.8)
+    for divergence in ("none", "forward_kl", "reverse_kl", "jsd", "mse", "topk"):
+        results = []
+        for make, is_padded in ((torch.clone, False), (padded, True)):
+            options = RowOptions("forward_kl" if divergence in ("none", "topk") else divergence, padded=is_padded)
+            gradient = make(torch.zeros(3, vocab))
+            if divergence == "topk":
+                found = triton_rows.topk_rows(make(student), *stored, labels, weights, weights, options, gradient)
+            else:
+                dense = None if divergence == "none" else make(teacher)
+                found = triton_rows.dense_rows(make(student), dense, labels, weights, weights, options, gradient)
+            results.append((*found, gradient))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), divergence
+        beyond = torch.as_strided(results[1][-1], (3, padded_width(vocab)), (padded_width(vocab), 1))[:, vocab:]
+        assert not beyond.any(), f"{divergence}: a gradient of tokens that are not there"
 
 
 def outcome(check: Callable[[], None]) -> str:

@@ -25,7 +25,7 @@ PER_DIVERGENCE = ("a masked token is not there", "p equal to q is exactly zero")
 EDGES = [
     *(f"{divergence}: {what}" for divergence in ("forward_kl", "reverse_kl", "jsd", "mse") for what in PER_DIVERGENCE),
     *("k = V equals dense", "a loss below resolution is not negative", "a teacher that excludes a token"),
-    *("an infinite loss", "a masked label", "given logits", "rows of weight 0"),
+    *("an infinite loss", "a masked label", "given logits", "rows of weight 0", "padded rows"),
 ]
 
 
@@ -158,3 +158,46 @@ def test_kernels_run_on_the_students_device_whichever_is_the_current_one(monkeyp
     stored, indices = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
     triton_rows.topk_rows(student, stored, indices, torch.zeros(2), None, None, torch.ones(2), options)
     assert guard.launched == [True, True]
+
+
+@pytest.mark.parametrize("vocab", [32000, 32001, 128255])
+def test_the_width_that_kernels_get_is_a_multiple_of_16_for_any_vocabulary(monkeypatch, vocab):
+    """Such a width lets Triton load four values at once, where an odd one makes 32 loads of one."""
+    from safecl.kernels.head import chunks, matmul
+    from safecl.kernels.head.calls import linear_distill_loss
+    from safecl.kernels.head.teachers import DenseTeacher
+
+    seen = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *arguments, **_: seen.append((arguments[1], arguments[11], arguments[12]))
+
+    for module in (matmul, chunks):
+        monkeypatch.setattr(module, "row_multiple", lambda device: 16)
+        monkeypatch.setattr(module, "operand_dtype", lambda compute, device: compute)
+    from safecl.kernels.head import segments
+
+    monkeypatch.setattr(segments, "operand_dtype", lambda compute, device: compute)
+    monkeypatch.setattr(chunks, "project", lambda x, weight, bias, out: out)
+    from safecl.kernels.head import teacher_tiles
+
+    monkeypatch.setattr(teacher_tiles, "project", lambda x, weight, bias, out: out)
+    monkeypatch.setattr(chunks, "head_backend", lambda kernel, tensor: triton_rows)
+    monkeypatch.setattr(triton_rows, "dense_rows_kernel", Recorder())
+    hidden, weight = torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(vocab, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear_distill_loss(hidden, weight, labels=torch.tensor([1, 2]), teacher=DenseTeacher(hidden, weight))
+    width = -(-vocab // 16) * 16
+    assert seen == [(width, width, width)]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_width_that_is_a_multiple_of_16_loads_and_stores_whole_vectors(arch):
+    arguments = {**DENSE, "DIVERGENCE": DIVERGENCES["forward_kl"]}
+    wide = ("vocab", "shared", "student_stride", "teacher_stride", "dlogits_stride")
+    options = dict(num_warps=triton_rows.NUM_WARPS, maxnreg=triton_rows.LEAN)
+    odd = compile_kernel(triton_kernels.dense_rows_kernel, arguments, arch, **options)
+    padded = compile_kernel(triton_kernels.dense_rows_kernel, arguments, arch, multiples_of_16=wide, **options)
+    assert "ld.global.v4" in padded.ptx and "st.global.v4" in padded.ptx
+    assert "ld.global.v4" not in odd.ptx

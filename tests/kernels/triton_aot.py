@@ -28,17 +28,23 @@ class Compiled:
     ptx: str
 
 
-def compile_kernel(kernel, arguments: dict[str, object], arch: int, **options) -> Compiled:
+def compile_kernel(
+    kernel, arguments: dict[str, object], arch: int, multiples_of_16: tuple[str, ...] = (), **options
+) -> Compiled:
     """Compile `kernel` for sm_<arch>.
 
     arguments: a type such as "*fp32" for each run-time argument; any other value is a constexpr. Pointers are declared
-    16-byte aligned, as the launcher finds them for torch's allocations.
+    16-byte aligned, as the launcher finds them for torch's allocations; so are the integers in `multiples_of_16`.
     """
     names = [p.name for p in kernel.params]
     runtime = {n: a for n, a in arguments.items() if isinstance(a, str)}
     signature = {n: runtime.get(n, "constexpr") for n in names}
     constexprs = {(i,): arguments[n] for i, n in enumerate(names) if n not in runtime}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in multiples_of_16
+    }
     source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -22,6 +22,9 @@ class RowOptions(NamedTuple):
     teacher_softcap: float | None = None
     teacher_logit_scale: float | None = None
     topk_mode: str = "tail"
+    padded: bool = False
+    """Student and dense teacher lie in tiles of `new_tile`, whose columns up to the next multiple of 16 hold -inf, and
+    dlogits in another such tile."""
 
 
 class RowLosses(NamedTuple):

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from safecl.kernels.head.backend import RowLosses, head_backend
+from safecl.kernels.head.backend import RowLosses, RowOptions, head_backend
 from safecl.kernels.head.gathered import can_gather, run_gathered
-from safecl.kernels.head.matmul import logits_dtype, new_tile, operand, operand_dtype, project
+from safecl.kernels.head.matmul import logits_dtype, new_tile, operand, operand_dtype, project, row_multiple
 from safecl.kernels.head.segments import HeadCall, HeadResult, Segment, split_rows
 from safecl.kernels.head.teacher_tiles import dense_tiles, row_tiles, take, topk_tiles
 from safecl.kernels.spans import spans
@@ -112,12 +112,16 @@ def run_tiles(call: HeadCall, segment: Segment, result: HeadResult) -> None:
         new_tile(min(chunk_rows, segment.count), call.vocab, weight.dtype, device) if call.separate_dlogits else None
     )
     teacher = teacher_tiles(call, segment, tiles, tile.shape[0])
+    # dL in the place of the logits would overwrite their padding.
+    own_dlogits = collected is not None or not call.needs_grad
+    padded = row_multiple(device) > 1 and own_dlogits and _teacher_is_padded(call, segment)
+    options = call.options._replace(padded=padded)
     for start, end in chunks:
         x = operand(take(call.hidden, segment.rows, start, end), call.compute_dtype)
         for a, b in spans(end - start, tile_rows):
             student = project(x[a:b], weight, call.bias, tile[: b - a])
             dlogits = (student if collected is None else collected[a:b]) if call.needs_grad else None
-            rows = row_losses(call, segment, start + a, start + b, student, next(teacher, None), dlogits)
+            rows = row_losses(call, segment, start + a, start + b, student, next(teacher, None), dlogits, options)
             result.store_losses(segment, start + a, start + b, *rows)
         if call.needs_grad:
             dlogits = (tile if collected is None else collected)[: end - start]
@@ -132,6 +136,7 @@ def row_losses(
     student: Tensor,
     teacher: Tensor | Sequence[Tensor] | None,
     dlogits: Tensor | None,
+    options: RowOptions,
 ) -> RowLosses:
     """Run the row work of one tile on the back end of its device; teacher: what `teacher_tiles` yields."""
     index = segment.batch(start, end)
@@ -140,10 +145,15 @@ def row_losses(
     kernels = head_backend("linear_distill_loss", student)
     if isinstance(teacher, Sequence):
         log_q, indices, log_tail = teacher
-        return kernels.topk_rows(
-            student, log_q, indices, log_tail, labels, ce_weights, kd_weights, call.options, dlogits
-        )
-    return kernels.dense_rows(student, teacher, labels, ce_weights, kd_weights, call.options, dlogits)
+        return kernels.topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights, options, dlogits)
+    return kernels.dense_rows(student, teacher, labels, ce_weights, kd_weights, options, dlogits)
+
+
+def _teacher_is_padded(call: HeadCall, segment: Segment) -> bool:
+    """True where the teacher's logits, if there are any, lie in a tile as wide as the student's."""
+    if not segment.has_teacher or call.teacher_kind == "topk":
+        return True
+    return call.teacher_kind == "dense" and call.teacher[1].shape[0] == call.vocab
 
 
 def teacher_tiles(

@@ -28,10 +28,17 @@ def operand(tensor: Tensor, compute: torch.dtype) -> Tensor:
 def new_tile(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised [rows, vocab].
 
-    On a GPU rows start at multiples of 16 elements, so that loads and operands are aligned for any vocabulary.
+    On a GPU rows start at multiples of 16 elements, so that loads and operands are aligned for any vocabulary. The
+    elements between are -inf: tokens that are not there, so that a kernel can read whole vectors without a mask.
     """
-    step = row_multiple(device)
-    return torch.empty(rows, -(-vocab // step) * step, dtype=dtype, device=device)[:, :vocab]
+    tile = torch.empty(rows, padded_width(vocab, row_multiple(device)), dtype=dtype, device=device)
+    tile[:, vocab:] = float("-inf")
+    return tile[:, :vocab]
+
+
+def padded_width(vocab: int, step: int = 16) -> int:
+    """Return the elements between the beginnings of a tile's rows."""
+    return -(-vocab // step) * step
 
 
 def row_multiple(device: torch.device) -> int:

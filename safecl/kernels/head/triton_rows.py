@@ -14,6 +14,7 @@ from torch import Tensor
 from safecl.kernels.head import torch_twin
 from safecl.kernels.head.backend import RowLosses, RowOptions
 from safecl.kernels.head.divergences import spread_tail
+from safecl.kernels.head.matmul import padded_width
 from safecl.kernels.head.triton_kernels import RENORMALISED, TRUNCATED, dense_rows_kernel, topk_rows_kernel
 from safecl.kernels.head.triton_math import CAPPED, FORWARD_KL, JSD, MSE, REVERSE_KL, SCALED
 
@@ -51,9 +52,9 @@ def _dense_rows(
 ) -> RowLosses:
     if student.dtype == torch.float64:
         return torch_twin.dense_rows(student, teacher, labels, ce_weights, kd_weights, options, dlogits)
-    rows, vocab = student.shape
+    rows, vocab = len(student), _width(student, options)
     losses = student.new_zeros(3, rows, dtype=torch.float32)
-    shared = vocab if teacher is None else min(vocab, teacher.shape[1])
+    shared = vocab if teacher is None else min(vocab, _width(teacher, options))
     out = student if dlogits is None else dlogits
     other = student if teacher is None else teacher
     dense_rows_kernel[(rows,)](
@@ -127,11 +128,11 @@ def _topk_rows(
 ) -> RowLosses:
     if options.topk_mode == "uniform_tail" and options.divergence != "mse":
         spread = spread_tail(log_q.float(), indices, log_tail.float(), student.shape[1])
-        spread_options = options._replace(teacher_logit_scale=options.temperature, teacher_softcap=None)
+        spread_options = options._replace(teacher_logit_scale=options.temperature, teacher_softcap=None, padded=False)
         return dense_rows(student, spread, labels, ce_weights, kd_weights, spread_options, dlogits)
     if student.dtype != torch.float32 or indices.shape[1] > MAX_EVENTS:
         return torch_twin.topk_rows(student, log_q, indices, log_tail, labels, ce_weights, kd_weights, options, dlogits)
-    rows, vocab = student.shape
+    rows, vocab = len(student), _width(student, options)
     k = indices.shape[1]
     losses = student.new_zeros(3, rows)
     top = student.gather(1, indices)
@@ -173,6 +174,16 @@ def _topk_rows(
         dlogits.scatter_(1, indices, top_grad.to(dlogits.dtype))
     ce, kd, logsumexp = losses
     return RowLosses(ce, kd, logsumexp)
+
+
+def _width(logits: Tensor, options: RowOptions) -> int:
+    """Return the columns that the kernels read. A multiple of 16 lets them load and store 16 bytes at once, which an
+    odd vocabulary would not."""
+    if not options.padded:
+        return logits.shape[1]
+    width = padded_width(logits.shape[1])
+    assert logits.stride() == (width, 1), "the logits are not in a tile of new_tile"
+    return width
 
 
 def _row_arguments(
