@@ -275,6 +275,8 @@ class Given:
     """Takes the values of parameters from a function, which fills a flat tensor with the parameter of that name."""
 
     fill: Callable[[str, torch.Tensor], Any]
+    path: str
+    """Name of the model in messages."""
     files: None = None
 
     def loader(self) -> Callable[[str, torch.Tensor], Any]:

@@ -105,7 +105,8 @@ class ReferenceStore:
         model: its structure, with parameters on the meta device. fill(name, values): writes a parameter's values into a
         1-D tensor; called by several threads, on the first rank of each node.
         """
-        return cls._make(Layout.of(model, dtype), Given(fill), "segment", node or this_node(), type(model).__name__)
+        path = type(model).__name__
+        return cls._make(Layout.of(model, dtype), Given(fill, path), "segment", node or this_node(), path)
 
     @classmethod
     def _make(
