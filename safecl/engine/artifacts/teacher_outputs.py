@@ -137,7 +137,7 @@ def write_outputs(
         missing = dataset.select(np.flatnonzero(~writer.has(dataset.row_ids)))
         collectives.barrier()  # every rank has looked before one writes
         noted_at, done = time.monotonic(), 0
-        settings = {"k": header.k, "temperature": header.temperature}
+        settings: dict[str, Any] = {"k": header.k, "temperature": header.temperature}
         for rows in _portions(outputs_of_rows(engine, missing, "topk", alone=True, **settings)):
             row_ids = [int(missing.row_ids[index]) for index, _ in rows]
             writer.add(row_ids, [stored_form(output) for _, output in rows], [mean_nll(output) for _, output in rows])
