@@ -34,10 +34,10 @@ def peak_of(run) -> int:
     return peak
 
 
-def transient(tokens: int, trainable: bool = True, teacher: str = "dense", **options) -> int:
+def transient(tokens: int, trainable: bool = True, teacher: str = "dense", width: int = WIDTH, **options) -> int:
     """Peak bytes of one forward and backward beside inputs and returned gradients."""
-    hidden = torch.randn(tokens, WIDTH, requires_grad=True)
-    weight = torch.randn(VOCAB, WIDTH, requires_grad=trainable)
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    weight = torch.randn(VOCAB, width, requires_grad=trainable)
     labels = torch.randint(0, VOCAB, (tokens,))
     made = DenseTeacher(hidden.detach() + 0.1, weight.detach())
     if teacher == "topk":
@@ -62,6 +62,11 @@ def test_the_peak_is_the_budget_and_dw_and_the_hidden_gradient(divergence, train
     tokens = 6000  # one [tokens, vocab] of fp32 is 96 MB, a naive loss holds six, the bound is 21 MB
     bound = TILE_BYTES + (4 * VOCAB * WIDTH if trainable else 0) + 4 * tokens * WIDTH + ROW_WORK
     assert transient(tokens, trainable, divergence=divergence) <= bound < 4 * tokens * VOCAB / 4
+
+
+def test_the_backward_holds_the_gradient_of_the_head_once():
+    width = 1024  # dW is twice the tiles
+    assert transient(64, width=width) <= 4 * VOCAB * width + 4 * 64 * width + ROW_WORK
 
 
 def test_four_times_the_tokens_cost_no_more_logits():

@@ -255,14 +255,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.needs, ctx.num_teacher = inputs[-3:], len(inputs[7])
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.save_for_backward(*output[4:])
+    ctx.set_materialize_grads(False)  # zeros of the size of every saved gradient otherwise
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("linear_distill_loss: the gradient cannot be differentiated again (create_graph=True)")
     scale, *saved = ctx.saved_tensors
     grads = [
-        scaled(grad, grad_loss * scale, dtype) if need else None
+        scaled(grad, grad_loss * scale, dtype) if need and grad_loss is not None else None
         for grad, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True)
     ]
     return (*grads, *[None] * 4, [None] * ctx.num_teacher, *[None] * 18)

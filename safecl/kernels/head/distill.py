@@ -135,11 +135,14 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # zeros of the size of every saved gradient otherwise
 
 
-def _backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_losses: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("distill_loss: the gradient cannot be differentiated again (create_graph=True)")
+    if grad_losses is None:
+        return (None,) * 8
     (grads,) = ctx.saved_tensors
     return torch.mul(grads, grad_losses[:, None], out=torch.empty_like(grads)), *[None] * 7
 
