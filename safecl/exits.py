@@ -109,7 +109,7 @@ def errors_as_messages(verb: str) -> Iterator[None]:
     except (BrokenPipeError, typer.Exit):
         raise
     except Exception as error:
-        is_usage = isinstance(error, ConfigError)
+        is_usage = isinstance(error, ConfigError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
         _report("error" if is_usage else "failed", str(error) if is_usage else _describe(verb, error))
         raise SystemExit(ExitCode.USAGE if is_usage else ExitCode.FAILED) from None
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
 
+from safecl.config import ConfigError
+from safecl.config.texts import check_text
 from safecl.exits import endings_as_exit_codes
 from safecl.storage.limits import check_limits
 
@@ -17,6 +20,18 @@ EPILOG = (
 )
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a path or name that no file can have. Overrides are checked with the config."""
+    for name, value in arguments.items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(text, (str, Path)) or name == "overrides":
+                continue
+            try:
+                check_text(str(text))
+            except ValueError as error:
+                raise ConfigError(f"{name.rstrip('_')}: {error}") from None
 
 
 def verbs_of(app: typer.Typer, group: str = "", more: str = "") -> Callable[[Verb], Verb]:
@@ -30,6 +45,7 @@ def verbs_of(app: typer.Typer, group: str = "", more: str = "") -> Callable[[Ver
         def run(*args: Any, **kwargs: Any) -> Any:
             with endings_as_exit_codes(f"{group} {name}".strip()):
                 check_limits()
+                _check_arguments(kwargs)
                 return function(*args, **kwargs)
 
         app.command(name, epilog=f"{more}\n\n{EPILOG}" if more else EPILOG)(run)

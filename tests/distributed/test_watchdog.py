@@ -211,3 +211,14 @@ def test_a_pause_of_15_seconds_changes_no_bit(rank_pool, materials, tmp_path, pa
     wait_for(*(tmp_path / f"said-{rank}-finished" for rank in range(2)), seconds=120)
     pool.close()
     assert said(tmp_path) == "" and what_is_left(tmp_path / "paused") == what_is_left(tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_a_clock_that_jumps_changes_no_bit(rank_pool, materials, tmp_path):  # noqa: F811
+    def config(name: str) -> dict:
+        found = tree(materials, tmp_path / name, methods={"er": {}, "ema": {"decay": 0.7}}, safety=None)
+        return found | {"tasks": found["tasks"][1:]}
+
+    rank_pool(2).run(hang_scenes.stop_scenes.fit, tree=config("whole"), cache=str(materials / "cache"))
+    rank_pool(2).run(hang_scenes.fit_with_a_clock_that_jumps, tree=config("jumping"), cache=str(materials / "cache"))
+    assert what_is_left(tmp_path / "jumping") == what_is_left(tmp_path / "whole")

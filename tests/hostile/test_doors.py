@@ -39,6 +39,17 @@ def test_code_of_a_model_runs_only_through_its_door_and_is_named(run, materials,
     assert "model.trust_remote_code is set, so code of" in caplog.text and "modeling_x.py" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["~nouser/x", "a" * 5000, "b" * 300, "\x1b[2Jx"])
+@pytest.mark.parametrize(
+    "words",
+    [["eval"], ["check"], ["train"], ["report"], ["memory", "show"], ["memory", "verify"], ["init", "-o"]],
+    ids=" ".join,
+)
+def test_a_name_that_no_file_can_have_is_refused_by_every_verb(run, words, name):  # noqa: F811
+    code, out, err = run(*words, name)
+    assert code == 2 and "Traceback" not in err and "\x1b" not in out + err, err
+
+
 @pytest.mark.long
 def test_no_secret_of_the_environment_reaches_a_file_of_the_run(materials, tmp_path):  # noqa: F811
     config = config_of(materials, tmp_path)
