@@ -469,8 +469,8 @@ def summary(report: dict) -> dict:
         if peak_flops:
             row["mfu"] = round(6 * side["weights"] * rate / peak_flops, 3)
             row["floor_seconds"] = round(8 * side["weights"] * tokens / peak_flops, 3)
-        if name == "safecl":  # reads anchor and Fisher in bf16; reads and writes the average in fp32
-            row["offload_floor_seconds"] = round((2 + 2 + 4 + 4) * side["weights"] / LINK, 3)
+        if name == "safecl":  # anchor and Fisher in bf16 and the average in fp32 come in; what goes out overlaps
+            row["offload_floor_seconds"] = round((2 + 2 + 4) * side["weights"] / LINK, 3)
         found[name] = row
     if all("seconds" in found.get(name, {}) for name in ("plain", "safecl")):
         ratio = found["safecl"]["seconds"]["whole step"] / found["plain"]["seconds"]["whole step"]
