@@ -19,9 +19,10 @@ import xxhash
 from safecl.config import ConfigError
 from safecl.replay import ReplayError
 from safecl.storage.durable import DamagedCheckpoint
+from safecl.storage.temporary import temporary_folder
 
 REFUSALS = (ConfigError, ReplayError, DamagedCheckpoint)
-_FOLDER = Path(tempfile.mkdtemp(prefix="safecl-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+_FOLDER = temporary_folder("fuzz", REFUSALS[0])
 
 
 def _file(name: str, data: bytes) -> Path:
