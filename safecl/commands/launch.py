@@ -17,6 +17,7 @@ from safecl.exits import ExitCode
 from safecl.launching.agent import Agent
 from safecl.launching.job import Job, Launch
 from safecl.launching.plan import agent_folder, plan_launch
+from safecl.launching.pulse import FOLDER
 from safecl.launching.slurm import sweep_of
 from safecl.storage.durable import replace_file
 from safecl.training.folder import EXIT_CODE
@@ -50,6 +51,7 @@ def launch_run(
         settings.start_timeout,
         settings.stop_timeout,
         launch.first_node,
+        job.logs / FOLDER if launch.several else None,
         say=lambda line: print(line, flush=True),
     )
     try:

@@ -23,6 +23,7 @@ from safecl.distributed import rank_files
 from safecl.distributed.signals import SIGNALS, StopSignals, name_of
 from safecl.exits import ExitCode
 from safecl.launching.job import Command
+from safecl.launching.pulse import Pulse
 
 _POLL_SECONDS = 0.1
 _SECONDS_BEFORE_A_RESTART = 5.0
@@ -39,8 +40,8 @@ class Agent:
 
     files: the folder of the ranks' files. exit_code: the file of the run folder where rank 0 says how the run ended.
     start_timeout, stop_timeout: seconds, see LaunchConfig. first_node: where the nodes have met, for agents of other
-    nodes. The ranks end where it cannot be reached any more: they may hang in calls that nobody answers. say: prints
-    a line for people.
+    nodes. The ranks end where it cannot be reached any more: they may hang in calls that nobody answers. signs: the
+    folder for signs of life of all agents, see pulse.py. say: prints a line for people.
     """
 
     command: Command
@@ -50,6 +51,7 @@ class Agent:
     start_timeout: float = 600.0
     stop_timeout: float = 600.0
     first_node: tuple[str, int] | None = None
+    signs: Path | None = None
     say: Callable[[str], object] = print
     _stop: str | None = None
     _stop_by: float | None = None
@@ -89,7 +91,8 @@ class Agent:
         for stale in (*self.files.glob("*.pid"), *self.files.glob("*.code")):
             stale.unlink()
         began = time.time()
-        self._launcher, reach = start(self.command), Reach(self.first_node)
+        self._launcher, reach, pulse = start(self.command), Reach(self.first_node), Pulse(self.signs)
+        pulse.begin()
         try:
             while self._launcher.poll() is None:
                 time.sleep(_POLL_SECONDS)
@@ -99,9 +102,14 @@ class Agent:
                 if self._stop_by is not None and time.monotonic() > self._stop_by:
                     self.say(f"safecl launch: the ranks have not ended {self.stop_timeout:.0f} s after {self._stop}")
                     break
+                if (reason := pulse.lost()) is not None:
+                    self.say(f"safecl launch: {reason}; ending the ranks of this node")
+                    break
         finally:
             self._end()
-        return self._code(began), any(self._numbers("pid"))
+            code = self._code(began)
+            pulse.end(failed=code == ExitCode.FAILED)
+        return code, any(self._numbers("pid"))
 
     # ---------------------------------------------------------------------------------------------------------- signals
 

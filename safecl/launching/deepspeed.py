@@ -54,7 +54,7 @@ def _each_by_itself(job: Job, files: Path, node_rank: int | None) -> Launch:
         *variables.facts(),
     ]
     command = Command((*_runner(places), *job.training), variables.to_set())
-    return Launch(facts, command, written, agent=True, first_node=other_first_node(settings))
+    return Launch(facts, command, written, agent=True, first_node=other_first_node(settings), several=True)
 
 
 def _by_ssh(job: Job) -> Launch:

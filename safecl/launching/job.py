@@ -87,13 +87,14 @@ class Command:
 class Launch:
     """What starts a job. facts: (label, text) lines for people. files: to be written before the command runs. agent:
     the command starts ranks on this machine, so an agent must look after them. first_node: address of the first node,
-    where it is another one."""
+    where it is another one. several: an agent on each of several nodes."""
 
     facts: list[tuple[str, str]]
     command: Command
     files: dict[Path, str] = field(default_factory=dict)
     agent: bool = False
     first_node: tuple[str, int] | None = None
+    several: bool = False
 
 
 def python() -> str:

@@ -38,6 +38,7 @@ def plan(job: Job, files: Path) -> Launch:
         Command((*argv, *job.training), variables.to_set()),
         agent=True,
         first_node=other_first_node(settings) if largest > 1 else None,
+        several=largest > 1,
     )
 
 
