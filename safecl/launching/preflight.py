@@ -30,6 +30,8 @@ LEAST_SHARED_MEMORY = 2**30
 MESSAGE_BYTES = 64 * 2**20
 SECONDS_FOR_A_FILE = 5.0
 """A network file system may show a new file this late."""
+SECONDS_FOR_A_CACHE = 1.0
+"""The same for caches, which need not be shared: one that is taken for several costs no more than some work."""
 MOST_SHOWN = 8
 
 
@@ -159,7 +161,7 @@ def _time(clock: float) -> str:
 
 def _check_shared_folder(nodes: Nodes, folder: Path, note: Callable[[str], None], lock: str) -> None:
     """Raise ConfigError where a node does not see what rank 0 writes; note locks that do not reach across nodes."""
-    blind = _nodes_that_do_not_see(nodes, folder)
+    blind = _nodes_that_do_not_see(nodes, folder, SECONDS_FOR_A_FILE)
     if blind:
         raise ConfigError(
             f"output: {folder} is not shared: {', '.join(blind)} cannot see a file that {nodes.firsts[0].host} has "
@@ -176,12 +178,13 @@ def _check_shared_folder(nodes: Nodes, folder: Path, note: Callable[[str], None]
         )
 
 
-def _nodes_that_do_not_see(nodes: Nodes, folder: Path) -> list[str]:
-    """Write a file on rank 0 and look for it on the first rank of every node; return the hosts without it."""
+def _nodes_that_do_not_see(nodes: Nodes, folder: Path, seconds: float) -> list[str]:
+    """Write a file on rank 0 and look for it on the first rank of every node; return the hosts that do not find it
+    within `seconds`."""
     token = collectives.on_first_rank(lambda: f".preflight-{os.getpid()}-{time.time_ns()}")
     path = folder / token
     collectives.on_first_rank(lambda: _write(path, token), (OSError,), ConfigError)
-    blind = [] if not _is_first_of(nodes) or _appears(path, token) else [_own(nodes).host]
+    blind = [] if not _is_first_of(nodes) or _appears(path, token, seconds) else [_own(nodes).host]
     found = collectives.gather_objects(blind)
     if collectives.rank() == 0:
         path.unlink(missing_ok=True)
@@ -193,8 +196,8 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def _appears(path: Path, text: str) -> bool:
-    deadline = time.monotonic() + SECONDS_FOR_A_FILE
+def _appears(path: Path, text: str, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
             os.listdir(path.parent)  # makes a network file system ask its server again
@@ -226,11 +229,11 @@ def _is_first_of(nodes: Nodes) -> bool:
 
 def _shared_artifacts(config: RunConfig, nodes: Nodes, note: Callable[[str], None]) -> RunConfig:
     """Say where prepared data and artifacts lie; move the store into the run folder where nodes do not share it."""
-    blind = _nodes_that_do_not_see(nodes, data_cache())
+    blind = _nodes_that_do_not_see(nodes, data_cache(), SECONDS_FOR_A_CACHE)
     once = "once per node" if blind else "once, for all nodes"
     note(f"prepared data  {data_cache()}, {once}")
     folder = Path(config.artifacts.folder).expanduser() if config.artifacts.folder else artifact_cache()
-    if not _nodes_that_do_not_see(nodes, folder):
+    if not _nodes_that_do_not_see(nodes, folder, SECONDS_FOR_A_CACHE):
         note(f"artifacts      {folder}, once for all nodes")
         return config
     own = Path(config.output) / "artifacts"
