@@ -3,6 +3,8 @@ do. It trains nothing."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from safecl.planning.model_shape import ModelShape
+    from safecl.planning.plans import RunPlan
 
 
 def check_run(config: RunConfig) -> None:
@@ -25,11 +28,11 @@ def check_run(config: RunConfig) -> None:
     from safecl.data import describe
     from safecl.planning.checks import check_fisher_values
     from safecl.planning.describe import describe_plan
-    from safecl.planning.memory_report import memory_lines
+    from safecl.planning.memory_report import memory_lines, ranks_here
     from safecl.planning.model_checks import check_weights_are_finite
-    from safecl.planning.model_shape import ModelShape
     from safecl.planning.run_plan import plan_run
     from safecl.planning.step_report import prediction
+    from safecl.storage.sizes import resident_bytes
     from safecl.training.folder import RunFolder
     from safecl.training.identity import refuse_folder_of_other_run
 
@@ -40,9 +43,11 @@ def check_run(config: RunConfig) -> None:
     facts = describe_plan(plan)
     model = model_structure(config.model)
     facts[1:1] = model_facts(model, config)
-    shape, teachers = ModelShape.of(model, config), teacher_shapes(config)
-    facts += memory_lines(shape, config, teachers)
-    facts += prediction(shape, config, max(task.tokens_per_batch for task in plan.tasks), teachers)
+    program = resident_bytes()  # a run imports and reads what this process has imported and read so far
+    shape_on, teachers = shapes_of(model, plan), teacher_shapes(config)
+    facts += memory_lines(shape_on, config, teachers, program=program)
+    most_tokens = max(task.tokens_per_batch for task in plan.tasks)
+    facts += prediction(shape_on(ranks_here()), config, most_tokens, teachers)
     for what, value in facts:
         console.print(f"[bold]{what:<18}[/bold]", end="")
         console.print(value, markup=False)
@@ -65,6 +70,16 @@ def model_structure(config: ModelConfig) -> PreTrainedModel:
 
     read_model_settings(config)
     return empty_model(config.path, CONFIG_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
+
+
+def shapes_of(model: PreTrainedModel, plan: RunPlan) -> Callable[[int], ModelShape]:
+    """Return a function that gives the model's shape in this run on a number of ranks."""
+    from safecl.planning.model_shape import ModelShape
+    from safecl.planning.passes import largest_passes
+
+    shape_with = functools.cache(functools.partial(ModelShape.of, model, plan.config))
+    vocabulary = model.config.get_text_config().vocab_size
+    return lambda ranks: shape_with(largest_passes(plan, ranks, vocabulary))
 
 
 def teacher_shapes(config: RunConfig) -> list[ModelShape]:

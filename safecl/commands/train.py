@@ -40,7 +40,8 @@ def memory_needs(config: RunConfig) -> str:
     from safecl.planning.memory_report import memory_lines
     from safecl.planning.model_shape import ModelShape
 
-    lines = memory_lines(ModelShape.of(model_structure(config.model), config), config)
+    shape = ModelShape.of(model_structure(config.model), config)
+    lines = memory_lines(lambda ranks: shape, config)
     return f"the run takes {lines[0][1]}, besides 1 to 2 GB for the libraries of each rank"
 
 

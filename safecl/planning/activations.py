@@ -41,21 +41,25 @@ def activation_bytes(
     settings: transformers' settings of the model. shape: [rows, tokens] of the micro-batch. masked: rows are packed,
     and a mask [tokens, tokens] separates them.
     """
-    model = _structure(settings, config)
+    return bytes_of_all_layers(structure(settings, config), lambda model: _peak(model, *shape), masked=masked)
+
+
+def bytes_of_all_layers(model: nn.Module, measure: Callable[[nn.Module], int], *, masked: bool = False) -> int:
+    """Return what `measure` finds for the model, from what it finds for a few of its layers in fake mode."""
     layers = _layers(model)
-    count, peaks = len(layers), {}
+    count, found = len(layers), {}
     with FakeTensorMode() as mode, contextlib.nullcontext() if masked else rows_are_not_packed():
         _take_away_memory(model, mode)
         for kept in sorted({min(count, number) for number in LAYERS}, reverse=True):
             del layers[kept:]
-            peaks[kept] = _peak(model, *shape)
+            found[kept] = measure(model)
     if count <= LAYERS[1]:
-        return peaks[count]
-    few, more = (peaks[number] for number in LAYERS)
+        return found[count]
+    few, more = (found[number] for number in LAYERS)
     return few + (more - few) * (count - LAYERS[0]) // (LAYERS[1] - LAYERS[0])
 
 
-def _structure(settings: PretrainedConfig, config: ModelConfig) -> nn.Module:
+def structure(settings: PretrainedConfig, config: ModelConfig) -> nn.Module:
     """Return the model as it is trained, with its parameters on the meta device."""
     from transformers import AutoModelForCausalLM
 

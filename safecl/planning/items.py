@@ -12,8 +12,9 @@ FP32 = 4
 
 Where = Literal["device", "host"]
 
-Moment = Literal["always", "backward", "reduce", "step"]
-"""The time of an item: always, while activations exist, while gradients are reduced, in the optimizer's step."""
+Moment = Literal["always", "backward", "reduce", "step", "estimate", "evaluation"]
+"""The time of an item: always, while activations exist, while gradients are reduced, in the optimizer's step, in the
+backward pass of a Fisher estimate, in an evaluation."""
 
 
 @dataclass(frozen=True)

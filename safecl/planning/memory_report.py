@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,17 +17,23 @@ from safecl.planning.nearest import nearest_that_fits
 from safecl.storage.sizes import available_memory, format_bytes
 
 
-def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelShape] = ()) -> list[tuple[str, str]]:
+def memory_lines(
+    shape_on: Callable[[int], ModelShape],
+    config: RunConfig,
+    teachers: Sequence[ModelShape] = (),
+    *,
+    program: int = 0,
+) -> list[tuple[str, str]]:
     """Return (label, value) lines: the memory on `ranks_here` ranks, then on 8 and on 64.
 
-    teachers: further models that compute outputs in every step.
+    shape_on: the model's shape on that many ranks. teachers: further models that compute outputs in every step.
+    program: see plan_memory.
     """
     here, local, device = ranks_here(), local_ranks_here(), "cuda" if devices.on_gpu() else "cpu"
 
     def planned(ranks: int, ranks_per_node: int | None = None, changed: RunConfig = config) -> MemoryPlan:
-        part = changed.train.tokens_per_microbatch / config.train.tokens_per_microbatch
-        resized = replace(shape, activations=round(part * shape.activations))
-        return plan_memory(resized, changed, ranks, ranks_per_node, device=device, teachers=teachers)
+        shape = _cut_micro_batch(shape_on(ranks), config, changed)
+        return plan_memory(shape, changed, ranks, ranks_per_node, device=device, teachers=teachers, program=program)
 
     plan = planned(here, local)
     places: tuple[Where, ...] = ("device", "host")
@@ -42,6 +48,13 @@ def memory_lines(shape: ModelShape, config: RunConfig, teachers: Sequence[ModelS
         if changes := nearest_that_fits(config, lambda changed: _shortage(planned(here, local, changed)) is None):
             lines.append(("  would fit", changes))
     return lines
+
+
+def _cut_micro_batch(shape: ModelShape, config: RunConfig, changed: RunConfig) -> ModelShape:
+    """Return the shape with the smaller micro-batches of a changed config, whose activations shrink with them."""
+    tokens = shape.tokens if shape.tokens is not None else config.train.tokens_per_microbatch
+    left = min(tokens, changed.train.tokens_per_microbatch)
+    return replace(shape, activations=round(left / tokens * shape.activations), tokens=left)
 
 
 def ranks_here() -> int:

@@ -12,6 +12,8 @@ from safecl.config import LoraConfig, RunConfig
 from safecl.engine.model.adapters import is_target
 from safecl.engine.model.settings import choose_attention
 from safecl.planning.activations import activation_bytes
+from safecl.planning.inference import inference_bytes
+from safecl.planning.passes import Passes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -36,13 +38,26 @@ class ModelShape:
     """True where the head's weights are those of the embedding."""
     activations: int = 0
     """Peak bytes of a micro-batch, without the head's logits."""
+    tokens: int | None = None
+    """Tokens of the largest micro-batch; None for a full one."""
+    evaluation: int = 0
+    """Peak bytes of an evaluation's passes, with the cache of keys and values and the logits."""
 
     @classmethod
-    def of(cls, model: nn.Module, config: RunConfig) -> ModelShape:
-        """Return the shape of a model, whose parameters may be on the meta device, in a run of this config."""
+    def of(cls, model: nn.Module, config: RunConfig, passes: Passes | None = None) -> ModelShape:
+        """Return the shape of a model, whose parameters may be on the meta device, in a run of this config.
+
+        passes: the largest passes of the run; None: full micro-batches of the longest rows, and no evaluation.
+        """
         alone = cls.without_activations(model, config.model.lora)
-        settings, batch = _settings_of(model), _micro_batch(config)
-        return replace(alone, activations=activation_bytes(settings, config.model, batch, masked=_is_masked(config)))
+        settings, batch = _settings_of(model), _micro_batch(config) if passes is None else passes.micro_batch
+        evaluations = [] if passes is None else [one for one in (passes.generated, passes.scored) if one is not None]
+        return replace(
+            alone,
+            activations=activation_bytes(settings, config.model, batch, masked=_is_masked(config)),
+            tokens=None if passes is None else batch[0] * batch[1],
+            evaluation=max((inference_bytes(settings, config.model, one) for one in evaluations), default=0),
+        )
 
     @classmethod
     def without_activations(cls, model: nn.Module, lora: LoraConfig | None = None) -> ModelShape:

@@ -25,6 +25,14 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(nearest).free
 
 
+def resident_bytes() -> int:
+    """Bytes of host memory that this process holds now, its libraries' files included; 0 if unknown."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])
+    return 0
+
+
 def available_memory() -> int | None:
     """Bytes of host memory that can still be used, by the machine's count and by the container's limit; None if
     unknown."""

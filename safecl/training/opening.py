@@ -10,6 +10,7 @@ import torch
 
 from safecl.config import RunConfig, dump_config
 from safecl.distributed import collectives, devices
+from safecl.distributed.host_memory import give_back_large_blocks
 from safecl.engine.checkpoint.random_state import seed_generators
 from safecl.engine.model.attention import attention_of
 from safecl.engine.model.settings import choose_attention
@@ -60,6 +61,8 @@ def open_engine(
     gets messages for the user.
     """
     seed_generators(config.train.seed)
+    if collectives.device().type == "cpu":
+        give_back_large_blocks()
     if config.train.deterministic and devices.on_gpu():
         _add_in_a_fixed_order()
     model, layout, store = open_language_model(

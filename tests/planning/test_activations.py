@@ -75,3 +75,29 @@ def test_bytes_are_counted_while_somebody_holds_them():
         assert live.now == 4000  # the view holds it
         del view
     assert live.now == 0 and live.peak == 8000
+
+
+@pytest.mark.parametrize(("family", "answer"), [("llama", 6), ("llama", 0), ("gemma", 6)])
+def test_an_evaluation_without_memory_takes_what_a_real_one_takes(family, answer):
+    """The cache of keys and values grows with the answer; the logits of given answers are kept."""
+    import transformers
+
+    from safecl.engine.model.language_model import LanguageModel
+    from safecl.evaluation.answers.likelihood import TOKENS_AT_ONCE
+    from safecl.planning.inference import inference_bytes
+    from safecl.planning.passes import Inference
+
+    settings = deep_model(family)
+    batch = Inference(ROWS, LENGTH, answer)
+    model = LanguageModel(transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32)).eval()
+    ids, positions = torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.arange(LENGTH).expand(ROWS, -1)
+    past = transformers.DynamicCache(config=model.model.config) if answer else None
+    options = dict(past=past, use_cache=bool(answer), last_only=bool(answer))
+    live = LiveBytes(known=[*model.parameters(), *model.buffers(), ids, positions])
+    with live, torch.no_grad():
+        model(task="logits", input_ids=ids, position_ids=positions, **options)
+        for step in range(answer):
+            model(task="logits", input_ids=ids[:, :1], position_ids=positions[:, :1] + LENGTH + step, **options)
+    scored = 0 if answer else 4 * min(TOKENS_AT_ONCE, ROWS * LENGTH) * scenes.VOCAB
+    found = inference_bytes(settings, ModelConfig(path="unused", dtype="fp32", gradient_checkpointing=False), batch)
+    assert found == pytest.approx(live.peak + scored, rel=0.1)

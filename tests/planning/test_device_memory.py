@@ -22,6 +22,15 @@ SHAPE = ModelShape(weights=1000, trained=1000, largest=60, largest_layer=100, hi
 METHODS = {"ewc": {}, "ema": {}}
 
 
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    from safecl.demo.materials import write_materials
+
+    folder = tmp_path_factory.mktemp("demo")
+    write_materials(folder)
+    return folder
+
+
 def test_the_tables_of_the_page_are_printed_by_the_code():
     assert (
         re.search(r"<!-- plan -->\n(.*?)\n<!-- end -->", PAGE.read_text(encoding="utf-8"), re.S)[1]
@@ -107,7 +116,8 @@ def test_the_page_that_greets_says_of_every_method_how_many_bytes_a_weight_it_ta
         for number, dtype in enumerate(("bf16", "fp32")):
             plain = plan_memory(SHAPE, config_of(3, methods={}, dtype=dtype), 1, device="cpu").items
             items = plan_memory(SHAPE, config_of(3, methods={name: {}}, dtype=dtype), 1, device="cpu").items
-            own = [item for item in items if item not in plain and item.what != "copy for the checkpoint"]
+            lasting = [item for item in items if item.moment == "always" and item not in plain]
+            own = [item for item in lasting if item.what != "copy for the checkpoint"]
             anchors = [item.nbytes / 1000 for item in own if item.what == "reference weights"]
             expected = sum(int(count) for count in re.findall(r"\d+", said)) + (
                 2 * (number + 1) if "Fisher" in said else 0
@@ -161,3 +171,37 @@ def test_overlapping_takes_a_second_bucket(stage, bucket):
         return sum(item.nbytes for item in plan.items if item.where == "device" and item.moment == "backward")
 
     assert backward(overlap_comm=True) - backward() == bucket
+
+
+def test_a_fisher_estimate_and_an_evaluation_are_moments_of_their_own():
+    """On 4 GPUs: an estimate holds an fp32 sum in the place of the bf16 Fisher, beside a backward pass."""
+    plan = plan_memory(SHAPE, config_of(3, methods={"ewc": {}}), 4)
+    estimate = {item.what: item.nbytes for item in plan.items if item.moment == "estimate"}
+    assert estimate["sum of the Fisher estimate"] == 250 * (4 - 2) and estimate["activations"] == 5000
+    assert not any(item.moment == "estimate" for item in plan_memory(SHAPE, config_of(3, methods={}), 4).items)
+    measured = replace(SHAPE, evaluation=10**9)
+    plan = plan_memory(measured, config_of(3, methods={}), 4, program=7)
+    assert ("evaluation", 10**9) in {(item.what, item.nbytes) for item in plan.at_peak("device")}
+    assert not any(item.what == "activations" for item in plan.at_peak("device"))
+    assert plan.bytes_of("program and libraries") == 7
+
+
+def test_the_largest_passes_are_those_of_the_rows(materials, tmp_path):
+    """A micro-batch is as full as a step's rows make it, with the replayed ones; an evaluation has its own batches."""
+    from safecl.config import RunConfig
+    from safecl.planning.passes import largest_passes
+    from safecl.planning.run_plan import plan_run
+    from tests.training.test_trainer import tree
+
+    config = tree(materials, tmp_path / "run")
+    plan = plan_run(RunConfig.model_validate(config))
+    found, on_eight = (largest_passes(plan, ranks, vocab=1000) for ranks in (1, 8))
+    rows, longest = found.micro_batch
+    assert rows * longest <= 512 and longest <= max(plan.memory.lengths.max(), plan.tasks[0].dataset.lengths.max())
+    assert on_eight.micro_batch[0] * on_eight.micro_batch[1] < rows * longest
+    assert (found.generated.rows, found.generated.answer) == (32, 6)  # safety.batch_size and max_new_tokens
+    del config["methods"]
+    plain = largest_passes(plan_run(RunConfig.model_validate(config)), 1, vocab=1000)
+    assert plain.micro_batch[1] < longest  # the memory has the longest rows
+    config["safety"] = None
+    assert largest_passes(plan_run(RunConfig.model_validate(config)), 1, vocab=1000).generated is None

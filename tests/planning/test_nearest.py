@@ -30,9 +30,9 @@ def test_check_names_the_nearest_setting_that_fits_this_machine(monkeypatch):
     shape = ModelShape(10**9, 10**9, 10**8, 10**8, hidden=1000, vocab=1000, activations=10**9)
     needed = plan_memory(shape, config(), 1, 1, device="cpu").shared_host
     monkeypatch.setattr(memory_report, "available_memory", lambda: needed)
-    assert "  would fit" not in dict(memory_report.memory_lines(shape, config()))
+    assert "  would fit" not in dict(memory_report.memory_lines(lambda ranks: shape, config()))
     monkeypatch.setattr(memory_report, "available_memory", lambda: needed - 10**9)
-    assert dict(memory_report.memory_lines(shape, config()))["  would fit"] == "checkpoint.staging=256MiB"
+    assert dict(memory_report.memory_lines(lambda ranks: shape, config()))["  would fit"] == "checkpoint.staging=256MiB"
     monkeypatch.setattr(memory_report, "available_memory", lambda: 10**6)
-    lines = dict(memory_report.memory_lines(shape, config()))
+    lines = dict(memory_report.memory_lines(lambda ranks: shape, config()))
     assert "  too little" in lines and "  would fit" not in lines
