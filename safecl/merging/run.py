@@ -177,7 +177,8 @@ class _Work:
         return changes
 
     def _write_adapter(self, partial: Path, rank: int) -> MergeReport:
-        base, source = self.opened.models.base, self.opened.home.source
+        source = self.opened.home.source
+        base = self.opened.trained_on(source) if isinstance(source, AdapterWeights) else None
         if base is None or not isinstance(source, AdapterWeights):
             raise ConfigError(f"{self.kind}: adapter_rank needs a --base, and an adapter as the first --tuned")
         read = functools.partial(merged_tensor, self.merge, self.opened.models)

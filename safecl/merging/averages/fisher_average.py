@@ -10,7 +10,7 @@ weights that no model needs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ from safecl.merging.places import Coefficient
 
 if TYPE_CHECKING:
     import torch
+
+    from safecl.merging.models.tensor_files import TensorFiles
 
 
 class Config(base.MergeConfig):
@@ -42,6 +44,8 @@ class Merge(base.Merge[Config]):
     by_rows = True
 
     def prepare(self) -> None:
+        from safecl.merging.models.fisher import open_fisher
+
         models = [*([self.models.base] if self.models.base is not None else []), *self.models.tuned]
         if len(models) < 2:
             raise ConfigError(
@@ -50,28 +54,15 @@ class Merge(base.Merge[Config]):
         for key, values in (("fisher", self.config.fisher), ("weights", self.config.weights)):
             if values is not None and len(values) != len(models):
                 raise ConfigError(f"fisher_average.{key}: {len(values)} values for {len(models)} models")
-        self.fishers = [self._open(path) for path in self.config.fisher]
+        self.fishers = [open_fisher(path, self.models.tuned[0], self.models.places) for path in self.config.fisher]
         self.means = [self._mean(fisher) if self.config.normalize else 1.0 for fisher in self.fishers]
 
-    def _open(self, path: str) -> Any:
-        from pathlib import Path
+    def _mean(self, fisher: TensorFiles) -> float:
+        from safecl.merging.models.fisher import read_fisher
 
-        from safecl.merging.models.tensor_files import open_file
-
-        fisher = open_file(Path(path).expanduser(), f"fisher ({path})")
-        for name in self.models.places:
-            shape = self.models.tuned[0].shapes[name]
-            if fisher.shapes.get(name) != shape:
-                found = "no values" if name not in fisher.shapes else f"values of shape {list(fisher.shapes[name])}"
-                raise ConfigError(f"{path}: {found} for {name}, which has shape {list(shape)}")
-        return fisher
-
-    def _mean(self, fisher: Any) -> float:
         count, total = 0, 0.0
         for name in self.models.places:
-            values = fisher.read(name)
-            if bool((values < 0).any()):
-                raise ConfigError(f"{fisher.label}: negative values for {name}, which is no Fisher information")
+            values = read_fisher(fisher, name)
             count, total = count + values.numel(), total + float(values.double().sum())
         if total <= 0:
             raise ConfigError(f"{fisher.label}: all values are 0")

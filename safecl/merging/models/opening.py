@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safecl.merging.base import MergeConfig, Models, Needs, Unmergeable
+from safecl.merging.base import MergeConfig, Models, Needs, Unmergeable, Weights
 from safecl.merging.models.checkpoint import CheckpointWeights, is_checkpoint
 from safecl.merging.models.checks import check_more_tokens, check_related, check_settings, check_tokens
 from safecl.merging.models.folder import FolderWeights
@@ -49,6 +49,15 @@ class Opened:
         """The first tuned model, whose settings, tokenizer, names and dtypes the result has."""
         return self.parents[0]
 
+    def trained_on(self, adapter: AdapterWeights) -> Weights | None:
+        """Return the model that an adapter was trained on, of those that are merged: the aligned one or the base."""
+        for parent, view in zip(self.parents, self.matched.views, strict=True):
+            source = parent.source
+            if parent.role in ("aligned", "base") and isinstance(source, FolderWeights):
+                if source is adapter.base or _has_same_weights(adapter.base, source):
+                    return view
+        return None
+
     def close(self) -> None:
         for parent in self.parents:
             parent.source.close()
@@ -70,19 +79,23 @@ def open_models(
     """Open the models. Raises ConfigError where one is missing, cannot be used, or does not fit the others."""
     if kept := [path for path in (*tuned, base, aligned) if path is not None and is_checkpoint(path)]:
         check_checkpoints(kind, config, kept[0])
-    if base is None and config.needs.base == "yes" and tuned and is_adapter(tuned[0]):
-        base = adapter_base(tuned[0])
+    if tuned and is_adapter(tuned[0]):  # it was trained on the aligned model where a kind needs one
+        if config.needs.aligned == "yes":
+            aligned = aligned or adapter_base(tuned[0])
+        elif config.needs.base == "yes":
+            base = base or adapter_base(tuned[0])
     check_needs(kind, config.needs, base=base, num_tuned=len(tuned), aligned=aligned, data=data)
-    opened_base = _open(base, "base", None) if base is not None else None
+    opened_base = _open(base, "base") if base is not None else None
+    opened_aligned = _open(aligned, "aligned", [opened_base]) if aligned is not None else None
     roles = ["tuned" if i == 0 else f"tuned {i + 1}" for i in range(len(tuned))]
     parents = [
-        Parent(role, path, _open(path, role, opened_base, config.reads_averages))
+        Parent(role, path, _open(path, role, [opened_aligned, opened_base], config.reads_averages))
         for role, path in zip(roles, tuned, strict=True)
     ]
     if base is not None and opened_base is not None:
         parents.append(Parent("base", base, opened_base))
-    if aligned is not None:
-        parents.append(Parent("aligned", aligned, _open(aligned, "aligned", opened_base)))
+    if aligned is not None and opened_aligned is not None:
+        parents.append(Parent("aligned", aligned, opened_aligned))
     tokens = [_tokens_of(parent.source) for parent in parents]
     _check_pairs(config, parents, tokens)
     matched = match_models([parent.source for parent in parents], tokens)
@@ -131,24 +144,30 @@ def check_checkpoints(kind: str, config: MergeConfig, path: str) -> None:
         )
 
 
-def _open(path: str, role: str, base: Source | None, averaged: bool = False) -> Source:
+def _open(path: str, role: str, bases: Sequence[Source | None] = (), averaged: bool = False) -> Source:
+    """Open a model. bases: those that were opened before, on one of which an adapter was trained."""
     label = f"{role} ({path})"
     if is_checkpoint(path):
         return CheckpointWeights(path, label, averaged)
     if not is_adapter(path):
         return FolderWeights(path, label)
     named = adapter_base(path)
-    if isinstance(base, FolderWeights) and _is_same(named, base):
-        return AdapterWeights(path, label, base)
+    whole = [base for base in bases if isinstance(base, FolderWeights)]
+    if (same := next((base for base in whole if _is_same(named, base)), None)) is not None:
+        return AdapterWeights(path, label, same)
     if is_adapter(named):
         raise UnusableWeights(f"{label}: an adapter of an adapter; merge the first one into its base before")
     own = FolderWeights(named, f"the base of {label}")
-    if isinstance(base, FolderWeights) and not _has_same_weights(own, base):
+    if whole and not any(_has_same_weights(own, base) for base in whole):
         raise Unmergeable(
-            f"{label}: the adapter was trained on {named}, whose weights differ from those of {base.label}; give that "
-            "folder as --base"
+            f"{label}: the adapter was trained on {named}, whose weights differ from those of "
+            f"{' and '.join(base.label for base in whole)}; give that folder as {_roles_of(whole)}"
         )
     return AdapterWeights(path, label, own)
+
+
+def _roles_of(models: Sequence[FolderWeights]) -> str:
+    return " or ".join(f"--{model.label.split()[0]}" for model in models)
 
 
 def _is_same(named: str, base: FolderWeights) -> bool:
