@@ -21,9 +21,10 @@ def temporary_folder(what: str, owner: object) -> Path:
     """Make an empty folder that is removed with the object `owner`, or at the end of this process."""
     prefix = f"safecl-{what}-"
     _sweep(prefix)
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    lock = FileLock(folder / _OWNER)
+    made = Path(tempfile.mkdtemp(prefix=f".{prefix}"))
+    lock = FileLock(made / _OWNER)
     lock.take()
+    folder = made.rename(made.with_name(made.name[1:]))  # others sweep only what has this name, so what has its lock
     weakref.finalize(owner, _remove, folder, lock)
     inner = folder / what
     inner.mkdir()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from safecl.storage.temporary import temporary_folder
+from safecl.storage.locks import FileLock
+from safecl.storage.temporary import _sweep, temporary_folder
 
 
 class Owner:
@@ -55,3 +56,17 @@ def test_the_next_process_sweeps_what_a_killed_one_has_left_and_nothing_else(tmp
     process.join()
     temporary_folder("memory", owner)
     assert not left.parent.exists() and (tmp_path / "safecl-memory-unknown").is_dir()
+
+
+def test_a_folder_that_is_being_made_is_not_swept(monkeypatch):
+    take = FileLock.take
+
+    def late(lock: FileLock) -> bool:
+        """Another process sweeps before this one has its lock."""
+        monkeypatch.setattr(FileLock, "take", take)
+        _sweep("safecl-memory-")
+        return take(lock)
+
+    monkeypatch.setattr(FileLock, "take", late)
+    owner = Owner()
+    assert temporary_folder("memory", owner).is_dir()
