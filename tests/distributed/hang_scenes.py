@@ -95,14 +95,17 @@ def pause_and_slow_work(folder: str, said: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
-def at_step(how: str, step: int):
-    """Replace the trainer's step: it hangs before a global step."""
+def at_step(how: str, step: int, run_folder: Path):
+    """Replace the trainer's step: it hangs before a global step, when there is a checkpoint to resume from."""
     from safecl.training.run import Run
 
     train_step = Run.train_step
 
     def stepping(self, task):
         if self.global_step + 1 == step:
+            deadline = time.monotonic() + 2.0  # shorter than the limit of a step
+            while not (run_folder / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
             HANGS[how]()
         return train_step(self, task)
 
@@ -134,7 +137,8 @@ def fit_and_hang(tree: dict, cache: str, said: str, rank: int, where: str, how: 
         if where != STEP:
             stack.enter_context(mock.patch.dict(progress.SECONDS_WITHOUT_A_BEAT, {where: limit}))
         if own == rank:
-            stack.enter_context(at_step(how, 5) if where == STEP else in_phase(where, how))
+            hang = at_step(how, 5, Path(tree["output"])) if where == STEP else in_phase(where, how)
+            stack.enter_context(hang)
         stop_scenes.fit(tree, cache)
     Path(f"{said}-{own}-finished").touch()
 
