@@ -4,7 +4,7 @@
     launch/gpu_suite.sh --minutes 2.5        the rest, in a second call
     launch/gpu_suite.sh --only flat-tests    these sections, whether done before or not
     launch/gpu_suite.sh --fresh              forget earlier results
-    launch/gpu_suite.sh --dry                the same commands at toy size on the CPU, as continuous integration does
+    launch/gpu_suite.sh --dry                the same commands at toy size on the CPU
 
 Results are in $OUT (default runs/gpu-suite): a log and the JSON of each section, `suite.json`, and `suite.md`, one
 table of figures with the columns measured, floor, rival and met. Exit status: 0 where all sections that ran have

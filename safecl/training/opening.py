@@ -61,7 +61,7 @@ def open_engine(
     gets messages for the user.
     """
     seed_generators(config.train.seed)
-    if collectives.device().type == "cpu":
+    if not devices.on_gpu():
         give_back_large_blocks()
     if config.train.deterministic and devices.on_gpu():
         _add_in_a_fixed_order()

@@ -27,7 +27,7 @@ def test_the_form_for_gpus_has_the_sums_of_the_form_for_cpus(monkeypatch):
 
 @pytest.mark.parametrize("pattern", [r"\.index_add_?\(", r"atomic_", r"\.scatter_reduce"])
 def test_no_module_adds_in_an_order_that_a_gpu_may_change(pattern):
-    """Exceptions: `repeatable` itself on a CPU, and one addition per element, whose order does not matter."""
-    once = {"kernels/repeatable.py", "kernels/head/logits.py"}
+    """Exceptions, whose order does not matter: `repeatable` itself on a CPU, one addition per element, and a count."""
+    once = {"kernels/repeatable.py", "kernels/head/logits.py", "kernels/flat/triton_kernels.py"}
     found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if re.search(pattern, path.read_text())}
     assert found <= once, found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 scaling = importlib.import_module("scaling")
 
 RECIPES = scaling.recipes()
+QUICK = ("gemma-2b-sst2-1x80gb", "llama-3-8b-gsm8k-8x80gb", "llama-2-7b-sst2-8x80gb")
+"""Recipes that every test run checks; the others are checked by the long tests."""
 ROWS = {
     "gsm8k": lambda i: {"question": f"What is {i} plus {i + 1}?", "answer": f"It is {2 * i + 1}.\n#### {2 * i + 1}"},
     "sst2": lambda i: {"sentence": f"a film of {i} good minutes", "label": i % 2},
@@ -85,7 +88,10 @@ def name_of(path: Path) -> str:
     )
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in QUICK else [pytest.mark.long], id=path.stem) for path in RECIPES],
+)
 def test_a_recipe_passes_check_and_states_what_the_code_predicts(path, data, models, tmp_path, capsys):
     config = load_config(path)
     task = config.tasks[0]
@@ -103,10 +109,23 @@ def test_a_recipe_passes_check_and_states_what_the_code_predicts(path, data, mod
         cli.main(["check", str(path), *overrides])
     out, err = capsys.readouterr()
     assert ended.value.code in (0, None), err
-    stated = [line[2:] for line in path.read_text().splitlines() if line.startswith(("# launched: ", "# step: "))]
-    for line in stated:
-        assert line.partition(": ")[2] in out, out
+    launched, step = (stated_in(path, name) for name in ("launched", "step"))
+    assert step in out, out
+    (found,) = (line for line in out.splitlines() if line.strip().startswith("launched "))
+    # The recipe counts full micro-batches; these few short rows may make smaller ones.
+    for mine, others in zip(gigabytes_of(found), gigabytes_of(launched), strict=True):
+        assert 0.7 * others <= mine <= others, (found, launched)
     assert path.read_text() == scaling.with_head(path), "python benchmarks/scaling.py renews the predictions"
+
+
+def stated_in(path: Path, name: str) -> str:
+    """What the head of a recipe states under a name."""
+    (line,) = (line for line in path.read_text().splitlines() if line.startswith(f"# {name}: "))
+    return line.partition(": ")[2]
+
+
+def gigabytes_of(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"([\d.]+) GB", line)]
 
 
 def test_the_recipes_cover_the_families_the_data_and_the_machines():
@@ -119,9 +138,7 @@ def test_the_recipes_cover_the_families_the_data_and_the_machines():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_fits_its_devices(path):
-    (line,) = [line for line in path.read_text().splitlines() if line.startswith("# launched: ")]
-    gigabytes = float(line.partition("about ")[2].partition(" GB")[0])
-    assert gigabytes < 76  # of 80, with room for CUDA itself
+    assert gigabytes_of(stated_in(path, "launched"))[0] < 76  # of 80, with room for CUDA itself
 
 
 def test_the_tables_of_docs_scaling_are_those_of_the_code():
