@@ -189,9 +189,12 @@ def test_a_run_in_which_a_rank_hangs_ends_and_resumes(rank_pool, materials, tmp_
     assert f"rank {rank} on" in message and f"in the phase {where} (limit 3 s" in message
     assert len(list((tmp_path / "run" / "hangs").glob("*/stacks-*.txt"))) == 2
     config["train"] = config["train"] | {"hang_timeout": "auto"}
+    saved = any((tmp_path / "run" / "checkpoints").glob("step-*"))
     again = rank_pool(2).run(hang_scenes.stop_scenes.fit, tree=config, cache=str(materials / "cache"))
     assert again[0]["results"]["steps"] == 5
-    assert where not in ("step", "export") or "resuming from step-" in again[0]["said"]
+    # A rank may have stopped before its part of a checkpoint was written. One that is woken for its stack may still
+    # finish the run before it is killed.
+    assert not saved or "resuming from step-" in again[0]["said"] or "finished after 5 steps" in again[0]["said"]
 
 
 @pytest.mark.long
