@@ -109,7 +109,7 @@ def _is_repr(text: str) -> bool:
 
 
 def _call_in(tokenizer: Any, form: Forms) -> str:
-    """What the template writes of a call, without white space."""
+    """Return the text that the template writes for a call, without white space."""
     asks = form.turn(Message("user", _ASKS["content"]))
     text = rendered(tokenizer, [asks, form.turn(_CALL), _RETURNS]) or rendered(tokenizer, [asks, form.turn(_CALL)])
     return "".join(text.split())

@@ -34,7 +34,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """How far a rank has come."""
+    """The progress of a rank."""
 
     phase: str
     age: float

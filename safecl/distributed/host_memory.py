@@ -1,4 +1,4 @@
-"""How the C library keeps freed host memory, where host memory is the device."""
+"""Limits on the freed host memory that the C library keeps, for runs whose device is the CPU."""
 
 from __future__ import annotations
 

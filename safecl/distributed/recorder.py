@@ -1,4 +1,4 @@
-"""What torch's flight recorder and process groups know of the collective calls of this process."""
+"""The collective calls of this process, read from torch's flight recorder and process groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank sees of its machine, its files and its config, to be compared with what the other ranks see."""
+"""Facts of a rank's machine, files and config, which preflight compares with those of the other ranks."""
 
 from __future__ import annotations
 

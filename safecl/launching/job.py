@@ -85,9 +85,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Launch:
-    """What starts a job. facts: (label, text) lines for people. files: to be written before the command runs. agent:
-    the command starts ranks on this machine, so an agent must look after them. first_node: address of the first node,
-    where it is another one. several: an agent on each of several nodes."""
+    """The command that starts a job.
+
+    facts: (label, text) lines for people. files: to be written before the command runs. agent: the command starts ranks
+    on this machine, so an agent must look after them. first_node: address of the first node, where it is another one.
+    several: an agent on each of several nodes.
+    """
 
     facts: list[tuple[str, str]]
     command: Command

@@ -55,7 +55,8 @@ def test_an_agent_that_has_failed_is_lost_and_one_that_is_done_is_not(tmp_path):
 def test_signs_of_agents_that_are_gone_since_long_do_not_count(tmp_path):
     (tmp_path / "c-9").write_text("failed")
     age(tmp_path, "c-9", 500.0)
-    pair(tmp_path)
+    a, b = pair(tmp_path)
+    assert a.lost() is None and b.lost() is None
 
 
 def test_an_agent_of_one_node_leaves_no_sign(tmp_path):
