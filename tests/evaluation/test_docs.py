@@ -1,4 +1,4 @@
-"""The Python examples of docs/safety-evaluation.md work."""
+"""The Python examples of docs/evaluation.md work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safecl.evaluation import load_scorer
 
-PAGE = (Path(__file__).parents[2] / "docs" / "safety-evaluation.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 JUDGE, VERDICTS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
 
 
@@ -31,5 +31,5 @@ def test_verdicts_in_both_forms_that_are_shown_give_the_rate(tmp_path, monkeypat
     lines = [re.sub(r'"id": [^,]*', f'"id": "disallowed-{i}"', line) for i, line in enumerate(shown)]
     (tmp_path / verdicts).write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
-    exec(compile(VERDICTS, "docs/safety-evaluation.md", "exec"), {})
+    exec(compile(VERDICTS, "docs/evaluation.md", "exec"), {})
     assert "value=1.0" in capsys.readouterr().out
