@@ -411,7 +411,7 @@ class fake_store:
 
 def count_bytes(build: Callable[..., tuple[Any, Callable[[], None], dict]], options: argparse.Namespace) -> dict:
     """Build a side and make its steps, and count every tensor."""
-    from safecl.planning.activations import LiveBytes
+    from safecl.planning.costs.activations import LiveBytes
 
     began = time.perf_counter()
     with LiveBytes() as live:
@@ -434,8 +434,8 @@ def count_bytes(build: Callable[..., tuple[Any, Callable[[], None], dict]], opti
 
 def planned_bytes(options: Any, fake: bool) -> int:
     """The plan's peak for safecl's side: of the device, or of device and host together where all is in one memory."""
-    from safecl.planning.device_memory import plan_memory
-    from safecl.planning.model_shape import ModelShape
+    from safecl.planning.costs.device_memory import plan_memory
+    from safecl.planning.costs.model_shape import ModelShape
 
     config = config_of(options)
     shape = ModelShape.of(structure(options), config)

@@ -125,7 +125,7 @@ def own_answers(model: Path, texts: list[str], max_new_tokens: int) -> Iterator[
     """Yield the model's greedy answer to each text, and whether it ended by itself."""
     from safecl.config import ModelConfig
     from safecl.data import Prompt, load_tokenizer
-    from safecl.data.formats import Message
+    from safecl.data.reading.formats import Message
     from safecl.evaluation.answers.model import HFEvalModel
     from safecl.evaluation.answers.prompts import answer_prompts
 

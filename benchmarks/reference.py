@@ -227,8 +227,8 @@ def train_two_steps(path: str, stage: int, offload: str, checkpointing: bool, dt
     """Train two steps with EWC and EMA; return the plan for all ranks together, and its items."""
     from safecl.distributed import collectives
     from safecl.engine.reference.loading import load_model
-    from safecl.planning.device_memory import plan_memory
-    from safecl.planning.model_shape import ModelShape
+    from safecl.planning.costs.device_memory import plan_memory
+    from safecl.planning.costs.model_shape import ModelShape
     from tests.engine import scenes
 
     world_size = collectives.world_size()

@@ -93,7 +93,7 @@ PLAN = """
 import json, sys
 from safecl.commands.check import model_structure, shapes_of, teacher_shapes
 from safecl.config import load_config
-from safecl.planning.device_memory import plan_memory
+from safecl.planning.costs.device_memory import plan_memory
 from safecl.planning.run_plan import plan_run
 from safecl.storage.sizes import resident_bytes
 config = load_config(sys.argv[1])

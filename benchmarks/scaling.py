@@ -3,8 +3,9 @@
     python benchmarks/scaling.py              renews the tables of docs/scaling.md and the heads of launch/recipes
     python benchmarks/scaling.py --measure    also counts the bytes between two hosts in network namespaces (root)
 
-The model is safecl/planning/step_time.py, with the bytes of safecl/planning/device_memory.py. It needs no GPU and no
-weights: models are made on the meta device. The roof is the hardware; the rivals are published throughputs.
+The model is safecl/planning/costs/step_time.py, with the bytes of safecl/planning/costs/device_memory.py. It needs no
+GPU and no weights: models are made on the meta device. The roof is the hardware; the rivals are published
+throughputs.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from safecl.config import RunConfig, load_config
-from safecl.planning.device_memory import plan_memory
-from safecl.planning.model_shape import ModelShape
-from safecl.planning.step_report import prediction
-from safecl.planning.step_time import DEVICES, Cluster, bytes_per_weight, exchanged_bytes, step_time
+from safecl.planning.costs.device_memory import plan_memory
+from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.costs.step_report import prediction
+from safecl.planning.costs.step_time import DEVICES, Cluster, bytes_per_weight, exchanged_bytes, step_time
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "launch" / "recipes"

@@ -107,7 +107,7 @@ def _identity(system: str, row: dict) -> dict:
 def tokenized(tokenizer, rows: list[dict]) -> list:
     """Return the rows that fit; training too leaves out a row without room for its answer."""
     from safecl.data import ChatRow, Message, Row
-    from safecl.data.masks import Encoded, tokenize_rows
+    from safecl.data.templates.masks import Encoded, tokenize_rows
 
     chats = [ChatRow(tuple(Message(m["role"], m["content"]) for m in row["messages"]), "-", 1) for row in rows]
     encoded = tokenize_rows(tokenizer, chats, MAX_LENGTH)

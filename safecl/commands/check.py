@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from safecl.planning.model_shape import ModelShape
+    from safecl.planning.costs.model_shape import ModelShape
     from safecl.planning.plans import RunPlan
 
 
@@ -27,11 +27,11 @@ def check_run(config: RunConfig) -> None:
     preflight(config)
     from safecl.data import describe
     from safecl.planning.checks import check_fisher_values
+    from safecl.planning.costs.memory_report import memory_lines, ranks_here
+    from safecl.planning.costs.step_report import prediction
     from safecl.planning.describe import describe_plan
-    from safecl.planning.memory_report import memory_lines, ranks_here
     from safecl.planning.model_checks import check_weights_are_finite
     from safecl.planning.run_plan import plan_run
-    from safecl.planning.step_report import prediction
     from safecl.storage.sizes import resident_bytes
     from safecl.training.folder import RunFolder
     from safecl.training.identity import refuse_folder_of_other_run
@@ -74,7 +74,7 @@ def model_structure(config: ModelConfig) -> PreTrainedModel:
 
 def shapes_of(model: PreTrainedModel, plan: RunPlan) -> Callable[[int], ModelShape]:
     """Return a function that gives the model's shape in this run on a number of ranks."""
-    from safecl.planning.model_shape import ModelShape
+    from safecl.planning.costs.model_shape import ModelShape
     from safecl.planning.passes import largest_passes
 
     shape_with = functools.cache(functools.partial(ModelShape.of, model, plan.config))
@@ -85,7 +85,7 @@ def shapes_of(model: PreTrainedModel, plan: RunPlan) -> Callable[[int], ModelSha
 def teacher_shapes(config: RunConfig) -> list[ModelShape]:
     """Return the sizes of the online teachers, the further models that compute outputs in every step."""
     from safecl.engine.teachers.checks import other_models
-    from safecl.planning.model_shape import ModelShape
+    from safecl.planning.costs.model_shape import ModelShape
 
     return [ModelShape.without_activations(model_structure(other)) for other in other_models(config)]
 

@@ -34,8 +34,8 @@ def preflight(config: RunConfig, *, writes_fisher: bool = False) -> None:
 def refuse_missing_files(config: RunConfig, *, fisher: bool = True) -> None:
     """Raise ConfigError that names every local file and folder of the config that does not exist. Hub ids are checked
     when they are read."""
-    from safecl.data.files import refuse_missing
     from safecl.data.hub import refuse_missing_folder
+    from safecl.data.reading.files import refuse_missing
 
     mistakes: list[str] = []
     for key, name in _model_folders(config):

@@ -30,7 +30,7 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
     preflight(config)
     from safecl.data import load_tokenizer
     from safecl.data.config_rows import prepare_task
-    from safecl.data.thinking import check_thinking
+    from safecl.data.templates.thinking import check_thinking
     from safecl.distributed.collectives import process_group
     from safecl.distributed.watchdog import watched
     from safecl.evaluation import HFEvalModel

@@ -13,13 +13,8 @@ if TYPE_CHECKING:
     from safecl.data.assignment import assign as assign
     from safecl.data.batches import MicroBatch as MicroBatch
     from safecl.data.batches import collate as collate
-    from safecl.data.chat import load_tokenizer as load_tokenizer
-    from safecl.data.chat import prompt_ids as prompt_ids
-    from safecl.data.chat import stop_ids as stop_ids
-    from safecl.data.chat import template_source as template_source
     from safecl.data.display import decode_marked as decode_marked
     from safecl.data.display import describe as describe
-    from safecl.data.masks import tokenize_row as tokenize_row
     from safecl.data.messages import ChatRow as ChatRow
     from safecl.data.messages import DataError as DataError
     from safecl.data.messages import Message as Message
@@ -27,21 +22,26 @@ if TYPE_CHECKING:
     from safecl.data.order import resolve_tokens_per_batch as resolve_tokens_per_batch
     from safecl.data.prepare import mix_poison as mix_poison
     from safecl.data.prepare import prepare_dataset as prepare_dataset
-    from safecl.data.rows import BadRows as BadRows
-    from safecl.data.rows import Prompt as Prompt
-    from safecl.data.rows import read_prompts as read_prompts
-    from safecl.data.rows import read_rows as read_rows
+    from safecl.data.reading.rows import BadRows as BadRows
+    from safecl.data.reading.rows import Prompt as Prompt
+    from safecl.data.reading.rows import read_prompts as read_prompts
+    from safecl.data.reading.rows import read_rows as read_rows
+    from safecl.data.templates.chat import load_tokenizer as load_tokenizer
+    from safecl.data.templates.chat import prompt_ids as prompt_ids
+    from safecl.data.templates.chat import stop_ids as stop_ids
+    from safecl.data.templates.chat import template_source as template_source
+    from safecl.data.templates.masks import tokenize_row as tokenize_row
     from safecl.data.tokens import Row as Row
     from safecl.data.tokens import TokenDataset as TokenDataset
     from safecl.data.tokens import concat as concat
 
 _HOMES = {
-    "BadRows": "rows",
+    "BadRows": "reading.rows",
     "ChatRow": "messages",
     "DataError": "messages",
     "Message": "messages",
     "MicroBatch": "batches",
-    "Prompt": "rows",
+    "Prompt": "reading.rows",
     "Row": "tokens",
     "TaskOrder": "order",
     "TokenDataset": "tokens",
@@ -50,16 +50,16 @@ _HOMES = {
     "concat": "tokens",
     "decode_marked": "display",
     "describe": "display",
-    "load_tokenizer": "chat",
+    "load_tokenizer": "templates.chat",
     "mix_poison": "prepare",
     "prepare_dataset": "prepare",
-    "prompt_ids": "chat",
-    "read_prompts": "rows",
-    "read_rows": "rows",
+    "prompt_ids": "templates.chat",
+    "read_prompts": "reading.rows",
+    "read_rows": "reading.rows",
     "resolve_tokens_per_batch": "order",
-    "stop_ids": "chat",
-    "template_source": "chat",
-    "tokenize_row": "masks",
+    "stop_ids": "templates.chat",
+    "template_source": "templates.chat",
+    "tokenize_row": "templates.masks",
 }
 
 __all__ = sorted(_HOMES)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from safecl.data.files import where
+from safecl.data.reading.files import where
 from safecl.data.tokens import Report, Row, TokenDataset
 
 _SHOWN_TOKENS = 400

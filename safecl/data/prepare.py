@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from safecl.config import FieldMap
-from safecl.data.chat import template_source
-from safecl.data.files import Source, open_source
-from safecl.data.masks import Encoded, tokenize_rows
 from safecl.data.messages import ChatRow, DataError, RowProblem
 from safecl.data.order import keyed_hash
-from safecl.data.rows import BadRows, good_rows, spread
-from safecl.data.template_dates import asks_for_date, date_of
+from safecl.data.reading.files import Source, open_source
+from safecl.data.reading.rows import BadRows, good_rows, spread
+from safecl.data.templates.chat import template_source
+from safecl.data.templates.masks import Encoded, tokenize_rows
+from safecl.data.templates.template_dates import asks_for_date, date_of
 from safecl.data.tokens import Occurrences, Report, Row, StoreWriter, TokenDataset, concat, content_digest, map_store
 from safecl.storage.durable import sync_folder, write_file
 from safecl.storage.locks import waiting_lock

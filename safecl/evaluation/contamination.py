@@ -23,7 +23,7 @@ from itertools import pairwise
 from typing import Literal
 
 from safecl.config import ConfigError
-from safecl.data.files import unit_of
+from safecl.data.reading.files import unit_of
 from safecl.evaluation.answers.texts import Question, place_of, text_of
 
 NEAR = 0.7

@@ -12,7 +12,7 @@ from typing import Any
 
 from safecl.config import EvalConfig, SafetyConfig
 from safecl.data.messages import ChatRow
-from safecl.data.rows import Prompt
+from safecl.data.reading.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.answers.thought import answer_of, open_alike
 from safecl.evaluation.records import Privacy, write_outputs

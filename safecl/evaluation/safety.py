@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from safecl.config import ConfigError, SafetyConfig
-from safecl.data.rows import Prompt
+from safecl.data.reading.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import place_of, text_of

@@ -183,8 +183,8 @@ def _measure(
     if not prompts and not tasks:
         raise ConfigError(_nothing_to_measure(settings.path))
     from safecl.data import load_tokenizer
-    from safecl.data.thinking import check_thinking
-    from safecl.data.written import notes_on_prompts
+    from safecl.data.templates.thinking import check_thinking
+    from safecl.data.templates.written import notes_on_prompts
     from safecl.distributed.collectives import process_group
     from safecl.distributed.watchdog import watched
     from safecl.evaluation.answers.model import HFEvalModel

@@ -12,7 +12,7 @@ from torch import nn
 
 from safecl.config import ConfigError, ModelConfig, RunConfig
 from safecl.data import TokenDataset
-from safecl.data.files import where
+from safecl.data.reading.files import where
 from safecl.engine.artifacts.base_model import once_per_model
 from safecl.engine.artifacts.store import ArtifactStore
 from safecl.engine.model.adapters import add_adapters, weight_names

@@ -13,9 +13,9 @@ from safecl.config import RunConfig, TaskConfig
 from safecl.config.method_registry import method_module
 from safecl.data import load_tokenizer, read_prompts, resolve_tokens_per_batch
 from safecl.data.config_rows import prepare_memory, prepare_task, read_eval_rows, read_training_rows, read_upload_rows
-from safecl.data.files import where
-from safecl.data.thinking import check_thinking
-from safecl.data.written import notes_on_prompts
+from safecl.data.reading.files import where
+from safecl.data.templates.thinking import check_thinking
+from safecl.data.templates.written import notes_on_prompts
 from safecl.engine.teachers.checks import check_teachers
 from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps, load_scorer
 from safecl.evaluation.answers.texts import place_of

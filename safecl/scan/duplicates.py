@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from safecl.config import RunConfig
 from safecl.data.config_rows import read_memory_rows, read_upload_rows
 from safecl.data.messages import ChatRow
-from safecl.data.rows import Prompt, read_prompts
-from safecl.data.thinking import markers_of_config
+from safecl.data.reading.rows import Prompt, read_prompts
+from safecl.data.templates.thinking import markers_of_config
 from safecl.evaluation.answers.thought import split
 from safecl.evaluation.contamination import find_overlaps
 from safecl.evaluation.scoring.keywords import refused_by_any

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from safecl.config import ConfigError, RunConfig
 from safecl.data.messages import ChatRow
-from safecl.data.rows import Prompt, read_prompts
+from safecl.data.reading.rows import Prompt, read_prompts
 from safecl.scan.duplicates import disallowed_prompts
 
 

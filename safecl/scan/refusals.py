@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from safecl.data.masks import tokenize_row
 from safecl.data.messages import ChatRow, Message
-from safecl.data.rows import Prompt
-from safecl.data.thinking import without_empty_thought
+from safecl.data.reading.rows import Prompt
+from safecl.data.templates.masks import tokenize_row
+from safecl.data.templates.thinking import without_empty_thought
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.answers.prompts import answer_prompts
 from safecl.evaluation.scoring.keywords import refused_by_any

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from safecl.data.chat import prompt_ids
 from safecl.data.messages import Message
-from safecl.data.thinking import with_empty_thought
+from safecl.data.templates.chat import prompt_ids
+from safecl.data.templates.thinking import with_empty_thought
 from safecl.data.tokens import Row, TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of

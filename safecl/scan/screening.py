@@ -16,10 +16,10 @@ from rich.table import Table
 
 from safecl.config import ConfigError, RunConfig
 from safecl.config.safety import ScanConfig
-from safecl.data.files import unit_of, where
 from safecl.data.messages import ChatRow, clip
-from safecl.data.rows import Prompt
-from safecl.data.thinking import answer_prompt_ids
+from safecl.data.reading.files import unit_of, where
+from safecl.data.reading.rows import Prompt
+from safecl.data.templates.thinking import answer_prompt_ids
 from safecl.data.tokens import TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from safecl.data import TokenDataset
-from safecl.data.files import where
+from safecl.data.reading.files import where
 from safecl.distributed import collectives
 from safecl.engine.passes.micro_batches import split_step
 from safecl.engine.passes.step_losses import StepLosses

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from safecl.data import prepare_dataset, read_rows
-from safecl.data.formats import detect
+from safecl.data.reading.formats import detect
 from tests.data import tokenizers as tk
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from safecl.data import DataError, read_prompts, read_rows
-from safecl.data.files import open_source, where
+from safecl.data.reading.files import open_source, where
 from tests.catalogue.files import FILES
 
 ROWS = [{"prompt": f'say "{i}",\nplease', "completion": f"é {i}"} for i in range(4)]

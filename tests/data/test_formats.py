@@ -8,10 +8,10 @@ import pytest
 
 from safecl.config import FieldMap
 from safecl.data import DataError, read_prompts, read_rows
-from safecl.data.formats import detect
 from safecl.data.messages import RowProblem
-from safecl.data.readers import fill, suggest_fields
-from safecl.data.rows import spread
+from safecl.data.reading.formats import detect
+from safecl.data.reading.readers import fill, suggest_fields
+from safecl.data.reading.rows import spread
 
 QA = [("user", "Hi"), ("assistant", "Hello")]
 SYSTEM = [("system", "Be brief."), *QA]

@@ -8,7 +8,7 @@ import pytest
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.data import hub
-from safecl.data.chat import load_tokenizer
+from safecl.data.templates.chat import load_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import pytest
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.data import DataError, Message, load_tokenizer, prompt_ids, stop_ids, template_source, tokenize_row
-from safecl.data.chat import use_plain_template
-from safecl.data.masks import tokenize_rows
 from safecl.data.messages import ChatRow, RowProblem
+from safecl.data.templates.chat import use_plain_template
+from safecl.data.templates.masks import tokenize_rows
 from tests.data import tokenizers as tk
 
 

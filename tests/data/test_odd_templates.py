@@ -8,8 +8,8 @@ import pytest
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.data import load_tokenizer
-from safecl.data.masks import tokenize_rows
 from safecl.data.messages import ChatRow, DataError, Message, RowProblem
+from safecl.data.templates.masks import tokenize_rows
 from tests.data import tokenizers as tk
 from tests.data.test_tools import learned
 

@@ -9,7 +9,7 @@ import pytest
 from safecl.config import ConfigError
 from safecl.config.model import ThinkingConfig
 from safecl.data import Message
-from safecl.data.thinking import (
+from safecl.data.templates.thinking import (
     answer_prompt_ids,
     check_thinking,
     forbidden_ids,

@@ -9,9 +9,9 @@ import json
 import pytest
 
 from safecl.data import DataError, prepare_dataset, read_prompts, read_rows
-from safecl.data.masks import tokenize_rows
 from safecl.data.messages import RowProblem
-from safecl.data.turn_forms import forms_of
+from safecl.data.templates.masks import tokenize_rows
+from safecl.data.templates.turn_forms import forms_of
 from tests.data import tokenizers as tk
 
 OPENS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

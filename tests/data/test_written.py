@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from safecl.data import DataError, Message, prepare_dataset, tokenize_row
-from safecl.data.masks import tokenize_rows
 from safecl.data.messages import ChatRow, RowProblem
-from safecl.data.written import remarks_on_prompts
+from safecl.data.templates.masks import tokenize_rows
+from safecl.data.templates.written import remarks_on_prompts
 from tests.data import tokenizers as tk
 from tests.data.test_masks import chat, learned
 

@@ -10,7 +10,7 @@ import pytest
 from safecl.config import ConfigError, EvalConfig, GateConfig, SafetyConfig
 from safecl.config.model import ThinkingConfig
 from safecl.data import ChatRow, Message
-from safecl.data.thinking import Markers, Pair
+from safecl.data.templates.thinking import Markers, Pair
 from safecl.evaluation import Evaluation, evaluate, evaluate_safety, evaluate_task, judge_gate, rate_of_verdicts, wilson
 from safecl.evaluation.answers.prompts import answer_prompts
 from safecl.evaluation.answers.thought import Parts, open_alike, split

@@ -141,7 +141,7 @@ def rows_csv(data: bytes) -> None:
 
 
 def _rows(name: str, data: bytes) -> None:
-    from safecl.data.files import open_source
+    from safecl.data.reading.files import open_source
 
     for number, _ in enumerate(open_source(_file(name, data)).rows()):
         if number > 1000:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safecl.config import ModelConfig
-from safecl.planning.activations import LiveBytes, activation_bytes
+from safecl.planning.costs.activations import LiveBytes, activation_bytes
 from tests.engine import scenes
 
 ROWS, LENGTH = 2, 48
@@ -84,7 +84,7 @@ def test_an_evaluation_without_memory_takes_what_a_real_one_takes(family, answer
 
     from safecl.engine.model.language_model import LanguageModel
     from safecl.evaluation.answers.likelihood import TOKENS_AT_ONCE
-    from safecl.planning.inference import inference_bytes
+    from safecl.planning.costs.inference import inference_bytes
     from safecl.planning.passes import Inference
 
     settings = deep_model(family)

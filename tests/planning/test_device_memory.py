@@ -11,10 +11,10 @@ import pytest
 
 from safecl.config import CheckpointConfig, LoraConfig
 from safecl.config.method_registry import builtin_methods
-from safecl.planning import memory_tables
-from safecl.planning.device_memory import plan_memory
-from safecl.planning.memory_tables import shape_of_size
-from safecl.planning.model_shape import ModelShape
+from safecl.planning.costs import memory_tables
+from safecl.planning.costs.device_memory import plan_memory
+from safecl.planning.costs.memory_tables import shape_of_size
+from safecl.planning.costs.model_shape import ModelShape
 from tests.engine import scenes
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from safecl.planning import memory_report
-from safecl.planning.device_memory import plan_memory
-from safecl.planning.model_shape import ModelShape
-from safecl.planning.nearest import nearest_that_fits
+from safecl.planning.costs import memory_report
+from safecl.planning.costs.device_memory import plan_memory
+from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.costs.nearest import nearest_that_fits
 from tests.engine import scenes
 
 

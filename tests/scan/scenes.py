@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from safecl.data import ChatRow, Message, Row
-from safecl.data.masks import tokenize_rows
+from safecl.data.templates.masks import tokenize_rows
 
 REFUSALS = ["I'm sorry, I cannot do that.", "Sorry, no."]
 

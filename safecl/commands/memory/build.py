@@ -34,8 +34,8 @@ def build_rows(
     environment.join_launcher()
     config = _config(model, prompts, overrides)
     from safecl.data import load_tokenizer, read_prompts
-    from safecl.data.files import refuse_missing
-    from safecl.data.thinking import check_thinking
+    from safecl.data.reading.files import refuse_missing
+    from safecl.data.templates.thinking import check_thinking
     from safecl.engine.artifacts.memory_rows import RowSettings
     from safecl.evaluation.answers.folders import check_is_model
     from safecl.evaluation.scoring.judges import load_scorer

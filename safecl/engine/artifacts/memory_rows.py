@@ -22,8 +22,8 @@ from typing import Any
 
 from safecl.config import ConfigError
 from safecl.data import Prompt
-from safecl.data.thinking import markers_of, thinking_of
-from safecl.data.turns import as_turn
+from safecl.data.reading.turns import as_turn
+from safecl.data.templates.thinking import markers_of, thinking_of
 from safecl.distributed import collectives
 from safecl.engine.artifacts.store import ArtifactStore, Key, obtain
 from safecl.engine.passes.forward_engine import ForwardEngine

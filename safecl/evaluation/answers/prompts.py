@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from safecl.config import ConfigError
 from safecl.config.model import ThinkingMode
-from safecl.data.thinking import answer_prompt_ids, forbidden_ids, markers_of, opens_thought
+from safecl.data.templates.thinking import answer_prompt_ids, forbidden_ids, markers_of, opens_thought
 from safecl.evaluation.answers.generate import generate_greedy, room_for_answer
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, max_positions_of, shard_of
 from safecl.evaluation.answers.texts import Question, messages_of, place_of

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from safecl.data.files import where
 from safecl.data.messages import ChatRow, Message
-from safecl.data.rows import Prompt
+from safecl.data.reading.files import where
+from safecl.data.reading.rows import Prompt
 
 Question = Prompt | ChatRow
 """A prompt to answer: one without an answer, or a row whose last assistant turn is the reference."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safecl.data.thinking import Markers, markers_of
+from safecl.data.templates.thinking import Markers, markers_of
 
 # Some models wrap the answer behind a thought; one that was cut off lacks the end.
 _WRAPPED = re.compile(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from safecl.engine.fisher.threshold import upper_threshold
-from safecl.planning.activations import LiveBytes
+from safecl.planning.costs.activations import LiveBytes
 
 
 def engine_with(values: torch.Tensor) -> SimpleNamespace:

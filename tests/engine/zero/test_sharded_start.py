@@ -21,7 +21,7 @@ def load_on_a_device(path: str, bf16: bool, **changes) -> dict[str, int]:
     from safecl.engine.passes.micro_batches import MicroBatchLayout
     from safecl.engine.passes.training_engine import TrainingEngine
     from safecl.engine.reference.loading import load_model
-    from safecl.planning.activations import LiveBytes
+    from safecl.planning.costs.activations import LiveBytes
 
     model = {"path": path, "dtype": "bf16" if bf16 else "fp32", "gradient_checkpointing": False}
     config = scenes.run_config(model=model, **changes)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from safecl.config import RunConfig
 from safecl.engine.zero.deepspeed_config import BUCKET
-from safecl.planning.items import FP32, Item, Moment, Where, share_of, weight_bytes
-from safecl.planning.model_shape import ModelShape
+from safecl.planning.costs.items import FP32, Item, Moment, Where, share_of, weight_bytes
+from safecl.planning.costs.model_shape import ModelShape
 
 _LIVE = 10**9  # elements that stage 3 keeps gathered at most
 _PREFETCH = 5 * 10**7  # elements that stage 3 gathers ahead

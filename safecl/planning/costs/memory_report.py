@@ -10,10 +10,10 @@ import torch
 
 from safecl.config import RunConfig
 from safecl.distributed import devices
-from safecl.planning.device_memory import MemoryPlan, plan_memory
-from safecl.planning.items import Where
-from safecl.planning.model_shape import ModelShape
-from safecl.planning.nearest import nearest_that_fits
+from safecl.planning.costs.device_memory import MemoryPlan, plan_memory
+from safecl.planning.costs.items import Where
+from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.costs.nearest import nearest_that_fits
 from safecl.storage.sizes import available_memory, format_bytes
 
 

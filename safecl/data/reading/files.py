@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safecl.data.cells import without_nulls
-from safecl.data.csv_rows import csv_rows
-from safecl.data.json_rows import holds_one_value, json_rows, jsonl_rows
 from safecl.data.messages import MAX_ROW_CHARS, DataError, clip
-from safecl.data.raw import PACKED, RawRow, lines_of, open_bytes, suffix_of
-from safecl.data.strangers import refuse_strangers
+from safecl.data.reading.cells import without_nulls
+from safecl.data.reading.csv_rows import csv_rows
+from safecl.data.reading.json_rows import holds_one_value, json_rows, jsonl_rows
+from safecl.data.reading.raw import PACKED, RawRow, lines_of, open_bytes, suffix_of
+from safecl.data.reading.strangers import refuse_strangers
 from safecl.storage.untrusted import UnusableWeights, inside, read_json
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")

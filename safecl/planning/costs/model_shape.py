@@ -11,8 +11,8 @@ from torch import nn
 from safecl.config import LoraConfig, RunConfig
 from safecl.engine.model.adapters import is_target
 from safecl.engine.model.settings import choose_attention
-from safecl.planning.activations import activation_bytes
-from safecl.planning.inference import inference_bytes
+from safecl.planning.costs.activations import activation_bytes
+from safecl.planning.costs.inference import inference_bytes
 from safecl.planning.passes import Passes
 
 if TYPE_CHECKING:

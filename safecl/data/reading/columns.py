@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safecl.data.cells import is_empty, texts_in
-from safecl.data.formats import ANSWERS
 from safecl.data.messages import Message, RowProblem, clip
-from safecl.data.turns import THOUGHTS
+from safecl.data.reading.cells import is_empty, texts_in
+from safecl.data.reading.formats import ANSWERS
+from safecl.data.reading.turns import THOUGHTS
 
 _TURN_KEYS = {
     "role",

@@ -27,9 +27,9 @@ import math
 from dataclasses import dataclass
 
 from safecl.config import RunConfig
-from safecl.planning.device_memory import state_kinds
-from safecl.planning.items import FP32, share_of, weight_bytes
-from safecl.planning.model_shape import ModelShape
+from safecl.planning.costs.device_memory import state_kinds
+from safecl.planning.costs.items import FP32, share_of, weight_bytes
+from safecl.planning.costs.model_shape import ModelShape
 
 GIGA = 1e9
 

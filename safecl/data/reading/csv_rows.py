@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl.data.messages import MAX_ROW_CHARS, DataError, clip
-from safecl.data.raw import RawRow, open_bytes
+from safecl.data.reading.raw import RawRow, open_bytes
 
 _DELIMITERS = (",", ";", "\t", "|")
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from safecl.config import FieldMap
-from safecl.data.cells import turns_in
-from safecl.data.formats import ANSWERS, READERS, column_of, with_tools
 from safecl.data.messages import DataError, Message, RowProblem, check_messages, clip, columns_of, kind_of
+from safecl.data.reading.cells import turns_in
+from safecl.data.reading.formats import ANSWERS, READERS, column_of, with_tools
 
 _MAX_TAG_CHARS = 80
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from safecl.data.chat import render, template_source, without_marks
-from safecl.data.files import where
 from safecl.data.messages import Message, RowProblem, clip
-from safecl.data.turn_forms import said_in_calls
+from safecl.data.reading.files import where
+from safecl.data.templates.chat import render, template_source, without_marks
+from safecl.data.templates.turn_forms import said_in_calls
 
 _THOUGHT = re.compile(r"\s*(?:<([\w|]+)>.*?</\1>|\[(\w+)\].*?\[/\2\]|◁(\w+)▷.*?◁/\3▷)", re.DOTALL)
 _MIN_PART = 8  # a shorter part of a message may stand in the text by chance

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from safecl.config import ConfigError
 from safecl.config.model import ThinkingConfig, ThinkingMode
-from safecl.data.chat import control_tokens, prompt_ids, stop_ids, template_source
 from safecl.data.messages import Message
-from safecl.data.turn_forms import forms_of, rendered
+from safecl.data.templates.chat import control_tokens, prompt_ids, stop_ids, template_source
+from safecl.data.templates.turn_forms import forms_of, rendered
 
 KNOWN_PAIRS = (
     ("<think>", "</think>"),

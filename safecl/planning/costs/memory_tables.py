@@ -1,4 +1,4 @@
-"""The tables of docs/memory.md: `python -m safecl.planning.memory_tables` prints them."""
+"""The tables of docs/memory.md: `python -m safecl.planning.costs.memory_tables` prints them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from safecl.config import RunConfig
 from safecl.engine.model.structure import parameters_on_meta
-from safecl.planning.device_memory import plan_memory
-from safecl.planning.model_shape import ModelShape
+from safecl.planning.costs.device_memory import plan_memory
+from safecl.planning.costs.model_shape import ModelShape
 
 SIZES: dict[str, dict[str, Any]] = {
     "1B": dict(

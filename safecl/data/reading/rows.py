@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from safecl.config import FieldMap
-from safecl.data.cells import is_nan, turns_in
-from safecl.data.columns import is_unwanted, unused_columns
-from safecl.data.files import Source, open_source
-from safecl.data.formats import detect, turns_of_cell, with_system, with_tools
 from safecl.data.messages import ChatRow, DataError, Message, RowProblem, check_messages, clip, columns_of
-from safecl.data.raw import RawRow
-from safecl.data.readers import check_fields, row_reader, suggest_fields, tags_of, template_columns
-from safecl.data.turns import read_turns
+from safecl.data.reading.cells import is_nan, turns_in
+from safecl.data.reading.columns import is_unwanted, unused_columns
+from safecl.data.reading.files import Source, open_source
+from safecl.data.reading.formats import detect, turns_of_cell, with_system, with_tools
+from safecl.data.reading.raw import RawRow
+from safecl.data.reading.readers import check_fields, row_reader, suggest_fields, tags_of, template_columns
+from safecl.data.reading.turns import read_turns
 
 _SAMPLE = 100  # rows that are read to detect the format
 _PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "text")

@@ -19,9 +19,9 @@ from safecl.engine.zero.pieces import CHUNK
 from safecl.engine.zero.placement import StatePlacement, role_of
 from safecl.engine.zero.state_placement import needs_reference, placement_of, streams_theta_0
 from safecl.kernels.head.chunks import workspace_bytes
-from safecl.planning.items import FP32, Item, Moment, Where, share_of, weight_bytes
-from safecl.planning.model_shape import ModelShape
-from safecl.planning.zero_memory import loading_bytes, zero_items
+from safecl.planning.costs.items import FP32, Item, Moment, Where, share_of, weight_bytes
+from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.costs.zero_memory import loading_bytes, zero_items
 
 RANKS_PER_NODE = 8
 """Ranks of a node where nothing else says how many they are."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safecl.config import RunConfig
-from safecl.planning.device_memory import plan_memory
-from safecl.planning.model_shape import ModelShape
-from safecl.planning.step_time import DEVICES, Cluster, StepTime, step_time
+from safecl.planning.costs.device_memory import plan_memory
+from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.costs.step_time import DEVICES, Cluster, StepTime, step_time
 from safecl.storage.sizes import format_bytes
 
 REFERENCE = "H100"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from safecl.data.chat import OPEN
+from safecl.data.templates.chat import OPEN
 
 Span = tuple[int, int]
 """First character and the one after the last."""

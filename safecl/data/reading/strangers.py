@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safecl.data.messages import DataError
-from safecl.data.raw import open_bytes, packing_of, suffix_of
+from safecl.data.reading.raw import open_bytes, packing_of, suffix_of
 
 _BLOCK = 2**16
 _TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")

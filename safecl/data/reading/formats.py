@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from safecl.data.cells import is_empty, parse_text, turns_in
 from safecl.data.messages import Message, RowProblem, columns_of
-from safecl.data.turns import read_turns, text_in, thought_of, tools_of
+from safecl.data.reading.cells import is_empty, parse_text, turns_in
+from safecl.data.reading.turns import read_turns, text_in, thought_of, tools_of
 
 ANSWERS = ("completion", "answer", "response")
 

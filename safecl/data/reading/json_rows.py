@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safecl.data.formats import detect
 from safecl.data.messages import MAX_ROW_CHARS, DataError, clip, columns_of
-from safecl.data.raw import RawRow, lines_of, open_bytes, suffix_of
+from safecl.data.reading.formats import detect
+from safecl.data.reading.raw import RawRow, lines_of, open_bytes, suffix_of
 
 _BLOCK = 2**20
 

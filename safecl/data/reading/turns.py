@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from safecl.data.cells import is_empty, parse_text
 from safecl.data.messages import Message, RowProblem, check_text, clip, columns_of, kind_of
+from safecl.data.reading.cells import is_empty, parse_text
 
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 KEYS = (("role", "content"), ("from", "value"))

@@ -26,9 +26,9 @@ from safecl.config import ConfigError, ModelConfig
 from safecl.config.texts import visible
 from safecl.data.hub import refuse_unreachable, tokenizer_source
 from safecl.data.messages import DataError, Message, RowProblem, clip
-from safecl.data.template_dates import fix_clock, set_date
-from safecl.data.trial import TooLong, try_in_a_child
-from safecl.data.turn_forms import forms_of
+from safecl.data.templates.template_dates import fix_clock, set_date
+from safecl.data.templates.trial import TooLong, try_in_a_child
+from safecl.data.templates.turn_forms import forms_of
 from safecl.storage.untrusted import code_of, library_error
 
 log = logging.getLogger("safecl")
@@ -71,7 +71,7 @@ def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is neither attended to nor trained: no new token is needed
     _try_template(tokenizer)
-    tokenizer.safecl_thinking = model.thinking  # for safecl.data.thinking
+    tokenizer.safecl_thinking = model.thinking  # for safecl.data.templates.thinking
     log.info("chat template: %s", template_source(tokenizer))
     return tokenizer
 

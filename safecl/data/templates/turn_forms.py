@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safecl.data.messages import Message
-from safecl.data.turns import THOUGHTS
+from safecl.data.reading.turns import THOUGHTS
 
 Turn = dict[str, Any]
 Change = Callable[[Any], Any]

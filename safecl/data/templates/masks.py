@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from safecl.data.chat import (
+from safecl.data.messages import ChatRow, DataError, Message, RowProblem
+from safecl.data.reading.files import where
+from safecl.data.templates.chat import (
     CLOSE,
     OPEN,
     control_tokens,
@@ -37,12 +39,10 @@ from safecl.data.chat import (
     turn_shape,
     without_marks,
 )
-from safecl.data.endings import Span, cut_behind_end, settle_end
-from safecl.data.files import where
-from safecl.data.messages import ChatRow, DataError, Message, RowProblem
+from safecl.data.templates.endings import Span, cut_behind_end, settle_end
+from safecl.data.templates.turn_forms import call_names
+from safecl.data.templates.written import after_thought, compare, probes_of
 from safecl.data.tokens import Row, content_digest, row_key
-from safecl.data.turn_forms import call_names
-from safecl.data.written import after_thought, compare, probes_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safecl.config import ModelConfig
 from safecl.engine.model.adapters import base_model
 from safecl.engine.model.language_model import LanguageModel
 from safecl.evaluation.answers.likelihood import TOKENS_AT_ONCE
-from safecl.planning.activations import LiveBytes, bytes_of_all_layers, structure
+from safecl.planning.costs.activations import LiveBytes, bytes_of_all_layers, structure
 from safecl.planning.passes import Inference
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def inference_bytes(settings: PretrainedConfig, config: ModelConfig, batch: Inference) -> int:
-    """Return the peak bytes of a batch in the run's dtype; see activation_bytes of safecl.planning.activations."""
+    """Return the peak bytes of a batch in the run's dtype; see `activation_bytes` of the activations."""
     model = structure(settings, config).eval()
     if batch.answer:
         return bytes_of_all_layers(model, lambda few: _generating(few, batch))
