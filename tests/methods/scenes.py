@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import threading
 
@@ -45,6 +46,13 @@ def conflicting_datasets():
 def undecided_model():
     """A model that gives either answer to the prompts above about half of its belief, so that the gradients of both
     conflict."""
+    model = tiny_model()
+    model.load_state_dict(_undecided_weights())
+    return model
+
+
+@functools.cache
+def _undecided_weights() -> dict[str, torch.Tensor]:
     from safecl.data import collate
 
     model = tiny_model()
@@ -56,7 +64,7 @@ def undecided_model():
         logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, batch.targets).backward()
         optimizer.step()
-    return model
+    return model.state_dict()
 
 
 def make_run(config, model, task_rows: list, memory_rows=None):

@@ -1,0 +1,122 @@
+"""Runs of one method on a small task whose rows conflict with the memory's: uninterrupted, and stopped and resumed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.methods import scenes
+from tests.training import resume_scenes
+
+STEPS = 4
+
+FISHER = {"sign_batches": 4, "rows_per_batch": 4}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ewc": {"strength": 0.5, **FISHER},
+    "lwf": {"weight": 10.0},
+    "l2_sp": {"strength": 1.0},
+    "online_ewc": {"strength": 0.5, **FISHER},
+    "psmt": FISHER,
+}
+"""Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
+
+SECTIONS: dict[str, dict[str, Any]] = {}
+"""Sections of the run config that a method needs besides a memory, by method."""
+
+
+def config_of(method: str | None, folder: str, **changes: Any):
+    """The config of a run with this method alone; plain fine-tuning for None."""
+    from tests.engine.scenes import run_config
+
+    sections: dict[str, Any] = {
+        "methods": {method: SETTINGS.get(method, {})} if method is not None else {},
+        "memory": {"source": "unused", "replay_ratio": 0.5, "teacher": {"k": 8}},
+        "train": {"tokens_per_batch": 96, "tokens_per_microbatch": 32, "max_length": 32, "max_steps": STEPS},
+        "artifacts": {"folder": f"{folder}/artifacts"},
+    }
+    return run_config(folder, **(sections | SECTIONS.get(method or "", {}) | changes))
+
+
+def cut_of(method: str, layout: str) -> int:
+    """The step after which a run is stopped: any, and always the same for a method in a layout."""
+    return 1 + zlib.crc32(f"{method} {layout}".encode()) % (STEPS - 1)
+
+
+@contextmanager
+def opened(config, folder: str) -> Iterator[tuple[Any, Any, Any]]:
+    """(run, task, saver) of a run that has not begun."""
+    from safecl.planning.plans import RunPlan
+    from safecl.training.identity import base_of, identity_of
+    from safecl.training.resume import RunSaver
+
+    task_rows, memory_rows = scenes.conflicting_datasets()
+    model = scenes.undecided_model()
+    if config.model.lora is not None:
+        model = scenes.with_adapters(model, config)
+    run, (task,) = scenes.make_run(config, model, [task_rows])
+    identity = identity_of(RunPlan(config, None, [task], run.methods, memory_rows))
+    saver = RunSaver(run, Path(folder), identity, base_of(config, "undecided"))
+    try:
+        yield run, task, saver
+    finally:
+        run.close()
+        saver.close()
+        if run.memory is not None:
+            run.memory.buffer.close()
+
+
+def begin(run, task, saver) -> None:
+    from safecl.training.replay_memory import fill_memory
+
+    config, (_, memory_rows) = run.config, scenes.conflicting_datasets()
+    run.memory = fill_memory(
+        run.engine,
+        memory_rows,
+        config.memory,
+        seed=config.train.seed,
+        source="test",
+        with_teacher=config.needs_teacher,
+        folder=saver.memory_folder,
+    )
+    run.begin_task(task, active=True)
+
+
+def train(method: str | None, folder: str, cut: int | None = None, **changes) -> dict[str, Any]:
+    """Train the method for all steps of the task, and end the task.
+
+    cut: the step after which the run is saved. It is resumed from there in a new engine, and what differs from the
+    uninterrupted run is listed.
+    """
+    config = config_of(method, folder, **changes)
+    with opened(config, folder) as (run, task, saver):
+        begin(run, task, saver)
+        start = resume_scenes.whole_state(run)["weights"]
+        log = go_on(run, task, saver, cut)
+        found = {"start": start, "state": resume_scenes.whole_state(run), "losses": log}
+        whole = everything_of(run, log)
+    if cut is not None:
+        with opened(config, folder) as (run, task, saver):
+            assert saver.resume(lambda message: None, [task]) is not None and run.step == cut
+            resumed = everything_of(run, [*log[:cut], *go_on(run, task, saver)])
+        found["differences"] = [key for key in whole if resumed.get(key) != whole[key]]
+    return found
+
+
+def go_on(run, task, saver, cut: int | None = None) -> list[dict[str, float]]:
+    log = []
+    while run.step < STEPS:
+        log.append(run.train_step(task).totals())
+        if run.step == cut:
+            saver.save(resume_scenes._progress(), b"[]", keep=1)
+            assert saver.settle().problem is None
+    run.end_task()
+    return log
+
+
+def everything_of(run, log: list[dict[str, float]]) -> dict[str, Any]:
+    from safecl.training.resume import state_of
+
+    return resume_scenes.digests(run) | {"losses": log, "state": state_of(run)}

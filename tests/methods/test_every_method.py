@@ -1,0 +1,93 @@
+"""Proofs that hold for every method: it trains the same numbers in every ZeRO stage, on one rank and on two, with
+offload and with LoRA, and a run that is stopped at any step and resumed is bitwise the uninterrupted one.
+
+A new method is part of them by its file alone; tests/methods/every_method.py has settings for a run of a few steps. The
+ordinary suite takes one layout for each method, `make test-long` all.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from typing import Any
+
+import pytest
+
+from safecl.config.method_registry import builtin_methods, method_module
+from tests.engine.passes import oracle
+from tests.methods import every_method
+
+LORA = {"lora": {"r": 4, "alpha": 8}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "stage 0": {"deepspeed": {"stage": 0}},
+    "stage 1": {"deepspeed": {"stage": 1}},
+    "stage 2, offload": {"deepspeed": {"stage": 2, "offload": {"optimizer": "cpu"}}},
+    "stage 3": {"deepspeed": {"stage": 3}},
+    "stage 3, offload": {"deepspeed": {"stage": 3, "offload": {"optimizer": "cpu", "parameters": "cpu"}}},
+    "stage 2, LoRA": {"deepspeed": {"stage": 2}, "model": LORA},
+    "stage 3, LoRA": {"deepspeed": {"stage": 3}, "model": LORA},
+}
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Means of gradients that partly cancel, so that their rounding weighs more."""
+
+
+def layouts_of(method: str) -> list[str]:
+    settings = method_module(method).Config(**every_method.SETTINGS.get(method, {}))
+    return [name for name in LAYOUTS if settings.refuses_lora is None or "LoRA" not in name]
+
+
+def cases() -> list[Any]:
+    """All methods in all layouts; one layout of each method is part of the ordinary suite."""
+    found = []
+    for method in builtin_methods():
+        layouts = layouts_of(method)
+        ordinary = layouts[zlib.crc32(method.encode()) % len(layouts)]
+        marks = {name: () if name == ordinary else (pytest.mark.long,) for name in layouts}
+        found += [pytest.param(method, name, marks=marks[name], id=f"{method}, {name}") for name in layouts]
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(rank_pool, tmp_path_factory):
+    """A method's run in stage 0 on one rank, made once."""
+
+    @functools.cache
+    def run(method: str | None, lora: bool) -> dict[str, Any]:
+        folder = str(tmp_path_factory.mktemp("one"))
+        changes = {"deepspeed": {"stage": 0}, **({"model": LORA} if lora else {})}
+        return rank_pool(1).run(every_method.train, method=method, folder=folder, **changes)[0]
+
+    return run
+
+
+@pytest.mark.parametrize(("method", "layout"), cases())
+def test_a_method_is_the_same_in_every_layout_and_resumes_bitwise(rank_pool, on_one_rank, tmp_path, method, layout):
+    found, other = rank_pool(2).run(
+        every_method.train,
+        method=method,
+        folder=str(tmp_path),
+        cut=every_method.cut_of(method, layout),
+        **LAYOUTS[layout],
+    )
+    assert not found["differences"] and not other["differences"], found["differences"]
+    wanted, plain = (on_one_rank(name, "LoRA" in layout) for name in (method, None))
+    assert found["state"].keys() == wanted["state"].keys()
+    for kind, values in wanted["state"].items():
+        moves_from_the_start = kind == "weights" or kind.endswith("ema")
+        error = distance(found["state"][kind], values, wanted["start"] if moves_from_the_start else None)
+        assert error <= (1e-2 if kind in MOMENTS else 1e-3), kind
+    assert acts(wanted, plain), f"the run with {method} is that of plain fine-tuning"
+
+
+def acts(found: dict[str, Any], plain: dict[str, Any]) -> bool:
+    """True where a method has changed the weights, or keeps state of its own."""
+    if found["state"].keys() != plain["state"].keys():
+        return True
+    return distance(found["state"]["weights"], plain["state"]["weights"], plain["start"]) > 1e-3
+
+
+def distance(found, wanted, start=None) -> float:
+    if all(bool((value == 0).all()) for values in (found, wanted) for value in values.values()):
+        return 0.0
+    return oracle.relative_distance(found, wanted, start)
