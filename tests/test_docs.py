@@ -16,11 +16,16 @@ import yaml
 from safecl.cli import app
 from safecl.config import load_config, parse_yaml
 from safecl.config.docs import reference_page
-from safecl.config.method_registry import builtin_methods
+from safecl.config.method_registry import builtin_methods, method_module
 from safecl.merging import kinds
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FAMILIES = sorted((ROOT / "docs" / "methods").glob("*.md"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *FAMILIES,
+]
 BASE = {
     "model": {"path": "m"},
     "tasks": [{"name": "a", "train": "t.jsonl"}],
@@ -113,9 +118,12 @@ def test_the_page_of_config_keys_is_current():
     assert (ROOT / "docs" / "config.md").read_text() == reference_page(), "run: make docs"
 
 
-def test_the_readme_names_exactly_the_methods_there_are():
+def test_the_readme_names_exactly_the_methods_there_are_by_family():
     table = (ROOT / "README.md").read_text().split("## Methods")[1].split("## ")[0]
-    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.M)) == builtin_methods()
+    rows = re.findall(r"^\| \[(\w+)\]\(docs/methods/(\w+)\.md\) \|.*\| ([^|]+) \|$", table, re.M)
+    named = {name: family for family, _, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert named == {name: method_module(name).__name__.split(".")[2] for name in builtin_methods()}
+    assert sorted(f"{page}.md" for _, page, _ in rows) == [page.name for page in FAMILIES]
 
 
 def test_the_page_of_merges_names_exactly_the_merges_there_are():

@@ -1,4 +1,5 @@
-"""docs/methods.md speaks of the methods that there are, and its example of a method of one's own works."""
+"""docs/methods.md and the pages of the families speak of the methods that there are, and the example of a method of
+one's own works."""
 
 from __future__ import annotations
 
@@ -10,7 +11,12 @@ import pytest
 from safecl.config import ConfigError, RunConfig, validate_tree
 from safecl.config.method_registry import builtin_methods, method_module
 
-PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "methods.md").read_text(encoding="utf-8")
+ROWS = [
+    (name, tuple(column.strip() for column in columns.split("|")))
+    for name, columns in re.findall(r"^\| \[`(\w+)`\]\(\S+\) \|(.*)\|$", PAGE, re.M)
+]
 BASE = {
     "model": {"path": "m"},
     "tasks": [{"name": "a", "train": "t.jsonl"}],
@@ -20,11 +26,23 @@ BASE = {
 
 
 def test_every_method_has_a_section_a_row_and_a_config():
-    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## )", PAGE, re.M | re.S))
-    assert sorted(set(sections) & set(builtin_methods())) == builtin_methods()
-    assert sorted(re.findall(r"^\| \[`(\w+)`\]", PAGE, re.M)) == builtin_methods()
+    assert sorted(name for name, _ in ROWS) == builtin_methods()
     for name in builtin_methods():
+        family = method_module(name).__name__.split(".")[2]
+        page = (DOCS / "methods" / f"{family}.md").read_text(encoding="utf-8")
+        sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
         assert re.search(rf"methods: {{{name}: {{", sections[name]), name
+        assert f"[`{name}`](methods/{family}.md#{name})" in PAGE
+
+
+@pytest.mark.parametrize(("name", "columns"), ROWS)
+def test_the_table_of_methods_says_what_their_configs_declare(name, columns):
+    settings = method_module(name).Config()
+    _, needs, passes, _, lora, measured = columns
+    assert ("memory" in needs) == settings.needs_memory
+    assert ("pass" in passes) == (settings.gradient_passes > 0)
+    assert lora == ("yes" if settings.refuses_lora is None else "no") or lora.startswith("with ")
+    assert measured == "not measured yet" or re.match(r"[.\d]+ / [.\d]+", measured)
 
 
 def test_every_key_of_a_method_has_docs():
