@@ -74,6 +74,17 @@ def test_every_kernel_compiles_without_spills_and_with_wide_accesses(name, arch)
     )
 
 
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("adamw") and "last" not in name])
+def test_the_step_loads_all_its_streams_before_the_first_barrier(name):
+    kernel, arguments = VARIANTS[name]
+    # The count of values that are not finite reads them again, in the blocks that have some.
+    built = compile_kernel(kernel, arguments | {"nonfinite": None}, 90, **triton_kernels.options(masked=False))
+    barriers = [i for i, access in enumerate(built.memory_accesses) if access.startswith("BAR")]
+    loads = [i for i, access in enumerate(built.memory_accesses) if access.startswith("LDG.E.128")]
+    assert loads, f"{name}: no 16-byte load"
+    assert not barriers or max(loads) < barriers[0], f"{name} waits for a barrier before it loads"
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_final_sum_compiles_without_spills(arch):
     arguments = {"partial": F32, "result": F32, "count": "i32", "scale": 0.5, "LANES": triton_kernels.LANES}

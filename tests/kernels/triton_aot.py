@@ -17,15 +17,17 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass(frozen=True)
 class Compiled:
-    """The resources and the PTX of a compiled kernel.
+    """The resources and the code of a compiled kernel.
 
-    registers: per thread. stack, local: bytes per thread, which are 0 exactly when nothing is spilled.
+    registers: per thread. stack, local: bytes per thread, which are 0 exactly when nothing is spilled. memory_accesses:
+    loads, stores and barriers in the order of the machine code, e.g. "LDG.E.128", "BAR.SYNC".
     """
 
     registers: int
     stack: int
     local: int
     ptx: str
+    memory_accesses: tuple[str, ...]
 
 
 def compile_kernel(
@@ -50,8 +52,10 @@ def compile_kernel(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage, code = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
     numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-    return Compiled(numbers["REG"], numbers["STACK"], numbers["LOCAL"], built.asm["ptx"])
+    accesses = tuple(re.findall(r"\b((?:LDG|STG|BAR)\.[A-Z0-9_.]+)", code))
+    return Compiled(numbers["REG"], numbers["STACK"], numbers["LOCAL"], built.asm["ptx"], accesses)

@@ -19,7 +19,7 @@ from safecl.kernels.flat.arguments import AdamWArguments, Coefficients, Scalar, 
 
 BLOCK = 2048  # elements per program: each thread has 8 of every stream, one 16-byte access in bf16, two in fp32
 NUM_WARPS = 8
-MAX_REGISTERS = 96  # per thread: two programs fit a multiprocessor
+MAX_REGISTERS = 128  # per thread: two programs fit a multiprocessor
 LANES = 4096  # partial sums added per round by the final program
 # The coefficients that may be on the device, in the order in which adamw_kernel reads them.
 SCALARS = ("grad", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength")
@@ -237,25 +237,31 @@ def adamw_kernel(
         inv_sqrt_correction2, decay = tl.load(scalars + 3), tl.load(scalars + 4)
         strength, ema_rate = tl.load(scalars + 5), tl.load(scalars + 6)
         ema_threshold, ema_rate_above = tl.load(scalars + 7), tl.load(scalars + 8)
+    # All loads come before the first sum: a sum has a barrier, behind which the memory would stand still.
     p = _load(param, offsets, mask, MASKED)
     g = grad_mult * _load(grad, offsets, mask, MASKED)
-    if segment_decay is not None:
-        decays = lr * _spread(segment_decay, 0.0, starts, first_segment, block, offsets, BLOCK)
-    else:
-        decays = decay
+    m = beta1 * _load(exp_avg, offsets, mask, MASKED)
+    v = beta2 * _load(exp_avg_sq, offsets, mask, MASKED)
     f = 1.0
     if fisher is not None:
         f = _load(fisher, offsets, mask, MASKED)
     if anchor is not None:
-        strengths = _spread(segment_strength, strength, starts, first_segment, block, offsets, BLOCK)
         a = _load(anchor, offsets, mask, MASKED)
+    if ema is not None:
+        e = _load(ema, offsets, mask, MASKED)
+    if segment_decay is not None:
+        decays = lr * _spread(segment_decay, 0.0, starts, first_segment, block, offsets, BLOCK)
+    else:
+        decays = decay
+    if anchor is not None:
+        strengths = _spread(segment_strength, strength, starts, first_segment, block, offsets, BLOCK)
         stiffness = strengths * f
         pull = stiffness * (p - a)
         tl.store(partial + block, tl.sum(pull * (p - a), 0))
         if not PROXIMAL:
             g = g + pull
-    m = beta1 * _load(exp_avg, offsets, mask, MASKED) + one_minus_beta1 * g
-    v = beta2 * _load(exp_avg_sq, offsets, mask, MASKED) + one_minus_beta2 * g * g
+    m = m + one_minus_beta1 * g
+    v = v + one_minus_beta2 * g * g
     update = tl.div_rn(step_size * m, tl.sqrt_rn(v) * inv_sqrt_correction2 + eps)
     new_p = p - (decays * p + update)
     if anchor is not None:
@@ -270,22 +276,19 @@ def adamw_kernel(
         _store(exp_avg, offsets, m, mask, MASKED)
         _store(exp_avg_sq, offsets, v, mask, MASKED)
         _store(param, offsets, new_p, mask, MASKED)
-        if nonfinite is not None:
-            probe = _sum_of_block(new_p + v, mask, MASKED)
+        probe = new_p + v
         if ema is not None:
-            e = _load(ema, offsets, mask, MASKED)
             if EMA_BY_FISHER:
                 rate = tl.where(f > ema_threshold, ema_rate_above, ema_rate)
             else:
                 rate = ema_rate
             new_e = e + rate * (new_p - e)
             _store(ema, offsets, new_e, mask, MASKED)
-            if nonfinite is not None:
-                probe += _sum_of_block(new_e, mask, MASKED)
+            probe += new_e
         if param_out is not None:
             _store(param_out, offsets, new_p, mask, MASKED)
         if nonfinite is not None:
-            if not _is_finite(probe):
+            if not _is_finite(_sum_of_block(probe, mask, MASKED)):
                 _count_nonfinite(nonfinite, param, exp_avg_sq, ema, offsets, mask, MASKED)
 
 
