@@ -81,7 +81,7 @@ def _pieces(merge: Merge[MergeConfig], models: Models, name: str) -> Iterator[Te
     if merge.by_rows and shape:
         step = max(1, PIECE_ELEMENTS // max(1, math.prod(shape[1:])))
     for start in range(0, max(1, num_rows), max(1, step)):
-        tensors = _read(models, name, start, min(start + step, num_rows))
+        tensors = read_tensors(models, name, start, min(start + step, num_rows))
         merge.freed += models.num * tensors.tuned[0].nbytes
         yield tensors
         del tensors  # before the next ones are read
@@ -90,7 +90,9 @@ def _pieces(merge: Merge[MergeConfig], models: Models, name: str) -> Iterator[Te
             merge.freed = 0
 
 
-def _read(models: Models, name: str, start: int, stop: int) -> Tensors:
+def read_tensors(models: Models, name: str, start: int = 0, stop: int | None = None) -> Tensors:
+    """Read rows [start, stop) of one tensor in all models, fp32."""
+
     def values(model: Weights) -> torch.Tensor:
         return model.read(name, start, stop)
 
