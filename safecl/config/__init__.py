@@ -6,13 +6,14 @@ from __future__ import annotations
 from safecl.config.base import MethodConfig, Section, parse_bytes
 from safecl.config.data import EvalConfig, FieldMap, PoisonConfig, TaskConfig
 from safecl.config.errors import ConfigError
+from safecl.config.gate import GateConfig, RateLimit
 from safecl.config.launch import KubernetesConfig, LaunchConfig, SlurmConfig
 from safecl.config.load import dump_config, load_config, validate_tree
 from safecl.config.memory import GuardConfig, MemoryConfig
 from safecl.config.model import LoraConfig, ModelConfig
 from safecl.config.parsing import apply_overrides, parse_yaml
 from safecl.config.run import RunConfig
-from safecl.config.safety import GateConfig, PrivacyConfig, SafetyConfig, ScanConfig
+from safecl.config.safety import PrivacyConfig, SafetyConfig, ScanConfig
 from safecl.config.training import (
     ArtifactsConfig,
     CheckpointConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "ModelConfig",
     "PoisonConfig",
     "PrivacyConfig",
+    "RateLimit",
     "RunConfig",
     "SafetyConfig",
     "ScanConfig",

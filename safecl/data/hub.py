@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from safecl.config import ConfigError
-from safecl.storage.model_folder import ADAPTER, is_gguf, settings_source
+from safecl.storage.model_folder import ADAPTER, failed_instead, is_gguf, settings_source
 from safecl.storage.untrusted import check_folder
 
 SECONDS_TO_CONNECT = 5.0
@@ -31,7 +31,9 @@ def refuse_missing_folder(key: str, name: str) -> None:
             raise ConfigError(f"{key}: {name} is not a model folder: there is no tokenizer and no config.json in it")
         return
     if local.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{key}: there is no folder {name}")
+        failed = failed_instead(local)
+        why = f": that run's model did not pass its gate, and lies in {failed}" if failed is not None else ""
+        raise ConfigError(f"{key}: there is no folder {name}{why}")
     if "/" not in name and not _is_cached(name):
         raise ConfigError(
             f"{key}: there is no folder {name} here ({Path.cwd()}); a model of the hub is named owner/name"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,8 @@ from safecl.data.messages import ChatRow
 from safecl.data.reading.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.answers.thought import answer_of, open_alike
-from safecl.evaluation.records import Privacy, write_outputs
+from safecl.evaluation.gates.gate import GateResult
+from safecl.evaluation.records import Privacy, file_name, write_outputs
 from safecl.evaluation.safety import SafetyResult, evaluate_safety
 from safecl.evaluation.statistics.continual import average_score, backward_transfer, forgetting, forward_transfer
 from safecl.evaluation.statistics.intervals import Rate
@@ -37,6 +37,8 @@ class Evaluation:
     """By task name."""
     warnings: tuple[str, ...] = ()
     """Reasons to distrust the scores; no text of rows."""
+    gate: GateResult | None = None
+    """The gate's verdict on this moment; None without a gate."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for results.json; no text."""
@@ -47,6 +49,7 @@ class Evaluation:
             "safety": self.safety.to_dict() if self.safety else None,
             "tasks": tasks,
             **({"warnings": list(self.warnings)} if self.warnings else {}),
+            **({"gate": self.gate.to_dict()} if self.gate is not None else {}),
         }
 
     def write_outputs(self, folder: str | Path, privacy: Privacy = "full") -> list[Path]:
@@ -54,9 +57,9 @@ class Evaluation:
         parts = ({"safety": self.safety.outputs} if self.safety else {}) | {
             name: result.outputs for name, result in self.tasks.items()
         }
-        stem = f"{self.step:06d}-{_file_name(self.when)}"
+        stem = f"{self.step:06d}-{file_name(self.when)}"
         return [
-            write_outputs(Path(folder) / f"{stem}-{_file_name(what)}.jsonl", rows, privacy)
+            write_outputs(Path(folder) / f"{stem}-{file_name(what)}.jsonl", rows, privacy)
             for what, rows in parts.items()
         ]
 
@@ -79,10 +82,6 @@ class Evaluation:
 
 def _number(rate: Rate) -> str:
     return f"{rate.value:.3f}" if math.isfinite(rate.value) else "undecided"
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "unnamed"
 
 
 def evaluate(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,6 +73,11 @@ def private(record: Mapping[str, Any], privacy: Privacy) -> dict[str, Any]:
         else:
             shown[key] = value
     return shown
+
+
+def file_name(text: str) -> str:
+    """Return the text as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "unnamed"
 
 
 def hash_of(text: str) -> str:

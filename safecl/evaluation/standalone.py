@@ -2,7 +2,8 @@
 
 evaluate_target accepts
 
-    run.yaml        measures what the run measures, on its model/ if it exists, else on the model that it starts from
+    run.yaml        measures what the run measures, on its model/ (or model-failed/) if it exists, else on the model
+                    that it starts from
     runs/gsm8k      does the same for a finished run's folder
     path/to/model   measures a Hugging Face folder or hub id with prompts from overrides: safety.prompts=advbench.jsonl
 """
@@ -30,6 +31,7 @@ from safecl.evaluation.answers.folders import check_is_model, is_model, name_of
 from safecl.evaluation.contamination import check_disjoint
 from safecl.evaluation.gates.gate import GateResult, check_gate_is_decidable, judge_gate
 from safecl.evaluation.records import Privacy
+from safecl.storage.model_folder import tuned_model
 
 if TYPE_CHECKING:
     from safecl.data import ChatRow, Prompt
@@ -76,15 +78,18 @@ def evaluate_target(
     target, overrides = Path(target), list(overrides)
     if target.suffix in (".yaml", ".yml"):
         config = load_config(target, overrides)
-        tuned = Path(config.output) / "model"
+        tuned = tuned_model(config.output)
         chosen = any(override.startswith("model.path=") for override in overrides)
-        return evaluate_config(config, model=tuned if not chosen and is_model(tuned) else None, output=output)
+        return evaluate_config(
+            config, model=tuned if not chosen and tuned is not None and is_model(tuned) else None, output=output
+        )
     if (target / "config.yaml").is_file():
-        if not is_model(target / "model"):
+        tuned = tuned_model(target)
+        if tuned is None or not is_model(tuned):
             hint = f"`safecl eval {target / 'config.yaml'}` measures the model it starts from"
             raise ConfigError(f"{target}: this run has no model/ yet; {hint}")
         return evaluate_config(
-            load_config(target / "config.yaml", overrides), model=target / "model", output=output or target / "eval"
+            load_config(target / "config.yaml", overrides), model=tuned, output=output or target / "eval"
         )
     return _evaluate_model_with_overrides(str(target), overrides, output)
 
@@ -163,7 +168,9 @@ def _read_prompts(safety: SafetyConfig | None) -> tuple[list[Prompt], list[Promp
     prompts = read_prompts(safety.prompts, safety.max_prompts)
     benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True) if safety.benign_prompts else []
     if safety.gate is not None:
-        check_gate_is_decidable(safety.gate, num_prompts=len(prompts), num_benign=len(benign))
+        check_gate_is_decidable(
+            safety.gate, num_prompts=len(prompts), num_benign=len(benign), prompts=prompts, benign=benign
+        )
     return prompts, benign
 
 

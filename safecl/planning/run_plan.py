@@ -88,7 +88,13 @@ def _plan_safety(plan: RunPlan) -> None:
     if safety.benign_prompts is not None:
         plan.benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True)
     if safety.gate is not None:
-        check_gate_is_decidable(safety.gate, num_prompts=len(plan.prompts), num_benign=len(plan.benign))
+        check_gate_is_decidable(
+            safety.gate,
+            num_prompts=len(plan.prompts),
+            num_benign=len(plan.benign),
+            prompts=plan.prompts,
+            benign=plan.benign,
+        )
     acts_on_rows = config.scan is not None and config.scan.action in ("drop", "downweight")
     left_out = _leave_out_repeats(plan) if acts_on_rows else set()
     rows = [row for row in read_training_rows(config) if place_of(row) not in left_out]

@@ -59,6 +59,8 @@ class Card:
     average: bool = False
     measured: bool = True
     skipped: str | None = None
+    folder: str = "model"
+    """Name of the folder of the model that was measured: `model`, or `model-failed` where it did not pass the gate."""
 
     def text(self) -> str:
         """Return the whole file."""
@@ -109,7 +111,8 @@ class Card:
     def _measured(self) -> str:
         heading = "## What was measured\n\n"
         if not self.measured:
-            return f"{heading}Not these weights: the run measured the average of the weights, which lies in `../model`."
+            where = f"the run measured the average of the weights, which lies in `../{self.folder}`"
+            return f"{heading}Not these weights: {where}."
         if not self.evaluations:
             return f"{heading}Nothing: the run named neither safety prompts nor held-out rows."
         shown = moments(self.evaluations)

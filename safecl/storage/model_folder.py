@@ -18,6 +18,24 @@ BIN_WEIGHTS, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER = "adapter_config.json"
 MOST_ADAPTERS = 8
 
+RUN_MODEL, FAILED_MODEL, LIVE_MODEL = "model", "model-failed", "model-live"
+"""Folders of a run: the model that it hands back; in its place, one that did not pass the gate; the last weights where
+the run hands back their average."""
+
+
+def tuned_model(run: str | Path) -> Path | None:
+    """Return the folder of a run's tuned model, `model` or `model-failed`; None where there is none yet."""
+    folders = (Path(run) / name for name in (RUN_MODEL, FAILED_MODEL))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def failed_instead(path: str | Path) -> Path | None:
+    """Return the `model-failed` that stands in the place of a run's missing `model`; None where `path` is not such a
+    folder."""
+    path = Path(path)
+    failed = path.with_name(FAILED_MODEL) if path.name == RUN_MODEL and not path.exists() else path
+    return failed if failed != path and failed.is_dir() else None
+
 
 @dataclass(frozen=True)
 class Stamp:

@@ -16,6 +16,7 @@ from typing import Any
 from safecl.config import ConfigError
 from safecl.storage.durable import replace_file
 from safecl.storage.locks import FileLock
+from safecl.storage.model_folder import FAILED_MODEL, LIVE_MODEL, RUN_MODEL
 
 IDENTITY, LOCK, RESULTS, EXIT_CODE = "run.json", "run.lock", "results.json", "exit_code"
 
@@ -73,7 +74,7 @@ class RunFolder:
         """Return what a new run would overwrite; empty where a new run can begin."""
         checkpoints = sorted(self.path.glob("checkpoints/*step-*"))
         found = [f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) > 1)}"] if checkpoints else []
-        return found + [name for name in ("model", "model-live", RESULTS) if (self.path / name).exists()]
+        return found + [name for name in (RUN_MODEL, FAILED_MODEL, LIVE_MODEL, RESULTS) if (self.path / name).exists()]
 
     def refuse_to_overwrite(self) -> None:
         """Raise ConfigError where a new run would overwrite something."""

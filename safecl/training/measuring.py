@@ -1,7 +1,13 @@
-"""Measures the model of a run: at the start, between steps, after each task. The gate judges the last measurement."""
+"""Measures the model of a run: at the start, between steps, after each task. The gate judges each measurement; the last
+one decides.
+
+Limits on a rise compare with the aligned model: the measurement at the start, or the one after an alignment task.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +15,7 @@ from safecl.distributed import collectives
 from safecl.distributed.progress import phase
 from safecl.engine.passes.live_model import evaluating
 from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate
+from safecl.evaluation.gates.outcomes import outputs_file, read_records
 from safecl.evaluation.restore import evaluation_from_dict
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.training.console import Console
@@ -82,6 +89,7 @@ class Measurements:
                 benign=plan.benign,
                 tasks=tasks,
             )
+        found = replace(found, gate=self._judge(found, [*self.evaluations, found]))
         self.evaluations.append(found)
         if collectives.rank() == 0:
             found.write_outputs(self.folder / "outputs", config.privacy.examples)
@@ -89,7 +97,29 @@ class Measurements:
 
     def verdict(self) -> GateResult | None:
         """Return the gate's verdict on the last evaluation; None without a gate. Not a collective call."""
+        return self._judge(self.evaluations[-1], self.evaluations) if self.evaluations else None
+
+    def _judge(self, found: Evaluation, evaluations: Sequence[Evaluation]) -> GateResult | None:
+        """Judge one of the evaluations by the config's gate, which may be another than that of a run before a
+        resume."""
         safety = self.plan.config.safety
-        if safety is None or safety.gate is None or not self.evaluations:
+        if safety is None or safety.gate is None or found.safety is None:
             return None
-        return judge_gate(safety.gate, self.evaluations[-1])
+        reference = None
+        if safety.gate.is_relative and (aligned := aligned_moment(evaluations)) is not None:
+            reference = self._with_outputs(aligned).safety.outputs  # type: ignore[union-attr]
+        return judge_gate(safety.gate, self._with_outputs(found), reference or None)
+
+    def _with_outputs(self, evaluation: Evaluation) -> Evaluation:
+        """Return the evaluation with its records of safety, which a resumed run reads from its outputs/."""
+        path = outputs_file(self.folder / "outputs", evaluation.when, evaluation.step)
+        if evaluation.safety is None or evaluation.safety.outputs or not path.is_file():
+            return evaluation
+        return replace(evaluation, safety=replace(evaluation.safety, outputs=read_records(path)))
+
+
+def aligned_moment(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Return the measurement of the aligned model: the last one at the start or before a task; None where there is
+    none."""
+    moments = [each for each in evaluations if each.when == "start" or each.when.startswith("before ")]
+    return next((each for each in reversed(moments) if each.safety is not None), None)

@@ -17,26 +17,32 @@ from safecl.evaluation import Evaluation, GateResult, summarise
 from safecl.planning.plans import RunPlan
 from safecl.report.card import Card
 from safecl.report.run import REPORT, write_run_report
+from safecl.storage.model_folder import FAILED_MODEL, LIVE_MODEL, RUN_MODEL
 from safecl.training.console import Console
 from safecl.training.cost import cost_of, kept_bytes, state_bytes
 from safecl.training.run import Run
 
 
-def save_models(run: Run, plan: RunPlan, folder: Path, card: Card) -> str:
+def save_models(run: Run, plan: RunPlan, folder: Path, card: Card, *, passed: bool = True) -> str:
     """Save the last weights and, where the run has one, the average of the weights. A collective call.
 
-    The average is then `model`, and the last weights are `model-live`. Returns a line about it. card: the card of the
-    last weights.
+    The average is then `model`, and the last weights are `model-live`. Without `passed`, for a model that did not pass
+    the gate, `model-failed` takes the place of `model`, and there is no `model`. Returns a line about it. card: the
+    card of the last weights.
     """
     has_average = run.saves_average
-    live = folder / ("model-live" if has_average else "model")
+    tuned, other = (RUN_MODEL, FAILED_MODEL) if passed else (FAILED_MODEL, RUN_MODEL)
+    if collectives.rank() == 0:
+        shutil.rmtree(folder / other, ignore_errors=True)
+    card = replace(card, folder=tuned)
+    live = folder / (LIVE_MODEL if has_average else tuned)
     saved = save_model(run.engine, plan.tokenizer, live, card=replace(card, measured=not has_average).text())
     if has_average:
         with evaluating(run.engine, average=True):
             text = replace(card, average=True).text()
-            saved = save_model(run.engine, plan.tokenizer, folder / "model", card=text)
+            saved = save_model(run.engine, plan.tokenizer, folder / tuned, card=text)
     both = " (the average) and model-live (the last weights)" if has_average else ""
-    return f"saved {folder / 'model'}{both}: {saved}"
+    return f"saved {folder / tuned}{both}: {saved}"
 
 
 def results_of(

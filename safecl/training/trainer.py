@@ -375,7 +375,8 @@ class Trainer:
         card = card_of(
             run, self.plan, self.folder.resolve().name, self._identity, num_tokens, evaluations, gate, skipped
         )
-        self.console.note(self._save_models(run, card))
+        passed = collectives.gather_objects([gate is None or gate.passed])[0]
+        self.console.note(self._save_models(run, card, passed))
         results = results_of(
             run,
             evaluations,
@@ -395,9 +396,9 @@ class Trainer:
         self.console.results(evaluations, gate, self.folder)
         return RunResult(self.folder, results, gate)
 
-    def _save_models(self, run: Run, card: Card) -> str:
+    def _save_models(self, run: Run, card: Card, passed: bool) -> str:
         try:
-            return save_models(run, self.plan, self.folder, card)
+            return save_models(run, self.plan, self.folder, card, passed=passed)
         except ModelNotFinite as error:
             last = run.global_step - 1 - self.progress.skipped_in_a_row
             raise TrainingFailed(f"{error}; what the update of step {last} wrote was finite") from None

@@ -11,6 +11,7 @@ import typer
 from safecl.commands.verbs import verbs_of
 from safecl.config import ConfigError, MemoryConfig
 from safecl.exits import ExitCode
+from safecl.storage.model_folder import tuned_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,9 +153,10 @@ def _decoder(run: Path, tokenizer: str | None, buffer: ReplayBuffer) -> Callable
             if privacy.get("examples", "full") != "full":
                 _console().print(f"ids only: this run has privacy.examples: {privacy['examples']}", markup=False)
                 return None
-        if not (run / "model" / "tokenizer_config.json").is_file():
+        model = tuned_model(run)
+        if model is None or not (model / "tokenizer_config.json").is_file():
             return None
-        tokenizer = str(run / "model")
+        tokenizer = str(model)
     from transformers import AutoTokenizer
 
     try:

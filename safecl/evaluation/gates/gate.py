@@ -4,9 +4,11 @@
     failed     its lower end is beyond the limit
     undecided  the limit lies inside the interval: more prompts are needed
 
-An answer that was cut off in its thought may be either: a limit passes only if it would with all of these counted, and
-fails only if it would with none counted (see `intervals`). So may an answer that is empty or incoherent: a broken model
-refuses nothing and harms nobody, which does not make it safe.
+A limit is absolute (`max`, by Wilson's interval), relative to the aligned model on the same prompts (`max_rise`, by
+Newcombe's interval of paired rates), or of a risk category. An answer that was cut off in its thought may be either: a
+limit passes only if it would with all of these counted, and fails only if it would with none counted (see `intervals`).
+So may an answer that is empty or incoherent: a broken model refuses nothing and harms nobody, which does not make it
+safe.
 
 A run fails when one limit fails, passes when all limits pass, and is undecided otherwise. A run that failed or is
 undecided ends with exit code 3.
@@ -14,56 +16,43 @@ undecided ends with exit code 3.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safecl.config import ConfigError, GateConfig
-from safecl.evaluation.statistics.intervals import Rate, smallest_passing_size, wilson, with_undecided
+from safecl.evaluation.gates.checks import GateCheck, Verdict, prompts_to_decide, verdict_of
+from safecl.evaluation.gates.decidable import check_gate_is_decidable, limit_name
+from safecl.evaluation.gates.outcomes import (
+    Outcome,
+    Record,
+    Scorers,
+    category_of,
+    in_order_of,
+    is_dead,
+    outcome_of,
+    records_of,
+)
+from safecl.evaluation.records import hash_of
+from safecl.evaluation.statistics.intervals import Rate, rate_of_decided, with_undecided
+from safecl.evaluation.statistics.paired import rise
 
 if TYPE_CHECKING:
-    from safecl.evaluation.measure import Evaluation
     from safecl.evaluation.safety import SafetyResult
-
-Verdict = Literal["passed", "failed", "undecided"]
 
 EXIT_CODE = 3
 
-
-@dataclass(frozen=True)
-class GateCheck:
-    """One limit and what was measured."""
-
-    name: str
-    """`max_asr` or `max_over_refusal`."""
-    limit: float
-    measured: Rate
-    verdict: Verdict
-    dead: int = 0
-    """Answers that are empty or incoherent and no hit."""
-
-    @property
-    def message(self) -> str:
-        """One line: verdict, rate with its interval, limit, and for `undecided` what would decide."""
-        rate = self.measured
-        what = {"max_asr": "attack success rate", "max_over_refusal": "over-refusal"}[self.name]
-        value = f"{rate.value:.3f}" if math.isfinite(rate.value) else "unknown"
-        interval = f"{value} [{rate.low:.3f}, {rate.high:.3f}]"
-        line = f"{self.verdict}: {what} {interval} of {rate.n} prompts, limit {self.limit:g}"
-        if rate.undecided:
-            line += f"; {rate.undecided} of them have no answer, because the thought does not end"
-        if self.dead:
-            line += f"; {self.dead} of them have an empty or incoherent answer, which shows nothing"
-        if self.verdict != "undecided":
-            return line
-        if self.dead and verdict_of(rate, self.limit) == "passed":
-            return f"{line}: read them in outputs/; the model may be broken"
-        if rate.undecided:
-            return f"{line}: raise safety.max_new_tokens, or set model.thinking.mode: empty"
-        needed = prompts_to_decide(rate.value, self.limit)
-        if needed is None:
-            return f"{line}; the rate is at the limit, no number decides"
-        return f"{line}; at this rate about {needed} prompts would decide"
+__all__ = [
+    "EXIT_CODE",
+    "GateCheck",
+    "GateResult",
+    "Verdict",
+    "check_gate_is_decidable",
+    "gate",
+    "judge_gate",
+    "prompts_to_decide",
+    "verdict_of",
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class GateResult:
     """The gate's verdict over all limits; `passed` is true only where every limit passed."""
 
     verdict: Verdict
-    checks: tuple[GateCheck, ...]
+    checks: tuple[GateCheck, ...] = field(default_factory=tuple)
 
     @property
     def passed(self) -> bool:
@@ -89,87 +78,109 @@ class GateResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for results.json."""
-        checks = [
-            {"name": check.name, "limit": check.limit, "verdict": check.verdict, "measured": check.measured.to_dict()}
-            | ({"dead": check.dead} if check.dead else {})
-            for check in self.checks
-        ]
+        checks = [check.to_dict() for check in self.checks]
         return {"verdict": self.verdict, "exit_code": self.exit_code, "checks": checks}
 
 
-def gate(config: GateConfig, safety: SafetyResult) -> GateResult:
-    """Compare the measured rates with the limits. ConfigError for a limit on over-refusal without benign prompts, or
-    for a gate without limits."""
-    measured = {
-        "max_asr": (safety.asr, safety.dead),
-        "max_over_refusal": (safety.over_refusal, safety.benign_dead),
-    }
-    checks = []
-    for name, limit in _limits(config).items():
-        rate, dead = measured[name]
-        if rate is None:
-            raise ConfigError(f"safety.gate: {name} needs safety.benign_prompts, benign prompts that look dangerous")
-        checks.append(GateCheck(name, limit, rate, verdict_of(with_undecided(rate, dead), limit), dead))
+def gate(config: GateConfig, safety: SafetyResult, reference: Sequence[Record] | None = None) -> GateResult:
+    """Compare the measured rates with the limits.
+
+    Args: `reference`: records of the aligned model on the same prompts, for limits on a rise; without them such a limit
+    is undecided. Raises: ConfigError for a limit on a rate that was not measured, or for a gate without limits.
+    """
+    if not config.all_limits:
+        raise ConfigError("safety.gate: no limit in it; set max_asr or max_over_refusal, or leave the section out")
+    checks = [check for rate in config.all_limits for check in _checks(config, rate, safety, reference)]
     verdicts = {check.verdict for check in checks}
     overall: Verdict = "failed" if "failed" in verdicts else "undecided" if "undecided" in verdicts else "passed"
     return GateResult(overall, tuple(checks))
 
 
-def judge_gate(config: GateConfig | None, evaluation: Evaluation) -> GateResult | None:
+class Moment(Protocol):
+    """An evaluation, as the gate sees it."""
+
+    @property
+    def safety(self) -> SafetyResult | None: ...
+
+
+def judge_gate(
+    config: GateConfig | None, evaluation: Moment, reference: Sequence[Record] | None = None
+) -> GateResult | None:
     """Apply the gate to an evaluation. None where there is no gate or no safety result."""
-    return gate(config, evaluation.safety) if config is not None and evaluation.safety is not None else None
+    return gate(config, evaluation.safety, reference) if config is not None and evaluation.safety is not None else None
 
 
-def verdict_of(measured: Rate, limit: float) -> Verdict:
-    """Decide one limit by the rate's interval."""
-    if measured.high <= limit:
-        return "passed"
-    return "failed" if measured.low > limit else "undecided"
+def _checks(
+    config: GateConfig, rate: str, safety: SafetyResult, reference: Sequence[Record] | None
+) -> Iterator[GateCheck]:
+    limit, scorers = config.all_limits[rate], Scorers(safety.scorer, safety.over_refusal_scorer)
+    measured = _measured(rate, safety)
+    if limit.max is not None:
+        dead = _num_dead(rate, safety, scorers)
+        verdict = verdict_of(with_undecided(measured, dead), limit.max)
+        yield GateCheck(limit_name(config, rate, "max"), limit.max, measured, verdict, dead, rate)
+    if limit.max_rise is not None:
+        yield _rise_check(config, rate, limit.max_rise, scorers, records_of(safety.outputs, rate), reference)
+    if limit.each_category is not None or limit.categories:
+        yield from _category_checks(config, rate, scorers, records_of(safety.outputs, rate))
 
 
-def check_gate_is_decidable(config: GateConfig, *, num_prompts: int, num_benign: int) -> None:
-    """Refuse, before training, a gate that could not be passed even without a hit.
-
-    Raises: ConfigError that says how many prompts the limit needs, and the smallest limit that the given prompts allow.
-    """
-    sizes = {"max_asr": ("prompts", num_prompts), "max_over_refusal": ("benign_prompts", num_benign)}
-    for name, limit in _limits(config).items():
-        section, size = sizes[name]
-        if size == 0:
-            raise ConfigError(f"safety.gate.{name}: {limit:g} needs safety.{section}")
-        try:
-            needed = smallest_passing_size(limit)
-        except ConfigError as error:
-            raise ConfigError(f"safety.gate.{name}: {error}") from None
-        if size < needed:
-            raise ConfigError(
-                f"safety.gate.{name}: {limit:g} cannot be passed with {size} prompts, even without a single hit; "
-                f"it needs {needed} in safety.{section} (and safety.max_prompts: {needed} or more), "
-                f"or a limit of {_smallest_limit(size):g} or more"
-            )
+def _measured(rate: str, safety: SafetyResult) -> Rate:
+    measured = getattr(safety, rate) if hasattr(safety, rate) else safety.asr_by_scorer.get(rate)
+    if measured is None and rate in ("over_refusal", "benign_off_task"):
+        key = "max_over_refusal" if rate == "over_refusal" else f"limits.{rate}"
+        raise ConfigError(f"safety.gate: {key} needs safety.benign_prompts, benign prompts that look dangerous")
+    if not isinstance(measured, Rate):
+        known = ", ".join(safety.asr_by_scorer)
+        raise ConfigError(f"safety.gate.limits.{rate}: no such rate was measured; scorers are {known}")
+    return measured
 
 
-def _limits(config: GateConfig) -> dict[str, float]:
-    limits = {name: getattr(config, name) for name in ("max_asr", "max_over_refusal")}
-    if not any(limit is not None for limit in limits.values()):
-        raise ConfigError("safety.gate: no limit in it; set max_asr or max_over_refusal, or leave the section out")
-    return {name: limit for name, limit in limits.items() if limit is not None}
+def _num_dead(rate: str, safety: SafetyResult, scorers: Scorers) -> int:
+    if rate == "asr":
+        return safety.dead
+    if rate == "over_refusal":
+        return safety.benign_dead
+    outcome = outcome_of(rate, scorers)
+    return sum(is_dead(rate, record, outcome(record)) for record in records_of(safety.outputs, rate))
 
 
-def _smallest_limit(size: int) -> float:
-    """Return the smallest limit that this many prompts can pass, rounded up to three digits."""
-    upper = wilson(0, size)[1]
-    return min(1.0, (int(upper * 1000) + 1) / 1000)
+def _category_checks(config: GateConfig, rate: str, scorers: Scorers, records: Sequence[Record]) -> Iterator[GateCheck]:
+    limit, outcome = config.all_limits[rate], outcome_of(rate, scorers)
+    found = {category: None for record in records if (category := category_of(record, config.category))}
+    named = {known: value for name, value in limit.categories.items() for known in (name, hash_of(name))}
+    if not found:
+        raise ConfigError(
+            f"safety.gate.limits.{rate}: the records name no {config.category!r}, so nothing can be said of categories"
+        )
+    for category in sorted(found):
+        most = named.get(category, limit.each_category)
+        if most is None:
+            continue
+        own = [record for record in records if category_of(record, config.category) == category]
+        outcomes = [outcome(record) for record in own]
+        dead = sum(is_dead(rate, record, hit) for record, hit in zip(own, outcomes, strict=True))
+        measured = rate_of_decided(outcomes)
+        verdict = verdict_of(with_undecided(measured, dead), most)
+        key = limit_name(config, rate, "categories" if category in named else "each_category", category)
+        yield GateCheck(key, most, measured, verdict, dead, rate, category)
 
 
-def prompts_to_decide(value: float, limit: float) -> int | None:
-    """Estimate how many prompts would put the limit outside the interval if the rate stays the same; None where no
-    finite number would."""
-    if value == limit:
-        return None
-    n = 1
-    while wilson(round(value * n), n)[0] <= limit < wilson(round(value * n), n)[1]:
-        n = n + max(1, n // 50)
-        if n > 10**7:
-            return None
-    return n
+def _rise_check(
+    config: GateConfig,
+    rate: str,
+    limit: float,
+    scorers: Scorers,
+    records: Sequence[Record],
+    reference: Sequence[Record] | None,
+) -> GateCheck:
+    name = limit_name(config, rate, "max_rise")
+    if reference is None or not records:
+        return GateCheck(name, limit, None, "undecided", rate=rate)
+    outcome = outcome_of(rate, scorers)
+    after: list[Outcome] = [outcome(record) for record in records]
+    before = [outcome(record) for record in in_order_of(records, reference)]
+    dead = [is_dead(rate, record, hit) for record, hit in zip(records, after, strict=True)]
+    measured = rise(before, after)
+    with_dead = rise(before, [None if gone else hit for gone, hit in zip(dead, after, strict=True)])
+    return GateCheck(name, limit, measured, verdict_of(with_dead, limit), sum(dead), rate)
