@@ -91,7 +91,7 @@ def planned_bytes(config: Path) -> tuple[int, dict[str, int]]:
 
 PLAN = """
 import json, sys
-from safecl.commands.check import model_structure, shapes_of, teacher_shapes
+from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_shapes
 from safecl.config import load_config
 from safecl.planning.costs.device_memory import plan_memory
 from safecl.planning.run_plan import plan_run

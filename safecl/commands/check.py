@@ -3,22 +3,17 @@ do. It trains nothing."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
 from safecl.commands.preflight import preflight
-from safecl.config import ModelConfig, RunConfig
+from safecl.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
-
-    from safecl.planning.costs.model_shape import ModelShape
-    from safecl.planning.plans import RunPlan
 
 
 def check_run(config: RunConfig) -> None:
@@ -26,8 +21,10 @@ def check_run(config: RunConfig) -> None:
     bad rows it names file and line."""
     preflight(config)
     from safecl.data import describe
+    from safecl.distributed import devices
     from safecl.planning.checks import check_fisher_values
-    from safecl.planning.costs.memory_report import memory_lines, ranks_here
+    from safecl.planning.costs.memory_report import memory_lines, ranks_here, too_little
+    from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_shapes
     from safecl.planning.costs.step_report import prediction
     from safecl.planning.describe import describe_plan
     from safecl.planning.model_checks import check_weights_are_finite
@@ -59,35 +56,11 @@ def check_run(config: RunConfig) -> None:
     refuse_folder_of_other_run(RunFolder(Path(config.output)), plan)
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
+    if (shortage := too_little(shape_on, config, teachers, program=program)) is not None:
+        if devices.on_gpu() and not config.train.allow_little_memory:
+            raise ConfigError(shortage)
+        console.print(f"note: {shortage}", style="yellow", markup=False)
     console.print(f"ready: safecl train would write {config.output}", style="green", markup=False)
-
-
-def model_structure(config: ModelConfig) -> PreTrainedModel:
-    """Return the model without its weights. Raises ConfigError for one that cannot be tuned."""
-    from safecl.engine.model.dtypes import CONFIG_DTYPES
-    from safecl.engine.model.settings import read_model_settings
-    from safecl.engine.model.structure import empty_model
-
-    read_model_settings(config)
-    return empty_model(config.path, CONFIG_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
-
-
-def shapes_of(model: PreTrainedModel, plan: RunPlan) -> Callable[[int], ModelShape]:
-    """Return a function that gives the model's shape in this run on a number of ranks."""
-    from safecl.planning.costs.model_shape import ModelShape
-    from safecl.planning.passes import largest_passes
-
-    shape_with = functools.cache(functools.partial(ModelShape.of, model, plan.config))
-    vocabulary = model.config.get_text_config().vocab_size
-    return lambda ranks: shape_with(largest_passes(plan, ranks, vocabulary))
-
-
-def teacher_shapes(config: RunConfig) -> list[ModelShape]:
-    """Return the sizes of the online teachers, the further models that compute outputs in every step."""
-    from safecl.engine.teachers.checks import other_models
-    from safecl.planning.costs.model_shape import ModelShape
-
-    return [ModelShape.without_activations(model_structure(other)) for other in other_models(config)]
 
 
 def model_facts(model: PreTrainedModel, config: RunConfig) -> list[tuple[str, str]]:

@@ -36,9 +36,9 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
 
 def memory_needs(config: RunConfig) -> str:
     """Say what `safecl check` predicts for the run."""
-    from safecl.commands.check import model_structure
     from safecl.planning.costs.memory_report import memory_lines
     from safecl.planning.costs.model_shape import ModelShape
+    from safecl.planning.costs.shapes import model_structure
 
     shape = ModelShape.of(model_structure(config.model), config)
     lines = memory_lines(lambda ranks: shape, config)

@@ -72,6 +72,8 @@ class TrainConfig(Section):
     """Seconds that a step may be without progress. Then the run ends with code 1 and says which rank hangs and where;
     the stacks of all ranks are in `hangs/` of the run folder. auto: 10 x the median step + 60 s, and half an hour in
     the first three steps. never: wait for ever."""
+    allow_little_memory: bool = False
+    """Start a run although the memory plan of `safecl check` says that it does not fit on this machine."""
     allow_few_steps: bool = False
     """Accept runs of fewer than 50 steps, or whose EMA keeps more than half its weight on the start."""
 

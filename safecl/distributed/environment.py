@@ -27,6 +27,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0") or 0)
 
 
+def local_rank() -> int:
+    """This process's rank on its host; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0") or 0)
+
+
 def free_port() -> int:
     """Find a TCP port of this machine that nothing listens on right now."""
     with socket.socket() as probe:

@@ -37,6 +37,7 @@ MAY_DIFFER = (
     "train.max_bad_rows",
     "train.max_skipped_steps",
     "train.allow_few_steps",
+    "train.allow_little_memory",
     "train.hang_timeout",
     "safety.batch_size",
     "safety.gate",

@@ -37,6 +37,7 @@ from safecl.evaluation import GateResult
 from safecl.launching.preflight import check_ranks
 from safecl.launching.status import write_ranks
 from safecl.launching.stragglers import Pace
+from safecl.planning.costs.memory_report import refuse_what_does_not_fit
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.planning.run_plan import plan_run
 from safecl.report.card import Card
@@ -132,6 +133,7 @@ class Trainer:
                     collectives.init_distributed()
                     watchdog.attach()
                 self._check_ranks()
+                refuse_what_does_not_fit(self.plan)
                 result = self._run()
                 watchdog.close(together=True)
                 return result

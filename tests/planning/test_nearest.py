@@ -6,6 +6,7 @@ from safecl.planning.costs import memory_report
 from safecl.planning.costs.device_memory import plan_memory
 from safecl.planning.costs.model_shape import ModelShape
 from safecl.planning.costs.nearest import nearest_that_fits
+from safecl.storage.sizes import format_bytes
 from tests.engine import scenes
 
 
@@ -36,3 +37,18 @@ def test_check_names_the_nearest_setting_that_fits_this_machine(monkeypatch):
     monkeypatch.setattr(memory_report, "available_memory", lambda: 10**6)
     lines = dict(memory_report.memory_lines(lambda ranks: shape, config()))
     assert "  too little" in lines and "  would fit" not in lines
+
+
+def test_a_run_that_does_not_fit_is_refused_with_the_nearest_setting_that_does(monkeypatch):
+    shape = ModelShape(10**9, 10**9, 10**8, 10**8, hidden=1000, vocab=1000, activations=10**9)
+    needed = plan_memory(shape, config(), 1, 1, device="cpu").shared_host
+    monkeypatch.setattr(memory_report, "available_memory", lambda: needed)
+    assert memory_report.too_little(lambda ranks: shape, config()) is None
+    monkeypatch.setattr(memory_report, "available_memory", lambda: needed - 10**9)
+    told = memory_report.too_little(lambda ranks: shape, config())
+    assert told == (
+        f"the run does not fit here: {format_bytes(needed)} of host memory are needed and "
+        f"{format_bytes(needed - 10**9)} are available; checkpoint.staging=256MiB would fit; "
+        "train.allow_little_memory: true tries it all the same"
+    )
+    assert memory_report.too_little(lambda ranks: shape, config(), program=10**9) == told  # it is held already

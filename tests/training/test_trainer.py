@@ -340,3 +340,24 @@ def test_the_strict_preset_replays_a_quarter_of_refusals_and_takes_the_mean_over
     with ReplayBuffer.open(tmp_path / "run" / "memory") as buffer:
         drawn = [buffer.get(key).tags["kind"] for step in range(200) for key in buffer.draw(step, 150, "replay")]
     assert set(drawn) == {"refusal", "answer"} and abs(drawn.count("refusal") / len(drawn) - 0.25) < 0.05
+
+
+def opens_with_a_megabyte(tree: dict, cache: str) -> str:
+    """Begin a run on a machine with 1 MB of free memory; return what it raises, or "opened"."""
+    from unittest import mock
+
+    from safecl.planning.costs import memory_report
+
+    few = mock.patch.object(memory_report, "available_memory", lambda: 10**6)
+    opened = mock.patch("safecl.training.trainer.open_run", side_effect=InterruptedError("opened"))
+    with few, opened, pytest.raises((ConfigError, InterruptedError)) as told:
+        fit(tree, cache)
+    return str(told.value)
+
+
+def test_a_run_that_does_not_fit_is_refused_on_every_rank_before_the_model_is_loaded(rank_pool, materials, tmp_path):
+    cache = str(materials / "cache")
+    told = rank_pool(2).run(opens_with_a_megabyte, tree=tree(materials, tmp_path / "a"), cache=cache)
+    assert told[0] == told[1] and "of host memory are needed and 1.0 MB are available" in told[0]
+    allowed = tree(materials, tmp_path / "b", train={"allow_little_memory": True})
+    assert rank_pool(2).run(opens_with_a_megabyte, tree=allowed, cache=cache) == ["opened", "opened"]

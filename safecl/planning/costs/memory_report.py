@@ -1,20 +1,22 @@
-"""The memory plan as lines of text for `safecl check`, with advice where it does not fit on this machine."""
+"""The memory plan as lines of text for `safecl check`, and the refusal of a run that does not fit on this machine."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from safecl.config import RunConfig
-from safecl.distributed import devices
+from safecl.config import ConfigError, RunConfig
+from safecl.distributed import collectives, devices, environment
 from safecl.planning.costs.device_memory import MemoryPlan, plan_memory
 from safecl.planning.costs.items import Where
 from safecl.planning.costs.model_shape import ModelShape
 from safecl.planning.costs.nearest import nearest_that_fits
-from safecl.storage.sizes import available_memory, format_bytes
+from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_shapes
+from safecl.planning.plans import RunPlan
+from safecl.storage.sizes import available_memory, format_bytes, resident_bytes
 
 
 def memory_lines(
@@ -29,25 +31,79 @@ def memory_lines(
     shape_on: the model's shape on that many ranks. teachers: further models that compute outputs in every step.
     program: see plan_memory.
     """
-    here, local, device = ranks_here(), local_ranks_here(), "cuda" if devices.on_gpu() else "cpu"
-
-    def planned(ranks: int, ranks_per_node: int | None = None, changed: RunConfig = config) -> MemoryPlan:
-        shape = _cut_micro_batch(shape_on(ranks), config, changed)
-        return plan_memory(shape, changed, ranks, ranks_per_node, device=device, teachers=teachers, program=program)
-
-    plan = planned(here, local)
+    planned = _Planned(shape_on, config, teachers, program)
+    here, plan = ranks_here(), planned.here()
     places: tuple[Where, ...] = ("device", "host")
     lines = [("takes", f"{_totals(plan)}, on {here} rank{'s' if here > 1 else ''}")]
     for where in places:
         items = sorted(plan.at_peak(where), key=lambda item: -item.nbytes)
         if items:
             lines.append((f"  {where}", ", ".join(f"{item.what} {format_bytes(item.nbytes)}" for item in items)))
-    lines += [(f"  on {ranks} ranks", _totals(planned(ranks))) for ranks in (8, 64) if ranks > here]
+    lines += [(f"  on {ranks} ranks", _totals(planned.on(ranks))) for ranks in (8, 64) if ranks > here]
     if (note := _shortage(plan)) is not None:
         lines.append(("  too little", note))
-        if changes := nearest_that_fits(config, lambda changed: _shortage(planned(here, local, changed)) is None):
+        if changes := planned.nearest_that_fits():
             lines.append(("  would fit", changes))
     return lines
+
+
+def too_little(
+    shape_on: Callable[[int], ModelShape],
+    config: RunConfig,
+    teachers: Sequence[ModelShape] = (),
+    *,
+    program: int = 0,
+) -> str | None:
+    """Return what does not fit on this machine, with the nearest setting that does; None where everything fits.
+
+    program: bytes that this process holds already. They are not asked for again.
+    """
+    planned, held = _Planned(shape_on, config, teachers, program), program * local_ranks_here()
+    if (note := _shortage(planned.here(), held)) is None:
+        return None
+    changes = planned.nearest_that_fits(held)
+    nearest = f"; {changes} would fit" if changes else ""
+    return f"the run does not fit here: {note}{nearest}; train.allow_little_memory: true tries it all the same"
+
+
+def refuse_what_does_not_fit(plan: RunPlan) -> None:
+    """Raise ConfigError on every rank where the run does not fit on one of the machines. A collective call.
+
+    Activations are counted only for a model whose state fills a quarter of the memory; smaller ones leave them room.
+    """
+    config, note = plan.config, None
+    if not config.train.allow_little_memory and environment.local_rank() == 0:
+        model, teachers, program = model_structure(config.model), teacher_shapes(config), resident_bytes()
+        state = ModelShape.without_activations(model, config.model.lora)
+        if not _fits_easily(_Planned(lambda ranks: state, config, teachers, program).here()):
+            note = too_little(shapes_of(model, plan), config, teachers, program=program)
+    found = [told for told in collectives.gather_objects([note]) if told is not None]
+    if found:
+        raise ConfigError(found[0])
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Memory plans of a run in different layouts."""
+
+    shape_on: Callable[[int], ModelShape]
+    config: RunConfig
+    teachers: Sequence[ModelShape]
+    program: int
+
+    def here(self, changed: RunConfig | None = None) -> MemoryPlan:
+        return self.on(ranks_here(), local_ranks_here(), changed)
+
+    def on(self, ranks: int, ranks_per_node: int | None = None, changed: RunConfig | None = None) -> MemoryPlan:
+        changed = changed or self.config
+        shape = _cut_micro_batch(self.shape_on(ranks), self.config, changed)
+        device = "cuda" if devices.on_gpu() else "cpu"
+        return plan_memory(
+            shape, changed, ranks, ranks_per_node, device=device, teachers=self.teachers, program=self.program
+        )
+
+    def nearest_that_fits(self, held: int = 0) -> str | None:
+        return nearest_that_fits(self.config, lambda changed: _shortage(self.here(changed), held) is None)
 
 
 def _cut_micro_batch(shape: ModelShape, config: RunConfig, changed: RunConfig) -> ModelShape:
@@ -75,17 +131,22 @@ def _totals(plan: MemoryPlan) -> str:
     return f"about {format_bytes(plan.device)} on each device{host}"
 
 
-def _shortage(plan: MemoryPlan) -> str | None:
+def _shortage(plan: MemoryPlan, held: int = 0) -> str | None:
     """Return a message on what does not fit on this machine; None where everything fits. Without a GPU, host memory
-    holds everything."""
+    holds everything. held: bytes of the plan that processes hold already."""
     has_gpu = devices.on_gpu()
-    host = plan.host if has_gpu else plan.shared_host
+    host = (plan.host if has_gpu else plan.shared_host) - held
     if has_gpu and plan.device > (there := torch.cuda.get_device_properties(0).total_memory):
-        return (
-            f"a device has {format_bytes(there)}; "
-            "use a higher deepspeed.stage, more ranks, offload, or smaller micro-batches"
-        )
+        return f"a device has {format_bytes(there)}, and {format_bytes(plan.device)} are needed on each"
     free = available_memory()
     if free is not None and host > free:
-        return f"{format_bytes(host)} of host memory are needed and {format_bytes(free)} are available here"
+        return f"{format_bytes(host)} of host memory are needed and {format_bytes(free)} are available"
     return None
+
+
+def _fits_easily(plan: MemoryPlan) -> bool:
+    """True where the plan fills at most a quarter of the memory of this machine."""
+    free = available_memory()
+    if free is not None and 4 * (plan.host if devices.on_gpu() else plan.shared_host) > free:
+        return False
+    return not devices.on_gpu() or 4 * plan.device <= torch.cuda.get_device_properties(0).total_memory
