@@ -41,6 +41,7 @@ EMA = SHAPE | {"ema": F32, "param": BF16, "seed": None, "rate_on_device": None, 
 VARIANTS = {
     "adamw": (triton_kernels.adamw_kernel, ADAMW),
     "adamw with everything": (triton_kernels.adamw_kernel, FULL),
+    "adamw without segments": (triton_kernels.adamw_kernel, FULL | NO_TABLE | {"segment_decay": None}),
     "adamw with everything, fp32": (triton_kernels.adamw_kernel, FULL | {"grad": F32, "anchor": F32, "fisher": F32}),
     "adamw with everything, proximal": (triton_kernels.adamw_kernel, FULL | {"PROXIMAL": True}),
     "adamw with everything, ema by fisher": (
@@ -59,13 +60,18 @@ VARIANTS = {
 }
 
 
+def is_wide(arguments: dict) -> bool:
+    return arguments.get("starts") is not None or bool(arguments.get("PROXIMAL") or arguments.get("EMA_BY_FISHER"))
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_kernel_compiles_without_spills_and_with_wide_accesses(name, arch):
     kernel, arguments = VARIANTS[name]
-    built = compile_kernel(kernel, arguments, arch, **triton_kernels.options(arguments["MASKED"]))
+    wide = is_wide(arguments)
+    built = compile_kernel(kernel, arguments, arch, **triton_kernels.options(arguments["MASKED"], wide))
     assert (built.stack, built.local) == (0, 0), f"{name} spills on sm_{arch}: {built}"
-    assert arguments["MASKED"] or built.registers <= triton_kernels.MAX_REGISTERS, (
+    assert arguments["MASKED"] or built.registers <= triton_kernels.MAX_REGISTERS[wide], (
         f"{name}: {built.registers} registers on sm_{arch}"
     )
     assert "fma.rn" not in built.ptx, "contracted: elements would no longer agree bitwise with the C++ kernels"
@@ -78,7 +84,9 @@ def test_every_kernel_compiles_without_spills_and_with_wide_accesses(name, arch)
 def test_the_step_loads_all_its_streams_before_the_first_barrier(name):
     kernel, arguments = VARIANTS[name]
     # The count of values that are not finite reads them again, in the blocks that have some.
-    built = compile_kernel(kernel, arguments | {"nonfinite": None}, 90, **triton_kernels.options(masked=False))
+    built = compile_kernel(
+        kernel, arguments | {"nonfinite": None}, 90, **triton_kernels.options(False, is_wide(arguments))
+    )
     barriers = [i for i, access in enumerate(built.memory_accesses) if access.startswith("BAR")]
     loads = [i for i, access in enumerate(built.memory_accesses) if access.startswith("LDG.E.128")]
     assert loads, f"{name}: no 16-byte load"

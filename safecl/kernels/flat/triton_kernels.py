@@ -19,7 +19,7 @@ from safecl.kernels.flat.arguments import AdamWArguments, Coefficients, Scalar, 
 
 BLOCK = 2048  # elements per program: each thread has 8 of every stream, one 16-byte access in bf16, two in fp32
 NUM_WARPS = 8
-MAX_REGISTERS = 128  # per thread: two programs fit a multiprocessor
+MAX_REGISTERS = {False: 80, True: 128}  # per thread, by `wide`: three programs fit a multiprocessor, or two
 LANES = 4096  # partial sums added per round by the final program
 # The coefficients that may be on the device, in the order in which adamw_kernel reads them.
 SCALARS = ("grad", "lr", "step_size", "inv_sqrt_correction2", "weight_decay", "strength")
@@ -355,9 +355,9 @@ def adamw_step(call: AdamWArguments) -> Tensor | None:
     states = (call.param, call.grad, call.exp_avg, call.exp_avg_sq, call.anchor, call.fisher, call.ema, call.param_out)
     counts = partial, call.nonfinite, call.found_inf
     tensors = (*states, *counts, on_device, starts, first, segment_strength, segment_decay)
-    _launch(
-        adamw_kernel, call.param.numel(), *tensors, **values, PROXIMAL=call.proximal, EMA_BY_FISHER=call.ema_by_fisher
-    )
+    forms = {"PROXIMAL": call.proximal, "EMA_BY_FISHER": call.ema_by_fisher}
+    wide = call.segments is not None or any(forms.values())
+    _launch(adamw_kernel, call.param.numel(), *tensors, **values, **forms, wide=wide)
     return None if partial is None else _sum(partial, 0.5, torch.float32)
 
 
@@ -421,25 +421,28 @@ def _sum(partial: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def options(masked: bool) -> dict[str, int | bool]:
+def options(masked: bool, wide: bool = False) -> dict[str, int | bool]:
     """Return the compile options of the elementwise kernels.
 
     Without a limit the assembler spills a word rather than use more than 64 or 80 registers; with this limit it uses as
-    many as it needs. The masked program has narrow accesses and needs twice as many; it has no limit, because it runs
-    alone.
+    many as it needs. wide: the step with segments, a proximal penalty, or an average by Fisher information, which needs
+    more. The masked program has narrow accesses and needs most; it has no limit, because it runs alone.
     """
-    return {"num_warps": NUM_WARPS, "enable_fp_fusion": False} | ({} if masked else {"maxnreg": MAX_REGISTERS})
+    limit = {} if masked else {"maxnreg": MAX_REGISTERS[wide]}
+    return {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **limit}
 
 
-def _launch(kernel: triton.JITFunction, numel: int, *tensors: Tensor | None, **arguments: float | bool) -> None:
+def _launch(
+    kernel: triton.JITFunction,
+    numel: int,
+    *tensors: Tensor | None,
+    wide: bool = False,
+    **arguments: float | bool,
+) -> None:
     """Launch whole blocks without a mask, then the rest of the buffer in one masked program."""
     whole, rest = divmod(numel, BLOCK)
     with torch.cuda.device_of(tensors[0]):
-        if whole:
-            kernel[(whole,)](
-                *tensors, n=numel, first_block=0, **arguments, MASKED=False, BLOCK=BLOCK, **options(masked=False)
-            )
-        if rest:
-            kernel[(1,)](
-                *tensors, n=numel, first_block=whole, **arguments, MASKED=True, BLOCK=BLOCK, **options(masked=True)
-            )
+        for masked, programs, first in ((False, whole, 0), (True, min(rest, 1), whole)):
+            if programs:
+                compiled = {"MASKED": masked, "BLOCK": BLOCK, **options(masked, wide)}
+                kernel[(programs,)](*tensors, n=numel, first_block=first, **arguments, **compiled)

@@ -8,7 +8,7 @@ always exist, and those of the moment in which they take most.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -55,7 +55,7 @@ class MemoryPlan:
     def at_peak(self, *where: Where) -> list[Item]:
         """Return the items that are in these places at the peak."""
         there = [item for item in self.items if item.where in where]
-        moments: tuple[Moment, ...] = ("backward", "reduce", "step", "estimate", "evaluation")
+        moments: tuple[Moment, ...] = ("backward", "reduce", "step", "evaluation")
         passing = [[item for item in there if item.moment == moment] for moment in moments]
         fullest = max(passing, key=lambda items: sum(map(self._on_a_node, items)))
         return [item for item in there if item.moment == "always"] + fullest
@@ -79,8 +79,10 @@ def plan_memory(
     teachers: Sequence[ModelShape] = (),
     program: int = 0,
 ) -> MemoryPlan:
-    """Return the memory of a run on `world_size` ranks, in its first task. Mapped files (rows, stored outputs) are not
-    counted.
+    """Return the memory of a run on `world_size` ranks, in its first task.
+
+    Mapped files (rows, stored outputs) are not counted. A Fisher estimate is not counted either: its fp32 sum of
+    squares takes half of what AdamW's moments take, which do not exist before a task's first step.
 
     device: "cuda" or "cpu"; the head uses other tiles on each. teachers: further models that compute outputs in every
     step. program: bytes that a process has before it loads a model.
@@ -97,7 +99,6 @@ def plan_memory(
         Item("program and libraries", "host", program),
         Item("evaluation", "device", shape.evaluation, "evaluation"),
     ]
-    items += _estimate(shape, config, world_size, items)
     plan.items.extend(item for item in items if item.nbytes)
     return plan
 
@@ -165,20 +166,6 @@ def _checkpoints(shape: ModelShape, config: RunConfig, world_size: int) -> Itera
     per_weight = 3 * FP32 + sum(_element_bytes(kind, config, placement) for kind in kinds)
     state, limit = share_of(shape.trained, world_size) * per_weight, parse_bytes(config.checkpoint.staging)
     yield Item("copy for the checkpoint", "host", staging_bytes(state, limit))
-
-
-def _estimate(shape: ModelShape, config: RunConfig, world_size: int, items: Sequence[Item]) -> Iterator[Item]:
-    """Yield what a Fisher estimate takes beyond the state that exists all the time: a backward pass, and the sum of
-    squares in fp32, when the Fisher itself and averages do not exist yet."""
-    from_file = any(settings.fisher_file is not None for settings in config.methods.values())
-    if from_file or not any(role_of(kind) == "fisher" for kind in state_kinds(config)):
-        return
-    yield from (replace(item, moment="estimate") for item in items if item.moment == "backward")
-    share = shape.trained if config.deepspeed.stage == 0 else share_of(shape.trained, world_size)
-    placement, later = placement_of(config), [kind for kind in state_kinds(config) if role_of(kind) != "reference"]
-    not_yet = sum(_element_bytes(kind, config, placement) for kind in later if placement.of(kind) != "cpu")
-    where: Where = "host" if config.deepspeed.offload.optimizer == "cpu" else "device"
-    yield Item("sum of the Fisher estimate", where, share * max(0, FP32 - not_yet), "estimate")
 
 
 def _activations(shape: ModelShape, config: RunConfig, device: str) -> Iterator[Item]:

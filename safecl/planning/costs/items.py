@@ -12,9 +12,9 @@ FP32 = 4
 
 Where = Literal["device", "host"]
 
-Moment = Literal["always", "backward", "reduce", "step", "estimate", "evaluation"]
-"""The time of an item: always, while activations exist, while gradients are reduced, in the optimizer's step, in the
-backward pass of a Fisher estimate, in an evaluation."""
+Moment = Literal["always", "backward", "reduce", "step", "evaluation"]
+"""The time of an item: always, while activations exist, while gradients are reduced, in the optimizer's step, in an
+evaluation."""
 
 
 @dataclass(frozen=True)
