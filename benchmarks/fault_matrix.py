@@ -9,8 +9,9 @@
     starts     40 processes at once that want one run folder, and one artifact of the store
     retention  10,000 random sequences of saves, interruptions, damage and starts in a checkpoint folder
 
-The error of a row is its list `wrong`. Writes benchmarks/results/fault-matrix.json, row by row, with the counts that
-were made. Exits with code 1 if anything was wrong.
+A row that is stopped goes on where it was, by the same command: what it has done so far is kept in --work (default
+.faults/, which git ignores) until it is through. The error of a row is its list `wrong`. Writes the counts that were
+made to benchmarks/results/fault-matrix.json, row by row. Exits with code 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from faults import EWC, ranks, scratch  # sets the paths and the environment
+from faults import EWC, ROOT, ranks, scratch  # sets the paths and the environment
 
 RESULTS = Path(__file__).parent / "results" / "fault-matrix.json"
 METHODS = EWC | {"ema": {"decay": 0.9}, "der": {"alpha": 0.5}}
@@ -46,7 +47,40 @@ def write_row(name: str, found: dict) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def killed_run(kills: int | None, steps: int, save_every: int, longest: int, begins_again_at: int | None) -> dict:
+class Progress:
+    """What a row has done so far, in its folder of --work."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.file = folder, folder / "progress.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.values: dict = {"count": count, "done": 0, "events": 0, "wrong": [], "seconds": 0.0}
+        with contextlib.suppress(OSError, ValueError):
+            self.values = json.loads(self.file.read_text())
+        if self.values["count"] != count:
+            sys.exit(f"{folder} holds a row of count {self.values['count']}: finish or remove it")
+        self.began = time.perf_counter()
+
+    @property
+    def done(self) -> int:
+        return self.values["done"]
+
+    @property
+    def seconds(self) -> float:
+        return self.values["seconds"]
+
+    def advance(self, done: int, wrong: list[str], events: int = 0) -> None:
+        now = time.perf_counter()
+        values = self.values | {"done": done, "wrong": self.values["wrong"] + wrong}
+        self.values = values | {"events": values["events"] + events, "seconds": values["seconds"] + now - self.began}
+        self.began = now
+        new = self.file.with_suffix(".new")
+        new.write_text(json.dumps(self.values))
+        new.replace(self.file)
+
+
+def killed_run(
+    progress: Progress, kills: int | None, steps: int, save_every: int, longest: int, begins_again_at: int | None
+) -> dict:
     """Kill a run again and again, let it end, and compare its end with that of a run that nobody kills.
 
     kills: this many, in a run of `steps` steps more than they need; None: until the run is through.
@@ -54,24 +88,24 @@ def killed_run(kills: int | None, steps: int, save_every: int, longest: int, beg
     from tests.faults import matrix_scenes
 
     arguments = dict(save_every=save_every, begins_again_at=begins_again_at, **RUN)
-    done, wrong = 0, []
-    with scratch() as folder:
-        last_step = lambda: _newest_step(folder / "killed")  # noqa: E731
-        while (kills is None or done < kills) and last_step() + longest < steps:
-            found = matrix_scenes.kill_and_resume(
-                folder / "killed", seed=done, longest=longest, until=steps, **arguments
-            )
-            wrong += found["wrong"]
-            done += 1
-            print(f"  kill {done}: rank {found['victim']}, newest checkpoint {last_step()}", flush=True)
-        with ranks(2) as pool:
-            end = pool.run(matrix_scenes.go_on, folder=str(folder / "killed"), until=steps, **arguments)
-            whole = pool.run(matrix_scenes.go_on, folder=str(folder / "whole"), until=steps, **arguments)
+    folder = progress.folder
+    last_step = lambda: _newest_step(folder / "killed")  # noqa: E731
+    while (kills is None or progress.done < kills) and last_step() + longest < steps:
+        found = matrix_scenes.kill_and_resume(
+            folder / "killed", seed=progress.done, longest=longest, until=steps, **arguments
+        )
+        progress.advance(progress.done + 1, found["wrong"])
+        print(f"  kill {progress.done}: rank {found['victim']}, newest checkpoint {last_step()}", flush=True)
+    with ranks(2) as pool:
+        end = pool.run(matrix_scenes.go_on, folder=str(folder / "killed"), until=steps, **arguments)
+        whole = pool.run(matrix_scenes.go_on, folder=str(folder / "whole"), until=steps, **arguments)
+    wrong = []
     for rank, (one, other) in enumerate(zip(end, whole, strict=True)):
         different = [kind for kind, digest in other["digests"].items() if one["digests"].get(kind) != digest]
         wrong += [f"rank {rank}: other {', '.join(different)} at step {steps}"] if different else []
         wrong += one["notes"]
-    return {"kills": done, "resumes": done, "steps": steps, "wrong": wrong}
+    progress.advance(progress.done, wrong)
+    return {"kills": progress.done, "resumes": progress.done, "steps": steps, "wrong": progress.values["wrong"]}
 
 
 def _newest_step(folder: Path) -> int:
@@ -81,40 +115,44 @@ def _newest_step(folder: Path) -> int:
     return int(names[0].split("-")[1]) if names else 0
 
 
-def kills(count: int) -> dict:
-    return killed_run(kills=count, steps=3 * count + 10, save_every=1, longest=3, begins_again_at=None)
+def kills(count: int, progress: Progress) -> dict:
+    return killed_run(progress, kills=count, steps=3 * count + 10, save_every=1, longest=3, begins_again_at=None)
 
 
-def soak(count: int) -> dict:
-    return killed_run(kills=None, steps=count, save_every=5, longest=50, begins_again_at=count // 2)
+def soak(count: int, progress: Progress) -> dict:
+    return killed_run(progress, kills=None, steps=count, save_every=5, longest=50, begins_again_at=count // 2)
 
 
-def resumes(count: int) -> dict:
+def resumes(count: int, progress: Progress) -> dict:
     """Two steps after each resume; the end is compared with that of a run on one rank that is never stopped."""
     from tests.engine.passes import oracle
     from tests.training import resume_scenes
 
-    rng, log, wrong = random.Random(0), [], []
-    with scratch() as folder, contextlib.ExitStack() as stack:
+    folder, rng = progress.folder, random.Random(0)
+    layouts = [(rng.choice([1, 2, 4]), rng.randrange(4)) for _ in range(count)]
+    with contextlib.ExitStack() as stack:
         pools = {size: stack.enter_context(ranks(size)) for size in (1, 2, 4)}
-        for number in range(count):
-            size, stage = rng.choice([1, 2, 4]), rng.randrange(4)
-            log.append(f"{size} x stage {stage}")
+        for number in range(min(progress.done, count - 1), count):
+            size, stage = layouts[number]
             settings = dict(methods=METHODS, deepspeed={"stage": stage})
             _, end, _ = pools[size].run(
                 resume_scenes.leg, folder=str(folder / "run"), until=2 * number + 2, **settings
             )[0]
-            print(f"  {number + 1}: {log[-1]}", flush=True)
+            progress.advance(number + 1, [])
+            print(f"  {number + 1}: {size} x stage {stage}", flush=True)
         first, whole, _ = pools[1].run(resume_scenes.leg, folder=str(folder / "whole"), until=2 * count, **RUN)[0]
     distances = {
         kind: float(oracle.relative_distance(end[kind], whole[kind], first["weights"] if kind in first else None))
         for kind in ("weights", "ema")
     }
-    wrong += [f"{kind} is {distance:.1e} away" for kind, distance in distances.items() if distance > LIMIT]
-    return {"resumes": count, "layouts": log, "distances": distances, "limit": LIMIT, "wrong": wrong}
+    progress.advance(
+        count, [f"{kind} is {distance:.1e} away" for kind, distance in distances.items() if distance > LIMIT]
+    )
+    log = [f"{size} x stage {stage}" for size, stage in layouts]
+    return {"resumes": count, "layouts": log, "distances": distances, "limit": LIMIT, "wrong": progress.values["wrong"]}
 
 
-def starts(count: int) -> dict:
+def starts(count: int, progress: Progress) -> dict:
     from tests.faults import matrix_scenes
 
     context, wrong = multiprocessing.get_context("fork"), []
@@ -142,17 +180,19 @@ def _at_once(context, work: Callable, count: int, folder: str) -> list[str]:
     return said
 
 
-def retention(count: int) -> dict:
+def retention(count: int, progress: Progress) -> dict:
     from tests.faults import matrix_scenes
 
     events, wrong = 0, []
-    with scratch() as folder:
-        for seed in range(count):
-            made, problem = matrix_scenes.history_of_checkpoints(folder / "history", seed)
-            events += made
-            wrong += [problem] if problem else []
-            shutil.rmtree(folder / "history", ignore_errors=True)
-    return {"histories": count, "events": events, "wrong": wrong}
+    for seed in range(progress.done, count):
+        made, problem = matrix_scenes.history_of_checkpoints(progress.folder / "history", seed)
+        events += made
+        wrong += [problem] if problem else []
+        shutil.rmtree(progress.folder / "history", ignore_errors=True)
+        if (seed + 1) % 100 == 0 or seed + 1 == count:
+            progress.advance(seed + 1, wrong, events)
+            events, wrong = 0, []
+    return {"histories": count, "events": progress.values["events"], "wrong": progress.values["wrong"]}
 
 
 ROWS = {"kills": (kills, 100), "soak": (soak, 500), "resumes": (resumes, 20), "starts": (starts, 40)}
@@ -164,14 +204,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; all by default")
     parser.add_argument("--count", type=int, help="kills, steps, resumes, processes or histories")
+    parser.add_argument("--work", type=Path, default=ROOT / ".faults", help="folder of rows that are not through")
     options = parser.parse_args()
     bad = False
     for name in options.rows or list(ROWS):
         work, count = ROWS[name]
-        began = time.perf_counter()
-        found = work(options.count or count)
-        found["seconds"] = round(time.perf_counter() - began)
+        count = options.count or count
+        progress = Progress(options.work.absolute() / name, count)
+        found = work(count, progress)
+        progress.advance(progress.done, [])
+        found["seconds"] = round(progress.seconds)
         write_row(name, found)
+        shutil.rmtree(progress.folder)
         bad |= bool(found["wrong"])
         print(f"{name}: {found['wrong'][:5] or 'all right'}, {found['seconds']} s", flush=True)
     sys.exit(int(bad))
