@@ -21,11 +21,12 @@ from safecl.config import ConfigError
 from safecl.distributed import devices, environment, recorder
 from safecl.distributed.devices import device
 from safecl.distributed.library_warnings import hide_future_warnings
+from safecl.distributed.progress import PROGRESS
 
 __all__ = [
     "PATIENCE", "START_TIMEOUT", "all_reduce_sum", "any_rank", "barrier", "device", "gather_objects", "gather_tensors",
     "init_distributed", "on_every_rank", "on_first_rank", "patient_group", "process_group", "rank",
-    "timeout_of_collectives", "world_size",
+    "timeout_of_collectives", "timeout_of_phase", "world_size",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -35,6 +36,8 @@ START_TIMEOUT = timedelta(seconds=300)
 """Longest collective call on tensors, until a run knows how long its steps take."""
 PATIENCE = timedelta(hours=6)
 """Longest time that ranks wait for the work of another."""
+SECONDS_AFTER_THE_WATCHDOG = 30.0
+"""Collective calls fail by themselves this long after the watchdog should have ended the job."""
 
 _patient: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 """The group of all ranks, and the patient gloo group beside it."""
@@ -118,6 +121,11 @@ def timeout_of_collectives(seconds: float) -> float:
     with contextlib.suppress(ValueError):
         return 60.0 * float(os.environ.get("DEEPSPEED_TIMEOUT", ""))
     return min(10.0 * math.ceil(seconds / 10), 7 * 86400.0) if seconds < math.inf else 7 * 86400.0
+
+
+def timeout_of_phase() -> float:
+    """Seconds after which a collective call of the current phase fails."""
+    return timeout_of_collectives(PROGRESS.limit() + SECONDS_AFTER_THE_WATCHDOG)
 
 
 def patient_group() -> dist.ProcessGroup | None:

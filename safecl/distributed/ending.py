@@ -1,7 +1,8 @@
 """The end of ranks that hang: their stacks are written into a folder, and those that cannot end themselves are killed.
 
 A rank that is stopped, or in C code that keeps Python's lock, answers no Python code. But its signal handlers in C do:
-faulthandler writes the stacks of its threads into a file in its memory, which another rank of the host reads.
+faulthandler writes the stacks of its threads into a file in its memory, which another rank of the host reads, and then
+ends the process. So a rank that was stopped does nothing more when it is woken.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from safecl.distributed import recorder
 from safecl.distributed.hearts import Member
 
 STACKS = signal.SIGRTMIN + 5
-"""A rank that gets it writes its stacks into its memory."""
-SECONDS_TO_WAKE = 8.0
-"""A rank that was stopped may end itself in this time."""
+"""A rank that gets it writes its stacks into its memory and ends."""
+SECONDS_TO_END = 8.0
+"""A rank that is not stopped may end itself in this time."""
 
 
 def say(message: str) -> None:
@@ -46,23 +47,20 @@ def end_members(members: Sequence[Member], folder: Path) -> None:
 
 
 def _end_member(member: Member, folder: Path) -> None:
-    """Wake a rank, so that it ends itself; else take its stacks and kill it."""
+    """Let a rank end itself where it is not stopped; else take its stacks and end it."""
     if not member.is_alive:
         return
     with open(member.stacks, "rb") as stacks:
-        os.kill(member.process, signal.SIGCONT)
-        if wait_until(lambda: not member.is_alive, SECONDS_TO_WAKE):
+        if not member.is_stopped and wait_until(lambda: not member.is_alive, SECONDS_TO_END):
             return
-        os.kill(member.process, STACKS)
+        os.kill(member.process, STACKS)  # before it is woken: it must not go on
         os.kill(member.process, signal.SIGCONT)
-        wait_until(lambda: os.fstat(stacks.fileno()).st_size > 0, 1.0)
-        time.sleep(0.2)
+        if not wait_until(lambda: not member.is_alive, 1.2):
+            os.kill(member.process, signal.SIGKILL)
         found = stacks.read()
-    if member.is_alive:
-        os.kill(member.process, signal.SIGKILL)
     if found or not (folder / _stack_file(member.rank)).exists():
         (folder / _stack_file(member.rank)).write_bytes(
-            f"{member} did not end by itself and was killed\n\n".encode() + found
+            f"{member} did not end by itself and was ended\n\n".encode() + found
         )
 
 

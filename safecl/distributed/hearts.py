@@ -28,6 +28,11 @@ class Member:
         """Whether its process is there. Ask it only on its own host."""
         return start_of(self.process) == self.started
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether its process was stopped by a signal. Ask it only on its own host."""
+        return _status(self.process)[0] == "T"
+
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} (process {self.process})"
 
@@ -83,11 +88,16 @@ def this_member(stacks: str) -> Member:
 
 def start_of(process: int) -> str:
     """Return when a process of this host started; empty where it has ended."""
+    return _status(process)[1]
+
+
+def _status(process: int) -> tuple[str, str]:
+    """(state, when it started) of a process of this host; empty where it has ended."""
     try:
         state, *values = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
-        return ""
-    return "" if state == "Z" else values[18]
+        return "", ""
+    return ("", "") if state == "Z" else (state, values[18])
 
 
 def judge(before: Hearts, after: Hearts) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -56,6 +57,9 @@ class Progress:
     """Beats of the thread that writes a checkpoint. They count only where the main thread waits for it."""
     timeout: HangTimeout = "auto"
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=101))
+    is_over: bool = False
+    """True where the watchdog ends this process: the main thread stops where it would say that it has done
+    something."""
     entered: Callable[[], object] = lambda: None
     """Called on the main thread when a phase or a step ends, and when a phase begins."""
 
@@ -73,7 +77,7 @@ class Progress:
 
     def begin_run(self, timeout: HangTimeout) -> None:
         """Forget the run before."""
-        self.phase, self.timeout = "load", timeout
+        self.phase, self.timeout, self.is_over = "load", timeout, False
         self.step_seconds.clear()
 
 
@@ -84,6 +88,8 @@ PROGRESS = Progress()
 def beat() -> None:
     """Say that something was done."""
     PROGRESS.beats += 1
+    while PROGRESS.is_over:
+        time.sleep(1.0)
 
 
 def block_saved() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -54,6 +55,20 @@ def background_group() -> dist.ProcessGroup:
 def set_timeout(group: dist.ProcessGroup, seconds: float) -> None:
     """Let the calls of a group that begin from now on fail after this time."""
     distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextlib.contextmanager
+def default_timeout(seconds: float) -> Iterator[None]:
+    """Let the calls of groups that others make in the `with` block fail after this time, where they name none.
+
+    torch's own default is 10 minutes with NCCL and 30 with gloo, whatever the other groups have.
+    """
+    torchs = distributed_c10d._get_default_timeout
+    distributed_c10d._get_default_timeout = lambda backend: timedelta(seconds=seconds)
+    try:
+        yield
+    finally:
+        distributed_c10d._get_default_timeout = torchs
 
 
 def last_collective(*, only_running: bool) -> LastCollective:

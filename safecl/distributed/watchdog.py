@@ -33,8 +33,6 @@ from safecl.distributed.signals import name_of, set_handler
 FAILED, STOPPED = 1, 75
 """Exit codes, see safecl.exits."""
 
-SECONDS_OF_COLLECTIVES = 30.0
-"""Collective calls fail by themselves this long after the watchdog should have ended the job."""
 SECONDS_AFTER_A_SIGNAL = 20.0
 """Limit of a step once a signal has asked for the end; 3 x the median step where that is more."""
 SECONDS_AFTER_A_SIGNAL_ELSEWHERE = 300.0
@@ -64,7 +62,7 @@ class Watchdog:
         self._ticks, self._died_at = 0, -1.0
         self._interrupts: list[tuple[float, object]] = []
         self._signal: str | None = None
-        self._timeouts = 0.0
+        self._timeouts: dict[str, float] = {}
         self._pipe, self._closing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC), threading.Event()
         self._wakeup: int | None = None
         self._launcher = environment.launcher()
@@ -77,7 +75,8 @@ class Watchdog:
         PROGRESS.entered = self._set_timeouts
         with contextlib.suppress(ValueError):  # outside of the main thread Python handles no signals
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        faulthandler.register(STACKS, file=self._memory, all_threads=True)
+        set_handler(STACKS, signal.SIG_DFL)
+        faulthandler.register(STACKS, file=self._memory, all_threads=True, chain=True)
         self._thread.start()
 
     def attach(self) -> None:
@@ -168,12 +167,13 @@ class Watchdog:
         return min(limit, max(SECONDS_AFTER_A_SIGNAL, 3 * statistics.median(seconds) if seconds else 0.0))
 
     def _set_timeouts(self) -> None:
-        """Let collective calls fail by themselves only after the watchdog should have acted."""
-        seconds = collectives.timeout_of_collectives(PROGRESS.limit() + SECONDS_OF_COLLECTIVES)
-        if seconds != self._timeouts:
-            self._timeouts = seconds
-            for group in recorder.groups():
+        """Let collective calls fail by themselves only after the watchdog should have acted, those of groups that
+        DeepSpeed has made since the last call as well."""
+        seconds = collectives.timeout_of_phase()
+        for group in recorder.groups():
+            if self._timeouts.get(group.group_name) != seconds:
                 recorder.set_timeout(group, seconds)
+                self._timeouts[group.group_name] = seconds
 
     # -------------------------------------------------------------------------------------------------------- verdicts
 
@@ -251,7 +251,9 @@ class Watchdog:
     # ------------------------------------------------------------------------------------------------------------- end
 
     def _end(self, verdict: Verdict) -> None:
-        """Write the stacks, say what has happened, end the guilty ranks of this host, and end."""
+        """Write the stacks, say what has happened, end the guilty ranks of this host, and end. The main thread does
+        nothing more: it might finish the run with a rank that was woken."""
+        PROGRESS.is_over = True
         here = [m for m in self.members.values() if m.host == self.own.host]
         able = [m.rank for m in here if m.rank not in verdict.guilty] or [m.rank for m in here]
         with contextlib.suppress(OSError):

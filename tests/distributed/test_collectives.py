@@ -94,3 +94,55 @@ def test_work_of_every_rank_gives_each_its_own_value_or_all_the_first_error(rank
     fine, failed = (pool.run(work_with_an_error_on, rank=rank, alone=False) for rank in (5, broken))
     assert fine == [("value of rank 0", [0]), ("value of rank 1", [1])]
     assert failed == [(f"told: the disk of rank {broken}", [rank]) for rank in range(2)]
+
+
+def limits_of_new_groups(folder: str) -> tuple[float, float, float]:
+    """Seconds after which a call fails: of a group that deepspeed.initialize makes, of one that is made under a
+    watchdog, at once and when the next phase begins."""
+    from datetime import timedelta
+    from pathlib import Path
+    from unittest import mock
+
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from safecl.distributed import progress, watchdog
+    from safecl.engine.zero.shards import initialize
+
+    made = []
+
+    def limit() -> float:
+        seconds: timedelta = made[-1]._get_backend(torch.device("cpu")).options._timeout
+        return seconds.total_seconds()
+
+    def make(**arguments):
+        made.append(deepspeed.comm.new_group([0, 1]))
+        return (made[-1],)
+
+    with watchdog.watching(Path(folder), 100.0) as dog, mock.patch.object(deepspeed, "initialize", make):
+        dog.attach()
+        with progress.phase(progress.STEP):
+            initialize(torch.nn.Linear(1, 1), None, {"zero_optimization": {"stage": 2}})
+            found = [limit()]
+            make()
+            found.append(limit())
+        with progress.phase("load"):
+            found.append(limit())
+        dog.close(together=True)
+    for group in made:
+        dist.destroy_process_group(group)
+    return found
+
+
+def test_groups_that_deepspeed_makes_follow_the_limits_of_the_watchdog(rank_pool, tmp_path):
+    for found in rank_pool(2).run(limits_of_new_groups, folder=str(tmp_path)):
+        assert found == [130.0, 1800.0, 1830.0]  # 1,800 s is torch's own
+
+
+def test_the_users_own_limit_of_deepspeed_applies_to_every_phase(monkeypatch):
+    from safecl.distributed import collectives
+
+    assert collectives.timeout_of_collectives(61.0) == 70.0
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "2")
+    assert collectives.timeout_of_collectives(61.0) == collectives.timeout_of_phase() == 120.0

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from safecl.distributed import devices
+from safecl.distributed import collectives, devices, recorder
+from safecl.engine.zero.compiling import compiling_late
 from safecl.kernels import page_locked
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def initialize(
     import deepspeed
 
     _lock_memory_exactly()
-    with _broadcasting_all_but({id(p) for p in viewed}, when_partitioned):
+    limit = recorder.default_timeout(collectives.timeout_of_phase())
+    with limit, compiling_late(), _broadcasting_all_but({id(p) for p in viewed}, when_partitioned):
         if config["zero_optimization"]["stage"] == 3:
             _shard_at_once(model, config)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
