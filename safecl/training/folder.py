@@ -9,6 +9,7 @@ exit_code   how the last `safecl train` here ended (0, 3 or 75), for launchers t
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self._lock: FileLock | None = None
+        self._inode: tuple[int, int] | None = None
 
     # ------------------------------------------------------------------------------------------------------------- lock
 
@@ -54,6 +56,31 @@ class RunFolder:
         lock.sign()
         self._lock = lock
         return None
+
+    def remember(self) -> None:
+        """Remember which folder this is, for `has_vanished`."""
+        self._inode = self._inode_now()
+
+    def has_vanished(self) -> bool:
+        """Return whether the folder was removed, moved or replaced since `remember`. False where it cannot be told."""
+        try:
+            return self._inode is not None and self._inode_now() != self._inode
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # a file system that does not answer; what is written next says so
+            return False
+
+    def describe_loss(self) -> str:
+        """Say what has happened to a folder that has vanished, and what helps."""
+        return (
+            f"the run folder {self.path} has vanished: it was removed, moved or replaced while the run was under way. "
+            "Nothing is saved any more; put it back and the same command resumes from its last checkpoint, or starts "
+            "from the beginning where it is lost"
+        )
+
+    def _inode_now(self) -> tuple[int, int]:
+        status = os.stat(self.path)
+        return status.st_dev, status.st_ino
 
     def forget_exit_code(self) -> None:
         """Remove the exit code of the run before. Call it with the lock held."""

@@ -161,6 +161,7 @@ class Trainer:
             if (note := self._files.lock()) is not None:
                 self.console.note(note)
             self._files.forget_exit_code()
+            self._files.remember()
         if self.fresh:
             self._files.refuse_to_overwrite()
         refuse_folder_of_other_run(self._files, self.plan)
@@ -238,7 +239,7 @@ class Trainer:
                 self._save(run)
             if part == parts[-1]:
                 self.progress.task, self.progress.parts_done = self.progress.task + 1, 0
-            self._end_where_asked(run, collectives.any_rank(self._stop.requested))
+            self._end_where_asked(run, collectives.any_rank(self._must_end()))
 
     def _measure_before(self, run: Run, task: TaskPlan) -> None:
         self.measured.before_task(run, self.progress.task)
@@ -287,7 +288,7 @@ class Trainer:
         """Make one step and write its line in metrics.jsonl; return True where a rank was asked to stop."""
         began, waited = time.perf_counter(), run.wait_seconds
         losses = run.train_step(task)
-        losses.stop = self._stop.requested
+        losses.stop = self._must_end()
         applied = run.engine.optimizer.result.applied
         self.progress.skipped_in_a_row = 0 if applied else self.progress.skipped_in_a_row + 1
         run.skipped_steps += not applied
@@ -346,11 +347,21 @@ class Trainer:
             self.console.saved(report)
             self._reported = report
 
+    def _must_end(self) -> bool:
+        """Return whether this rank was asked to stop, or misses the run folder."""
+        return self._stop.requested or self._files.has_vanished()
+
     def _end_where_asked(self, run: Run, stop: bool) -> None:
         """Save and end the run here. stop: the same on all ranks."""
         if stop:
+            self._refuse_vanished_folder(run)
             self._save(run)
             raise _Stopped
+
+    def _refuse_vanished_folder(self, run: Run) -> None:
+        """Fail the run on all ranks where rank 0 misses its folder. A collective call."""
+        if collectives.any_rank(self._files.has_vanished()):
+            raise TrainingFailed(f"step {run.global_step - 1}: {self._files.describe_loss()}")
 
     # -------------------------------------------------------------------------------------------------------------- end
 
@@ -379,6 +390,7 @@ class Trainer:
         )
         passed = collectives.gather_objects([gate is None or gate.passed])[0]
         self.console.note(self._save_models(run, card, passed))
+        self._refuse_vanished_folder(run)
         results = results_of(
             run,
             evaluations,
