@@ -10,6 +10,7 @@ from safecl.commands.preflight import preflight
 from safecl.config import RunConfig
 from safecl.distributed import environment
 from safecl.exits import ExitCode, end_undisturbed, stderr, tracebacks
+from safecl.storage.sizes import memory_limits, resident_bytes
 
 
 def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
@@ -36,13 +37,28 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
 
 def memory_needs(config: RunConfig) -> str:
     """Say what `safecl check` predicts for the run."""
+    return f"the run takes {_memory_lines(config)['takes']}, besides 1 to 2 GB for the libraries of each rank"
+
+
+def memory_warning(config: RunConfig) -> str | None:
+    """Say where a control group or `ulimit -v` leaves less memory than the run takes. The system kills a process that
+    goes beyond its control group, and then nobody can say why it has ended."""
+    if not (limits := memory_limits()):
+        return None
+    lines = {label.strip(): text for label, text in _memory_lines(config, resident_bytes()).items()}
+    if "too little" not in lines:
+        return None
+    fits = f"; would fit: {lines['would fit']}" if "would fit" in lines else ""
+    return f"warning: {lines['too little']} ({'; '.join(limits)}), so the system may kill the run{fits}"
+
+
+def _memory_lines(config: RunConfig, program: int = 0) -> dict[str, str]:
     from safecl.planning.costs.memory_report import memory_lines
     from safecl.planning.costs.model_shape import ModelShape
     from safecl.planning.costs.shapes import model_structure
 
     shape = ModelShape.of(model_structure(config.model), config)
-    lines = memory_lines(lambda ranks: shape, config)
-    return f"the run takes {lines[0][1]}, besides 1 to 2 GB for the libraries of each rank"
+    return dict(memory_lines(lambda ranks: shape, config, program=program))
 
 
 def _train(config: RunConfig, fresh: bool) -> ExitCode:
@@ -50,7 +66,10 @@ def _train(config: RunConfig, fresh: bool) -> ExitCode:
     from safecl.training.trainer import Trainer
 
     try:
-        result = Trainer(config, fresh=fresh).fit()
+        trainer = Trainer(config, fresh=fresh)
+        if environment.rank() == 0 and (warning := memory_warning(config)) is not None:
+            stderr.print(f"safecl: {warning}", style="yellow", markup=False)
+        result = trainer.fit()
     except UploadRefused as refused:
         if environment.rank() == 0:
             stderr.print(f"safecl: upload refused: {refused}", style="bold red", markup=False)

@@ -9,6 +9,8 @@ import resource
 import shutil
 from pathlib import Path
 
+from safecl.storage.control_groups import tightest_group
+
 
 def format_bytes(count: float) -> str:
     """1234567 -> "1.2 MB"."""
@@ -36,8 +38,9 @@ def resident_bytes() -> int:
 def available_memory() -> int | None:
     """Bytes of host memory that can still be used, by the machine's count and by the container's limit; None if
     unknown."""
-    known = [value for value in (_machine_available(), _group_available(), _address_space()) if value is not None]
-    return min(known, default=None)
+    group = tightest_group()
+    known = [_machine_available(), group.left if group is not None else None, _address_space()]
+    return min((value for value in known if value is not None), default=None)
 
 
 def _address_space() -> int | None:
@@ -53,30 +56,25 @@ def _address_space() -> int | None:
 
 def memory_text() -> str:
     """Say how much host memory is available, and which limits there are."""
+    limits, free = memory_limits(), available_memory()
+    told = f"{format_bytes(free)} are available" if free is not None else "it is unknown how much is available"
+    return f"{told} ({'; '.join(limits)})" if limits else told
+
+
+def memory_limits() -> list[str]:
+    """Name the limits that this process has beside the machine's memory."""
     limits = []
     if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
         limits.append(f"ulimit -v allows {format_bytes(limit)}")
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(f"the control group allows {format_bytes(int(Path('/sys/fs/cgroup/memory.max').read_text()))}")
-    free = available_memory()
-    told = f"{format_bytes(free)} are available" if free is not None else "it is unknown how much is available"
-    return f"{told} ({'; '.join(limits)})" if limits else told
+    if (group := tightest_group()) is not None:
+        limits.append(f"the control group allows {format_bytes(group.limit)}")
+    return limits
 
 
 def _machine_available() -> int | None:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return None
-
-
-def _group_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that the control group leaves. It counts the page cache as used, but inactive pages can be dropped."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        limit = int((root / "memory.max").read_text())
-        statistics = (root / "memory.stat").read_text().splitlines()
-        cache = next(line for line in statistics if line.startswith("inactive_file "))
-        return max(0, limit - int((root / "memory.current").read_text()) + int(cache.split()[1]))
     return None
 
 

@@ -70,7 +70,7 @@ def test_a_cache_that_cannot_be_made_is_refused_with_the_variable_that_moves_it(
 def test_the_limit_of_address_space_counts_as_available_memory(set_limits, monkeypatch):
     set_limits(RLIMIT_AS=(10**13, UNLIMITED))
     monkeypatch.setattr(sizes, "_machine_available", lambda: None)
-    monkeypatch.setattr(sizes, "_group_available", lambda: None)
+    monkeypatch.setattr(sizes, "tightest_group", lambda: None)
     free = sizes.available_memory()
     assert free is not None and 0.9 * 10**13 < free < 10**13
     assert "ulimit -v allows 10.0 TB" in sizes.memory_text()

@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from safecl.storage import sizes
-from safecl.storage.sizes import available_memory, format_bytes, free_bytes
+from safecl.storage.control_groups import GroupMemory
+from safecl.storage.sizes import available_memory, format_bytes, free_bytes, memory_text
 
 
 @pytest.mark.parametrize(
@@ -24,13 +25,10 @@ def test_free_bytes_of_a_folder_to_be_made_are_those_of_the_nearest_one_that_exi
     assert free_bytes(tmp_path / "a" / "b") > 0 and asked == [tmp_path]
 
 
-def test_the_control_groups_limit_counts_and_its_droppable_page_cache_does_not(tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200000\n")
-    assert sizes._group_available(tmp_path) == 500_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert sizes._group_available(tmp_path) is None
+def test_what_the_tightest_limit_leaves_is_available(monkeypatch):
     monkeypatch.setattr(sizes, "_machine_available", lambda: 400)
-    monkeypatch.setattr(sizes, "_group_available", lambda: 300)
+    monkeypatch.setattr(sizes, "tightest_group", lambda: GroupMemory(limit=2_000, left=300))
     assert available_memory() == 300
+    assert memory_text() == "300 bytes are available (the control group allows 2.0 kB)"
+    monkeypatch.setattr(sizes, "tightest_group", lambda: None)
+    assert available_memory() == 400
