@@ -13,14 +13,14 @@ import pytest
 
 from safecl import cli
 from safecl.config import load_config
+from safecl.planning import model_checks
+from safecl.planning.costs import model_shape
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 scaling = importlib.import_module("scaling")
 
 RECIPES = scaling.recipes()
-QUICK = ("gemma-2b-sst2-1x80gb", "llama-3-8b-gsm8k-8x80gb", "llama-2-7b-sst2-8x80gb")
-"""Recipes that every test run checks; the others are checked by the long tests."""
 ROWS = {
     "gsm8k": lambda i: {"question": f"What is {i} plus {i + 1}?", "answer": f"It is {2 * i + 1}.\n#### {2 * i + 1}"},
     "sst2": lambda i: {"sentence": f"a film of {i} good minutes", "label": i % 2},
@@ -88,12 +88,29 @@ def name_of(path: Path) -> str:
     )
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[] if path.stem in QUICK else [pytest.mark.long], id=path.stem) for path in RECIPES],
-)
-def test_a_recipe_passes_check_and_states_what_the_code_predicts(path, data, models, tmp_path, capsys):
+_TRACED: dict[tuple, int] = {}
+
+
+def keep_it_short(config, monkeypatch) -> None:
+    """Let `check` trace one micro-batch per model, a full one of the recipe, which the head of the recipe counts too;
+    and read none of the weights, which are a hole of up to 140 GB. tests/planning compares traces with measurements."""
+    trace, full = model_shape.activation_bytes, model_shape._micro_batch(config)
+
+    def traced(settings, model, batch, masked=False):
+        key = (settings.to_json_string(), model.model_dump_json(exclude={"path"}), full, masked)
+        if key not in _TRACED:
+            _TRACED[key] = trace(settings, model, full, masked=masked)
+        return _TRACED[key]
+
+    monkeypatch.setattr(model_shape, "activation_bytes", traced)
+    monkeypatch.setattr(model_shape, "inference_bytes", lambda settings, model, batch: 0)
+    monkeypatch.setattr(model_checks, "_check_weights_are_finite", lambda settings: None)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_passes_check_and_states_what_the_code_predicts(path, data, models, tmp_path, capsys, monkeypatch):
     config = load_config(path)
+    keep_it_short(config, monkeypatch)
     task = config.tasks[0]
     overrides = [
         f"model.path={models(name_of(path))}",
@@ -112,9 +129,8 @@ def test_a_recipe_passes_check_and_states_what_the_code_predicts(path, data, mod
     launched, step = (stated_in(path, name) for name in ("launched", "step"))
     assert step in out, out
     (found,) = (line for line in out.splitlines() if line.strip().startswith("launched "))
-    # The recipe counts full micro-batches; these few short rows may make smaller ones.
     for mine, others in zip(gigabytes_of(found), gigabytes_of(launched), strict=True):
-        assert 0.7 * others <= mine <= others, (found, launched)
+        assert 0.98 * others <= mine <= others, (found, launched)  # these few short rows need fewer buffers
     assert path.read_text() == scaling.with_head(path), "python benchmarks/scaling.py renews the predictions"
 
 
