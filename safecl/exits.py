@@ -110,8 +110,10 @@ def errors_as_messages(verb: str) -> Iterator[None]:
         raise
     except Exception as error:
         is_usage = isinstance(error, ConfigError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
+        code = ExitCode.USAGE if is_usage else ExitCode.FAILED
+        rank_files.write_code(code)  # a launcher may end this rank while it waits for the report of rank 0
         _report("error" if is_usage else "failed", str(error) if is_usage else _describe(verb, error))
-        raise SystemExit(ExitCode.USAGE if is_usage else ExitCode.FAILED) from None
+        raise SystemExit(code) from None
 
 
 def end_undisturbed() -> None:

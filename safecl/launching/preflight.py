@@ -66,6 +66,8 @@ def check_ranks(
     began = time.perf_counter()
     nodes = Nodes.of(collectives.gather_objects([facts_here(config, rows, model_files, versions)]))
     if problems := disagreements(nodes):
+        with contextlib.suppress(RuntimeError):  # no rank ends, and takes its connections with it, before all know
+            collectives.barrier()
         raise ConfigError("\n".join(problems))
     for warning in warnings_of(nodes):
         note(f"warning: {warning}")
