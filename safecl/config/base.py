@@ -85,8 +85,19 @@ class MethodConfig(Section):
         return False
 
     @property
-    def gradient_passes(self) -> int:
-        """Number of gradients of its own, on replayed rows, that the method takes in every step."""
+    def gradient_passes(self) -> float:
+        """Number of gradients of its own, on replayed rows, that the method takes in every step; a fraction where it
+        takes one in some steps."""
+        return 0
+
+    @property
+    def forward_passes(self) -> float:
+        """Number of forward passes of its own, on replayed rows and without a gradient, in every step."""
+        return 0
+
+    @property
+    def task_gradient_passes(self) -> float:
+        """Number of further gradients on the task's rows that the method takes in every step."""
         return 0
 
     @property

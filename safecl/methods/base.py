@@ -2,11 +2,14 @@
 
 The hooks, in the order of a step:
 
-    before_step                   gradients of the method's own
+    memory_step                   a draw from the memory in the place of the task's rows
+    before_step                   gradients of the method's own, weights moved for the step's gradient
     replay_terms, task_terms      replay rows and distances to a teacher, in the one forward pass
     transform_gradient            changes to the gradient before clipping
     penalty, ema_decay, ema_mask  a pull and an average, inside the optimizer's pass over the shard
+    transform_step                changes to the step that AdamW has taken
     after_update                  work on the new weights
+    after_step                    further passes at the new weights
 
 Around tasks, start_task and end_task prepare and finish the method's state. Every hook is optional.
 
@@ -16,13 +19,37 @@ A file with a method defines `Config` (a safecl.config.MethodConfig; importing i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from safecl.config import MethodConfig
-from safecl.methods.context import Quantity, Run, Shard
+from safecl.methods.context import Quantity, Run, Shard, TensorPart
 from safecl.methods.terms import AverageMask, Penalty, ReplayTerm, TaskTerm
 
-__all__ = ["AverageMask", "Method", "Penalty", "Quantity", "ReplayTerm", "Run", "Shard", "TaskTerm"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "BEFORE",
+    "AverageMask",
+    "Method",
+    "Penalty",
+    "Quantity",
+    "ReplayTerm",
+    "Run",
+    "Shard",
+    "TaskTerm",
+    "TensorPart",
+    "step_of",
+]
+
+BEFORE = "_before_step"
+"""State that holds the weights from before the step, in `transform_step`."""
+
+
+def step_of(shard: Shard) -> torch.Tensor:
+    """The step that was taken, in `transform_step`: a Quantity for dot products."""
+    return shard.param - shard.state[BEFORE]
+
 
 C = TypeVar("C", bound=MethodConfig)
 
@@ -34,11 +61,17 @@ class Method(Generic[C]):
         self.name = name
         self.config = config
 
-    def before_step(self, run: Run) -> None:
-        """Take further gradients before the step's own; see Run.memory_gradient."""
+    def memory_step(self, step: int, num_steps: int) -> ReplayTerm | None:
+        """The draw from the memory that step `step` of a task of `num_steps` trains in the place of the task's rows;
+        None for an ordinary step. It depends on nothing else: rows are read one step ahead."""
+        return None
 
-    def gradient_streams(self) -> list[str]:
-        """Streams of draws that `before_step` takes gradients of; the run reads their rows one step ahead."""
+    def before_step(self, run: Run) -> None:
+        """Take further gradients before the step's own; see Run.memory_gradient and Run.perturb."""
+
+    def gradient_draws(self, step: int) -> list[ReplayTerm]:
+        """Draws from the memory whose gradients or losses the method takes by itself in step `step`; the run reads
+        their rows one step ahead."""
         return []
 
     def replay_terms(self) -> list[ReplayTerm]:
@@ -64,8 +97,18 @@ class Method(Generic[C]):
     def transform_gradient(self, run: Run, shards: Sequence[Shard]) -> None:
         """Change the shards' gradients in place, before their norm is taken and clipped."""
 
+    def transform_step(self, run: Run, shards: Sequence[Shard]) -> None:
+        """Change the step in place, after AdamW has taken it: `param` holds the new weights, the state BEFORE the old
+        ones. An average follows what is left of the step.
+
+        The old weights are kept where a method has this hook: 4 bytes per weight, declared in `Config.state_kinds`.
+        """
+
     def after_update(self, run: Run, shards: Sequence[Shard]) -> None:
         """Work on the new weights inside the optimizer's step; changes reach the live model at no extra cost."""
+
+    def after_step(self, run: Run) -> None:
+        """Make further passes at the new weights, after the step; not called where the step was skipped."""
 
     def start_task(self, run: Run) -> None:
         """Prepare the method's state before a task's first step."""

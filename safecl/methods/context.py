@@ -6,7 +6,10 @@ The engine's classes satisfy these protocols by their structure, so a method imp
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
+
+from safecl.methods.terms import ReplayTerm
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +44,22 @@ class Shard(Protocol):
         """Store `values` (the layout of `param`) as the state `kind`, in the place and dtype of that kind."""
 
 
+@dataclass(frozen=True)
+class TensorPart:
+    """The elements of one trained tensor that lie next to each other in one of this rank's shards."""
+
+    number: int
+    """Number of the tensor, the same on every rank; an index into the result of `Run.dots_per_tensor`."""
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    shard: Shard
+    where: slice
+    """Elements of the flat shard, `param.view(-1)`."""
+    offset: int
+    """The first of them, counted in the flattened tensor."""
+
+
 Quantity = Callable[[Shard], "torch.Tensor"]
 """One value per weight as a function of a shard: its gradient, a kind of state."""
 
@@ -59,6 +78,10 @@ class Run(Protocol):
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the current task."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the last step that was made, of this one after its update; 0 before the first."""
 
     def shards(self) -> Sequence[Shard]:
         """This rank's part of the trained weights with its state tensors (fp32, flat)."""
@@ -89,20 +112,65 @@ class Run(Protocol):
     def load_fisher(self, path: str, kind: str = "fisher") -> float:
         """Load a file of `safecl fisher` into the state `kind`; returns its mean over all weights."""
 
+    def fisher_mean(self, kind: str) -> float:
+        """Mean over all weights of a kind of Fisher state."""
+
     def upper_threshold(self, kind: str, share: float) -> float:
         """The smallest value of the state `kind` (not negative) that at most this share of all weights exceeds, by two
         small all-reduces."""
 
-    def memory_gradient(self, kind: str, stream: str) -> bool:
-        """Put the gradient of the mean cross-entropy of a draw from the memory, at the current weights, into the state
-        `kind`; the weights stay.
+    def memory_gradient(self, kind: str, draw: ReplayTerm) -> bool:
+        """Put the gradient of the loss of a draw from the memory, at the current weights, into the state `kind`; the
+        weights stay.
 
         Costs one more forward and backward. False where the gradient was not finite; the state then holds nothing of
-        this step.
+        this step. A draw of `Method.gradient_draws` is read one step ahead.
         """
+
+    def task_gradient(self, kind: str) -> bool:
+        """Put the gradient of the cross-entropy of the task rows that this step trains (or of the draw in their place),
+        at the current weights, into the state `kind`, as `memory_gradient` does. For `before_step`."""
+
+    def memory_loss(self, draw: ReplayTerm) -> float:
+        """The loss of a draw from the memory at the current weights, dropout off: one forward pass."""
+
+    def perturb(self, kind: str, rho: float) -> None:
+        """Move the weights by `rho` along the state `kind`: theta + rho * s / ||s||, the norm over all weights.
+
+        Gradients are then taken there. `restore` puts the old weights back bitwise. A step that begins at moved weights
+        takes its gradient there, puts the old ones back, and updates them.
+        """
+
+    def restore(self) -> None:
+        """Put back the weights from before `perturb`."""
 
     def dots(self, shards: Sequence[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
         """Dot products over all weights of pairs of quantities: fp64 [pairs], by one small all-reduce."""
+
+    def dots_per_tensor(self, shards: Sequence[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
+        """The same for each trained tensor by itself: fp64 [pairs, tensors], by one all-reduce of as many numbers."""
+
+    def parts(self, shards: Sequence[Shard]) -> Iterator[TensorPart]:
+        """Yield the parts of trained tensors that lie in these shards. Not a collective call."""
+
+    def noise(self, part: TensorPart, key: str) -> torch.Tensor:
+        """Independent standard normal values for the elements of a part, fp32, on the shard's device.
+
+        They are a function of the run's seed, the step, `key`, and each element's place in its tensor: the same in
+        every ZeRO stage, and again after a resume.
+        """
+
+    def correct(
+        self,
+        num_steps: int,
+        draw: ReplayTerm,
+        *,
+        learning_rate: float | None = None,
+        task_share: float = 0.0,
+        of_average: bool = False,
+    ) -> float:
+        """Make optimizer steps on the memory alone, at once, and return the loss of the last one; see
+        safecl.training.corrective."""
 
     def publish(self) -> None:
         """Copy changed master weights into the live model."""

@@ -19,6 +19,8 @@ class ReplayTerm:
     kd_weight: float = 0.0
     divergence: str = "forward_kl"
     """forward_kl, reverse_kl, jsd, or mse over the stored entries, centred."""
+    share: float | None = None
+    """Tokens of the draw as a share of the task's tokens in a step; None: memory.replay_ratio."""
 
 
 @dataclass(frozen=True)

@@ -61,14 +61,14 @@ def _micro_batches(plan: RunPlan, task: TaskPlan, world_size: int) -> Iterator[t
     """Yield [rows, tokens] of the micro-batches of some steps, with their replayed rows, and of a Fisher estimate."""
     random = np.random.default_rng(0)
     methods = plan.methods if task.config.role != "align" else []
-    streams = {term.stream for method in methods for term in method.replay_terms()}
-    of_their_own = [stream for method in methods for stream in method.gradient_streams()]
+    shares = {term.stream: term.share for method in methods for term in method.replay_terms()}
+    of_their_own = [draw for method in methods for draw in method.gradient_draws(0)]
     for step in np.unique(np.linspace(0, task.num_steps - 1, STEPS_LOOKED_AT).astype(int)):
         lengths = task.dataset.lengths[task.order.rows_of_step(int(step))].tolist()
-        lengths += [length for _ in streams for length in _draw(plan, task, random)]
+        lengths += [length for share in shares.values() for length in _draw(plan, task, random, share)]
         yield from _shapes(plan, lengths, world_size)
-        for _ in of_their_own:
-            yield from _shapes(plan, _draw(plan, task, random), world_size)
+        for draw in of_their_own:
+            yield from _shapes(plan, _draw(plan, task, random, draw.share), world_size)
     for settings in plan.config.methods.values() if methods else ():
         size = getattr(settings, "rows_per_batch", None)
         if size is not None and settings.fisher_file is None and plan.memory is not None:
@@ -76,12 +76,13 @@ def _micro_batches(plan: RunPlan, task: TaskPlan, world_size: int) -> Iterator[t
             yield from _shapes(plan, chosen.tolist(), world_size)
 
 
-def _draw(plan: RunPlan, task: TaskPlan, random: np.random.Generator) -> list[int]:
-    """Return the lengths of the rows of one draw from the memory."""
+def _draw(plan: RunPlan, task: TaskPlan, random: np.random.Generator, share: float | None) -> list[int]:
+    """Return the lengths of the rows of one draw from the memory. share: see ReplayTerm."""
     if plan.memory is None or plan.config.memory is None:
         return []
     lengths = random.permutation(plan.memory.lengths)
-    wanted = max(1, round(plan.config.memory.replay_ratio * task.tokens_per_batch))
+    share = plan.config.memory.replay_ratio if share is None else share
+    wanted = max(1, round(share * task.tokens_per_batch))
     return lengths[: 1 + int(np.searchsorted(np.cumsum(lengths), wanted))].tolist()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,9 @@ from safecl.engine.fisher.file import load_fisher, open_fisher
 from safecl.engine.fisher.threshold import upper_threshold
 from safecl.engine.model.adapters import adapters
 from safecl.engine.zero.shard import Shard
+from safecl.engine.zero.tensor_parts import normal_noise
 from safecl.methods import context
+from safecl.training.own_passes import OwnPasses
 from safecl.training.state import RunState
 from safecl.training.step import dataset_rows
 
@@ -23,9 +25,11 @@ from safecl.training.step import dataset_rows
 class MethodView:
     """The `run` of a method's hooks; safecl.methods.context.Run documents it. All ranks make the same calls."""
 
-    def __init__(self, run: RunState, memory_gradient: Callable[[str, str], bool]):
+    def __init__(self, run: RunState, passes: OwnPasses, correct: Callable[..., float]):
         self._run, self._engine = run, run.engine
-        self.memory_gradient = memory_gradient
+        self.memory_gradient, self.task_gradient = passes.memory_gradient, passes.task_gradient
+        self.memory_loss = passes.memory_loss
+        self.correct = correct
         self.has_adapters = run.has_adapters
         self.seed = run.seed
 
@@ -36,6 +40,10 @@ class MethodView:
     @property
     def num_steps(self) -> int:
         return self._run.num_steps
+
+    @property
+    def learning_rate(self) -> float:
+        return self._run.last_learning_rate
 
     def log(self, message: str) -> None:
         self._run.log(message)
@@ -52,6 +60,23 @@ class MethodView:
         self, shards: Sequence[context.Shard], pairs: Sequence[tuple[context.Quantity, context.Quantity]]
     ) -> torch.Tensor:
         return self._engine.dots(shards, pairs)
+
+    def dots_per_tensor(
+        self, shards: Sequence[context.Shard], pairs: Sequence[tuple[context.Quantity, context.Quantity]]
+    ) -> torch.Tensor:
+        return self._engine.dots_per_tensor(shards, pairs)
+
+    def parts(self, shards: Sequence[context.Shard]) -> Iterator[context.TensorPart]:
+        return self._engine.parts(shards)
+
+    def noise(self, part: context.TensorPart, key: str) -> torch.Tensor:
+        return normal_noise(part, self.seed, self._run.global_step, key)
+
+    def perturb(self, kind: str, rho: float) -> None:
+        self._engine.perturb_along(kind, rho)
+
+    def restore(self) -> None:
+        self._engine.put_back()
 
     def publish(self) -> None:
         self._engine.shards.publish()
@@ -126,6 +151,9 @@ class MethodView:
 
     def load_fisher(self, path: str, kind: str = "fisher") -> float:
         load_fisher(open_fisher(path), self._engine.shards, self._engine.optimizer, kind)
+        return self._engine.optimizer.fisher_means[kind]
+
+    def fisher_mean(self, kind: str) -> float:
         return self._engine.optimizer.fisher_means[kind]
 
     def upper_threshold(self, kind: str, share: float) -> float:

@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from safecl.config import RunConfig
 from safecl.engine.artifacts.teacher_outputs import needs_outputs
 from safecl.engine.passes.attention import guard_attention
@@ -19,12 +21,15 @@ from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.zero.shard import Shard
 from safecl.engine.zero.update import UpdatePlan
-from safecl.methods.base import Method
+from safecl.methods.base import BEFORE, Method
+from safecl.methods.terms import ReplayTerm
 from safecl.planning.memory_kinds import tags_of_task_rows
 from safecl.planning.plans import TaskPlan, apply_screening
 from safecl.training import step as steps
+from safecl.training.corrective import CorrectivePhase
 from safecl.training.learning_rate import learning_rate
 from safecl.training.method_view import MethodView
+from safecl.training.own_passes import OwnPasses
 from safecl.training.penalties import Penalties
 from safecl.training.read_ahead import ReadAhead, Ready
 from safecl.training.replay_memory import insert_rows, sample_rows
@@ -43,15 +48,12 @@ class Run(RunState):
         tasks: Sequence[TaskPlan] = (),
     ):
         super().__init__(config, engine, methods, log, tasks)
-        self.view = MethodView(self, self._memory_gradient)
+        self.own_passes = OwnPasses(self)
+        self.view = MethodView(self, self.own_passes, self.correct)
         self.penalties = Penalties(
             engine, has_adapters=self.has_adapters, fisher_on_host=config.deepspeed.offload.fisher == "cpu"
         )
         self._ahead: ReadAhead | None = None
-        self._ready: dict[str, Ready] = {}
-        """The rows and micro-batches read for the current step, by gradient; each is removed when it is used."""
-        self.passes: list[tuple[list[StepRow], StepLosses]] = []
-        """The passes of the last step, for draws that follow losses and for messages."""
         self._waited = 0.0
 
     # ---------------------------------------------------------------------------------------------------------- a task
@@ -82,8 +84,7 @@ class Run(RunState):
             self.online_teachers.open(task.tokens_per_batch)
         if self.engine.store is not None and self.engine.store.where == "file":
             self.engine.store.check_unchanged()  # another process may have written into a mapped file
-        for method in self.active_methods:
-            method.start_task(self.view)
+        self._call("start_task")
         if any(method.ema_decay(self.view) is not None for method in self.active_methods):
             self.engine.optimizer.copy_weights_to("ema")
         self.release_reference()
@@ -120,8 +121,7 @@ class Run(RunState):
 
     def end_task(self) -> None:
         self.stop_reading()
-        for method in self.active_methods:
-            method.end_task(self.view)
+        self._call("end_task")
         if self.active_methods:
             self.previous = self.task
 
@@ -143,22 +143,29 @@ class Run(RunState):
         every = self.config.model.attention_check
         if every is not None and self.global_step > 0 and self.global_step % every == 0:
             guard_attention(self.engine, self.log)
-        self._ready, self.passes = self._take_ready(task), []
-        for method in self.active_methods:
-            method.before_step(self.view)
-        ready = self._ready.pop(steps.TASK)
+        self.ready, self.passes = self._take_ready(task), []
+        self._call("before_step")
+        losses = self._update(self.ready.pop(steps.TASK))
+        result = self.engine.optimizer.result
+        if result.applied:
+            self._log_losses_of_replayed_rows()
+            self._call("after_step")
+            self.engine.optimizer.result = result
+        self.step += 1
+        self.global_step += 1
+        return losses
+
+    def _update(self, ready: Ready) -> StepLosses:
+        """Make the step's own pass and its update."""
         self.online_teachers.ask(ready.rows)
+        update = self.engine.update(self.update_plan())
         losses = self.engine.gradient_pass(
             ready.rows,
-            self.engine.update(self.update_plan()),
+            self.engine.restore(update) if self.engine.is_perturbed else update,
             self.penalties.in_loss(self.active_methods),
             ready.batches,
         )
         self.passes.append((ready.rows, losses))
-        if self.engine.optimizer.result.applied:
-            self._log_losses_of_replayed_rows()
-        self.step += 1
-        self.global_step += 1
         return losses
 
     def update_plan(self) -> UpdatePlan:
@@ -175,20 +182,43 @@ class Run(RunState):
             ema_decay=decays[0] if decays else None,
             ema_mask=masks[0] if masks else None,
             transforms=self._hooks("transform_gradient"),
+            step_transforms=[
+                functools.partial(method.transform_step, self.view)
+                for method in self.active_methods
+                if BEFORE in method.config.state_kinds
+            ],
             after_update=self._hooks("after_update"),
         )
+
+    @torch.no_grad()
+    def _call(self, hook: str) -> None:
+        """Call a hook of all active methods. They change weights freely; passes that they ask for have gradients."""
+        for method in self.active_methods:
+            getattr(method, hook)(self.view)
 
     def _hooks(self, name: str) -> list[Callable[[list[Shard]], None]]:
         """Return the hooks of this name that the active methods define, as functions of the shards."""
         methods = [m for m in self.active_methods if getattr(type(m), name) is not getattr(Method, name)]
         return [functools.partial(getattr(m, name), self.view) for m in methods]
 
-    def _memory_gradient(self, kind: str, stream: str) -> bool:
-        """See safecl.methods.context.Run.memory_gradient."""
-        ready = self._ready.pop(stream, None) or Ready(steps.gradient_rows(self, stream, self.step), None)
-        losses = self.engine.gradient_pass(ready.rows, self.engine.stash(kind), batches=ready.batches)
-        self.passes.append((ready.rows, losses))
-        return self.engine.optimizer.result.applied
+    def correct(
+        self,
+        num_steps: int,
+        draw: ReplayTerm,
+        *,
+        learning_rate: float | None = None,
+        task_share: float = 0.0,
+        of_average: bool = False,
+    ) -> float:
+        """Make a corrective phase at once (safecl.training.corrective) and return its last loss.
+
+        learning_rate: by default train.learning_rate. of_average: correct the model that is saved, where that is the
+        average.
+        """
+        self.stop_reading()
+        rate = self.config.train.learning_rate if learning_rate is None else learning_rate
+        phase = CorrectivePhase(self, self.penalties, draw, rate, task_share, of_average and self.saves_average)
+        return phase.run(num_steps)
 
     def _log_losses_of_replayed_rows(self) -> None:
         if self.memory is None or not self.memory.follows_losses or not self.active_methods:

@@ -7,10 +7,13 @@ from typing import Any
 
 from safecl.config import RunConfig
 from safecl.engine.model.adapters import adapters
+from safecl.engine.passes.step_losses import StepLosses
+from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.online import OnlineTeachers
 from safecl.methods.base import Method
 from safecl.planning.plans import RunPlan, TaskPlan
+from safecl.training.read_ahead import Ready
 from safecl.training.recorded_teachers import RecordedTeachers
 from safecl.training.replay_memory import ReplayMemory
 
@@ -55,6 +58,10 @@ class RunState:
         self.first_step = 0
         """The global step in which the current task began."""
         self.last_learning_rate = 0.0
+        self.ready: dict[str, Ready] = {}
+        """The rows and micro-batches read for the current step, by gradient; each is removed when it is used."""
+        self.passes: list[tuple[list[StepRow], StepLosses]] = []
+        """The passes of the last step, for draws that follow losses and for messages."""
 
     @property
     def seed(self) -> int:

@@ -29,21 +29,29 @@ TOO_SMALL_TO_COUNT = 1e-30
 
 def rows_by_gradient(run: RunState, task: TaskPlan, step: int) -> dict[str, list[StepRow]]:
     """Return the rows of every gradient of a step: those that methods take by themselves, and `TASK`."""
-    streams = [stream for method in run.active_methods for stream in method.gradient_streams()]
-    return {stream: gradient_rows(run, stream, step) for stream in streams} | {TASK: step_rows(run, task, step)}
+    draws = [draw for method in run.active_methods for draw in method.gradient_draws(step)]
+    return {draw.stream: drawn_rows(run, draw, step) for draw in draws} | {TASK: step_rows(run, task, step)}
 
 
-def gradient_rows(run: RunState, stream: str, step: int) -> list[StepRow]:
-    """Return the rows of a draw from the memory, for a method that takes the gradient of their cross-entropy."""
-    return _replay_rows(run, stream, [ReplayTerm(stream, ce_weight=1.0)], step)
+def drawn_rows(run: RunState, draw: ReplayTerm, step: int) -> list[StepRow]:
+    """Return the rows of one draw from the memory, weighted as it says."""
+    return _replay_rows(run, draw.stream, [draw], step)
 
 
 def step_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
-    """Return the rows of the step's own gradient: task rows first, then one draw from the memory per stream."""
-    rows = _task_rows(run, task, step)
+    """Return the rows of the step's own gradient: task rows first, or the draw that takes their place, then one draw
+    from the memory per stream."""
+    instead = memory_step(run.active_methods, step, task.num_steps)
+    rows = drawn_rows(run, instead, step) if instead is not None else task_rows(run, task, step)
     for stream, terms in _by_stream(run.active_methods).items():
         rows += _replay_rows(run, stream, terms, step)
     return rows
+
+
+def memory_step(methods: Sequence[Method[Any]], step: int, num_steps: int) -> ReplayTerm | None:
+    """Return the draw that takes the place of the task's rows in a step; None for an ordinary step."""
+    draws = [draw for method in methods if (draw := method.memory_step(step, num_steps)) is not None]
+    return draws[0] if draws else None
 
 
 def task_terms(methods: Sequence[Method[Any]]) -> list[TaskTerm]:
@@ -73,7 +81,8 @@ def _load_row(data: TokenDataset, index: int) -> tuple[Row, None]:
     return data.row(index), None
 
 
-def _task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
+def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
+    """Return the task's rows of a step, with their distances to teachers."""
     data, indices, terms = task.dataset, task.order.rows_of_step(step), task_terms(run.active_methods)
     num_targets, num_tokens = max(1, int(data.num_targets[indices].sum())), max(1, int(data.lengths[indices].sum()))
     ce_weights = token_weights(run.config.train.loss_mean, data.num_targets[indices], task.median_targets)
@@ -125,7 +134,8 @@ def _replay_rows(run: RunState, stream: str, terms: list[ReplayTerm], step: int)
     """Return one draw from the memory, weighted as the terms of its stream say."""
     settings, memory, task = run.config.memory, run.memory, run.task
     assert settings is not None and memory is not None and task is not None
-    wanted = max(1, round(settings.replay_ratio * task.tokens_per_batch))
+    shares = [term.share for term in terms if term.share is not None]
+    wanted = max(1, round((shares[0] if shares else settings.replay_ratio) * task.tokens_per_batch))
     drawn = memory.draw(run.first_step + step, wanted, stream)
     total = max(1, sum(row.num_targets for row in drawn))
     ce_weight = sum(term.ce_weight for term in terms) / total

@@ -20,6 +20,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "l2_sp": {"strength": 1.0},
     "online_ewc": {"strength": 0.5, **FISHER},
     "psmt": FISHER,
+    "refresh": {"delta": 0.02, "sigma": 0.5, "fisher_weight": 0.1, **FISHER},
+    "lisa": {"cycle": 2, "share": 0.5},
+    "ogpsa": {"every": 2},
+    "spag": {"tau": None, "eta": 0.025},
+    "corrective_replay": {"steps": 2, "every": 1, "limit": 1.01, "mix": 0.5},
 }
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
 
@@ -28,7 +33,7 @@ SECTIONS: dict[str, dict[str, Any]] = {}
 
 
 def config_of(method: str | None, folder: str, **changes: Any):
-    """The config of a run with this method alone; plain fine-tuning for None."""
+    """The config of a run with this method alone, or with those of `changes`; plain fine-tuning for None."""
     from tests.engine.scenes import run_config
 
     sections: dict[str, Any] = {

@@ -19,18 +19,25 @@ def train(
     *,
     transform: Callable[[int, dict], dict] = lambda step, grads: grads,
     pull: Callable[[dict], dict] = lambda params: {},
+    before: Callable[[int], None] = lambda step: None,
+    after: Callable[[int, dict], None] = lambda step, old: None,
     lr: float = 1e-2,
     eps: float = 1e-4,
     clip_norm: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """One AdamW step per loss, in place; returns the weights by name."""
+    """One AdamW step per loss, in place; returns the weights by name.
+
+    before: runs before a step's gradient. after: gets the weights from before the update, by name.
+    """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}
     for step, loss in enumerate(losses):
+        before(step)
         grads = transform(step, gradients(model, loss()))
         norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads.values()))
         clip = min(1.0, clip_norm / (norm + 1e-6))
         pulls = pull({name: p.detach() for name, p in params.items()})
+        old = {name: p.detach().clone() for name, p in params.items()}
         with torch.no_grad():
             for name, p in params.items():
                 g = grads[name] * clip + pulls.get(name, 0.0)
@@ -38,6 +45,7 @@ def train(
                 m.mul_(0.9).add_(g, alpha=0.1)
                 v.mul_(0.999).addcmul_(g, g, value=0.001)
                 p.sub_(lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + eps))
+        after(step, old)
     return {name: p.detach().clone() for name, p in params.items()}
 
 

@@ -155,7 +155,7 @@ def test_the_margin_of_agem_is_a_cosine_below_which_the_gradient_is_made_orthogo
         for g, r in zip(gradient, memory, strict=True)
     ]
     dots = lambda shards, pairs: torch.stack([sum((a(s) * b(s)).sum() for s in shards) for a, b in pairs]).double()  # noqa: E731
-    run = SimpleNamespace(dots=dots, memory_gradient=lambda kind, stream: True, log=lambda message: None, num_steps=1)
+    run = SimpleNamespace(dots=dots, memory_gradient=lambda kind, draw: True, log=lambda message: None, num_steps=1)
     method = agem.Method("agem", agem.Config(margin=margin))
     method.start_task(run)
     method.before_step(run)

@@ -9,6 +9,9 @@ the optimizer does with the reduced gradient:
   perturb(rho)               weights += rho * g / ||g||, after saving them
   restore(then)              put the saved weights back, then `then` with this gradient
   accumulate_fisher(...)     fisher += weight * g^2; weights stay
+
+`perturb_along` moves the weights along a gradient that was stashed before; `put_back` undoes it. `loss_pass` makes a
+forward pass alone.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from safecl.engine.passes.micro_batches import MicroBatchLayout, StepBatch, micr
 from safecl.engine.passes.step_losses import ADAPTERS, StepLosses
 from safecl.engine.passes.step_rows import StepRow, terms_of
 from safecl.engine.reference.store import ReferenceStore
+from safecl.engine.zero import tensor_parts
 from safecl.engine.zero.deepspeed_config import deepspeed_config
 from safecl.engine.zero.optimizer import ShardAdamW
 from safecl.engine.zero.shard import Action, Shard
@@ -146,11 +150,22 @@ class TrainingEngine(ModelEngine):
         losses.nonfinite = self.optimizer.result.nonfinite
         return losses
 
+    @torch.no_grad()
+    def loss_pass(self, rows: Sequence[StepRow], batches: list[StepBatch] | None = None) -> StepLosses:
+        """Make one forward pass over `rows` with dropout off; their losses at the current weights."""
+        losses = StepLosses(terms_of(rows), self.device, self.layout.world_size)
+        with self.evaluation_mode():
+            for batch in self.prepare(rows) if batches is None else batches:
+                losses.add(batch, self.deepspeed(task="loss", **to_device(batch.inputs, self.device)))
+                progress.beat()
+        return losses
+
     def prepare(self, rows: Sequence[StepRow]) -> list[StepBatch]:
         """Load, stack and pin this rank's micro-batches. Not a collective call: a thread may prepare the next step
         during a step."""
         return pinned(micro_batches(rows, terms_of(rows), self.layout, self.rank))
 
+    @torch.enable_grad()
     def _forward_backward(
         self, rows: Sequence[StepRow], adapter_penalty: AdapterPenalty | None, batches: list[StepBatch] | None
     ) -> StepLosses:
@@ -250,27 +265,42 @@ class TrainingEngine(ModelEngine):
             if UNPERTURBED in shard.state:
                 shard.param.copy_(shard.state.pop(UNPERTURBED))
 
+    # ------------------------------------------------------------------------------------------- weights between passes
+
+    @torch.no_grad()
+    def perturb_along(self, kind: str, rho: float) -> None:
+        """weights += rho * s / ||s|| with the state s of this kind; `put_back`, or a pass with `restore`, undoes it
+        exactly."""
+        assert not self.is_perturbed, "the weights are moved already; put them back first"
+        shards = self.optimizer.shards()
+        (square,) = self.dots(shards, [(lambda shard: shard.state[kind],) * 2])
+        self.optimizer.copy_weights_to(UNPERTURBED)
+        factor = rho / max(float(square) ** 0.5, 1e-12)
+        for shard in shards:
+            shard.param.add_(shard.state[kind].to(shard.param.device), alpha=factor)
+        self.shards.publish()
+
+    @property
+    def is_perturbed(self) -> bool:
+        return self.optimizer.has(UNPERTURBED)
+
+    def put_back(self) -> None:
+        """Put back the weights from before `perturb_along`."""
+        self._put_back()
+        self.shards.publish()
+
     def dots(
         self, shards: Sequence[context.Shard], pairs: Sequence[tuple[context.Quantity, context.Quantity]]
     ) -> torch.Tensor:
         """Dot products of pairs of quantities over all weights, fp64 [pairs], by one small all-reduce."""
-        local = torch.zeros(len(pairs), dtype=torch.float64)
-        for shard in shards:
-            local += torch.stack([flat_dot(a(shard), b(shard)).cpu() for a, b in pairs])
-        return self.shards.reduce_sum(local)
+        return tensor_parts.dots(self.shards, shards, pairs)
 
-    def dots_per_tensor(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> dict[str, float]:
-        """Dot product of two quantities, in the layout of the flats, for every parameter: one all-reduce of one number
-        per parameter."""
-        names = list(self.shards.shapes)
-        local = torch.zeros(len(names), dtype=torch.float64)
-        for fragment in self.shards.fragments:
-            parts = self.shards.view(fragment, a), self.shards.view(fragment, b)
-            local[names.index(fragment.name)] += flat_dot(*parts).cpu()
-        return dict(zip(names, self.shards.reduce_sum(local).tolist(), strict=True))
+    def dots_per_tensor(
+        self, shards: Sequence[context.Shard], pairs: Sequence[tuple[context.Quantity, context.Quantity]]
+    ) -> torch.Tensor:
+        """Dot products of pairs of quantities over each trained tensor, fp64 [pairs, tensors], by one all-reduce."""
+        return tensor_parts.dots_per_tensor(self.shards, list(self.parts(shards)), pairs)
 
-
-def flat_dot(a: torch.Tensor, b: torch.Tensor, chunk: int = 1 << 24) -> torch.Tensor:
-    """Dot product in fp64, 0-dim: fp32 sums over a whole model are too coarse for projections."""
-    parts = zip(a.reshape(-1).split(chunk), b.reshape(-1).split(chunk), strict=True)
-    return sum((x.double() @ y.double() for x, y in parts), torch.zeros((), dtype=torch.float64, device=a.device))
+    def parts(self, shards: Sequence[context.Shard]) -> Iterator[context.TensorPart]:
+        """Yield the parts of trained tensors that lie in these shards. Not a collective call."""
+        return tensor_parts.parts_of(self.shards, self.optimizer.shards(), shards)

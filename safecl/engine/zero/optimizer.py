@@ -2,9 +2,9 @@
 change.
 
 Order inside a step: gradient transforms -> norm -> clip coefficient -> penalty at the old weights -> moments ->
-decoupled decay -> update -> EMA of the new weights -> work on the new weights. State (`exp_avg`, `exp_avg_sq`, `ema`,
-`fisher`, `anchor`, ...) has the layout of its shard and stays on the shard's rank, so it needs no communication in any
-ZeRO stage.
+decoupled decay -> update -> transforms of the step -> EMA of the new weights -> work on the new weights. State
+(`exp_avg`, `exp_avg_sq`, `ema`, `fisher`, `anchor`, ...) has the layout of its shard and stays on the shard's rank, so
+it needs no communication in any ZeRO stage.
 
 DeepSpeed also calls `step()` for passes that do not update, and once inside `initialize`: `action` says what the next
 call does.
@@ -25,7 +25,8 @@ from safecl.engine.zero.placement import StatePlacement, allocate
 from safecl.engine.zero.segments import segment_tables
 from safecl.engine.zero.shard import Action, Shard
 from safecl.engine.zero.shards import ShardMap
-from safecl.engine.zero.update import AdamWSettings, ShardUpdate, UpdatePlan, UpdateResult
+from safecl.engine.zero.update import AdamWSettings, ShardUpdate, UpdatePlan, UpdateResult, average_
+from safecl.methods.base import BEFORE
 
 
 class ShardAdamW(torch.optim.Optimizer):
@@ -172,8 +173,14 @@ class ShardAdamW(torch.optim.Optimizer):
             if not self._shard_map.all_agree(bool(torch.isfinite(norm))):
                 return
             self.num_updates += 1
+            if plan.step_transforms:
+                self.copy_weights_to(BEFORE)
             update = self._update(plan)
             self.result.penalty, self.result.nonfinite = update.run(shards, norm), update.nonfinite
+            for transform in plan.step_transforms:
+                transform(shards)
+            if plan.ema_decay is not None and plan.pass_ema_decay is None:
+                average_(shards, plan)
             for work in plan.after_update:
                 work(shards)
             self.result.applied = True

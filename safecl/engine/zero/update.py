@@ -12,7 +12,7 @@ from torch import Tensor
 from safecl.engine.zero.clipping import clip_coefficient, clip_gradients_
 from safecl.engine.zero.penalties import Penalties, PenaltyPlaces, kinds_of, place_penalties
 from safecl.engine.zero.shard import Action, Shard
-from safecl.kernels import adamw_step_
+from safecl.kernels import adamw_step_, ema_update_
 from safecl.methods.terms import AverageMask, Penalty
 
 
@@ -22,8 +22,9 @@ class UpdatePlan:
 
     lr: learning rate. clip_norm: largest norm of the gradient, 0 for no clipping. clip_scope: `task` clips the loss's
     gradient before penalties join it, `total` clips the sum. ema_decay: decay of the state `ema`, None for no average.
-    ema_mask: another decay for some elements. transforms: change the gradients before the norm is taken. after_update:
-    work on the new weights.
+    ema_mask: another decay for some elements. transforms: change the gradients before the norm is taken.
+    step_transforms: change the step that was taken; the state BEFORE holds the old weights. after_update: work on the
+    new weights.
     """
 
     lr: float
@@ -33,7 +34,13 @@ class UpdatePlan:
     ema_decay: float | None = None
     ema_mask: AverageMask | None = None
     transforms: Sequence[Action] = ()
+    step_transforms: Sequence[Action] = ()
     after_update: Sequence[Action] = ()
+
+    @property
+    def pass_ema_decay(self) -> float | None:
+        """Decay of the average in the pass over the shard; None where the average waits for the transformed step."""
+        return None if self.step_transforms else self.ema_decay
 
 
 @dataclass
@@ -77,13 +84,17 @@ class ShardUpdate:
 
     def run(self, shards: Sequence[Shard], norm: Tensor) -> Tensor | None:
         """Update the shards; return this rank's part of the penalty loss. norm: that of the loss's gradient."""
-        places = place_penalties(self.plan.penalties, self.plan.ema_mask)
+        places = place_penalties(self.plan.penalties, self._pass_mask)
         if not self.plan.penalties:
             self._clip_the_loss(shards, norm, places)
             return None
         if self.plan.clip_scope == "total":
             return self._clip_the_total(shards, places)
         return self._clip_the_loss(shards, norm, places)
+
+    @property
+    def _pass_mask(self) -> AverageMask | None:
+        return self.plan.ema_mask if self.plan.pass_ema_decay is not None else None
 
     def _clip_the_loss(self, shards: Sequence[Shard], norm: Tensor, places: PenaltyPlaces) -> Tensor:
         """`task`: clip the loss's gradient, then add the penalties'."""
@@ -112,7 +123,7 @@ class ShardUpdate:
             if kind not in shard.state:
                 shard.state[kind] = torch.zeros_like(shard.param)
         shard.settle_pages()
-        average, mask = ["ema"] if self.plan.ema_decay is not None else [], self.plan.ema_mask
+        average, mask = ["ema"] if self.plan.pass_ema_decay is not None else [], self._pass_mask
         kinds = dict.fromkeys([*kinds_of(penalty), *average, *([mask.fisher] if mask is not None else [])])
         options = self._options(shard, clip)
         losses = []
@@ -141,7 +152,22 @@ class ShardUpdate:
             "step": self.step,
             "lr": self.plan.lr,
             "clip_coef": None if clip is None else clip.to(shard.param.device),
-            "ema_decay": self.plan.ema_decay,
+            "ema_decay": self.plan.pass_ema_decay,
         }
-        mask = self.plan.ema_mask
+        mask = self._pass_mask
         return options if mask is None else options | {"ema_threshold": mask.threshold, "ema_decay_above": mask.decay}
+
+
+def average_(shards: Sequence[Shard], plan: UpdatePlan) -> None:
+    """Let the average follow the weights, after a step that methods have transformed. The same arithmetic as in the
+    pass."""
+    mask = plan.ema_mask
+    assert plan.ema_decay is not None
+    for shard in shards:
+        for piece in shard.pieces(["ema", *([mask.fisher] if mask is not None else [])], written=["ema"]):
+            ema, param = piece.state["ema"], piece.of(shard.param)
+            if mask is None:
+                ema_update_(ema, param, plan.ema_decay)
+                continue
+            above = piece.state[mask.fisher].float() > mask.threshold
+            ema.add_(torch.where(above, 1.0 - mask.decay, 1.0 - plan.ema_decay) * (param - ema))

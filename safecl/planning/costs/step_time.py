@@ -151,11 +151,14 @@ def _method_passes(
     shape: ModelShape, config: RunConfig, cluster: Cluster, forward: float, passes: float, ratio: float
 ) -> float:
     """A teacher that is asked in every step makes a forward pass, and its weights pass from host memory to each device.
-    A method with gradients of its own makes a pass over the replayed rows."""
+    A method with gradients of its own makes passes over replayed rows or the task's."""
     teachers = len(set(config.online_teachers.values()))
     streamed = shape.weights * weight_bytes(config) / cluster.device.host if config.teacher == "streamed" else 0.0
-    own = sum(settings.gradient_passes for settings in config.methods.values())
-    return teachers * max(forward, streamed) + own * passes * ratio / (1 + ratio)
+    replayed, methods = ratio / (1 + ratio), config.methods.values()
+    own = sum(settings.gradient_passes for settings in methods) * passes * replayed
+    own += sum(settings.forward_passes for settings in methods) * forward * replayed
+    own += sum(settings.task_gradient_passes for settings in methods) * passes * (1 - replayed)
+    return teachers * max(forward, streamed) + own
 
 
 def _update(shape: ModelShape, config: RunConfig, cluster: Cluster) -> float:

@@ -28,9 +28,10 @@ class Hyper:
 
 
 def row_nll(model, row) -> torch.Tensor:
-    """Negative log-likelihood of each supervised token of one row, fp32."""
+    """Negative log-likelihood of each supervised token of one row, fp32, or fp64 for a model in fp64."""
     ids = torch.from_numpy(row.input_ids.astype("int64"))[None]
-    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     mask = torch.from_numpy(row.loss_mask[1:].copy())
     return F.cross_entropy(logits[:-1][mask], ids[0, 1:][mask], reduction="none")
 

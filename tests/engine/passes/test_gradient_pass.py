@@ -54,11 +54,17 @@ def use_all_primitives(**changes) -> dict:
     found["dots"] = engine.dots(
         run.view.shards(), [(lambda s: s.state["a"], lambda s: s.state["b"]), (lambda s: s.state["a"],) * 2]
     ).tolist()
-    found["per_tensor"] = engine.dots_per_tensor(optimizer.tensors("a"), optimizer.tensors("b"))
+    (per_tensor,) = engine.dots_per_tensor(run.view.shards(), [(lambda s: s.state["a"], lambda s: s.state["b"])])
+    found["per_tensor"] = dict(zip(shards.shapes, per_tensor.tolist(), strict=True))
     engine.gradient_pass(first, engine.perturb(RHO))
     found["perturbed"] = scenes.state_of(run)["weights"]
     engine.gradient_pass(second, engine.restore(engine.stash("b_perturbed")))
     found["b_perturbed"] = state("b_perturbed")
+    engine.perturb_along("a", RHO)
+    found["moved"] = scenes.state_of(run)["weights"]
+    engine.gradient_pass(second, engine.stash("b_moved"))
+    found["b_moved"] = state("b_moved")
+    engine.put_back()
     end = scenes.state_of(run)["weights"]
     engine.gradient_pass(second, engine.stash("b_again"))
     again = state("b_again")
@@ -75,6 +81,8 @@ def test_stash_fisher_dots_and_perturbation_equal_plain_pytorch(rank_pool, stage
     want = expected()
     for kind in ("a", "b", "perturbed", "b_perturbed"):
         assert oracle.relative_distance(found[kind], want[kind]) <= 1e-5, kind
+    for kind, same in (("moved", "perturbed"), ("b_moved", "b_perturbed")):
+        assert oracle.relative_distance(found[kind], want[same]) <= 1e-5, kind
     assert oracle.relative_distance(want["b_perturbed"], want["b"]) > 0.05  # the perturbation matters
     squares = {name: 0.5 * want["a"][name] ** 2 + 2.0 * want["b"][name] ** 2 for name in want["a"]}
     assert oracle.relative_distance(found["squares"], squares) <= 1e-5
@@ -83,7 +91,14 @@ def test_stash_fisher_dots_and_perturbation_equal_plain_pytorch(rank_pool, stage
     length = sum(float((g.double() ** 2).sum()) for g in want["a"].values())
     assert found["dots"] == pytest.approx([sum(per_tensor.values()), length], rel=1e-5)
     assert found["restored"] and found["live_restored"]
-    assert found["kinds"] == ["a", "b", "b_again", "b_perturbed", "squares"]  # no moments: nothing was an update
+    assert found["kinds"] == [
+        "a",
+        "b",
+        "b_again",
+        "b_moved",
+        "b_perturbed",
+        "squares",
+    ]  # no moments: nothing was an update
 
 
 def sharpness_aware_steps(steps: int, **changes):

@@ -1,0 +1,1 @@
+"""Methods that keep elements of a step from being taken."""

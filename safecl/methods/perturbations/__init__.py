@@ -1,0 +1,1 @@
+"""Methods that move weights before they take a gradient."""
