@@ -33,6 +33,8 @@ RESULTS = Path(__file__).parent / "results" / "fault-matrix.json"
 METHODS = EWC | {"ema": {"decay": 0.9}, "der": {"alpha": 0.5}}
 RUN = {"methods": METHODS, "deepspeed": {"stage": 2}}
 LIMIT = 1e-3
+PATIENCE = 6 * 3600.0
+"""Longest time in seconds that a run without kills may take, at low priority on a busy machine."""
 
 
 def write_row(name: str, found: dict) -> None:
@@ -83,7 +85,7 @@ def killed_run(
 ) -> dict:
     """Kill a run again and again, let it end, and compare its end with that of a run that nobody kills.
 
-    kills: this many, in a run of `steps` steps more than they need; None: until the run is through.
+    kills: this many, in a run of at most `steps` steps; None: until the run is through.
     """
     from tests.faults import matrix_scenes
 
@@ -96,7 +98,8 @@ def killed_run(
         )
         progress.advance(progress.done + 1, found["wrong"])
         print(f"  kill {progress.done}: rank {found['victim']}, newest checkpoint {last_step()}", flush=True)
-    with ranks(2) as pool:
+    steps = min(steps, last_step() + longest) if kills is not None else steps
+    with ranks(2, PATIENCE) as pool:
         end = pool.run(matrix_scenes.go_on, folder=str(folder / "killed"), until=steps, **arguments)
         whole = pool.run(matrix_scenes.go_on, folder=str(folder / "whole"), until=steps, **arguments)
     wrong = []
@@ -131,7 +134,7 @@ def resumes(count: int, progress: Progress) -> dict:
     folder, rng = progress.folder, random.Random(0)
     layouts = [(rng.choice([1, 2, 4]), rng.randrange(4)) for _ in range(count)]
     with contextlib.ExitStack() as stack:
-        pools = {size: stack.enter_context(ranks(size)) for size in (1, 2, 4)}
+        pools = {size: stack.enter_context(ranks(size, PATIENCE)) for size in (1, 2, 4)}
         for number in range(min(progress.done, count - 1), count):
             size, stage = layouts[number]
             settings = dict(methods=METHODS, deepspeed={"stage": stage})

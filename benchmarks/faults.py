@@ -77,10 +77,10 @@ def scratch(in_memory: bool = True) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def ranks(world_size: int) -> Iterator:
+def ranks(world_size: int, timeout: float = 600.0) -> Iterator:
     from tests.pool import RankPool
 
-    pool = RankPool(world_size, timeout=600)
+    pool = RankPool(world_size, timeout)
     try:
         yield pool
     finally:
