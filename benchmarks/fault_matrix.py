@@ -101,6 +101,7 @@ def killed_run(
     steps = min(steps, last_step() + longest) if kills is not None else steps
     with ranks(2, PATIENCE) as pool:
         end = pool.run(matrix_scenes.go_on, folder=str(folder / "killed"), until=steps, **arguments)
+        arguments["save_every"] = steps + 1  # the run that nobody kills saves nothing either
         whole = pool.run(matrix_scenes.go_on, folder=str(folder / "whole"), until=steps, **arguments)
     wrong = []
     for rank, (one, other) in enumerate(zip(end, whole, strict=True)):
