@@ -28,6 +28,9 @@ from safecl.launching.pulse import Pulse
 _POLL_SECONDS = 0.1
 _SECONDS_BEFORE_A_RESTART = 5.0
 _SECONDS_TO_END = 10.0
+_SECONDS_TO_REPORT = 5.0
+_FINAL = (ExitCode.USAGE, ExitCode.GATE)
+"""Codes that a rank has explained itself."""
 _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_CONNECT = 5.0, 3.0
 SECONDS_TO_BE_LOST = 20.0
 """The ranks of a node end when the first node could not be reached for this long."""
@@ -96,6 +99,9 @@ class Agent:
         try:
             while self._launcher.poll() is None:
                 time.sleep(_POLL_SECONDS)
+                if any(code in _FINAL for code in self._numbers("code")):
+                    self._let_ranks_report()
+                    break
                 if (lost := reach.lost_for()) > SECONDS_TO_BE_LOST:
                     self.say(f"safecl launch: the first node ({reach}) cannot be reached for {lost:.0f} s; ending")
                     break
@@ -110,6 +116,15 @@ class Agent:
             code = self._code(began)
             pulse.end(failed=code == ExitCode.FAILED)
         return code, any(self._numbers("pid"))
+
+    def _let_ranks_report(self) -> None:
+        """End the launcher, which would add tracebacks of its own to what a rank has said, or end the others before
+        they have said it; then give the ranks time to end."""
+        assert self._launcher is not None
+        self._launcher.kill()
+        end = time.monotonic() + _SECONDS_TO_REPORT
+        while any(True for _ in self._ranks()) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
 
     # ---------------------------------------------------------------------------------------------------------- signals
 
@@ -162,7 +177,7 @@ class Agent:
         codes, num_ranks = list(self._numbers("code")), len(list(self._numbers("pid")))
         if num_ranks == 0:
             return self._code_elsewhere(began)
-        for code in (ExitCode.USAGE, ExitCode.GATE):
+        for code in _FINAL:
             if code in codes:
                 return int(code)
         if ExitCode.FAILED in codes:

@@ -163,7 +163,7 @@ def _time(clock: float) -> str:
 
 def _check_shared_folder(nodes: Nodes, folder: Path, note: Callable[[str], None], lock: str) -> None:
     """Raise ConfigError where a node does not see what rank 0 writes; note locks that do not reach across nodes."""
-    blind = _nodes_that_do_not_see(nodes, folder, SECONDS_FOR_A_FILE)
+    (blind,) = _nodes_that_do_not_see(nodes, [folder], SECONDS_FOR_A_FILE)
     if blind:
         raise ConfigError(
             f"output: {folder} is not shared: {', '.join(blind)} cannot see a file that {nodes.firsts[0].host} has "
@@ -180,26 +180,28 @@ def _check_shared_folder(nodes: Nodes, folder: Path, note: Callable[[str], None]
         )
 
 
-def _nodes_that_do_not_see(nodes: Nodes, folder: Path, seconds: float) -> list[str]:
-    """Write a file on rank 0 and look for it on the first rank of every node; return the hosts that do not find it
-    within `seconds`."""
-    token = collectives.on_first_rank(lambda: f".preflight-{os.getpid()}-{time.time_ns()}")
-    path = folder / token
-    collectives.on_first_rank(lambda: _write(path, token), (OSError,), ConfigError)
-    blind = [] if not _is_first_of(nodes) or _appears(path, token, seconds) else [_own(nodes).host]
-    found = collectives.gather_objects(blind)
-    if collectives.rank() == 0:
-        path.unlink(missing_ok=True)
-    return found
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def _appears(path: Path, text: str, seconds: float) -> bool:
+def _nodes_that_do_not_see(nodes: Nodes, folders: list[Path], seconds: float) -> list[list[str]]:
+    """Write a file into each folder on rank 0 and look for it on the first rank of every node; return, for each folder,
+    the hosts that do not find it within `seconds`."""
+    token = collectives.on_first_rank(lambda: _write(folders), (OSError,), ConfigError)
     deadline = time.monotonic() + seconds
+    sees = [not _is_first_of(nodes) or _appears(folder / token, token, deadline) for folder in folders]
+    found = collectives.gather_objects([(_own(nodes).host, sees)])
+    if collectives.rank() == 0:
+        for folder in folders:
+            (folder / token).unlink(missing_ok=True)
+    return [[host for host, seen in found if not seen[number]] for number in range(len(folders))]
+
+
+def _write(folders: list[Path]) -> str:
+    token = f".preflight-{os.getpid()}-{time.time_ns()}"
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token).write_text(token)
+    return token
+
+
+def _appears(path: Path, text: str, deadline: float) -> bool:
     while True:
         with contextlib.suppress(OSError):
             os.listdir(path.parent)  # makes a network file system ask its server again
@@ -231,11 +233,11 @@ def _is_first_of(nodes: Nodes) -> bool:
 
 def _shared_artifacts(config: RunConfig, nodes: Nodes, note: Callable[[str], None]) -> RunConfig:
     """Say where prepared data and artifacts lie; move the store into the run folder where nodes do not share it."""
-    blind = _nodes_that_do_not_see(nodes, data_cache(), SECONDS_FOR_A_CACHE)
+    folder = Path(config.artifacts.folder).expanduser() if config.artifacts.folder else artifact_cache()
+    blind, blind_to_artifacts = _nodes_that_do_not_see(nodes, [data_cache(), folder], SECONDS_FOR_A_CACHE)
     once = "once per node" if blind else "once, for all nodes"
     note(f"prepared data  {data_cache()}, {once}")
-    folder = Path(config.artifacts.folder).expanduser() if config.artifacts.folder else artifact_cache()
-    if not _nodes_that_do_not_see(nodes, folder, SECONDS_FOR_A_CACHE):
+    if not blind_to_artifacts:
         note(f"artifacts      {folder}, once for all nodes")
         return config
     own = Path(config.output) / "artifacts"

@@ -4,7 +4,8 @@
     python stand_in.py rank WAY
 
 Ways to end: a number is an exit code; `killed` is by SIGKILL, `wait` is with 75 after a signal, `stays` is not at all,
-`failed-once` is 1 the first time and 0 from then on.
+`is-stopped` neither, `failed-once` is 1 the first time and 0 from then on, `explains` is 2 a while after the code is
+known.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ def launch(ways: list[str]) -> int:
     for rank, way in enumerate(ways):
         env = os.environ | {"RANK": str(rank)}
         ranks.append(subprocess.Popen([sys.executable, __file__, "rank", way], env=env, start_new_session=True))
-    if "stays" in ways:  # this launcher loses a rank
+    if "stays" in ways or "is-stopped" in ways:  # this launcher loses a rank
         time.sleep(0.5)
         return 1
     codes = [rank.wait() for rank in ranks]
+    if any(codes):
+        print("the launcher's own traceback", flush=True)
     return int(any(codes))
 
 
@@ -39,6 +42,12 @@ def end(way: str) -> int:
         code = 0 if seen.exists() else 1
         seen.touch()
         return code
+    if way == "is-stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if way == "explains":
+        rank_files.write_code(2)
+        time.sleep(1.0)  # it waits for the report of another rank
+        return 2
     if way in ("wait", "stays"):
         came = signal.sigtimedwait({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}, 60.0)
         Path(os.environ[rank_files.FILES], f"came-{os.environ['RANK']}").write_text(str(came.si_signo if came else 0))

@@ -42,6 +42,12 @@ def test_the_exit_code_of_the_ranks_arrives_though_the_launcher_ends_with_1(tmp_
     assert agent_of(tmp_path, ways).run() == code
 
 
+@pytest.mark.parametrize(("ways", "adds"), [("explains,explains", False), ("1,75", True)])
+def test_a_launcher_adds_nothing_to_what_a_rank_has_explained(tmp_path, capfd, ways, adds):
+    assert agent_of(tmp_path, ways).run() == (1 if adds else 2)
+    assert ("the launcher's own traceback" in capfd.readouterr().out) == adds
+
+
 def test_a_failure_is_repeated_and_a_wrong_config_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr("safecl.launching.agent._SECONDS_BEFORE_A_RESTART", 0.0)
     said: list[str] = []
@@ -67,8 +73,9 @@ def test_a_signal_reaches_every_rank_and_leaves_the_launcher_alone(tmp_path):
     assert [(ranks / f"came-{rank}").read_text() for rank in (0, 1)] == [str(int(signal.SIGTERM))] * 2
 
 
-def test_a_rank_that_the_launcher_has_lost_is_ended(tmp_path):
-    assert agent_of(tmp_path, "stays").run() == 1
+@pytest.mark.parametrize("way", ["stays", "is-stopped"])
+def test_a_rank_that_the_launcher_has_lost_is_ended(tmp_path, way):
+    assert agent_of(tmp_path, way).run() == 1
     (pid,) = [int(path.read_text()) for path in (tmp_path / "files").glob("*.pid")]
     wait_for(lambda: not Path(f"/proc/{pid}").exists(), 10, "the rank is gone")
 

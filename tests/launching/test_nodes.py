@@ -67,3 +67,4 @@ def test_another_config_on_the_second_host_is_refused_on_both_with_both_values(m
         assert job.wait() == [2, 2], job.said()[-3000:]
         assert "the nodes differ in the config key train.seed: 0 on " in " ".join(job.said().split())
         assert not APART or "train.seed: 0 on a and 7 on b" in " ".join(job.said().split())
+        assert "Traceback" not in job.said() and "Failures:" not in job.said()

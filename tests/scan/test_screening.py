@@ -216,6 +216,14 @@ def test_a_model_that_refuses_nothing_is_told_instead_of_screened_with(tree):
         )
 
 
+def test_a_memory_without_refusals_is_told_where_no_prompts_are_named(tree):
+    helpful = [scenes.dialogue(f"how do I clean a {thing}", "With warm water.") for thing in THINGS]
+    tree["memory"]["source"] = scenes.write(Path(tree["output"]).parent / "helpful.jsonl", helpful)
+    del tree["safety"]
+    with pytest.raises(ConfigError, match=r"no row of memory.source is a refusal, .*; name some with scan.disallowed"):
+        screen(config_of(tree))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

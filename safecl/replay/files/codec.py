@@ -222,6 +222,8 @@ def _decode_teacher(
     """Return the outputs that begin at byte `start`, and the byte after them."""
     if form & _KIND != TOPK:
         raise ValueError(f"it has outputs of kind {form & _KIND}, which this safecl does not read")
+    if form >> _INDEX not in range(1, len(_INDEX_BYTES)):
+        raise ValueError(f"its token ids are written in form {form >> _INDEX}, which this safecl does not read")
     dtype, count = np.dtype("<f4" if form & _FP32 else "<f2"), num_targets * width
     num_bytes = _INDEX_BYTES[form >> _INDEX]
     log_tail, start = np.frombuffer(body, "<f4", num_targets, start), start + 4 * num_targets
