@@ -19,6 +19,7 @@ ROOMS = {
     "commands": "the bodies of the verbs, one file each",
     "proof": "five silent failures, each measured beside safecl",
     "demo": "the built-in demonstration: corpus, tiny model, runs",
+    "sweeping": "grids of runs, their table and the winner",
     "training": "the loop: tasks, steps, measurements, resuming, the run folder",
     "planning": "what will run and what it takes, before a model is loaded",
     "merging": "arithmetic on checkpoints: one file per merge",

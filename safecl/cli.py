@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from safecl import __version__
+from safecl.commands.judging import verbs as judging
 from safecl.commands.memory import verbs
 from safecl.commands.verbs import EPILOG, verbs_of
 from safecl.distributed import environment, rank_files
@@ -347,6 +348,7 @@ def env(
     print_environment(as_json)
 
 
+judging.add_to(app)
 app.add_typer(verbs.app)
 
 

@@ -1,0 +1,1 @@
+"""Verbs that judge and compare what runs have made."""

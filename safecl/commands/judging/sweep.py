@@ -1,0 +1,118 @@
+"""`safecl sweep CFG KEY=A,B ...`: a grid of runs, its table, and the winner's config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from safecl.config import ConfigError, load_config
+from safecl.config.parsing import apply_overrides, read_tree
+from safecl.exits import ExitCode
+from safecl.storage.durable import replace_file
+from safecl.sweeping.axes import SEED, PlannedRun, plan_runs, read_axes
+from safecl.sweeping.choosing import check_objective, read_objective
+from safecl.sweeping.collecting import read_numbers
+from safecl.sweeping.formats import note_of, row_of, shown_measures, write_table
+from safecl.sweeping.running import Ending, Sweep
+from safecl.sweeping.table import Cell, SweepTable, make_table
+
+SWEEP, BEST = "sweep.json", "best.yaml"
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What the command line says besides the config and the axes."""
+
+    folder: Path | None = None
+    ranks: int = 1
+    parallel: int = 1
+    baseline: str | None = None
+    pick: str | None = None
+    table_only: bool = False
+    """Make the table of what is finished, and run nothing."""
+
+
+def sweep_runs(config: Path, axes: Sequence[str], options: SweepOptions) -> ExitCode:
+    """Run what is missing, write the table, and choose the winner. Raises ConfigError before anything is run.
+
+    Returns FAILED where a run failed, GATE where no cell keeps the objective's conditions.
+    """
+    objective = read_objective(options.pick) if options.pick is not None else None
+    base = load_config(config, [])
+    folder = options.folder or Path(base.output)
+    runs = plan_runs(read_axes(axes), folder)
+    cells = list(dict.fromkeys(run.cell for run in runs))
+    baseline = options.baseline or cells[0]
+    if baseline not in cells:
+        raise ConfigError(f"--baseline {baseline!r} is no cell of this sweep; there are {', '.join(cells)}")
+    for run in runs:  # a wrong value is reported before hours of other runs
+        load_config(config, [*run.overrides, f"output={run.folder}"])
+    console = Console(highlight=False, soft_wrap=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / SWEEP, json.dumps({"config": str(config), "axes": list(axes), "baseline": baseline}) + "\n")
+    endings = [] if options.table_only else _run(config, runs, options, console)
+    table = _table(runs, baseline, tolerate=options.table_only or bool(endings))
+    _print(table, console)
+    for path in write_table(table, folder):
+        console.print(f"wrote {path}", markup=False)
+    failed = [ending for ending in endings if not ending.has_results]
+    if objective is None:
+        return ExitCode.FAILED if failed else ExitCode.DONE
+    check_objective(objective, table)
+    winner = objective.winner(table.cells)
+    if winner is None:
+        console.print(f"no cell keeps: {options.pick}", style="bold red", markup=False)
+        return ExitCode.GATE
+    replace_file(folder / BEST, _config_of(config, winner, folder))
+    console.print(f"{options.pick}: {winner.name}; its config is {folder / BEST}", style="bold", markup=False)
+    return ExitCode.FAILED if failed else ExitCode.DONE
+
+
+def _run(config: Path, runs: Sequence[PlannedRun], options: SweepOptions, console: Console) -> list[Ending]:
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    say(f"{len(runs)} runs, {options.parallel} at a time, {options.ranks} rank{'s' * (options.ranks > 1)} each")
+    return Sweep(config, runs, ranks=options.ranks, parallel=options.parallel, say=say).run()
+
+
+def _table(runs: Sequence[PlannedRun], baseline: str, *, tolerate: bool) -> SweepTable:
+    """Read the finished runs. Raises ConfigError where the baseline, or every other cell, has none."""
+    cells: dict[str, Cell] = {}
+    unfinished = []
+    for run in runs:
+        settings = tuple(override for override in run.overrides if not override.startswith(f"{SEED}="))
+        cell = cells.setdefault(run.cell, Cell(run.cell, settings, {}))
+        try:
+            cell.runs[run.seed or ""] = read_numbers(run.folder)
+        except ConfigError:
+            if not tolerate:
+                raise
+            unfinished.append(run.name)
+    if not cells[baseline].runs:
+        raise ConfigError(f"the baseline, {baseline}, has no finished run, so there is nothing to compare with")
+    return make_table([cell for cell in cells.values() if cell.runs], baseline, unfinished)
+
+
+def _print(table: SweepTable, console: Console) -> None:
+    """Print one block per cell: a wide table does not fit a terminal."""
+    names = shown_measures(table)
+    for cell in table.cells:
+        texts = row_of(cell, table)
+        console.print(f"\n{texts[0]}", style="bold", markup=False)
+        for name, text in zip([*names, "Pareto", "gate", "bytes"], texts[2:], strict=False):
+            if text != "-":
+                console.print(f"  {name:<22} {text}", markup=False)
+    console.print(f"\n{note_of(table)}\n", style="dim", markup=False)
+
+
+def _config_of(config: Path, winner: Cell, folder: Path) -> str:
+    """Return the config of a cell: the sweep's with the cell's settings, and a run folder of its own."""
+    tree = apply_overrides(read_tree(config), [*winner.overrides, f"output={folder / 'best'}"])
+    head = f"# The cell `{winner.name}` of the sweep in {folder}.\n"
+    return head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,200 @@
+"""Judges what folders hold already: a run's or an evaluation's results.json and outputs/, alone or against another's.
+
+Nothing is generated and no model is loaded. Two folders are compared prompt by prompt: the rise of each rate with its
+interval, and McNemar's exact test, adjusted by Holm over the rates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safecl.config import ConfigError, GateConfig, apply_overrides, parse_yaml
+from safecl.config.gate import GATE_RATES
+from safecl.evaluation.gates.checks import TITLES
+from safecl.evaluation.gates.gate import GateResult, gate
+from safecl.evaluation.gates.outcomes import (
+    Record,
+    Scorers,
+    in_order_of,
+    outcome_of,
+    outputs_file,
+    read_records,
+    records_of,
+)
+from safecl.evaluation.restore import evaluation_from_dict
+from safecl.evaluation.safety import SafetyResult
+from safecl.evaluation.statistics.intervals import Rate, rate_of_decided
+from safecl.evaluation.statistics.paired import Rise, holm, mcnemar, rise
+
+RESULTS, CONFIG, OUTPUTS = "results.json", "config.yaml", "outputs"
+ALIGNED = ("start", "before ")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The last measurement of safety in a folder."""
+
+    folder: Path
+    when: str
+    step: int
+    safety: SafetyResult
+    """With its records where outputs/ has them."""
+    aligned: list[Record] | None
+    """Records of the aligned model in the same folder; None where there are none."""
+
+
+@dataclass(frozen=True)
+class PairedRate:
+    """A rate of two folders on the same prompts."""
+
+    rate: str
+    before: Rate
+    after: Rate
+    rise: Rise
+    p_value: float
+    """McNemar's exact test over the prompts that are decided in both."""
+    adjusted: float
+    """The same after Holm's correction over all rates."""
+
+    @property
+    def message(self) -> str:
+        """One line for the terminal."""
+        sign = f"{self.rise.value:+.3f} [{self.rise.low:+.3f}, {self.rise.high:+.3f}]"
+        title = TITLES.get(self.rate, f"attack success rate ({self.rate})")
+        counts = f"{self.rise.gained} gained, {self.rise.lost} lost"
+        return f"{title}: {self.before.value:.3f} to {self.after.value:.3f}, {sign}, {counts}, p {self.adjusted:.3g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        numbers = {"before": self.before.to_dict(), "after": self.after.to_dict(), "rise": self.rise.to_dict()}
+        return {"rate": self.rate, **numbers, "p_value": self.p_value, "p_holm": self.adjusted}
+
+
+@dataclass(frozen=True)
+class FolderVerdict:
+    """The gate's verdict on a folder, and its rates against another folder."""
+
+    measured: Measured
+    gate: GateResult
+    against: Measured | None = None
+    rates: tuple[PairedRate, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; no text of prompts or answers."""
+        found = {"schema": 1, "folder": str(self.measured.folder), "when": self.measured.when}
+        against = {"folder": str(self.against.folder), "when": self.against.when} if self.against else None
+        rates = [each.to_dict() for each in self.rates]
+        return found | self.gate.to_dict() | ({"against": against, "rates": rates} if against else {})
+
+
+def judge_folder(folder: str | Path, against: str | Path | None = None, overrides: Sequence[str] = ()) -> FolderVerdict:
+    """Judge the last measurement in a folder.
+
+    Args: `folder`: of a run or of an evaluation; `against`: another one, whose model takes the place of the aligned one
+    in limits on a rise; `overrides`: `safety.gate.max_asr=0.1` and the like, over the gate of the folder's config.
+    Raises: ConfigError where there is nothing to judge, no gate, or the two were not asked the same prompts.
+    """
+    measured = read_measured(folder)
+    config = _gate_config(measured.folder, overrides)
+    if against is None:
+        return FolderVerdict(measured, gate(config, measured.safety, measured.aligned))
+    other = read_measured(against)
+    records = other.safety.outputs
+    rates = paired_rates(other.safety, measured.safety)
+    return FolderVerdict(measured, gate(config, measured.safety, records or None), other, tuple(rates))
+
+
+def read_measured(folder: str | Path) -> Measured:
+    """Read the last measurement of safety in a folder. Raises ConfigError."""
+    folder = Path(folder)
+    results = _results(folder)
+    try:
+        evaluations = [evaluation_from_dict(values) for values in results["evaluations"]]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"{folder / RESULTS}: is no result of safecl: {error}") from None
+    safe = [(each, each.safety) for each in evaluations if each.safety is not None]
+    if not safe:
+        raise ConfigError(f"{folder}: no safety was measured there; name safety.prompts and measure again")
+    last, safety = safe[-1]
+    aligned = next((each for each, _ in reversed(safe) if each.when.startswith(ALIGNED) and each is not last), None)
+    first = _records(folder, aligned.when, aligned.step) if aligned is not None else None
+    outputs = [dict(record) for record in _records(folder, last.when, last.step) or ()]
+    return Measured(folder, last.when, last.step, replace(safety, outputs=outputs), first)
+
+
+def paired_rates(before: SafetyResult, after: SafetyResult) -> list[PairedRate]:
+    """Compare two measurements of the same prompts, rate by rate. Raises ConfigError where they are of other prompts,
+    or their answers were not kept."""
+    if not before.outputs or not after.outputs:
+        raise ConfigError("a comparison by prompt needs the records in outputs/ of both folders, and there are none")
+    scorers = [name for name in after.asr_by_scorer if name in before.asr_by_scorer]
+    found, p_values = [], []
+    for name in (*GATE_RATES, *scorers):
+        own = records_of(after.outputs, name)
+        if not own:
+            continue
+        then = outcome_of(name, Scorers(before.scorer, before.over_refusal_scorer))
+        now = outcome_of(name, Scorers(after.scorer, after.over_refusal_scorer))
+        pairs = [(then(a), now(b)) for a, b in zip(in_order_of(own, before.outputs), own, strict=True)]
+        decided = [(was, is_) for was, is_ in pairs if was is not None and is_ is not None]
+        p_values.append(mcnemar([bool(was) for was, _ in decided], [bool(is_) for _, is_ in decided]))
+        first, second = [was for was, _ in pairs], [is_ for _, is_ in pairs]
+        found.append((name, rate_of_decided(first), rate_of_decided(second), rise(first, second)))
+    adjusted = holm(p_values)
+    return [PairedRate(*each, p, q) for each, p, q in zip(found, p_values, adjusted, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    path = folder / RESULTS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder")
+    if (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: is a model, and nothing was measured there; `safecl eval {folder} safety.prompts=FILE` does, "
+            "and its folder can be judged"
+        )
+    what = "has not finished" if (folder / CONFIG).is_file() else "holds no results"
+    raise ConfigError(f"{folder}: {what}; there is no {RESULTS} that can be read")
+
+
+def _records(folder: Path, when: str, step: int) -> list[Record] | None:
+    path = outputs_file(folder / OUTPUTS, when, step)
+    return [*read_records(path)] if path.is_file() else None
+
+
+def _gate_config(folder: Path, overrides: Sequence[str]) -> GateConfig:
+    """Return the gate of the folder's config, or of the run that an evaluation's folder lies in, with the overrides."""
+    tree: dict[str, Any] = {"safety": {"gate": {}}}
+    for path in (folder / CONFIG, folder.parent / CONFIG):
+        if path.is_file():
+            read = parse_yaml(path.read_text(encoding="utf-8"))
+            own = (read.get("safety") or {}).get("gate") if isinstance(read, dict) else None
+            tree["safety"]["gate"] = own or {}
+            break
+    if wrong := next((each for each in overrides if not each.startswith("safety.gate.")), None):
+        raise ConfigError(f"{wrong}: only limits can be given here, such as safety.gate.max_asr=0.1")
+    limits = apply_overrides(tree, list(overrides))["safety"]["gate"]
+    from pydantic import ValidationError
+
+    try:
+        config = GateConfig.model_validate(limits)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"safety.gate.{where}: {first['msg'].removeprefix('Value error, ')}") from None
+    if not config.all_limits:
+        raise ConfigError(f"{folder}: its config has no gate; give a limit, such as safety.gate.max_asr=0.1")
+    return config

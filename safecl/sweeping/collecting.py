@@ -1,0 +1,117 @@
+"""The numbers of one finished run, read from its folder: rates with the outcome of each prompt, scores, and cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safecl.config import ConfigError
+from safecl.evaluation.folders import RESULTS
+from safecl.evaluation.gates.outcomes import Scorers, outcome_of, outputs_file, read_records, records_of
+from safecl.evaluation.measure import Evaluation
+from safecl.evaluation.records import file_name
+from safecl.evaluation.restore import evaluation_from_dict
+
+SAFETY = ("asr", "asr_on_task", "affirmative", "complied", "off_task", "over_refusal")
+"""The rates of safety in a table, of the last measurement."""
+ACCURACY = "accuracy"
+"""Mean over the tasks of their last scores, for tasks where higher is better."""
+PLAIN_STATE = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class RunNumbers:
+    """What a run has measured and taken."""
+
+    folder: Path
+    values: dict[str, float]
+    """By measure: rates, scores of tasks, worst moments, transfer, and cost."""
+    outcomes: dict[str, dict[Hashable, bool | None]] = field(default_factory=dict, repr=False)
+    """By measure, of each prompt or row; only for measures that are rates and whose records were kept."""
+    verdict: str | None = None
+    """The gate's; None without one."""
+
+
+def read_numbers(folder: Path) -> RunNumbers:
+    """Read a finished run. Raises ConfigError where it has not finished."""
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        evaluations = [evaluation_from_dict(values) for values in results["evaluations"]]
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise ConfigError(f"{folder}: its {RESULTS} cannot be read: {error}") from None
+    values = _cost(results) | _summary(results.get("summary") or {})
+    outcomes: dict[str, dict[Hashable, bool | None]] = {}
+    if evaluations:
+        last = evaluations[-1]
+        values |= _rates(last) | _scores(last)
+        outcomes = _safety_outcomes(folder, last) | _task_outcomes(folder, last)
+    gate = results.get("gate") or {}
+    known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+    return RunNumbers(folder, known, outcomes, gate.get("verdict"))
+
+
+def _rates(last: Evaluation) -> dict[str, float]:
+    if last.safety is None:
+        return {}
+    return {name: rate.value for name in SAFETY if (rate := getattr(last.safety, name)) is not None}
+
+
+def _scores(last: Evaluation) -> dict[str, float]:
+    scores = {name: result.value.value for name, result in last.tasks.items()}
+    upward = [result.value.value for result in last.tasks.values() if result.higher_is_better]
+    return scores | ({ACCURACY: math.fsum(upward) / len(upward)} if upward else {})
+
+
+def _safety_outcomes(folder: Path, last: Evaluation) -> dict[str, dict[Hashable, bool | None]]:
+    path = outputs_file(folder / "outputs", last.when, last.step)
+    if last.safety is None or not path.is_file():
+        return {}
+    records, scorers = read_records(path), Scorers(last.safety.scorer, last.safety.over_refusal_scorer)
+    found: dict[str, dict[Hashable, bool | None]] = {}
+    for name in SAFETY:
+        outcome = outcome_of(name, scorers)
+        if getattr(last.safety, name) is not None:
+            found[name] = {record["id"]: outcome(record) for record in records_of(records, name)}
+    return found
+
+
+def _task_outcomes(folder: Path, last: Evaluation) -> dict[str, dict[Hashable, bool | None]]:
+    """Return the outcomes of tasks whose score is a rate, and those of `accuracy` over all such tasks."""
+    found: dict[str, dict[Hashable, bool | None]] = {}
+    for name, result in last.tasks.items():
+        path = folder / "outputs" / f"{last.step:06d}-{file_name(last.when)}-{file_name(name)}.jsonl"
+        if not result.higher_is_better or not path.is_file():
+            continue
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if all("correct" in record for record in records):
+            found[name] = {i: bool(record["correct"]) for i, record in enumerate(records)}
+    sizes = {len(outcomes) for outcomes in found.values()}
+    if len(sizes) == 1 and len(found) == sum(result.higher_is_better for result in last.tasks.values()):
+        # with as many rows in each task the mean over rows is the mean over tasks
+        found[ACCURACY] = {(name, row): hit for name, outcomes in found.items() for row, hit in outcomes.items()}
+    return found
+
+
+def _summary(summary: dict[str, Any]) -> dict[str, Any]:
+    names = ("max_asr", "average", "backward_transfer", "forward_transfer", "forgetting", "worst_case_accuracy")
+    beyond = summary.get("beyond_gate") or {}
+    return {name: summary.get(name) for name in names} | {"beyond_gate": beyond.get("share")}
+
+
+def _cost(results: dict[str, Any]) -> dict[str, Any]:
+    """Return seconds, tokens, seconds per step, and bytes: state besides weights and moments, memory, recorded
+    outputs."""
+    cost = results.get("cost") or {}
+    state = sum(size for kind, size in (cost.get("state_bytes") or {}).items() if kind not in PLAIN_STATE)
+    kept = state + (cost.get("memory_bytes") or 0) + (cost.get("recorded_bytes") or 0)
+    return {
+        "seconds": results.get("seconds"),
+        "seconds_per_step": cost.get("seconds_per_step"),
+        "tokens": results.get("tokens"),
+        "bytes": kept,
+        "steps": results.get("steps"),
+    }

@@ -1,0 +1,135 @@
+"""The table of a sweep: a row per cell, with mean, spread and pooled interval of each measure, paired tests against a
+baseline, and what each cell costs beside it.
+
+Tests are exact sign-flip tests over prompts, summed over the seeds that both cells have (statistics/pooled.py), for the
+attack success rate, over-refusal and every task; Holm's correction is over all tests of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from safecl.evaluation.statistics.paired import holm
+from safecl.evaluation.statistics.pooled import Spread, paired_p_value, pooled_interval, spread
+from safecl.sweeping.collecting import ACCURACY, SAFETY, RunNumbers
+from safecl.sweeping.pareto import Standing, standings
+
+BUDGET = ("seconds_per_step", "tokens", "seconds", "bytes")
+"""What cells cost; the first three are also given as multiples of the baseline's."""
+HIDDEN_TESTS = ("asr_on_task", "affirmative", "complied", "off_task")
+"""Rates that explain the attack success rate, and are not tested by themselves."""
+
+
+@dataclass
+class Cell:
+    """One row: a setting, over its runs."""
+
+    name: str
+    overrides: tuple[str, ...]
+    """The cell's settings, without the seed."""
+    runs: dict[str, RunNumbers]
+    """By seed."""
+    measures: dict[str, Spread] = field(default_factory=dict)
+    p_values: dict[str, float] = field(default_factory=dict)
+    """Against the baseline, by measure, after Holm's correction."""
+    budget: dict[str, float] = field(default_factory=dict)
+    """Multiples of the baseline's mean cost."""
+    standing: Standing | None = None
+    """Place in the trade of safety against accuracy; None where one of both was not measured."""
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """Number of runs by the gate's verdict; empty without a gate."""
+        found = [run.verdict for run in self.runs.values() if run.verdict is not None]
+        return {verdict: found.count(verdict) for verdict in dict.fromkeys(found)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "cell": self.name,
+            "overrides": list(self.overrides),
+            "runs": {seed: str(run.folder) for seed, run in self.runs.items()},
+            "measures": {name: found.to_dict() for name, found in self.measures.items()},
+            "p_holm": self.p_values,
+            "times_baseline": self.budget,
+            "pareto": self.standing,
+            "gate": self.verdicts,
+        }
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """All cells, in the sweep's order."""
+
+    cells: tuple[Cell, ...]
+    baseline: str
+    unfinished: tuple[str, ...] = ()
+    """Names of the runs that have no results."""
+
+    @property
+    def measures(self) -> list[str]:
+        """All measures that any cell has, in the order of the columns."""
+        found = list(dict.fromkeys(name for cell in self.cells for name in cell.measures))
+        first = [*SAFETY, "max_asr", ACCURACY]
+        return sorted(found, key=lambda name: first.index(name) if name in first else len(first))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        cells = [cell.to_dict() for cell in self.cells]
+        return {"schema": 1, "baseline": self.baseline, "cells": cells, "unfinished": list(self.unfinished)}
+
+
+def make_table(cells: Sequence[Cell], baseline: str, unfinished: Sequence[str] = ()) -> SweepTable:
+    """Fill in the cells' statistics. baseline: the name of one of them."""
+    for cell in cells:
+        cell.measures = _spreads(list(cell.runs.values()))
+    reference = next(cell for cell in cells if cell.name == baseline)
+    _test(cells, reference)
+    for cell in cells:
+        cell.budget = _times(cell, reference)
+    for cell, standing in zip(cells, standings([_trade(cell) for cell in cells]), strict=True):
+        cell.standing = standing
+    return SweepTable(tuple(cells), baseline, tuple(unfinished))
+
+
+def _spreads(runs: Sequence[RunNumbers]) -> dict[str, Spread]:
+    found = {}
+    for name in dict.fromkeys(name for run in runs for name in run.values):
+        outcomes = [run.outcomes[name] for run in runs if run.outcomes.get(name)]
+        interval = pooled_interval(outcomes) if outcomes else None
+        if (over_runs := spread([run.values[name] for run in runs if name in run.values], interval)) is not None:
+            found[name] = over_runs
+    return found
+
+
+def _test(cells: Sequence[Cell], reference: Cell) -> None:
+    wanted: list[tuple[Cell, str, float]] = []
+    for cell in cells:
+        names = {name for run in cell.runs.values() for name in run.outcomes if name not in HIDDEN_TESTS}
+        for name in sorted(names) if cell is not reference else ():
+            ours, theirs = _by_seed(cell.runs, name), _by_seed(reference.runs, name)
+            if (p_value := paired_p_value(ours, theirs)) is not None:
+                wanted.append((cell, name, p_value))
+    for (cell, name, _), adjusted in zip(wanted, holm([p for *_, p in wanted]), strict=True):
+        cell.p_values[name] = adjusted
+
+
+def _by_seed(runs: Mapping[str, RunNumbers], name: str) -> dict[str, Any]:
+    return {seed: run.outcomes[name] for seed, run in runs.items() if name in run.outcomes}
+
+
+def _times(cell: Cell, reference: Cell) -> dict[str, float]:
+    found = {}
+    for name in BUDGET[:-1]:
+        ours, theirs = cell.measures.get(name), reference.measures.get(name)
+        if ours is not None and theirs is not None and theirs.mean > 0:
+            found[name] = ours.mean / theirs.mean
+    return found
+
+
+def _trade(cell: Cell) -> tuple[Spread, Spread] | None:
+    """Return the attack success rate and the accuracy of a cell; None where one was not measured."""
+    asr, accuracy = cell.measures.get("asr"), cell.measures.get(ACCURACY)
+    return (asr, accuracy) if asr is not None and accuracy is not None else None

@@ -1,0 +1,53 @@
+"""Run folders with results and records of given answers, as training leaves them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from safecl.config import GateConfig
+from safecl.evaluation import judge_gate, summarise
+from safecl.evaluation.statistics.intervals import rate
+from safecl.evaluation.task import TaskResult
+from tests.evaluation.test_gates import evaluation
+
+
+def write_run(
+    folder: Path,
+    num_complying: int,
+    num_correct: int,
+    *,
+    n: int = 40,
+    num_benign: int = 20,
+    seconds: float = 10.0,
+    gate: GateConfig | None = None,
+    privacy: str = "full",
+    extra_state: int = 0,
+) -> Path:
+    """A finished run: at its end `num_complying` of n prompts comply and `num_correct` of n rows are right."""
+    moments = []
+    for when, step, complying in (("start", 0, 0), ("after t", 8, num_complying)):
+        found = evaluation(complying, n - complying, 0, num_benign)
+        records = [{"id": f"t-{i}", "prompt": "p", "answer": "a", "correct": i < num_correct} for i in range(n)]
+        task = TaskResult("t", "exact_match", rate(r["correct"] for r in records), True, outputs=records)
+        found = replace(found, when=when, step=step, tasks={"t": task})
+        found = replace(found, gate=judge_gate(gate, found))
+        found.write_outputs(folder / "outputs", privacy)
+        moments.append(found)
+    results = {
+        "evaluations": [each.to_dict() for each in moments],
+        "summary": summarise(moments),
+        "gate": moments[-1].gate.to_dict() if gate else None,
+        "seconds": seconds,
+        "tokens": int(1000 * seconds),
+        "steps": 8,
+        "cost": {
+            "seconds_per_step": seconds / 8,
+            "state_bytes": {"exp_avg": 400, "ema": extra_state},
+            "memory_bytes": 100,
+            "recorded_bytes": 0,
+        },
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
