@@ -20,9 +20,10 @@ def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -
     refuse_unwritable(output or _default_output(target, overrides))
     settle_hub([target])
     with working(f"measuring {target}"):
+        from safecl.engine.artifacts.base_model import model_hash
         from safecl.evaluation import evaluate_target, results_table
 
-        result = evaluate_target(target, overrides, output=output)
+        result = evaluate_target(target, overrides, output=output, hash_of=model_hash)
     if environment.rank() == 0:
         console = Console(highlight=False, soft_wrap=True)
         console.print(f"measured {result.model}", markup=False)
@@ -33,8 +34,21 @@ def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -
             console.print(f"warning: {warning}", markup=False)
         if result.gate is not None:
             console.print(result.gate.message, markup=False)
+        _write_page(result.folder, console)
         console.print(f"results in {result.folder}", markup=False)
     return ExitCode.DONE if result.gate is None or result.gate.passed else ExitCode.GATE
+
+
+def _write_page(folder: Path, console: Console) -> None:
+    """Write report.html. An evaluation without it has not failed: all that the page shows is in results.json."""
+    from safecl.report.run import REPORT, write_run_report
+
+    try:
+        write_run_report(folder)
+    except OSError as error:
+        console.print(
+            f"{REPORT} could not be written: {error.strerror}; `safecl report {folder}` makes it", markup=False
+        )
 
 
 def _default_output(target: str, overrides: list[str]) -> Path:

@@ -10,32 +10,43 @@ from rich.table import Table
 
 from safecl.evaluation.tables import measures
 from safecl.report.comparison import last_moments, named, read_runs, warnings_of, write_comparison
-from safecl.report.run import ReportedRun, write_run_report
+from safecl.report.folder import ReportedRun, read_run
+from safecl.report.headline import badge_of
+from safecl.report.page import write_page
+from safecl.report.run import run_report, write_run_report
 
 
 def report_runs(folders: list[Path], output: Path | None) -> Path:
-    """Print a table, write the page, and return its path. Raises ConfigError for folders that hold no finished run."""
-    runs = read_runs(folders)
+    """Print a table, write the page, and return its path. Raises ConfigError for folders that hold no run.
+
+    The page of one run needs no measurement; a comparison does.
+    """
+    runs = [read_run(folders[0])] if len(folders) == 1 else read_runs(folders)
     console = Console(highlight=False, soft_wrap=True)
+    if all(run.evaluations for run in runs):
+        _print_table(console, runs)
+    path = _write(runs, output)
+    console.print(f"report in {path}", markup=False)
+    return path
+
+
+def _print_table(console: Console, runs: list[ReportedRun]) -> None:
     table = _table(runs)
     # On a narrower terminal rich would cut names and figures off; lines that break are better.
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=500)).maximum)
     console.print(table, soft_wrap=False)
     for warning in warnings_of(runs):
         console.print(warning, style="yellow", markup=False)
-    path = _write(runs, output)
-    console.print(f"report in {path}", markup=False)
-    return path
 
 
 def _write(runs: list[ReportedRun], output: Path | None) -> Path:
-    if len(runs) > 1 or output is not None:
+    if len(runs) > 1:
         return write_comparison(runs, output or Path("report.html"))
-    return write_run_report(runs[0].folder)
+    return write_run_report(runs[0].folder) if output is None else write_page(output, run_report(runs[0]))
 
 
 def _table(runs: list[ReportedRun]) -> Table:
-    """Return the table, with a row per run: the values of its last measurement, with their intervals below."""
+    """Return the table, with a row per run: its verdict and the values of its last measurement, intervals below."""
     rows = [
         row
         for row in measures(last_moments(runs))
@@ -43,6 +54,7 @@ def _table(runs: list[ReportedRun]) -> Table:
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
+    table.add_column("limits", no_wrap=True)
     for title, *_ in rows:
         table.add_column(_SHOWN.get(title, title.replace(" ", "\n").replace("_", "\n")), justify="right", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
@@ -52,8 +64,13 @@ def _table(runs: list[ReportedRun]) -> Table:
             "-" if value is None else f"{value.value:.3f}\n[dim]{value.low:.2f}-{value.high:.2f}[/dim]"
             for value in values
         ]
-        table.add_row(f"{name}\n[dim]{run.methods_text}[/dim]", *cells, f"{run.results['seconds']:.0f}")
+        table.add_row(f"{name}\n[dim]{run.methods_text}[/dim]", badge_of(run)[0].lower(), *cells, _seconds(run))
     return table
+
+
+def _seconds(run: ReportedRun) -> str:
+    seconds = run.results["seconds"]
+    return "-" if seconds is None else f"{seconds:.0f}"
 
 
 _SHOWN = {

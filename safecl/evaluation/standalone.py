@@ -10,9 +10,8 @@ evaluate_target accepts
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,45 +33,44 @@ from safecl.evaluation.records import Privacy
 from safecl.storage.model_folder import tuned_model
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from safecl.data import ChatRow, Prompt
     from safecl.evaluation.measure import Evaluation
 
 TASK_OF_FOLDER = "eval"
 
 
+HashOfModel = Callable[[str], str]
+
+
 @dataclass(frozen=True)
 class StandaloneResult:
     """The evaluation, the gate's verdict where the config has a gate, the folder with the results, and notes on prompts
-    that the chat template does not write as they are."""
+    that the chat template does not write as they are. facts: when, on which weights and with what it was measured."""
 
     model: str
     evaluation: Evaluation
     gate: GateResult | None
     folder: Path
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for results.json; no text."""
-        import safecl
-
-        gate = self.gate.to_dict() if self.gate else None
-        return {
-            "safecl": safecl.__version__,
-            "model": self.model,
-            "evaluations": [self.evaluation.to_dict()],
-            "gate": gate,
-        }
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def evaluate_target(
-    target: str | Path, overrides: Iterable[str] = (), *, output: str | Path | None = None
+    target: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    output: str | Path | None = None,
+    hash_of: HashOfModel | None = None,
 ) -> StandaloneResult:
     """Measure a target, as `safecl eval` does.
 
     Args: `target`: a run config (.yaml), a run folder, a model folder or a hub id; `overrides`: as in `load_config`,
     for a model also `eval.path=..., eval.metric=...` for a task of its own; `output`: folder for outputs/ and
-    results.json (default: `eval/` in the run folder, `runs/eval-<name>` for a model). Several ranks (torchrun) share
-    the prompts.
+    results.json (default: `eval/` in the run folder, `runs/eval-<name>` for a model); `hash_of`: hashes the model's
+    weights for results.json. Several ranks (torchrun) share the prompts.
+    A folder that holds evaluations keeps them: the new one is added.
     Raises: ConfigError where something is missing or does not fit, before the model is loaded.
     """
     target, overrides = Path(target), list(overrides)
@@ -81,7 +79,10 @@ def evaluate_target(
         tuned = tuned_model(config.output)
         chosen = any(override.startswith("model.path=") for override in overrides)
         return evaluate_config(
-            config, model=tuned if not chosen and tuned is not None and is_model(tuned) else None, output=output
+            config,
+            model=tuned if not chosen and tuned is not None and is_model(tuned) else None,
+            output=output,
+            hash_of=hash_of,
         )
     if (target / "config.yaml").is_file():
         tuned = tuned_model(target)
@@ -89,13 +90,20 @@ def evaluate_target(
             hint = f"`safecl eval {target / 'config.yaml'}` measures the model it starts from"
             raise ConfigError(f"{target}: this run has no model/ yet; {hint}")
         return evaluate_config(
-            load_config(target / "config.yaml", overrides), model=tuned, output=output or target / "eval"
+            load_config(target / "config.yaml", overrides),
+            model=tuned,
+            output=output or target / "eval",
+            hash_of=hash_of,
         )
-    return _evaluate_model_with_overrides(str(target), overrides, output)
+    return _evaluate_model_with_overrides(str(target), overrides, output, hash_of)
 
 
 def evaluate_config(
-    config: RunConfig, *, model: str | Path | None = None, output: str | Path | None = None
+    config: RunConfig,
+    *,
+    model: str | Path | None = None,
+    output: str | Path | None = None,
+    hash_of: HashOfModel | None = None,
 ) -> StandaloneResult:
     """Measure what a run config measures, on `model` (default: `model.path`). Refuses prompts from its training
     data."""
@@ -108,9 +116,8 @@ def evaluate_config(
     ]
     settings = config.model.model_copy(update={"path": str(model or config.model.path)})
     folder = Path(output or Path(config.output) / "eval")
-    return _measure(
-        settings, config.model.dtype, config.safety, prompts, benign, tasks, config.privacy.examples, folder
-    )
+    measured = _Measured(config.safety, prompts, benign, tasks)
+    return _measure(settings, config.model.dtype, measured, config.privacy.examples, folder, hash_of)
 
 
 def evaluate_folder(
@@ -122,6 +129,7 @@ def evaluate_folder(
     output: str | Path | None = None,
     dtype: str = "auto",
     settings: ModelConfig | None = None,
+    hash_of: HashOfModel | None = None,
 ) -> StandaloneResult:
     """Measure any Hugging Face model folder or hub id.
 
@@ -133,10 +141,12 @@ def evaluate_folder(
     read = [(name, config, read_eval_rows(config, None)) for name, config in (tasks or {}).items()]
     settings = (settings or ModelConfig(path=str(model))).model_copy(update={"path": str(model)})
     folder = Path(output or Path("runs") / f"eval-{name_of(model)}")
-    return _measure(settings, dtype, safety, prompts, benign, read, privacy, folder)
+    return _measure(settings, dtype, _Measured(safety, prompts, benign, read), privacy, folder, hash_of)
 
 
-def _evaluate_model_with_overrides(model: str, overrides: list[str], output: str | Path | None) -> StandaloneResult:
+def _evaluate_model_with_overrides(
+    model: str, overrides: list[str], output: str | Path | None, hash_of: HashOfModel | None
+) -> StandaloneResult:
     """Measure a model folder, which has no config: make one from the overrides, with a task that is never trained."""
     of_task = [f"tasks.0.{override}" if override.startswith("eval.") else override for override in overrides]
     tree = {"model": {"path": model}, "tasks": [{"name": TASK_OF_FOLDER, "train": "-"}], "output": "runs"}
@@ -153,6 +163,7 @@ def _evaluate_model_with_overrides(model: str, overrides: list[str], output: str
         output=output,
         dtype=config.model.dtype if own_dtype else "auto",
         settings=config.model,
+        hash_of=hash_of,
     )
 
 
@@ -177,53 +188,85 @@ def _read_prompts(safety: SafetyConfig | None) -> tuple[list[Prompt], list[Promp
 # -------------------------------------------------------------------------------------------------------------- measure
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """The prompts and rows that a model is measured with. tasks: (name, settings, rows)."""
+
+    safety: SafetyConfig | None
+    prompts: list[Prompt]
+    benign: list[Prompt]
+    tasks: list[tuple[str, EvalConfig, list[ChatRow]]]
+
+
 def _measure(
     settings: ModelConfig,
     dtype: str,
-    safety: SafetyConfig | None,
-    prompts: list[Prompt],
-    benign: list[Prompt],
-    tasks: list[tuple[str, EvalConfig, list[ChatRow]]],
+    measured: _Measured,
     privacy: Privacy,
     folder: Path,
+    hash_of: HashOfModel | None,
 ) -> StandaloneResult:
-    if not prompts and not tasks:
+    if not measured.prompts and not measured.tasks:
         raise ConfigError(_nothing_to_measure(settings.path))
     from safecl.data import load_tokenizer
     from safecl.data.templates.thinking import check_thinking
     from safecl.data.templates.written import notes_on_prompts
     from safecl.distributed.collectives import process_group
     from safecl.distributed.watchdog import watched
+    from safecl.evaluation.added_results import earlier_results, free_name, write_results
     from safecl.evaluation.answers.model import HFEvalModel
     from safecl.evaluation.measure import evaluate
 
+    earlier = earlier_results(folder)
     tokenizer = load_tokenizer(settings)
     check_thinking(tokenizer)
-    rows = [row for _, _, rows in tasks for row in rows]
-    notes = notes_on_prompts(tokenizer, [*prompts, *benign], rows, privacy)
+    rows = [row for _, _, rows in measured.tasks for row in rows]
+    notes = notes_on_prompts(tokenizer, [*measured.prompts, *measured.benign], rows, privacy)
+    safety = measured.safety
     with process_group(), watched(folder, "evaluation"):
         model = HFEvalModel.load(
             settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
         )
         found = evaluate(
-            model, tokenizer, when=name_of(settings.path), safety=safety, prompts=prompts, benign=benign, tasks=tasks
+            model,
+            tokenizer,
+            when=free_name(name_of(settings.path), earlier),
+            safety=safety,
+            prompts=measured.prompts,
+            benign=measured.benign,
+            tasks=measured.tasks,
         )
         gate = judge_gate(safety.gate if safety else None, found)
-        result = StandaloneResult(settings.path, found, gate, folder, tuple(notes))
+        facts = _facts(settings, measured, tokenizer, hash_of) if model.rank == 0 else {}
         if model.rank == 0:
-            _write(result, privacy)
-    return result
+            write_results(folder, earlier, found, gate.to_dict() if gate else None, facts, privacy)
+    return StandaloneResult(settings.path, found, gate, folder, tuple(notes), facts)
+
+
+def _facts(
+    settings: ModelConfig, measured: _Measured, tokenizer: PreTrainedTokenizerBase, hash_of: HashOfModel | None
+) -> dict[str, Any]:
+    """Return when, on which weights and with what was measured, as results.json has it; no text of rows."""
+    import torch
+    import transformers
+
+    import safecl
+    from safecl.evaluation.provenance import measured_with, now
+
+    digest = hash_of(settings.path) if hash_of is not None else None
+    return {
+        "safecl": safecl.__version__,
+        "finished": now(),
+        "model": settings.path,
+        "provenance": {
+            "model": {"folder": name_of(settings.path), "xxh3_128": digest},
+            "measured_with": measured_with(tokenizer, settings, measured.safety, measured.prompts, measured.benign),
+            "versions": {module.__name__: str(module.__version__) for module in (safecl, torch, transformers)},
+        },
+    }
 
 
 def _nothing_to_measure(path: str) -> str:
     what_helps = "disallowed prompts, safety.prompts=FILE, or a task, eval.path=FILE eval.metric=exact_match"
     is_hub_id = "" if Path(path).exists() else f"{path} is no folder here, so it is taken for a hub id, and there is "
     return f"{is_hub_id}nothing to measure: give {what_helps}"
-
-
-def _write(result: StandaloneResult, privacy: Privacy) -> None:
-    try:
-        result.evaluation.write_outputs(result.folder / "outputs", privacy)
-        (result.folder / "results.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{result.folder}: cannot be written: {error.strerror or error}") from None

@@ -31,6 +31,8 @@ class TaskPlan:
     order: TaskOrder
     eval_rows: list[ChatRow] = field(default_factory=list)
     poisoned_rows: int = 0
+    repeated_rows: int = 0
+    """Rows left out because they repeat evaluation prompts."""
     row_weights: np.ndarray | None = None
     """fp32 [rows]: factors of the rows' cross-entropy; None is 1 everywhere."""
     median_targets: float = field(init=False)

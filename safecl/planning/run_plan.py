@@ -111,6 +111,7 @@ def _leave_out_repeats(plan: RunPlan) -> set[str]:
         )
         if not stays.all():
             replace_rows(plan.config, task, data.select(np.flatnonzero(stays)))
-            count, name = int((~stays).sum()), task.config.name
+            task.repeated_rows = count = int((~stays).sum())
+            name = task.config.name
             plan.notes.append(f"scan: {count} rows of task {name} repeat evaluation prompts and are left out")
     return places

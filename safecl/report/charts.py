@@ -9,25 +9,26 @@ from collections.abc import Callable, Mapping, Sequence
 from markupsafe import Markup
 
 COLOURS = ("#2f5fb3", "#c4522b", "#3c8a5a", "#8a5aa8", "#a07a1f", "#4a8a96")
-"""Most colour-blind readers can distinguish them, and each has a contrast of 3 or more on white."""
+"""Most colour-blind readers can distinguish them, and each has a contrast of 3 or more on white. On a page the style
+sheet replaces them by its classes f0, f1, ... (fill) and s0, s1, ... (stroke), which have a dark form."""
+
+_INK = 'class="ink" fill="#1d2430"'
 
 
-def interval(
-    value: float, low: float, high: float, *, colour: str = COLOURS[0], width: int = 150, height: int = 14
-) -> Markup:
-    """Draw a rate between 0 and 1 as a dot on its 95 % interval."""
+def interval(value: float, low: float, high: float, *, colour: int = 0, width: int = 150, height: int = 14) -> Markup:
+    """Draw a rate between 0 and 1 as a dot on its 95 % interval. colour: place in COLOURS."""
     left, right, middle = (4 + (width - 8) * min(1.0, max(0.0, x)) for x in (low, high, value))
     y = height / 2
     known = math.isfinite(value)
     shown = f"{value:.3f}" if known else "undecided"
-    dot = f'<circle cx="{middle:.1f}" cy="{y}" r="4" fill="{colour}"/>' if known else ""
+    dot = f'<circle cx="{middle:.1f}" cy="{y}" r="4" {_fill(colour)}/>' if known else ""
     label = f"{shown}, 95 % interval {low:.3f} to {high:.3f}"
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     ends = f'x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}"'
     return Markup(
         f'<svg class="interval" role="img" aria-label="{label}" {size}>'
-        f'<line x1="4" x2="{width - 4}" y1="{y}" y2="{y}" stroke="#d5d9e0" stroke-width="2"/>'
-        f'<line {ends} stroke="{colour}" stroke-width="5" stroke-opacity=".35"/>'
+        f'<line x1="4" x2="{width - 4}" y1="{y}" y2="{y}" class="rule" stroke="#d5d9e0" stroke-width="2"/>'
+        f'<line {ends} {_stroke(colour)} stroke-width="5" stroke-opacity=".35"/>'
         f"{dot}</svg>"
     )
 
@@ -45,10 +46,7 @@ def curves(
     scale: Callable[[float], float] = math.log10 if log else lambda y: y
     xs = [x for points in series.values() for x, _ in points]
     box = _Box(min(xs), max(xs), min(map(scale, values)), max(map(scale, values)), width, height)
-    lines = [
-        box.line([(x, scale(y)) for x, y in _thinned(points)], COLOURS[i % len(COLOURS)])
-        for i, points in enumerate(series.values())
-    ]
+    lines = [box.line([(x, scale(y)) for x, y in _thinned(points)], i) for i, points in enumerate(series.values())]
     ends = (f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in series.items())
     label = html.escape(f"{what} over steps: {'; '.join(ends)}")
     return Markup(
@@ -72,20 +70,30 @@ class _Box:
         across, up = (x - self.left) / self.across, (y - self.low) / self.up
         return 56 + across * (self.width - 70), self.height - 26 - up * (self.height - 56)
 
-    def line(self, points: Sequence[tuple[float, float]], colour: str) -> str:
+    def line(self, points: Sequence[tuple[float, float]], colour: int) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self.place(*point) for point in points))
-        return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
+        return f'<polyline points="{path}" fill="none" {_stroke(colour)} stroke-width="1.6"/>'
 
     def axes(self, low: float, high: float, what: str) -> str:
         bottom, top = self.height - 26, 30
         return (
-            f'<path d="M56 {top}V{bottom}H{self.width - 14}" fill="none" stroke="#9aa3af"/>'
+            f'<path d="M56 {top}V{bottom}H{self.width - 14}" class="axis" fill="none" stroke="#9aa3af"/>'
             f'<text x="50" y="{top + 4}" text-anchor="end">{high:.3g}</text>'
             f'<text x="50" y="{bottom}" text-anchor="end">{low:.3g}</text>'
             f'<text x="56" y="{self.height - 8}">step {self.left:.0f}</text>'
             f'<text x="{self.width - 14}" y="{self.height - 8}" text-anchor="end">{self.right:.0f}</text>'
             f'<text x="{self.width - 14}" y="14" text-anchor="end">{html.escape(what)}</text>'
         )
+
+
+def _fill(place: int) -> str:
+    place %= len(COLOURS)
+    return f'class="f{place}" fill="{COLOURS[place]}"'
+
+
+def _stroke(place: int) -> str:
+    place %= len(COLOURS)
+    return f'class="s{place}" stroke="{COLOURS[place]}"'
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
@@ -96,8 +104,8 @@ def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tup
 
 
 def _key(name: str, place: int) -> str:
-    x, colour = 60 + 130 * place, COLOURS[place % len(COLOURS)]
-    line = f'<rect x="{x}" y="6" width="14" height="4" fill="{colour}"/>'
+    x = 60 + 130 * place
+    line = f'<rect x="{x}" y="6" width="14" height="4" {_fill(place)}/>'
     return f'{line}<text x="{x + 20}" y="14">{html.escape(name)}</text>'
 
 
@@ -115,17 +123,17 @@ def dot_plot(
     left, gap, step, top = 160, 84, 30, 48
     each = (width - left) / len(panels) - gap
     height = top + step * len(rows) + 34
-    parts = [f'<rect width="{width}" height="{height}" fill="#ffffff"/>']
+    parts = [f'<rect class="paper" width="{width}" height="{height}" fill="#ffffff"/>']
     for place, title in enumerate(panels):
         x = left + place * (each + gap)
         parts.append(_panel(title, x, each, top, height - 30))
         for i, (_, values) in enumerate(rows):
             if (value := values[place]) is not None:
-                parts.append(_dot(value, x, each, top + step * (i + 0.5), COLOURS[2 * place]))
+                parts.append(_dot(value, x, each, top + step * (i + 0.5), 2 * place))
     for i, (title, _) in enumerate(rows):
         y = top + step * (i + 0.5) + 5
         parts.append(
-            f'<text x="{left - 16}" y="{y}" text-anchor="end" font-size="14" fill="#1d2430">{html.escape(title)}</text>'
+            f'<text x="{left - 16}" y="{y}" text-anchor="end" font-size="14" {_INK}>{html.escape(title)}</text>'
         )
     label = html.escape(_in_words(rows, panels))
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
@@ -135,24 +143,24 @@ def dot_plot(
 
 
 def _panel(title: str, x: float, width: float, top: float, bottom: float) -> str:
-    lines = [f'<text x="{x:.0f}" y="24" font-size="14" font-weight="600" fill="#1d2430">{html.escape(title)}</text>']
+    lines = [f'<text x="{x:.0f}" y="24" font-size="14" font-weight="600" {_INK}>{html.escape(title)}</text>']
     for share in (0.0, 0.5, 1.0):
         at = x + share * width
-        lines.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 8}" y2="{bottom}" stroke="#e2e6ec"/>')
+        lines.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 8}" y2="{bottom}" class="rule" stroke="#e2e6ec"/>')
         lines.append(
-            f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle" font-size="12" fill="#5a6472">'
+            f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle" font-size="12" class="quiet" fill="#5a6472">'
             f"{share:.0%}</text>"
         )
     return "".join(lines)
 
 
-def _dot(value: Interval, x: float, width: float, y: float, colour: str) -> str:
+def _dot(value: Interval, x: float, width: float, y: float, colour: int) -> str:
     middle, low, high = (x + width * part for part in value)
     ends = f'x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"'
     return (
-        f'<line {ends} stroke="{colour}" stroke-width="7" stroke-opacity=".3" stroke-linecap="round"/>'
-        f'<circle cx="{middle:.1f}" cy="{y}" r="5.5" fill="{colour}"/>'
-        f'<text x="{x + width + 12:.1f}" y="{y + 5}" font-size="13" fill="#1d2430">{value[0]:.1%}</text>'
+        f'<line {ends} {_stroke(colour)} stroke-width="7" stroke-opacity=".3" stroke-linecap="round"/>'
+        f'<circle cx="{middle:.1f}" cy="{y}" r="5.5" {_fill(colour)}/>'
+        f'<text x="{x + width + 12:.1f}" y="{y + 5}" font-size="13" {_INK}>{value[0]:.1%}</text>'
     )
 
 

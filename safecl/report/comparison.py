@@ -1,22 +1,70 @@
-"""Comparison of several finished runs, for the table on the terminal and as a page."""
+"""Comparison of several runs, for the table on the terminal and as a page: verdicts, measurements with their
+differences to the first run, transfer between tasks, cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safecl.config import ConfigError
 from safecl.evaluation.measure import Evaluation
-from safecl.evaluation.tables import measures
-from safecl.report.page import render
-from safecl.report.run import ReportedRun, read_run, side_by_side
-from safecl.storage.durable import replace_file
+from safecl.evaluation.statistics.intervals import difference
+from safecl.evaluation.tables import Row, Value, measures
+from safecl.report.answers import answers_at, side_by_side, withheld
+from safecl.report.folder import ReportedRun, read_run
+from safecl.report.headline import badge_of, limits_of
+from safecl.report.page import render, write_page
+from safecl.report.record import Facts, sections_of
+from safecl.report.run import TRANSFER
 
-GENERATOR = '<meta name="generator" content="safecl">'
+
+@dataclass(frozen=True)
+class Column:
+    """One run on the page."""
+
+    title: str
+    methods: str
+    when: str
+    badge: str
+    tone: str
+    limits: list[str] = field(default_factory=list)
+    sections: list[tuple[str, Facts]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A difference to the first run. clear: its interval does not contain 0. tone: good or bad where it is clear."""
+
+    value: float
+    low: float
+    high: float
+    clear: bool
+    tone: str
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One measure over all runs; `changes` has None for the first run and where something was not measured."""
+
+    title: str
+    higher_is_better: bool
+    values: list[Value]
+    changes: list[Change | None]
+
+
+@dataclass(frozen=True)
+class TransferRow:
+    """An average over a sequence of tasks, a value per run; note: how to read it."""
+
+    title: str
+    note: str
+    values: list[float | None]
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[ReportedRun]:
-    """Read the runs. Raises ConfigError that names every folder without a finished run or without any measurement."""
+    """Read the runs. Raises ConfigError that names every folder without a run or without any measurement."""
     runs, problems = [], []
     for folder in folders:
         try:
@@ -42,32 +90,76 @@ def last_moments(runs: Sequence[ReportedRun]) -> list[Evaluation]:
 def warnings_of(runs: Sequence[ReportedRun]) -> list[str]:
     """List the differences that make the numbers of these runs hard to compare."""
     sizes = {(safety.scorer, safety.asr.n) for run in runs if (safety := run.evaluations[-1].safety) is not None}
-    steps = {run.results["steps"] for run in runs}
-    found = ["Safety was measured with other scorers or other numbers of prompts."] if len(sizes) > 1 else []
-    return found + (["The runs made different numbers of steps."] if len(steps) > 1 else [])
+    prompts = {_prompt_hashes(run) for run in runs} - {()}
+    steps = {run.results["steps"] for run in runs if run.kind == "finished"}
+    found = []
+    if len(sizes) > 1:
+        found.append("Safety was measured with other scorers or other numbers of prompts.")
+    elif len(prompts) > 1:
+        found.append("Safety was measured with other prompts.")
+    if len(steps) > 1:
+        found.append("The runs made different numbers of steps.")
+    return found + [f"{run.name} is not finished." for run in runs if run.kind == "unfinished"]
+
+
+def _prompt_hashes(run: ReportedRun) -> tuple[str, ...]:
+    measured_with = (run.results["provenance"] or {}).get("measured_with") or {}
+    return tuple(prompts["sha256"] for prompts in measured_with.get("prompts") or ())
 
 
 def comparison_page(runs: Sequence[ReportedRun]) -> str:
     """Return the page as HTML."""
-    titles, withheld = named(runs), [run.name for run in runs if run.withheld]
-    answers = [run.answers(run.evaluations[-1]) for run in runs]
+    titles = named(runs)
+    answers = [answers_at(run, run.evaluations[-1]) for run in runs]
     return render(
-        "comparison.html", runs=runs, rows=measures(last_moments(runs)),
-        columns=[(title, run.methods_text) for title, run in zip(titles, runs, strict=True)], titles=titles,
-        prompts=side_by_side(answers) if all(answers) else None, withheld=withheld, warnings=warnings_of(runs),
-        version=runs[0].results["safecl"],
-    )  # fmt: skip
+        "comparison.html",
+        runs=runs,
+        columns=[_column(run, title) for run, title in zip(runs, titles, strict=True)],
+        rows=[compared(row) for row in measures(last_moments(runs))],
+        transfer=_transfer(runs),
+        prompts=side_by_side(answers) if all(answers) else None,
+        withheld=[run.name for run in runs if withheld(run)],
+        warnings=warnings_of(runs),
+        version=runs[0].results.get("safecl", ""),
+    )
+
+
+def _column(run: ReportedRun, title: str) -> Column:
+    badge, tone = badge_of(run)
+    return Column(title, run.methods_text, run.evaluations[-1].when, badge, tone, limits_of(run), sections_of(run))
+
+
+def compared(row: Row) -> ComparedRow:
+    """Add the differences to the first run to a row of measures."""
+    title, higher_is_better, values = row
+    first = values[0]
+    return ComparedRow(
+        title,
+        higher_is_better,
+        values,
+        [None, *(_change(value, first, higher_is_better) for value in values[1:])],
+    )
+
+
+def _change(value: Value, first: Value, higher_is_better: bool) -> Change | None:
+    if value is None or first is None or not (math.isfinite(value.value) and math.isfinite(first.value)):
+        return None
+    by, low, high = difference(value, first)
+    clear = low > 0 or high < 0
+    tone = ("good" if (by > 0) == higher_is_better else "bad") if clear else ""
+    return Change(by, low, high, clear, tone)
+
+
+def _transfer(runs: Sequence[ReportedRun]) -> list[TransferRow]:
+    """Return the averages over sequences of tasks, a row each with a value per run; empty without a sequence."""
+    rows = []
+    for key, (title, note) in TRANSFER.items():
+        values = [run.summary.get(key) if len(run.summary.get("tasks") or ()) > 1 else None for run in runs]
+        if any(value is not None for value in values):
+            rows.append(TransferRow(title, note, values))
+    return rows
 
 
 def write_comparison(runs: Sequence[ReportedRun], path: Path) -> Path:
-    """Write the page, whole or not at all. Raises ConfigError where the file exists and is not a page of safecl."""
-    if path.is_dir():
-        path = path / "report.html"
-    if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise ConfigError(
-            f"{path}: exists already and was not made by `safecl report`; choose another file with --output"
-        )
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path}: no such folder {path.absolute().parent}")
-    replace_file(path, comparison_page(runs))
-    return path
+    """Write the page and return its path. Raises ConfigError as `write_page` does."""
+    return write_page(path, comparison_page(runs))

@@ -3,13 +3,18 @@ characters."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from safecl.config import ConfigError
 from safecl.config.texts import visible
 from safecl.report import charts
+from safecl.storage.durable import replace_file
+
+GENERATOR = '<meta name="generator" content="safecl">'
 
 PLAIN_STATE = ("exp_avg", "exp_avg_sq")
 """AdamW's own moments. Plain fine-tuning has them too, so they are not part of a method's cost."""
@@ -32,7 +37,7 @@ def _visible(value: Any) -> Any:
 
 
 _environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("safecl.report", "."),
+    loader=jinja2.PackageLoader("safecl.report", "templates"),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -44,5 +49,22 @@ _environment.globals |= {"interval": charts.interval, "curves": charts.curves}
 
 
 def render(template: str, **values: Any) -> str:
-    """Return the whole page as HTML."""
+    """Return the whole page as HTML, with the style sheet in it."""
     return _environment.get_template(template).render(**values)
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page, whole or not at all; into a folder as report.html. Returns the path.
+
+    Raises ConfigError where there is no such folder, and where the file exists and is not a page of safecl.
+    """
+    if path.is_dir():
+        path = path / "report.html"
+    if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise ConfigError(
+            f"{path}: exists already and was not made by `safecl report`; choose another file with --output"
+        )
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: no such folder {path.absolute().parent}")
+    replace_file(path, page)
+    return path

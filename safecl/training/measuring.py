@@ -6,6 +6,7 @@ Limits on a rise compare with the aligned model: the measurement at the start, o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate
 from safecl.evaluation.gates.outcomes import outputs_file, read_records
 from safecl.evaluation.restore import evaluation_from_dict
 from safecl.planning.plans import RunPlan, TaskPlan
+from safecl.report.folder import MEASURED
+from safecl.storage.durable import replace_file
 from safecl.training.console import Console
 from safecl.training.run import Run
 
@@ -93,6 +96,7 @@ class Measurements:
         self.evaluations.append(found)
         if collectives.rank() == 0:
             found.write_outputs(self.folder / "outputs", config.privacy.examples)
+            replace_file(self.folder / MEASURED, json.dumps({"evaluations": self.to_dicts()}))
         self.console.measured(found)
 
     def verdict(self) -> GateResult | None:

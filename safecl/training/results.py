@@ -14,8 +14,10 @@ from safecl.engine.checkpoint.model_export import save_model
 from safecl.engine.passes.live_model import evaluating
 from safecl.engine.teachers.recorded import TEACHER
 from safecl.evaluation import Evaluation, GateResult, summarise
+from safecl.evaluation.provenance import SCHEMA, now
 from safecl.planning.plans import RunPlan
 from safecl.report.card import Card
+from safecl.report.folder import MEASURED
 from safecl.report.run import REPORT, write_run_report
 from safecl.storage.model_folder import FAILED_MODEL, LIVE_MODEL, RUN_MODEL
 from safecl.training.console import Console
@@ -53,16 +55,20 @@ def results_of(
     num_tokens: int,
     seconds: float,
     metrics: bytes,
+    provenance: dict[str, Any],
     skipped_at_the_end: int = 0,
 ) -> dict[str, Any]:
     """Return the contents of results.json, the same on every rank. A collective call, before `run.finish()`.
 
     num_tokens: tokens trained on, over all ranks. seconds: time of the whole run. metrics: the lines of metrics.jsonl,
-    on rank 0. skipped_at_the_end: the last steps that were skipped in a row.
+    on rank 0. provenance: see safecl.training.provenance. skipped_at_the_end: the last steps that were skipped, in a
+    row.
     """
     state = state_bytes(run)
     return {
+        "schema": SCHEMA,
         "safecl": safecl.__version__,
+        "finished": collectives.gather_objects([now()])[0],
         "methods": list(run.config.methods),
         "world_size": collectives.world_size(),
         "steps": run.global_step,
@@ -76,6 +82,7 @@ def results_of(
         "evaluations": [evaluation.to_dict() for evaluation in evaluations],
         "summary": summarise(evaluations),
         "gate": gate.to_dict() if gate is not None else None,
+        "provenance": provenance,
     }
 
 
@@ -83,6 +90,7 @@ def complete_folder(folder: Path, console: Console) -> None:
     """Finish a run that was killed after results.json: write the report, remove what only an unfinished run needs."""
     if not (folder / REPORT).exists():
         write_report(folder, console)
+    (folder / MEASURED).unlink(missing_ok=True)
     shutil.rmtree(folder / TEACHER, ignore_errors=True)
 
 

@@ -31,6 +31,7 @@ from safecl.distributed.progress import STEP, phase, step_took
 from safecl.distributed.signals import StopRequest
 from safecl.distributed.watchdog import watching
 from safecl.engine.artifacts.base_model import model_files
+from safecl.engine.artifacts.store import ask_first_rank
 from safecl.engine.checkpoint.model_export import ModelNotFinite
 from safecl.engine.checkpoint.report import SaveReport
 from safecl.evaluation import GateResult
@@ -41,6 +42,7 @@ from safecl.planning.costs.memory_report import refuse_what_does_not_fit
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.planning.run_plan import plan_run
 from safecl.report.card import Card
+from safecl.report.folder import MEASURED
 from safecl.report.skipped import skipped_sentence
 from safecl.training.console import Console, StepLines
 from safecl.training.folder import LOCK, RunFolder
@@ -50,6 +52,7 @@ from safecl.training.metrics_log import MetricsLog, step_values
 from safecl.training.model_card import card_of
 from safecl.training.nonfinite import cause_of_skip, fault_in_state
 from safecl.training.opening import open_run
+from safecl.training.provenance import provenance_of
 from safecl.training.replay_memory import make_memory
 from safecl.training.results import complete_folder, results_of, save_models, write_report
 from safecl.training.resume import Progress, RunSaver
@@ -398,11 +401,13 @@ class Trainer:
             num_tokens=num_tokens,
             seconds=time.perf_counter() - self._began,
             metrics=self._metrics.so_far(),
+            provenance=ask_first_rank(lambda: provenance_of(run, self.plan, self._identity, self.folder)),
             skipped_at_the_end=at_the_end,
         )
         if collectives.rank() == 0:
             self._files.write_results(results)
             write_report(self.folder, self.console)
+            (self.folder / MEASURED).unlink(missing_ok=True)
         collectives.barrier()
         run.finish()
         if skipped is not None:

@@ -15,7 +15,7 @@ LOCKS = {"run.lock", "writer.lock", "build.lock"}
 """Files that say which process writes; they are left out."""
 NAME_ONLY = {"report.html", "models.json"}
 """Files that hold times of the clock or of the file system throughout."""
-CLOCK = {"seconds", "seconds_per_step"}
+CLOCK = {"finished", "seconds", "seconds_per_step"}
 CLOCK_OF_A_STEP = {"tokens_per_second", "memory_bytes"}
 SEGMENTS = {".segment", ".index"}
 GENERATION = re.compile(r"-\d{4}-(?=\d{5}\.segment$)")

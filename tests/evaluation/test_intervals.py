@@ -8,7 +8,7 @@ import pytest
 
 from safecl.config import ConfigError
 from safecl.evaluation import smallest_passing_size, wilson
-from safecl.evaluation.statistics.intervals import Z95, rate, token_mean
+from safecl.evaluation.statistics.intervals import Z95, difference, rate, token_mean
 
 
 def wilson_by_inversion(hits, n):
@@ -101,3 +101,9 @@ def test_one_row_gives_no_interval_and_its_json_is_valid():
     }
     with pytest.raises(ValueError, match="at least one token"):
         token_mean([0.0], [0])
+
+
+def test_the_interval_of_a_difference_is_that_of_newcombe_1998():
+    """Example (a) of the paper, 56/70 against 48/80, by its method 10."""
+    value, low, high = difference(rate([1] * 56 + [0] * 14), rate([1] * 48 + [0] * 32))
+    assert (round(value, 4), round(low, 4), round(high, 4)) == (0.2, 0.0524, 0.3339)

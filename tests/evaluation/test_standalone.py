@@ -77,6 +77,37 @@ def test_results_and_outputs_are_written_beside_the_run_and_not_over_it(place, t
     assert (tmp_path / "results.json").read_text() == "the run's own"
 
 
+def test_a_second_evaluation_is_added_and_replaces_nothing(place, tmp_path):
+    first = evaluate_target(place / "run.yaml", [f"output={tmp_path}"], hash_of=lambda path: f"hash of {path}")
+    answers = (first.folder / "outputs" / "000000-start-safety.jsonl").read_bytes()
+    second = evaluate_target(
+        place / "run.yaml", [f"output={tmp_path}", "safety.max_prompts=2", "privacy.examples=none"]
+    )
+    written = json.loads((second.folder / "results.json").read_text())
+    assert [each["when"] for each in written["evaluations"]] == ["start", "start 2"]
+    assert written["evaluations"][0] == first.evaluation.to_dict() and written["schema"] == 1
+    assert [each["provenance"]["measured_with"]["prompts"][0]["n"] for each in written["measurements"]] == [5, 2]
+    assert written["measurements"][0]["provenance"]["model"]["xxh3_128"] == f"hash of {place / 'start'}"
+    assert written["privacy"] == "none", "the strictest of them"
+    assert (first.folder / "outputs" / "000000-start-safety.jsonl").read_bytes() == answers
+    assert len((first.folder / "outputs" / "000000-start-2-safety.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('{"evaluations": [], "methods": []}', "is not of `safecl eval`"),
+        ('{"evaluations": [], "schema": 99}', "a newer safecl"),
+        ('{"eval', "cannot be read, and would be overwritten"),
+    ],
+)
+def test_results_that_cannot_be_added_to_are_not_overwritten(place, tmp_path, content, why):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"{why}.*choose another --output"):
+        evaluate_target(place / "start", [f"safety.prompts={place / 'bad.jsonl'}"], output=tmp_path)
+    assert (tmp_path / "results.json").read_text() == content
+
+
 def test_a_run_folder_is_measured_by_its_own_config(place, tmp_path):
     (tmp_path / "config.yaml").write_text((place / "run.yaml").read_text())
     with pytest.raises(
@@ -106,7 +137,9 @@ def test_any_model_folder_is_measured_with_given_prompts_and_task(place, tmp_pat
 def test_the_gate_of_a_config_is_judged(place, tmp_path):
     overrides = [f"output={tmp_path}", "safety.gate.max_asr=0.9"]
     result = evaluate_target(place / "run.yaml", overrides)
-    assert result.gate is not None and result.to_dict()["gate"]["verdict"] == result.gate.verdict
+    assert result.gate is not None and json.loads((result.folder / "results.json").read_text())["gate"] == (
+        result.gate.to_dict()
+    )
 
 
 def test_privacy_of_the_config_governs_the_outputs(place, tmp_path):

@@ -12,7 +12,7 @@ from safecl.evaluation import Evaluation
 from safecl.evaluation.gates.gate import gate
 from safecl.evaluation.task import TaskResult
 from safecl.report.card import Card, TrainedOn, licence_of
-from tests.report.test_report import safety, share
+from tests.report.folders import safety, share
 
 VERSIONS = {"safecl": "0.1.0", "torch": "2.13.0"}
 

@@ -315,7 +315,7 @@ def test_a_run_says_which_steps_were_skipped_and_ends_well(rank_pool, materials,
     assert (results["skipped_steps"], results["skipped_at_the_end"]) == counts == (len(skipped), at_the_end)
     for page in ("report.html", "model/README.md"):
         text = (tmp_path / "run" / page).read_text(encoding="utf-8")
-        assert (told in text) if told is not None else ("skipped" not in text.split("How it was made")[0]), page
+        assert (told in text) if told is not None else ("skipped" not in text.split("config.yaml, every key")[0]), page
         assert ("not changed since step" in text) == (at_the_end > 0)
 
 

@@ -9,6 +9,10 @@ It stays within [0, 1] and has a width at 0 or n hits: its upper end for no hits
 Of u undecided outcomes nobody knows which are hits, so the interval reaches from the lower end without any of them to
 the upper end with all of them: low(h, n) to high(h + u, n). The rate itself is h / (n - u).
 
+Difference of two independent rates, 95 % (Newcombe 1998, method 10), from their Wilson intervals l, u:
+
+    a - b,  low = (a - b) - √((a - l_a)² + (u_b - b)²),  high = (a - b) + √((u_a - a)² + (b - l_b)²)
+
 Mean over tokens whose values are sums per row (a row's tokens are not independent, so rows are the sampling unit):
 
     m = Σ s_r / Σ n_r,   standard error = √(R/(R-1) Σ (s_r - m n_r)²) / Σ n_r
@@ -112,6 +116,13 @@ def with_undecided(measured: Rate, more: int) -> Rate:
     decided = measured.n - undecided
     value = measured.hits / decided if decided else math.nan
     return replace(measured, value=value, high=wilson(measured.hits + undecided, measured.n)[1], undecided=undecided)
+
+
+def difference(a: Rate | Mean, b: Rate | Mean) -> tuple[float, float, float]:
+    """Return a - b with its 95 % interval (value, low, high), for two independent samples; NaN where a value is."""
+    value = a.value - b.value
+    low = value - math.hypot(a.value - a.low, b.high - b.value)
+    return value, low, value + math.hypot(a.high - a.value, b.value - b.low)
 
 
 def token_mean(sums: Sequence[float], counts: Sequence[int]) -> Mean:

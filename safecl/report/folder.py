@@ -1,0 +1,191 @@
+"""Reads a folder for its page: a finished run, an unfinished one, or what `safecl eval` has written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from safecl.config import ConfigError
+from safecl.evaluation.measure import Evaluation
+from safecl.evaluation.provenance import SCHEMA
+from safecl.evaluation.restore import evaluation_from_dict
+from safecl.launching.status import Status, status_of
+from safecl.report.page import PLAIN_STATE
+
+Kind = Literal["finished", "unfinished", "evaluation"]
+
+MEASURED = "measured.json"
+"""The evaluations of a run that is not finished."""
+_LACKING: dict[str, Any] = {
+    "cost": None, "gate": None, "methods": (), "steps": 0, "tokens": 0, "seconds": None, "world_size": None,
+    "finished": None, "provenance": None, "summary": None, "evaluations": (),
+}  # fmt: skip
+
+
+@dataclass
+class ReportedRun:
+    """A folder's files, as far as they are there. `results` has every key of `_LACKING`."""
+
+    folder: Path
+    kind: Kind
+    results: Mapping[str, Any]
+    config: str = ""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """run.json; empty where it cannot be read."""
+    status: Status | None = None
+    """How far an unfinished run is."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def methods_text(self) -> str:
+        if self.kind == "evaluation":
+            return "measured without training"
+        return " + ".join(self.results["methods"]) or "plain fine-tuning"
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        return (self.results["provenance"] or {}).get("versions") or self.identity.get("versions") or {}
+
+    @property
+    def extra_state(self) -> int:
+        """Bytes that the methods keep in addition to weights and moments."""
+        return sum(size for kind, size in self.results["cost"]["state_bytes"].items() if kind not in PLAIN_STATE)
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """The config as a tree; empty where it cannot be read."""
+        try:
+            tree = yaml.safe_load(self.config)
+        except yaml.YAMLError:
+            return {}
+        return tree if isinstance(tree, dict) else {}
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """Return a section of the config; empty where there is none."""
+        found = self.settings.get(name)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def privacy(self) -> str:
+        """`privacy.examples` of the run's config; the strictest value where that cannot be read."""
+        own = self.results.get("privacy")
+        return own if own is not None else self.section("privacy").get("examples", "none")
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        return [evaluation_from_dict(values) for values in self.results["evaluations"]]
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        return self.results["summary"] or {}
+
+    @cached_property
+    def scans(self) -> list[str]:
+        """Results of screening each task's rows, in words; empty without a scan."""
+        try:
+            found = json.loads((self.folder / "scan" / "results.json").read_text(encoding="utf-8"))
+            return [_scanned(task, found["action"]) for task in found["tasks"]] + found["notes"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return []
+
+    @cached_property
+    def losses(self) -> dict[str, list[tuple[float, float]]]:
+        """Points (step, value) of each term of the loss."""
+        series: dict[str, list[tuple[float, float]]] = {}
+        for line in lines_of(self.folder / "metrics.jsonl"):
+            for key, value in line.items():
+                if key.startswith("loss/") and value is not None:
+                    series.setdefault(key.removeprefix("loss/"), []).append((line["step"], value))
+        return series
+
+
+def _scanned(task: Mapping[str, Any], action: str) -> str:
+    """Describe one task's part of scan/results.json."""
+    done = {"drop": "left out", "downweight": "given less weight"}.get(action, "listed")
+    threshold = task["threshold"]
+    alarms = f"{'at most' if threshold['source'] == 'benign' else 'about'} {threshold['false_alarm']:.1%}"
+    return (
+        f"{task['task']}: {task['flagged']:,} of {task['rows']:,} rows flagged and {done}; "
+        f"{alarms} of harmless rows are flagged, too."
+    )
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON lines file; empty where it cannot be read."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return []
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def read_run(folder: str | Path) -> ReportedRun:
+    """Read a run, finished or not, or the results of an evaluation. Raises ConfigError for a folder that holds none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such run folder")
+    identity, config = _tree(folder / "run.json"), _text(folder / "config.yaml")
+    results = _results(folder)
+    if results is None:
+        if not identity:
+            raise ConfigError(f"{folder}: not a run folder, there is neither results.json nor run.json in it")
+        return _unfinished(folder, config, identity)
+    kind: Kind = "finished" if {"methods", "steps"} <= results.keys() else "evaluation"
+    if kind == "evaluation" and not config:
+        config = _text(folder.parent / "config.yaml")
+    return ReportedRun(folder, kind, _LACKING | results, config, identity)
+
+
+def _results(folder: Path) -> dict[str, Any] | None:
+    """Read results.json; None where there is none."""
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(results, dict) or "evaluations" not in results:
+        raise ConfigError(f"{path}: holds no evaluations, so it is not of a run or of `safecl eval`")
+    if (schema := results.get("schema", SCHEMA)) > SCHEMA:
+        raise ConfigError(f"{path}: has schema {schema}, and this safecl reads up to {SCHEMA}; update safecl")
+    return results
+
+
+def _unfinished(folder: Path, config: str, identity: Mapping[str, Any]) -> ReportedRun:
+    """Return a run that is under way, stopped, or failed, with what it has measured so far."""
+    status, steps = status_of(folder), lines_of(folder / "metrics.jsonl")
+    results = {
+        "methods": list((identity.get("config") or {}).get("methods") or ()),
+        "steps": status.steps_done,
+        "tokens": sum(line.get("tokens", 0) for line in steps),
+        "evaluations": _tree(folder / MEASURED).get("evaluations", ()),
+        "safecl": (identity.get("versions") or {}).get("safecl", ""),
+    }
+    return ReportedRun(folder, "unfinished", _LACKING | results, config, identity, status)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
