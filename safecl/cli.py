@@ -306,25 +306,35 @@ def merge(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write; an existing one is never overwritten.")
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure at many values: alpha=0:1:0.1, or 0.3,0.7; several give all combinations."),
+    ] = None,
+    eval_: Annotated[
+        Path | None, typer.Option("--eval", help="Run config that says what a sweep measures.", show_default=False)
+    ] = None,
+    pick: Annotated[
+        str | None,
+        typer.Option(help="`gate`: write the point with the highest utility of those that pass the config's gate."),
+    ] = None,
     settings: Annotated[bool, typer.Option("--settings", help="Print the kind's settings, and merge nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge model folders into a new one, tensor by tensor: averages, task vectors, safety merges."""
-    from safecl.commands.merge import merge_models, print_settings
+    from safecl.commands.merge import Parents, merge_models, print_settings, refuse_half_a_sweep
 
     if settings:
         print_settings(kind)
         return
-    merge_models(
-        kind,
-        overrides or [],
-        out=output,
-        base=base,
-        tuned=tuned or [],
-        aligned=aligned,
-        data=data,
-        as_json=as_json,
-    )
+    parents = Parents(base, tuned or [], aligned, data)
+    refuse_half_a_sweep(sweep, eval_, pick)
+    if sweep and eval_ is not None:
+        from safecl.commands.merge_sweep import sweep_models
+
+        raise typer.Exit(
+            sweep_models(kind, overrides or [], sweep, eval_, pick, out=output, parents=parents, as_json=as_json)
+        )
+    merge_models(kind, overrides or [], out=output, parents=parents, as_json=as_json)
 
 
 @verb

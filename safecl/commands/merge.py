@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -16,17 +17,17 @@ from safecl.exits import stderr
 from safecl.merging.registry import kind_module, kinds, parse_settings, read_settings
 
 
-def merge_models(
-    kind: str,
-    overrides: list[str],
-    *,
-    out: Path | None,
-    base: str | None,
-    tuned: list[str],
-    aligned: str | None,
-    data: Path | None,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True)
+class Parents:
+    """The models and data of a merge, as on the command line."""
+
+    base: str | None
+    tuned: list[str]
+    aligned: str | None
+    data: Path | None
+
+
+def merge_models(kind: str, overrides: list[str], *, out: Path | None, parents: Parents, as_json: bool) -> None:
     """Merge, and print the report. Raises ConfigError for models or settings that do not fit."""
     settings = parse_settings(overrides)
     read_settings(kind, settings)  # before torch is loaded
@@ -35,10 +36,22 @@ def merge_models(
     from safecl.merging.run import merge
 
     with _progress_bar(kind) as progress:
-        report = merge(kind, out=out, base=base, tuned=tuned, aligned=aligned, data=data, progress=progress, **settings)
+        report = merge(kind, out=out, **vars(parents), progress=progress, **settings)
     console = Console(highlight=False, soft_wrap=True)
     text = json.dumps(report.as_dict(), indent=2) if as_json else str(report)
     console.print(text, markup=False)
+
+
+def refuse_half_a_sweep(sweep: list[str] | None, eval_: Path | None, pick: str | None) -> None:
+    """Raise ConfigError where one of --sweep, --eval and --pick lacks another."""
+    if sweep and eval_ is None:
+        raise ConfigError("--sweep needs --eval CFG, the run config that says what is measured at each point")
+    if eval_ is not None and not sweep:
+        raise ConfigError("--eval needs --sweep KEY=FIRST:LAST:STEP; `safecl eval` measures one model")
+    if pick is not None and not sweep:
+        raise ConfigError("--pick needs --sweep and --eval: it chooses among measured points")
+    if pick not in (None, "gate"):
+        raise ConfigError(f"--pick {pick}: the one rule is `gate`")
 
 
 @contextlib.contextmanager

@@ -55,6 +55,20 @@ class FisherSize:
     rows_per_batch: int = 16
 
 
+@dataclass(frozen=True)
+class MergeAtTheEnd:
+    """A merge of the task's weights with the aligned model's, when the task ends.
+
+    kind, settings: of safecl.merging. sweep: settings to measure, as `--sweep` has them; empty for the kind's usual
+    ones. pick: `gate` measures them and takes the best that passes; None applies the settings as they are.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    sweep: tuple[str, ...]
+    pick: str | None
+
+
 class MethodConfig(Section):
     """Base of every method's config (`methods: {name: {...}}`).
 
@@ -136,6 +150,12 @@ class MethodConfig(Section):
     @property
     def mask_fisher(self) -> str | None:
         """Kind of Fisher state by which the average's decay differs between weights; None where it does not."""
+        return None
+
+    @property
+    def merge_at_the_end(self) -> MergeAtTheEnd | None:
+        """The merge of the task's weights with the aligned model's, whose state is the kind `aligned_anchor`; None
+        without one."""
         return None
 
     @property

@@ -25,17 +25,16 @@ from safecl.config import (
     load_config,
     validate_tree,
 )
-from safecl.data.config_rows import read_eval_rows, read_training_rows
+from safecl.data.config_rows import read_eval_rows
 from safecl.evaluation.answers.folders import check_is_model, is_model, name_of
-from safecl.evaluation.contamination import check_disjoint
-from safecl.evaluation.gates.gate import GateResult, check_gate_is_decidable, judge_gate
+from safecl.evaluation.gates.gate import GateResult, judge_gate
+from safecl.evaluation.questions import Questions, questions_of, read_safety_prompts
 from safecl.evaluation.records import Privacy
 from safecl.storage.model_folder import tuned_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from safecl.data import ChatRow, Prompt
     from safecl.evaluation.measure import Evaluation
 
 TASK_OF_FOLDER = "eval"
@@ -108,16 +107,9 @@ def evaluate_config(
     """Measure what a run config measures, on `model` (default: `model.path`). Refuses prompts from its training
     data."""
     check_is_model(model or config.model.path)
-    prompts, benign = _read_prompts(config.safety)
-    if prompts:
-        check_disjoint([*prompts, *benign], read_training_rows(config))
-    tasks = [
-        (task.name, task.eval, read_eval_rows(task.eval, task.fields)) for task in config.tasks if task.eval is not None
-    ]
     settings = config.model.model_copy(update={"path": str(model or config.model.path)})
     folder = Path(output or Path(config.output) / "eval")
-    measured = _Measured(config.safety, prompts, benign, tasks)
-    return _measure(settings, config.model.dtype, measured, config.privacy.examples, folder, hash_of)
+    return _measure(settings, config.model.dtype, questions_of(config), config.privacy.examples, folder, hash_of)
 
 
 def evaluate_folder(
@@ -137,11 +129,11 @@ def evaluate_folder(
     that replace the folder's own. Raises: ConfigError.
     """
     check_is_model(model)
-    prompts, benign = _read_prompts(safety)
     read = [(name, config, read_eval_rows(config, None)) for name, config in (tasks or {}).items()]
+    questions = Questions(safety, *read_safety_prompts(safety), read)
     settings = (settings or ModelConfig(path=str(model))).model_copy(update={"path": str(model)})
     folder = Path(output or Path("runs") / f"eval-{name_of(model)}")
-    return _measure(settings, dtype, _Measured(safety, prompts, benign, read), privacy, folder, hash_of)
+    return _measure(settings, dtype, questions, privacy, folder, hash_of)
 
 
 def _evaluate_model_with_overrides(
@@ -167,46 +159,18 @@ def _evaluate_model_with_overrides(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- input
-
-
-def _read_prompts(safety: SafetyConfig | None) -> tuple[list[Prompt], list[Prompt]]:
-    """Read the disallowed and the benign prompts. ConfigError where too few for the gate."""
-    from safecl.data import read_prompts
-
-    if safety is None:
-        return [], []
-    prompts = read_prompts(safety.prompts, safety.max_prompts)
-    benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True) if safety.benign_prompts else []
-    if safety.gate is not None:
-        check_gate_is_decidable(
-            safety.gate, num_prompts=len(prompts), num_benign=len(benign), prompts=prompts, benign=benign
-        )
-    return prompts, benign
-
-
 # -------------------------------------------------------------------------------------------------------------- measure
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """The prompts and rows that a model is measured with. tasks: (name, settings, rows)."""
-
-    safety: SafetyConfig | None
-    prompts: list[Prompt]
-    benign: list[Prompt]
-    tasks: list[tuple[str, EvalConfig, list[ChatRow]]]
 
 
 def _measure(
     settings: ModelConfig,
     dtype: str,
-    measured: _Measured,
+    questions: Questions,
     privacy: Privacy,
     folder: Path,
     hash_of: HashOfModel | None,
 ) -> StandaloneResult:
-    if not measured.prompts and not measured.tasks:
+    if not questions:
         raise ConfigError(_nothing_to_measure(settings.path))
     from safecl.data import load_tokenizer
     from safecl.data.templates.thinking import check_thinking
@@ -215,36 +179,27 @@ def _measure(
     from safecl.distributed.watchdog import watched
     from safecl.evaluation.added_results import earlier_results, free_name, write_results
     from safecl.evaluation.answers.model import HFEvalModel
-    from safecl.evaluation.measure import evaluate
 
     earlier = earlier_results(folder)
     tokenizer = load_tokenizer(settings)
     check_thinking(tokenizer)
-    rows = [row for _, _, rows in measured.tasks for row in rows]
-    notes = notes_on_prompts(tokenizer, [*measured.prompts, *measured.benign], rows, privacy)
-    safety = measured.safety
+    rows = [row for _, _, rows in questions.tasks for row in rows]
+    notes = notes_on_prompts(tokenizer, [*questions.prompts, *questions.benign], rows, privacy)
+    safety = questions.safety
     with process_group(), watched(folder, "evaluation"):
         model = HFEvalModel.load(
             settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
         )
-        found = evaluate(
-            model,
-            tokenizer,
-            when=free_name(name_of(settings.path), earlier),
-            safety=safety,
-            prompts=measured.prompts,
-            benign=measured.benign,
-            tasks=measured.tasks,
-        )
+        found = questions.measure(model, tokenizer, when=free_name(name_of(settings.path), earlier))
         gate = judge_gate(safety.gate if safety else None, found)
-        facts = _facts(settings, measured, tokenizer, hash_of) if model.rank == 0 else {}
+        facts = _facts(settings, questions, tokenizer, hash_of) if model.rank == 0 else {}
         if model.rank == 0:
             write_results(folder, earlier, found, gate.to_dict() if gate else None, facts, privacy)
     return StandaloneResult(settings.path, found, gate, folder, tuple(notes), facts)
 
 
 def _facts(
-    settings: ModelConfig, measured: _Measured, tokenizer: PreTrainedTokenizerBase, hash_of: HashOfModel | None
+    settings: ModelConfig, questions: Questions, tokenizer: PreTrainedTokenizerBase, hash_of: HashOfModel | None
 ) -> dict[str, Any]:
     """Return when, on which weights and with what was measured, as results.json has it; no text of rows."""
     import torch
@@ -260,7 +215,7 @@ def _facts(
         "model": settings.path,
         "provenance": {
             "model": {"folder": name_of(settings.path), "xxh3_128": digest},
-            "measured_with": measured_with(tokenizer, settings, measured.safety, measured.prompts, measured.benign),
+            "measured_with": measured_with(tokenizer, settings, questions.safety, questions.prompts, questions.benign),
             "versions": {module.__name__: str(module.__version__) for module in (safecl, torch, transformers)},
         },
     }

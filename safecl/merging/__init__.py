@@ -11,6 +11,8 @@ from typing import Any
 
 _HOMES = {
     "merge": "safecl.merging.run",
+    "sweep": "safecl.merging.sweeps",
+    "SweepReport": "safecl.merging.sweeps",
     "MergeReport": "safecl.merging.report",
     "kinds": "safecl.merging.registry",
     "Merge": "safecl.merging.base",

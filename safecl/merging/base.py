@@ -51,6 +51,8 @@ class MergeConfig(Section):
     """Settings that every kind of merge has."""
 
     needs: ClassVar[Needs] = Needs()
+    usual_sweep: ClassVar[str] = ""
+    """The sweep of the setting that trades the task for safety, as `--sweep` takes it; empty where there is none."""
     takes_checkpoints: ClassVar[bool] = False
     """Whether tuned models may be checkpoints that a run has kept."""
 

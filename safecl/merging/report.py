@@ -55,8 +55,12 @@ class MergeReport:
         return "\n".join([f"{self.kind} of {models}", *self.notes, f"{written}: {self.out}"])
 
 
-def card_text(kind: str, title: str, name: str, report: MergeReport) -> str:
-    """Return the model card: front matter for the hub, the parents with their hashes, the settings."""
+_NOTHING = "Nothing: a merge computes weights. `safecl eval` measures them."
+
+
+def card_text(kind: str, title: str, name: str, report: MergeReport, measured: str | None = None) -> str:
+    """Return the model card: front matter for the hub, the parents with their hashes, the settings, and what was
+    measured."""
     from huggingface_hub import ModelCardData
 
     hub_ids = [each.path for each in report.parents if _HUB_ID.fullmatch(each.path) and not Path(each.path).exists()]
@@ -88,7 +92,7 @@ def card_text(kind: str, title: str, name: str, report: MergeReport) -> str:
             "| setting | value |\n|---|---|",
             *settings,
             *(["\n## Notes\n", *(f"- {_plain(note)}" for note in report.notes)] if report.notes else []),
-            "\n## What was measured\n\nNothing: a merge computes weights. `safecl eval` measures them.\n",
+            f"\n## What was measured\n\n{measured or _NOTHING}\n",
         ]
     )
 

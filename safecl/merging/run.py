@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ def merge(
     aligned: str | Path | None = None,
     data: str | Path | None = None,
     progress: Progress | None = None,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+    measured: str | None = None,
     **settings: Any,
 ) -> MergeReport:
     """Merge models, folders in and a folder out, tensor by tensor in fp32.
@@ -53,7 +56,8 @@ def merge(
     kind: the name of a merge; `safecl.merging.kinds()` lists them. base, tuned, aligned: folders or hub ids of whole
     models, or folders of LoRA adapters, which count as dense weights. The result has the names, dtypes, settings,
     tokenizer and chat template of the first tuned model. data: a file of rows, for the kinds that need one. settings:
-    those of the kind, and of MergeConfig. progress: called with the numbers of elements done and in all.
+    those of the kind, and of MergeConfig. progress: called with the numbers of elements done and in all. files: further
+    files of the folder, by name. measured: the card's paragraph on what was measured; nothing, by default.
 
     Memory: two of the largest tensors per model in fp32, of which merges by rows take a small part; a merge that runs
     rows through a model says what it needs. Raises ConfigError, with nothing written, where models or settings do not
@@ -63,33 +67,46 @@ def merge(
     config = read_settings(kind, settings)
     paths = [tuned] if isinstance(tuned, (str, Path)) else list(tuned)
     folder = NewFolder(Path(out).expanduser())
-    _refuse_parents_as_output(folder, [*paths, base, aligned])
+    check_parents(folder, [*paths, base, aligned])
     folder.check_free()
     opened = open_models(
         kind,
         config,
-        base=_text(base),
+        base=text_path(base),
         tuned=[os.fspath(path) for path in paths],
-        aligned=_text(aligned),
+        aligned=text_path(aligned),
         data=Path(data).expanduser() if data is not None else None,
     )
     try:
-        return _Work(kind, config, opened, folder, progress, begin).run()
+        return _Work(kind, config, opened, folder, progress, begin, files, measured).run()
     finally:
         opened.close()
 
 
-def _text(path: str | Path | None) -> str | None:
+def text_path(path: str | Path | None) -> str | None:
+    """Return a path as text."""
     return None if path is None else os.fspath(path)
 
 
-def _refuse_parents_as_output(folder: NewFolder, parents: Sequence[str | Path | None]) -> None:
+def check_parents(folder: NewFolder, parents: Sequence[str | Path | None]) -> None:
+    """Raise ConfigError where the new folder lies in that of a model that is merged."""
     for parent in parents:
         if parent is None or not Path(parent).expanduser().is_dir():
             continue
         place = Path(parent).expanduser().resolve()
         if folder.path.resolve() == place or place in folder.path.resolve().parents:
             raise ConfigError(f"{folder.path}: lies in the folder of a model that is merged; choose another place")
+
+
+def entries_of(config: MergeConfig, opened: Opened) -> dict[str, Entry]:
+    """Return the tensors of the result."""
+    home = opened.matched.views[0]
+    entries = {}
+    for name, shape in home.shapes.items():
+        stored = home.source.stored[home.names[name]].dtype
+        asked = _DTYPES.get(config.dtype, stored) if stored in FLOAT_DTYPES else stored
+        entries[name] = Entry(asked, shape)
+    return entries
 
 
 @dataclass
@@ -102,6 +119,8 @@ class _Work:
     folder: NewFolder
     progress: Progress | None
     begin: float
+    files: Mapping[str, bytes]
+    measured: str | None
     done: int = 0
 
     @functools.cached_property
@@ -110,7 +129,7 @@ class _Work:
         return made
 
     def run(self) -> MergeReport:
-        entries = self._entries()
+        entries = entries_of(self.config, self.opened)
         try:
             partial = self.folder.begin(sum(entry.nbytes for entry in entries.values()))
             run_passes(self.merge, self.opened.models, self._advance)
@@ -118,22 +137,14 @@ class _Work:
                 report = self._write_model(partial, entries)
             else:
                 report = self._write_adapter(partial, self.config.adapter_rank)
-            title = kinds().get(self.kind, "")
-            write_file(partial / "README.md", [card_text(self.kind, title, self.folder.path.name, report).encode()])
+            card = card_text(self.kind, kinds().get(self.kind, ""), self.folder.path.name, report, self.measured)
+            for name, content in {"README.md": card.encode(), **self.files}.items():
+                write_file(partial / name, [content])
             self.opened.check_unchanged()
             self.folder.publish()
             return report
         finally:
             self.folder.abandon()
-
-    def _entries(self) -> dict[str, Entry]:
-        home = self.opened.matched.views[0]
-        entries = {}
-        for name, shape in home.shapes.items():
-            stored = home.source.stored[home.names[name]].dtype
-            asked = _DTYPES.get(self.config.dtype, stored) if stored in FLOAT_DTYPES else stored
-            entries[name] = Entry(asked, shape)
-        return entries
 
     # -------------------------------------------------------------------------------------------------------- writing
 

@@ -66,46 +66,53 @@ class Measurements:
         self.measure(run, f"after {task.config.name}")
 
     def measure(self, run: Run, when: str) -> None:
-        """Measure the model that the run would save now, and print it."""
-        plan, config = self.plan, self.plan.config
+        """Measure the model that the run would save now, keep the result, and print it."""
+        config = self.plan.config
         if config.safety is not None and config.safety.every == "never":
             return
-        tasks = [
-            (task.config.name, task.config.eval, task.eval_rows)
-            for task in plan.tasks
-            if task.config.eval is not None and task.eval_rows
-        ]
-        if not plan.prompts and not tasks:
+        if (found := self.ask(run, when)) is None:
             return
-        with (
-            phase("evaluation"),
-            self.console.working(f"{when}: measuring"),
-            evaluating(run.engine, average=run.saves_average, many_passes=True) as model,
-        ):
-            found = evaluate(
-                model,
-                plan.tokenizer,
-                when=when,
-                step=run.global_step,
-                safety=config.safety,
-                prompts=plan.prompts,
-                benign=plan.benign,
-                tasks=tasks,
-            )
-        found = replace(found, gate=self._judge(found, [*self.evaluations, found]))
+        found = replace(found, gate=self.judge(found))
         self.evaluations.append(found)
         if collectives.rank() == 0:
             found.write_outputs(self.folder / "outputs", config.privacy.examples)
             replace_file(self.folder / MEASURED, json.dumps({"evaluations": self.to_dicts()}))
         self.console.measured(found)
 
+    def ask(self, run: Run, when: str) -> Evaluation | None:
+        """Measure the model that the run would save now; None where the config measures nothing."""
+        plan = self.plan
+        tasks = [
+            (task.config.name, task.config.eval, task.eval_rows)
+            for task in plan.tasks
+            if task.config.eval is not None and task.eval_rows
+        ]
+        if not plan.prompts and not tasks:
+            return None
+        with (
+            phase("evaluation"),
+            self.console.working(f"{when}: measuring"),
+            evaluating(run.engine, average=run.saves_average, many_passes=True) as model,
+        ):
+            return evaluate(
+                model,
+                plan.tokenizer,
+                when=when,
+                step=run.global_step,
+                safety=plan.config.safety,
+                prompts=plan.prompts,
+                benign=plan.benign,
+                tasks=tasks,
+            )
+
     def verdict(self) -> GateResult | None:
         """Return the gate's verdict on the last evaluation; None without a gate. Not a collective call."""
-        return self._judge(self.evaluations[-1], self.evaluations) if self.evaluations else None
+        return self.judge(self.evaluations[-1]) if self.evaluations else None
 
-    def _judge(self, found: Evaluation, evaluations: Sequence[Evaluation]) -> GateResult | None:
-        """Judge one of the evaluations by the config's gate, which may be another than that of a run before a
+    def judge(self, found: Evaluation) -> GateResult | None:
+        """Judge an evaluation, kept or new, by the config's gate, which may be another than that of a run before a
         resume."""
+        evaluations = self.evaluations if found in self.evaluations else [*self.evaluations, found]
         safety = self.plan.config.safety
         if safety is None or safety.gate is None or found.safety is None:
             return None

@@ -27,6 +27,7 @@ from safecl.planning.memory_kinds import tags_of_task_rows
 from safecl.planning.plans import TaskPlan, apply_screening
 from safecl.training import step as steps
 from safecl.training.corrective import CorrectivePhase
+from safecl.training.end_merge import merge_as_set
 from safecl.training.learning_rate import learning_rate
 from safecl.training.method_view import MethodView
 from safecl.training.own_passes import OwnPasses
@@ -122,6 +123,7 @@ class Run(RunState):
     def end_task(self) -> None:
         self.stop_reading()
         self._call("end_task")
+        merge_as_set(self)
         if self.active_methods:
             self.previous = self.task
 

@@ -45,6 +45,7 @@ from safecl.report.card import Card
 from safecl.report.folder import MEASURED
 from safecl.report.skipped import skipped_sentence
 from safecl.training.console import Console, StepLines
+from safecl.training.end_merge_choice import merge_by_gate
 from safecl.training.folder import LOCK, RunFolder
 from safecl.training.identity import base_of, identity_of, refuse_folder_of_other_run
 from safecl.training.measuring import Measurements
@@ -278,6 +279,7 @@ class Trainer:
     def _measure_after(self, run: Run, task: TaskPlan) -> None:
         run.end_task()
         self._refuse_nonfinite(run, fault_in_state(run, ("weights", "ema")), "after the last update")
+        merge_by_gate(run, self.measured)
         self.measured.after_task(run, task)
 
     def _hand_over(self, run: Run, task: TaskPlan) -> None:

@@ -44,7 +44,7 @@ def load_model(config: ModelConfig) -> tuple[nn.Module, ReferenceStore]:
         raise ConfigError(f"model.path: {config.path}: cannot be loaded: {library_error(error)}") from None
     store = ReferenceStore.open(config.path, dtype=dtype, model=model, trust_remote_code=config.trust_remote_code)
     take_weights(model, store)
-    _take_generation_settings(model, config.path)
+    take_generation_settings(model, config.path)
     return prepare_for_training(model, config), store
 
 
@@ -65,7 +65,7 @@ def take_weights(model: nn.Module, store: ReferenceStore) -> None:
         model.get_buffer(name).copy_(value)
 
 
-def _take_generation_settings(model: PreTrainedModel, path: str) -> None:
+def take_generation_settings(model: PreTrainedModel, path: str) -> None:
     """Take over the folder's generation config, which is saved again with the tuned model."""
     from transformers import GenerationConfig
 

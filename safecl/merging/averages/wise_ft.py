@@ -21,6 +21,7 @@ class Config(base.MergeConfig):
     """A point on the line from the base to the tuned model."""
 
     needs: ClassVar[base.Needs] = base.Needs(base="yes", most=1)
+    usual_sweep: ClassVar[str] = "alpha=0:1:0.1"
 
     alpha: Coefficient = 0.5
     """Share of the tuned model: 0 is the base, 1 the tuned model."""

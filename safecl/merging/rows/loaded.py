@@ -15,6 +15,7 @@ from torch import nn
 from safecl.distributed import devices
 from safecl.engine.model.structure import empty_model
 from safecl.engine.model.tensor_names import match_tensors
+from safecl.engine.reference.loading import take_generation_settings
 from safecl.merging.base import Models, Unmergeable, Weights
 from safecl.merging.rows.reading import TokenRow
 from safecl.storage.untrusted import library_error
@@ -61,14 +62,21 @@ class LinearLayer:
     transposed: bool
 
 
-def load(models: Models, weights: Weights, dtype: torch.dtype, trust_remote_code: bool = False) -> LoadedModel:
-    """Make the model that the first tuned model's settings describe, with these weights.
+def load(
+    models: Models,
+    weights: Weights,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+) -> LoadedModel:
+    """Make the model that the first tuned model's settings describe, with these weights. attention: the kernel;
+    transformers chooses it by default.
 
     Raises Unmergeable where transformers' model has no place for a tensor, or none of its name.
     """
     path = models.folders["tuned"]
     try:
-        model = empty_model(path, dtype, trust_remote_code=trust_remote_code)
+        model = empty_model(path, dtype, attention=attention, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library's classes check their settings in many ways
         raise Unmergeable(f"{path}: cannot be run by transformers: {library_error(error)}") from None
     sources = match_tensors(model, weights.shapes, path).sources
@@ -83,8 +91,9 @@ def load(models: Models, weights: Weights, dtype: torch.dtype, trust_remote_code
             if p is not None:
                 module._parameters[leaf] = made[id(p)]
     for name, buffer in model.named_buffers():
-        if name in sources:
+        if sources.get(name) in models.places:
             buffer.copy_(weights.read(sources[name]))
+    take_generation_settings(model, path)
     model.to(devices.device())  # type: ignore[arg-type]  # transformers' decorator hides the signature
     model.eval()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     return LoadedModel(model, {sources[n]: p for n, p in model.named_parameters() if n in sources})

@@ -10,7 +10,7 @@ vector that is the sum, and beta is to be searched; 1 - alpha here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from safecl.merging import base
 from safecl.merging.task_vectors._settings import WeightsConfig, check, weights_of
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 class Config(WeightsConfig):
     """Sum of task vectors, scaled by depth."""
+
+    usual_sweep: ClassVar[str] = "alpha=0:1:0.1"
 
     alpha: float | None = None
     """Factor of the first block, and of all weights outside of the blocks. By default 1 / n for n tuned models, and 0.5

@@ -9,7 +9,7 @@ sum_i w_i, as mergekit's option of that name does; off by default, there as here
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from safecl.merging import base
 from safecl.merging.task_vectors._settings import TaskVectorConfig, add_sum, check
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 class Config(TaskVectorConfig):
     """Sum of task vectors."""
+
+    usual_sweep: ClassVar[str] = "scale=0:1:0.1"
 
     normalize: bool = False
     """Divide by the sum of the weights."""

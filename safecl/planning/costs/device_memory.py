@@ -113,6 +113,8 @@ def _method_state(shape: ModelShape, config: RunConfig, world_size: int, device:
         if not (away and role_of(kind) == "reference" and needs_reference(config)):
             yield Item(kind.lstrip("_").replace("_", " "), "host" if away else with_masters, share * size)
         through += size if away and with_masters == "device" else 0
+    if any(merge.pick for settings in config.methods.values() if (merge := settings.merge_at_the_end) is not None):
+        yield Item("weights before the merge", "host", share * FP32, "evaluation")
     if device == "cuda":
         yield Item("chunks of offloaded state", "device", 2 * min(CHUNK, share) * through)
 

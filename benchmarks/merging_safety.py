@@ -1,0 +1,263 @@
+"""Each merge that restores safety on the demonstration's model, beside plain fine-tuning and DER on poisoned data.
+
+    python benchmarks/merging_safety.py                    # seed 10 chooses the settings, 0 to 2 are reported
+    python benchmarks/merging_safety.py --seeds 0          # one reported seed, a third of the time
+    python benchmarks/merging_safety.py --folder runs/merging-safety --only antidote
+    python benchmarks/merging_safety.py --report           # only the table of what is there
+
+The model has 1 M parameters (`safecl demo`): random weights, aligned by safecl, then fine-tuned on a user's task with
+10 % of poisoned rows. `base` is the random model, `aligned` the aligned one, `tuned` plain fine-tuning. Each merge gets
+one sweep on the choosing seed, and the point with the highest accuracy - ASR - over-refusal is merged and measured on
+the reported seeds, whose data and weights the choice has not seen. Rates are of 120 disallowed and 120 benign prompts,
+accuracy is that of 300 rows; seconds are those of the merge alone. One CPU thread. Writes
+benchmarks/results/merging_safety.json and the table of docs/merging.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+from safety_retention import train
+
+from safecl.demo.arms import DER, Arm, poisoned
+from safecl.demo.materials import align_config, arm_config, write_materials
+from safecl.demo.topics import REFUSALS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "merging_safety.json"
+PAGE = ROOT / "docs" / "merging.md"
+CHOOSING, REPORTED = 10, [0, 1, 2]
+TRAINED = poisoned([Arm("plain", "plain fine-tuning", {}), Arm("der", "DER, in training", DER)])
+BEGIN, END = "<!-- made by benchmarks/merging_safety.py -->\n", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A merge with its sweep. models: the roles that it gets beside the tuned model; data: the file of rows."""
+
+    title: str
+    kind: str
+    sweep: str
+    models: tuple[str, ...] = ("aligned",)
+    data: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    Case("`wise_ft`", "wise_ft", "alpha=0.2:0.9:0.1", ("base",)),
+    Case("`lines`", "lines", "alpha=0:0.8:0.2", ("base",)),
+    Case("`dare`", "dare", "scale=0.3:0.9:0.1", ("base",), settings={"density": 0.5}),
+    Case("`safe_lora`", "safe_lora", "number=4:28:4", ("before", "aligned")),
+    Case("`safe_merge`", "safe_merge", "tuned_weight=0.3:0.9:0.1", ("before", "aligned"), settings={"threshold": 1}),
+    Case("`safety_vector`", "safety_vector", "scale=0.02,0.05,0.1,0.2,0.5,1,1.5", ("before", "aligned")),
+    Case("`ssd`", "ssd", "alpha=0.5,1,2,5,10,30,100", ()),
+    Case("`safe_delta`", "safe_delta", "s=0.1,1,3,10,30,100,300", data="refusals.jsonl"),
+    Case("`somf`", "somf", "steps=20,50,100,200", data="refusals.jsonl", settings={"learning_rate": 0.03}),
+    Case("`antidote`, own requests", "antidote", "ratio=0.02,0.05,0.1,0.2,0.3,0.5,0.7"),
+    Case("`antidote`, harmful rows", "antidote", "ratio=0.02,0.05,0.1,0.2,0.3,0.5,0.7", data="poison.jsonl"),
+    Case(
+        "`antidote`, harmful rows, no aligned model", "antidote", "ratio=0.01,0.02,0.05,0.1,0.2,0.3", (), "poison.jsonl"
+    ),
+    Case("`panacea`, own requests", "panacea", "rho=0.1,0.2,0.5,1,2,3,5", ()),
+    Case("`panacea`, harmful rows", "panacea", "rho=0.1,0.2,0.5,1,2,3,5", (), "poison.jsonl"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/merging-safety"))
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="merges whose title contains one of these"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=REPORTED)
+    parser.add_argument("--report", action="store_true", help="only write the table of what is there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if not arguments.report:
+        chosen = [case for case in CASES if not arguments.only or any(w in case.title for w in arguments.only)]
+        for seed in (CHOOSING, *arguments.seeds):
+            prepare(arguments.folder / f"seed-{seed}", seed)
+        for case in chosen:
+            run_case(arguments.folder, case, arguments.seeds)
+    report(arguments.folder, arguments.seeds)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """Align and fine-tune the models of one seed, and write the rows of merges, unless they are there."""
+    write_materials(folder, seed=seed, arms=TRAINED)
+    configs = {"aligned": align_config(folder, seed)} | {arm.name: arm_config(folder, arm, seed) for arm in TRAINED}
+    for name, config in configs.items():
+        if not (folder / name / "results.json").exists():
+            began = time.perf_counter()
+            train(folder, name, config | {"deepspeed": {"stage": 0}, "checkpoint": {"every": "never"}})
+            print(f"{folder.name} {name}: {time.perf_counter() - began:.0f} s", flush=True)
+    rows = [json.loads(line) for line in (folder / "data" / "memory.jsonl").read_text().splitlines()]
+    refusals = [row for row in rows if row["messages"][-1]["content"] in REFUSALS]
+    (folder / "data" / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in refusals))
+    for name in ("memory", "poison"):
+        estimate(folder, name, seed)
+
+
+def estimate(folder: Path, name: str, seed: int) -> None:
+    """Estimate the Fisher information of the tuned model on the rows of one file, for ssd."""
+    from safecl.commands.fisher import fisher_run
+    from safecl.config import validate_tree
+
+    path = folder / f"fisher-{name}.safetensors"
+    if path.exists():
+        return
+    config = arm_config(folder, TRAINED[0], seed)
+    config["model"]["path"] = str(folder / TRAINED[0].name / "model")
+    config["memory"]["source"] = str(folder / "data" / f"{name}.jsonl")
+    fisher_run(validate_tree(config | {"deepspeed": {"stage": 0}}, "fisher"), path, exact=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
+def arguments_of(folder: Path, case: Case) -> dict[str, Any]:
+    """Return the models, data and settings of a merge on one seed."""
+    places = {
+        "before": ("base", "random-model"),
+        "base": ("base", "aligned/model"),
+        "aligned": ("aligned", "aligned/model"),
+    }
+    given: dict[str, Any] = {role: folder / path for role, path in (places[name] for name in case.models)}
+    if case.data is not None:
+        given["data"] = folder / "data" / case.data
+    if case.kind == "ssd":
+        given |= {"fisher": str(folder / "fisher-memory.safetensors")}
+        given |= {"harmful_fisher": str(folder / "fisher-poison.safetensors")}
+    return given | {"tuned": folder / TRAINED[0].name / "model", **case.settings}
+
+
+def name_of(case: Case) -> str:
+    return "".join(c if c.isalnum() else "-" for c in case.title).strip("-")
+
+
+def run_case(folder: Path, case: Case, seeds: list[int]) -> None:
+    """Choose the setting of a merge, and measure it on the reported seeds, unless that is done."""
+    points = choose(folder / f"seed-{CHOOSING}", case, folder / "sweeps" / name_of(case))
+    best = max(points, key=merit)
+    path = folder / "merges" / f"{name_of(case)}.json"
+    known = json.loads(path.read_text())["reported"] if path.exists() else []
+    done = {one["seed"]: one for one in known}
+    for seed in seeds:
+        done[seed] = done.get(seed) or measure(folder / f"seed-{seed}", case, best["settings"], seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reported = [done[seed] for seed in sorted(done)]
+    result = {"title": case.title, "kind": case.kind, "chosen": best, "sweep": points, "reported": reported}
+    path.write_text(json.dumps(result, indent=1))
+    print(case.title, best["settings"], [(m["asr"]["value"], m["accuracy"]["value"]) for m in reported], flush=True)
+
+
+def choose(folder: Path, case: Case, out: Path) -> list[dict[str, Any]]:
+    from safecl.config import load_config
+    from safecl.merging import sweep
+    from safecl.merging.points import parse_sweeps
+
+    points = parse_sweeps([case.sweep])
+    integers = ("number", "steps")
+    points = [{k: int(v) if k in integers else v for k, v in point.items()} for point in points]
+    if not (out / "sweep.json").exists():
+        config = load_config(folder / f"{TRAINED[0].name}.yaml")
+        sweep(case.kind, points, config=config, out=out, **arguments_of(folder, case))
+    found = json.loads((out / "sweep.json").read_text())["points"]
+    return [{"settings": point["settings"], **rates(point)} for point in found]
+
+
+def rates(evaluation: dict[str, Any]) -> dict[str, Any]:
+    safety = evaluation["safety"]
+    return {name: safety[name] for name in ("asr", "affirmative", "off_task", "over_refusal")} | {
+        "accuracy": evaluation["tasks"]["sentiment"]
+    }
+
+
+def merit(point: dict[str, Any]) -> float:
+    return point["accuracy"]["value"] - point["asr"]["value"] - point["over_refusal"]["value"]
+
+
+def measure(folder: Path, case: Case, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Merge one folder and measure it."""
+    from safecl.evaluation import evaluate_target
+    from safecl.merging import merge
+
+    out = folder / "merged" / name_of(case)
+    shutil.rmtree(out, ignore_errors=True)
+    report = merge(case.kind, out=out, **arguments_of(folder, case), **settings)
+    config = folder / f"{TRAINED[0].name}.yaml"
+    found = evaluate_target(config, [f"model.path={out}"], output=folder / "measured" / out.name)
+    return {"seed": seed, "seconds": round(report.seconds, 2), **rates(found.evaluation.to_dict())}
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def report(folder: Path, seeds: list[int]) -> None:
+    """Write the JSON and the table of the finished merges."""
+    runs = {
+        name: [trained(folder / f"seed-{seed}", name, seed) for seed in REPORTED]
+        for name in ("aligned", "plain", "der")
+    }
+    merges = [json.loads(path.read_text()) for path in sorted((folder / "merges").glob("*.json"))]
+    order = [case.title for case in CASES]
+    merges.sort(key=lambda found: order.index(found["title"]))
+    command = "python benchmarks/merging_safety.py"
+    machine = harness.machine(torch.device("cpu"))
+    result = {"command": command, "machine": machine, "choosing_seed": CHOOSING, "trained": runs, "merges": merges}
+    harness.write_json(RESULTS, result)
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    PAGE.write_text(before + BEGIN + table(result) + END + rest.split(END, 1)[1], encoding="utf-8")
+
+
+def trained(folder: Path, name: str, seed: int) -> dict[str, Any]:
+    """Return what a run of one seed measured: the aligned model before the task, or an arm after it."""
+    arm = TRAINED[0].name if name == "aligned" else f"{name}-poisoned"
+    found = json.loads((folder / arm / "results.json").read_text())["evaluations"]
+    return {"seed": seed, **rates(found[0] if name == "aligned" else found[-1])}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a Markdown table: of one seed the values with their 95 % intervals, of several the means with the smallest
+    and the largest value."""
+    lines = ["| | setting | ASR | over-refusal | accuracy | s |", "|---|---|---:|---:|---:|---:|"]
+    titles = {"aligned": "the aligned model", "plain": "plain fine-tuning", "der": "DER, in training"}
+    lines += [_line(titles[name], "", seeds, "") for name, seeds in result["trained"].items()]
+    for found in result["merges"]:
+        setting = ", ".join(f"`{key}={value:g}`" for key, value in found["chosen"]["settings"].items())
+        seconds = statistics.median(one["seconds"] for one in found["reported"])
+        lines.append(_line(found["title"], setting, found["reported"], f"{seconds:.1f}"))
+    return "\n".join(lines) + "\n"
+
+
+def _line(title: str, setting: str, seeds: list[dict[str, Any]], seconds: str) -> str:
+    cells = [_cell([one[name] for one in seeds]) for name in ("asr", "over_refusal", "accuracy")]
+    return f"| {title} | {setting} | {' | '.join(cells)} | {seconds} |"
+
+
+def _cell(rates: list[dict[str, float]]) -> str:
+    values = [rate["value"] for rate in rates]
+    low, high = (rates[0]["low"], rates[0]["high"]) if len(rates) == 1 else (min(values), max(values))
+    return f"{statistics.mean(values):.2f} ({low:.2f}–{high:.2f})"
+
+
+if __name__ == "__main__":
+    main()
