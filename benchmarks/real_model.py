@@ -103,8 +103,11 @@ def train_and_measure(folder: Path, run: Run) -> None:
     """Train one arm and measure its model; a failure is printed and does not stop the others."""
     began = time.perf_counter()
     try:
-        if not (folder / run.name / "results.json").exists():
-            train(folder, run.name, run.config(folder))
+        trained = run.plain if run.arm.merge else run
+        if not (folder / trained.name / "results.json").exists():
+            train(folder, trained.name, trained.config(folder))
+        if run.arm.merge:
+            merge_plain(folder, run)
         measure(folder, folder / run.name / "model", run.seed, folder / run.name / "measured")
     except Exception as error:
         print(f"{run.name}: {type(error).__name__}: {error}", flush=True)
@@ -112,6 +115,38 @@ def train_and_measure(folder: Path, run: Run) -> None:
     found = json.loads((folder / run.name / "measured" / "results.json").read_text())["evaluations"][-1]["safety"]
     rates = ", ".join(f"{rate} {found[rate]['value']:.2f}" for rate in ("asr", "over_refusal"))
     print(f"{run.name}: {time.perf_counter() - began:.0f} s, {rates}", flush=True)
+
+
+def merge_plain(folder: Path, run: Run) -> None:
+    """Merge plain fine-tuning's model, unless it is done. `--base` is the model before its alignment, where a kind asks
+    for an aligned one as well."""
+    from safecl.merging import merge
+    from safecl.merging.registry import kind_module, parse_settings
+
+    kind, *settings = run.arm.merge
+    out, needs, began = folder / run.name, kind_module(kind).Config.needs, time.process_time()
+    if (out / "model").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    aligned = needs.aligned == "yes"
+    merge(
+        kind,
+        base=folder / ("smollm2" if aligned else "aligned") if needs.base == "yes" else None,
+        aligned=folder / "aligned" if aligned else None,
+        tuned=folder / run.plain.name / "model",
+        data=refusals(folder) if needs.data else None,
+        out=out / "model",
+        **parse_settings(settings),
+    )
+    (out / "cpu-seconds.json").write_text(json.dumps({"cpu_seconds": round(time.process_time() - began, 1)}))
+
+
+def refusals(folder: Path) -> Path:
+    """Write the memory's refusals into a file of their own."""
+    path = folder / "memory-refusals.jsonl"
+    rows = [json.loads(line) for line in (folder / "memory.jsonl").read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row.get("kind") == "refusal"))
+    return path
 
 
 def measure(folder: Path, model: Path, seed: int, output: Path) -> None:

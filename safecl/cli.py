@@ -315,7 +315,7 @@ def merge(
     ] = None,
     pick: Annotated[
         str | None,
-        typer.Option(help="`gate`: write the point with the highest utility of those that pass the config's gate."),
+        typer.Option(help="`gate`: write the point of highest utility that passes the gate; for soup also `greedy`."),
     ] = None,
     settings: Annotated[bool, typer.Option("--settings", help="Print the kind's settings, and merge nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -327,14 +327,34 @@ def merge(
         print_settings(kind)
         return
     parents = Parents(base, tuned or [], aligned, data)
-    refuse_half_a_sweep(sweep, eval_, pick)
-    if sweep and eval_ is not None:
+    refuse_half_a_sweep(kind, sweep, eval_, pick)
+    if eval_ is not None:
         from safecl.commands.merge_sweep import sweep_models
 
         raise typer.Exit(
-            sweep_models(kind, overrides or [], sweep, eval_, pick, out=output, parents=parents, as_json=as_json)
+            sweep_models(kind, overrides or [], sweep or [], eval_, pick, out=output, parents=parents, as_json=as_json)
         )
     merge_models(kind, overrides or [], out=output, parents=parents, as_json=as_json)
+
+
+@verb
+def rebase(
+    old_base: Annotated[str, typer.Option(help="The base that the model was tuned from.", show_default=False)],
+    new_base: Annotated[str, typer.Option(help="The re-aligned base.", show_default=False)],
+    tuned: Annotated[str, typer.Option(help="The tuned model, or a LoRA adapter.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write; an existing one is never overwritten.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. projection=columns", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Move a tuned model onto a re-aligned base of the same architecture, without the data of its tuning."""
+    from safecl.commands.rebase import rebase_model
+
+    rebase_model(overrides or [], old=old_base, new=new_base, tuned=tuned, out=output, as_json=as_json)
 
 
 @verb

@@ -42,16 +42,18 @@ def merge_models(kind: str, overrides: list[str], *, out: Path | None, parents: 
     console.print(text, markup=False)
 
 
-def refuse_half_a_sweep(sweep: list[str] | None, eval_: Path | None, pick: str | None) -> None:
+def refuse_half_a_sweep(kind: str, sweep: list[str] | None, eval_: Path | None, pick: str | None) -> None:
     """Raise ConfigError where one of --sweep, --eval and --pick lacks another."""
+    if pick not in (None, "gate", "greedy"):
+        raise ConfigError(f"--pick {pick}: the rules are `gate`, and for soup `greedy`")
+    if pick == "greedy" and (kind != "soup" or sweep or eval_ is None):
+        raise ConfigError("--pick greedy is for `soup`, with --eval CFG and without --sweep")
     if sweep and eval_ is None:
         raise ConfigError("--sweep needs --eval CFG, the run config that says what is measured at each point")
-    if eval_ is not None and not sweep:
+    if eval_ is not None and not sweep and pick != "greedy":
         raise ConfigError("--eval needs --sweep KEY=FIRST:LAST:STEP; `safecl eval` measures one model")
-    if pick is not None and not sweep:
+    if pick == "gate" and not sweep:
         raise ConfigError("--pick needs --sweep and --eval: it chooses among measured points")
-    if pick not in (None, "gate"):
-        raise ConfigError(f"--pick {pick}: the one rule is `gate`")
 
 
 @contextlib.contextmanager

@@ -38,18 +38,22 @@ def sweep_models(
 
     Raises ConfigError for models, settings or a config that do not fit.
     """
-    settings, points = parse_settings(overrides), parse_sweeps(sweeps)
+    settings, points = parse_settings(overrides), parse_sweeps(sweeps) if sweeps else [{}]
     read_settings(kind, {**settings, **points[0]})  # before torch is loaded
     if out is None:
         raise ConfigError(f"{kind}: no folder for the table and the plot: -o OUT")
     run = load_config(config)
+    from safecl.merging.greedy import greedy_soup
     from safecl.merging.sweeps import sweep
 
     def note(point: Measured) -> None:
         stderr.print(point.evaluation.one_line(), markup=False, highlight=False)
 
-    rule = cast(Literal["gate"] | None, pick)
-    report = sweep(kind, points, config=run, out=out, pick=rule, note=note, **vars(parents), **settings)
+    if pick == "greedy":
+        report = greedy_soup(parents.tuned, config=run, out=out, note=note, **settings)
+    else:
+        rule = cast(Literal["gate"] | None, pick)
+        report = sweep(kind, points, config=run, out=out, pick=rule, note=note, **vars(parents), **settings)
     console = Console(highlight=False, soft_wrap=True)
     if as_json:
         console.print(json.dumps(report.as_dict(), indent=2), markup=False)
@@ -62,7 +66,7 @@ def _print(report: SweepReport, console: Console, pick: str | None) -> None:
     console.print(sweep_table(report), soft_wrap=False)
     if report.merge is not None and report.picked is not None:
         point = text_of(report.points[report.picked].settings)
-        console.print(f"picked: {point}, the highest utility of those that pass the gate", markup=False)
+        console.print(f"picked: {point}", markup=False)
         console.print(str(report.merge), markup=False)
     elif pick is not None:
         console.print("no point passes the gate, so no model was written", markup=False)

@@ -12,6 +12,7 @@ from typing import Any
 _HOMES = {
     "merge": "safecl.merging.run",
     "sweep": "safecl.merging.sweeps",
+    "greedy_soup": "safecl.merging.greedy",
     "SweepReport": "safecl.merging.sweeps",
     "MergeReport": "safecl.merging.report",
     "kinds": "safecl.merging.registry",

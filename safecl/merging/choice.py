@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Measured:
     """A point of a sweep, what was measured there, and the gate's verdict where there is a gate."""
 
-    settings: dict[str, float]
+    settings: dict[str, Any]
     evaluation: Evaluation
     gate: GateResult | None = None
 

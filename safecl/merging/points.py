@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from safecl.config import ConfigError
 
 MOST_POINTS = 500
 
-Point = dict[str, float]
+Point = dict[str, Any]
 """The settings of one point."""
 
 
@@ -61,4 +62,8 @@ def _number(sweep: str, text: str) -> Decimal:
 
 def text_of(point: Point) -> str:
     """Write a point as on the command line."""
-    return " ".join(f"{key}={value:g}" for key, value in point.items())
+    return " ".join(f"{key}={_text(value)}" for key, value in point.items())
+
+
+def _text(value: Any) -> str:
+    return f"[{','.join(map(_text, value))}]" if isinstance(value, list) else f"{value:g}"

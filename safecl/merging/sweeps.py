@@ -15,25 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from safecl.config import ConfigError, RunConfig
-from safecl.data import load_tokenizer
-from safecl.engine.model.dtypes import CONFIG_DTYPES, FLOAT_DTYPES
-from safecl.evaluation import Evaluation, HFEvalModel, judge_gate
-from safecl.evaluation.gates.outcomes import Record
-from safecl.evaluation.questions import Questions, questions_of
-from safecl.merging.base import Merge, MergeConfig, Models, Weights
 from safecl.merging.choice import Measured, best_that_passes, pareto_front
-from safecl.merging.models.opening import Opened, open_models
+from safecl.merging.measuring import Measuring
+from safecl.merging.models.opening import open_models
 from safecl.merging.output.new_folder import NewFolder
 from safecl.merging.output.pareto import PLOT, draw
 from safecl.merging.points import Point, text_of
-from safecl.merging.registry import kind_module, read_settings
+from safecl.merging.registry import read_settings
 from safecl.merging.report import MergeReport
-from safecl.merging.rows.loaded import load
-from safecl.merging.run import check_parents, entries_of, merge, text_path
-from safecl.merging.stream import merged_tensor, run_passes
+from safecl.merging.run import check_parents, merge, text_path
 from safecl.storage.durable import write_file
 
 TABLE = "sweep.json"
@@ -108,24 +99,37 @@ def sweep(
         data=Path(data).expanduser() if data is not None else None,
     )
     try:
-        found = _measured(kind, configs, points, opened, config, note)
+        work, found = Measuring.of(kind, opened, config), []
+        for own, point in zip(configs, points, strict=True):
+            found.append(work.point(own, point))
+            note(found[-1])
     finally:
         opened.close()
     picked = best_that_passes(found) if pick == "gate" else None
+    parents: dict[str, Any] = {"base": base, "tuned": paths, "aligned": aligned, "data": data}
+    return finish(kind, folder, found, picked, parents, settings, begin)
+
+
+def finish(
+    kind: str,
+    folder: NewFolder,
+    found: Sequence[Measured],
+    picked: int | None,
+    parents: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    begin: float,
+) -> SweepReport:
+    """Write the table and the plot, and with a pick the model. parents, settings: arguments of `merge`."""
     report = SweepReport(kind, os.fspath(folder.path), found, pareto_front(found), picked, time.monotonic() - begin)
-    files = {
-        TABLE: (json.dumps(report.as_dict(), indent=2) + "\n").encode(),
-        PLOT: draw(kind, found, report.front, picked),
-    }
+    table = json.dumps(report.as_dict(), indent=2) + "\n"
+    files = {TABLE: table.encode(), PLOT: draw(kind, found, report.front, picked)}
     if picked is None:
         _write(folder, files)
         return report
-    parents: dict[str, Any] = {"base": base, "tuned": tuned, "aligned": aligned, "data": data}
-    measured = (
-        f"{text_of(points[picked])} was chosen from {len(points)} points by a gate; {TABLE} has what was measured."
-    )
-    made = merge(kind, out=out, **parents, **{**settings, **points[picked]}, files=files, measured=measured)
-    return SweepReport(kind, report.out, found, report.front, picked, time.monotonic() - begin, made)
+    point = found[picked].settings
+    measured = f"`{text_of(point)}` was chosen from {len(found)} points; {TABLE} has what was measured."
+    made = merge(kind, out=folder.path, **parents, **{**settings, **point}, files=files, measured=measured)
+    return replace(report, seconds=time.monotonic() - begin, merge=made)
 
 
 def _check(config: RunConfig, pick: str | None, points: Sequence[Point]) -> None:
@@ -135,72 +139,6 @@ def _check(config: RunConfig, pick: str | None, points: Sequence[Point]) -> None
         raise ConfigError("--pick gate needs safety.gate in the config of --eval, e.g. gate: {max_asr: 0.05}")
     if pick == "gate" and not any(task.eval is not None for task in config.tasks):
         raise ConfigError("--pick gate needs a task with `eval` in the config of --eval: it takes the highest utility")
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """The result of a merge as one model's weights, rounded as in a folder. Implements safecl.merging.base.Weights."""
-
-    merge: Merge[MergeConfig]
-    models: Models
-    dtypes: Mapping[str, torch.dtype]
-    label: str = "merged"
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.models.tuned[0].shapes
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        whole = merged_tensor(self.merge, self.models, name).to(self.dtypes[name]).float()
-        return whole[start:stop] if whole.dim() else whole
-
-
-@dataclass(frozen=True)
-class _Measuring:
-    """Measures models that are merged of the opened ones."""
-
-    kind: str
-    opened: Opened
-    config: RunConfig
-    questions: Questions
-    tokenizer: Any
-    reference: Sequence[Record] | None = None
-
-    def point(self, own: MergeConfig, point: Point) -> Measured:
-        models = self.opened.models
-        made: Merge[MergeConfig] = kind_module(self.kind).Merge(own, models)
-        run_passes(made, models)
-        dtypes = {n: FLOAT_DTYPES[e.dtype] for n, e in entries_of(own, self.opened).items() if n in models.places}
-        evaluation = self.evaluation(_Merged(made, models, dtypes), text_of(point))
-        safety = self.config.safety
-        return Measured(point, evaluation, judge_gate(safety.gate if safety else None, evaluation, self.reference))
-
-    @torch.no_grad()
-    def evaluation(self, weights: Weights, when: str) -> Evaluation:
-        settings = self.config.model
-        attention = None if settings.attention == "auto" else settings.attention
-        dtype = CONFIG_DTYPES[settings.dtype]
-        model = load(self.opened.models, weights, dtype, settings.trust_remote_code, attention).model
-        return self.questions.measure(HFEvalModel(model), self.tokenizer, when)
-
-
-def _measured(
-    kind: str, configs: Sequence[MergeConfig], points: Sequence[Point], opened: Opened, config: RunConfig, note: Note
-) -> list[Measured]:
-    questions = questions_of(config)
-    if not questions:
-        raise ConfigError("--eval: the config measures nothing; it needs safety.prompts, or a task with `eval`")
-    settings = config.model.model_copy(update={"path": opened.models.folders["tuned"]})
-    work = _Measuring(kind, opened, config, questions, load_tokenizer(settings, "tuned"))
-    before = opened.models.aligned or opened.models.base
-    if config.safety is not None and config.safety.gate is not None and config.safety.gate.is_relative and before:
-        safety = work.evaluation(before, "before").safety
-        work = replace(work, reference=safety.outputs if safety else None)
-    found = []
-    for own, point in zip(configs, points, strict=True):
-        found.append(work.point(own, point))
-        note(found[-1])
-    return found
 
 
 def _write(folder: NewFolder, files: Mapping[str, bytes]) -> None:

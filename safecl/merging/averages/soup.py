@@ -2,8 +2,8 @@
 
     theta = (1 / n) sum_i theta_i
 
-Source: Wortsman et al., Model soups, arXiv 2203.05482 (the uniform soup; a greedy one needs an evaluation for each
-model).
+Source: Wortsman et al., Model soups, arXiv 2203.05482. This is its uniform soup; safecl.merging.greedy makes the greedy
+one, which adds a model where that does not lower what is measured.
 """
 
 from __future__ import annotations
