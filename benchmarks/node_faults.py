@@ -21,7 +21,10 @@ STEPS_OF_THE_JOB = 60
 
 
 def nodes() -> dict:
-    """Run the scenes on two hosts that are not done yet; return what was measured, and what was wrong."""
+    """Run the scenes on two hosts that are not done yet; return what was measured, and what was wrong.
+
+    A scene that does not get through is told and left out, so the next call tries it again.
+    """
     from faults import read_results, scratch, write_section
 
     from safecl.demo.materials import write_materials
@@ -29,18 +32,24 @@ def nodes() -> dict:
 
     if (reason := reason_against()) is not None:
         return {"skipped": reason, "wrong": []}
-    found = read_results().get("nodes", {}).get("found", {})
-    for scene in (_losses, _bitwise, _elastic, _skew, _slow, _start, _restarts):
+    found, missing = read_results().get("nodes", {}).get("found", {}), []
+    for scene in (_start, _skew, _slow, _bitwise, _restarts, _elastic, _losses):
         name = scene.__name__.strip("_")
         if name in found:
             continue
-        with scratch(in_memory=False) as folder:
-            write_materials(folder / "demo")
-            result, wrong = scene(folder, folder / name)
+        try:
+            with scratch(in_memory=False) as folder:
+                write_materials(folder / "demo")
+                result, wrong = scene(folder, folder / name)
+        except AssertionError as error:
+            print(f"  {name}: not through: {error}", flush=True)
+            missing.append(f"{name}: not through")
+            continue
         print(f"  {name}: {result}, {len(wrong)} wrong {wrong}", flush=True)
         found[name] = result | {"wrong": wrong, "load_average": round(os.getloadavg()[0], 1)}
         write_section("nodes", _summary(found))
-    return _summary(found)
+    summary = _summary(found)
+    return summary | {"wrong": summary["wrong"] + missing}
 
 
 def _summary(found: dict) -> dict:
@@ -74,7 +83,7 @@ def _bitwise(folder: Path, here: Path) -> tuple[dict, list[str]]:
 
 def _losses(folder: Path, here: Path) -> tuple[dict, list[str]]:
     """A host is killed, loses its power, is cut off: the other one ends in time, and one host finishes the run."""
-    from tests.launching.node_scenes import Job, left, lose_a_host, two_hosts, write_config
+    from tests.launching.node_scenes import PATIENCE, Job, left, lose_a_host, two_hosts, write_config
 
     found, wrong = {}, []
     train = {"max_steps": 30, "hang_timeout": HANG_TIMEOUT}
@@ -91,7 +100,7 @@ def _losses(folder: Path, here: Path) -> tuple[dict, list[str]]:
             wrong += [f"{how}: {seconds:.0f} s, more than {allowed:.0f}"] if seconds > allowed else []
             machines[1].kill()
             job.start_one(0, "1")  # the same command, with the node that is there
-            code = machines[0].processes[-1].wait(240)
+            code = machines[0].processes[-1].wait(PATIENCE)
             wrong += [] if code == 0 else [f"{how}: the node that is there ends with {code}"]
         tokens = [line["tokens"] for line in left(job.folder)["metrics"]]
         wrong += [f"{how}: other rows"] if rows is not None and tokens != rows else []
@@ -117,11 +126,11 @@ def _elastic(folder: Path, here: Path) -> tuple[dict, list[str]]:
         job.reach(10)
         machines[1].lose_power()
         began, lost_at = time.monotonic(), job.steps()
-        job.reach(lost_at + 10, 240)
+        job.reach(lost_at + 10)
         alone = time.monotonic() - began
         machines[1].plug_in()
         job.start_one(1, "1:2")
-        codes = job.wait(400)
+        codes = job.wait()
         wrong += [] if codes == [0, 0] else [f"exit codes {codes}"]
         wrong += [f"process {pid} is left" for pid in job.orphans()]
     worlds = re.findall(r"weights on (\d) ranks?", job.said())
@@ -187,7 +196,7 @@ def _slow(folder: Path, here: Path) -> tuple[dict, list[str]]:
             for machine in machines:
                 job.logs.append(here / f"{machine.name}.log")
                 machine.safecl(*arguments, log=job.logs[-1])
-            codes = job.wait(400)
+            codes = job.wait()
     wrong = [] if codes == [0, 0] else [f"exit codes {codes}"]
     told = re.search(r"all-reduce of [\d.]+ MB in ([\d.]+) s", job.said())
     wrong += [] if "on slow0" in job.said() and told is not None else ["the link is not told"]

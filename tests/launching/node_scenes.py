@@ -19,6 +19,8 @@ import yaml
 from tests.launching.hosts import ROOT, Host, agents, hosts, reason_against, wait_for
 
 PORT = 29477
+PATIENCE = 900.0
+"""Seconds until a scene is given up; two hosts on two busy cores start in minutes."""
 OF_THE_MACHINE = ("tokens_per_second", "memory_bytes")
 
 
@@ -72,7 +74,7 @@ class Job:
         machine.safecl(*arguments, *rank, *self.options, environ=environ, log=log)
         self.logs = [*self.logs, log] if log not in self.logs else self.logs
 
-    def wait(self, seconds: float = 240.0) -> list[int]:
+    def wait(self, seconds: float = PATIENCE) -> list[int]:
         """Wait for the agents that were started last; fail with the logs where they do not end."""
         codes = []
         for machine in self.machines:
@@ -89,7 +91,7 @@ class Job:
         path = self.folder / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def reach(self, steps: int, seconds: float = 180.0) -> None:
+    def reach(self, steps: int, seconds: float = PATIENCE) -> None:
         """Wait until the run has made so many steps."""
 
         def reached() -> bool:
@@ -126,7 +128,7 @@ def on_one_host(config: Path, ranks: int, folder: Path, cache: Path) -> dict:
         env.pop(name, None)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     command += [f"--nproc-per-node={ranks}", "-m", "safecl", "train", str(config), f"output={folder}"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return left(folder)
 
