@@ -13,7 +13,6 @@ import pytest
 from tests.launching import hosts, node_scenes
 from tests.launching.node_scenes import Job, left, two_hosts, write_config
 
-pytestmark = pytest.mark.long
 APART = hosts.reason_against() is None
 
 
@@ -38,6 +37,7 @@ def materials(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_two_hosts_leave_what_two_ranks_on_one_host_leave_and_a_stop_in_between_changes_nothing(
     materials, tmp_path, rank_pool
 ):
