@@ -33,7 +33,7 @@ def nodes() -> dict:
     if (reason := reason_against()) is not None:
         return {"skipped": reason, "wrong": []}
     found, missing = read_results().get("nodes", {}).get("found", {}), []
-    for scene in (_start, _skew, _slow, _bitwise, _restarts, _elastic, _losses):
+    for scene in (_start, _skew, _slow, _ssh, _bitwise, _restarts, _elastic, _losses):
         name = scene.__name__.strip("_")
         if name in found:
             continue
@@ -79,6 +79,21 @@ def _bitwise(folder: Path, here: Path) -> tuple[dict, list[str]]:
                 wrong.append(f"{via}, stage {stage}: not bitwise what one host leaves")
             runs.append(f"{via}, stage {stage}")
     return {"equal": runs}, wrong
+
+
+def _ssh(folder: Path, here: Path) -> tuple[dict, list[str]]:
+    """One command on the first host starts both, by pdsh and ssh; the result is that of one host."""
+    from tests.launching.node_scenes import left, on_one_host, run_by_ssh, two_hosts, why_no_ssh, write_config
+
+    if (reason := why_no_ssh()) is not None:
+        return {"skipped": reason}, []
+    config = write_config(folder / "demo", here / "run.yaml")
+    expected = on_one_host(config, 2, here / "one", folder / "cache")
+    with two_hosts([folder]) as machines:
+        code, _ = run_by_ssh(machines, config, folder / "keys")
+    wrong = [] if code == 0 else [f"exit code {code}"]
+    wrong += [] if wrong or left(here / "run") == expected else ["not bitwise what one host leaves"]
+    return {"ranks": 2}, wrong
 
 
 def _losses(folder: Path, here: Path) -> tuple[dict, list[str]]:

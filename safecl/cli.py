@@ -19,6 +19,7 @@ from safecl.commands.verbs import EPILOG, verbs_of
 from safecl.distributed import environment, rank_files
 from safecl.distributed.library_warnings import hide_future_warnings
 from safecl.exits import ExitCode, tracebacks
+from safecl.launching.network import settle_interface
 from safecl.merging.registry import help_text as merge_kinds
 
 app = typer.Typer(
@@ -391,6 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `safecl` and `python -m safecl`. Ends the process with an ExitCode."""
     given = sys.argv[1:] if arguments is None else arguments
     environment.settle_environment()
+    settle_interface()
     arguments = _traceback_first(environment.without_launcher_arguments(given))
     rank_files.begin(arguments)
     try:

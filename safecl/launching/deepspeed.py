@@ -73,7 +73,7 @@ def _by_ssh(job: Job) -> Launch:
     places += [f"--master_port={port}", "--no_python", "--no_local_rank"]
     ranks_command = [
         "env",
-        *(f"{name}={value}" for name, value in variables.to_set().items()),
+        *(f"{name}={value}" for name, value in variables.for_other_nodes().items()),
         python(),
         "-m",
         "safecl",

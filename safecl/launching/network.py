@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import socket
 import struct
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 from safecl.config import ConfigError
@@ -79,6 +81,18 @@ def _source_of_route(ip: str) -> str:
                 f"interfaces are {_described()}"
             ) from None
         return str(probe.getsockname()[0])
+
+
+def settle_interface(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let gloo use the interface that reaches the first rank, where nobody has chosen one. By itself it takes the one
+    of this machine's name, which is the loopback where /etc/hosts says so."""
+    first = environ.get("MASTER_ADDR")
+    if not first or int(environ.get("WORLD_SIZE") or 1) == 1 or "GLOO_SOCKET_IFNAME" in environ:
+        return
+    with contextlib.suppress(ConfigError):  # the ranks will not find each other, and say so
+        ip = resolve(first)
+        if not ip.startswith("127.") and (interface := address_towards(ip).interface) is not None:
+            environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def address_of(interface: str) -> Address:

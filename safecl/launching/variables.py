@@ -29,6 +29,12 @@ class Variables:
         """Return the variables that the command must set."""
         return self.ours | self.configured
 
+    def for_other_nodes(self) -> dict[str, str]:
+        """Return the variables that ranks on other nodes get by a command line, which other users of the machine see:
+        also those of the user's environment that are no secrets."""
+        theirs = {name: value for name, value in self.theirs.items() if not _is_secret(name)}
+        return theirs | self.to_set()
+
     def facts(self) -> list[tuple[str, str]]:
         """Return (label, text) lines that say who sets what."""
         lines = [("set by safecl", _joined(self.ours)), ("by the config", _joined(self.configured))]
@@ -62,6 +68,8 @@ def threads_of(ranks: int) -> dict[str, str]:
 
 
 def _joined(variables: Mapping[str, str]) -> str:
-    return " ".join(
-        f"{name}={'(hidden)' if any(part in name for part in _SECRET) else value}" for name, value in variables.items()
-    )
+    return " ".join(f"{name}={'(hidden)' if _is_secret(name) else value}" for name, value in variables.items())
+
+
+def _is_secret(name: str) -> bool:
+    return any(part in name for part in _SECRET)

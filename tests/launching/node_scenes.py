@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from tests.launching.hosts import ROOT, Host, agents, hosts, reason_against, wai
 PORT = 29477
 PATIENCE = 900.0
 """Seconds until a scene is given up; two hosts on two busy cores start in minutes."""
+PROGRAMS = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 OF_THE_MACHINE = ("tokens_per_second", "memory_bytes")
 
 
@@ -131,6 +133,49 @@ def on_one_host(config: Path, ranks: int, folder: Path, cache: Path) -> dict:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return left(folder)
+
+
+def why_no_ssh() -> str | None:
+    """Why the deepspeed launcher cannot start ranks by ssh here; None where it can."""
+    missing = [name for name in ("sshd", "ssh", "ssh-keygen", "pdsh") if shutil.which(name, path=PROGRAMS) is None]
+    return f"{', '.join(missing)} not installed" if missing else reason_against()
+
+
+def serve_ssh(machines: list[Host], folder: Path) -> dict[str, str]:
+    """Start sshd on every host; return the variables with which ssh reaches them. folder: shared, for the keys."""
+    (folder / "bin").mkdir(parents=True)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    settings = f"""\
+        HostKey {folder}/host
+        AuthorizedKeysFile {folder}/user.pub
+        PermitRootLogin yes
+        StrictModes no
+        UsePAM no
+        PidFile none
+        """
+    (folder / "sshd_config").write_text(textwrap.dedent(settings))
+    program = shutil.which("sshd", path=PROGRAMS)
+    for machine in machines:
+        serve = f"mkdir -p /run/sshd && exec {program} -D -e -f {folder}/sshd_config"
+        machine.start("sh", "-c", serve, log=folder / f"{machine.name}.log")
+    wait_for(
+        lambda: all("listening" in (folder / f"{machine.name}.log").read_text() for machine in machines), 60, "sshd"
+    )
+    options = f"-i {folder}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {options} "$@"\n')
+    (folder / "bin" / "ssh").chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+def run_by_ssh(machines: list[Host], config: Path, keys: Path) -> tuple[int, str]:
+    """Start both hosts by one command on the first; return its exit code and what it said."""
+    log, names = config.parent / "ssh.log", ",".join(machine.ip for machine in machines)
+    options = ["--via", "deepspeed", "--nodes", "2", "--gpus-per-node", "1", "--rendezvous", machines[0].ip]
+    environ = serve_ssh(machines, keys)
+    by_ssh = ["launch.ssh=true", f"launch.hosts=[{names}]"]
+    process = machines[0].safecl("launch", config, *options, *by_ssh, environ=environ, log=log)
+    return process.wait(PATIENCE), log.read_text(errors="replace")
 
 
 def stop_and_go_on(job: Job, at_step: int) -> list[str]:

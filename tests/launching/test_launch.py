@@ -129,3 +129,26 @@ def test_the_node_with_the_address_keeps_the_store_whatever_its_name(safecl, con
 def test_an_own_address_is_found_by_its_interface():
     assert network.address_towards("127.0.0.1") == network.Address("127.0.0.1", "lo")
     assert network.is_own("127.0.0.1") and not network.is_own("192.0.2.1")
+
+
+def test_with_ssh_the_users_own_variables_arrive_on_all_nodes_and_secrets_do_not(safecl, config, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    os.environ |= {"NCCL_DEBUG": "INFO", "HF_TOKEN": "hf_1234"}
+    ssh = ("--via", "deepspeed", "--nodes", "2", "--rendezvous", "127.0.0.1", "launch.ssh=true", "launch.hosts=[a,b]")
+    _, out, _ = safecl("launch", config, *ssh, "--dry-run")
+    assert "NCCL_DEBUG=INFO" in command_in(out) and "hf_1234" not in out
+
+
+def test_gloo_uses_the_interface_towards_the_first_rank_where_nobody_has_chosen_one(monkeypatch):
+    monkeypatch.setattr(network, "address_towards", lambda ip: network.Address("10.0.0.2", "eth7"))
+    rank = {"MASTER_ADDR": "10.0.0.1", "WORLD_SIZE": "2"}
+    for changes, chosen in (
+        ({}, "eth7"),
+        ({"GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ({"MASTER_ADDR": "127.0.0.1"}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"MASTER_ADDR": "no-such-host.invalid"}, None),
+    ):
+        environ = rank | changes
+        network.settle_interface(environ)
+        assert environ.get("GLOO_SOCKET_IFNAME") == chosen

@@ -57,6 +57,21 @@ def test_two_hosts_leave_what_two_ranks_on_one_host_leave_and_a_stop_in_between_
     assert left(job.folder) == left(tmp_path / "one")
 
 
+@pytest.mark.long
+@pytest.mark.skipif(node_scenes.why_no_ssh() is not None, reason=str(node_scenes.why_no_ssh()))
+def test_the_deepspeed_launcher_starts_two_hosts_by_ssh(materials, tmp_path, rank_pool):
+    from tests.distributed import stop_scenes
+
+    config = write_config(materials, tmp_path / "two" / "run.yaml")
+    with two_hosts([tmp_path, materials]) as machines:
+        code, said = node_scenes.run_by_ssh(machines, config, tmp_path / "keys")
+    assert code == 0, said[-3000:]
+    assert "2 nodes, 2 ranks agree; a 10.77." in said
+    tree = node_scenes.yaml.safe_load(config.read_text()) | {"output": str(tmp_path / "one")}
+    rank_pool(2).run(stop_scenes.fit, tree=tree, cache=str(tmp_path / "cache"))
+    assert left(tmp_path / "two" / "run") == left(tmp_path / "one")
+
+
 def test_another_config_on_the_second_host_is_refused_on_both_with_both_values(materials, tmp_path):
     config = write_config(materials, tmp_path / "two" / "run.yaml")
     other = write_config(materials, tmp_path / "two" / "old.yaml", train={"seed": 7})
