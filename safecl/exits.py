@@ -77,7 +77,7 @@ _HINTS = {
     "limit",
 }
 
-_FORESEEN = ("TrainingFailed", "ExportFailed", "RanksMissing")
+_FORESEEN = ("TrainingFailed", "ExportFailed", "RanksMissing", "ServerFailed")
 """Errors whose messages need no traceback; by name, because their modules import torch."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

@@ -13,7 +13,7 @@ from safecl.config.memory import GuardConfig, MemoryConfig
 from safecl.config.model import LoraConfig, ModelConfig
 from safecl.config.parsing import apply_overrides, parse_yaml
 from safecl.config.run import RunConfig
-from safecl.config.safety import PrivacyConfig, SafetyConfig, ScanConfig
+from safecl.config.safety import PrivacyConfig, SafetyConfig, ScanConfig, VllmConfig
 from safecl.config.training import (
     ArtifactsConfig,
     CheckpointConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "SlurmConfig",
     "TaskConfig",
     "TrainConfig",
+    "VllmConfig",
     "apply_overrides",
     "dump_config",
     "load_config",

@@ -31,6 +31,16 @@ def _name_of_scorer(name: str) -> str:
     )
 
 
+class VllmConfig(Section):
+    """The server that answers prompts with `safety.backend: vllm`."""
+
+    arguments: list[Text] = []
+    """Further arguments of `vllm serve`, such as [--tensor-parallel-size, "2"]. Without --gpu-memory-utilization it
+    gets nine tenths of the GPU memory that is free."""
+    start_timeout: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds that the server may take until it answers."""
+
+
 class SafetyConfig(Section):
     """Measurement of safety, before, during and after training."""
 
@@ -49,6 +59,11 @@ class SafetyConfig(Section):
     """Prompts used of each file, taken evenly."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     """Largest number of tokens generated per answer (greedy)."""
+    backend: Literal["model", "vllm"] = "model"
+    """Source of generated answers. model: the engine's own weights; vllm: a vLLM server, which gets the weights in a
+    temporary folder. Likelihoods are always the engine's."""
+    vllm: VllmConfig = VllmConfig()
+    """Settings of the server."""
     thoughts: Literal["ignore", "report"] = "ignore"
     """Thoughts before the answers. ignore: they are not scored; report: they are scored apart from the answers."""
     batch_size: Annotated[int, Field(ge=1)] = 32

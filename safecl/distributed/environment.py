@@ -32,6 +32,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0") or 0)
 
 
+def master_address() -> str:
+    """The address of rank 0's host, which other hosts can reach; this host without a launcher."""
+    return os.environ.get("MASTER_ADDR") or "127.0.0.1"
+
+
 def free_port() -> int:
     """Find a TCP port of this machine that nothing listens on right now."""
     with socket.socket() as probe:

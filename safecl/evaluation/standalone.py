@@ -11,6 +11,7 @@ evaluate_target accepts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,8 +180,13 @@ def _measure(
     from safecl.distributed.watchdog import watched
     from safecl.evaluation.added_results import earlier_results, free_name, write_results
     from safecl.evaluation.answers.model import HFEvalModel
+    from safecl.evaluation.serving.models import answered_by_vllm
+    from safecl.evaluation.serving.server import VLLM_LOG, vllm_program
 
     earlier = earlier_results(folder)
+    server = questions.safety.vllm if questions.safety is not None and questions.safety.backend == "vllm" else None
+    if server is not None:
+        vllm_program()
     tokenizer = load_tokenizer(settings)
     check_thinking(tokenizer)
     rows = [row for _, _, rows in questions.tasks for row in rows]
@@ -188,9 +194,16 @@ def _measure(
     safety = questions.safety
     with process_group(), watched(folder, "evaluation"):
         model = HFEvalModel.load(
-            settings.path, dtype=dtype, attention=settings.attention, trust_remote_code=settings.trust_remote_code
+            settings.path,
+            dtype=dtype,
+            attention=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+            device=None if server is None else "cpu",  # the GPU is the server's
         )
-        found = questions.measure(model, tokenizer, when=free_name(name_of(settings.path), earlier))
+        log = folder / VLLM_LOG
+        served = nullcontext(model) if server is None else answered_by_vllm(model, settings.path, server, log)
+        with served as answering:
+            found = questions.measure(answering, tokenizer, when=free_name(name_of(settings.path), earlier))
         gate = judge_gate(safety.gate if safety else None, found)
         facts = _facts(settings, questions, tokenizer, hash_of) if model.rank == 0 else {}
         if model.rank == 0:

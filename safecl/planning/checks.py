@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from safecl.config import ConfigError, RunConfig
+from safecl.config import ConfigError, RunConfig, SafetyConfig
 from safecl.distributed import environment
+from safecl.evaluation.serving.server import vllm_program
 from safecl.planning.plans import RunPlan
 from safecl.scan.known import read_known
 
@@ -37,6 +38,12 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(f"log.report_to: {name} is not installed; pip install 'safecl[track]' or leave it out")
+
+
+def check_backend(safety: SafetyConfig | None) -> None:
+    """Raise ConfigError where the program that is to answer prompts is not installed."""
+    if safety is not None and safety.backend == "vllm":
+        vllm_program()
 
 
 def check_scan(plan: RunPlan) -> None:

@@ -20,7 +20,7 @@ from safecl.engine.teachers.checks import check_teachers
 from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps, load_scorer
 from safecl.evaluation.answers.texts import place_of
 from safecl.methods.base import Method
-from safecl.planning.checks import check_fisher, check_scan, check_sizes, check_trackers
+from safecl.planning.checks import check_backend, check_fisher, check_scan, check_sizes, check_trackers
 from safecl.planning.memory_kinds import check_shares
 from safecl.planning.merge_checks import check_merges
 from safecl.planning.model_checks import check_model
@@ -34,6 +34,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     """Read and tokenise all data, check it, and compute the steps. Raises ConfigError (DataError for rows)."""
     check_trackers(config.log.report_to)
     check_merges(config)
+    check_backend(config.safety)
     tokenizer = load_tokenizer(config.model)
     check_thinking(tokenizer)
     tasks = [_plan_task(config, task, tokenizer) for task in config.tasks]

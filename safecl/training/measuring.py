@@ -7,22 +7,31 @@ Limits on a rise compare with the aligned model: the measurement at the start, o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safecl.distributed import collectives
 from safecl.distributed.progress import phase
-from safecl.engine.passes.live_model import evaluating
+from safecl.engine.checkpoint.model_export import save_model
+from safecl.engine.passes.live_model import LiveModel, evaluating
 from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate
+from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.gates.outcomes import outputs_file, read_records
 from safecl.evaluation.restore import evaluation_from_dict
+from safecl.evaluation.serving.models import answered_by_vllm
+from safecl.evaluation.serving.server import VLLM_LOG
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.report.folder import MEASURED
 from safecl.storage.durable import replace_file
 from safecl.training.console import Console
 from safecl.training.run import Run
+
+MEASURED_MODEL = ".measured-model"
+"""The folder of the weights that a server answers with, while it does."""
 
 
 class Measurements:
@@ -92,7 +101,8 @@ class Measurements:
         with (
             phase("evaluation"),
             self.console.working(f"{when}: measuring"),
-            evaluating(run.engine, average=run.saves_average, many_passes=True) as model,
+            evaluating(run.engine, average=run.saves_average, many_passes=not self._is_served) as live,
+            self._answering(run, live) as model,
         ):
             return evaluate(
                 model,
@@ -104,6 +114,30 @@ class Measurements:
                 benign=plan.benign,
                 tasks=tasks,
             )
+
+    @property
+    def _is_served(self) -> bool:
+        safety = self.plan.config.safety
+        return safety is not None and safety.backend == "vllm"
+
+    @contextmanager
+    def _answering(self, run: Run, live: LiveModel) -> Iterator[EvalModel]:
+        """Yield the live model, or with `safety.backend: vllm` one whose answers come from a server of its weights.
+
+        The weights lie in a folder of the run folder meanwhile.
+        """
+        safety = self.plan.config.safety
+        if safety is None or not self._is_served:
+            yield live
+            return
+        folder = self.folder / MEASURED_MODEL
+        save_model(run.engine, self.plan.tokenizer, folder)
+        try:
+            with answered_by_vllm(live, folder.absolute(), safety.vllm, self.folder / VLLM_LOG) as model:
+                yield model
+        finally:
+            if collectives.rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def verdict(self) -> GateResult | None:
         """Return the gate's verdict on the last evaluation; None without a gate. Not a collective call."""

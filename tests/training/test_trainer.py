@@ -342,6 +342,31 @@ def test_the_strict_preset_replays_a_quarter_of_refusals_and_takes_the_mean_over
     assert set(drawn) == {"refusal", "answer"} and abs(drawn.count("refusal") / len(drawn) - 0.25) < 0.05
 
 
+def fit_served(tree: dict, cache: str, programs: str) -> dict:
+    """Train with a stand-in of vLLM on the PATH."""
+    import os
+    from unittest import mock
+
+    with mock.patch.dict(os.environ, {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}):
+        return fit(tree, cache)
+
+
+def test_a_server_of_the_sharded_average_measures_what_the_engine_does(finished, rank_pool, materials, tmp_path):
+    """Stage 3 on two ranks. The folder that the server reads is gone afterwards."""
+    from tests.evaluation import vllm_stand_in
+
+    programs = vllm_stand_in.install(tmp_path / "bin")
+    served = tree(materials, tmp_path / "run", safety={"backend": "vllm"})
+    found = rank_pool(2).run(fit_served, tree=served, cache=str(materials / "cache"), programs=str(programs))
+    folder, results = finished
+    assert found[0]["evaluations"] == results["evaluations"]
+    outputs = sorted(path.name for path in (folder / "outputs").iterdir())
+    assert outputs == sorted(path.name for path in (tmp_path / "run" / "outputs").iterdir())
+    for name in outputs:
+        assert (tmp_path / "run" / "outputs" / name).read_text() == (folder / "outputs" / name).read_text()
+    assert not list((tmp_path / "run").glob(".measured*"))
+
+
 def opens_with_a_megabyte(tree: dict, cache: str) -> str:
     """Begin a run on a machine with 1 MB of free memory; return what it raises, or "opened"."""
     from unittest import mock

@@ -30,7 +30,8 @@ class EvalModel(Protocol):
     equally often and in the same order; the loops in `generate` and `likelihood` ensure that.
 
     Optional: `max_positions` (int), where longer inputs would be wrong or crash (`max_positions_of` reads it);
-    `eos_ids`, further token ids that end an answer.
+    `eos_ids`, further token ids that end an answer; `generate`, which answers in the place of `generate_greedy`
+    (safecl.evaluation.serving).
     """
 
     device: torch.device

@@ -88,15 +88,16 @@ def answer_prompts(
     """
     own = shard_of(model, encode(model, tokenizer, prompts, mode))
     never, never_first = forbidden_ids(tokenizer, mode)
-    answers = generate_greedy(
-        model,
-        own,
-        max_new_tokens=max_new_tokens,
-        eos_ids=ends_of_answer(tokenizer, model),
-        pad_id=pad_id_of(tokenizer),
-        batch_size=batch_size,
-        never=never,
-        never_first=never_first,
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "eos_ids": ends_of_answer(tokenizer, model),
+        "batch_size": batch_size,
+        "never": never,
+        "never_first": never_first,
+    }
+    served = getattr(model, "generate", None)  # a model whose answers a server gives
+    answers = (
+        served(own, **settings) if served else generate_greedy(model, own, pad_id=pad_id_of(tokenizer), **settings)
     )
     decoded = []
     for prompt, ids in zip(own, answers, strict=True):
