@@ -40,6 +40,7 @@ from safecl.demo.topics import REFUSALS
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "merging_safety.json"
 PAGE = ROOT / "docs" / "merging.md"
+PATCH, PATCH_RATES = "`one-shot-patch`, in training", (1e-4, 3e-4, 1e-3)
 CHOOSING, REPORTED = 10, [0, 1, 2]
 TRAINED = poisoned([Arm("plain", "plain fine-tuning", {}), Arm("der", "DER, in training", DER)])
 BEGIN, END = "<!-- made by benchmarks/merging_safety.py -->\n", "<!-- end -->"
@@ -93,6 +94,8 @@ def main() -> None:
             prepare(arguments.folder / f"seed-{seed}", seed)
         for case in chosen:
             run_case(arguments.folder, case, arguments.seeds)
+        if not arguments.only or any(word in PATCH for word in arguments.only):
+            run_patch(arguments.folder, arguments.seeds)
     report(arguments.folder, arguments.seeds)
 
 
@@ -146,6 +149,36 @@ def arguments_of(folder: Path, case: Case) -> dict[str, Any]:
         given |= {"fisher": str(folder / "fisher-memory.safetensors")}
         given |= {"harmful_fisher": str(folder / "fisher-poison.safetensors")}
     return given | {"tuned": folder / TRAINED[0].name / "model", **case.settings}
+
+
+def run_patch(folder: Path, seeds: list[int]) -> None:
+    """Train the preset one-shot-patch with several learning rates on the choosing seed, and report the best."""
+    path = folder / "merges" / "one-shot-patch.json"
+    if path.exists():
+        return
+    points = [patch(folder, CHOOSING, rate) for rate in PATCH_RATES]
+    best = max(points, key=merit)
+    reported = [{"seed": seed, **patch(folder, seed, best["settings"]["learning_rate"])} for seed in seeds]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"title": PATCH, "kind": "train", "chosen": best, "sweep": points, "reported": reported}
+    path.write_text(json.dumps(result, indent=1))
+    print(PATCH, best["settings"], [(m["asr"]["value"], m["accuracy"]["value"]) for m in reported], flush=True)
+
+
+def patch(folder: Path, seed: int, rate: float) -> dict[str, Any]:
+    """Patch the tuned model of one seed, and return what was measured; seconds are those of the whole run."""
+    place, name = folder / f"seed-{seed}", f"patch-{rate:g}"
+    config = arm_config(place, TRAINED[0], seed)
+    config = {key: config[key] for key in ("model", "tasks", "safety", "artifacts", "log")}
+    config["model"]["path"] = str(place / TRAINED[0].name / "model")
+    config["tasks"][0] |= {"train": str(place / "data" / "refusals.jsonl"), "max_rows": 1}
+    train_settings = {"tokens_per_batch": 64, "tokens_per_microbatch": 4096, "max_length": 96, "learning_rate": rate}
+    config |= {"methods": "one-shot-patch", "train": train_settings, "output": str(place / name)}
+    if not (place / name / "results.json").exists():
+        train(place, name, config | {"deepspeed": {"stage": 0}, "checkpoint": {"every": "never"}})
+    found = json.loads((place / name / "results.json").read_text())
+    seconds = round(json.loads((place / name / "cpu-seconds.json").read_text())["cpu_seconds"], 1)
+    return {"settings": {"learning_rate": rate}, "seconds": seconds, **rates(found["evaluations"][-1])}
 
 
 def name_of(case: Case) -> str:
@@ -217,7 +250,7 @@ def report(folder: Path, seeds: list[int]) -> None:
         for name in ("aligned", "plain", "der")
     }
     merges = [json.loads(path.read_text()) for path in sorted((folder / "merges").glob("*.json"))]
-    order = [case.title for case in CASES]
+    order = [*(case.title for case in CASES), PATCH]
     merges.sort(key=lambda found: order.index(found["title"]))
     command = "python benchmarks/merging_safety.py"
     machine = harness.machine(torch.device("cpu"))

@@ -21,6 +21,8 @@ class Preset:
     """The section `methods` of a run config."""
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of other sections, which belong to the preset: they apply where the config does not set them."""
+    repairs: bool = False
+    """Whether it repairs a tuned model, and is no way to tune one."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -41,6 +43,12 @@ PRESETS = {
     "no-data": Preset(
         "Without safety data; it does not keep refusals.",
         {"ema": {"horizon": 0.3}},
+    ),
+    "one-shot-patch": Preset(
+        "A tuned model lost its refusals: it is model.path, and the task is one refusal or a few.",
+        {},
+        {"train": {"max_steps": 10, "warmup_ratio": 0.0, "allow_few_steps": True}},
+        repairs=True,
     ),
 }
 

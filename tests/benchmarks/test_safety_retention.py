@@ -91,7 +91,7 @@ def test_the_presets_are_arms_of_the_table(bench, tmp_path):
     _, arms, _, _ = bench
     measured = [validate_tree(run.config(tmp_path), "").methods for run in arms.RUNS]
     base = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t"}], "memory": {"source": "r"}, "output": "o"}
-    for name in PRESETS:
+    for name in (name for name, preset in PRESETS.items() if not preset.repairs):
         assert validate_tree(base | {"methods": name}, "").methods in measured, name
 
 

@@ -357,10 +357,16 @@ def _memory_of(preset) -> dict:
 def test_a_preset_is_the_methods_that_it_stands_for_and_is_written_out_as_these(load, tmp_path, name):
     config = load({"memory": MEMORY, "methods": name})
     assert config == load({"memory": MEMORY} | PRESETS[name].settings | _memory_of(PRESETS[name]))
-    assert config.methods != {}
+    assert config.methods != {} or PRESETS[name].repairs
     (tmp_path / "resolved.yaml").write_text(dump_config(config))
     assert yaml.safe_load(dump_config(config))["methods"].keys() == PRESETS[name].methods.keys()
     assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_the_one_shot_patch_takes_a_few_plain_steps_and_a_config_may_set_them_itself(load):
+    patch = load({"methods": "one-shot-patch"})
+    assert (patch.train.max_steps, patch.train.allow_few_steps, patch.methods) == (10, True, {})
+    assert load({"methods": "one-shot-patch", "train": {"max_steps": 3}}).train.max_steps == 3
 
 
 def test_one_setting_of_a_preset_can_be_overridden_and_presets_do_not_change_by_it(load):
