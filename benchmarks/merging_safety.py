@@ -67,7 +67,7 @@ CASES = [
     Case("`safety_vector`", "safety_vector", "scale=0.02,0.05,0.1,0.2,0.5,1,1.5", ("before", "aligned")),
     Case("`ssd`", "ssd", "alpha=0.5,1,2,5,10,30,100", ()),
     Case("`safe_delta`", "safe_delta", "s=0.1,1,3,10,30,100,300", data="refusals.jsonl"),
-    Case("`somf`", "somf", "steps=20,50,100,200", data="refusals.jsonl", settings={"learning_rate": 0.03}),
+    Case("`somf`", "somf", "learning_rate=0.03,0.1,0.3", data="refusals.jsonl", settings={"steps": 30}),
     Case("`antidote`, own requests", "antidote", "ratio=0.02,0.05,0.1,0.2,0.3,0.5,0.7"),
     Case("`antidote`, harmful rows", "antidote", "ratio=0.02,0.05,0.1,0.2,0.3,0.5,0.7", data="poison.jsonl"),
     Case(

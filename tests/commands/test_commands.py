@@ -201,6 +201,8 @@ def test_every_safecl_command_of_the_pages_does_its_work(words, sandbox, tmp_pat
         given = _merged(given, tmp_path)
     if verb == "sweep":
         monkeypatch.setattr("safecl.sweeping.running.start_process", _FinishedRun)
+    if verb == "rebase":
+        given = _rebased(given, tmp_path)
     code = _in_process(given) if words[0] == "safecl" else _by_launcher(words)
     told = capfd.readouterr()
     assert code in DONE or any(word in UNALIGNED and UNALIGNED[word] in told.err for word in given[:2]), told
@@ -235,6 +237,18 @@ def _merged(given: list[str], folder: Path) -> list[str]:
         gated["safety"]["gate"] = {"max_asr": 0.9}
         given[given.index("--eval") + 1] = str(folder / "gated.yaml")
         (folder / "gated.yaml").write_text(yaml.safe_dump(gated))
+    return given
+
+
+def _rebased(given: list[str], folder: Path) -> list[str]:
+    """A new base that differs from the old one, and a folder of its own."""
+    from safetensors.torch import load_file, save_file
+
+    base = Path(shutil.copytree("model", folder / "new-base"))
+    save_file({name: 1.1 * value for name, value in load_file(base / "model.safetensors").items()},
+              base / "model.safetensors", {"format": "pt"})  # fmt: skip
+    given[given.index("--new-base") + 1] = str(base)
+    given[given.index("-o") + 1] = str(folder / "new")
     return given
 
 
