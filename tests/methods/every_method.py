@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lisa": {"cycle": 2, "share": 0.5},
     "ogpsa": {"every": 2},
     "spag": {"tau": None, "eta": 0.025},
+    "safe_anchor": {"rank": 2, "samples": 4, "renew": 2},
     "corrective_replay": {"steps": 2, "every": 1, "limit": 1.01, "mix": 0.5},
 }
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""

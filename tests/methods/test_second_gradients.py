@@ -324,3 +324,34 @@ def test_noise_is_normal_and_the_same_in_every_layout(rank_pool):
     values = torch.cat([value.flatten() for value in one.values()]).double()
     assert abs(float(values.mean())) < 0.03 and abs(float(values.var()) - 1) < 0.05
     assert abs(float((values**4).mean()) - 3) < 0.3 and values.unique().numel() > 0.999 * values.numel()
+
+
+@pytest.mark.parametrize("project", ["gradient", "step"])
+def test_safe_anchor_leaves_out_the_largest_eigenvectors_of_the_memorys_fisher(compare, project):
+    scene = Scene()
+    samples = [scene.gradient(scene.draw(0, f"safe_anchor_{number}", 0.25)) for number in range(4)]
+    bases = {}
+    for name in scene.start:
+        rows = torch.stack([sample[name].flatten() for sample in samples])
+        bases[name] = torch.linalg.svd(rows, full_matrices=False).Vh[:2]
+
+    def left(name: str, value: torch.Tensor) -> torch.Tensor:
+        flat = value.flatten()
+        return (flat - bases[name].T @ (bases[name] @ flat)).view_as(value)
+
+    def outside(step: int, grads: Weights) -> Weights:
+        return {name: left(name, g) for name, g in grads.items()}
+
+    def taken_back(step: int, old: Weights) -> None:
+        scene.move(lambda name, p: old[name] + left(name, p - old[name]))
+
+    end = scene.train(**({"transform": outside} if project == "gradient" else {"after": taken_back}))
+    found = compare(end, scene.start, safe_anchor={"rank": 2, "samples": 4, "project": project})
+    assert {"safe_anchor_0", "safe_anchor_1"} <= found["state"].keys()
+
+
+def test_safe_anchor_says_that_samples_span_the_subspace():
+    from safecl.methods.projections.safe_anchor import Config
+
+    with pytest.raises(ValueError, match=r"samples \(4\) span at most as many dimensions; rank is 8"):
+        Config(samples=4)
