@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -78,6 +78,11 @@ class MethodConfig(Section):
     """
 
     @property
+    def acts_on(self) -> Literal["task", "align"]:
+        """The role of the tasks that the method acts on: the users' tasks, or the alignment stage before them."""
+        return "task"
+
+    @property
     def needs_memory(self) -> bool:
         """True where the method cannot run without the section `memory`."""
         return False
@@ -113,6 +118,11 @@ class MethodConfig(Section):
     def task_gradient_passes(self) -> float:
         """Number of further gradients on the task's rows that the method takes in every step."""
         return 0
+
+    @property
+    def moves_hidden(self) -> bool:
+        """True where the method keeps gradients of hidden states between two passes."""
+        return False
 
     @property
     def state_kinds(self) -> tuple[str, ...]:

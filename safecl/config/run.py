@@ -81,6 +81,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _methods_have_a_task_to_act_on(self) -> RunConfig:
+        for name, settings in self.methods.items():
+            if settings.acts_on == "align" and self.tasks[0].role != "align":
+                raise ValueError(
+                    f"methods: {name} acts on the alignment stage; make the first task one with `role: align`, its "
+                    "rows being prompts with safe answers"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _methods_have_the_memory_they_need(self) -> RunConfig:
         for name, settings in self.methods.items():
             if settings.needs_memory and self.memory is None:

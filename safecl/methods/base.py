@@ -4,6 +4,7 @@ The hooks, in the order of a step:
 
     memory_step                   a draw from the memory in the place of the task's rows
     before_step                   gradients of the method's own, weights moved for the step's gradient
+    hidden_move                   hidden states moved in the forward pass
     replay_terms, task_terms      replay rows and distances to a teacher, in the one forward pass
     transform_gradient            changes to the gradient before clipping
     penalty, ema_decay, ema_mask  a pull and an average, inside the optimizer's pass over the shard
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from safecl.config import MethodConfig
 from safecl.methods.context import Quantity, Run, Shard, TensorPart
-from safecl.methods.terms import AverageMask, Penalty, ReplayTerm, TaskTerm
+from safecl.methods.terms import AverageMask, HiddenMove, Penalty, ReplayTerm, TaskTerm
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BEFORE",
     "AverageMask",
+    "HiddenMove",
     "Method",
     "Penalty",
     "Quantity",
@@ -68,6 +70,10 @@ class Method(Generic[C]):
 
     def before_step(self, run: Run) -> None:
         """Take further gradients before the step's own; see Run.memory_gradient and Run.perturb."""
+
+    def hidden_move(self) -> HiddenMove | None:
+        """Hidden states that are moved along their own gradient in the step's forward pass: one more pass before it."""
+        return None
 
     def gradient_draws(self, step: int) -> list[ReplayTerm]:
         """Draws from the memory whose gradients or losses the method takes by itself in step `step`; the run reads

@@ -81,3 +81,13 @@ class AverageMask:
     threshold: float
     decay: float
     """Decay of the average of elements with F above the threshold."""
+
+
+@dataclass(frozen=True)
+class HiddenMove:
+    """Hidden states that are moved in a step's forward pass: the outputs of all attention modules, by rho * g / ||g||.
+
+    g is their gradient in a pass before it, over the same rows, and the norm is over all tokens and layers of the step.
+    """
+
+    rho: float

@@ -42,9 +42,7 @@ def _task_lines(plan: RunPlan, task: TaskPlan) -> list[tuple[str, str]]:
         ("  steps", f"{task.num_steps:,} of about {task.tokens_per_batch:,} tokens, {epochs:.4g} epochs"),
         *_loss_lines(plan.config.train.loss_mean, task),
     ]
-    if task.config.role != "align":
-        lines += [(f"  {label}", text) for label, text in _method_lines(plan, task.num_steps)]
-    return lines
+    return lines + [(f"  {label}", text) for label, text in _method_lines(plan, task)]
 
 
 def _loss_lines(mean: LossMean, task: TaskPlan) -> list[tuple[str, str]]:
@@ -54,11 +52,14 @@ def _loss_lines(mean: LossMean, task: TaskPlan) -> list[tuple[str, str]]:
     return [("  loss", "mean over rows" if mean == "rows" else capped)]
 
 
-def _method_lines(plan: RunPlan, num_steps: int) -> list[tuple[str, str]]:
-    if not plan.config.methods:
-        return [("method", "plain fine-tuning")]
+def _method_lines(plan: RunPlan, task: TaskPlan) -> list[tuple[str, str]]:
+    """The methods that act on a task."""
+    num_steps, role = task.num_steps, task.config.role
+    methods = {name: settings for name, settings in plan.config.methods.items() if settings.acts_on == role}
+    if not methods:
+        return [("method", "plain fine-tuning")] if role == "task" else []
     lines = []
-    for name, settings in plan.config.methods.items():
+    for name, settings in methods.items():
         values = ", ".join(f"{key} {_short(value)}" for key, value in settings if value is not None)
         if settings.keeps_average:
             decay, weight = settings.decay_for(num_steps), settings.weight_on_start(num_steps)

@@ -42,6 +42,8 @@ class Passes:
     micro_batch: tuple[int, int]
     generated: Inference | None = None
     scored: Inference | None = None
+    alignment_tokens: int = 0
+    """Tokens of a rank in a step of the alignment stage, all micro-batches together."""
 
 
 def largest_passes(plan: RunPlan, world_size: int, vocab: int) -> Passes:
@@ -54,6 +56,7 @@ def largest_passes(plan: RunPlan, world_size: int, vocab: int) -> Passes:
         max(batches, key=lambda shape: (shape[0] * shape[1], shape[1])),
         max(generated, key=lambda one: one.size, default=None),
         max(scored, key=lambda one: one.size, default=None),
+        max((-(-t.tokens_per_batch // world_size) for t in plan.tasks if t.config.role == "align"), default=0),
     )
 
 

@@ -239,7 +239,7 @@ def restore(run: Run, state: dict[str, Any], task: TaskPlan) -> None:
     run.global_step, run.skipped_steps = state["global_step"], state["skipped_steps"]
     run.first_step = run.global_step - run.step
     optimizer.num_updates, optimizer.fisher_means = state["num_updates"], dict(state["fisher_means"])
-    run.active_methods = run.methods if state["active"] else []
+    run.active_methods = run.methods_of(task.config.role) if state["active"] else []
     run.online_teachers.resume(task.config.name)
     run.previous = next((each for each in run.tasks if each.config.name == state["previous"]), None)
     for method in run.methods:

@@ -70,12 +70,12 @@ class Run(RunState):
     def begin_task(self, task: TaskPlan, active: bool) -> None:
         """Reset moments and averages, let the teachers and the methods prepare; other state of earlier tasks stays.
 
-        active: False for the alignment task, which no method constrains.
+        active: False for the alignment task, which only methods for that stage act on.
         """
         self.stop_reading()
         self.step, self.num_steps, self.task = 0, task.num_steps, task
         self.first_step = self.global_step
-        self.active_methods = self.methods if active else []
+        self.active_methods = self.methods_of("task" if active else "align")
         self.engine.optimizer.reset_moments()
         if active:
             self._keep_rows_of_previous_task()
@@ -124,7 +124,7 @@ class Run(RunState):
         self.stop_reading()
         self._call("end_task")
         merge_as_set(self)
-        if self.active_methods:
+        if self.task is not None and self.task.config.role != "align" and self.active_methods:
             self.previous = self.task
 
     def finish(self) -> None:
@@ -161,12 +161,13 @@ class Run(RunState):
         """Make the step's own pass and its update."""
         self.online_teachers.ask(ready.rows)
         update = self.engine.update(self.update_plan())
-        losses = self.engine.gradient_pass(
-            ready.rows,
-            self.engine.restore(update) if self.engine.is_perturbed else update,
-            self.penalties.in_loss(self.active_methods),
-            ready.batches,
-        )
+        then = self.engine.restore(update) if self.engine.is_perturbed else update
+        pull = self.penalties.in_loss(self.active_methods)
+        moves = [move for method in self.active_methods if (move := method.hidden_move()) is not None]
+        if moves:
+            losses = self.engine.moved_hidden_pass(ready.rows, then, moves[0], pull, ready.batches)
+        else:
+            losses = self.engine.gradient_pass(ready.rows, then, pull, ready.batches)
         self.passes.append((ready.rows, losses))
         return losses
 

@@ -63,6 +63,10 @@ class RunState:
         self.passes: list[tuple[list[StepRow], StepLosses]] = []
         """The passes of the last step, for draws that follow losses and for messages."""
 
+    def methods_of(self, role: str) -> list[Method[Any]]:
+        """The methods that act on tasks of a role."""
+        return [method for method in self.methods if method.config.acts_on == role]
+
     @property
     def seed(self) -> int:
         return self.config.train.seed

@@ -24,12 +24,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lisa": {"cycle": 2, "share": 0.5},
     "ogpsa": {"every": 2},
     "spag": {"tau": None, "eta": 0.025},
+    "vaccine": {"rho": 20.0},
     "safe_anchor": {"rank": 2, "samples": 4, "renew": 2},
     "corrective_replay": {"steps": 2, "every": 1, "limit": 1.01, "mix": 0.5},
 }
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
 
-SECTIONS: dict[str, dict[str, Any]] = {}
+ALIGNMENT = {"tasks": [{"name": "t", "train": "unused", "role": "align"}]}
+SECTIONS: dict[str, dict[str, Any]] = {"vaccine": ALIGNMENT}
 """Sections of the run config that a method needs besides a memory, by method."""
 
 
@@ -87,7 +89,7 @@ def begin(run, task, saver) -> None:
         with_teacher=config.needs_teacher,
         folder=saver.memory_folder,
     )
-    run.begin_task(task, active=True)
+    run.begin_task(task, active=task.config.role != "align")
 
 
 def train(method: str | None, folder: str, cut: int | None = None, **changes) -> dict[str, Any]:

@@ -305,6 +305,48 @@ def test_refresh_goes_uphill_on_the_steps_rows_before_the_step(compare):
     compare(end, scene.start, refresh={"delta": 0.02, "sigma": 0.0, "fisher_weight": 0.1, **every_method.FISHER})
 
 
+# ------------------------------------------------------------------------------------------------------ hidden states
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_vaccine_takes_its_step_where_attention_outputs_have_moved_the_worst_way(rank_pool, tmp_path, checkpointed):
+    scene, rho = Scene(), 20.0
+    layers = [layer.self_attn for layer in scene.model.model.layers]
+
+    def at_the_worst_point(step: int, grads: Weights) -> Weights:
+        outputs: list[torch.Tensor] = []  # in the order of rows and layers, as in every pass
+        hooks = [layer.register_forward_hook(lambda m, i, out: outputs.append(out[0])) for layer in layers]
+        loss = reference.mean_nll(scene.model, scene.task[step])
+        gradients = torch.autograd.grad(loss, outputs)
+        norm = torch.stack([(g**2).sum() for g in gradients]).sum().sqrt()
+        moves = iter([rho * g / norm for g in gradients])
+        for hook in hooks:
+            hook.remove()
+        hooks = [layer.register_forward_hook(lambda m, i, out: (out[0] + next(moves), *out[1:])) for layer in layers]
+        found = scene.gradient(scene.task[step])
+        for hook in hooks:
+            hook.remove()
+        assert oracle.relative_distance(found, grads) > 0.05
+        return found
+
+    end = scene.train(transform=at_the_worst_point)
+    found = rank_pool(2).run(
+        every_method.train,
+        method="vaccine",
+        folder=str(tmp_path),
+        model={"gradient_checkpointing": checkpointed},
+        deepspeed={"stage": 3},
+    )[0]
+    assert oracle.relative_distance(found["state"]["weights"], end, scene.start) <= 1e-3
+
+
+def test_a_method_for_the_alignment_stage_needs_one(tmp_path):
+    from safecl.config import ConfigError
+
+    with pytest.raises((ConfigError, ValueError), match="vaccine acts on the alignment stage; make the first task one"):
+        every_method.config_of("vaccine", str(tmp_path), tasks=[{"name": "t", "train": "unused"}])
+
+
 def noise_of_every_tensor(stage: int) -> Weights:
     from tests.engine.scenes import make_run, run_config
 

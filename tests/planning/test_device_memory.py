@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from safecl.config import CheckpointConfig, LoraConfig
-from safecl.config.method_registry import builtin_methods
+from safecl.config.method_registry import builtin_methods, method_module
 from safecl.planning.costs import memory_tables
 from safecl.planning.costs.device_memory import plan_memory
 from safecl.planning.costs.memory_tables import shape_of_size
 from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.passes import Passes
 from tests.engine import scenes
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
@@ -38,9 +39,12 @@ def test_the_tables_of_the_page_are_printed_by_the_code():
     )
 
 
-def config_of(stage: int, methods=METHODS, dtype: str = "bf16", **offload):
+def config_of(stage: int, methods=METHODS, dtype: str = "bf16", role: str = "task", **offload):
     return scenes.run_config(
-        model={"path": "m", "dtype": dtype}, methods=methods, deepspeed={"stage": stage, "offload": offload}
+        model={"path": "m", "dtype": dtype},
+        tasks=[{"name": "t", "train": "unused", "role": role}],
+        methods=methods,
+        deepspeed={"stage": stage, "offload": offload},
     )
 
 
@@ -114,8 +118,9 @@ def test_the_table_of_methods_says_how_many_bytes_a_weight_each_takes():
     assert {name for name, _ in rows} == set(builtin_methods())
     for name, said in rows:
         for number, dtype in enumerate(("bf16", "fp32")):
-            plain = plan_memory(SHAPE, config_of(3, methods={}, dtype=dtype), 1, device="cpu").items
-            items = plan_memory(SHAPE, config_of(3, methods={name: {}}, dtype=dtype), 1, device="cpu").items
+            role = method_module(name).Config().acts_on
+            plain = plan_memory(SHAPE, config_of(3, {}, dtype, role), 1, device="cpu").items
+            items = plan_memory(SHAPE, config_of(3, {name: {}}, dtype, role), 1, device="cpu").items
             lasting = [item for item in items if item.moment == "always" and item not in plain]
             own = [item for item in lasting if item.what != "copy for the checkpoint"]
             anchors = [item.nbytes / 1000 for item in own if item.what == "reference weights"]
@@ -124,6 +129,14 @@ def test_the_table_of_methods_says_how_many_bytes_a_weight_each_takes():
             )
             assert sum(item.nbytes for item in own) / 1000 - sum(anchors) == expected, (name, dtype)
             assert anchors == ([2 * (number + 1)] if "anchor" in said else []), (name, dtype)
+
+
+def test_gradients_of_hidden_states_are_one_state_per_token_and_layer_of_a_step():
+    config, passes = config_of(3, {"vaccine": {}}, role="align"), Passes((2, 64), alignment_tokens=500)
+    shape = ModelShape.of(scenes.tiny_model(), config, passes)
+    assert shape.moved_hidden == 2 * 500 * 32 * 2  # layers, tokens, hidden size, bytes
+    assert plan_memory(shape, config, 4).bytes_of("gradients of hidden states") == shape.moved_hidden
+    assert ModelShape.of(scenes.tiny_model(), config_of(3, {}), passes).moved_hidden == 0
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])

@@ -10,8 +10,8 @@ the optimizer does with the reduced gradient:
   restore(then)              put the saved weights back, then `then` with this gradient
   accumulate_fisher(...)     fisher += weight * g^2; weights stay
 
-`perturb_along` moves the weights along a gradient that was stashed before; `put_back` undoes it. `loss_pass` makes a
-forward pass alone.
+`moved_hidden_pass` moves hidden states instead of weights. `perturb_along` moves the weights along a gradient that was
+stashed before; `put_back` undoes it. `loss_pass` makes a forward pass alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safecl.engine.model.adapter_penalty import AdapterPenalty
 from safecl.engine.model.dropout import dropout_off
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.passes.engine import ModelEngine
+from safecl.engine.passes.hidden_moves import HiddenMoves
 from safecl.engine.passes.micro_batches import MicroBatchLayout, StepBatch, micro_batches, to_device
 from safecl.engine.passes.step_losses import ADAPTERS, StepLosses
 from safecl.engine.passes.step_rows import StepRow, terms_of
@@ -41,6 +42,7 @@ from safecl.engine.zero.state_placement import placement_of
 from safecl.engine.zero.update import UpdatePlan, UpdateResult
 from safecl.kernels import fisher_accumulate_
 from safecl.methods import context
+from safecl.methods.terms import HiddenMove
 from safecl.replay import pinned
 
 if TYPE_CHECKING:
@@ -48,6 +50,10 @@ if TYPE_CHECKING:
 
 UNPERTURBED = "_unperturbed"
 """State that holds the weights while they are perturbed."""
+
+
+def _leave(shards: list[Shard]) -> None:
+    """The action of a pass whose gradient of the weights is not used."""
 
 
 class NonFiniteGradient(RuntimeError):
@@ -149,6 +155,24 @@ class TrainingEngine(ModelEngine):
             losses.penalty = self.optimizer.result.penalty / (self.layout.world_size if self.shards.replicated else 1)
         losses.nonfinite = self.optimizer.result.nonfinite
         return losses
+
+    def moved_hidden_pass(
+        self,
+        rows: Sequence[StepRow],
+        then: Action,
+        move: HiddenMove,
+        adapter_penalty: AdapterPenalty | None = None,
+        batches: list[StepBatch] | None = None,
+    ) -> StepLosses:
+        """Make a `gradient_pass` with hidden states moved along their gradient, which a pass before it finds (see
+        hidden_moves)."""
+        batches = self.prepare(rows) if batches is None else batches
+        moves = HiddenMoves(self.module, move)
+        with moves.recording():
+            self.gradient_pass(rows, _leave, adapter_penalty, batches)
+        moves.normalise()
+        with moves.moving():
+            return self.gradient_pass(rows, then, adapter_penalty, batches)
 
     @torch.no_grad()
     def loss_pass(self, rows: Sequence[StepRow], batches: list[StepBatch] | None = None) -> StepLosses:

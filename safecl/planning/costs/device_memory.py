@@ -181,4 +181,5 @@ def _activations(shape: ModelShape, config: RunConfig, device: str) -> Iterator[
         teacher=online,
     )
     yield Item("activations", "device", shape.activations, "backward")
+    yield Item("gradients of hidden states", "device", shape.moved_hidden, "backward")
     yield Item("logits", "device", head, "backward")

@@ -13,6 +13,7 @@ from safecl.engine.model.adapters import is_target
 from safecl.engine.model.settings import choose_attention
 from safecl.planning.costs.activations import activation_bytes
 from safecl.planning.costs.inference import inference_bytes
+from safecl.planning.costs.items import weight_bytes
 from safecl.planning.passes import Passes
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class ModelShape:
     evaluation: int = 0
     """Peak bytes of an evaluation's passes, with the cache of keys and values and the logits."""
 
+    moved_hidden: int = 0
+    """Bytes of the gradients of hidden states that a method keeps between two passes."""
+
     @classmethod
     def of(cls, model: nn.Module, config: RunConfig, passes: Passes | None = None) -> ModelShape:
         """Return the shape of a model, whose parameters may be on the meta device, in a run of this config.
@@ -57,6 +61,7 @@ class ModelShape:
             activations=activation_bytes(settings, config.model, batch, masked=_is_masked(config)),
             tokens=None if passes is None else batch[0] * batch[1],
             evaluation=max((inference_bytes(settings, config.model, one) for one in evaluations), default=0),
+            moved_hidden=_moved_hidden(alone, config, passes),
         )
 
     @classmethod
@@ -83,6 +88,14 @@ class ModelShape:
 
 def _settings_of(model: nn.Module) -> PretrainedConfig:
     return cast("PreTrainedModel", model).config
+
+
+def _moved_hidden(shape: ModelShape, config: RunConfig, passes: Passes | None) -> int:
+    """Return the bytes of the attention outputs' gradients of a step: one hidden state per token and layer."""
+    if not any(settings.moves_hidden for settings in config.methods.values()):
+        return 0
+    tokens = config.train.tokens_per_microbatch if passes is None else passes.alignment_tokens
+    return shape.layers * tokens * shape.hidden * weight_bytes(config)
 
 
 def _micro_batch(config: RunConfig) -> tuple[int, int]:
