@@ -120,6 +120,14 @@ class MethodConfig(Section):
         return 0
 
     @property
+    def kept_singular_share(self) -> float | None:
+        """Mean share of the singular vectors of the layers' matrices that the method keeps; None where it keeps none.
+
+        The step of each matrix is then gathered on one rank and sent back.
+        """
+        return None
+
+    @property
     def moves_hidden(self) -> bool:
         """True where the method keeps gradients of hidden states between two passes."""
         return False

@@ -153,6 +153,28 @@ class Run(Protocol):
     def parts(self, shards: Sequence[Shard]) -> Iterator[TensorPart]:
         """Yield the parts of trained tensors that lie in these shards. Not a collective call."""
 
+    def matrix_names(self) -> list[str]:
+        """Names of the trained tensors of two dimensions."""
+
+    def map_matrices(
+        self,
+        shards: Sequence[Shard],
+        names: Sequence[str],
+        read: Callable[[TensorPart], torch.Tensor],
+        work: Callable[[str, torch.Tensor], torch.Tensor],
+        write: Callable[[TensorPart, torch.Tensor], None] | None = None,
+    ) -> None:
+        """Gather each matrix on one rank and work on it there.
+
+        read: the elements of a part, 1-D. work: gets the name and the whole matrix, fp32 [m, n] on the rank's device,
+        and returns one of the same shape; each matrix has one owner, the same in every call with these names. write:
+        gets the part's elements of the result, on the shard's device; None where nothing is handed back.
+        """
+
+    def layer_similarities(self, draw: ReplayTerm) -> list[float]:
+        """The mean cosine of the input and the output of each decoder layer, over the tokens of a draw from the memory
+        that predict a supervised one: one forward pass at the current weights."""
+
     def noise(self, part: TensorPart, key: str) -> torch.Tensor:
         """Independent standard normal values for the elements of a part, fp32, on the shard's device.
 

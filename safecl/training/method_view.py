@@ -16,6 +16,7 @@ from safecl.engine.fisher.threshold import upper_threshold
 from safecl.engine.model.adapters import adapters
 from safecl.engine.zero.shard import Shard
 from safecl.engine.zero.tensor_parts import normal_noise
+from safecl.engine.zero.whole_matrices import Read, Work, Write, map_matrices
 from safecl.methods import context
 from safecl.training.own_passes import OwnPasses
 from safecl.training.state import RunState
@@ -28,7 +29,7 @@ class MethodView:
     def __init__(self, run: RunState, passes: OwnPasses, correct: Callable[..., float]):
         self._run, self._engine = run, run.engine
         self.memory_gradient, self.task_gradient = passes.memory_gradient, passes.task_gradient
-        self.memory_loss = passes.memory_loss
+        self.memory_loss, self.layer_similarities = passes.memory_loss, passes.layer_similarities
         self.correct = correct
         self.has_adapters = run.has_adapters
         self.seed = run.seed
@@ -68,6 +69,19 @@ class MethodView:
 
     def parts(self, shards: Sequence[context.Shard]) -> Iterator[context.TensorPart]:
         return self._engine.parts(shards)
+
+    def matrix_names(self) -> list[str]:
+        return [name for name, shape in self._engine.shards.shapes.items() if len(shape) == 2]
+
+    def map_matrices(
+        self,
+        shards: Sequence[context.Shard],
+        names: Sequence[str],
+        read: Read,
+        work: Work,
+        write: Write | None = None,
+    ) -> None:
+        map_matrices(self._engine.shards, list(self.parts(shards)), names, read, work, write)
 
     def noise(self, part: context.TensorPart, key: str) -> torch.Tensor:
         return normal_noise(part, self.seed, self._run.global_step, key)

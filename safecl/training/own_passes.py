@@ -33,6 +33,9 @@ class OwnPasses:
         run.online_teachers.ask(ready.rows)
         return run.engine.loss_pass(ready.rows, ready.batches).totals()[draw.stream]
 
+    def layer_similarities(self, draw: ReplayTerm) -> list[float]:
+        return self._run.engine.layer_similarities(steps.drawn_rows(self._run, draw, self._run.step))
+
     def _stash(self, kind: str, ready: Ready) -> bool:
         run = self._run
         run.online_teachers.ask(ready.rows)

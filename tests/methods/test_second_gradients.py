@@ -209,6 +209,48 @@ def test_mudman_moves_weights_only_where_the_signs_agree(compare, mask):
     compare(scene.train(before=remember, **hooks), scene.start, mudman={"momentum": 0.5, "mask": mask})
 
 
+def test_osft_keeps_every_step_outside_of_the_largest_singular_values(compare):
+    scene, low, high = Scene(), 0.2, 0.6
+    layers = scene.model.model.layers
+    cosines: list[list[torch.Tensor]] = [[] for _ in layers]
+    for row in scene.draw(0, "osft"):
+        states = scene.model(input_ids=reference.ids_of(row), use_cache=False, output_hidden_states=True).hidden_states
+        chosen = torch.from_numpy(row.loss_mask[1:].copy())
+        last = []
+        hook = layers[-1].register_forward_hook(lambda m, i, out, last=last: last.append(out))
+        scene.model(input_ids=reference.ids_of(row), use_cache=False)
+        hook.remove()
+        outputs = [*states[1:-1], last[0]]  # the last of the states is behind the final norm
+        for number, (before, after) in enumerate(zip(states[:-1], outputs, strict=True)):
+            cosine = torch.cosine_similarity(before[0, :-1][chosen], after.view_as(before)[0, :-1][chosen], dim=-1)
+            cosines[number].append(cosine.detach())
+    means = torch.stack([torch.cat(values).mean() for values in cosines])
+    shares = (low + means / means.mean() * (high - low)).tolist()
+    projections = {}
+    for name, weight in scene.start.items():
+        if ".layers." in name and weight.dim() == 2:
+            rank = round(shares[int(name.split(".layers.")[1][0])] * min(weight.shape))
+            u, _, vh = torch.linalg.svd(weight)
+            projections[name] = (u[:, :rank] @ u[:, :rank].T, vh[:rank].T @ vh[:rank])
+
+    def outside(step: int, old: Weights) -> None:
+        def take(name: str, p: torch.Tensor) -> torch.Tensor:
+            if name not in projections:
+                return p
+            left, right = projections[name]
+            d = p - old[name]
+            d = d - left @ d
+            return old[name] + d - d @ right
+
+        scene.move(take)
+
+    end = scene.train(after=outside)
+    found = compare(end, scene.start, osft={"low": low, "high": high})["state"]["weights"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    moved = (found[name] - scene.start[name]).double()
+    assert float((projections[name][0] @ moved).norm()) <= 1e-5 * float(moved.norm())
+
+
 # ------------------------------------------------------------------------------------- steps and phases on the memory
 
 

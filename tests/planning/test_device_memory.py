@@ -131,6 +131,18 @@ def test_the_table_of_methods_says_how_many_bytes_a_weight_each_takes():
             assert anchors == ([2 * (number + 1)] if "anchor" in said else []), (name, dtype)
 
 
+def test_singular_vectors_are_those_of_the_smaller_of_two_subspaces():
+    shape = ModelShape.of(scenes.tiny_model(), config_of(3, {"osft": {"high": 0.75}}))
+    square, narrow, wide = (32, 32), (16, 32), (45, 32)  # q and o; k and v; gate, up and down
+    ranks = {square: 24, narrow: 12, wide: 24}
+    count = sum(
+        number * sum(side * min(ranks[size], side - ranks[size]) for side in size)
+        for size, number in ((square, 2), (narrow, 2), (wide, 3))
+    )
+    assert shape.singular_vectors == 2 * 4 * count  # two layers, fp32
+    assert plan_memory(shape, config_of(3, {"osft": {}}), 4).bytes_of("singular vectors") == shape.singular_vectors // 4
+
+
 def test_gradients_of_hidden_states_are_one_state_per_token_and_layer_of_a_step():
     config, passes = config_of(3, {"vaccine": {}}, role="align"), Passes((2, 64), alignment_tokens=500)
     shape = ModelShape.of(scenes.tiny_model(), config, passes)

@@ -29,6 +29,7 @@ from safecl.engine.model.dropout import dropout_off
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.hidden_moves import HiddenMoves
+from safecl.engine.passes.layer_similarity import LayerSimilarity
 from safecl.engine.passes.micro_batches import MicroBatchLayout, StepBatch, micro_batches, to_device
 from safecl.engine.passes.step_losses import ADAPTERS, StepLosses
 from safecl.engine.passes.step_rows import StepRow, terms_of
@@ -183,6 +184,19 @@ class TrainingEngine(ModelEngine):
                 losses.add(batch, self.deepspeed(task="loss", **to_device(batch.inputs, self.device)))
                 progress.beat()
         return losses
+
+    @torch.no_grad()
+    def layer_similarities(self, rows: Sequence[StepRow]) -> list[float]:
+        """The mean cosine of each decoder layer's input and output over the tokens of `rows` that predict a supervised
+        one; one forward pass with dropout off."""
+        meter = LayerSimilarity(self.module, self.device)
+        with self.evaluation_mode(), meter.measuring():
+            for batch in self.prepare(rows):
+                inputs = to_device(batch.inputs, self.device)
+                meter.positions = inputs["positions"]
+                self.deepspeed(task="loss", **inputs)
+                progress.beat()
+        return meter.means()
 
     def prepare(self, rows: Sequence[StepRow]) -> list[StepBatch]:
         """Load, stack and pin this rank's micro-batches. Not a collective call: a thread may prepare the next step

@@ -131,6 +131,8 @@ class Method(base.Method[Config]):
             gram[:, i, j] = gram[:, j, i] = values
         eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # in ascending order
         eigenvalues, eigenvectors = eigenvalues.flip(-1), eigenvectors.flip(-1)
+        largest = eigenvectors.gather(1, eigenvectors.abs().argmax(1, keepdim=True))
+        eigenvectors = eigenvectors * largest.sign()  # else each layout could choose a sign of its own
         spanned = eigenvalues > SMALLEST_EIGENVALUE * eigenvalues[:, :1].clamp_min(1e-30)
         factors = torch.where(spanned, eigenvalues.clamp_min(1e-60).rsqrt(), torch.zeros_like(eigenvalues))
         rank = self.config.rank

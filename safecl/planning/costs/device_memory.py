@@ -115,6 +115,7 @@ def _method_state(shape: ModelShape, config: RunConfig, world_size: int, device:
         through += size if away and with_masters == "device" else 0
     if any(merge.pick for settings in config.methods.values() if (merge := settings.merge_at_the_end) is not None):
         yield Item("weights before the merge", "host", share * FP32, "evaluation")
+    yield Item("singular vectors", "device", share_of(shape.singular_vectors, world_size))
     if device == "cuda":
         yield Item("chunks of offloaded state", "device", 2 * min(CHUNK, share) * through)
 

@@ -13,7 +13,7 @@ from safecl.engine.model.adapters import is_target
 from safecl.engine.model.settings import choose_attention
 from safecl.planning.costs.activations import activation_bytes
 from safecl.planning.costs.inference import inference_bytes
-from safecl.planning.costs.items import weight_bytes
+from safecl.planning.costs.items import FP32, weight_bytes
 from safecl.planning.passes import Passes
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class ModelShape:
     evaluation: int = 0
     """Peak bytes of an evaluation's passes, with the cache of keys and values and the logits."""
 
+    singular_vectors: int = 0
+    """Bytes of the singular vectors that a method keeps of the layers' matrices, over all ranks."""
     moved_hidden: int = 0
     """Bytes of the gradients of hidden states that a method keeps between two passes."""
 
@@ -61,6 +63,7 @@ class ModelShape:
             activations=activation_bytes(settings, config.model, batch, masked=_is_masked(config)),
             tokens=None if passes is None else batch[0] * batch[1],
             evaluation=max((inference_bytes(settings, config.model, one) for one in evaluations), default=0),
+            singular_vectors=_singular_vectors(model, config),
             moved_hidden=_moved_hidden(alone, config, passes),
         )
 
@@ -96,6 +99,15 @@ def _moved_hidden(shape: ModelShape, config: RunConfig, passes: Passes | None) -
         return 0
     tokens = config.train.tokens_per_microbatch if passes is None else passes.alignment_tokens
     return shape.layers * tokens * shape.hidden * weight_bytes(config)
+
+
+def _singular_vectors(model: nn.Module, config: RunConfig) -> int:
+    """Return the bytes of singular vectors in fp32. A subspace and its complement say the same; the smaller is kept."""
+    shares = [share for method in config.methods.values() if (share := method.kept_singular_share) is not None]
+    layers = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    sizes = [p.shape for p in max(layers, key=len).parameters() if p.dim() == 2] if shares else []
+    ranks = [round(max(shares) * min(size)) for size in sizes]
+    return sum(FP32 * side * min(rank, side - rank) for size, rank in zip(sizes, ranks, strict=True) for side in size)
 
 
 def _micro_batch(config: RunConfig) -> tuple[int, int]:

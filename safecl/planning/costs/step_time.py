@@ -128,6 +128,11 @@ def num_micro_batches(tokens: float, config: RunConfig, ranks: int) -> int:
 def exchanged_bytes(shape: ModelShape, config: RunConfig, batches: int) -> float:
     """Bytes that a rank sends in a step, for many ranks. See the table at the top."""
     stage, trained, size = config.deepspeed.stage, shape.trained, weight_bytes(config)
+    gathers = any(settings.kept_singular_share is not None for settings in config.methods.values())
+    return _exchanged_by_zero(stage, trained, size, shape, batches) + (2.0 * FP32 * trained if gathers else 0.0)
+
+
+def _exchanged_by_zero(stage: int, trained: int, size: int, shape: ModelShape, batches: int) -> float:
     if stage == 0:
         return 2.0 * FP32 * trained
     if stage in (1, 2):
