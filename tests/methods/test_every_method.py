@@ -91,3 +91,18 @@ def distance(found, wanted, start=None) -> float:
     if all(bool((value == 0).all()) for values in (found, wanted) for value in values.values()):
         return 0.0
     return oracle.relative_distance(found, wanted, start)
+
+
+@pytest.mark.parametrize("name", builtin_methods())
+def test_a_plan_may_ask_a_method_before_any_run_begins(name):
+    """`safecl check` asks what a method adds to a step; its state is then what a checkpoint may hold."""
+    from safecl.training.resume import dump_plain
+
+    config = method_module(name).Config()
+    method = method_module(name).Method(name, config)
+    for asked in (method.replay_terms, method.task_terms, method.penalty, method.ema_mask, method.hidden_move):
+        asked()
+    assert len(method.gradient_draws(0)) >= (config.gradient_passes >= 1)
+    assert config.needs_memory or not [*method.replay_terms(), *method.gradient_draws(0)]
+    assert method.memory_step(0, 10) is None or config.needs_memory
+    dump_plain(method.state_dict())

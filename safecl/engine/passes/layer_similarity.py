@@ -54,4 +54,5 @@ class LayerSimilarity:
 
 def _decoder_layers(trunk: nn.Module) -> list[nn.Module]:
     lists = [module for module in trunk.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len))
+    longest = max(lists, key=len)
+    return list(longest)

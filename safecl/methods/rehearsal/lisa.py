@@ -49,6 +49,10 @@ class Config(MethodConfig):
 
 
 class Method(base.Method[Config]):
+    def __init__(self, name: str, config: Config):
+        super().__init__(name, config)
+        self._on_memory, self._pulls = True, True
+
     def start_task(self, run: base.Run) -> None:
         for anchor in (MEMORY_ANCHOR, TASK_ANCHOR):
             run.set_anchor(anchor, moving=True)
@@ -65,6 +69,6 @@ class Method(base.Method[Config]):
         self._on_memory, self._pulls = on_memory, run.step >= self.config.warmup * run.num_steps
 
     def penalty(self) -> base.Penalty | None:
-        if self.config.rho == 0 or not getattr(self, "_pulls", True):
+        if self.config.rho == 0 or not self._pulls:
             return None
         return base.Penalty(self.config.rho, anchor=TASK_ANCHOR if self._on_memory else MEMORY_ANCHOR)
