@@ -101,7 +101,7 @@ def compare(rank_pool, tmp_path):
 # --------------------------------------------------------------------------------------------------------- projections
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_agem_on_the_step_leaves_no_step_against_the_memory_and_an_average_follows_it(compare, stage):
     scene, seen, cosines = Scene(), {}, []
     rows, average = scene.draws("agem"), dict(scene.start)
@@ -121,6 +121,7 @@ def test_agem_on_the_step_leaves_no_step_against_the_memory_and_an_average_follo
     compare(end, scene.start, stage, {"ema": average}, agem={"project": "step"}, ema={"decay": 0.8})
 
 
+@pytest.mark.long
 def test_an_average_that_waits_for_the_step_is_that_of_the_pass(rank_pool, tmp_path):
     """Nothing is projected at a margin of -1, so both forms train the same weights and averages, masked or not."""
     for average in ({"ema": {"decay": 0.8}}, {"psmt": {"protected": 0.3, "decay": 0.8, **every_method.FISHER}}):
@@ -153,7 +154,7 @@ def test_safe_grad_removes_the_conflict_and_adds_the_gradient_of_alignment(compa
     compare(end, scene.start, safe_grad={"rho": 2.0})
 
 
-@pytest.mark.parametrize("when", ["always", "conflict"])
+@pytest.mark.parametrize("when", ["always", pytest.param("conflict", marks=pytest.mark.long)])
 def test_ogpsa_projects_every_tensor_on_a_reference_that_is_renewed(compare, when):
     scene, seen, signs = Scene(), {}, set()
 
@@ -190,7 +191,7 @@ def test_spag_steps_back_by_the_capped_projection_where_the_memorys_loss_is_too_
     compare(end, scene.start, spag={"tau": None, "eta": cap})
 
 
-@pytest.mark.parametrize("mask", ["gradient", "step"])
+@pytest.mark.parametrize("mask", [pytest.param("gradient", marks=pytest.mark.long), "step"])
 def test_mudman_moves_weights_only_where_the_signs_agree(compare, mask):
     scene, mean = Scene(), {}
     rows = scene.draws("mudman")
@@ -350,7 +351,7 @@ def test_refresh_goes_uphill_on_the_steps_rows_before_the_step(compare):
 # ------------------------------------------------------------------------------------------------------ hidden states
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.long), True])
 def test_vaccine_takes_its_step_where_attention_outputs_have_moved_the_worst_way(rank_pool, tmp_path, checkpointed):
     scene, rho = Scene(), 20.0
     layers = [layer.self_attn for layer in scene.model.model.layers]
@@ -410,7 +411,7 @@ def test_noise_is_normal_and_the_same_in_every_layout(rank_pool):
     assert abs(float((values**4).mean()) - 3) < 0.3 and values.unique().numel() > 0.999 * values.numel()
 
 
-@pytest.mark.parametrize("project", ["gradient", "step"])
+@pytest.mark.parametrize("project", ["gradient", pytest.param("step", marks=pytest.mark.long)])
 def test_safe_anchor_leaves_out_the_largest_eigenvectors_of_the_memorys_fisher(compare, project):
     scene = Scene()
     samples = [scene.gradient(scene.draw(0, f"safe_anchor_{number}", 0.25)) for number in range(4)]
