@@ -348,6 +348,21 @@ def test_refresh_goes_uphill_on_the_steps_rows_before_the_step(compare):
     compare(end, scene.start, refresh={"delta": 0.02, "sigma": 0.0, "fisher_weight": 0.1, **every_method.FISHER})
 
 
+def test_a_step_that_begins_at_moved_weights_updates_the_old_ones_with_the_gradient_there(compare):
+    scene = Scene()
+
+    def at_the_worst_point(step: int, grads: Weights) -> Weights:
+        before = {name: p.detach().clone() for name, p in scene.model.named_parameters()}
+        scene.move(lambda name, p: p + 0.3 / dot(grads, grads) ** 0.5 * grads[name])
+        there = scene.gradient(scene.task[step])
+        scene.move(lambda name, p: before[name])
+        return there
+
+    end = scene.train(transform=at_the_worst_point)
+    assert oracle.relative_distance(end, Scene().train(), scene.start) > 0.02
+    compare(end, scene.start, **{"tests.methods.sharpness_aware": {"rho": 0.3}})
+
+
 # ------------------------------------------------------------------------------------------------------ hidden states
 
 
