@@ -56,14 +56,13 @@ def cut_of(method: str, layout: str) -> int:
 @contextmanager
 def opened(config, folder: str) -> Iterator[tuple[Any, Any, Any]]:
     """(run, task, saver) of a run that has not begun."""
+    from safecl.engine.model.structure import prepare_for_training
     from safecl.planning.plans import RunPlan
     from safecl.training.identity import base_of, identity_of
     from safecl.training.resume import RunSaver
 
     task_rows, memory_rows = scenes.conflicting_datasets()
-    model = scenes.undecided_model()
-    if config.model.lora is not None:
-        model = scenes.with_adapters(model, config)
+    model = prepare_for_training(scenes.undecided_model(), config.model)
     run, (task,) = scenes.make_run(config, model, [task_rows])
     identity = identity_of(RunPlan(config, None, [task], run.methods, memory_rows))
     saver = RunSaver(run, Path(folder), identity, base_of(config, "undecided"))
