@@ -38,11 +38,21 @@ def slow_link(milliseconds: float, *ends: tuple[str, str]) -> Iterator[None]:
         processes.append(subprocess.Popen(inside, pass_fds=[pipe.fileno()]))
         pipe.close()
     try:
+        for namespace, _ in ends:
+            _wait_for_the_interface(namespace)
         yield
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def _wait_for_the_interface(namespace: str, seconds: float = 120.0) -> None:
+    shown, deadline = ["ip", "-n", namespace, "-br", "link", "show", INTERFACE, "up"], time.monotonic() + seconds
+    while not subprocess.run(shown, capture_output=True, text=True, check=False).stdout:
+        if time.monotonic() > deadline:
+            raise OSError(f"no interface {INTERFACE} in {namespace} within {seconds:.0f} s")
+        time.sleep(0.1)
 
 
 def open_tunnel(address: str) -> int:
