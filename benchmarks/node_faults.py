@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 LIMIT = 30.0
 """Seconds in which the ranks of the other host have ended, once a loss is noticed (docs/reliability.md)."""
 HANG_TIMEOUT = 10
@@ -155,26 +156,36 @@ def _elastic(folder: Path, here: Path) -> tuple[dict, list[str]]:
 
 
 def _restarts(folder: Path, here: Path) -> tuple[dict, list[str]]:
-    """Kill a host twenty times; the last restart finishes the run bitwise as if nothing had happened."""
+    """Kill a host twenty times; the last restart finishes the run bitwise as if nothing had happened.
+
+    A call that is stopped goes on behind its last kill: what it has done is kept in .faults/restarts, which git
+    ignores, until it is through.
+    """
     from tests.launching.node_scenes import Job, left, on_one_host, two_hosts, write_config
 
-    steps = 2 * RESTARTS + 6
-    config = write_config(folder / "demo", here / "run.yaml", train={"max_steps": steps, "hang_timeout": HANG_TIMEOUT})
-    expected, wrong, chance = on_one_host(config, 2, here / "one", folder / "cache"), [], random.Random(0)
-    with two_hosts([folder]) as machines:
+    here, steps, wrong = ROOT / ".faults" / "restarts", 2 * RESTARTS + 6, []
+    if not (here / "demo").exists():
+        shutil.copytree(folder / "demo", here / "demo")
+    train = {"max_steps": steps, "hang_timeout": HANG_TIMEOUT}
+    config, one, done = write_config(here / "demo", here / "run.yaml", train=train), here / "one", here / "kills"
+    expected = left(one) if (one / "results.json").exists() else on_one_host(config, 2, one, here / "cache")
+    with two_hosts([here]) as machines:
         job = Job(config, machines)
-        for number in range(RESTARTS):
+        for number in range(int(done.read_text()) if done.exists() else 0, RESTARTS):
             job.start()
             job.reach(2 * number + 3)
-            machines[chance.randrange(2)].kill()
+            machines[random.Random(number).randrange(2)].kill()
             for machine in machines:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     machine.processes[-1].wait(60)
                 machine.kill()
+            done.write_text(str(number + 1))
+            print(f"    restart {number + 1}: killed after step {job.steps()}", flush=True)
         job.start()
         codes = job.wait()
         wrong += [] if codes == [0, 0] else [f"exit codes {codes} at the end"]
     wrong += [] if left(job.folder) == expected else ["not bitwise what an undisturbed run leaves"]
+    shutil.rmtree(here)
     return {"kills": RESTARTS, "steps": steps}, wrong
 
 
