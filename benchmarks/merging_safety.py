@@ -246,8 +246,7 @@ def measure(folder: Path, case: Case, settings: dict[str, Any], seed: int) -> di
 def report(folder: Path, seeds: list[int]) -> None:
     """Write the JSON and the table of the finished merges."""
     runs = {
-        name: [trained(folder / f"seed-{seed}", name, seed) for seed in REPORTED]
-        for name in ("aligned", "plain", "der")
+        name: [trained(folder / f"seed-{seed}", name, seed) for seed in seeds] for name in ("aligned", "plain", "der")
     }
     merges = [json.loads(path.read_text()) for path in sorted((folder / "merges").glob("*.json"))]
     order = [*(case.title for case in CASES), PATCH]

@@ -298,7 +298,7 @@ def test_rows_that_a_merge_needs_are_named(folders, tmp_path):
 
 
 def test_a_model_in_memory_is_the_one_that_transformers_loads(folders):
-    """Tied weights, biases and buffers included, for an adapter as well; see safecl.merging.rows.loaded."""
+    """Tied weights, biases and buffers included; see safecl.merging.rows.loaded."""
     from safecl.merging.base import MergeConfig
     from safecl.merging.models.opening import open_models
 
@@ -313,3 +313,22 @@ def test_a_model_in_memory_is_the_one_that_transformers_loads(folders):
             for ids, _ in encoded():
                 assert torch.equal(mine(ids).logits, theirs(ids).logits), family
         opened.close()
+
+
+def test_rows_run_through_an_adapter_with_its_base(folders, tmp_path):
+    import peft
+
+    from tests.merging.test_adapters import make_adapter
+
+    given = folders()
+    adapter = make_adapter(given["aligned"], tmp_path / "adapter")
+    model = in_fp64(given["aligned"])
+    model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    expected = {name: p.detach().double() for name, p in model.named_parameters()}
+    for name, x in inputs_of(model).items():
+        expected[name] = pruned(expected[name], torch.zeros_like(expected[name]), x, 0.1)
+    merge("antidote", tuned=adapter, data=given["rows"], out=tmp_path / "out", dtype="fp32")
+    found = models.state(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-3, name
