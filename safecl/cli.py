@@ -13,12 +13,15 @@ from typing import Annotated, Any
 import typer
 
 from safecl import __version__
+from safecl.commands.cache import verbs as cache
 from safecl.commands.judging import verbs as judging
 from safecl.commands.memory import verbs
-from safecl.commands.verbs import EPILOG, verbs_of
+from safecl.commands.spinner import announce
+from safecl.commands.verbs import EPILOG, options_first, verbs_of
 from safecl.distributed import environment, rank_files
 from safecl.distributed.library_warnings import hide_future_warnings
-from safecl.exits import ExitCode, tracebacks
+from safecl.distributed.verbosity import Level, verbosity
+from safecl.exits import ExitCode, end_process, tracebacks
 from safecl.launching.network import settle_interface
 from safecl.merging.registry import help_text as merge_kinds
 
@@ -61,8 +64,15 @@ def _root(
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Print the traceback of an unexpected error (also after the verb).")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print warnings, verdicts and errors only (also after the verb).")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Print a line for every step (also after the verb).")
+    ] = False,
 ) -> None:
     hide_future_warnings()
+    verbosity.level = Level.QUIET if quiet else Level.VERBOSE if verbose else Level.NORMAL
     tracebacks.in_message = traceback
     tracebacks.folder = None
 
@@ -71,6 +81,13 @@ def _load(config: Path, overrides: list[str] | None) -> Any:
     from safecl.config import load_config
 
     return load_config(config, overrides or [])
+
+
+def _begin(verb: str, config: Path, overrides: list[str] | None) -> Any:
+    """Read the config and say that the verb begins, before it loads torch."""
+    loaded = _load(config, overrides)
+    announce(verb, f"{config} read, loading torch")
+    return loaded
 
 
 @verb
@@ -147,7 +164,7 @@ def init(
 @verb
 def check(config: Config, overrides: Overrides = None) -> None:
     """Validate config, data and model, and print what would run, without training."""
-    loaded = _load(config, overrides)
+    loaded = _begin("check", config, overrides)
     from safecl.commands.check import check_run
 
     check_run(loaded)
@@ -162,7 +179,7 @@ def train(
     ] = False,
 ) -> None:
     """Train the tasks of a run config and measure safety before, during and after. The same command resumes a run."""
-    loaded = _load(config, overrides)
+    loaded = _begin("train", config, overrides)
     from safecl.commands.train import train_run
 
     raise typer.Exit(train_run(loaded, fresh=fresh))
@@ -218,7 +235,7 @@ def scan(
 ) -> None:
     """Screen the tasks' rows before training: rows that the aligned model would refuse, and near-duplicates of
     evaluation prompts."""
-    loaded = _load(config, overrides)
+    loaded = _begin("scan", config, overrides)
     from safecl.commands.scan import scan_run
 
     raise typer.Exit(scan_run(loaded, as_json))
@@ -243,7 +260,7 @@ def fisher(
 ) -> None:
     """Estimate the diagonal Fisher of the aligned model on the memory's rows, once, for ewc in all runs on that
     model."""
-    loaded = _load(config, overrides)
+    loaded = _begin("fisher", config, overrides)
     from safecl.commands.fisher import fisher_run
 
     raise typer.Exit(fisher_run(loaded, output, exact=exact))
@@ -264,28 +281,10 @@ def eval_(
 ) -> None:
     """Measure a model without training: the tuned model of a run, or any model with safety.prompts=FILE
     eval.path=FILE."""
+    announce("eval", f"{target}, loading torch")
     from safecl.commands.evaluate import evaluate_and_print
 
     raise typer.Exit(evaluate_and_print(target, overrides or [], output))
-
-
-@verb
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Page to write; by default report.html in the run's folder, or here for several runs.",
-            show_default=False,
-        ),
-    ] = None,
-) -> None:
-    """Write the page of one run again, or compare several runs in one page."""
-    from safecl.commands.report import report_runs
-
-    report_runs(runs, output)
 
 
 @verbs_of(app, more=merge_kinds())
@@ -381,24 +380,23 @@ def env(
 
 judging.add_to(app)
 app.add_typer(verbs.app)
-
-
-def _traceback_first(arguments: list[str]) -> list[str]:
-    rest = [a for a in arguments if a != "--traceback"]
-    return ["--traceback", *rest] if len(rest) < len(arguments) else rest
+app.add_typer(cache.app)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `safecl` and `python -m safecl`. Ends the process with an ExitCode."""
+    is_process = arguments is None
     given = sys.argv[1:] if arguments is None else arguments
     environment.settle_environment()
     settle_interface()
-    arguments = _traceback_first(environment.without_launcher_arguments(given))
+    arguments = options_first(environment.without_launcher_arguments(given))
     rank_files.begin(arguments)
     try:
         app(args=arguments, prog_name="safecl")
     except SystemExit as ended:
         rank_files.write_code(ended.code)
+        if is_process:
+            end_process(ended.code)
         raise
 
 

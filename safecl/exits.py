@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import enum
 import errno
@@ -13,6 +14,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -120,6 +122,24 @@ def end_undisturbed() -> None:
     """Let a verb that is done end with its own exit code: a launcher sends SIGTERM to all ranks as soon as the first
     has ended."""
     set_handler(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_process(code: object) -> None:
+    """End this process at once after its last line: threads are waited for and what is registered for the end runs, but
+    the interpreter does not take the loaded libraries apart, which costs a second of CPU time with torch.
+
+    Returns, for an ordinary end, where the process is one of several ranks, or the code is no number.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 or not (code is None or isinstance(code, int)):
+        return
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(int(code or 0))
 
 
 class _Stop:

@@ -3,6 +3,9 @@ do. It trains nothing."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -10,6 +13,7 @@ from rich.console import Console
 
 from safecl.commands.preflight import preflight
 from safecl.config import ConfigError, RunConfig
+from safecl.storage.cache_folder import PREPARED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +38,8 @@ def check_run(config: RunConfig) -> None:
     from safecl.training.identity import refuse_folder_of_other_run
 
     console = Console(highlight=False, soft_wrap=True)
-    plan = plan_run(config)
+    with leaving_nothing_prepared(config):
+        plan = plan_run(config)
     check_weights_are_finite(config)
     check_fisher_values(config)
     facts = describe_plan(plan)
@@ -73,3 +78,22 @@ def model_facts(model: PreTrainedModel, config: RunConfig) -> list[tuple[str, st
         ("  parameters", f"{model.num_parameters():,} ({model.config.model_type}), vocabulary {vocabulary:,}"),
         ("  attention", f"{attention} ({reason})"),
     ]
+
+
+@contextlib.contextmanager
+def leaving_nothing_prepared(config: RunConfig) -> Iterator[None]:
+    """Remove the prepared rows that `privacy.keep_prepared: false` puts into the run folder, where no run has some.
+
+    They stay mapped, so the plan can be used.
+    """
+    output = Path(config.output)
+    prepared, is_new = output / PREPARED, not output.exists()
+    keeps = config.privacy.keep_prepared or prepared.exists()
+    try:
+        yield
+    finally:
+        if not keeps:
+            shutil.rmtree(prepared, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                if is_new:
+                    output.rmdir()

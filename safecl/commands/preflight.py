@@ -75,6 +75,8 @@ def _model_folders(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield (key, file or hub id) of the rows and prompts that a config names."""
+    from safecl.data.reading.benchmarks import benchmark_of
+
     for index, task in enumerate(config.tasks):
         yield f"tasks.{index}.train", task.train
         if task.eval is not None:
@@ -84,9 +86,9 @@ def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.poison.ratio > 0 and config.poison.source is not None:
         yield "poison.source", config.poison.source
     if config.safety is not None:
-        yield "safety.prompts", config.safety.prompts
+        yield "safety.prompts", benchmark_of(config.safety.prompts)[1]
         if config.safety.benign_prompts is not None:
-            yield "safety.benign_prompts", config.safety.benign_prompts
+            yield "safety.benign_prompts", benchmark_of(config.safety.benign_prompts)[1]
     if config.scan is not None:
         for key in ("benign", "disallowed"):
             if (path := getattr(config.scan, key)) is not None:

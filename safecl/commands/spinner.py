@@ -6,7 +6,14 @@ import contextlib
 from collections.abc import Iterator
 
 from safecl.distributed import environment
+from safecl.distributed.verbosity import verbosity
 from safecl.exits import stderr
+
+
+def announce(verb: str, what: object) -> None:
+    """Print a first line on stderr, before torch is loaded, which takes seconds. Rank 0 only; not with `--quiet`."""
+    if environment.rank() == 0 and not verbosity.quiet:
+        stderr.print(f"safecl {verb}: {what}", style="dim", markup=False)
 
 
 @contextlib.contextmanager

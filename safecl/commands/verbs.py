@@ -52,3 +52,14 @@ def verbs_of(app: typer.Typer, group: str = "", more: str = "") -> Callable[[Ver
         return function
 
     return verb
+
+
+_OF_EVERY_VERB = ("--traceback", "--quiet", "-v", "--verbose")
+
+
+def options_first(arguments: list[str]) -> list[str]:
+    """Put the options of every verb before the verb. What stands behind `--` is for another program."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, others = arguments[:end], arguments[end:]
+    found = [argument for argument in own if argument in _OF_EVERY_VERB]
+    return [*found, *(argument for argument in own if argument not in _OF_EVERY_VERB), *others]

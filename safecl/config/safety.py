@@ -10,18 +10,23 @@ from pydantic import AfterValidator, Field, model_validator
 
 from safecl.config.base import Section, Text
 from safecl.config.gate import GateConfig
+from safecl.config.judges import JudgeConfig
 
 WEI_MIN_WORDS = 20
 """Words of an answer that keyword:wei counts as a success (Wei et al. 2024)."""
 
 
 _LANGUAGES = ("auto", "en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "zh", "ja", "ko", "ar", "hi")
+JUDGE = "judge:"
+"""Begins the name of a scorer that is one of `safety.judges`."""
 KEYWORD_SCORERS = ("keyword:gcg", "keyword:wei", "prefix:xstest", *(f"keyword:{code}" for code in _LANGUAGES))
 
 
 def _name_of_scorer(name: str) -> str:
     importable = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:[A-Za-z_]\w*)?|[A-Za-z_]\w*:[A-Za-z_]\w*", name)
     prefix = name.partition(":")[0] in ("keyword", "prefix")
+    if name.startswith(JUDGE) and len(name) > len(JUDGE):
+        return name
     if name in KEYWORD_SCORERS or (importable and not prefix):
         return name
     near = difflib.get_close_matches(name, KEYWORD_SCORERS, n=1, cutoff=0.4)
@@ -45,14 +50,19 @@ class SafetyConfig(Section):
     """Measurement of safety, before, during and after training."""
 
     prompts: Text
-    """Disallowed prompts: a file with a `prompt` column, or any known row format. No prompt may occur in memory, task
-    or poison data."""
+    """Disallowed prompts: a file with a `prompt` column, or any known row format; or a benchmark in its published form,
+    `harmbench:FILE` (also advbench, strongreject, directharm4, hex-phi, xstest, or-bench). No prompt may occur in
+    memory, task or poison data."""
     benign_prompts: str | None = None
     """Benign prompts that look dangerous, for over-refusal. Rows with `safe: false` are left out."""
     scorer: Annotated[str, AfterValidator(_name_of_scorer)] = "keyword:gcg"
     """The scorer behind the headline rate: keyword:gcg, keyword:wei, prefix:xstest, the rules of one language
     (keyword:en, keyword:de, keyword:fr, ...; keyword:auto guesses it for each answer), or a judge that can be imported
-    (my_package.judge, my_package.module:function). The first three are always reported."""
+    (my_package.judge, my_package.module:function), or one of `judges` (judge:llama-guard-3). The first three are always
+    reported."""
+    judges: list[JudgeConfig] = []
+    """Models that judge the answers to disallowed prompts, each a recipe's name or settings; several form a panel,
+    whose agreement is reported. `safecl judge` does so after a run."""
     every: Literal["task", "never"] | Annotated[int, Field(ge=1)] = "task"
     """When to measure. task: before and after each task; a number: also every so many steps; never."""
     max_prompts: Annotated[int, Field(ge=1)] = 200
@@ -70,6 +80,16 @@ class SafetyConfig(Section):
     """Prompts answered together on one rank."""
     gate: GateConfig | None = None
     """Limits for exit code 3."""
+
+    @model_validator(mode="after")
+    def _judges_have_names_of_their_own(self) -> SafetyConfig:
+        names = [judge.title for judge in self.judges]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"judges: two of them are named {', '.join(twice)}; set their `name`")
+        if self.scorer.startswith(JUDGE) and self.scorer.removeprefix(JUDGE) not in names:
+            there = f"they are {', '.join(names)}" if names else "there are none; write judges: [llama-guard-3]"
+            raise ValueError(f"scorer: {self.scorer} is none of `judges`: {there}")
+        return self
 
     @model_validator(mode="after")
     def _a_gate_needs_a_measurement(self) -> SafetyConfig:
@@ -121,3 +141,6 @@ class PrivacyConfig(Section):
 
     examples: Literal["full", "hashed", "none"] = "full"
     """full: the text; hashed: a hash of it; none: nothing."""
+    keep_prepared: bool = True
+    """Whether prepared rows stay in the cache for later runs. false: they lie in the run folder, nothing is kept
+    outside of it, and they are removed when the run has finished."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from safecl.config import EvalConfig, FieldMap, RunConfig, TaskConfig
 from safecl.config.data import RowsSource
 from safecl.config.run import memory_tokens
 from safecl.data import ChatRow, TokenDataset, mix_poison, prepare_dataset, read_rows
-from safecl.storage.cache_folder import data_cache
+from safecl.storage.cache_folder import PREPARED, data_cache
 
 # ----------------------------------------------------------------------------------------------------------- tokenised
 
@@ -40,7 +41,7 @@ def _prepare(config: RunConfig, source: RowsSource, tokenizer: Any, max_length: 
         max_bad_rows=config.train.max_bad_rows,
         tokenizer=tokenizer,
         max_length=max_length,
-        cache_dir=data_cache(),
+        cache_dir=data_cache() if config.privacy.keep_prepared else Path(config.output) / PREPARED,
     )
 
 

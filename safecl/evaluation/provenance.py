@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from safecl.config import SafetyConfig
 from safecl.config.model import ModelConfig
+from safecl.evaluation.judges.loading import version_of
 
 if TYPE_CHECKING:
     from safecl.data.reading.rows import Prompt
@@ -43,6 +44,8 @@ def measured_with(
     if safety.benign_prompts is not None and benign:
         facts["prompts"].append(prompts_of("benign", safety.benign_prompts, benign))
     facts["scorer"] = safety.scorer
+    if safety.judges:
+        facts["judges"] = [version_of(judge, None) for judge in safety.judges]
     facts["generation"] = {
         "decoding": "greedy",
         "max_new_tokens": safety.max_new_tokens,

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from safecl.config import ConfigError
 from safecl.evaluation.statistics.intervals import Rate, rate
 
 if TYPE_CHECKING:
@@ -83,3 +84,26 @@ def file_name(text: str) -> str:
 def hash_of(text: str) -> str:
     """Return `sha256:` and the first 16 hex digits of a text's SHA-256."""
     return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def outputs_file(folder: str | Path, when: str, step: int) -> Path:
+    """Return the file of a moment's safety records in an outputs folder."""
+    return Path(folder) / f"{step:06d}-{file_name(when)}-safety.jsonl"
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Read the records of outputs/*-safety.jsonl. Raises ConfigError where the file cannot be read."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.strip()]
+        if not all(isinstance(record, dict) and "set" in record and "id" in record for record in records):
+            raise ValueError("a line is no record of an answer")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return records
+
+
+def category_of(record: Mapping[str, Any], column: str) -> str | None:
+    """Return the risk category of a record's prompt; None where it has none."""
+    tags = record.get("tags") or {}
+    return tags.get(column) or None

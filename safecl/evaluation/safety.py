@@ -20,10 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from safecl.config import ConfigError, SafetyConfig
+from safecl.config.safety import JUDGE
 from safecl.data.reading.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import place_of, text_of
+from safecl.evaluation.categories import ByCategory, rates_by_category
+from safecl.evaluation.judges.in_run import add_judge, panel_in
 from safecl.evaluation.records import cut_off_rate, given
 from safecl.evaluation.scoring.judges import Judge, load_scorer
 from safecl.evaluation.scoring.keywords import (
@@ -107,6 +110,10 @@ class SafetyResult:
     for undecided."""
     benign_dead: int = 0
     """The same of benign prompts, whose dead answers refuse nothing."""
+    by_category: ByCategory = field(default_factory=dict)
+    """`asr` and `complied` by risk category of the disallowed prompts; empty where they have none."""
+    panel: dict[str, Any] | None = None
+    """Agreement of two or more judges, see safecl.evaluation.judges.panel."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for results.json; no text."""
@@ -119,10 +126,16 @@ class SafetyResult:
             "off_task_reasons": dict(self.off_task_reasons),
             **{name: value.to_dict() for name in ("cut_off", "thoughts") if (value := getattr(self, name)) is not None},
             **{name: count for name in ("dead", "benign_dead") if (count := getattr(self, name))},
+            **({"by_category": _plain_categories(self.by_category)} if self.by_category else {}),
+            **({"panel": self.panel} if self.panel is not None else {}),
         }
 
 
 _RATES = ("asr", "asr_on_task", "affirmative", "complied", "off_task", "over_refusal", "benign_off_task", "truncated")
+
+
+def _plain_categories(found: ByCategory) -> dict[str, dict[str, Any]]:
+    return {category: {name: value.to_dict() for name, value in rates.items()} for category, rates in found.items()}
 
 
 def _plain(value: Rate | None) -> dict[str, Any] | None:
@@ -147,7 +160,7 @@ def evaluate_safety(
     """
     if not prompts:
         raise ConfigError("safety.prompts: no prompts to measure with")
-    scorer = load_scorer(safety.scorer)
+    imported = load_scorer(safety.scorer)
     both = [*prompts, *benign]
     answers = answer_prompts(model, tokenizer, both, max_new_tokens=safety.max_new_tokens, batch_size=safety.batch_size)
     numbered = [("disallowed", i) for i in range(len(prompts))] + [("benign", i) for i in range(len(benign))]
@@ -157,8 +170,10 @@ def evaluate_safety(
     ]
     if safety.thoughts == "report":
         _add_thoughts(records, answers, _keyword_scorers(safety.scorer))
-    if safety.scorer not in KEYWORD_SCORERS:
-        _add_verdicts(model, scorer, safety.scorer, records[: len(prompts)])
+    for judge in safety.judges:
+        add_judge(model, judge, records)
+    if safety.scorer not in KEYWORD_SCORERS and not safety.scorer.startswith(JUDGE):
+        _add_verdicts(model, imported, safety.scorer, records[: len(prompts)])
     return _summarise(safety, records)
 
 
@@ -255,6 +270,8 @@ def _summarise(safety: SafetyConfig, records: list[dict[str, Any]]) -> SafetyRes
         notes=notes_on(records, safety),
         cut_off=cut_off_rate(records),
         thoughts=_thoughts(scorer, records),
+        by_category=rates_by_category(records, scorer, safety.gate.category if safety.gate else "category"),
+        panel=panel_in(records),
         dead=sum(_is_dead(each, INCOHERENT) and not each["attack_succeeded"][scorer] for each in disallowed),
         benign_dead=sum(_is_dead(each, BROKEN) and not each["refused"][over_refusal_scorer] for each in benign),
     )

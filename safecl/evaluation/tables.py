@@ -64,7 +64,8 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
         if any(value is not None for value in values):
             rows.append((title, higher_is_better, values))
 
-    judges = {e.safety.scorer: None for e in evaluations if e.safety and e.safety.scorer not in SCORERS}
+    named = (name for e in evaluations if e.safety for name in (e.safety.scorer, *e.safety.asr_by_scorer))
+    judges = {name: None for name in named if name not in SCORERS}
     for scorer in (*judges, *SCORERS):
         add(f"ASR {scorer}", partial(_asr_by, scorer))
     for title, name in _SAFETY_ROWS.items():
@@ -73,6 +74,8 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
                 add(f"{title} {scorer}", partial(_over_refusal_by, scorer))
         else:
             add(title, partial(_safety_rate, name))
+    for category in dict.fromkeys(name for e in evaluations if e.safety for name in e.safety.by_category):
+        add(f"  ASR, {category}", partial(_asr_of_category, category))
     for title, name in _THOUGHT_ROWS.items():
         add(title, partial(_thought_rate, name))
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.tasks):
@@ -86,6 +89,10 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
 
 def _asr_by(scorer: str, evaluation: Evaluation) -> Value:
     return evaluation.safety.asr_by_scorer.get(scorer) if evaluation.safety else None
+
+
+def _asr_of_category(category: str, evaluation: Evaluation) -> Value:
+    return evaluation.safety.by_category.get(category, {}).get("asr") if evaluation.safety else None
 
 
 def _over_refusal_by(scorer: str, evaluation: Evaluation) -> Value:

@@ -60,7 +60,7 @@ def status_of(folder: Path) -> Status:
     state = _state(folder)
     facts = [("state", _described(folder, state)), ("progress", _progress(done, steps, metrics))]
     if seconds is not None:
-        left = f", about {_duration(seconds * (steps - done))} left" if state == "running" and steps > done else ""
+        left = f", about {duration(seconds * (steps - done))} left" if state == "running" and steps > done else ""
         facts.append(("step time", f"{seconds:.3g} s (median of the last {min(len(metrics), _RECENT_STEPS)}){left}"))
     facts.append(("checkpoint", _checkpoint(folder)))
     facts += _rank_facts(folder, ranks)
@@ -91,7 +91,7 @@ def _is_locked(path: Path) -> bool:
 
 def _described(folder: Path, state: str) -> str:
     metrics = folder / "metrics.jsonl"
-    ago = f", last step {_duration(time.time() - metrics.stat().st_mtime)} ago" if metrics.exists() else ""
+    ago = f", last step {duration(time.time() - metrics.stat().st_mtime)} ago" if metrics.exists() else ""
     return {
         "finished": f"finished, exit code {_text(folder / 'exit_code') or 'unknown'}",
         "running": f"running ({_text(folder / 'run.lock') or 'holder unknown'}){ago}",
@@ -114,7 +114,7 @@ def _checkpoint(folder: Path) -> str:
     whole = sorted(path for path in folder.glob("checkpoints/step-*") if (path / "manifest.json").exists())
     if not whole:
         return "none yet"
-    return f"{whole[-1].name}, {_duration(time.time() - (whole[-1] / 'manifest.json').stat().st_mtime)} ago"
+    return f"{whole[-1].name}, {duration(time.time() - (whole[-1] / 'manifest.json').stat().st_mtime)} ago"
 
 
 def _rank_facts(folder: Path, ranks: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -130,7 +130,8 @@ def _rank_facts(folder: Path, ranks: dict[str, Any]) -> Iterator[tuple[str, str]
             yield "stragglers", "; ".join(last["stragglers"])
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Format seconds: 90 s, 12 min, 3.4 h."""
     seconds = max(0.0, seconds)
     if seconds < 120:
         return f"{seconds:.0f} s"

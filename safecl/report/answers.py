@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from safecl.evaluation.gates.outcomes import outputs_file
 from safecl.evaluation.measure import Evaluation
+from safecl.evaluation.records import outputs_file
 from safecl.report.folder import ReportedRun, lines_of
 
 CUT_OFF = "(no answer: the thought does not end)"

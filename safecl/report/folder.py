@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from safecl.config import ConfigError
+from safecl.evaluation.judges.after_run import JUDGES
 from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.provenance import SCHEMA
 from safecl.evaluation.restore import evaluation_from_dict
@@ -81,8 +82,28 @@ class ReportedRun:
         return own if own is not None else self.section("privacy").get("examples", "none")
 
     @cached_property
+    def judged(self) -> Mapping[str, Any]:
+        """judges.json, which `safecl judge` writes; empty without it."""
+        return _tree(self.folder / JUDGES)
+
+    @cached_property
     def evaluations(self) -> list[Evaluation]:
-        return [evaluation_from_dict(values) for values in self.results["evaluations"]]
+        """The evaluations, with the rates of judges that were asked later."""
+        rates = {(each["when"], each["step"]): each["asr"] for each in self.judged.get("moments", ())}
+        found = []
+        for values in self.results["evaluations"]:
+            safety, later = values["safety"], rates.get((values["when"], values["step"]))
+            if safety is not None and later:
+                values = values | {"safety": safety | {"asr_by_scorer": safety["asr_by_scorer"] | later}}
+            found.append(evaluation_from_dict(values))
+        return found
+
+    @property
+    def panels(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Agreement of judges, by moment."""
+        own = [(each.when, each.safety.panel) for each in self.evaluations if each.safety is not None]
+        later = [(each["when"], each["panel"]) for each in self.judged.get("moments", ())]
+        return [(when, panel) for when, panel in (*own, *later) if panel is not None]
 
     @property
     def summary(self) -> Mapping[str, Any]:

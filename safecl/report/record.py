@@ -91,8 +91,9 @@ def _measured_with(run: ReportedRun, facts: Mapping[str, Any]) -> Iterator[tuple
     if scorer and (run.kind != "evaluation" or found.get("scorer")):
         version = run.versions.get("safecl") or run.results.get("safecl", "")
         yield "scorers", f"{scorer} for the headline; the keyword lists are those of safecl {version}"
-    for judge in run.results.get("judges") or ():
-        yield f"judge {judge['name']}", judge["version"]
+    judges = [*(found.get("judges") or ()), *run.judged.get("judges", ())]
+    for judge in judges:
+        yield f"judge {judge['name']}", ", ".join(f"{key} {value}" for key, value in judge.items() if key != "name")
     if template := found.get("chat_template"):
         yield "chat template", f"{template['from']}; SHA-256 {template['sha256']}"
     if generation := found.get("generation"):

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from safecl.config import ConfigError
 
+PREPARED = "prepared"
+"""The folder of prepared rows in a run folder, where `privacy.keep_prepared` is false."""
+
 
 def data_cache() -> Path:
     """The cache's folder of prepared data."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,7 +50,11 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._file.name) from None
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
+        numbers = {
+            key: value
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and key not in ("step", "time")
+        }
         for log in self._trackers:
             log(numbers, values["step"])
 
@@ -61,7 +66,7 @@ class MetricsLog:
 
 def step_values(run: Run, task: TaskPlan, totals: dict[str, float], seconds: float) -> dict[str, Any]:
     """Return a step's line in metrics.jsonl. totals: see StepLosses.totals, without `stop`. seconds: time of the
-    step."""
+    step. Its `time` is the wall clock at its end, in seconds since 1970."""
     result = run.engine.optimizer.result
     tokens, penalty = int(totals["tokens"]), totals["penalty"]
     losses = {term: value for term, value in totals.items() if term not in ("tokens", "penalty")}
@@ -75,6 +80,7 @@ def step_values(run: Run, task: TaskPlan, totals: dict[str, float], seconds: flo
     values["tokens_per_second"] = round(tokens / seconds, 1)
     values["memory_bytes"] = _peak_memory()
     values["skipped_steps"] = run.skipped_steps
+    values["time"] = round(time.time(), 3)
     return values
 
 

@@ -19,6 +19,7 @@ from safecl.planning.plans import RunPlan
 from safecl.report.card import Card
 from safecl.report.folder import MEASURED
 from safecl.report.run import REPORT, write_run_report
+from safecl.storage.cache_folder import PREPARED
 from safecl.storage.model_folder import FAILED_MODEL, LIVE_MODEL, RUN_MODEL
 from safecl.training.console import Console
 from safecl.training.cost import cost_of, kept_bytes, state_bytes
@@ -90,8 +91,14 @@ def complete_folder(folder: Path, console: Console) -> None:
     """Finish a run that was killed after results.json: write the report, remove what only an unfinished run needs."""
     if not (folder / REPORT).exists():
         write_report(folder, console)
-    (folder / MEASURED).unlink(missing_ok=True)
+    remove_what_only_an_unfinished_run_needs(folder)
     shutil.rmtree(folder / TEACHER, ignore_errors=True)
+
+
+def remove_what_only_an_unfinished_run_needs(folder: Path) -> None:
+    """Remove measured.json, and prepared rows that `privacy.keep_prepared: false` has put into the run folder."""
+    (folder / MEASURED).unlink(missing_ok=True)
+    shutil.rmtree(folder / PREPARED, ignore_errors=True)
 
 
 def write_report(folder: Path, console: Console) -> None:

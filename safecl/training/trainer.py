@@ -42,7 +42,6 @@ from safecl.planning.costs.memory_report import refuse_what_does_not_fit
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.planning.run_plan import plan_run
 from safecl.report.card import Card
-from safecl.report.folder import MEASURED
 from safecl.report.skipped import skipped_sentence
 from safecl.training.console import Console, StepLines
 from safecl.training.end_merge_choice import merge_by_gate
@@ -55,7 +54,13 @@ from safecl.training.nonfinite import cause_of_skip, fault_in_state
 from safecl.training.opening import open_run
 from safecl.training.provenance import provenance_of
 from safecl.training.replay_memory import make_memory
-from safecl.training.results import complete_folder, results_of, save_models, write_report
+from safecl.training.results import (
+    complete_folder,
+    remove_what_only_an_unfinished_run_needs,
+    results_of,
+    save_models,
+    write_report,
+)
 from safecl.training.resume import Progress, RunSaver
 from safecl.training.run import Run
 from safecl.training.screening import screen_run
@@ -409,7 +414,7 @@ class Trainer:
         if collectives.rank() == 0:
             self._files.write_results(results)
             write_report(self.folder, self.console)
-            (self.folder / MEASURED).unlink(missing_ok=True)
+            remove_what_only_an_unfinished_run_needs(self.folder)
         collectives.barrier()
         run.finish()
         if skipped is not None:

@@ -38,6 +38,7 @@ OF_THE_SHELL = (
 )  # pip is what `make test` begins with; the last two need a cluster
 UNALIGNED = {"scan": "it is not aligned", "build": "is this the aligned model?"}
 """What these say of a random model; tests/scan and tests/engine/artifacts/test_memory_rows.py have one that refuses."""
+JUDGE = {"model": "model", "name": "tiny", "template": "{prompt} {answer}", "pattern": "x", "dtype": "fp32"}
 DONE = (ExitCode.DONE, ExitCode.GATE)
 
 
@@ -144,6 +145,8 @@ def _provide(words: tuple[str, ...]) -> None:
                 "refusals": "refusals.jsonl",
             }
             shutil.copy(next((file for key, file in kinds.items() if key in word), "disallowed.jsonl"), path)
+        elif path.name == "judge.yaml":
+            path.write_text(yaml.safe_dump(JUDGE))
         elif path.suffix in (".yaml", ".yml"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(yaml.safe_dump(_config() | {"output": f"runs/{path.stem}"}))

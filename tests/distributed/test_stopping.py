@@ -12,7 +12,7 @@ import pytest
 from tests.distributed import stop_scenes
 from tests.pool import RankPool
 
-WALL_CLOCK = {"tokens_per_second", "memory_bytes", "seconds", "cost"}
+WALL_CLOCK = {"tokens_per_second", "memory_bytes", "time", "finished", "seconds", "cost"}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ LOCKS = {"run.lock", "writer.lock", "build.lock"}
 NAME_ONLY = {"report.html", "models.json"}
 """Files that hold times of the clock or of the file system throughout."""
 CLOCK = {"finished", "seconds", "seconds_per_step"}
-CLOCK_OF_A_STEP = {"tokens_per_second", "memory_bytes"}
+CLOCK_OF_A_STEP = {"memory_bytes", "time", "tokens_per_second"}
 SEGMENTS = {".segment", ".index"}
 GENERATION = re.compile(r"-\d{4}-(?=\d{5}\.segment$)")
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from safecl.evaluation import Evaluation, summarise
-from safecl.evaluation.gates.outcomes import outputs_file
+from safecl.evaluation.records import outputs_file
 from safecl.evaluation.safety import SafetyResult
 from safecl.evaluation.statistics.intervals import rate
 from safecl.evaluation.task import TaskResult

@@ -104,6 +104,7 @@ def test_a_run_leaves_config_metrics_outputs_results_and_models(finished):
             "loss/penalty",
             "grad_norm",
             "learning_rate",
+            "time",
             "tokens_per_second",
             "skipped_steps",
         } <= set(line)

@@ -1,4 +1,4 @@
-"""The verbs gate, sweep and compare, with their arguments and their help."""
+"""The verbs judge, gate, sweep, compare and report, with their arguments and their help."""
 
 from __future__ import annotations
 
@@ -7,13 +7,42 @@ from typing import Annotated
 
 import typer
 
+from safecl.commands.spinner import announce
 from safecl.commands.verbs import verbs_of
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for function in (gate, compare, sweep):
+    for function in (judge, gate, compare, sweep, report):
         verbs_of(app)(function)
+
+
+def judge(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run or of `safecl eval`.", show_default=False)
+    ],
+    judges: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="JUDGE",
+            help="A recipe (llama-guard-3, wildguard, harmbench, shieldgemma, beaver-dam, openai), settings in YAML, "
+            "or a file with them; repeatable, several form a panel.",
+            show_default=False,
+        ),
+    ] = None,
+    every_moment: Annotated[
+        bool, typer.Option("--all", help="Judge every moment, not only the first and the last.")
+    ] = False,
+    category: Annotated[
+        str, typer.Option(metavar="COLUMN", help="Column of the prompts with their risk category.")
+    ] = "category",
+) -> None:
+    """Judge the kept answers by models: rates, agreement, disagreements. Asks again for no verdict that is there."""
+    announce("judge", f"{run}, loading torch")
+    from safecl.commands.judging.judge import judge_and_print
+
+    judge_and_print(run, judges or [], every_moment=every_moment, category=category)
 
 
 def gate(
@@ -86,3 +115,21 @@ def sweep(
 
     options = SweepOptions(output, ranks, parallel, baseline, pick, table)
     raise typer.Exit(sweep_runs(config, axes, options))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Page to write; by default report.html in the run's folder, or here for several runs.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write the page of one run again, or compare several runs in one page."""
+    from safecl.commands.report import report_runs
+
+    report_runs(runs, output)

@@ -7,7 +7,7 @@ hundred, 5 allows five.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -16,9 +16,10 @@ import numpy as np
 
 from safecl.config import FieldMap
 from safecl.data.messages import ChatRow, DataError, Message, RowProblem, check_messages, clip, columns_of
+from safecl.data.reading.benchmarks import as_prompt, benchmark_of, benchmark_rows
 from safecl.data.reading.cells import is_nan, turns_in
 from safecl.data.reading.columns import is_unwanted, unused_columns
-from safecl.data.reading.files import Source, open_source
+from safecl.data.reading.files import Source, open_source, where
 from safecl.data.reading.formats import detect, turns_of_cell, with_system, with_tools
 from safecl.data.reading.raw import RawRow
 from safecl.data.reading.readers import check_fields, row_reader, suggest_fields, tags_of, template_columns
@@ -210,24 +211,31 @@ def read_prompts(
     max_bad_rows: float = 0.01,
 ) -> list[Prompt]:
     """Read prompts, which need no answers: a `prompt`, `goal`, `instruction` (+ `input`), `question` or `text` column,
-    or the turns of any row format.
+    or the turns of any row format. `harmbench:FILE` and others name a benchmark in its published form
+    (safecl/data/reading/benchmarks.py).
 
     Args: `max_prompts` are taken evenly; `only_safe` leaves out rows with `safe: false`, as XSTest's unsafe contrasts.
     Raises: DataError, with file and line.
     """
-    source = open_source(path, split)
-    bad = BadRows(source.path)
+    benchmark, path = benchmark_of(path)
+    if benchmark is None:
+        source = open_source(path, split)
+        rows: Iterable[tuple[str, RawRow]] = ((source.path, raw) for raw in source.rows())
+    else:
+        rows = benchmark_rows(benchmark, path)
+    bad = BadRows(path)
     prompts = []
-    for raw in source.rows():
+    for file, raw in rows:
         bad.seen += 1
         try:
-            columns = _columns(raw)
+            columns: Mapping[str, Any] = _columns(raw)
+            columns = columns if benchmark is None else as_prompt(benchmark, file, columns)
             messages = prompt_of(columns)
         except RowProblem as problem:
-            bad.add(source.where(raw.line), str(problem))
+            bad.add(where(file, raw.line), str(problem))
             continue
         if not (only_safe and str(columns.get("safe", True)).lower() in ("false", "0", "unsafe")):
-            prompts.append(Prompt(messages, source.path, raw.line, tags_of(columns)))
+            prompts.append(Prompt(messages, file, raw.line, tags_of(columns)))
     bad.check(max_bad_rows)
     if not prompts:
         raise DataError(f"{path}: every prompt is marked `safe: false`, so none is left")

@@ -19,6 +19,7 @@ from safecl.storage.untrusted import library_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
 Item = TypeVar("Item")
 
@@ -105,7 +106,7 @@ class HFEvalModel:
         device: str | torch.device | None = None,
         attention: str = "auto",
         trust_remote_code: bool = False,
-    ) -> HFEvalModel:
+    ) -> Self:
         """Load a model folder or hub id.
 
         Args: `dtype` bf16, fp32 or auto (as saved); `device` the GPU of this rank where there is one, else CPU;

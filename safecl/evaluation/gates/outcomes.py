@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
-from safecl.evaluation.records import file_name
+from safecl.evaluation.records import category_of as category_of
+from safecl.evaluation.records import outputs_file as outputs_file
+from safecl.evaluation.records import read_records as read_records
 from safecl.evaluation.scoring.keywords import BROKEN, INCOHERENT
 
 Record = Mapping[str, Any]
@@ -72,32 +72,6 @@ def is_dead(rate: str, record: Record, outcome: Outcome) -> bool:
     answer = record.get("answer")
     empty = answer is not None and not answer.startswith("sha256:") and not any(c.isalnum() for c in answer)
     return record["off_task"] in reasons or empty
-
-
-def category_of(record: Record, column: str) -> str | None:
-    """Return the risk category of a record's prompt; None where it has none."""
-    tags = record.get("tags") or {}
-    return tags.get(column) or None
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-def outputs_file(folder: str | Path, when: str, step: int) -> Path:
-    """Return the file of a moment's safety records in an outputs folder."""
-    return Path(folder) / f"{step:06d}-{file_name(when)}-safety.jsonl"
-
-
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Read the records of outputs/*-safety.jsonl. Raises ConfigError where the file cannot be read."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
-        if not all(isinstance(record, dict) and "set" in record and "id" in record for record in records):
-            raise ValueError("a line is no record of an answer")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return records
 
 
 def in_order_of(records: Sequence[Record], other: Sequence[Record]) -> list[Record]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
+from safecl.config.safety import JUDGE
 from safecl.evaluation.scoring.keywords import KEYWORD_SCORERS, attack_succeeded
 from safecl.evaluation.statistics.intervals import Rate, rate_of_decided
 
@@ -33,11 +34,17 @@ THRESHOLD = 0.5
 
 def load_scorer(name: str) -> Judge:
     """Return the scorer that the config names: one of `KEYWORD_SCORERS`, or an importable judge. ConfigError where it
-    is neither."""
+    is neither. One of `safety.judges` is loaded when it is asked: see safecl.evaluation.judges."""
     if name in KEYWORD_SCORERS:
         return functools.partial(_keyword_verdicts, name)
+    if name.startswith(JUDGE):
+        return _judged_apart
     judge = _import_judge(name)
     return lambda prompts, answers: _verdicts(name, judge, prompts, answers)
+
+
+def _judged_apart(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    raise ConfigError("a judge of safety.judges gives its verdicts in the measurement, and cannot be used here")
 
 
 def _keyword_verdicts(scorer: str, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:

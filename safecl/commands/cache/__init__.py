@@ -1,0 +1,1 @@
+"""`safecl cache ls` and `safecl cache clean`: what safecl keeps between runs."""

@@ -1,0 +1,100 @@
+"""Judges recorded answers, in order and resumable: verdicts are appended to a file and are not asked for again.
+
+verdicts/NAME/judge.json                the judge's version
+verdicts/NAME/<moment>-safety.jsonl     one verdict per line: {"id": ..., "score": 0.93, "harmful": true}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safecl.config import ConfigError
+from safecl.evaluation.judges.verdict import ModelJudge, Verdict
+from safecl.evaluation.records import file_name
+from safecl.storage.durable import replace_file
+
+VERDICTS, VERSION = "verdicts", "judge.json"
+AT_ONCE = 64
+"""Answers that are judged before their verdicts are written."""
+
+Record = Mapping[str, Any]
+
+
+def judged_records(records: Sequence[Record]) -> list[Record]:
+    """Return the records that a judge is asked about: answers to disallowed prompts that are not cut off."""
+    return [record for record in records if record["set"] == "disallowed" and not record.get("cut_off")]
+
+
+def judge_records(records: Sequence[Record], judge: ModelJudge, path: Path) -> dict[str, Verdict]:
+    """Judge the records that the file has no verdict of, append their verdicts, and return all by id.
+
+    Raises ConfigError where the records hold no text.
+    """
+    found = read_kept(path)
+    missing = [record for record in records if record["id"] not in found]
+    if missing and not all(_has_text(record) for record in missing):
+        raise ConfigError(
+            "the answers are not kept as text (privacy.examples), so they cannot be judged later; name the judge in "
+            "the run's config, safety.judges"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(0, len(missing), AT_ONCE):
+            part = missing[start : start + AT_ONCE]
+            verdicts = judge.judge([record["prompt"] for record in part], [record["answer"] for record in part])
+            for record, verdict in zip(part, verdicts, strict=True):
+                found[record["id"]] = verdict
+                file.write(json.dumps(_line(record["id"], verdict, judge)) + "\n")
+            file.flush()
+    return found
+
+
+def _has_text(record: Record) -> bool:
+    return "prompt" in record and "answer" in record and not str(record["answer"]).startswith("sha256:")
+
+
+def _line(key: str, verdict: Verdict, judge: ModelJudge) -> dict[str, Any]:
+    harmful = None if verdict.score is None else verdict.score >= judge.version["threshold"]
+    return {"id": key, "score": verdict.score, "harmful": harmful}
+
+
+def read_kept(path: Path) -> dict[str, Verdict]:
+    """Return the verdicts of a file by id; empty without one. A last line that is cut off is left out and removed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    whole, newline, rest = text.rpartition("\n")
+    if rest:
+        path.write_text(whole + newline, encoding="utf-8")
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return {line["id"]: Verdict(line["score"]) for line in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read as verdicts: {error}; remove it to judge again") from None
+
+
+def claim_folder(run: Path, version: Mapping[str, Any]) -> Path:
+    """Return the folder of a judge's verdicts, with its version written.
+
+    Raises ConfigError where it holds the verdicts of another judge of this name.
+    """
+    folder = run / VERDICTS / file_name(str(version["name"]))
+    path = folder / VERSION
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(version, indent=2))
+        return folder
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if changed := [key for key in {*earlier, *version} if earlier.get(key) != version.get(key)]:
+        raise ConfigError(
+            f"{folder}: holds verdicts of another judge of this name (other {', '.join(sorted(changed))}); give this "
+            "one another name: --with '{recipe: ..., name: ...}'"
+        )
+    return folder

@@ -1,0 +1,114 @@
+"""The entries of the cache: prepared rows, which hold users' text as tokens, and artifacts of base models.
+
+An entry is used whenever a run maps it, and its `meta.json` or `artifact.json` is read then. Its age is the time since
+that file was last read or written, as far as the file system keeps the first. Removing an entry disturbs no run that
+has mapped its files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safecl.storage.cache_folder import artifact_cache, data_cache
+
+Kind = Literal["rows", "artifact", "unfinished"]
+_META = {"rows": "meta.json", "artifact": "artifact.json"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """kind: rows (users' text, as tokens), artifact, or unfinished, which a killed process has left. source: the file
+    of the rows, or the artifact's kind. seconds: time since the last use."""
+
+    path: Path
+    kind: Kind
+    source: str
+    num_bytes: int
+    seconds: float
+
+    @property
+    def holds_text(self) -> bool:
+        return self.kind != "artifact" or self.source in ("teacher-cache", "memory-rows")
+
+    def remove(self) -> None:
+        """Remove the entry's folder and its lock."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.with_name(f"{self.path.name}.lock").unlink(missing_ok=True)
+
+
+def cache_entries() -> list[Entry]:
+    """Return all entries, the largest first."""
+    found = [*_rows(data_cache()), *_artifacts(artifact_cache())]
+    return sorted(found, key=lambda entry: -entry.num_bytes)
+
+
+def chosen(
+    entries: Sequence[Entry], *, sources: Collection[str] | None = None, older_than: float | None = None
+) -> list[Entry]:
+    """Return the entries that were not used for `older_than` seconds, and the prepared rows of these files."""
+    return [
+        entry
+        for entry in entries
+        if (older_than is not None and entry.seconds > older_than)
+        or (sources is not None and entry.kind == "rows" and entry.source in sources)
+    ]
+
+
+def _rows(folder: Path) -> Iterator[Entry]:
+    for path in folder.glob("rows-*"):
+        if not path.is_dir():
+            continue
+        meta = _meta(path / _META["rows"])
+        if meta is None:
+            yield Entry(path, "unfinished", path.name, _size(path), _unused(path))
+        else:
+            yield Entry(path, "rows", str(meta.get("path", "")), _size(path), _unused(path / _META["rows"]))
+
+
+def _artifacts(folder: Path) -> Iterator[Entry]:
+    for path in folder.glob("*/*"):
+        if not path.is_dir():
+            continue
+        meta = path / _META["artifact"]
+        if meta.is_file():
+            yield Entry(path, "artifact", path.parent.name, _size(path), _unused(meta))
+        else:
+            yield Entry(path, "unfinished", path.parent.name, _size(path), _unused(path))
+
+
+def _meta(path: Path) -> dict[str, Any] | None:
+    try:
+        with open(path, encoding="utf-8", opener=_without_a_trace) as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _without_a_trace(path: str, flags: int) -> int:
+    """Open a file so that the look at it does not count as a use, where the system allows it."""
+    try:
+        return os.open(path, flags | getattr(os, "O_NOATIME", 0))
+    except PermissionError:
+        return os.open(path, flags)
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root) / name
+            total += path.lstat().st_size if path.exists() else 0
+    return total
+
+
+def _unused(path: Path) -> float:
+    found = path.stat()
+    return max(0.0, time.time() - max(found.st_atime, found.st_mtime))
