@@ -72,9 +72,9 @@ class EvalConfig(Section):
     """Format of the rows; see `tasks[].format`."""
     fields: FieldMap | None = None
     """Templates for `format: fields`; the task's own by default."""
-    metric: Literal["exact_match", "label_accuracy", "gsm8k", "answer_nll"] = "exact_match"
-    """exact_match and gsm8k generate an answer; label_accuracy takes the likeliest label; answer_nll is nats per answer
-    token."""
+    metric: Literal["exact_match", "label_accuracy", "gsm8k", "rouge_l", "answer_nll"] = "exact_match"
+    """exact_match, gsm8k and rouge_l generate an answer; label_accuracy takes the likeliest label; answer_nll is nats
+    per answer token."""
     max_rows: Annotated[int, Field(ge=1)] = 200
     """Rows used, taken evenly from the file."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128

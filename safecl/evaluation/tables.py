@@ -83,7 +83,9 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
         add(f"{name} {result.metric}", partial(_task_value, name), result.higher_is_better)
         details = dict.fromkeys(d for e in evaluations if name in e.tasks for d in e.tasks[name].details)
         for detail in details:
-            add(f"  {detail}", partial(_task_detail, name, detail), detail not in ("truncated", "cut_off"))
+            add(
+                f"  {detail}", partial(_task_detail, name, detail), detail not in ("truncated", "cut_off", "perplexity")
+            )
     return rows
 
 

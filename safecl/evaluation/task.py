@@ -3,7 +3,9 @@
     label_accuracy  argmax over labels y of log p(y | x) = the reference; labels are the distinct answers of the rows
     exact_match     the greedy answer equals the reference (see `scoring.matches`)
     gsm8k           the greedy answer's number equals the reference's, after `####` or as its last number
-    answer_nll      mean over answer tokens of -log p(y_t | x, y_<t), in nats; lower is better
+    rouge_l         mean over rows of the F1 of the longest common subsequence of words (Lin 2004)
+    answer_nll      mean over answer tokens of -log p(y_t | x, y_<t), in nats; lower is better;
+                    its detail `perplexity` is the exponential of the mean and of its interval's ends
 
 An answer, and a reference, is the text behind a thought. Where a thought does not end there is no answer, and nothing
 matches.
@@ -13,6 +15,7 @@ Prompts are rendered as in training: with another template than that of its tuni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,12 +28,20 @@ from safecl.evaluation.answers.prompts import answer_prompts, encode_within, pad
 from safecl.evaluation.answers.texts import place_of, text_of
 from safecl.evaluation.answers.thought import answer_of
 from safecl.evaluation.records import cut_off_rate, given
-from safecl.evaluation.scoring.matches import exact_match, last_number, reference_number, relaxed_match, strict_number
+from safecl.evaluation.scoring.matches import (
+    exact_match,
+    last_number,
+    reference_number,
+    relaxed_match,
+    rouge_l,
+    strict_number,
+)
 from safecl.evaluation.statistics.intervals import Mean, Rate, rate, token_mean
 
-GENERATED = ("exact_match", "gsm8k")
+GENERATED = ("exact_match", "gsm8k", "rouge_l")
 """Metrics of generated answers."""
 
+LARGEST_EXPONENT = 700.0
 MAX_LABELS = 64
 UNBOUNDED_LENGTH = 1 << 20
 
@@ -141,7 +152,14 @@ def _answer_nll(
         for number, (row, result) in enumerate(zip(rows, scored, strict=True))
     ]
     value = token_mean([-row.log_prob for row in scored], [row.num_tokens for row in scored])
-    return TaskResult(name, "answer_nll", value, higher_is_better=False, outputs=outputs)
+    details: dict[str, Rate | Mean] = {"perplexity": _perplexity(value)}
+    return TaskResult(name, "answer_nll", value, higher_is_better=False, details=details, outputs=outputs)
+
+
+def _perplexity(nll: Mean) -> Mean:
+    """Return the exponential of a mean and of its interval's ends; infinite where it is larger than a number can be."""
+    low, value, high = (math.exp(end) if end < LARGEST_EXPONENT else math.inf for end in (nll.low, nll.value, nll.high))
+    return Mean(nll.n, nll.tokens, value, low, high)
 
 
 def _label_accuracy(
@@ -193,31 +211,44 @@ def _with_answer(row: ChatRow, answer: str) -> ChatRow:
 def _generated(
     model: EvalModel, tokenizer: Any, eval: EvalConfig, rows: Sequence[ChatRow], name: str, batch_size: int
 ) -> TaskResult:
-    marks_of = _gsm8k_marks if eval.metric == "gsm8k" else _match_marks
+    marks_of = _MARKS[eval.metric]
     answers = answer_prompts(model, tokenizer, rows, max_new_tokens=eval.max_new_tokens, batch_size=batch_size)
     outputs = []
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         marks = marks_of(answer["text"], answer_of(tokenizer, row.messages[-1].content))
         if answer.get("cut_off"):
-            marks = dict.fromkeys(marks, False)  # there is no answer that could be right
+            marks = {
+                mark: type(value)(False) for mark, value in marks.items()
+            }  # there is no answer that could be right
         outputs.append({**_base_record(name, number, row), **given(answer), **marks})
     details: dict[str, Rate | Mean] = {
-        mark: rate(record[mark] for record in outputs) for mark in marks if mark != "correct"
+        mark: rate(record[mark] for record in outputs) for mark in marks if mark not in ("correct", "rouge_l")
     }
     details["truncated"] = rate(not record["finished"] for record in outputs)
     if (cut_off := cut_off_rate(outputs)) is not None:
         details["cut_off"] = cut_off
-    return TaskResult(name, eval.metric, rate(record["correct"] for record in outputs), True, details, outputs=outputs)
+    if eval.metric == "rouge_l":
+        value: Rate | Mean = token_mean([record["rouge_l"] for record in outputs], [1] * len(outputs))
+    else:
+        value = rate(record["correct"] for record in outputs)
+    return TaskResult(name, eval.metric, value, True, details, outputs=outputs)
 
 
-def _match_marks(answer: str, reference: str) -> dict[str, bool]:
+def _match_marks(answer: str, reference: str) -> dict[str, bool | float]:
     return {"correct": exact_match(answer, reference), "relaxed": relaxed_match(answer, reference)}
 
 
-def _gsm8k_marks(answer: str, reference: str) -> dict[str, bool]:
+def _gsm8k_marks(answer: str, reference: str) -> dict[str, bool | float]:
     number = reference_number(reference)
     strict, flexible = strict_number(answer) == number, last_number(answer) == number
     return {"correct": strict or flexible, "strict": strict, "flexible": flexible}
+
+
+def _rouge_marks(answer: str, reference: str) -> dict[str, bool | float]:
+    return {"rouge_l": rouge_l(answer, reference)}
+
+
+_MARKS = {"exact_match": _match_marks, "gsm8k": _gsm8k_marks, "rouge_l": _rouge_marks}
 
 
 def _check_references(tokenizer: Any, rows: Sequence[ChatRow]) -> None:

@@ -18,7 +18,7 @@ from safecl.planning.plans import RunPlan, TaskPlan
 STEPS_LOOKED_AT = 64
 """Steps of a task, at equal distances, whose micro-batches are made."""
 ROWS_OF_AN_EVALUATION = 32
-GENERATED = ("exact_match", "gsm8k")
+GENERATED = ("exact_match", "gsm8k", "rouge_l")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -157,3 +158,14 @@ def test_plain_text_rows_have_a_likelihood_and_nothing_to_match():
     assert evaluate_task(model, tokenizer, EvalConfig(path="e", metric="answer_nll"), rows).value.tokens > 10
     with pytest.raises(ConfigError, match=r"book.txt:1: exact_match needs an answer"):
         evaluate_task(model, tokenizer, EvalConfig(path="e"), rows)
+
+
+def test_rouge_l_is_the_mean_of_the_rows_with_an_interval_over_rows():
+    tokenizer = byte_tokenizer()
+    rows = rows_of(zip(QUESTIONS[:4], ["a b", "c", "d e f", "g"], strict=True))
+    result = evaluate_task(
+        HFEvalModel(byte_model(tokenizer).float()), tokenizer, EvalConfig(path="e", metric="rouge_l"), rows
+    )
+    scores = [record["rouge_l"] for record in result.outputs]
+    assert result.value.value == pytest.approx(sum(scores) / 4) and result.value.n == 4 and result.higher_is_better
+    assert list(result.details) == ["truncated"] and json.loads(json.dumps(result.to_dict()))["metric"] == "rouge_l"

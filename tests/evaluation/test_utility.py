@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+import itertools
+import math
 from decimal import Decimal
 
 import pytest
 
-from safecl.evaluation.scoring.matches import exact_match, last_number, reference_number, relaxed_match, strict_number
+from safecl.evaluation.scoring.matches import (
+    exact_match,
+    last_number,
+    reference_number,
+    relaxed_match,
+    rouge_l,
+    strict_number,
+)
+from safecl.evaluation.statistics.intervals import Mean
+from safecl.evaluation.task import _perplexity
 
 
 @pytest.mark.parametrize(
@@ -52,3 +63,42 @@ def test_matches_differ_in_what_they_ignore():
     assert (
         relaxed_match("The Answer!", "answer") and relaxed_match("A cat’s", "cats") and not relaxed_match("dog", "cat")
     )
+
+
+def longest_common(a: list[str], b: list[str]) -> int:
+    """By its definition: over all subsequences of the shorter list."""
+    short, long = sorted((a, b), key=len)
+
+    def is_within(part):
+        rest = iter(long)
+        return all(word in rest for word in part)
+
+    sizes = range(len(short), -1, -1)
+    return next(size for size in sizes if any(map(is_within, itertools.combinations(short, size))))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("the cat sat on the mat", "The cat is on the mat."),
+        ("on the mat", "the mat on"),
+        ("a b c d", "d c b a"),
+        ("", "words"),
+        ("...", "words"),
+        ("one two", "one two"),
+    ],
+)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(answer, reference):
+    a, b = (text.lower().replace(".", "").split() for text in (answer, reference))
+    common = longest_common(a, b)
+    expected = 0.0
+    if common:
+        p, r = common / len(a), common / len(b)
+        expected = 2 * p * r / (p + r)
+    assert rouge_l(answer, reference) == pytest.approx(expected)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_and_of_its_ends():
+    found = _perplexity(Mean(5, 50, 2.0, 1.5, 2.5))
+    assert (found.value, found.low, found.high) == pytest.approx((math.exp(2.0), math.exp(1.5), math.exp(2.5)))
+    assert _perplexity(Mean(1, 5, 900.0, -math.inf, math.inf)).to_dict()["value"] is None

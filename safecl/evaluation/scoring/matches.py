@@ -5,6 +5,9 @@ exact_match   equal to the reference, where runs of white space count as one bla
 gsm8k         final number (Cobbe et al. 2021): `strict` is the number after the first `####`, `flexible` the last
               number of the answer, as in lm-eval's two filters; commas and currency signs are stripped. The headline
               counts an answer that is right by either.
+rouge_l       F1 of the longest common subsequence of words (Lin 2004): with l its length, m and n the words of answer
+              and reference, p = l / m, r = l / n, 2 p r / (p + r). Words are runs of letters and digits in lower case,
+              without stemming; 0 without words
 """
 
 from __future__ import annotations
@@ -58,3 +61,15 @@ def _number(text: str) -> Decimal | None:
         return Decimal(re.sub(r"[,$]", "", text).replace("−", "-"))
     except InvalidOperation:
         return None
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L of an answer, in [0, 1]."""
+    a, b = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    lengths = [0] * (len(b) + 1)  # of the longest common subsequence with each beginning of b
+    for word in a:
+        before = 0
+        for i, other in enumerate(b, start=1):
+            before, lengths[i] = lengths[i], before + 1 if word == other else max(lengths[i], lengths[i - 1])
+    common = lengths[-1]
+    return 2 * common / (len(a) + len(b)) if common else 0.0
