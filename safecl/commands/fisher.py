@@ -53,7 +53,11 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     from safecl.training.console import Console
 
     console = Console(config.log.every, rank=environment.rank())
-    config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
+    whole: dict[str, Any] = {"model": config.model.model_copy(update={"lora": None})}
+    whole["methods"] = {
+        name: own for name, own in config.methods.items() if own.fisher_size is not None
+    }  # none freezes
+    config = config.model_copy(update=whole)
     reader, size = _reader(config)
     tokenizer = load_tokenizer(config.model)
     dataset = prepare_memory(config, tokenizer)

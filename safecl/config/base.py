@@ -7,7 +7,7 @@ these strings.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -104,6 +104,16 @@ class MethodConfig(Section):
         return False
 
     @property
+    def compared_layers(self) -> int | tuple[int, ...]:
+        """The layers whose hidden states are compared with a teacher's: how many, or which (TaskTerm.layers)."""
+        return ()
+
+    @property
+    def head_forwards(self) -> int:
+        """Number of forwards of the output head alone, without gradients, that the method adds to every step."""
+        return 0
+
+    @property
     def gradient_passes(self) -> float:
         """Number of gradients of its own, on replayed rows, that the method takes in every step; a fraction where it
         takes one in some steps."""
@@ -184,6 +194,31 @@ class MethodConfig(Section):
     def decay_for(self, num_steps: int) -> float | None:
         """Decay of the average in a task of `num_steps` optimizer steps; None without an average."""
         return None
+
+    @property
+    def rewrites(self) -> bool:
+        """True where the method changes the task's rows before they are tokenised."""
+        return False
+
+    def rewrite(self, question: str, answer: str, begin: Callable[[str, int], str]) -> tuple[str, str]:
+        """Return the question and the answer that are trained in the place of these.
+
+        begin(text, n): the text of the first n tokens of a text.
+        """
+        return question, answer
+
+    @property
+    def freezes(self) -> bool:
+        """True where `frozen` names weights."""
+        return type(self).frozen is not MethodConfig.frozen
+
+    def frozen(self, names: Sequence[str], seed: int) -> set[str]:
+        """Those of the trained weights that the method leaves as they are, by name. seed: train.seed.
+
+        They take no gradients, master weights or moments. It depends on nothing else, so it is the same in all tasks,
+        on all ranks, and after a resume.
+        """
+        return set()
 
     def check_weight_names(self, method: str, names: list[str]) -> None:
         """Raise ConfigError where the settings name weights that are not among `names`, those that the run trains."""

@@ -99,6 +99,9 @@ class MemoryConfig(RowsConfig, _MemorySource):
     """Conditions under which a row stays out of the memory."""
     replay_ratio: Annotated[float, Field(gt=0, le=4)] = 0.1
     """Replay tokens per task token in a step, for each independent draw."""
+    replay_ratio_end: Annotated[float, Field(gt=0, le=4)] | None = None
+    """The same at the end of a task; the ratio moves there evenly, step by step. By default it stays. Methods with a
+    share of their own keep that."""
     max_tokens: Annotated[int, Field(ge=2)] = 512
     """Longer rows are cut to this many tokens."""
     teacher: TeacherConfig = TeacherConfig()
@@ -123,6 +126,16 @@ class MemoryConfig(RowsConfig, _MemorySource):
         if self.draw != "auto":
             return self.draw
         return "balanced" if self.policy == "balanced" or self.shares else "uniform"
+
+    def replay_ratio_at(self, progress: float) -> float:
+        """Replay tokens per task token at a point of a task, from 0 to 1."""
+        end = self.replay_ratio if self.replay_ratio_end is None else self.replay_ratio_end
+        return self.replay_ratio + (end - self.replay_ratio) * progress
+
+    @property
+    def largest_replay_ratio(self) -> float:
+        """The largest of a task."""
+        return max(self.replay_ratio_at(0.0), self.replay_ratio_at(1.0))
 
     @property
     def rows_source(self) -> RowsSource:

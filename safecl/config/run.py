@@ -118,6 +118,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _an_alignment_trains_all_weights(self) -> RunConfig:
+        for name, settings in self.methods.items():
+            if settings.freezes and self.tasks[0].role == "align":
+                raise ValueError(
+                    f"methods: {name} freezes weights from the start of the run, so the first task (role: align) could "
+                    "not train them; align in a run of its own"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _a_micro_batch_holds_the_longest_row(self) -> RunConfig:
         tokens, longest = self.train.tokens_per_microbatch, self.train.max_length
         if tokens < longest:
@@ -153,6 +163,13 @@ class RunConfig(Section):
                 raise ValueError(
                     f"methods: {name}.proximal cannot be combined with {', '.join(others)}; use proximal: false"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_method_rewrites_rows(self) -> RunConfig:
+        rewriting = [name for name, settings in self.methods.items() if settings.rewrites]
+        if len(rewriting) > 1:
+            raise ValueError(f"methods: {' and '.join(rewriting)} each rewrite the task's rows; leave one out")
         return self
 
     @model_validator(mode="after")

@@ -38,10 +38,13 @@ class TrainConfig(Section):
     auto: packed with flash attention, else padded (a block-diagonal mask costs more than padding)."""
     learning_rate: Annotated[float, Field(ge=0)] = 2e-5
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "infinite"] = "cosine"
+    """Learning rate after the warm-up. The first three warm up and decay anew in every task. infinite: warm-up and
+    cool-down in the first task, then constant over all tasks, and annealed in the last 15 % of each."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Share of the task's steps with linearly rising learning rate."""
+    constant_ratio: Annotated[float, Field(gt=0, le=1)] = 0.55
+    """infinite only: the constant learning rate, as a share of the peak."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate at the end, as a share of the peak."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

@@ -9,6 +9,7 @@ from safecl.config import EvalConfig, FieldMap, RunConfig, TaskConfig
 from safecl.config.data import RowsSource
 from safecl.config.run import memory_tokens
 from safecl.data import ChatRow, TokenDataset, mix_poison, prepare_dataset, read_rows
+from safecl.data.rewriting import Rewriting
 from safecl.storage.cache_folder import PREPARED, data_cache
 
 # ----------------------------------------------------------------------------------------------------------- tokenised
@@ -17,12 +18,21 @@ from safecl.storage.cache_folder import PREPARED, data_cache
 def prepare_task(config: RunConfig, task: TaskConfig, tokenizer: Any) -> tuple[TokenDataset, int]:
     """The task's tokenised rows with the poison mixed in, and the number of poisoned rows. Raises DataError."""
     poison, max_length = config.poison, config.train.max_length
-    dataset = _prepare(config, task.rows_source, tokenizer, max_length)
+    rewriting = None if task.role == "align" else rewriting_of(config)
+    dataset = _prepare(config, task.rows_source, tokenizer, max_length, rewriting)
     if poison.ratio == 0 or task.role == "align":
         return dataset, 0
-    poisoned = _prepare(config, poison.rows_source, tokenizer, max_length)
+    poisoned = _prepare(config, poison.rows_source, tokenizer, max_length, rewriting)
     mixed = mix_poison(dataset, poisoned, poison.ratio, poison.seed)
     return mixed, len(mixed) - len(dataset)
+
+
+def rewriting_of(config: RunConfig) -> Rewriting | None:
+    """What a method of the config does to the task's rows; None where no method rewrites any."""
+    for name, settings in config.methods.items():
+        if settings.rewrites:
+            return Rewriting(f"{name} {settings.model_dump_json()}", settings.rewrite)
+    return None
 
 
 def prepare_memory(config: RunConfig, tokenizer: Any) -> TokenDataset:
@@ -31,7 +41,9 @@ def prepare_memory(config: RunConfig, tokenizer: Any) -> TokenDataset:
     return _prepare(config, config.memory.rows_source, tokenizer, memory_tokens(config))
 
 
-def _prepare(config: RunConfig, source: RowsSource, tokenizer: Any, max_length: int) -> TokenDataset:
+def _prepare(
+    config: RunConfig, source: RowsSource, tokenizer: Any, max_length: int, rewriting: Rewriting | None = None
+) -> TokenDataset:
     return prepare_dataset(
         source.path,
         split=source.split,
@@ -42,6 +54,7 @@ def _prepare(config: RunConfig, source: RowsSource, tokenizer: Any, max_length: 
         tokenizer=tokenizer,
         max_length=max_length,
         cache_dir=data_cache() if config.privacy.keep_prepared else Path(config.output) / PREPARED,
+        rewriting=rewriting,
     )
 
 

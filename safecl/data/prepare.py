@@ -28,6 +28,7 @@ from safecl.data.messages import ChatRow, DataError, RowProblem
 from safecl.data.order import keyed_hash
 from safecl.data.reading.files import Source, open_source
 from safecl.data.reading.rows import BadRows, good_rows, spread
+from safecl.data.rewriting import Rewriting
 from safecl.data.templates.chat import template_source
 from safecl.data.templates.masks import Encoded, tokenize_rows
 from safecl.data.templates.template_dates import asks_for_date, date_of
@@ -51,6 +52,7 @@ class _Settings:
     max_bad_rows: float
     tokenizer: Any
     max_length: int
+    rewriting: Rewriting | None = None
 
 
 def prepare_dataset(
@@ -64,15 +66,17 @@ def prepare_dataset(
     tokenizer: Any,
     max_length: int,
     cache_dir: str | Path,
+    rewriting: Rewriting | None = None,
 ) -> TokenDataset:
     """Read, check and tokenise a file, or map the result of an earlier call with the same content and settings.
 
-    Args: as `read_rows`; `max_length` in tokens, longer rows are cut; `cache_dir` keeps the prepared files.
+    Args: as `read_rows`; `max_length` in tokens, longer rows are cut; `cache_dir` keeps the prepared files;
+    `rewriting`: changes rows before they are tokenised, their ids stay those of the rows as they are read.
     Raises: DataError, with file and line, where the data cannot be used, or where the cache cannot be written.
     """
     fields = FieldMap.model_validate(fields) if isinstance(fields, Mapping) else fields
     source = open_source(path, split)
-    settings = _Settings(format, fields, max_rows, max_bad_rows, tokenizer, max_length)
+    settings = _Settings(format, fields, max_rows, max_bad_rows, tokenizer, max_length, rewriting)
     key = _key(path, source, settings)
     folder = Path(cache_dir).expanduser() / f"rows-{key}"
     try:
@@ -89,6 +93,8 @@ def _key(path: str, source: Source, settings: _Settings) -> str:
     fields = settings.fields.model_dump() if settings.fields else None
     file = [_VERSION, path, source.fingerprint()]
     parts = [*file, settings.format, fields, settings.max_rows, settings.max_length, tokenizer_key(settings.tokenizer)]
+    if settings.rewriting is not None:
+        parts.append(settings.rewriting.key)
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -188,7 +194,10 @@ def _tokenized(
 ) -> Iterator[tuple[ChatRow, Encoded, int]]:
     occurrences = Occurrences()
     while batch := list(islice(rows, _BATCH)):
-        for row, encoded in zip(batch, tokenize_rows(settings.tokenizer, batch, settings.max_length), strict=True):
+        trained = batch
+        if settings.rewriting is not None:
+            trained = [settings.rewriting.apply(row, settings.tokenizer) for row in batch]
+        for row, encoded in zip(batch, tokenize_rows(settings.tokenizer, trained, settings.max_length), strict=True):
             row_id = occurrences.key(content_digest(row))
             if isinstance(encoded, RowProblem):
                 bad.add(source.where(row.line), str(encoded))

@@ -6,7 +6,11 @@ The hooks, in the order of a step:
     before_step                   gradients of the method's own, weights moved for the step's gradient
     hidden_move                   hidden states moved in the forward pass
     replay_terms, task_terms      replay rows and distances to a teacher, in the one forward pass
+    label_terms                   information over labels on the replay rows
+    prompt_terms                  prompts of the memory whose hidden state is kept, in the same pass
+    row_factors, token_constraint    weights of the task's rows and tokens, from scores that the aligned model gave them
     transform_gradient            changes to the gradient before clipping
+    learning_rate_factor          a factor of the step's learning rate
     penalty, ema_decay, ema_mask  a pull and an average, inside the optimizer's pass over the shard
     transform_step                changes to the step that AdamW has taken
     after_update                  work on the new weights
@@ -19,28 +23,43 @@ A file with a method defines `Config` (a safecl.config.MethodConfig; importing i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from safecl.config import MethodConfig
 from safecl.methods.context import Quantity, Run, Shard, TensorPart
-from safecl.methods.terms import AverageMask, HiddenMove, Penalty, ReplayTerm, TaskTerm
+from safecl.methods.terms import (
+    AverageMask,
+    HiddenMove,
+    LabelTerm,
+    Penalty,
+    PromptTerm,
+    ReplayTerm,
+    Score,
+    TaskTerm,
+    TokenConstraint,
+)
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 __all__ = [
     "BEFORE",
     "AverageMask",
     "HiddenMove",
+    "LabelTerm",
     "Method",
     "Penalty",
+    "PromptTerm",
     "Quantity",
     "ReplayTerm",
     "Run",
+    "Score",
     "Shard",
     "TaskTerm",
     "TensorPart",
+    "TokenConstraint",
     "step_of",
 ]
 
@@ -88,9 +107,37 @@ class Method(Generic[C]):
         """Distances to a teacher on the task's own rows, in every step's forward pass."""
         return []
 
+    def label_terms(self) -> list[LabelTerm]:
+        """Information over labels on replayed rows; costs a forward pass of these rows in every step."""
+        return []
+
+    def prompt_terms(self) -> list[PromptTerm]:
+        """Prompts of the memory whose hidden state is kept, in every step's forward pass."""
+        return []
+
+    def scores(self) -> list[Score]:
+        """Scores of the task's rows that `row_factors` and `token_constraint` read."""
+        return []
+
+    def row_factors(self, scores: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray | None:
+        """Factors of the cross-entropy of a step's task rows, fp64 [rows], at least 0; None: 1 for all.
+
+        scores: by name, for each row fp32 [tokens]. All rows of the global step, the same on every rank. The loss
+        remains a mean: the factors are divided by their own mean (safecl/planning/loss_mean.py).
+        """
+        return None
+
+    def token_constraint(self) -> TokenConstraint | None:
+        """Factors of the task's tokens that depend on their current probability."""
+        return None
+
     def penalty(self) -> Penalty | None:
         """A quadratic pull of the weights, evaluated inside the optimizer's pass."""
         return None
+
+    def learning_rate_factor(self, run: Run) -> float:
+        """Factor of the learning rate in this step."""
+        return 1.0
 
     def ema_decay(self, run: Run) -> float | None:
         """Decay of the average that follows the weights in this step; None where the method keeps none."""

@@ -21,6 +21,28 @@ class ReplayTerm:
     """forward_kl, reverse_kl, jsd, or mse over the stored entries, centred."""
     share: float | None = None
     """Tokens of the draw as a share of the task's tokens in a step; None: memory.replay_ratio."""
+    mixed: bool = False
+    """The rows join the task's own mean as if they were rows of the task: one mean over both, `ce_weight` is 1."""
+
+
+@dataclass(frozen=True)
+class LabelTerm:
+    """Information over a few labels at the first token of each replayed answer:
+
+        weight * (mean_i H(p_i) - H(mean_i p_i))        with `sharpen`
+        weight * (- H(mean_i p_i))                      without
+
+    p_i are the model's probabilities of the labels alone, which sum to 1, and the means are over all rows of the draw.
+    mean_i p_i is computed by a forward pass of these rows before the step's own.
+    """
+
+    name: str
+    stream: str
+    """The draw whose rows it is about; see ReplayTerm."""
+    weight: float
+    labels: tuple[str, ...]
+    """Texts that an answer may begin with; the first token of each counts."""
+    sharpen: bool
 
 
 @dataclass(frozen=True)
@@ -36,8 +58,11 @@ class TaskTerm:
     """Name of the term in the metrics: loss/<name>."""
     weight: float
     divergence: str = "forward_kl"
-    """forward_kl, reverse_kl, jsd or mse of the outputs at supervised tokens; hidden: mean squared difference of last
-    hidden states."""
+    """forward_kl, reverse_kl, jsd or mse of the outputs at supervised tokens; hidden: mean squared difference of hidden
+    states."""
+    layers: int | tuple[int, ...] = ()
+    """`hidden` only: number of layers at equal distances, or layers counted from 1, whose hidden states are compared
+    side by side; empty: the last, behind the final norm."""
     tokens: Literal["all", "supervised"] = "supervised"
     """`hidden` only: which tokens of a row."""
     temperature: float = 1.0
@@ -49,6 +74,54 @@ class TaskTerm:
     model's folder or hub id. The last two only `online`."""
     online: bool = False
     """Compute the teacher's outputs in every step, instead of recording them before training."""
+
+
+@dataclass(frozen=True)
+class PromptTerm:
+    """Prompts of the memory's refused rows whose hidden state stays where it was:
+
+        weight * mean over the step's prompts of mean_j (h_j - h0_j)^2
+
+    h is the last hidden state, behind the final norm, at a prompt's last token, from which the answer's first token is
+    predicted; h0 is that of the aligned model, recorded once before training. Answers are not computed.
+    """
+
+    name: str
+    weight: float
+    prompts: int
+    """Prompts in each step."""
+    pool: int
+    """Prompts that the steps take in turn, chosen by the seed."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities of an answer to every row of the task under the aligned model, one per token of the answer.
+
+    They are computed once before training. `Method.row_factors` is a function of them.
+    """
+
+    name: str
+    text: str | None = None
+    """The answer; None: the row's own."""
+
+
+@dataclass(frozen=True)
+class TokenConstraint:
+    """Factors of the task's tokens that fall as their probability rises above that of the aligned model:
+
+        max(floor, 2 sigmoid(beta_t (log p0(y_t) - log p(y_t)))),      1 while both are equal
+
+    with p at the current weights, without a gradient of its own, and beta_t by the token's place in its answer.
+    """
+
+    score: str
+    """Name of the Score that holds log p0 of the row's own answer."""
+    first_betas: tuple[float, ...]
+    """beta of an answer's first tokens."""
+    beta: float
+    """beta of all later tokens."""
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
         lines += _task_lines(plan, task)
     if plan.memory is not None and config.memory is not None:
         rows = f"{len(plan.memory):,} rows, {int(plan.memory.lengths.sum()):,} tokens"
-        lines.append(("memory", f"{rows}, ratio {config.memory.replay_ratio:g} per draw"))
+        memory = config.memory
+        end = "" if memory.replay_ratio_end is None else f" to {memory.replay_ratio_end:g}"
+        lines.append(("memory", f"{rows}, ratio {memory.replay_ratio:g}{end} per draw"))
     lines += teacher_lines(config, max(task.tokens_per_batch for task in plan.tasks))
     if (scan := config.scan) is not None:
         source = (

@@ -18,14 +18,20 @@ import numpy as np
 from safecl.config import LossMean
 
 
-def token_weights(mean: LossMean, num_targets: np.ndarray, median: float) -> np.ndarray:
+def token_weights(
+    mean: LossMean, num_targets: np.ndarray, median: float, factors: np.ndarray | None = None
+) -> np.ndarray:
     """Return the weight of each token of a step's rows, normaliser included.
 
     Args: `num_targets`: supervised tokens of each row of the global step, int [rows]; `median`: `median_targets` of the
-    task, for `capped`. Returns: the weight of one token of each row, fp64 [rows]; those of a row without targets have
-    no use.
+    task, for `capped`; `factors`: fp64 [rows], of rows that methods weigh (None: 1 for all): the mean is then the
+    weighted one, sum f l / sum f. Returns: the weight of one token of each row, fp64 [rows]; those of a row without
+    targets have no use.
     """
     targets = np.maximum(num_targets, 1).astype(np.float64)
+    if factors is not None:
+        own = {"tokens": 1.0, "rows": 1.0 / targets, "capped": np.minimum(1.0, median / targets)}[mean] * factors
+        return own / (float((own * num_targets).sum()) or 1.0)
     if mean == "rows":
         return 1.0 / (targets * max(1, int((num_targets > 0).sum())))
     weights = np.minimum(1.0, median / targets) if mean == "capped" else np.ones_like(targets)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from safecl.config import ConfigError, MemoryConfig
-from safecl.data import TokenDataset
+from safecl.data import Row, TokenDataset
 from safecl.engine.artifacts.memory_rows import ANSWER, REFUSAL
 from safecl.evaluation.answers.thought import answer_of
 from safecl.evaluation.scoring.keywords import refused_by_any
@@ -31,7 +31,7 @@ def tags_of_memory(config: MemoryConfig, rows: TokenDataset, tokenizer: PreTrain
 
     def tags(i: int) -> dict[str, str]:
         own = rows.tags(i)
-        return own if KIND in own else {**own, KIND: _kind(rows, i, tokenizer)}
+        return own if KIND in own else {**own, KIND: kind_of(rows.row(i), tokenizer)}
 
     return tags
 
@@ -41,8 +41,8 @@ def tags_of_task_rows(config: MemoryConfig, rows: TokenDataset) -> TagsOf:
     return (lambda i: {KIND: TASK_ROW, **rows.tags(i)}) if config.balance_by == KIND else rows.tags
 
 
-def _kind(rows: TokenDataset, i: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    row = rows.row(i)
+def kind_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the kind of a row by its answer's text: refusal, or answer."""
     text = str(tokenizer.decode(row.input_ids[row.loss_mask].tolist(), skip_special_tokens=True))
     return REFUSAL if refused_by_any(answer_of(tokenizer, text)) else ANSWER
 

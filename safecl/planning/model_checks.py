@@ -17,6 +17,8 @@ from safecl.engine.artifacts.base_model import once_per_model
 from safecl.engine.artifacts.store import ArtifactStore
 from safecl.engine.model.adapters import add_adapters, weight_names
 from safecl.engine.model.dtypes import CONFIG_DTYPES
+from safecl.engine.model.features import layer_numbers
+from safecl.engine.model.frozen import frozen_weights
 from safecl.engine.model.settings import read_model_settings
 from safecl.engine.model.structure import empty_model
 from safecl.engine.reference.layout import Layout
@@ -59,7 +61,19 @@ def check_model(plan: RunPlan) -> None:
             trained = add_adapters(model, config)
     for name, method in plan.config.methods.items():
         method.check_weight_names(name, weight_names(trained))
-    plan.notes += _note_on_unpulled(plan, trained)
+        layer_numbers(method.compared_layers, settings.get_text_config().num_hidden_layers, f"methods.{name}.layers")
+    plan.notes += [*_note_on_unpulled(plan, trained), *_note_on_frozen(plan, trained)]
+
+
+def _note_on_frozen(plan: RunPlan, trained: nn.Module) -> list[str]:
+    """Say how many weights methods freeze. Raises ConfigError where nothing is left to train."""
+    sizes = {name: p.numel() for name, p in trained.named_parameters() if p.requires_grad}
+    frozen = frozen_weights(plan.config, sizes)
+    if not frozen:
+        return []
+    names = ", ".join(name for name, settings in plan.config.methods.items() if settings.freezes)
+    count = sum(sizes[name] for name in frozen)
+    return [f"methods.{names}: {count:,} of {sum(sizes.values()):,} weights stay as they are, in {len(frozen)} tensors"]
 
 
 def _note_on_unpulled(plan: RunPlan, adapted: nn.Module) -> list[str]:

@@ -69,6 +69,7 @@ def _micro_batches(plan: RunPlan, task: TaskPlan, world_size: int) -> Iterator[t
     for step in np.unique(np.linspace(0, task.num_steps - 1, STEPS_LOOKED_AT).astype(int)):
         lengths = task.dataset.lengths[task.order.rows_of_step(int(step))].tolist()
         lengths += [length for share in shares.values() for length in _draw(plan, task, random, share)]
+        lengths += _prompts(plan, sum(term.prompts for method in methods for term in method.prompt_terms()), random)
         yield from _shapes(plan, lengths, world_size)
         for draw in of_their_own:
             yield from _shapes(plan, _draw(plan, task, random, draw.share), world_size)
@@ -84,9 +85,16 @@ def _draw(plan: RunPlan, task: TaskPlan, random: np.random.Generator, share: flo
     if plan.memory is None or plan.config.memory is None:
         return []
     lengths = random.permutation(plan.memory.lengths)
-    share = plan.config.memory.replay_ratio if share is None else share
+    share = plan.config.memory.largest_replay_ratio if share is None else share
     wanted = max(1, round(share * task.tokens_per_batch))
     return lengths[: 1 + int(np.searchsorted(np.cumsum(lengths), wanted))].tolist()
+
+
+def _prompts(plan: RunPlan, count: int, random: np.random.Generator) -> list[int]:
+    """Return the lengths of so many of the memory's prompts."""
+    if plan.memory is None or count == 0:
+        return []
+    return random.choice(plan.memory.lengths - plan.memory.num_targets, count).tolist()
 
 
 def _shapes(plan: RunPlan, lengths: Sequence[int], world_size: int) -> Iterator[tuple[int, int]]:

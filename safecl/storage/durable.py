@@ -64,11 +64,11 @@ def _write_all(file: FileIO, block: memoryview) -> None:
         block = block[file.write(block) :]
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Replace a small file so that a reader sees the old or the new one, also after a power cut."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    write_file(partial, [text.encode()], label=path.name)
+    write_file(partial, [content.encode() if isinstance(content, str) else content], label=path.name)
     os.replace(partial, path)
     sync_folder(path.parent)
 

@@ -146,6 +146,8 @@ class MethodView:
         run = self._run
         if run.plan is None or run.global_step > 0 or run.config.tasks[0].role == "align":
             return False
+        if any(not p.requires_grad for p in self._engine.module.model.parameters()):
+            return False  # the shared estimate is of all weights
         if not (room := has_room(run.config, self._engine.shards.numel)):
             run.log("fisher: too little room in the store of artifacts to keep it for other runs")
         return room

@@ -48,7 +48,8 @@ def open_run(plan: RunPlan, folder: RunFolder, console: Console) -> Run:
     ranks = f"{collectives.world_size()} rank{'s' if collectives.world_size() > 1 else ''}"
     console.fact("trained", f"{engine.shards.numel:,} weights on {ranks}, {engine.device}")
     run = Run(config, engine, plan.methods, console.note, plan.tasks)
-    run.plan, run.base_digest = plan, store.digest
+    run.plan = run.row_scores.plan = plan
+    run.base_digest = store.digest
     return run
 
 

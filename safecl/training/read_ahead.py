@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 @dataclass(frozen=True)
 class Ready:
     """The rows of a gradient, ready for its pass. rows: all of the step, the same list on every rank. batches: this
-    rank's micro-batches; None where an online teacher must answer first."""
+    rank's micro-batches; None where an online teacher must answer first, or labels need their means."""
 
     rows: list[StepRow]
     batches: list[StepBatch] | None
@@ -63,7 +63,7 @@ class ReadAhead:
         return {name: self._ready(rows) for name, rows in self.rows_of_step(step).items()}
 
     def _ready(self, rows: list[StepRow]) -> Ready:
-        if any(d.asked is not None for row in rows for d in row.distillations):
+        if any(row.labels is not None or any(d.asked is not None for d in row.distillations) for row in rows):
             return Ready(self._read(rows), None)
         return Ready(rows, self.engine.prepare(rows))
 

@@ -223,6 +223,8 @@ def state_of(run: Run) -> dict[str, Any]:
         "previous": run.previous.config.name if run.previous is not None else None,
         "screening": run.screening,
         "recorded": [list(key) for key in run.recorded_teachers.keys()],
+        "prompts": run.prompt_anchors.names(),
+        "scores": [[task, score.name] for task, score in run.row_scores.keys()],
         "methods": {method.name: method.state_dict() for method in run.methods},
     }
 
@@ -248,6 +250,11 @@ def restore(run: Run, state: dict[str, Any], task: TaskPlan) -> None:
     tasks = {each.config.name: each for each in [task, *run.tasks]}
     for task_name, term_name in state["recorded"]:
         run.recorded_teachers.reopen(tasks[task_name], terms[term_name])
+    for name in state.get("prompts", []):
+        run.prompt_anchors.reopen(name)
+    scores = {score.name: score for method in run.methods for score in method.scores()}
+    for task_name, score_name in state.get("scores", []):
+        run.row_scores.reopen(tasks[task_name], scores[score_name])
     run.release_reference()
 
 

@@ -8,6 +8,7 @@ forward and backward pass and one update (`update_plan` says what the update doe
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safecl.config import RunConfig
 from safecl.engine.artifacts.teacher_outputs import needs_outputs
 from safecl.engine.passes.attention import guard_attention
+from safecl.engine.passes.label_means import fill_label_means
 from safecl.engine.passes.step_losses import StepLosses
 from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
@@ -80,7 +82,10 @@ class Run(RunState):
         if active:
             self._keep_rows_of_previous_task()
             terms = steps.task_terms(self.active_methods)
-            self.recorded_teachers.record(terms, task, self.tasks or [task], self.log)
+            tasks = self.tasks or [task]
+            self.recorded_teachers.record(terms, task, tasks, self.log)
+            self._record_prompts()
+            self.row_scores.record((s for method in self.active_methods for s in method.scores()), tasks, self.log)
             self.online_teachers.begin_task(task.config.name)
             self.online_teachers.open(task.tokens_per_batch)
         if self.engine.store is not None and self.engine.store.where == "file":
@@ -89,6 +94,12 @@ class Run(RunState):
         if any(method.ema_decay(self.view) is not None for method in self.active_methods):
             self.engine.optimizer.copy_weights_to("ema")
         self.release_reference()
+
+    def _record_prompts(self) -> None:
+        tokenizer = self.plan.tokenizer if self.plan is not None else None
+        for term in steps.prompt_terms(self.active_methods):
+            assert self.memory is not None, "the config refuses such a method without a memory"
+            self.prompt_anchors.record(term, self.memory, tokenizer, self.seed, self.log)
 
     def _keep_rows_of_previous_task(self) -> None:
         """Insert rows of the finished task into the memory, with the outputs of the model that it produced."""
@@ -160,6 +171,7 @@ class Run(RunState):
     def _update(self, ready: Ready) -> StepLosses:
         """Make the step's own pass and its update."""
         self.online_teachers.ask(ready.rows)
+        fill_label_means(self.engine, ready.rows)
         update = self.engine.update(self.update_plan())
         then = self.engine.restore(update) if self.engine.is_perturbed else update
         pull = self.penalties.in_loss(self.active_methods)
@@ -174,7 +186,10 @@ class Run(RunState):
     def update_plan(self) -> UpdatePlan:
         """Return the plan of the optimizer's update in the current step."""
         train = self.config.train
-        self.last_learning_rate = learning_rate(train, self.step, self.num_steps)
+        is_first = self.global_step == self.step
+        self.last_learning_rate = learning_rate(train, self.step, self.num_steps, is_first=is_first) * math.prod(
+            method.learning_rate_factor(self.view) for method in self.active_methods
+        )
         decays = [decay for method in self.active_methods if (decay := method.ema_decay(self.view)) is not None]
         masks = [mask for method in self.active_methods if (mask := method.ema_mask()) is not None]
         return UpdatePlan(

@@ -14,7 +14,9 @@ from safecl.engine.teachers.online import OnlineTeachers
 from safecl.methods.base import Method
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.training.read_ahead import Ready
-from safecl.training.recorded_teachers import RecordedTeachers
+from safecl.training.recorded.prompts import PromptAnchors
+from safecl.training.recorded.scores import RowScores
+from safecl.training.recorded.teachers import RecordedTeachers
 from safecl.training.replay_memory import ReplayMemory
 
 
@@ -44,6 +46,8 @@ class RunState:
         self.has_adapters = next(adapters(engine.module.model), None) is not None
         self.online_teachers = OnlineTeachers(config, engine, log=lambda message: self.log(message))
         self.recorded_teachers = RecordedTeachers(engine, config.output, self.has_adapters)
+        self.row_scores = RowScores(engine, config.output)
+        self.prompt_anchors = PromptAnchors(engine, config.output)
 
         self.task: TaskPlan | None = None
         """The current task."""

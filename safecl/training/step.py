@@ -14,12 +14,22 @@ from typing import Any
 import numpy as np
 
 from safecl.data import Row, TokenDataset
-from safecl.engine.passes.step_rows import HIDDEN, Asked, Distillation, Question, StepRow
+from safecl.engine.model.features import Layers, layer_numbers
+from safecl.engine.passes.step_rows import (
+    HIDDEN,
+    Asked,
+    Distillation,
+    LabelMean,
+    Labels,
+    Question,
+    RowConstraint,
+    StepRow,
+)
 from safecl.methods.base import Method
-from safecl.methods.terms import ReplayTerm, TaskTerm
+from safecl.methods.terms import PromptTerm, ReplayTerm, TaskTerm
 from safecl.planning.loss_mean import token_weights
 from safecl.planning.plans import TaskPlan
-from safecl.training.recorded_teachers import access_to_teacher
+from safecl.training.recorded.teachers import access_to_teacher
 from safecl.training.state import RunState
 
 TASK = "task"
@@ -44,7 +54,9 @@ def step_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
     instead = memory_step(run.active_methods, step, task.num_steps)
     rows = drawn_rows(run, instead, step) if instead is not None else task_rows(run, task, step)
     for stream, terms in _by_stream(run.active_methods).items():
-        rows += _replay_rows(run, stream, terms, step)
+        rows += _with_labels(run, stream, _replay_rows(run, stream, terms, step))
+    for prompt_term in prompt_terms(run.active_methods):
+        rows += run.prompt_anchors.rows_of_step(prompt_term, run.first_step + step)
     return rows
 
 
@@ -57,6 +69,11 @@ def memory_step(methods: Sequence[Method[Any]], step: int, num_steps: int) -> Re
 def task_terms(methods: Sequence[Method[Any]]) -> list[TaskTerm]:
     """Return the terms of these methods that have a weight."""
     return [term for method in methods for term in method.task_terms() if term.weight > 0]
+
+
+def prompt_terms(methods: Sequence[Method[Any]]) -> list[PromptTerm]:
+    """Return the prompt terms of these methods that have a weight."""
+    return [term for method in methods for term in method.prompt_terms() if term.weight > 0]
 
 
 # ------------------------------------------------------------------------------------------------------------ task rows
@@ -85,8 +102,13 @@ def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
     """Return the task's rows of a step, with their distances to teachers."""
     data, indices, terms = task.dataset, task.order.rows_of_step(step), task_terms(run.active_methods)
     num_targets, num_tokens = max(1, int(data.num_targets[indices].sum())), max(1, int(data.lengths[indices].sum()))
-    ce_weights = token_weights(run.config.train.loss_mean, data.num_targets[indices], task.median_targets)
-    rows = dataset_rows(data, indices, ce_weights, task.row_weights)
+    factors, mixed = _row_factors(run, task, indices), _mixed_rows(run, step)
+    num_all = np.concatenate([data.num_targets[indices], [row.num_targets for row in mixed]]).astype(np.int64)
+    if factors is not None:
+        factors = np.concatenate([factors, np.full(len(mixed), factors.mean())])
+    ce_weights = token_weights(run.config.train.loss_mean, num_all, task.median_targets, factors)
+    rows = dataset_rows(data, indices, ce_weights[: len(indices)], task.row_weights)
+    constraints = _constraints(run, task, indices)
     totals = [num_tokens if term.divergence == HIDDEN and term.tokens == "all" else num_targets for term in terms]
     return [
         replace(
@@ -94,9 +116,37 @@ def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
             distillations=tuple(
                 _task_distillation(run, task, int(i), term, total) for term, total in zip(terms, totals, strict=True)
             ),
+            constraint=constraint,
         )
-        for row, i in zip(rows, indices, strict=True)
-    ]
+        for row, i, constraint in zip(rows, indices, constraints, strict=True)
+    ] + [replace(row, ce_weight=weight) for row, weight in zip(mixed, ce_weights[len(indices) :].tolist(), strict=True)]
+
+
+def _mixed_rows(run: RunState, step: int) -> list[StepRow]:
+    """Return the memory's rows that join the task's own mean, without their weights."""
+    terms = [term for method in run.active_methods for term in method.replay_terms() if term.mixed]
+    return [row.weighted(term.stream, 0.0) for term in terms for row in _drawn(run, term.stream, term.share, step)]
+
+
+def _row_factors(run: RunState, task: TaskPlan, indices: np.ndarray) -> np.ndarray | None:
+    """Return the product of the methods' factors of these rows, fp64 [rows]; None where no method has any."""
+    product: np.ndarray | None = None
+    for method in run.active_methods:
+        scores = {score.name: run.row_scores.of_rows(task.config.name, score, indices) for score in method.scores()}
+        if scores and (factors := method.row_factors(scores)) is not None:
+            product = factors if product is None else product * factors
+    return product
+
+
+def _constraints(run: RunState, task: TaskPlan, indices: np.ndarray) -> list[RowConstraint | None]:
+    """Return the constraint on the tokens of each row; the last method that has one counts."""
+    found: list[RowConstraint | None] = [None] * len(indices)
+    for method in run.active_methods:
+        if (rule := method.token_constraint()) is not None:
+            (score,) = (score for score in method.scores() if score.name == rule.score)
+            given = run.row_scores.of_rows(task.config.name, score, indices)
+            found = [RowConstraint(rule, log_probs) for log_probs in given]
+    return found
 
 
 def _task_distillation(run: RunState, task: TaskPlan, index: int, term: TaskTerm, total: int) -> Distillation:
@@ -105,7 +155,7 @@ def _task_distillation(run: RunState, task: TaskPlan, index: int, term: TaskTerm
     asked: Asked | None = None
     load: Callable[[], Any] | None = None
     if access == "online":
-        asked = _question(run, term.teacher, term.divergence, term.tokens == "all", term.k, term.temperature)
+        asked = _question(run, term)
         load = asked.answer
     elif access == "recorded":
         load = functools.partial(run.recorded_teachers.load, task.config.name, term.name, index)
@@ -117,14 +167,23 @@ def _task_distillation(run: RunState, task: TaskPlan, index: int, term: TaskTerm
         load=load,
         live=access == "adapters off",
         all_tokens=term.tokens == "all",
+        layers=_layers(run, term),
         asked=asked,
     )
 
 
-def _question(run: RunState, source: str, divergence: str, all_tokens: bool, k: int, temperature: float) -> Asked:
-    if divergence == HIDDEN:
-        return Asked(source, Question("hidden", all_tokens))
+def _question(run: RunState, term: TaskTerm) -> Asked:
+    if term.divergence == HIDDEN:
+        return Asked(term.teacher, Question("hidden", term.tokens == "all", _layers(run, term)))
+    return _topk_question(run, term.teacher, term.k, term.temperature)
+
+
+def _topk_question(run: RunState, source: str, k: int, temperature: float) -> Asked:
     return Asked(source, Question("topk", k=min(k, int(run.engine.module.vocab_size)), temperature=temperature))
+
+
+def _layers(run: RunState, term: TaskTerm) -> Layers:
+    return layer_numbers(term.layers, run.engine.module.num_layers)
 
 
 # -------------------------------------------------------------------------------------------------------- replayed rows
@@ -132,11 +191,9 @@ def _question(run: RunState, source: str, divergence: str, all_tokens: bool, k: 
 
 def _replay_rows(run: RunState, stream: str, terms: list[ReplayTerm], step: int) -> list[StepRow]:
     """Return one draw from the memory, weighted as the terms of its stream say."""
-    settings, memory, task = run.config.memory, run.memory, run.task
-    assert settings is not None and memory is not None and task is not None
-    shares = [term.share for term in terms if term.share is not None]
-    wanted = max(1, round((shares[0] if shares else settings.replay_ratio) * task.tokens_per_batch))
-    drawn = memory.draw(run.first_step + step, wanted, stream)
+    memory = run.memory
+    assert memory is not None
+    drawn = _drawn(run, stream, next((term.share for term in terms if term.share is not None), None), step)
     total = max(1, sum(row.num_targets for row in drawn))
     ce_weight = sum(term.ce_weight for term in terms) / total
     if ce_weight == 0 and memory.follows_losses:
@@ -148,6 +205,26 @@ def _replay_rows(run: RunState, stream: str, terms: list[ReplayTerm], step: int)
     return [row.weighted(stream, ce_weight, _replay_distillations(run, kd_weights)) for row in drawn]
 
 
+def _drawn(run: RunState, stream: str, share: float | None, step: int) -> list[StepRow]:
+    """Return a draw of the memory. share: see ReplayTerm."""
+    settings, memory, task = run.config.memory, run.memory, run.task
+    assert settings is not None and memory is not None and task is not None
+    if share is None:
+        share = settings.replay_ratio_at(min(1.0, step / max(1, task.num_steps - 1)))
+    wanted = max(1, round(share * task.tokens_per_batch))
+    return memory.draw(run.first_step + step, wanted, stream)
+
+
+def _with_labels(run: RunState, stream: str, rows: list[StepRow]) -> list[StepRow]:
+    """Return the rows of a draw with their part in the information over labels; the last method that asks counts."""
+    for term in (term for method in run.active_methods for term in method.label_terms() if term.stream == stream):
+        if term.weight > 0 and (count := sum(row.num_targets > 0 for row in rows)):
+            mean = LabelMean(tuple(run.row_scores.answer_ids(text)[0] for text in term.labels))
+            labels = Labels(term.name, term.weight / count, term.sharpen, mean)
+            rows = [replace(row, labels=labels) if row.num_targets else row for row in rows]
+    return rows
+
+
 def _replay_distillations(run: RunState, weights: dict[str, float]) -> tuple[Distillation, ...]:
     """Return the distances of one replayed row to its stored outputs, or to the answer of an online teacher.
 
@@ -157,7 +234,7 @@ def _replay_distillations(run: RunState, weights: dict[str, float]) -> tuple[Dis
     teacher = run.config.memory.teacher
     if teacher.kind == "topk" or not weights:
         return tuple(Distillation(divergence, weight, teacher.temperature) for divergence, weight in weights.items())
-    asked = _question(run, teacher.source, "topk", False, teacher.k, teacher.temperature)
+    asked = _topk_question(run, teacher.source, teacher.k, teacher.temperature)
     return tuple(
         Distillation(divergence, weight, teacher.temperature, load=asked.answer, asked=asked)
         for divergence, weight in weights.items()
@@ -169,6 +246,6 @@ def _by_stream(methods: Sequence[Method[Any]]) -> dict[str, list[ReplayTerm]]:
     streams: dict[str, list[ReplayTerm]] = {}
     for method in methods:
         for term in method.replay_terms():
-            if term.ce_weight or term.kd_weight or term.stream not in streams:
+            if not term.mixed and (term.ce_weight or term.kd_weight or term.stream not in streams):
                 streams.setdefault(term.stream, []).append(term)
     return streams

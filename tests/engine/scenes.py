@@ -9,6 +9,12 @@ import numpy as np
 import torch
 
 VOCAB = 131
+REFUSAL_IDS = (9, 41, 17)
+
+
+def answer_ids(text: str) -> tuple[int, ...]:
+    """The tokens of a text in runs that have no tokenizer: one for a letter, and those of a refusal for a sentence."""
+    return (ord(text) - 90,) if len(text) == 1 else REFUSAL_IDS
 
 
 def tiny_model(tied: bool = False, dtype: torch.dtype = torch.float32, family: str = "llama"):
@@ -122,7 +128,9 @@ def build_run(config, model=None, store=None, dataset=None):
         dataset, seed=train.seed, tokens_per_batch=train.tokens_per_batch, epochs=None, max_steps=train.max_steps
     )
     task = TaskPlan(config.tasks[0], dataset, train.tokens_per_batch, order)
-    return Run(config, engine, build_methods(config), log=lambda message: None), task
+    run = Run(config, engine, build_methods(config), log=lambda message: None)
+    run.row_scores.answer_ids = answer_ids
+    return run, task
 
 
 def begin(run, task, methods_active: bool = True, memory_folder=None) -> None:

@@ -16,6 +16,10 @@ STEPS = 4
 FISHER = {"sign_batches": 4, "rows_per_batch": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ewc": {"strength": 0.5, **FISHER},
+    "antibody": {"temperature": 0.2},
+    "constrained_sft": {"beta": 0.5},
+    "im": {"weight": 2.0, "labels": ["a", "b", "c"]},
+    "ldifs": {"weight": 30.0, "layers": 2, "outputs": "recorded"},
     "lwf": {"weight": 10.0},
     "l2_sp": {"strength": 1.0},
     "online_ewc": {"strength": 0.5, **FISHER},
@@ -27,6 +31,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vaccine": {"rho": 20.0},
     "safe_anchor": {"rank": 2, "samples": 4, "renew": 2},
     "corrective_replay": {"steps": 2, "every": 1, "limit": 1.01, "mix": 0.5},
+    "safety_layers": {"layers": [1]},
+    "temporal_ensemble": {"decay": 0.7, "first_decay": 0.3},
+    "sbr": {"weight": 2.0, "prompts": 3, "pool": 8},
 }
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
 

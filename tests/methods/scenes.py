@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import torch
 
-from tests.engine.scenes import VOCAB, random_dataset, run_config, state_of, tiny_model
+from tests.engine.scenes import VOCAB, answer_ids, random_dataset, run_config, state_of, tiny_model
 
 
 def dataset_of(rows: list[tuple[list[int], list[bool]]], first_id: int):
@@ -91,6 +91,7 @@ def make_run(config, model, task_rows: list, memory_rows=None):
         order = TaskOrder(rows, seed=train.seed, tokens_per_batch=train.tokens_per_batch, max_steps=train.max_steps)
         tasks.append(TaskPlan(settings, rows, train.tokens_per_batch, order))
     run = Run(config, engine, build_methods(config), lambda message: None, tasks)
+    run.row_scores.answer_ids = answer_ids
     if memory_rows is not None:
         needs_teacher = config.needs_teacher
         run.memory = fill_memory(

@@ -5,6 +5,7 @@ Both forms are functions of targets, weights and one distance to a teacher, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from safecl.engine.model.adapters import base_model
-from safecl.engine.model.loss_inputs import OutputDistance
+from safecl.engine.model.loss_inputs import Constrained, LabelInformation, OutputDistance
 from safecl.kernels import DenseTeacher, LinearDistillOutput, TopKTeacher, linear_distill_loss
 from safecl.kernels.head.logits import logits_distill_loss
 
@@ -51,6 +52,9 @@ class HeadLosses(Protocol):
     def __call__(self, targets: Tensor, ce_weights: Tensor, distance: OutputDistance | None) -> LinearDistillOutput:
         """Cross-entropy to `targets` (int64 [n], negative for none) and one distance to a teacher."""
 
+    def log_probs_of(self, labels: Tensor, rows: Tensor) -> Tensor:
+        """fp32 log-probabilities of these tokens alone, [rows, labels], at some of the positions."""
+
 
 @dataclass(frozen=True)
 class FusedHeadLosses:
@@ -73,6 +77,11 @@ class FusedHeadLosses:
             **asdict(self.scaling),
             **self._distance_arguments(distance),
         )
+
+    def log_probs_of(self, labels: Tensor, rows: Tensor) -> Tensor:
+        bias = None if self.head.bias is None else self.head.bias[labels].float()
+        product = nn.functional.linear(self.hidden[rows].float(), self.head.weight[labels].float(), bias)
+        return self.scaling.apply(product).log_softmax(-1)
 
     def _distance_arguments(self, distance: OutputDistance | None) -> dict[str, Any]:
         if distance is None:
@@ -97,6 +106,9 @@ class LogitsLosses:
         arguments = self._distance_arguments(distance)
         return logits_distill_loss(self.logits, labels=targets, ce_weights=ce_weights, **arguments)
 
+    def log_probs_of(self, labels: Tensor, rows: Tensor) -> Tensor:
+        return self.logits[rows][:, labels].float().log_softmax(-1)
+
     def _distance_arguments(self, distance: OutputDistance | None) -> dict[str, Any]:
         if distance is None:
             return {}
@@ -105,6 +117,33 @@ class LogitsLosses:
             assert self.reference is not None, "LossInputs.reference asks for the pass with the adapters off"
             teacher = _whole_vocabulary(self.reference[distance["rows"]], distance["temperature"])
         return _arguments(distance, teacher)
+
+
+def label_information(head_losses: HeadLosses, one: LabelInformation) -> Tensor:
+    """Return the information of each row, fp32 [m], see LabelInformation.
+
+    The gradient is that of the term with its mean over the whole step: d/dp of -H(mean) is log mean + 1, and the
+    probabilities of a row sum to 1.
+    """
+    log_p = head_losses.log_probs_of(one["labels"], one["rows"])
+    p = log_p.exp()
+    spread = (p * one["mean"].clamp_min(1e-30).log()).sum(-1)
+    return spread - (p * log_p).sum(-1) if one["sharpen"] else spread
+
+
+@torch.no_grad()
+def constrained_weights(
+    head_losses: HeadLosses, targets: Tensor, ce_weights: Tensor, constraints: Sequence[Constrained]
+) -> Tensor:
+    """Return the weights [n] of the cross-entropies times the factors of the constraints. Costs a forward of the head,
+    without gradients."""
+    current = -head_losses(targets, torch.ones_like(ce_weights), None).ce
+    factors = torch.ones_like(current)
+    for one in constraints:
+        rows = one["rows"]
+        excess = one["betas"] * (current[rows] - one["log_probs"])
+        factors[rows] *= (2.0 * torch.sigmoid(-excess)).clamp_min(one["floor"])
+    return ce_weights * factors
 
 
 def _arguments(distance: OutputDistance, teacher: TopKTeacher | DenseTeacher) -> dict[str, Any]:

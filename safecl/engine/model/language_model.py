@@ -18,8 +18,16 @@ from torch import Tensor, nn
 from safecl.engine.model.adapter_penalty import AdapterPenalty
 from safecl.engine.model.adapters import adapters_off, base_model
 from safecl.engine.model.attention import Sequences, attention_of, document_arguments, rows_are_not_packed
-from safecl.engine.model.head import FusedHeadLosses, HeadLosses, LogitsLosses, head_scaling
-from safecl.engine.model.loss_inputs import HiddenDistance, OutputDistance
+from safecl.engine.model.features import Layers, features_at
+from safecl.engine.model.head import (
+    FusedHeadLosses,
+    HeadLosses,
+    LogitsLosses,
+    constrained_weights,
+    head_scaling,
+    label_information,
+)
+from safecl.engine.model.loss_inputs import Constrained, HiddenDistance, LabelInformation, OutputDistance
 from safecl.evaluation.answers.model import cache_name
 from safecl.kernels import linear_distill_loss, linear_topk
 
@@ -32,6 +40,7 @@ class _Outputs(NamedTuple):
 
     hidden: Tensor | None  # [batch * length, H], last hidden states
     logits: Tensor | None  # [batch * length, vocab]
+    each: tuple[Tensor, ...] = ()  # hidden states before and behind every layer, [batch * length, H] each
 
 
 class LanguageModel(nn.Module):
@@ -73,12 +82,18 @@ class LanguageModel(nn.Module):
         """transformers' settings of the language model, also inside a model of several parts."""
         return base_model(self.model).config.get_text_config()
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.text_settings.num_hidden_layers)
+
     def forward(self, *, task: str, sequences: Sequences | None = None, **inputs: Any) -> dict[str, Tensor]:
         tasks: dict[str, Callable[..., dict[str, Tensor]]] = {
             "loss": self.losses,
             "logits": self.logits,
             "topk": self.topk,
             "hidden": self.hidden,
+            "labels": self.label_probs,
         }
         self._documents = document_arguments(self.model, sequences)
         # transformers would ask the device whether the positions are those of packed rows.
@@ -108,14 +123,28 @@ class LanguageModel(nn.Module):
         return {"logits": output.logits}
 
     def hidden(
-        self, input_ids: Tensor, position_ids: Tensor, positions: Tensor, reference: bool = False
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        positions: Tensor,
+        reference: bool = False,
+        layers: Layers = (),
     ) -> dict[str, Tensor]:
-        """Last hidden states, behind the final norm, at flat positions [n]: {"hidden": [n, H]}.
+        """Hidden states at flat positions [n]: {"hidden": [n, H]}, those behind the final norm.
 
-        reference: switch the adapters off.
+        reference: switch the adapters off. layers: those of these layers side by side instead, [n, len(layers) * H].
         """
         with adapters_off(self.model) if reference else nullcontext():
-            return {"hidden": self._hidden(input_ids, position_ids)[positions]}
+            last, each = self._hidden_of_layers(input_ids, position_ids, bool(layers))
+            return {"hidden": features_at(layers, last, each, positions)}
+
+    def label_probs(
+        self, input_ids: Tensor, position_ids: Tensor, positions: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Probabilities of the labels [k] alone at flat positions [n]: {"probs": fp32 [n, k]}."""
+        head_losses, _ = self._head_losses(input_ids, position_ids, positions, None, False, False)
+        rows = torch.arange(len(positions), device=positions.device)
+        return {"probs": head_losses.log_probs_of(labels, rows).exp()}
 
     def topk(
         self,
@@ -182,14 +211,20 @@ class LanguageModel(nn.Module):
         features: Sequence[HiddenDistance] = (),
         reference: bool = False,
         adapter_penalty: AdapterPenalty | None = None,
+        constrained: Sequence[Constrained] = (),
+        labels: Sequence[LabelInformation] = (),
     ) -> dict[str, Tensor]:
         """Weighted sum of all losses of a micro-batch; the arguments are those of LossInputs.
 
         adapter_penalty joins the sum. Returns loss (0-dim); and detached and without weights ce [n], kd0, kd1, ... [n]
-        by distillation, feature0, ... [m] by feature, and adapters (0-dim, with its strength).
+        by distillation, feature0, ... [m] by feature, label0, ... [m] by information, and adapters (0-dim, with its
+        strength).
         """
-        taught = self._reference(input_ids, position_ids) if reference else None
-        head_losses, hidden = self._head_losses(input_ids, position_ids, positions, taught, bool(features))
+        each_layer = any(feature["layers"] for feature in features)
+        taught = self._reference(input_ids, position_ids, each_layer) if reference else None
+        head_losses, outputs = self._head_losses(input_ids, position_ids, positions, taught, bool(features), each_layer)
+        if constrained:
+            ce_weights = constrained_weights(head_losses, targets, ce_weights, constrained)
         first = distillations[0] if distillations else None
         output = head_losses(targets, ce_weights, first)
         loss, kd = output.loss, [output.kd] if first is not None else []
@@ -198,32 +233,55 @@ class LanguageModel(nn.Module):
             loss, kd = loss + more.loss, [*kd, more.kd]
         result = {"ce": output.ce, **{f"kd{index}": value for index, value in enumerate(kd)}}
         for index, feature in enumerate(features):
-            squares = _hidden_distance(feature, hidden, taught)
+            squares = _hidden_distance(feature, outputs, taught)
             loss, result[f"feature{index}"] = loss + (feature["weights"] * squares).sum(), squares.detach()
+        for index, one in enumerate(labels):
+            information = label_information(head_losses, one)
+            loss, result[f"label{index}"] = loss + (one["weights"] * information).sum(), information.detach()
         if adapter_penalty is not None:
             penalty = adapter_penalty(self.model)
             loss, result["adapters"] = loss + penalty, penalty.detach()
         return {"loss": loss, **result}
 
     def _head_losses(
-        self, input_ids: Tensor, position_ids: Tensor, positions: Tensor, taught: _Outputs | None, need_hidden: bool
-    ) -> tuple[HeadLosses, Tensor | None]:
-        """The losses of these positions, and all last hidden states [batch * length, H] where they are needed."""
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        positions: Tensor,
+        taught: _Outputs | None,
+        need_hidden: bool,
+        each_layer: bool,
+    ) -> tuple[HeadLosses, _Outputs]:
+        """The losses of these positions, and the hidden states that are needed for others."""
         if self.fused:
-            hidden = self._hidden(input_ids, position_ids)
+            hidden, each = self._hidden_of_layers(input_ids, position_ids, each_layer)
             reference = None if taught is None or taught.hidden is None else taught.hidden[positions]
-            return FusedHeadLosses(hidden[positions], self.head, self.scaling, self.vocab_size, reference), hidden
-        own_hidden, logits = self._own_outputs(input_ids, position_ids, need_hidden)
-        assert logits is not None
+            head_losses = FusedHeadLosses(hidden[positions], self.head, self.scaling, self.vocab_size, reference)
+            return head_losses, _Outputs(hidden, None, each)
+        own = self._own_outputs(input_ids, position_ids, need_hidden)
+        assert own.logits is not None
         reference = None if taught is None or taught.logits is None else taught.logits[positions]
-        return LogitsLosses(logits[positions], self.vocab_size, reference), own_hidden
+        return LogitsLosses(own.logits[positions], self.vocab_size, reference), own
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self._hidden_of_layers(input_ids, position_ids, False)[0]
+
+    def _hidden_of_layers(
+        self, input_ids: Tensor, position_ids: Tensor, each_layer: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Last hidden states [batch * length, H], and those before and behind every layer where they are asked for."""
+        asked = {"output_hidden_states": True} if each_layer else {}
         # No mask and no cache: with either, packed documents would see each other, silently.
         output = self.trunk(
-            input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False, **self._documents
+            input_ids=input_ids,
+            attention_mask=None,
+            position_ids=position_ids,
+            use_cache=False,
+            **asked,
+            **self._documents,
         )
-        return output.last_hidden_state.flatten(0, 1)  # [batch * length, H]
+        each = tuple(states.flatten(0, 1) for states in output.hidden_states) if each_layer else ()
+        return output.last_hidden_state.flatten(0, 1), each
 
     def _own_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         logits = self._own_outputs(input_ids, position_ids).logits
@@ -231,7 +289,7 @@ class LanguageModel(nn.Module):
         return logits
 
     def _own_outputs(self, input_ids: Tensor, position_ids: Tensor, need_hidden: bool = False) -> _Outputs:
-        """The model's own logits, and its last hidden states where they are needed."""
+        """The model's own logits, and its hidden states where they are needed."""
         output = self.model(
             input_ids=input_ids,
             attention_mask=None,
@@ -240,24 +298,27 @@ class LanguageModel(nn.Module):
             output_hidden_states=need_hidden,
             **self._documents,
         )
-        return _Outputs(output.hidden_states[-1].flatten(0, 1) if need_hidden else None, output.logits.flatten(0, 1))
+        each = tuple(states.flatten(0, 1) for states in output.hidden_states) if need_hidden else ()
+        return _Outputs(each[-1] if need_hidden else None, output.logits.flatten(0, 1), each)
 
     @torch.no_grad()
-    def _reference(self, input_ids: Tensor, position_ids: Tensor) -> _Outputs:
+    def _reference(self, input_ids: Tensor, position_ids: Tensor, each_layer: bool = False) -> _Outputs:
         """Outputs of the model with its adapters and dropout off; no logits where the fused head makes them."""
         with adapters_off(self.model):
             if self.fused:
-                return _Outputs(self._hidden(input_ids, position_ids), None)
+                hidden, each = self._hidden_of_layers(input_ids, position_ids, each_layer)
+                return _Outputs(hidden, None, each)
             return self._own_outputs(input_ids, position_ids, need_hidden=True)
 
 
-def _hidden_distance(feature: HiddenDistance, hidden: Tensor | None, taught: _Outputs | None) -> Tensor:
-    """Mean over H of the squared difference of last hidden states, fp32 [m]; the difference is formed in fp32."""
-    where = feature["positions"]
+def _hidden_distance(feature: HiddenDistance, outputs: _Outputs, taught: _Outputs | None) -> Tensor:
+    """Mean of the squared differences of the features, fp32 [m]; the differences are formed in fp32."""
+    layers, where = feature["layers"], feature["positions"]
     if "hidden" in feature:
         target = feature["hidden"]
     else:
         assert taught is not None and taught.hidden is not None, "the pass with the adapters off was not asked for"
-        target = taught.hidden[where]
-    assert hidden is not None
-    return (hidden[where].float() - target.float()).square().mean(-1)
+        target = features_at(layers, taught.hidden, taught.each, where)
+    assert outputs.hidden is not None
+    own = features_at(layers, outputs.hidden, outputs.each, where)
+    return (own.float() - target.float()).square().mean(-1)

@@ -10,6 +10,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from safecl.engine.model.attention import Sequences
+from safecl.engine.model.features import Layers
 
 
 class _StoredOutputs(TypedDict, total=False):
@@ -31,24 +32,47 @@ class OutputDistance(_StoredOutputs):
 
 
 class _StoredHidden(TypedDict, total=False):
-    hidden: Tensor  # [m, H], the teacher's
+    hidden: Tensor  # [m, H], or [m, len(layers) * H]: the teacher's
 
 
 class HiddenDistance(_StoredHidden):
-    """Mean squared difference between the teacher's and the student's last hidden states.
+    """Mean squared difference between the teacher's and the student's hidden states.
 
     Without `hidden` the teacher is the model with its adapters off.
     """
 
     positions: Tensor  # int64 [m], flat indices into input_ids
     weights: Tensor  # fp32 [m]
+    layers: Layers  # empty: the last hidden states
 
 
-class _Documents(TypedDict, total=False):
+class Constrained(TypedDict):
+    """Factors max(floor, 2 sigmoid(beta (log p0 - log p))) of some targets' cross-entropy weights."""
+
+    rows: Tensor  # int64 [m], indices into LossInputs.positions
+    log_probs: Tensor  # fp32 [m], log p0
+    betas: Tensor  # fp32 [m]
+    floor: float
+
+
+class LabelInformation(TypedDict):
+    """Information over labels at some targets: sum of weights * (sharpen * H(p) + sum_k p_k log mean_k), with p the
+    probabilities of the labels alone."""
+
+    rows: Tensor  # int64 [m], indices into LossInputs.positions
+    weights: Tensor  # fp32 [m]
+    labels: Tensor  # int64 [labels], token ids
+    mean: Tensor  # fp32 [labels], the step's mean of p
+    sharpen: bool
+
+
+class _Optional(TypedDict, total=False):
     sequences: Sequences
+    constrained: list[Constrained]
+    labels: list[LabelInformation]
 
 
-class LossInputs(_Documents):
+class LossInputs(_Optional):
     """One micro-batch with n supervised targets. All weights hold their term's normaliser."""
 
     input_ids: Tensor  # int64 [batch, length]

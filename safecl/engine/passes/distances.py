@@ -118,29 +118,27 @@ def hidden_distances(
     terms: Sequence[str],
     world_size: int,
 ) -> tuple[list[HiddenDistance], list[torch.Tensor]]:
-    """Return at most two HiddenDistances: to given hidden states, then to the model with its adapters off.
+    """Return one HiddenDistance per set of layers and teacher: first those to given hidden states, then those to the
+    model with its adapters off.
 
     places: target_positions of each row. terms: the terms of the step's loss. The terms of a distance's m positions are
     int64 [m] indices into it.
     """
     found = [
-        _HiddenMember(
-            index, d, batch.starts[index] + np.arange(batch.lengths[index]) if d.all_tokens else places[index]
-        )
+        _HiddenMember(index, d, _compared(d, batch, index, places[index]))
         for index, row in enumerate(rows)
         for d in row.distillations
         if d.divergence == HIDDEN
     ]
     inputs, term_ids = [], []
-    for live in (False, True):
-        members = [member for member in found if member.distillation.live == live]
-        if not members:
-            continue
+    for live, layers in sorted({(member.distillation.live, member.distillation.layers) for member in found}):
+        members = [m for m in found if (m.distillation.live, m.distillation.layers) == (live, layers)]
         lengths = [len(member.positions) for member in members]
         weights = np.repeat([member.distillation.weight * world_size for member in members], lengths)
         distance = HiddenDistance(
             positions=torch.from_numpy(np.concatenate([member.positions for member in members])),
             weights=torch.from_numpy(weights.astype(np.float32)),
+            layers=layers,
         )
         if not live:
             distance["hidden"] = torch.cat([_hidden_states(member.distillation) for member in members])
@@ -148,6 +146,14 @@ def hidden_distances(
         ids = np.repeat([_term(rows, member, terms) for member in members], lengths).astype(np.int64)
         term_ids.append(torch.from_numpy(ids))
     return inputs, term_ids
+
+
+def _compared(distillation: Distillation, batch: MicroBatch, index: int, targets: np.ndarray) -> np.ndarray:
+    """Return the flat positions at which hidden states of a row are compared. targets: its target_positions."""
+    tokens = batch.starts[index] + np.arange(batch.lengths[index])
+    if distillation.last_token:
+        return tokens[-1:]
+    return tokens if distillation.all_tokens else targets
 
 
 def _hidden_states(distillation: Distillation) -> torch.Tensor:

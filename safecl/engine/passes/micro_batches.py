@@ -19,6 +19,7 @@ from safecl.engine.model.attention import Sequences
 from safecl.engine.model.loss_inputs import LossInputs
 from safecl.engine.passes.distances import hidden_distances, output_distances, target_positions
 from safecl.engine.passes.step_rows import StepRow
+from safecl.engine.passes.token_terms import constraints, label_information
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ class StepBatch:
     """The terms of each of `inputs["distillations"]`, int64 [n]."""
     feature_terms: list[torch.Tensor]
     """The terms of each of `inputs["features"]`, int64 [m]."""
+    label_terms: list[torch.Tensor]
+    """The terms of each of `inputs["labels"]`, int64 [m]."""
     row_of: torch.Tensor
     """int64 [n], the row of the micro-batch that each target belongs to."""
     keys: list[int | None]
@@ -86,6 +89,7 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
     stored = [teacher for _, teacher in loaded]
     distillations, kd_terms = output_distances(rows, stored, counts, terms, layout.world_size)
     features, feature_terms = hidden_distances(rows, batch, places, terms, layout.world_size)
+    labels, label_terms = label_information(rows, counts, terms, layout.world_size)
     inputs = LossInputs(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -97,12 +101,17 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
         reference=reference,
         sequences=sequences_of(batch, layout.packed),
     )
+    if constrained := constraints(rows, [row for row, _ in loaded], counts):
+        inputs["constrained"] = constrained
+    if labels:
+        inputs["labels"] = labels
     return StepBatch(
         inputs,
         terms=torch.from_numpy(term_ids),
         num_tokens=sum(len(row.input_ids) for row, _ in loaded),
         kd_terms=kd_terms,
         feature_terms=feature_terms,
+        label_terms=label_terms,
         row_of=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
         keys=[row.key for row in rows],
     )

@@ -71,6 +71,10 @@ class StepLosses:
             self._add(terms, distillation["kd_weights"], output[f"kd{index}"])
         for index, (terms, feature) in enumerate(zip(batch.feature_terms, batch.inputs["features"], strict=True)):
             self._add(terms, feature["weights"], output[f"feature{index}"])
+        for index, (terms, information) in enumerate(
+            zip(batch.label_terms, batch.inputs.get("labels", []), strict=True)
+        ):
+            self._add(terms, information["weights"], output[f"label{index}"])
         if "adapters" in output:
             self._sums[self.terms.index(ADAPTERS)] += output["adapters"].double() / self.world_size
         self.num_tokens += batch.num_tokens

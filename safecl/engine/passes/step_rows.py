@@ -6,29 +6,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from safecl.data import Row
+from safecl.engine.model.features import Layers
 from safecl.kernels import TopKTeacher
+from safecl.methods.terms import TokenConstraint
 from safecl.replay import TeacherOutputs
 
 HIDDEN = "hidden"
-"""The divergence of last hidden states; all others compare output distributions."""
+"""The divergence of hidden states; all others compare output distributions."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A request for a teacher's last hidden states, or its top-k outputs, at some tokens of a row."""
+    """A request for a teacher's hidden states, or its top-k outputs, at some tokens of a row."""
 
     form: Literal["hidden", "topk"]
     all_tokens: bool = False
     """`hidden` only: every token of a row, not only those that predict a supervised target."""
+    layers: Layers = ()
+    """`hidden` only: layers whose hidden states are put side by side; empty: the last."""
     k: int = 0
     temperature: float = 1.0
 
 
 Answer = torch.Tensor | TopKTeacher
-"""Hidden states [tokens, H] in the teacher's dtype, or top-k outputs; on the device."""
+"""Hidden states [tokens, H] in the teacher's dtype, of several layers [tokens, layers * H]; or top-k outputs. On the
+device."""
 
 
 @dataclass(eq=False)
@@ -65,8 +71,39 @@ class Distillation:
     """The teacher is the model with its adapters off, in the same step."""
     all_tokens: bool = False
     """HIDDEN only: every token of the row, not only those that predict a supervised target."""
+    last_token: bool = False
+    """HIDDEN only: the row's last token alone."""
+    layers: Layers = ()
+    """HIDDEN only: the layers that are compared; empty: the last."""
     asked: Asked | None = None
     """Set where `load` returns the answer of an online teacher."""
+
+
+@dataclass(eq=False)
+class LabelMean:
+    """Labels of a step, by token id, and their mean probabilities over its rows. A pass before the step's sets it."""
+
+    ids: tuple[int, ...]
+    value: torch.Tensor | None = None  # fp32 [labels]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One row's part in the information over labels, see safecl.methods.terms.LabelTerm."""
+
+    term: str
+    weight: float
+    """Weight of the row, with the normaliser."""
+    sharpen: bool
+    mean: LabelMean
+
+
+@dataclass(frozen=True)
+class RowConstraint:
+    """A constraint on the tokens of one row."""
+
+    rule: TokenConstraint
+    log_probs: np.ndarray  # fp32 [targets], under the aligned model
 
 
 @dataclass(frozen=True)
@@ -80,6 +117,9 @@ class StepRow:
     ce_weight: float = 0.0
     """Weight of the cross-entropy per supervised token, with the normaliser."""
     distillations: tuple[Distillation, ...] = ()
+    constraint: RowConstraint | None = None
+    labels: Labels | None = None
+    """Only of rows with a target."""
     rank: int | None = None
     """The rank that holds the row; None where any rank can read it."""
     key: int | None = None
@@ -95,4 +135,5 @@ class StepRow:
 def terms_of(rows: Sequence[StepRow]) -> list[str]:
     """The terms of the loss: first the rows' own in order of appearance, then those of their distances."""
     extra = [d.term for row in rows for d in row.distillations if d.term is not None]
+    extra += [row.labels.term for row in rows if row.labels is not None]
     return list(dict.fromkeys([*(row.term for row in rows), *extra]))

@@ -26,6 +26,7 @@ from safecl.config import RunConfig
 from safecl.distributed import collectives, progress
 from safecl.engine.model.adapter_penalty import AdapterPenalty
 from safecl.engine.model.dropout import dropout_off
+from safecl.engine.model.frozen import freeze
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.hidden_moves import HiddenMoves
@@ -82,6 +83,7 @@ class TrainingEngine(ModelEngine):
         train = config.train
         self.layout, self.store = layout, store
         self.rank = collectives.rank()
+        freeze(model.model, config)
         model.zero_grad(set_to_none=True)  # a gradient that a caller left behind would join the first step
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = ShardAdamW(

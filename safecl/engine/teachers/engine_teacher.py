@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -36,7 +37,10 @@ class EngineTeacher:
             "positions": positions,
             "sequences": batch.sequences,
         }
-        settings = {"k": question.k, "temperature": question.temperature} if question.form == "topk" else {}
+        is_topk = question.form == "topk"
+        settings: dict[str, Any] = (
+            {"k": question.k, "temperature": question.temperature} if is_topk else {"layers": question.layers}
+        )
         output = self.engine.deepspeed(
             task=question.form, **to_device(inputs, self.engine.device), **settings, reference=not self.average
         )

@@ -7,10 +7,10 @@ any row:
     index.npy        int64 [rows, 3]: file, offset in bytes, tokens
     meta.json        the form of the outputs, and the rows
 
-Bytes per token: hidden states take hidden_size * 2 in a bf16 run (4 in fp32) and are stored as computed, without
-rounding; outputs take 6 k + 4. Example: 10,000 rows of 300 tokens at hidden size 4,096 are 24.6 GB for all tokens; with
-k = 64 on 100 supervised tokens a row they are 0.39 GB. Files are memory-mapped, so the page cache keeps what fits.
-Several nodes need a shared folder.
+Bytes per token: hidden states take hidden_size * 2 in a bf16 run (4 in fp32) for each layer that is compared, and are
+stored as computed, without rounding; outputs take 6 k + 4. Example: 10,000 rows of 300 tokens at hidden size 4,096 are
+24.6 GB for all tokens of one layer; with k = 64 on 100 supervised tokens a row they are 0.39 GB. Files are
+memory-mapped, so the page cache keeps what fits. Several nodes need a shared folder.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from safecl.config import ConfigError
 from safecl.data import TokenDataset
 from safecl.distributed import collectives
+from safecl.engine.model.features import layer_numbers
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.outputs import outputs_of_rows
 from safecl.methods.terms import TaskTerm
@@ -54,8 +55,10 @@ class Form:
         model = engine.module
         if term.divergence == "hidden":
             dtype = next(model.parameters()).dtype
-            size = model.text_settings.hidden_size * dtype.itemsize
-            return Form("hidden", {}, term.tokens == "all", size, dtype)
+            layers = layer_numbers(term.layers, model.num_layers)
+            size = model.text_settings.hidden_size * dtype.itemsize * max(1, len(layers))
+            settings = {"layers": list(layers)} if layers else {}
+            return Form("hidden", settings, term.tokens == "all", size, dtype)
         k = min(term.k, model.text_settings.vocab_size)
         return Form("topk", {"k": k, "temperature": term.temperature}, False, 6 * k + 4, torch.float16)
 

@@ -130,24 +130,43 @@ class StreamedTeacher:
         with_head = any(question.form == "topk" for batch in batches for question, _ in batch.asked)
         order = range(len(self.stream.units) if with_head else len(self.layers))
         with contextlib.closing(self.stream.run(order)) as weights:
-            hidden = self._hidden(batches, weights)
-            answers: list[list[Answer]] = [
-                [states[positions.to(self.device)] for _, positions in batch.asked]
-                for batch, states in zip(batches, hidden, strict=True)
-            ]
-            del hidden
+            answers = self._hidden_states(batches, weights)
             if with_head:
                 self._through_head(batches, answers, weights)
         return answers
 
-    def _hidden(self, batches: Sequence[TeacherBatch], weights: Iterator[Unit]) -> list[torch.Tensor]:
-        """Return the last hidden states [batch * length, H] of each batch."""
+    def _hidden_states(self, batches: Sequence[TeacherBatch], weights: Iterator[Unit]) -> list[list[Answer]]:
+        """Return the hidden states that the questions of each batch are about, of several layers side by side."""
+        kept: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+        def keep(number: int, index: int, hidden: torch.Tensor) -> None:
+            for place, (question, positions) in enumerate(batches[index].asked):
+                if number in (question.layers or (len(self.layers),)):
+                    kept.setdefault((index, place), []).append(hidden.flatten(0, -2)[positions.to(self.device)])
+
+        for index, states in enumerate(self._hidden(batches, weights, keep)):
+            keep(len(self.layers), index, states)
+        return [[torch.cat(kept[i, n], -1) for n in range(len(batch.asked))] for i, batch in enumerate(batches)]
+
+    def _hidden(
+        self,
+        batches: Sequence[TeacherBatch],
+        weights: Iterator[Unit],
+        see: Callable[[int, int, torch.Tensor], None] = lambda number, index, hidden: None,
+    ) -> list[torch.Tensor]:
+        """Return the last hidden states [batch * length, H] of each batch.
+
+        see: is shown the layer's number (from 1), the batch and its hidden states [batch, length, H], behind every
+        layer but the last.
+        """
         calls = [self._begin(batch) for batch in batches]
         for number, (layer, unit) in enumerate(zip(self.layers, weights, strict=False)):
-            for call in calls:
+            for index, call in enumerate(calls):
                 arguments, options = call.arguments[number]
                 output = functional_call(layer, unit, (call.hidden, *arguments), options)
                 call.hidden = output[0] if isinstance(output, tuple) else output
+                if number + 1 < len(self.layers):
+                    see(number + 1, index, call.hidden)
         return [self._finish(batch, call) for batch, call in zip(batches, calls, strict=True)]
 
     def _begin(self, batch: TeacherBatch) -> _Call:

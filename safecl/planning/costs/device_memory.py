@@ -15,6 +15,7 @@ import torch
 from safecl.config import RunConfig, parse_bytes
 from safecl.engine.checkpoint.staging import staging_bytes
 from safecl.engine.model.dtypes import CONFIG_DTYPES
+from safecl.engine.model.features import layer_numbers
 from safecl.engine.zero.pieces import CHUNK
 from safecl.engine.zero.placement import StatePlacement, role_of
 from safecl.engine.zero.state_placement import needs_reference, placement_of, streams_theta_0
@@ -96,6 +97,7 @@ def plan_memory(
         *_teachers(config, teachers, device),
         *_checkpoints(shape, config, world_size),
         *_activations(shape, config, device),
+        *_compared_layers(shape, config),
         Item("program and libraries", "host", program),
         Item("evaluation", "device", shape.evaluation, "evaluation"),
     ]
@@ -169,6 +171,14 @@ def _checkpoints(shape: ModelShape, config: RunConfig, world_size: int) -> Itera
     per_weight = 3 * FP32 + sum(_element_bytes(kind, config, placement) for kind in kinds)
     state, limit = share_of(shape.trained, world_size) * per_weight, parse_bytes(config.checkpoint.staging)
     yield Item("copy for the checkpoint", "host", staging_bytes(state, limit))
+
+
+def _compared_layers(shape: ModelShape, config: RunConfig) -> Iterator[Item]:
+    """Yield the hidden states of several layers that a teacher gives, and their differences to the model's in fp32."""
+    tokens = config.train.tokens_per_microbatch if shape.tokens is None else shape.tokens
+    for settings in config.methods.values():
+        values = len(layer_numbers(settings.compared_layers, shape.layers)) * tokens * shape.hidden
+        yield Item("compared layers", "device", values * (2 * weight_bytes(config) + 3 * FP32), "backward")
 
 
 def _activations(shape: ModelShape, config: RunConfig, device: str) -> Iterator[Item]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from safecl.config import LoraConfig, RunConfig
 from safecl.engine.model.adapters import is_target
+from safecl.engine.model.frozen import frozen_weights
 from safecl.engine.model.settings import choose_attention
 from safecl.planning.costs.activations import activation_bytes
 from safecl.planning.costs.inference import inference_bytes
@@ -55,7 +57,7 @@ class ModelShape:
 
         passes: the largest passes of the run; None: full micro-batches of the longest rows, and no evaluation.
         """
-        alone = cls.without_activations(model, config.model.lora)
+        alone = cls.without_activations(model, config.model.lora, functools.partial(frozen_weights, config))
         settings, batch = _settings_of(model), _micro_batch(config) if passes is None else passes.micro_batch
         evaluations = [] if passes is None else [one for one in (passes.generated, passes.scored) if one is not None]
         return replace(
@@ -68,19 +70,29 @@ class ModelShape:
         )
 
     @classmethod
-    def without_activations(cls, model: nn.Module, lora: LoraConfig | None = None) -> ModelShape:
-        """Return the numbers of weights alone. lora: the adapters that the model will get."""
+    def without_activations(
+        cls,
+        model: nn.Module,
+        lora: LoraConfig | None = None,
+        frozen: Callable[[list[str]], set[str]] = lambda names: set(),
+    ) -> ModelShape:
+        """Return the numbers of weights alone.
+
+        lora: the adapters that the model will get. frozen: returns those of the trained weights that stay as they are.
+        """
         weights = sum(p.numel() for p in model.parameters())
         layers = max(
             (m for m in model.modules() if isinstance(m, nn.ModuleList)),
             key=lambda m: sum(p.numel() for p in m.parameters()),
         )
         settings = _settings_of(model).get_text_config()
-        adapters = [lora.r * count for sizes in _adapted(model, lora) for count in sizes] if lora is not None else []
+        sizes = {n: p.numel() for n, p in model.named_parameters()} if lora is None else dict(_adapters(model, lora))
+        stays = frozen(list(sizes))
+        trained = [size for name, size in sizes.items() if name not in stays]
         return cls(
             weights=weights,
-            trained=weights if lora is None else sum(adapters),
-            largest=max(adapters) if adapters else max(p.numel() for p in model.parameters()),
+            trained=sum(trained),
+            largest=max(trained) if trained else max(p.numel() for p in model.parameters()),
             largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
             hidden=settings.hidden_size,
             vocab=settings.vocab_size,
@@ -125,10 +137,11 @@ def _is_masked(config: RunConfig) -> bool:
     )
 
 
-def _adapted(model: nn.Module, lora: LoraConfig) -> Iterator[tuple[int, int]]:
-    """Yield (inputs, outputs) of the linear maps that get an adapter."""
+def _adapters(model: nn.Module, lora: LoraConfig) -> Iterator[tuple[str, int]]:
+    """Yield the name and size of each weight of the adapters."""
     head = cast("PreTrainedModel", model).get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             if lora.target_modules == "all-linear" or any(is_target(name, target) for target in lora.target_modules):
-                yield module.in_features, module.out_features
+                for part, size in (("A", module.in_features), ("B", module.out_features)):
+                    yield f"base_model.model.{name}.lora_{part}.default.weight", lora.r * size

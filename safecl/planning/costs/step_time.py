@@ -93,7 +93,7 @@ class Cluster:
 
 def step_time(shape: ModelShape, config: RunConfig, cluster: Cluster, tokens_per_batch: int) -> StepTime:
     """Return the time of a step of `tokens_per_batch` task tokens. Replay adds its share."""
-    ratio = config.memory.replay_ratio if config.memory is not None and _replays(config) else 0.0
+    ratio = config.memory.largest_replay_ratio if config.memory is not None and _replays(config) else 0.0
     tokens = tokens_per_batch * (1 + ratio)
     batches = num_micro_batches(tokens, config, cluster.ranks)
     forward = forward_flops(shape, config) * tokens / cluster.ranks / cluster.device.flops
@@ -104,7 +104,8 @@ def step_time(shape: ModelShape, config: RunConfig, cluster: Cluster, tokens_per
     latency = calls * math.log2(cluster.ranks) * cluster.device.latency if cluster.ranks > 1 else 0.0
     return StepTime(
         passes=passes,
-        methods=_method_passes(shape, config, cluster, forward, passes, ratio),
+        methods=_method_passes(shape, config, cluster, forward, passes, ratio)
+        + _head_forwards(shape, config) * tokens / cluster.ranks / cluster.device.flops,
         exchange=sent * ring / cluster.link + latency,
         update=_update(shape, config, cluster),
         sent=sent * ring,
@@ -164,6 +165,11 @@ def _method_passes(
     own += sum(settings.forward_passes for settings in methods) * forward * replayed
     own += sum(settings.task_gradient_passes for settings in methods) * passes * (1 - replayed)
     return teachers * max(forward, streamed) + own
+
+
+def _head_forwards(shape: ModelShape, config: RunConfig) -> float:
+    """Floating-point operations per token of the output head's forwards that methods add."""
+    return sum(settings.head_forwards for settings in config.methods.values()) * 2.0 * shape.vocab * shape.hidden
 
 
 def _update(shape: ModelShape, config: RunConfig, cluster: Cluster) -> float:

@@ -1,0 +1,1 @@
+"""Methods that leave some weights as they are."""

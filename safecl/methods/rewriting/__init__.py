@@ -1,0 +1,1 @@
+"""Methods that rewrite the task's rows before they are tokenised."""

@@ -1,0 +1,132 @@
+"""Scores of the tasks' rows: log-probabilities of answers under the aligned model, computed once before training.
+
+A file of the run folder holds each score of each task, 4 bytes per token of the answers. Any number of ranks reads it
+whole, so the weights that methods make of it do not depend on ranks or stages. Scores under the base model are an
+artifact as well: other runs on the same model and rows take them from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from safecl.config import ConfigError
+from safecl.data import TokenDataset
+from safecl.distributed import collectives
+from safecl.engine.artifacts.base_model import base_key, fingerprint
+from safecl.engine.artifacts.store import ArtifactStore, ask_first_rank, obtain
+from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.engine.teachers.outputs import outputs_of_rows
+from safecl.methods.terms import Score
+from safecl.planning.plans import RunPlan, TaskPlan
+from safecl.scan.refusals import opening_of
+from safecl.storage.durable import replace_file
+from safecl.training.recorded.rows import dataset_of
+
+FOLDER, KIND, FILE = "scores", "row-scores", "scores.npz"
+
+
+class RowScores:
+    """The scores of a run's tasks, in files of the run folder."""
+
+    def __init__(self, engine: TrainingEngine, output: str):
+        """output: the run folder."""
+        self.engine, self.folder = engine, Path(output) / FOLDER
+        self.plan: RunPlan | None = None
+        """The run's plan, with its tokenizer. With it, scores under the base model are shared between runs."""
+        self.answer_ids: Callable[[str], Sequence[int]] = functools.cache(self._tokens_of)
+        """Returns the tokens of an answer, as they follow the template's opening of an assistant turn."""
+        self._values: dict[tuple[str, Score], tuple[np.ndarray, np.ndarray]] = {}
+
+    def of_rows(self, task: str, score: Score, indices: np.ndarray) -> list[np.ndarray]:
+        """Return the score of these rows of the task: fp32 [tokens] each."""
+        values, offsets = self._values[task, score]
+        return [values[offsets[i] : offsets[i + 1]] for i in indices]
+
+    def record(self, scores: Iterable[Score], tasks: Sequence[TaskPlan], log: Callable[[str], None]) -> None:
+        """Compute what is missing of the scores of all tasks, by the current model. A collective call."""
+        for score in dict.fromkeys(scores):
+            for task in tasks:
+                if (task.config.name, score) not in self._values:
+                    self._record(score, task, log)
+
+    def reopen(self, task: TaskPlan, score: Score) -> None:
+        """Open what this run recorded before it was stopped. A collective call."""
+        path = self._path(task, score)
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
+                values, counts, rows = found["values"], found["counts"], str(found["rows"])
+        except (OSError, ValueError, KeyError):
+            raise ConfigError(
+                f"{path}: the scores of the rows are not there, so the run cannot resume; start it anew"
+            ) from None
+        if rows != fingerprint(task.dataset):
+            raise ConfigError(f"{path}: these are scores of other rows; resume with the same config, or start anew")
+        self._values[task.config.name, score] = values, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    def keys(self) -> list[tuple[str, Score]]:
+        """Return (task, score) of all that is recorded."""
+        return list(self._values)
+
+    # ------------------------------------------------------------------------------------------------------- computing
+
+    def _record(self, score: Score, task: TaskPlan, log: Callable[[str], None]) -> None:
+        ids = None if score.text is None else list(self.answer_ids(score.text))
+        rows = task.dataset if ids is None else with_answer(task.dataset, ids)
+        path = self._path(task, score)
+        if self.plan is None or self.plan.config.tasks[0].role == "align":
+            self._write(rows, fingerprint(task.dataset), path)
+        else:
+            config, store = self.plan.config, ArtifactStore.of(self.plan.config)
+            own = {"rows": fingerprint(task.dataset), "answer": str(ids)}
+            key = base_key(config, self.plan.tokenizer, store) | own
+            made = obtain(
+                store, KIND, key, build=lambda folder: self._write(rows, own["rows"], folder / FILE), note=log
+            )
+            ask_first_rank(lambda: _copy(made / FILE, path))
+        self.reopen(task, score)
+
+    def _write(self, rows: TokenDataset, key: str, path: Path) -> None:
+        """Compute the log-probabilities of all rows' targets, and write them on rank 0."""
+        own = [
+            (index, -output["nll"].float().numpy())
+            for index, output in outputs_of_rows(self.engine, rows, "topk", k=1, temperature=1.0)
+        ]
+        found = [values for _, values in sorted(collectives.gather_objects(own), key=lambda item: item[0])]
+        counts = np.array([len(values) for values in found], np.int32)
+        if collectives.rank() == 0:
+            file = io.BytesIO()
+            np.savez(file, values=np.concatenate(found), counts=counts, rows=np.array(key))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, file.getvalue())
+        collectives.barrier()
+
+    def _path(self, task: TaskPlan, score: Score) -> Path:
+        return self.folder / (re.sub(r"[^\w.-]+", "-", f"{task.config.name}-{score.name}") + ".npz")
+
+    def _tokens_of(self, text: str) -> Sequence[int]:
+        assert self.plan is not None, "a plan has the tokenizer"
+        return opening_of(self.plan.tokenizer, text, len(text) + 1)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def with_answer(dataset: TokenDataset, answer: Sequence[int]) -> TokenDataset:
+    """Return the rows with another answer in the place of their last one and of all behind it; only that is trained."""
+    parts, masks = [], []
+    for index in range(len(dataset)):
+        row = dataset.row(index)
+        begins = np.flatnonzero(np.diff(row.loss_mask.astype(np.int8), prepend=0) == 1)
+        prompt = row.input_ids[: begins[-1]] if len(begins) else row.input_ids
+        parts.append(np.concatenate([prompt, np.asarray(answer, np.int32)]))
+        masks.append(np.arange(len(parts[-1])) >= len(prompt))
+    return dataset_of(parts, masks, dataset.row_ids)

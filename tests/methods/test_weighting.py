@@ -1,0 +1,178 @@
+"""Methods that weigh rows and tokens train the same numbers as their papers' equations in plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from safecl.config import ConfigError
+from tests.engine.passes import oracle
+from tests.engine.scenes import REFUSAL_IDS, random_dataset, tiny_model
+from tests.methods import reference, scenes
+from tests.methods.test_lwf import LORA_ON_HEAD
+from tests.methods.test_replay_methods import task_rows
+
+STEPS = 5
+
+
+def answer_log_probs(model, row, ids=None) -> torch.Tensor:
+    """fp64 log-probabilities of the supervised tokens, or of other tokens in the place of the answer."""
+    tokens, mask = row.input_ids.astype("int64"), row.loss_mask
+    if ids is not None:
+        start = int(np.flatnonzero(mask)[0])
+        tokens = np.concatenate([tokens[:start], ids])
+        mask = np.arange(len(tokens)) >= start
+    tokens = torch.from_numpy(tokens)[None]
+    log_p = model(input_ids=tokens, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+    return log_p.gather(-1, tokens[0, 1:, None])[:, 0][torch.from_numpy(mask[1:].copy())]
+
+
+def expected(loss_of_step) -> tuple[dict, dict]:
+    """(start, end) of training with a loss of (student, frozen copy, rows of the step)."""
+    student = tiny_model()
+    frozen = copy.deepcopy(student)
+    start = {name: p.detach().clone() for name, p in student.named_parameters()}
+    steps = task_rows(random_dataset(60, seed=1), STEPS)
+    return start, reference.train(student, [lambda rows=rows: loss_of_step(student, frozen, rows) for rows in steps])
+
+
+def error(found: dict, start: dict, end: dict) -> float:
+    return oracle.relative_distance(found["weights"], end, start)
+
+
+# ------------------------------------------------------------------------------------------------------ constrained SFT
+
+
+def equation_4(betas: list[float], rest: float):
+    def loss(student, frozen, rows) -> torch.Tensor:
+        terms = []
+        for row in rows:
+            with torch.no_grad():
+                before = answer_log_probs(frozen, row)
+            now = answer_log_probs(student, row)
+            beta = torch.tensor((betas + [rest] * len(now))[: len(now)], dtype=torch.float64)
+            terms.append(-2 / beta * torch.nn.functional.logsigmoid(beta * (now - before)))
+        return torch.cat(terms).mean().float()
+
+    return loss
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_constrained_sft_has_the_gradient_of_the_papers_loss(rank_pool, tmp_path, stage):
+    settings = {"beta": 0.4, "first_tokens": 3, "factor": 10.0, "factor_of_first": 5.0, "floor": 0.0}
+    found = rank_pool(2).run(
+        scenes.train,
+        steps=STEPS,
+        memory=None,
+        methods={"constrained_sft": settings},
+        deepspeed={"stage": stage},
+        output=str(tmp_path),
+    )[0]
+    assert error(found, *expected(equation_4([2.0, 4.0, 4.0], 0.4))) <= 1e-3
+    assert error(found, *expected(equation_4([], 0.4))) > 1e-2
+
+
+def test_constrained_sft_works_with_the_models_own_logits(rank_pool, tmp_path):
+    """With LoRA on the head; after one step from equal weights it is plain fine-tuning, then it is slower."""
+    found = [
+        rank_pool(2).run(scenes.train, steps=3, memory=None, model=LORA_ON_HEAD, methods=methods, output=str(tmp_path))[
+            0
+        ]
+        for methods in ({"constrained_sft": {"beta": 2.0}}, {})
+    ]
+    first, later = ([losses["losses"][step]["task"] for losses in found] for step in (1, 2))
+    assert first[0] == pytest.approx(first[1], rel=1e-6) and later[0] > later[1] + 1e-4
+
+
+def test_beta_depends_on_the_place_in_each_answer():
+    from safecl.engine.passes.token_terms import betas_of
+    from safecl.methods.weighting.constrained_sft import Config, Method
+
+    rule = Method("constrained_sft", Config()).token_constraint()
+    mask = np.array([0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1], bool)
+    assert betas_of(rule, mask).tolist() == pytest.approx([0.5, 2.0, 2.0, 2.0, 2.0, 0.1, 0.5, 2.0])
+    rule = Method("constrained_sft", Config(first_tokens=0)).token_constraint()
+    assert betas_of(rule, mask).tolist() == pytest.approx([0.1] * 8)
+
+
+# ------------------------------------------------------------------------------------------------------------- Antibody
+
+
+def weighted_by_refusal(temperature: float, mean: str):
+    def loss(student, frozen, rows) -> torch.Tensor:
+        with torch.no_grad():
+            ratio = [
+                answer_log_probs(frozen, row).mean() - answer_log_probs(frozen, row, REFUSAL_IDS).mean() for row in rows
+            ]
+        weights = (torch.stack(ratio) / temperature).softmax(0)
+        tokens = [-answer_log_probs(student, row) for row in rows]
+        if mean == "rows":
+            return sum(w * t.mean() for w, t in zip(weights, tokens, strict=True)).float()
+        total = sum(w * len(t) for w, t in zip(weights, tokens, strict=True))
+        return sum(w * t.sum() / total for w, t in zip(weights, tokens, strict=True)).float()
+
+    return loss
+
+
+@pytest.mark.parametrize(("stage", "mean"), [(1, "rows"), (3, "tokens")])
+def test_antibody_equals_a_softmax_over_the_whole_step(rank_pool, tmp_path, stage, mean):
+    found = rank_pool(2).run(
+        scenes.train,
+        steps=STEPS,
+        memory=None,
+        methods={"antibody": {"temperature": 0.1}},
+        train={"loss_mean": mean},
+        deepspeed={"stage": stage},
+        output=str(tmp_path),
+    )[0]
+    assert error(found, *expected(weighted_by_refusal(0.1, mean))) <= 1e-3
+    assert error(found, *expected(weighted_by_refusal(1e9, mean))) > 1e-2
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+def test_another_answer_takes_the_place_of_the_last_one():
+    from safecl.training.recorded.scores import with_answer
+
+    rows = scenes.dataset_of(
+        [([1, 2, 3, 4, 5], [False, True, False, True, True]), ([7, 8], [False, True]), ([9, 9], [False, False])], 5
+    )
+    found = with_answer(rows, [50, 51])
+    assert [found.row(i).input_ids.tolist() for i in range(3)] == [[1, 2, 3, 50, 51], [7, 50, 51], [9, 9, 50, 51]]
+    assert [found.row(i).loss_mask.sum() for i in range(3)] == [2, 2, 2]
+    assert found.row_ids.tolist() == rows.row_ids.tolist()
+
+
+def scores_of_other_rows(folder: str) -> str:
+    from safecl.methods.base import Score
+    from tests.engine.scenes import run_config
+
+    config = run_config(memory=None, methods={"constrained_sft": {}}, output=folder)
+    run, (task,) = scenes.make_run(config, tiny_model(), [random_dataset(20, seed=1)])
+    run.begin_task(task, active=True)
+    task.dataset = random_dataset(20, seed=2)
+    try:
+        run.row_scores.reopen(task, Score("answer"))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_scores_of_other_rows_are_refused(rank_pool, tmp_path):
+    assert "scores of other rows" in rank_pool(1).run(scores_of_other_rows, folder=str(tmp_path))[0]
+
+
+def test_the_score_of_an_answer_is_its_mean_or_its_sum():
+    from safecl.methods.weighting.antibody import Config, Method
+
+    given = {
+        "answer": [np.float32([-1, -1]), np.float32([-1, -1, -1]), np.float32([])],
+        "refusal": [np.float32([-2])] * 3,
+    }
+    by_mean, by_sum = (Method("antibody", Config(length=way)).row_factors(given) for way in ("mean", "sum"))
+    assert by_mean[0] == pytest.approx(by_mean[1]) and by_sum[0] == pytest.approx(np.e * by_sum[1])
+    assert by_mean.sum() == pytest.approx(1.0) and np.isfinite(by_sum).all()
