@@ -55,6 +55,10 @@ class SafetyConfig(Section):
     memory, task or poison data."""
     benign_prompts: str | None = None
     """Benign prompts that look dangerous, for over-refusal. Rows with `safe: false` are left out."""
+    system: Text | None = None
+    """System message under which everything is measured: prompts, benign prompts and the tasks' held-out rows; those
+    that have one keep it. Training does not see it. With a message that asks for safety it is "pure tuning, safe
+    testing" (PTST, arXiv 2402.18540): tune without it, measure with it, and serve with it as well."""
     scorer: Annotated[str, AfterValidator(_name_of_scorer)] = "keyword:gcg"
     """The scorer behind the headline rate: keyword:gcg, keyword:wei, prefix:xstest, the rules of one language
     (keyword:en, keyword:de, keyword:fr, ...; keyword:auto guesses it for each answer), or a judge that can be imported
@@ -126,6 +130,10 @@ class ScanConfig(Section):
     disallowed: Text | None = None
     """File of disallowed prompts that the model refuses, preferably new ones: prompts that it was aligned on score
     higher. By default the memory's refused rows, else safety.prompts."""
+    views: Annotated[list[Literal["refusal", "probe"]], Field(min_length=1)] = ["refusal"]
+    """What a row is scored by. refusal: how probable the model's refusal of its prompt is; probe: how much its prompt
+    is like the known disallowed ones, by a linear probe on the model's hidden states. The probe is fitted to them and
+    to known harmless prompts: the memory's answered rows, and every second row of `benign`, so give twice as many."""
     weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """downweight: factor of a flagged row's weight."""
     refusals: list[Text] = []

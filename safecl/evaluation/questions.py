@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safecl.config import EvalConfig, RunConfig, SafetyConfig
+from safecl.config import EvalConfig, FieldMap, RunConfig, SafetyConfig
 from safecl.data.config_rows import read_eval_rows, read_training_rows
+from safecl.evaluation.answers.texts import under_system
 from safecl.evaluation.contamination import check_disjoint
 from safecl.evaluation.gates.gate import check_gate_is_decidable
 
@@ -51,9 +52,17 @@ def questions_of(config: RunConfig) -> Questions:
     if prompts:
         check_disjoint([*prompts, *benign], read_training_rows(config))
     tasks = [
-        (task.name, task.eval, read_eval_rows(task.eval, task.fields)) for task in config.tasks if task.eval is not None
+        (task.name, task.eval, read_held_out(config.safety, task.eval, task.fields))
+        for task in config.tasks
+        if task.eval is not None
     ]
     return Questions(config.safety, prompts, benign, tasks)
+
+
+def read_held_out(safety: SafetyConfig | None, settings: EvalConfig | None, fields: FieldMap | None) -> list[ChatRow]:
+    """Read held-out rows of a task, under the system message of `safety`. fields: the task's own templates."""
+    rows = read_eval_rows(settings, fields)
+    return rows if safety is None else under_system(safety.system, rows)
 
 
 def read_safety_prompts(safety: SafetyConfig | None) -> tuple[list[Prompt], list[Prompt]]:
@@ -62,8 +71,9 @@ def read_safety_prompts(safety: SafetyConfig | None) -> tuple[list[Prompt], list
 
     if safety is None:
         return [], []
-    prompts = read_prompts(safety.prompts, safety.max_prompts)
+    prompts = under_system(safety.system, read_prompts(safety.prompts, safety.max_prompts))
     benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True) if safety.benign_prompts else []
+    benign = under_system(safety.system, benign)
     if safety.gate is not None:
         check_gate_is_decidable(
             safety.gate, num_prompts=len(prompts), num_benign=len(benign), prompts=prompts, benign=benign

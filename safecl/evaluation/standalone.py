@@ -26,10 +26,9 @@ from safecl.config import (
     load_config,
     validate_tree,
 )
-from safecl.data.config_rows import read_eval_rows
 from safecl.evaluation.answers.folders import check_is_model, is_model, name_of
 from safecl.evaluation.gates.gate import GateResult, judge_gate
-from safecl.evaluation.questions import Questions, questions_of, read_safety_prompts
+from safecl.evaluation.questions import Questions, questions_of, read_held_out, read_safety_prompts
 from safecl.evaluation.records import Privacy
 from safecl.storage.model_folder import tuned_model
 
@@ -130,7 +129,7 @@ def evaluate_folder(
     that replace the folder's own. Raises: ConfigError.
     """
     check_is_model(model)
-    read = [(name, config, read_eval_rows(config, None)) for name, config in (tasks or {}).items()]
+    read = [(name, config, read_held_out(safety, config, None)) for name, config in (tasks or {}).items()]
     questions = Questions(safety, *read_safety_prompts(safety), read)
     settings = (settings or ModelConfig(path=str(model))).model_copy(update={"path": str(model)})
     folder = Path(output or Path("runs") / f"eval-{name_of(model)}")

@@ -12,13 +12,14 @@ import numpy as np
 from safecl.config import RunConfig, TaskConfig
 from safecl.config.method_registry import method_module
 from safecl.data import load_tokenizer, read_prompts, resolve_tokens_per_batch
-from safecl.data.config_rows import prepare_memory, prepare_task, read_eval_rows, read_training_rows, read_upload_rows
+from safecl.data.config_rows import prepare_memory, prepare_task, read_training_rows, read_upload_rows
 from safecl.data.reading.files import where
 from safecl.data.templates.thinking import check_thinking
 from safecl.data.templates.written import notes_on_prompts
 from safecl.engine.teachers.checks import check_teachers
 from safecl.evaluation import check_disjoint, check_gate_is_decidable, find_overlaps, load_scorer
-from safecl.evaluation.answers.texts import place_of
+from safecl.evaluation.answers.texts import place_of, under_system
+from safecl.evaluation.questions import read_held_out
 from safecl.methods.base import Method
 from safecl.planning.checks import check_backend, check_fisher, check_scan, check_sizes, check_trackers
 from safecl.planning.memory_kinds import check_shares
@@ -75,7 +76,7 @@ def _plan_task(config: RunConfig, task: TaskConfig, tokenizer: PreTrainedTokeniz
         dataset=dataset,
         tokens_per_batch=tokens_per_batch,
         order=order_of_rows(train, dataset, tokens_per_batch),
-        eval_rows=read_eval_rows(task.eval, task.fields),
+        eval_rows=read_held_out(config.safety, task.eval, task.fields),
         poisoned_rows=poisoned,
     )
 
@@ -87,9 +88,10 @@ def _plan_safety(plan: RunPlan) -> None:
     if safety is None:
         return
     load_scorer(safety.scorer)
-    plan.prompts = read_prompts(safety.prompts, safety.max_prompts)
+    plan.prompts = under_system(safety.system, read_prompts(safety.prompts, safety.max_prompts))
     if safety.benign_prompts is not None:
-        plan.benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True)
+        benign = read_prompts(safety.benign_prompts, safety.max_prompts, only_safe=True)
+        plan.benign = under_system(safety.system, benign)
     if safety.gate is not None:
         check_gate_is_decidable(
             safety.gate,

@@ -60,6 +60,13 @@ def refused_rows(config: RunConfig) -> list[ChatRow]:
     return [row for row in answered if _is_refusal(split(row.messages[-1].content, markers).answer)]
 
 
+def answered_rows(config: RunConfig) -> list[ChatRow]:
+    """Read the rows of the memory whose last answer is none: known harmless rows."""
+    refused = {(row.path, row.line) for row in refused_rows(config)}
+    rows = [row for row in read_memory_rows(config) if row.messages[-1].role == "assistant"]
+    return [row for row in rows if (row.path, row.line) not in refused]
+
+
 def _is_refusal(answer: str) -> bool:
     return refused_by_any(answer)
 

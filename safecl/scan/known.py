@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from safecl.config import ConfigError, RunConfig
 from safecl.data.messages import ChatRow
 from safecl.data.reading.rows import Prompt, read_prompts
-from safecl.scan.duplicates import disallowed_prompts
+from safecl.scan.duplicates import answered_rows, disallowed_prompts
 
 
 @dataclass(frozen=True)
 class Known:
-    """disallowed: prompts that the aligned model refuses. benign: those of scan.benign, none without it."""
+    """disallowed: prompts that the aligned model refuses. benign: those of scan.benign from which the threshold is
+    computed, none without it. harmless: further ones, for the views that need some."""
 
     disallowed: Sequence[Prompt | ChatRow]
     benign: Sequence[Prompt]
+    harmless: Sequence[Prompt | ChatRow] = ()
 
 
 def read_known(config: RunConfig) -> Known:
@@ -31,9 +33,27 @@ def read_known(config: RunConfig) -> Known:
             "name some with scan.disallowed"
         )
     benign = read_prompts(settings.benign, only_safe=True) if settings.benign is not None else []
+    harmless: list[Prompt | ChatRow] = []
+    if "probe" in settings.views:
+        harmless, benign = [*answered_rows(config), *benign[1::2]], benign[::2]
+        refuse_too_few(len(disallowed), len(harmless))
     if settings.benign is not None:
         check_number_of_benign(len(benign), settings.false_alarm)
-    return Known(disallowed, benign)
+    return Known(disallowed, benign, harmless)
+
+
+FEWEST = 30
+"""Known prompts of each kind below which there is no probe."""
+
+
+def refuse_too_few(disallowed: int, harmless: int) -> None:
+    """Raise ConfigError where there are too few known prompts for a probe."""
+    if min(disallowed, harmless) < FEWEST:
+        raise ConfigError(
+            f"scan.views: the probe is fitted to at least {FEWEST} disallowed and {FEWEST} harmless prompts, and there "
+            f"are {disallowed} and {harmless}; name more with scan.disallowed, scan.benign (every second row is "
+            "taken) or the memory's answered rows, or leave out `probe`"
+        )
 
 
 def check_number_of_benign(num: int, alpha: float) -> None:

@@ -75,7 +75,7 @@ def score_prompts(model: EvalModel, prompts: Sequence[Sequence[int]], refusals: 
     room = (getattr(model, "max_positions", None) or 10**9) - longest
     prompts = [prompt[-room:] for prompt in prompts]  # the end of a prompt holds the request
     most_rows = max(1, LOGITS_BYTES // (4 * model.vocab_size * len(refusals) * longest))
-    batches = list(_batches(list(map(len, prompts)), most_rows))
+    batches = list(batches_of(list(map(len, prompts)), most_rows))
     scores = np.zeros(len(prompts))
     while model.any(bool(batches)):
         batch = batches.pop(0) if batches else []
@@ -84,7 +84,7 @@ def score_prompts(model: EvalModel, prompts: Sequence[Sequence[int]], refusals: 
     return scores
 
 
-def _batches(lengths: list[int], most_rows: int) -> Iterator[list[int]]:
+def batches_of(lengths: list[int], most_rows: int) -> Iterator[list[int]]:
     """Yield batches of prompts of similar length, the longest first."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):

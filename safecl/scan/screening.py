@@ -21,19 +21,22 @@ from safecl.data.reading.files import unit_of, where
 from safecl.data.reading.rows import Prompt
 from safecl.data.templates.thinking import answer_prompt_ids
 from safecl.data.tokens import TokenDataset
-from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
-from safecl.evaluation.answers.prompts import pad_id_of
+from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.answers.texts import messages_of
 from safecl.evaluation.records import Privacy, private, write_outputs
 from safecl.scan.duplicates import Reasons, find_duplicates, repeats_evaluation
 from safecl.scan.known import read_known
 from safecl.scan.refusals import Refusals, evenly, given_refusals, own_refusals
-from safecl.scan.scores import DIGITS, Openings, refusal_scores, score_prompts
 from safecl.scan.threshold import Threshold, threshold_from_benign, threshold_from_upload
+from safecl.scan.views import PROBE, REFUSAL, open_views, refusal_of_prompts
 from safecl.scan.words import words_by_place
 
 REFUSED = "the model would refuse its prompt"
+LIKE_DISALLOWED = "its prompt is like the known disallowed ones"
+BY_SCORE = {REFUSAL: REFUSED, PROBE: LIKE_DISALLOWED}
+"""The reason for a flag by the view in which the row scores highest."""
 MOST_DISALLOWED = 512
+MOST_HARMLESS = 1024
 MOST_SHOWN = 20
 LEAST_PROBABLE = 1e-3
 """Refusals whose median probability after known disallowed prompts is below this are not the model's own."""
@@ -86,7 +89,7 @@ class TaskScreening:
                 f"task {self.name}: {high} rows are flagged by their score, "
                 f"where harmless rows hardly ever make more than {most}"
             )
-        if repeats := [flag for flag in self.flags if any(reason != REFUSED for reason in flag.reasons)]:
+        if repeats := [flag for flag in self.flags if any(reason not in BY_SCORE.values() for reason in flag.reasons)]:
             place, reason = where(repeats[0].path, repeats[0].line), repeats[0].reasons[-1]
             return f"task {self.name}: {len(repeats)} rows repeat known prompts, e.g. {place}, which {reason}"
         return None
@@ -185,7 +188,9 @@ class Screening:
 
 
 def _in_a_word(reason: str) -> str:
-    return "refused" if reason == REFUSED else "evaluation" if repeats_evaluation([reason]) else "memory"
+    if reason in BY_SCORE.values():
+        return "refused" if reason == REFUSED else "probe"
+    return "evaluation" if repeats_evaluation([reason]) else "memory"
 
 
 def screen_tasks(
@@ -199,15 +204,20 @@ def screen_tasks(
     assert settings is not None, "the config has no `scan` section"
     prompts = read_known(config)
     refusals = _refusals(model, tokenizer, settings, prompts.disallowed)
-    known = _scores_of(model, tokenizer, evenly(prompts.disallowed, MOST_DISALLOWED), refusals.openings)
-    _refuse_strange_refusals(known, refusals)
+    disallowed = _token_ids(tokenizer, evenly(prompts.disallowed, MOST_DISALLOWED))
+    harmless = _token_ids(tokenizer, evenly(prompts.harmless, MOST_HARMLESS))
+    views, known = open_views(model, tokenizer, refusals.openings, settings.views, disallowed, harmless)
+    if REFUSAL in settings.views:
+        own = known if not views.scales else refusal_of_prompts(model, tokenizer, disallowed, refusals.openings)
+        _refuse_strange_refusals(own, refusals)
     benign = None
     if settings.benign is not None:
-        benign = _scores_of(model, tokenizer, prompts.benign, refusals.openings)
+        benign = views.combined(views.of_prompts(_token_ids(tokenizer, prompts.benign)))
     duplicates, words = find_duplicates(config), functools.cache(lambda: words_by_place(config))
     screened, notes = [], [refusals.warning] if refusals.warning else []
     for name, rows in tasks:
-        scores = refusal_scores(model, tokenizer, rows, refusals.openings).round(DIGITS)
+        by_view = views.of_rows(rows)
+        scores = views.combined(by_view)
         if benign is not None:
             threshold = threshold_from_benign(benign, len(scores), settings.false_alarm, known)
         else:
@@ -217,7 +227,8 @@ def screen_tasks(
                 f"task {name}: either about {threshold.false_alarm:.1%} of the harmless rows are flagged, too, "
                 "or there are disallowed prompts of another kind than the known ones; scan.benign would decide"
             )
-        flags = _flags(name, rows, scores, threshold, duplicates, words)
+        leading = functools.partial(views.leading, by_view)
+        flags = _flags(name, rows, scores, threshold, duplicates, words, leading)
         screened.append(TaskScreening(name, scores, threshold, flags))
     return Screening(settings.action, settings.weight, refusals, tuple(screened), tuple(notes))
 
@@ -250,10 +261,8 @@ def _refuse_strange_refusals(known: np.ndarray, refusals: Refusals) -> None:
         )
 
 
-def _scores_of(model: EvalModel, tokenizer: Any, prompts: Sequence[Prompt | ChatRow], openings: Openings) -> np.ndarray:
-    own = [answer_prompt_ids(tokenizer, messages_of(prompt), "empty") for prompt in shard_of(model, prompts)]
-    scores = score_prompts(model, own, openings, pad_id_of(tokenizer))
-    return np.array(gather_in_order(model, scores.tolist())).round(DIGITS)
+def _token_ids(tokenizer: Any, prompts: Sequence[Prompt | ChatRow]) -> list[list[int]]:
+    return [answer_prompt_ids(tokenizer, messages_of(prompt), "empty") for prompt in prompts]
 
 
 def _flags(
@@ -263,11 +272,12 @@ def _flags(
     threshold: Threshold,
     duplicates: Reasons,
     words: Callable[[], dict[str, str]],
+    leading: Callable[[int], str],
 ) -> tuple[Flag, ...]:
     lines, found = rows.lines.tolist(), []
     for index in np.argsort(-scores, kind="stable").tolist():
         path, line, score = rows.path(index), lines[index], float(scores[index])
-        reasons = [REFUSED] if score > threshold.value else []
+        reasons = [BY_SCORE[leading(index)]] if score > threshold.value else []
         reasons += duplicates.get(where(path, line), [])
         if reasons:
             prompt = words()[where(path, line)]

@@ -185,7 +185,7 @@ def test_the_scans_benchmark_aligns_the_same_model_once_and_waits_for_nobody(ben
     aligned = []
     monkeypatch.setattr(real_data, "random_model", lambda folder: None)
     monkeypatch.setattr(retention, "train", lambda folder, name, config: aligned.append(name))
-    monkeypatch.setattr(scan, "measure", lambda folder, model: {"model": model})
+    monkeypatch.setattr(scan, "measure", lambda folder, model, rows, only: {"model": model})
     monkeypatch.setattr(scan, "show", lambda found: aligned.append(found["model"]))
     monkeypatch.setattr(sys, "argv", ["scan.py", "--folder", str(tmp_path), "--no-json"])
     scan.main()

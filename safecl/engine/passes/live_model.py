@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 from safecl.distributed import collectives
 from safecl.distributed.node import this_node
 from safecl.engine.model.adapters import base_model
+from safecl.engine.model.features import layer_numbers
 from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.evaluation.answers.model import eos_ids_of
@@ -51,6 +52,26 @@ class LiveModel:
             past = DynamicCache(config=base_model(self._engine.module.model).config)
         logits = self._engine.logits(input_ids, attention_mask, position_ids, past, use_cache, last_only)
         return logits, past
+
+    def mean_states(self, prompts: Sequence[Sequence[int]], depth: float) -> torch.Tensor:
+        """Return the mean over each prompt's tokens of the hidden states at this depth, fp32 [prompts, H]. depth: share
+        of the layers, in (0, 1]. A collective call; every rank gives at least one prompt."""
+        module, width = self._engine.module, max(map(len, prompts))
+        layers = layer_numbers([max(1, round(depth * module.num_layers))], module.num_layers)
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        for place, prompt in enumerate(prompts):  # what stands behind a prompt does not reach it
+            ids[place, : len(prompt)] = torch.as_tensor(prompt)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        inside = torch.arange(width) < lengths[:, None]
+        output = self._engine.deepspeed(
+            task="hidden",
+            input_ids=ids.to(self.device),
+            position_ids=torch.arange(width, device=self.device).expand(len(prompts), -1),
+            positions=inside.flatten().nonzero().flatten().to(self.device),
+            layers=layers,
+        )
+        parts = output["hidden"].float().split(lengths.tolist())
+        return torch.stack([part.mean(0) for part in parts])
 
     def any(self, flag: bool) -> bool:
         return collectives.any_rank(flag)

@@ -30,6 +30,7 @@ class EvalModel(Protocol):
     Under ZeRO-3 each forward pass gathers weights from all ranks, so every rank must call `logits`, `any` and `gather`
     equally often and in the same order; the loops in `generate` and `likelihood` ensure that.
 
+    Optional: `mean_states(prompts, depth)`, mean hidden states of prompts, which the scan's probe needs;
     Optional: `max_positions` (int), where longer inputs would be wrong or crash (`max_positions_of` reads it);
     `eos_ids`, further token ids that end an answer; `generate`, which answers in the place of `generate_greedy`
     (safecl.evaluation.serving).
@@ -142,6 +143,24 @@ class HFEvalModel:
         )
         logits = output.logits[:, -1:] if last_only else output.logits
         return logits, getattr(output, self._cache) if use_cache else None
+
+    @torch.no_grad()
+    def mean_states(self, prompts: Sequence[Sequence[int]], depth: float) -> torch.Tensor:
+        """Return the mean over each prompt's tokens of the hidden states at this depth, fp32 [prompts, H].
+
+        depth: share of the layers, in (0, 1].
+        """
+        width, layers = max(map(len, prompts)), self.model.config.get_text_config().num_hidden_layers
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        for place, prompt in enumerate(prompts):
+            ids[place, : len(prompt)] = torch.as_tensor(prompt)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        inside = (torch.arange(width) < lengths[:, None]).to(self.device)
+        output = self.model.get_decoder()(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+            input_ids=ids.to(self.device), attention_mask=inside.long(), use_cache=False, output_hidden_states=True
+        )
+        states: torch.Tensor = output.hidden_states[max(1, round(depth * layers))].float()
+        return (states * inside[..., None]).sum(1) / lengths.to(self.device)[:, None]
 
     def any(self, flag: bool) -> bool:
         return collectives.any_rank(bool(flag))
