@@ -176,3 +176,22 @@ def test_the_score_of_an_answer_is_its_mean_or_its_sum():
     by_mean, by_sum = (Method("antibody", Config(length=way)).row_factors(given) for way in ("mean", "sum"))
     assert by_mean[0] == pytest.approx(by_mean[1]) and by_sum[0] == pytest.approx(np.e * by_sum[1])
     assert by_mean.sum() == pytest.approx(1.0) and np.isfinite(by_sum).all()
+
+
+def passes_of_several_kinds(folder: str, **changes) -> list[dict]:
+    """Losses of a run whose passes before training end in hidden states, in top-k outputs, and in both again."""
+    from safecl.engine.teachers.outputs import outputs_of_rows
+    from tests.engine.scenes import run_config
+
+    config = run_config(memory=None, methods={"constrained_sft": {}}, output=folder, **changes)
+    run, (task,) = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1)])
+    kinds = [("hidden", {"all_tokens": True}), ("topk", {"k": 2, "temperature": 1.0})]
+    for kind, settings in [*kinds, *kinds]:
+        assert list(outputs_of_rows(run.engine, task.dataset, kind, **settings))
+    run.begin_task(task, active=True)
+    return [run.train_step(task).totals() for _ in range(2)]
+
+
+def test_under_stage_3_passes_of_hidden_states_may_come_before_those_through_the_head(rank_pool, tmp_path):
+    losses = rank_pool(1).run(passes_of_several_kinds, folder=str(tmp_path), deepspeed={"stage": 3})[0]
+    assert losses[1]["task"] < losses[0]["task"]

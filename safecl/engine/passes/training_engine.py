@@ -39,7 +39,7 @@ from safecl.engine.zero import tensor_parts
 from safecl.engine.zero.deepspeed_config import deepspeed_config
 from safecl.engine.zero.optimizer import ShardAdamW
 from safecl.engine.zero.shard import Action, Shard
-from safecl.engine.zero.shards import ShardMap, UnshardedFp32Gradients, initialize
+from safecl.engine.zero.shards import ShardMap, UnshardedFp32Gradients, initialize, reads_parameter
 from safecl.engine.zero.state_placement import placement_of
 from safecl.engine.zero.update import UpdatePlan, UpdateResult
 from safecl.kernels import fisher_accumulate_
@@ -100,6 +100,8 @@ class TrainingEngine(ModelEngine):
             model, self.optimizer, self.deepspeed_config, viewed=viewed, when_partitioned=release
         )
         self.module = self.deepspeed.module
+        if model.fused:
+            reads_parameter(self.deepspeed, self.module, self.module.head.weight)
         release()  # stages 0 to 2
         self.shards = ShardMap(self.deepspeed, prefix="model.")
         self.optimizer.bind(self.shards)

@@ -82,6 +82,18 @@ def initialize(
     return engine
 
 
+def reads_parameter(engine: DeepSpeedEngine, module: torch.nn.Module, parameter: torch.Tensor) -> None:
+    """Tell stage 3 that the module's forward reads a parameter of another module.
+
+    DeepSpeed notices it in the first such pass; where passes of another kind have come before, the order in which
+    parameters are used is no longer the one that it has noted, and it raises.
+    """
+    import deepspeed
+
+    if engine.zero_optimization_stage() == 3:
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
 def _shard_at_once(model: torch.nn.Module, config: dict[str, Any]) -> None:
     """Give each rank its part of every parameter, on the device (or in host memory where parameters are offloaded), and
     put the buffers on the device. deepspeed.initialize would first copy the whole model to every device."""
