@@ -184,6 +184,7 @@ def hosts(*names: str, shared: list[Path]) -> Iterator[list[Host]]:
     finally:
         for host in made:
             host.kill()
+            _ip("link", "del", host.link, check=False)  # at once; with its namespace it would go some time later
             _ip("netns", "del", host.namespace, check=False)
         _ip("link", "del", bridge, check=False)
 
