@@ -6,7 +6,7 @@ from __future__ import annotations
 from safecl.config.base import MethodConfig, Section, parse_bytes
 from safecl.config.data import EvalConfig, FieldMap, PoisonConfig, TaskConfig
 from safecl.config.errors import ConfigError
-from safecl.config.gate import GateConfig, RateLimit
+from safecl.config.gate import ControllerConfig, DriftConfig, GateConfig, ProbeConfig, RateLimit, RecoveryConfig
 from safecl.config.launch import KubernetesConfig, LaunchConfig, SlurmConfig
 from safecl.config.load import dump_config, load_config, validate_tree
 from safecl.config.memory import GuardConfig, MemoryConfig
@@ -27,7 +27,9 @@ __all__ = [
     "ArtifactsConfig",
     "CheckpointConfig",
     "ConfigError",
+    "ControllerConfig",
     "DeepSpeedConfig",
+    "DriftConfig",
     "EvalConfig",
     "FieldMap",
     "GateConfig",
@@ -42,7 +44,9 @@ __all__ = [
     "ModelConfig",
     "PoisonConfig",
     "PrivacyConfig",
+    "ProbeConfig",
     "RateLimit",
+    "RecoveryConfig",
     "RunConfig",
     "SafetyConfig",
     "ScanConfig",

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from safecl.config.base import MethodConfig, Section, Text
 from safecl.config.data import PoisonConfig, TaskConfig
+from safecl.config.gate import CORRECT
 from safecl.config.launch import LaunchConfig
 from safecl.config.memory import MemoryConfig
 from safecl.config.method_registry import load_methods, methods_that
@@ -196,6 +197,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_acts_on_safety_has_a_memory(self) -> RunConfig:
+        if self.memory is None and self.safety is not None:
+            for key, acts in (
+                ("controller", self.safety.controller is not None),
+                (f"on_fail: {CORRECT}", self.safety.on_fail == CORRECT),
+            ):
+                if acts:
+                    raise ValueError(f"safety.{key} acts by replayed rows; it needs `memory: {{source: ...}}`")
+        return self
+
+    @model_validator(mode="after")
     def _a_scan_has_prompts_that_are_refused(self) -> RunConfig:
         scan = self.scan
         if scan is None or (scan.refusals and scan.benign):
@@ -233,6 +245,13 @@ class RunConfig(Section):
         if self.memory is not None and self.memory.teacher.kind == "online" and self.needs_teacher:
             found["memory.teacher.source"] = self.memory.teacher.source
         return found
+
+
+def most_replayed(config: RunConfig) -> float:
+    """Largest replay ratio of a step: the configured one, times what the controller may make of it."""
+    assert config.memory is not None, "only a config with a memory replays rows"
+    controller = config.safety.controller if config.safety is not None else None
+    return config.memory.largest_replay_ratio * (1.0 if controller is None else controller.replay[1])
 
 
 def memory_tokens(config: RunConfig) -> int:

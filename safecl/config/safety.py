@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from safecl.config.base import Section, Text
-from safecl.config.gate import GateConfig
+from safecl.config.gate import ControllerConfig, DriftConfig, GateConfig, OnFail, ProbeConfig, RecoveryConfig
 from safecl.config.judges import JudgeConfig
 
 WEI_MIN_WORDS = 20
@@ -84,6 +84,18 @@ class SafetyConfig(Section):
     """Prompts answered together on one rank."""
     gate: GateConfig | None = None
     """Limits for exit code 3."""
+    on_fail: OnFail = "report"
+    """What a run does when a measurement fails the gate. report: it goes on, and the gate decides at its end; stop: it
+    ends there; rollback: it goes back to the last state that passed, with a lower learning rate; corrective_replay: it
+    trains on the memory until the probe recovers."""
+    recovery: RecoveryConfig = RecoveryConfig()
+    """Settings of rollback and corrective_replay."""
+    probe: ProbeConfig | None = None
+    """A cheap look at safety every few steps."""
+    drift: DriftConfig | None = None
+    """Measures the distance from the aligned model."""
+    controller: ControllerConfig | None = None
+    """Steers replay and distillation by the probe."""
 
     @model_validator(mode="after")
     def _judges_have_names_of_their_own(self) -> SafetyConfig:
@@ -101,6 +113,14 @@ class SafetyConfig(Section):
             raise ValueError(
                 "a gate judges what was measured, and `every: never` measures nothing; set every: task or leave the "
                 "gate out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_failure_needs_a_gate(self) -> SafetyConfig:
+        if self.on_fail != "report" and self.gate is None:
+            raise ValueError(
+                f"on_fail: {self.on_fail} acts where the gate fails, and there is no gate; set gate.max_asr"
             )
         return self
 

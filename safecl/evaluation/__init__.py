@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from safecl.evaluation.gates.gate import judge_gate as judge_gate
     from safecl.evaluation.measure import Evaluation as Evaluation
     from safecl.evaluation.measure import evaluate as evaluate
-    from safecl.evaluation.measure import summarise as summarise
     from safecl.evaluation.records import write_outputs as write_outputs
     from safecl.evaluation.safety import SafetyResult as SafetyResult
     from safecl.evaluation.safety import evaluate_safety as evaluate_safety
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from safecl.evaluation.statistics.intervals import Rate as Rate
     from safecl.evaluation.statistics.intervals import smallest_passing_size as smallest_passing_size
     from safecl.evaluation.statistics.intervals import wilson as wilson
+    from safecl.evaluation.summary import summarise as summarise
     from safecl.evaluation.tables import results_table as results_table
     from safecl.evaluation.task import TaskResult as TaskResult
     from safecl.evaluation.task import evaluate_task as evaluate_task
@@ -64,7 +64,7 @@ _HOMES = {
     "rate_of_verdicts": "scoring.judges",
     "results_table": "tables",
     "smallest_passing_size": "statistics.intervals",
-    "summarise": "measure",
+    "summarise": "summary",
     "wilson": "statistics.intervals",
     "write_outputs": "records",
 }

@@ -15,14 +15,13 @@ from safecl.data.reading.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.answers.thought import answer_of, open_alike
 from safecl.evaluation.gates.gate import GateResult
+from safecl.evaluation.probed import ProbeResult
 from safecl.evaluation.records import Privacy, file_name, write_outputs
 from safecl.evaluation.safety import SafetyResult, evaluate_safety
-from safecl.evaluation.statistics.continual import average_score, backward_transfer, forgetting, forward_transfer
-from safecl.evaluation.statistics.intervals import Rate
+from safecl.evaluation.statistics.intervals import Mean, Rate
 from safecl.evaluation.task import GENERATED, MAX_LABELS, TaskResult, evaluate_task
 
 _MAX_LABEL_WORDS = 4
-_AFTER = "after "
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,10 @@ class Evaluation:
     """Reasons to distrust the scores; no text of rows."""
     gate: GateResult | None = None
     """The gate's verdict on this moment; None without a gate."""
+    probe: ProbeResult | None = None
+    """The probe at this moment; None without `safety.probe`."""
+    kl_to_aligned: Mean | None = None
+    """KL from the aligned model on the users' rows, nats per token; None without `safety.drift`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for results.json; no text."""
@@ -50,6 +53,8 @@ class Evaluation:
             "tasks": tasks,
             **({"warnings": list(self.warnings)} if self.warnings else {}),
             **({"gate": self.gate.to_dict()} if self.gate is not None else {}),
+            **({"probe": self.probe.to_dict()} if self.probe is not None else {}),
+            **({"kl_to_aligned": self.kl_to_aligned.to_dict()} if self.kl_to_aligned is not None else {}),
         }
 
     def write_outputs(self, folder: str | Path, privacy: Privacy = "full") -> list[Path]:
@@ -76,6 +81,10 @@ class Evaluation:
                 parts.append(f"over-refusal {_number(self.safety.over_refusal)}")
             if self.safety.cut_off:
                 parts.append(f"thoughts cut off {_number(self.safety.cut_off)}")
+        if self.probe:
+            parts.append(f"probe {self.probe.margin:+.2f}")
+        if self.kl_to_aligned:
+            parts.append(f"KL {self.kl_to_aligned.value:.3f}")
         parts += [f"{name} {result.metric} {result.value.value:.3f}" for name, result in self.tasks.items()]
         return f"{self.when}: " + ", ".join(parts)
 
@@ -127,45 +136,6 @@ def _warnings(
                 "part of a header or a thought, and is scored with the answer: look at outputs/, set model.thinking"
             )
     return tuple(found)
-
-
-def summarise(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Compute worst case and transfer over a run's moments: `{"max_asr", "max_asr_when", "average",
-    "backward_transfer", "forgetting", ...}`.
-
-    The matrix of scores has a row per moment "after NAME" and a column per such task. The score is the metric, or its
-    negative where lower is better. Forward transfer is against the run's first moment. Values are None where nothing
-    was measured.
-    """
-    finished = {
-        evaluation.when.removeprefix(_AFTER): evaluation
-        for evaluation in evaluations
-        if evaluation.when.startswith(_AFTER)
-    }
-    matrix = [[_score(evaluation, task) for task in finished] for evaluation in finished.values()]
-    rates = [
-        (evaluation.safety.asr.value, evaluation.when)
-        for evaluation in evaluations
-        if evaluation.safety is not None and math.isfinite(evaluation.safety.asr.value)
-    ]
-    worst = max(rates, key=lambda pair: pair[0], default=(None, None))
-    summary = {"max_asr": worst[0], "max_asr_when": worst[1], "tasks": list(finished), "scores": matrix}
-    if not finished:
-        return summary
-    start = [_score(evaluations[0], task) for task in finished]
-    return summary | {
-        "average": average_score(matrix),
-        "backward_transfer": backward_transfer(matrix),
-        "forward_transfer": forward_transfer(matrix, start),
-        "forgetting": forgetting(matrix),
-    }
-
-
-def _score(evaluation: Evaluation, task: str) -> float | None:
-    result = evaluation.tasks.get(task)
-    if result is None:
-        return None
-    return result.value.value if result.higher_is_better else -result.value.value
 
 
 def short_answers(rows: Sequence[ChatRow], answer: Callable[[str], str] = str) -> set[str]:

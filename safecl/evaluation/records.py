@@ -11,6 +11,7 @@ treated like the texts: they come from the data's own columns.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -74,6 +75,13 @@ def private(record: Mapping[str, Any], privacy: Privacy) -> dict[str, Any]:
         else:
             shown[key] = value
     return shown
+
+
+def rename_outputs(folder: str | Path, step: int, when: str, new: str) -> None:
+    """Give the files of a moment the name of another one. Rank 0 calls it."""
+    stem = f"{step:06d}-{file_name(when)}-"
+    for path in Path(folder).glob(f"{glob.escape(stem)}*.jsonl"):
+        os.replace(path, path.with_name(f"{step:06d}-{file_name(new)}-{path.name.removeprefix(stem)}"))
 
 
 def file_name(text: str) -> str:

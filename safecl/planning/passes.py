@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from safecl.config.run import most_replayed
 from safecl.data.assignment import assign
 from safecl.engine.model.settings import choose_attention
 from safecl.evaluation.answers.likelihood import LOGITS_BYTES
@@ -85,7 +86,7 @@ def _draw(plan: RunPlan, task: TaskPlan, random: np.random.Generator, share: flo
     if plan.memory is None or plan.config.memory is None:
         return []
     lengths = random.permutation(plan.memory.lengths)
-    share = plan.config.memory.largest_replay_ratio if share is None else share
+    share = most_replayed(plan.config) if share is None else share
     wanted = max(1, round(share * task.tokens_per_batch))
     return lengths[: 1 + int(np.searchsorted(np.cumsum(lengths), wanted))].tolist()
 

@@ -34,6 +34,8 @@ class RunNumbers:
     """By measure, of each prompt or row; only for measures that are rates and whose records were kept."""
     verdict: str | None = None
     """The gate's; None without one."""
+    learned: tuple[float | None, ...] = ()
+    """The score of each task right after it was trained, in their order; the negative where lower is better."""
 
 
 def read_numbers(folder: Path) -> RunNumbers:
@@ -51,7 +53,7 @@ def read_numbers(folder: Path) -> RunNumbers:
         outcomes = _safety_outcomes(folder, last) | _task_outcomes(folder, last)
     gate = results.get("gate") or {}
     known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-    return RunNumbers(folder, known, outcomes, gate.get("verdict"))
+    return RunNumbers(folder, known, outcomes, gate.get("verdict"), _learned(results.get("summary") or {}))
 
 
 def _rates(last: Evaluation) -> dict[str, float]:
@@ -100,6 +102,11 @@ def _summary(summary: dict[str, Any]) -> dict[str, Any]:
     names = ("max_asr", "average", "backward_transfer", "forward_transfer", "forgetting", "worst_case_accuracy")
     beyond = summary.get("beyond_gate") or {}
     return {name: summary.get(name) for name in names} | {"beyond_gate": beyond.get("share")}
+
+
+def _learned(summary: dict[str, Any]) -> tuple[float | None, ...]:
+    """Return the score of each task right after it was trained."""
+    return tuple(row[j] for j, row in enumerate(summary.get("scores") or ()))
 
 
 def _cost(results: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,17 @@ from safecl.storage.sizes import format_bytes
 from safecl.sweeping.pareto import pareto_svg
 from safecl.sweeping.table import BUDGET, HIDDEN_TESTS, Cell, SweepTable
 
-LOWER_IS_BETTER = ("asr", "over_refusal", "max_asr", "off_task", "affirmative", "complied", "forgetting", "beyond_gate")
+LOWER_IS_BETTER = (
+    "asr",
+    "over_refusal",
+    "max_asr",
+    "off_task",
+    "affirmative",
+    "complied",
+    "forgetting",
+    "intransigence",
+    "beyond_gate",
+)
 _BUDGET_TITLES = {"seconds_per_step": "step time", "tokens": "tokens", "seconds": "seconds"}
 
 
@@ -43,7 +53,7 @@ def shown_measures(table: SweepTable) -> list[str]:
     """Return the measures that a table for people shows: rates, worst case, tasks, transfer where there is any."""
     without = [*HIDDEN_TESTS, *BUDGET, "steps"]
     if "forgetting" not in table.measures:  # of a single task they say what its accuracy says
-        without += ["average", "worst_case_accuracy"]
+        without += ["average", "worst_case_accuracy", "intransigence"]
     return [name for name in table.measures if name not in without]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from safecl.evaluation.statistics.continual import intransigence
 from safecl.evaluation.statistics.paired import holm
 from safecl.evaluation.statistics.pooled import Spread, paired_p_value, pooled_interval, spread
 from safecl.sweeping.collecting import ACCURACY, SAFETY, RunNumbers
@@ -86,6 +87,9 @@ def make_table(cells: Sequence[Cell], baseline: str, unfinished: Sequence[str] =
     for cell in cells:
         cell.measures = _spreads(list(cell.runs.values()))
     reference = next(cell for cell in cells if cell.name == baseline)
+    for cell in cells:
+        if (found := _intransigence(cell, reference)) is not None:
+            cell.measures["intransigence"] = found
     _test(cells, reference)
     for cell in cells:
         cell.budget = _times(cell, reference)
@@ -102,6 +106,22 @@ def _spreads(runs: Sequence[RunNumbers]) -> dict[str, Spread]:
         if (over_runs := spread([run.values[name] for run in runs if name in run.values], interval)) is not None:
             found[name] = over_runs
     return found
+
+
+def _intransigence(cell: Cell, reference: Cell) -> Spread | None:
+    """Return by how much a cell's runs learn their tasks worse than the baseline's; None for other tasks than those, or
+    where the baseline has not measured them."""
+    learned = [run.learned for run in reference.runs.values()]
+    if not learned or len({len(scores) for scores in learned}) != 1 or not learned[0]:
+        return None
+    means = [spread([s for s in scores if s is not None]) for scores in zip(*learned, strict=True)]
+    free = [found.mean if found is not None else None for found in means]
+    values = [
+        intransigence([[score] * len(free) for score in run.learned], free)
+        for run in cell.runs.values()
+        if len(run.learned) == len(free)
+    ]
+    return spread([value for value in values if value is not None])
 
 
 def _test(cells: Sequence[Cell], reference: Cell) -> None:

@@ -11,7 +11,7 @@ from safecl.merging.points import parse_sweeps, text_of
 from safecl.planning.merge_checks import sweeps_of
 from safecl.storage.durable import replace_file
 from safecl.training.end_merge import EndMerge, merges_of
-from safecl.training.measuring import Measurements
+from safecl.training.guard.measuring import Measurements
 from safecl.training.run import Run
 
 

@@ -58,12 +58,15 @@ def results_of(
     metrics: bytes,
     provenance: dict[str, Any],
     skipped_at_the_end: int = 0,
+    events: Sequence[dict[str, Any]] = (),
+    drift: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Return the contents of results.json, the same on every rank. A collective call, before `run.finish()`.
 
     num_tokens: tokens trained on, over all ranks. seconds: time of the whole run. metrics: the lines of metrics.jsonl,
     on rank 0. provenance: see safecl.training.provenance. skipped_at_the_end: the last steps that were skipped, in a
-    row.
+    row. events: what the run did where the gate failed. drift: distance of the saved weights from the aligned model by
+    layer; None where it was not measured.
     """
     state = state_bytes(run)
     return {
@@ -84,6 +87,8 @@ def results_of(
         "summary": summarise(evaluations),
         "gate": gate.to_dict() if gate is not None else None,
         "provenance": provenance,
+        **({"events": list(events)} if events else {}),
+        **({"weight_drift": drift} if drift is not None else {}),
     }
 
 

@@ -54,6 +54,12 @@ class Progress:
     """Wall-clock time of the run so far, without the time between a stop and the resume."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """All that was measured, in the form of results.json."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What the run did where the gate failed, in the form of results.json; see safecl.training.guard.recovery."""
+    learning_rate_factor: float = 1.0
+    """Factor of the learning rate after rollbacks."""
+    probe: dict[str, Any] | None = None
+    """State of the probe; None without one."""
 
 
 @dataclass
@@ -80,6 +86,8 @@ class RunSaver:
         self._identity = identity
         self._memory_versions: dict[str, int] = {}
         self._saving_version: int | None = None
+        self.retained: list[int] = []
+        """Versions of the memory that are needed besides those of the checkpoints."""
 
     @property
     def memory_folder(self) -> Path:
@@ -114,7 +122,7 @@ class RunSaver:
         if self._saving_version is not None and self.run.memory is not None:
             self._memory_versions[report.name] = self._saving_version
             left = collectives.gather_objects([self.checkpoints.names()])[0]
-            retain = [version for name, version in self._memory_versions.items() if name in left]
+            retain = [version for name, version in self._memory_versions.items() if name in left] + self.retained
             self.run.memory.buffer.publish(self._saving_version, retain)
         return report
 
@@ -188,6 +196,12 @@ class RunSaver:
             if version is not None:
                 self._memory_versions[name] = version
 
+    def leave_later(self, name: str) -> None:
+        """Delete the checkpoints of later steps than `name`, where the run has gone back. A collective call."""
+        if collectives.rank() == 0:
+            self.checkpoints.discard_after(name)
+        collectives.barrier()
+
     def check_room(self, note: Callable[[str], None], keep: int) -> None:
         """Raise ConfigError where not even one checkpoint fits on the disk; note it where fewer fit than are kept."""
         size = sum(adam_bytes(shape) for shape in self.run.engine.shards.shapes.values())
@@ -222,6 +236,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "active": bool(run.active_methods),
         "previous": run.previous.config.name if run.previous is not None else None,
         "screening": run.screening,
+        "steering": run.steering.levels,
         "recorded": [list(key) for key in run.recorded_teachers.keys()],
         "prompts": run.prompt_anchors.names(),
         "scores": [[task, score.name] for task, score in run.row_scores.keys()],
@@ -235,11 +250,13 @@ def restore(run: Run, state: dict[str, Any], task: TaskPlan) -> None:
     task: the current task when the state was taken; it may have ended, or not begun.
     """
     run.stop_reading()
-    run.screen(state["screening"])
+    if run.screening != state["screening"]:  # a run that goes back has left the flagged rows out already
+        run.screen(state["screening"])
     optimizer = run.engine.optimizer
     run.step, run.num_steps, run.task = state["step"], task.num_steps, task
     run.global_step, run.skipped_steps = state["global_step"], state["skipped_steps"]
     run.first_step = run.global_step - run.step
+    run.steering.levels = state.get("steering", [])
     optimizer.num_updates, optimizer.fisher_means = state["num_updates"], dict(state["fisher_means"])
     run.active_methods = run.methods_of(task.config.role) if state["active"] else []
     run.online_teachers.resume(task.config.name)
@@ -249,6 +266,8 @@ def restore(run: Run, state: dict[str, Any], task: TaskPlan) -> None:
     terms = {term.name: term for method in run.methods for term in method.task_terms()}
     tasks = {each.config.name: each for each in [task, *run.tasks]}
     for task_name, term_name in state["recorded"]:
+        if (task_name, term_name) in run.recorded_teachers.keys():
+            continue
         run.recorded_teachers.reopen(tasks[task_name], terms[term_name])
     for name in state.get("prompts", []):
         run.prompt_anchors.reopen(name)

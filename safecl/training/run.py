@@ -187,9 +187,9 @@ class Run(RunState):
         """Return the plan of the optimizer's update in the current step."""
         train = self.config.train
         is_first = self.global_step == self.step
-        self.last_learning_rate = learning_rate(train, self.step, self.num_steps, is_first=is_first) * math.prod(
-            method.learning_rate_factor(self.view) for method in self.active_methods
-        )
+        of_methods = math.prod(method.learning_rate_factor(self.view) for method in self.active_methods)
+        scheduled = learning_rate(train, self.step, self.num_steps, is_first=is_first)
+        self.last_learning_rate = self.learning_rate_factor * scheduled * of_methods
         decays = [decay for method in self.active_methods if (decay := method.ema_decay(self.view)) is not None]
         masks = [mask for method in self.active_methods if (mask := method.ema_mask()) is not None]
         return UpdatePlan(

@@ -18,6 +18,7 @@ from safecl.training.recorded.prompts import PromptAnchors
 from safecl.training.recorded.scores import RowScores
 from safecl.training.recorded.teachers import RecordedTeachers
 from safecl.training.replay_memory import ReplayMemory
+from safecl.training.steering import Steering
 
 
 class RunState:
@@ -61,11 +62,16 @@ class RunState:
         """Steps made over all tasks, and how many of them were skipped."""
         self.first_step = 0
         """The global step in which the current task began."""
+        controller = config.safety.controller if config.safety is not None else None
+        self.steering = Steering() if controller is None else Steering(controller.replay, controller.distillation)
+        """Factors of replay and distillation, which the controller sets."""
         self.last_learning_rate = 0.0
         self.ready: dict[str, Ready] = {}
         """The rows and micro-batches read for the current step, by gradient; each is removed when it is used."""
         self.passes: list[tuple[list[StepRow], StepLosses]] = []
         """The passes of the last step, for draws that follow losses and for messages."""
+        self.learning_rate_factor = 1.0
+        """Factor of the schedule's learning rate, below 1 after a rollback."""
 
     def methods_of(self, role: str) -> list[Method[Any]]:
         """The methods that act on tasks of a role."""

@@ -54,7 +54,7 @@ def step_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
     instead = memory_step(run.active_methods, step, task.num_steps)
     rows = drawn_rows(run, instead, step) if instead is not None else task_rows(run, task, step)
     for stream, terms in _by_stream(run.active_methods).items():
-        rows += _with_labels(run, stream, _replay_rows(run, stream, terms, step))
+        rows += _with_labels(run, stream, _replay_rows(run, stream, terms, step, is_steered=True))
     for prompt_term in prompt_terms(run.active_methods):
         rows += run.prompt_anchors.rows_of_step(prompt_term, run.first_step + step)
     return rows
@@ -110,6 +110,8 @@ def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
     rows = dataset_rows(data, indices, ce_weights[: len(indices)], task.row_weights)
     constraints = _constraints(run, task, indices)
     totals = [num_tokens if term.divergence == HIDDEN and term.tokens == "all" else num_targets for term in terms]
+    steered = run.steering.weight_at(run.first_step + step)
+    terms = [term if steered == 1.0 else replace(term, weight=steered * term.weight) for term in terms]
     return [
         replace(
             row,
@@ -189,28 +191,33 @@ def _layers(run: RunState, term: TaskTerm) -> Layers:
 # -------------------------------------------------------------------------------------------------------- replayed rows
 
 
-def _replay_rows(run: RunState, stream: str, terms: list[ReplayTerm], step: int) -> list[StepRow]:
-    """Return one draw from the memory, weighted as the terms of its stream say."""
+def _replay_rows(
+    run: RunState, stream: str, terms: list[ReplayTerm], step: int, *, is_steered: bool = False
+) -> list[StepRow]:
+    """Return one draw from the memory, weighted as the terms of its stream say. is_steered: the controller acts on it,
+    which is so for draws that enter the step's own gradient."""
     memory = run.memory
     assert memory is not None
-    drawn = _drawn(run, stream, next((term.share for term in terms if term.share is not None), None), step)
+    share_factor, weight_factor = run.steering.factors(run.first_step + step) if is_steered else (1.0, 1.0)
+    share = next((term.share for term in terms if term.share is not None), None)
+    drawn = _drawn(run, stream, share, step, share_factor)
     total = max(1, sum(row.num_targets for row in drawn))
-    ce_weight = sum(term.ce_weight for term in terms) / total
+    ce_weight = weight_factor * sum(term.ce_weight for term in terms) / total
     if ce_weight == 0 and memory.follows_losses:
         ce_weight = TOO_SMALL_TO_COUNT  # the head computes cross-entropies only where they have a weight
     kd_weights = {term.divergence: 0.0 for term in terms if term.kd_weight > 0}
     for term in terms:
         if term.kd_weight > 0:
-            kd_weights[term.divergence] += term.kd_weight / total
+            kd_weights[term.divergence] += weight_factor * term.kd_weight / total
     return [row.weighted(stream, ce_weight, _replay_distillations(run, kd_weights)) for row in drawn]
 
 
-def _drawn(run: RunState, stream: str, share: float | None, step: int) -> list[StepRow]:
-    """Return a draw of the memory. share: see ReplayTerm."""
+def _drawn(run: RunState, stream: str, share: float | None, step: int, factor: float = 1.0) -> list[StepRow]:
+    """Return a draw of the memory. share: see ReplayTerm. factor: of the replay ratio, which has it without a share."""
     settings, memory, task = run.config.memory, run.memory, run.task
     assert settings is not None and memory is not None and task is not None
     if share is None:
-        share = settings.replay_ratio_at(min(1.0, step / max(1, task.num_steps - 1)))
+        share = factor * settings.replay_ratio_at(min(1.0, step / max(1, task.num_steps - 1)))
     wanted = max(1, round(share * task.tokens_per_batch))
     return memory.draw(run.first_step + step, wanted, stream)
 

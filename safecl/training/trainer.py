@@ -18,25 +18,18 @@ evaluation/gates/gate.py.
 from __future__ import annotations
 
 import math
-import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safecl.config import RunConfig
 from safecl.distributed import collectives, environment
 from safecl.distributed.progress import STEP, phase, step_took
 from safecl.distributed.signals import StopRequest
 from safecl.distributed.watchdog import watching
-from safecl.engine.artifacts.base_model import model_files
 from safecl.engine.artifacts.store import ask_first_rank
 from safecl.engine.checkpoint.model_export import ModelNotFinite
 from safecl.engine.checkpoint.report import SaveReport
-from safecl.evaluation import GateResult
-from safecl.launching.preflight import check_ranks
-from safecl.launching.status import write_ranks
 from safecl.launching.stragglers import Pace
 from safecl.planning.costs.memory_report import refuse_what_does_not_fit
 from safecl.planning.plans import RunPlan, TaskPlan
@@ -45,14 +38,17 @@ from safecl.report.card import Card
 from safecl.report.skipped import skipped_sentence
 from safecl.training.console import Console, StepLines
 from safecl.training.end_merge_choice import merge_by_gate
-from safecl.training.folder import LOCK, RunFolder
+from safecl.training.folder import RunFolder
+from safecl.training.guard.measuring import Measurements
+from safecl.training.guard.recovery import EndedEarly, Recovery, RolledBack
 from safecl.training.identity import base_of, identity_of, refuse_folder_of_other_run
-from safecl.training.measuring import Measurements
 from safecl.training.metrics_log import MetricsLog, step_values
 from safecl.training.model_card import card_of
 from safecl.training.nonfinite import cause_of_skip, fault_in_state
 from safecl.training.opening import open_run
+from safecl.training.outcome import RunResult, Stopped, TrainingFailed
 from safecl.training.provenance import provenance_of
+from safecl.training.ranks import compare_ranks
 from safecl.training.replay_memory import make_memory
 from safecl.training.results import (
     complete_folder,
@@ -65,39 +61,11 @@ from safecl.training.resume import Progress, RunSaver
 from safecl.training.run import Run
 from safecl.training.screening import screen_run
 
+__all__ = ["RunResult", "Trainer", "TrainingFailed"]
+
 SECONDS_FOR_THE_LAST_SAVE = 20.0
 """A run that fails waits at most this long for a checkpoint that is being written. With the time that a launcher needs,
 no rank outlives another by more than 30 s."""
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot continue; the message says at which step and why. Exit code 1."""
-
-
-class _Stopped(Exception):
-    """A signal asked the run to end, and its state is being saved."""
-
-
-@dataclass
-class RunResult:
-    """The result of a run: its folder, everything measured (as in results.json), and the gate's verdict where there is
-    a gate."""
-
-    folder: Path
-    results: dict[str, Any] = field(default_factory=dict)
-    gate: GateResult | None = None
-    stopped: bool = False
-    """True where a signal ended the run after a step. Its state is saved, and the same command resumes it."""
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps without a finite gradient, which left the weights as they were."""
-        return int(self.results.get("skipped_steps", 0))
-
-    @property
-    def skipped_at_the_end(self) -> int:
-        """Those of them that were the run's last steps, in a row. The saved weights are from before them."""
-        return int(self.results.get("skipped_at_the_end", 0))
 
 
 class Trainer:
@@ -141,7 +109,7 @@ class Trainer:
                 with phase("collective start"):
                     collectives.init_distributed()
                     watchdog.attach()
-                self._check_ranks()
+                self.config, self._pace = compare_ranks(self.plan, self.folder, self.console.note)
                 refuse_what_does_not_fit(self.plan)
                 result = self._run()
                 watchdog.close(together=True)
@@ -153,12 +121,12 @@ class Trainer:
         run = open_run(self.plan, self._files, self.console)
         self._identity = identity_of(self.plan, run.base_digest)
         self._saver = RunSaver(run, self.folder, self._identity, base_of(self.config, run.base_digest))
+        self._recovery = Recovery(run, self.plan.tasks, self._saver, self.measured, self.folder)
         try:
             self._resume(run)
-            while self.progress.task < len(self.plan.tasks):
-                self._run_task(run, self.plan.tasks[self.progress.task])
+            self._run_tasks(run)
             return self._finish(run)
-        except _Stopped:
+        except Stopped:
             return self._end_stopped(run)
         finally:
             self._close(run)
@@ -174,25 +142,6 @@ class Trainer:
         if self.fresh:
             self._files.refuse_to_overwrite()
         refuse_folder_of_other_run(self._files, self.plan)
-
-    def _check_ranks(self) -> None:
-        """Compare what all ranks see, before the model is loaded, and write who they are."""
-        hosts = collectives.gather_objects([socket.gethostname()])
-        if collectives.rank() == 0:
-            write_ranks(self.folder, hosts, {task.config.name: task.num_steps for task in self.plan.tasks})
-        if len(hosts) == 1:
-            return
-        self._pace = Pace(hosts, self.folder, self.console.note)
-        identity = identity_of(self.plan)
-        rows = {f"task {name}": rows for name, rows in identity["rows"].items()}
-        self.config = self.plan.config = check_ranks(
-            self.config,
-            rows | {"memory.source": str(identity["memory_rows"])},
-            model_files(self.config.model.path),
-            identity["versions"],
-            self.console.note,
-            LOCK,
-        )
 
     def _finished_before(self) -> RunResult | None:
         """Return the results that the folder holds already. A run that was killed after results.json is completed."""
@@ -214,7 +163,8 @@ class Trainer:
         """Restore the newest checkpoint, or start from the beginning."""
         resumed = self._saver.resume(self.console.note, self.plan.tasks)
         self.progress = resumed.progress if resumed is not None else Progress()
-        self.measured.restore(self.progress.evaluations)
+        self.measured.restore(self.progress.evaluations, self.progress.probe)
+        self._recovery.begin(self.progress, resumed is not None)
         folder = self.folder if collectives.rank() == 0 else None
         earlier = resumed.metrics if resumed is not None else b""
         self._metrics = MetricsLog(folder, self.config, earlier, run.global_step)
@@ -228,6 +178,26 @@ class Trainer:
             self._saver.check_room(self.console.note, self.config.checkpoint.keep)
 
     # ----------------------------------------------------------------------------------------------------------- tasks
+
+    def _run_tasks(self, run: Run) -> None:
+        """Run what is left of the tasks, unless the gate ends the run."""
+        while self.progress.task < len(self.plan.tasks):
+            try:
+                self._run_task(run, self.plan.tasks[self.progress.task])
+            except RolledBack as back:
+                self._go_back(run, back.progress)
+            except EndedEarly:
+                return
+
+    def _go_back(self, run: Run, progress: Progress) -> None:
+        """Continue from the place in `progress`, whose state is restored. Checkpoints of the course that is left go
+        once the new place is saved."""
+        self.progress, self._saved_at = progress, None
+        if self.config.checkpoint.every != "never":
+            self._save(run)
+            self._report_save(report := self._saver.settle())
+            if report is not None and report.problem is None:
+                self._saver.leave_later(report.name)
 
     def _run_task(self, run: Run, task: TaskPlan) -> None:
         """Do the parts of a task in order; a resumed run begins with the first that is not done."""
@@ -251,7 +221,8 @@ class Trainer:
             self._end_where_asked(run, collectives.any_rank(self._must_end()))
 
     def _measure_before(self, run: Run, task: TaskPlan) -> None:
-        self.measured.before_task(run, self.progress.task)
+        if self.measured.before_task(run, self.progress.task):
+            self._recovery.act(self.progress, self.progress.parts_done + 1)
 
     def _screen(self, run: Run, task: TaskPlan) -> None:
         """Screen all tasks before the first that methods act on: until then the weights are the aligned model's."""
@@ -273,9 +244,11 @@ class Trainer:
         every = self.config.checkpoint.every
         with self.console.progress(task.config.name, task.num_steps, run.step) as lines:
             while run.step < task.num_steps:
-                self.measured.between_steps(run, task)
+                if self.measured.between_steps(run, task):
+                    self._recovery.act(self.progress, self.progress.parts_done)
+                seen = self.measured.look(run)
                 with phase(STEP):
-                    stop = self._train_step(run, task, lines)
+                    stop = self._train_step(run, task, lines, seen)
                 self._report_save(self._saver.checkpointer.peek())
                 if isinstance(every, int) and run.global_step % every == 0 and run.step < task.num_steps:
                     self._save(run)
@@ -285,7 +258,8 @@ class Trainer:
         run.end_task()
         self._refuse_nonfinite(run, fault_in_state(run, ("weights", "ema")), "after the last update")
         merge_by_gate(run, self.measured)
-        self.measured.after_task(run, task)
+        if self.measured.after_task(run, task):
+            self._recovery.act(self.progress, self.progress.parts_done + 1)
 
     def _hand_over(self, run: Run, task: TaskPlan) -> None:
         """Start the next task from the saved model: swap in the average where the run saves it."""
@@ -294,8 +268,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------------ steps
 
-    def _train_step(self, run: Run, task: TaskPlan, lines: StepLines) -> bool:
-        """Make one step and write its line in metrics.jsonl; return True where a rank was asked to stop."""
+    def _train_step(self, run: Run, task: TaskPlan, lines: StepLines, seen: dict[str, float]) -> bool:
+        """Make one step and write its line in metrics.jsonl, with what the probe has seen before it; return True where
+        a rank was asked to stop."""
         began, waited = time.perf_counter(), run.wait_seconds
         losses = run.train_step(task)
         losses.stop = self._must_end()
@@ -308,7 +283,7 @@ class Trainer:
         step_took(seconds)
         if self._pace is not None:
             self._pace.step(run.global_step, seconds, run.wait_seconds - waited)
-        values = step_values(run, task, totals, seconds)
+        values = step_values(run, task, totals, seconds) | seen
         self.progress.num_tokens += values["tokens"]
         self._metrics.write(values)
         lines.step(values)
@@ -347,7 +322,7 @@ class Trainer:
         if self._saved_at == self._position(run):
             return
         self.progress.seconds = time.perf_counter() - self._began
-        self.progress.evaluations = self.measured.to_dicts()
+        self.progress.evaluations, self.progress.probe = self.measured.to_dicts(), self.measured.probe_state()
         self._report_save(self._saver.save(self.progress, self._metrics.so_far(), self.config.checkpoint.keep))
         self._saved_at = self._position(run)
 
@@ -366,7 +341,7 @@ class Trainer:
         if stop:
             self._refuse_vanished_folder(run)
             self._save(run)
-            raise _Stopped
+            raise Stopped
 
     def _refuse_vanished_folder(self, run: Run) -> None:
         """Fail the run on all ranks where rank 0 misses its folder. A collective call."""
@@ -410,6 +385,8 @@ class Trainer:
             metrics=self._metrics.so_far(),
             provenance=ask_first_rank(lambda: provenance_of(run, self.plan, self._identity, self.folder)),
             skipped_at_the_end=at_the_end,
+            events=self.progress.events,
+            drift=self.measured.weight_drift(),
         )
         if collectives.rank() == 0:
             self._files.write_results(results)
@@ -417,6 +394,8 @@ class Trainer:
             remove_what_only_an_unfinished_run_needs(self.folder)
         collectives.barrier()
         run.finish()
+        self._recovery.finish()
+        self.measured.finish()
         if skipped is not None:
             self.console.note(skipped)
         self.console.results(evaluations, gate, self.folder)
@@ -431,6 +410,7 @@ class Trainer:
 
     def _close(self, run: Run) -> None:
         self._saver.close(SECONDS_FOR_THE_LAST_SAVE)
+        self._recovery.close(SECONDS_FOR_THE_LAST_SAVE)
         run.close()
         if run.memory is not None:
             run.memory.buffer.close()

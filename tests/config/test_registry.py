@@ -18,8 +18,12 @@ from safecl.config.method_registry import builtin_methods, method_module, method
 
 PACKAGE = Path(safecl.__file__).parent
 ROOMS = ("commands", "config", "data", "engine", "planning", "training")
-# The presets, and the example of the tables in docs/memory.md.
-MAY_NAME_METHODS = {PACKAGE / "config" / "presets.py", PACKAGE / "planning" / "costs" / "memory_tables.py"}
+# The presets, the example of the tables in docs/memory.md, and an action of the gate that has a method's name.
+MAY_NAME_METHODS = {
+    PACKAGE / "config" / "presets.py",
+    PACKAGE / "config" / "gate.py",
+    PACKAGE / "planning" / "costs" / "memory_tables.py",
+}
 # `ema` is a kind of state and a teacher, too; as a method it is a key of `methods`.
 AS_A_METHOD = re.compile(
     rf"\b({'|'.join(name for name in builtin_methods() if name != 'ema')})\b|\bmethods\.ema\b|\bmethod `?ema\b|\{{ema\b"

@@ -8,6 +8,7 @@ from safecl.evaluation.statistics.continual import (
     backward_transfer,
     forgetting,
     forward_transfer,
+    intransigence,
     max_over_training,
     min_accuracy,
     windowed_forgetting,
@@ -79,3 +80,11 @@ def test_matrices_that_are_not_square_are_refused():
         forgetting([[0.1, 0.2]])
     with pytest.raises(ValueError, match="untrained has 1 scores for 2 tasks"):
         forward_transfer([[0.1, 0.2], [0.1, 0.2]], [0.1])
+
+
+def test_intransigence_is_what_a_free_reference_learns_more():
+    matrix = [[0.6, 0.1], [0.5, 0.7]]
+    assert intransigence(matrix, [0.8, 0.8]) == pytest.approx((0.2 + 0.1) / 2)
+    assert intransigence(matrix, [None, 0.6]) == pytest.approx(-0.1) and intransigence(matrix, [None, None]) is None
+    with pytest.raises(ValueError, match="3 scores for 2 tasks"):
+        intransigence(matrix, [0.1, 0.2, 0.3])

@@ -164,6 +164,36 @@ def test_the_summary_tells_the_worst_moment_and_the_transfer_between_tasks():
     assert summarise([])["max_asr"] is None
 
 
+def test_the_summary_tells_lowest_scores_time_beyond_the_gate_and_what_the_probe_is_worth():
+    from dataclasses import replace
+
+    from safecl.evaluation.gates.gate import GateResult
+    from safecl.evaluation.probed import ProbeResult
+
+    def at(when, step, hits, margin, verdict, **scores):
+        found = moment(when, hits, **scores)
+        probe = ProbeResult(margin, rate([False] * 4), rate([True] * hits + [False] * (10 - hits)), 0.75)
+        return replace(found, step=step, gate=GateResult(verdict), probe=probe)
+
+    moments = [
+        at("start", 0, 0, 3.0, "passed", a=0.2, nll=3.0),
+        at("a step 10", 10, 9, -2.0, "failed", a=0.5, nll=3.2),
+        at("rolled back 1: after a", 20, 8, -1.0, "failed", a=0.1, nll=3.4),
+        at("after a", 20, 2, 2.0, "undecided", a=0.9, nll=2.5),
+        at("after nll", 40, 1, 2.5, "passed", a=0.6, nll=1.0),
+        at("corrected nll", 40, 1, 2.5, "passed", a=0.7, nll=1.5),
+    ]
+    summary = summarise(moments)
+    assert summary["tasks"] == ["a", "nll"] and summary["scores"] == [[0.9, -2.5], [0.7, -1.5]]
+    assert summary["min_scores"]["a"] == {"value": 0.1, "when": "rolled back 1: after a"}
+    assert summary["min_scores"]["nll"] == {"value": 3.4, "when": "rolled back 1: after a"}
+    assert summary["beyond_gate"] == {"moments": 2, "of_moments": 6, "steps": 10, "share": 0.25}
+    assert summary["min_accuracy"] == {"a": 0.6, "nll": None}
+    assert summary["worst_case_accuracy"] == pytest.approx((-1.5 + 0.6) / 2)
+    assert summary["windowed_forgetting"] == pytest.approx((0.4 + 0.5) / 2)
+    assert summary["probe"]["pearson"] > 0.95 and summary["probe"]["auc"] == 0.75
+
+
 def table_of(evaluations, width=160):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))
     console.print(results_table(evaluations))

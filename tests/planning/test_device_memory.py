@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from safecl.config import CheckpointConfig, LoraConfig
+from safecl.config import CheckpointConfig, GateConfig, LoraConfig, SafetyConfig
 from safecl.config.method_registry import builtin_methods, method_module
 from safecl.planning.costs import memory_tables
 from safecl.planning.costs.device_memory import plan_memory
@@ -104,6 +104,9 @@ def test_a_copy_for_the_checkpoint_is_in_host_memory_where_checkpoints_are_saved
         12 + 2 + 4
     )  # master, moments, Fisher, EMA; the anchor is the base model
     assert plan_memory(SHAPE, config, 4).bytes_of("copy for the checkpoint") == 0
+    rolls_back = SafetyConfig(prompts="p", gate=GateConfig(max_asr=0.1), on_fail="rollback")
+    config = config.model_copy(update={"safety": rolls_back})
+    assert plan_memory(SHAPE, config, 4).bytes_of("last state that passed") == 2 * 250 * 18  # kept, and being written
 
 
 def test_in_fp32_the_weights_of_stages_0_and_3_are_the_masters():

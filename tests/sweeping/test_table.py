@@ -41,6 +41,8 @@ def test_a_cell_has_mean_spread_and_pooled_interval_of_each_measure(table):
     assert plain["asr"].mean == pytest.approx(30.5 / 40) and plain["asr"].std == pytest.approx(0.0177, abs=1e-3)
     assert plain["asr"].low < plain["asr"].mean < plain["asr"].high and plain["asr"].num_runs == 2
     assert plain["accuracy"].mean == plain["t"].mean == pytest.approx(35.5 / 40)
+    assert plain["intransigence"].mean == pytest.approx(0.0)
+    assert table.cells[2].measures["intransigence"].mean == pytest.approx(16 / 40)
     assert plain["max_asr"].mean == plain["asr"].mean and plain["max_asr"].low is None
     assert table.measures[:2] == ["asr", "asr_on_task"] and table.cells[0].verdicts == {"failed": 2}
 

@@ -93,7 +93,7 @@ def fit(config: dict, cache: str, highest: float = 1.0) -> dict:
 
     os.environ["SAFECL_CACHE"] = cache
     from safecl.evaluation import GateResult
-    from safecl.training.measuring import Measurements
+    from safecl.training.guard.measuring import Measurements
     from safecl.training.trainer import Trainer
 
     def judge(measured, found):

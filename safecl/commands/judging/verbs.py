@@ -92,7 +92,7 @@ def sweep(
         list[str],
         typer.Argument(
             metavar="KEY=A,B...",
-            help="Settings to compare, e.g. methods=balanced,ewc train.seed=0,1,2; all combinations are run.",
+            help="Settings to compare, e.g. methods=balanced,strict train.seed=0,1,2; all combinations are run.",
             show_default=False,
         ),
     ],

@@ -108,6 +108,13 @@ class CheckpointFolder:
             os.rename(path, self.path / (DELETING + path.name))
         self._remove_marked()
 
+    def discard_after(self, name: str) -> None:
+        """Delete the checkpoints of later steps than `name`: those of a course that the run has left."""
+        for other in self.names():
+            if step_of(other) > step_of(name):
+                os.rename(self.path / other, self.path / (DELETING + other))
+        self._remove_marked()
+
     def is_whole(self, name: str) -> bool:
         """True where manifest and sizes are right; hashes are checked when a checkpoint is loaded."""
         try:
@@ -165,6 +172,11 @@ def superseded(
         else:
             old.append(name)
     return old
+
+
+def step_of(name: str) -> int:
+    """Return the global step of a checkpoint by its name."""
+    return _age(name)[0]
 
 
 def _age(name: str) -> tuple[int, int]:

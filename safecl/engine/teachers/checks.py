@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safecl.config import ConfigError, ModelConfig, RunConfig
+from safecl.config.run import most_replayed
 from safecl.data import load_tokenizer
 from safecl.storage.model_folder import has_weights_here
 from safecl.storage.untrusted import library_error
@@ -180,7 +181,7 @@ def tokens_per_pass(config: RunConfig, source: str, tokens_per_batch: int) -> in
     replayed = 0.0
     if "memory.teacher.source" in keys:
         assert config.memory is not None, "the key is in the section memory"
-        replayed = config.memory.replay_ratio
+        replayed = most_replayed(config)
     own_rows = any(key.startswith("methods.") for key in keys)
     return round((own_rows + replayed) * tokens_per_batch) // _num_ranks()
 

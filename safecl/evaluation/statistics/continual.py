@@ -8,6 +8,7 @@ was not measured. It never enters a mean or a maximum: as a zero it would win th
     FWT         mean over j > 0 of R[j-1][j] - b[j]           b: the untrained model   Lopez-Paz and Ranzato 2017
     forgetting  mean over j < T-1 of max_{i < T-1} R[i][j] - R[T-1][j]
                                                               positive: forgetting     Chaudhry et al. 2018
+    intransigence  mean over j of a[j] - R[j][j]              a: a reference that learns j freely       ibid.
 
 Over the course (De Lange et al. 2023, arXiv 2205.13452), with A_n(j) the score on task j at the n-th evaluation:
 
@@ -77,6 +78,15 @@ def forgetting(matrix: Sequence[Sequence[Score]]) -> Score:
         earlier = [score for i in range(last) if _known(score := matrix[i][j])]
         drops.append(_minus(max(earlier), matrix[last][j]) if earlier else None)
     return _mean(drops)
+
+
+def intransigence(matrix: Sequence[Sequence[Score]], reference: Sequence[Score]) -> Score:
+    """Mean by which tasks are learnt worse than by a reference that learns each freely; negative where they are learnt
+    better. None where nothing was measured."""
+    size = _check(matrix)
+    if len(reference) != size:
+        raise ValueError(f"the reference has {len(reference)} scores for {size} tasks")
+    return _mean([_minus(reference[j], matrix[j][j]) for j in range(size)])
 
 
 def max_over_training(values: Sequence[Score]) -> Score:

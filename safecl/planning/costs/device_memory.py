@@ -161,8 +161,9 @@ def _teacher_buffers(shape: ModelShape, config: RunConfig, device: str) -> int:
 
 def _checkpoints(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
     """Yield the host memory through which a rank's state is written: that of the whole state, or `checkpoint.staging`
-    where the state is larger."""
-    if config.checkpoint.every == "never":
+    where the state is larger; and where a failed gate rolls back, the state that passed."""
+    rolls_back = config.safety is not None and config.safety.on_fail == "rollback"
+    if config.checkpoint.every == "never" and not rolls_back:
         return
     placement, base = placement_of(config), config.tasks[0].role != "align" and config.model.lora is None
     kinds = [
@@ -170,7 +171,11 @@ def _checkpoints(shape: ModelShape, config: RunConfig, world_size: int) -> Itera
     ]
     per_weight = 3 * FP32 + sum(_element_bytes(kind, config, placement) for kind in kinds)
     state, limit = share_of(shape.trained, world_size) * per_weight, parse_bytes(config.checkpoint.staging)
-    yield Item("copy for the checkpoint", "host", staging_bytes(state, limit))
+    if config.checkpoint.every != "never":
+        yield Item("copy for the checkpoint", "host", staging_bytes(state, limit))
+    if rolls_back:
+        own = shape.trained if config.deepspeed.stage == 0 else share_of(shape.trained, world_size)
+        yield Item("last state that passed", "host", own * per_weight + staging_bytes(state, limit))
 
 
 def _compared_layers(shape: ModelShape, config: RunConfig) -> Iterator[Item]:
