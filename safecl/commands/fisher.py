@@ -16,7 +16,7 @@ from safecl.exits import ExitCode
 if TYPE_CHECKING:
     from safecl.data import TokenDataset
     from safecl.engine.fisher.file import FisherHeader
-    from safecl.training.console import Console
+    from safecl.training.output.console import Console
 
 
 def fisher_run(config: RunConfig, output: Path | None, *, exact: bool) -> ExitCode:
@@ -50,7 +50,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     from safecl.distributed.watchdog import watched
     from safecl.engine.artifacts.fisher import header_of, shared_fisher
     from safecl.engine.fisher.file import open_fisher
-    from safecl.training.console import Console
+    from safecl.training.output.console import Console
 
     console = Console(config.log.every, rank=environment.rank())
     whole: dict[str, Any] = {"model": config.model.model_copy(update={"lora": None})}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safecl.demo.progress import Reporter
 from safecl.distributed import environment
-from safecl.training.console import Console, StepLines
+from safecl.training.output.console import Console, StepLines
 
 if TYPE_CHECKING:
     from safecl.engine.checkpoint.report import SaveReport

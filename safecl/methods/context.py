@@ -192,7 +192,7 @@ class Run(Protocol):
         of_average: bool = False,
     ) -> float:
         """Make optimizer steps on the memory alone, at once, and return the loss of the last one; see
-        safecl.training.corrective."""
+        safecl.training.steps.corrective."""
 
     def publish(self) -> None:
         """Copy changed master weights into the live model."""

@@ -17,7 +17,7 @@ from safecl.engine.zero.shards import Fragment
 from safecl.merging.base import Merge, MergeConfig, Models, Tensors
 from safecl.merging.places import places_of
 from safecl.merging.registry import kind_module, read_settings
-from safecl.training.state import RunState
+from safecl.training.steps.state import RunState
 
 ALIGNED, AVERAGE = "aligned_anchor", "ema"
 CHUNK = 1 << 24

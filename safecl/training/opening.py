@@ -20,9 +20,9 @@ from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.zero.state_placement import needs_reference
 from safecl.planning.plans import RunPlan
-from safecl.training.console import Console
 from safecl.training.folder import RunFolder
 from safecl.training.identity import identity_of
+from safecl.training.output.console import Console
 from safecl.training.run import Run
 
 

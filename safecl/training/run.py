@@ -27,16 +27,16 @@ from safecl.methods.base import BEFORE, Method
 from safecl.methods.terms import ReplayTerm
 from safecl.planning.memory_kinds import tags_of_task_rows
 from safecl.planning.plans import TaskPlan, apply_screening
-from safecl.training import step as steps
-from safecl.training.corrective import CorrectivePhase
 from safecl.training.end_merge import merge_as_set
-from safecl.training.learning_rate import learning_rate
-from safecl.training.method_view import MethodView
-from safecl.training.own_passes import OwnPasses
-from safecl.training.penalties import Penalties
-from safecl.training.read_ahead import ReadAhead, Ready
 from safecl.training.replay_memory import insert_rows, sample_rows
-from safecl.training.state import RunState
+from safecl.training.steps import step as steps
+from safecl.training.steps.corrective import CorrectivePhase
+from safecl.training.steps.learning_rate import learning_rate
+from safecl.training.steps.method_view import MethodView
+from safecl.training.steps.own_passes import OwnPasses
+from safecl.training.steps.penalties import Penalties
+from safecl.training.steps.read_ahead import ReadAhead, Ready
+from safecl.training.steps.state import RunState
 
 
 class Run(RunState):
@@ -228,7 +228,7 @@ class Run(RunState):
         task_share: float = 0.0,
         of_average: bool = False,
     ) -> float:
-        """Make a corrective phase at once (safecl.training.corrective) and return its last loss.
+        """Make a corrective phase at once (safecl.training.steps.corrective) and return its last loss.
 
         learning_rate: by default train.learning_rate. of_average: correct the model that is saved, where that is the
         average.

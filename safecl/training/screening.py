@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from safecl.distributed import collectives
 from safecl.engine.passes.live_model import evaluating
 from safecl.scan.screening import UploadRefused, screen_tasks
-from safecl.training.console import Console
+from safecl.training.output.console import Console
 from safecl.training.run import Run
 
 if TYPE_CHECKING:

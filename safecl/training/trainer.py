@@ -36,27 +36,27 @@ from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.planning.run_plan import plan_run
 from safecl.report.card import Card
 from safecl.report.skipped import skipped_sentence
-from safecl.training.console import Console, StepLines
 from safecl.training.end_merge_choice import merge_by_gate
 from safecl.training.folder import RunFolder
 from safecl.training.guard.measuring import Measurements
 from safecl.training.guard.recovery import EndedEarly, Recovery, RolledBack
 from safecl.training.identity import base_of, identity_of, refuse_folder_of_other_run
-from safecl.training.metrics_log import MetricsLog, step_values
-from safecl.training.model_card import card_of
 from safecl.training.nonfinite import cause_of_skip, fault_in_state
 from safecl.training.opening import open_run
 from safecl.training.outcome import RunResult, Stopped, TrainingFailed
-from safecl.training.provenance import provenance_of
-from safecl.training.ranks import compare_ranks
-from safecl.training.replay_memory import make_memory
-from safecl.training.results import (
+from safecl.training.output.console import Console, StepLines
+from safecl.training.output.metrics_log import MetricsLog, step_values
+from safecl.training.output.model_card import card_of
+from safecl.training.output.provenance import provenance_of
+from safecl.training.output.results import (
     complete_folder,
     remove_what_only_an_unfinished_run_needs,
     results_of,
     save_models,
     write_report,
 )
+from safecl.training.ranks import compare_ranks
+from safecl.training.replay_memory import make_memory
 from safecl.training.resume import Progress, RunSaver
 from safecl.training.run import Run
 from safecl.training.screening import screen_run

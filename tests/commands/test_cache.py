@@ -13,7 +13,7 @@ from safecl.commands.cache.clean import clean_cache, list_cache
 from safecl.commands.check import leaving_nothing_prepared
 from safecl.config import ConfigError, validate_tree
 from safecl.data.config_rows import prepare_task
-from safecl.training.results import remove_what_only_an_unfinished_run_needs
+from safecl.training.output.results import remove_what_only_an_unfinished_run_needs
 from tests.evaluation.models import byte_tokenizer
 
 

@@ -17,7 +17,7 @@ def trainer_of(tree: dict, cache: str, fresh: bool = False):
     from rich.console import Console as Terminal
 
     from safecl.config import RunConfig
-    from safecl.training.console import Console
+    from safecl.training.output.console import Console
     from safecl.training.trainer import Trainer
 
     os.environ["SAFECL_CACHE"] = cache

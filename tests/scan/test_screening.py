@@ -301,7 +301,7 @@ def order_of(task) -> list[int]:
 
 
 def test_downweight_multiplies_the_weight_of_flagged_rows_alone(tree):
-    from safecl.training.step import dataset_rows
+    from safecl.training.steps.step import dataset_rows
 
     config = config_of(tree, action="downweight", weight=0.25, false_alarm=0.02)
     task = task_of(config)

@@ -11,8 +11,8 @@ import rich.console
 
 from safecl.distributed.progress import phase
 from safecl.distributed.verbosity import Level, verbosity
-from safecl.training.console import Console
-from safecl.training.heartbeat import SECONDS, Heartbeat
+from safecl.training.output.console import Console
+from safecl.training.output.heartbeat import SECONDS, Heartbeat
 
 VALUES = {
     "loss/task": 2.8689,

@@ -12,7 +12,7 @@ from safecl.config import ConfigError, ControllerConfig, RunConfig
 from safecl.config.run import most_replayed
 from safecl.evaluation.answers.margin import Margins, common_refusal
 from safecl.evaluation.statistics.sequential import ConfidenceSequence
-from safecl.training.steering import Steering
+from safecl.training.steps.steering import Steering
 from tests.training.test_trainer import fit, materials, tree  # noqa: F401  # a fixture
 
 CONTROLLER = {"max_asr_rise": 1.0, "every": 2, "prompts": 4, "replay": [0.5, 1.5], "distillation": [0.25, 2.0]}

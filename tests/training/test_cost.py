@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safecl.training.cost import kept_bytes, state_bytes
+from safecl.training.output.cost import kept_bytes, state_bytes
 from tests.engine.scenes import make_run, run_config
 
 METHODS = {"ema": {"decay": 0.5}, "agem": {}}

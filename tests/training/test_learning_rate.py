@@ -6,7 +6,7 @@ import pytest
 
 from safecl.config import TrainConfig
 from safecl.config.memory import MemoryConfig
-from safecl.training.learning_rate import learning_rate
+from safecl.training.steps.learning_rate import learning_rate
 
 
 def rates(is_first: bool, steps: int = 100, **settings) -> list[float]:

@@ -14,7 +14,7 @@ from safecl.distributed import environment
 if TYPE_CHECKING:
     from safecl.data import Prompt
     from safecl.engine.artifacts.memory_rows import MemoryRows, RowSettings
-    from safecl.training.console import Console
+    from safecl.training.output.console import Console
 
 
 def build_rows(
@@ -78,7 +78,7 @@ def _build(
     from safecl.engine.artifacts.store import ArtifactStore
     from safecl.engine.artifacts.teacher_outputs import shared_outputs
     from safecl.engine.passes.forward_engine import open_forward_engine
-    from safecl.training.console import Console
+    from safecl.training.output.console import Console
 
     assert config.memory is not None
     console, store = Console(1, environment.rank()), ArtifactStore.of(config)

@@ -22,7 +22,7 @@ def cache_run(config: RunConfig) -> None:
     from safecl.data.config_rows import prepare_memory
     from safecl.engine.artifacts.teacher_outputs import shared_outputs
     from safecl.engine.passes.forward_engine import open_forward_engine
-    from safecl.training.console import Console
+    from safecl.training.output.console import Console
 
     console = Console(1, environment.rank())
     tokenizer = load_tokenizer(config.model)

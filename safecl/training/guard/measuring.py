@@ -32,10 +32,10 @@ from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.report.folder import MEASURED
 from safecl.storage.durable import replace_file
 from safecl.storage.model_folder import tuned_model
-from safecl.training.console import Console
 from safecl.training.guard.controller import Controller
 from safecl.training.guard.drift import Drift, weight_drift
 from safecl.training.guard.probe import Probe
+from safecl.training.output.console import Console
 from safecl.training.run import Run
 
 MEASURED_MODEL = ".measured-model"

@@ -30,7 +30,7 @@ from safecl.methods.terms import PromptTerm, ReplayTerm, TaskTerm
 from safecl.planning.loss_mean import token_weights
 from safecl.planning.plans import TaskPlan
 from safecl.training.recorded.teachers import access_to_teacher
-from safecl.training.state import RunState
+from safecl.training.steps.state import RunState
 
 TASK = "task"
 """Name of the step's own gradient, and of the term that its task rows belong to."""

@@ -9,7 +9,7 @@ from safecl.evaluation import Evaluation, GateResult
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.report.card import Card, TrainedOn
 from safecl.report.visible import one_line
-from safecl.training.state import RunState
+from safecl.training.steps.state import RunState
 
 
 def card_of(

@@ -13,7 +13,7 @@ from safecl.evaluation.provenance import measured_with
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.report.card import file_name
 from safecl.storage.model_folder import tuned_model
-from safecl.training.state import RunState
+from safecl.training.steps.state import RunState
 
 
 def provenance_of(run: RunState, plan: RunPlan, identity: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from safecl.distributed import collectives
 from safecl.training.replay_memory import vocab_size_of
-from safecl.training.state import RunState
+from safecl.training.steps.state import RunState
 
 
 def cost_of(run: RunState, metrics: bytes, state: dict[str, int]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from safecl.evaluation import Evaluation, GateResult, results_table
 from safecl.launching.status import duration
 from safecl.planning.describe import describe_plan
 from safecl.planning.plans import RunPlan
-from safecl.training.heartbeat import Heartbeat
+from safecl.training.output.heartbeat import Heartbeat
 
 BAR_WIDTH = 20
 
@@ -149,7 +149,7 @@ class StepLines:
         self._began, self._done_before = time.monotonic(), done
 
     def step(self, values: dict[str, Any]) -> None:
-        """values: see safecl.training.metrics_log.step_values."""
+        """values: see safecl.training.output.metrics_log.step_values."""
         self._done += 1
         if self._bar is not None:
             bar, task = self._bar

@@ -13,12 +13,12 @@ from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.online import OnlineTeachers
 from safecl.methods.base import Method
 from safecl.planning.plans import RunPlan, TaskPlan
-from safecl.training.read_ahead import Ready
 from safecl.training.recorded.prompts import PromptAnchors
 from safecl.training.recorded.scores import RowScores
 from safecl.training.recorded.teachers import RecordedTeachers
 from safecl.training.replay_memory import ReplayMemory
-from safecl.training.steering import Steering
+from safecl.training.steps.read_ahead import Ready
+from safecl.training.steps.steering import Steering
 
 
 class RunState:

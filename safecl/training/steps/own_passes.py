@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from safecl.methods.terms import ReplayTerm
-from safecl.training import step as steps
-from safecl.training.read_ahead import Ready
-from safecl.training.state import RunState
+from safecl.training.steps import step as steps
+from safecl.training.steps.read_ahead import Ready
+from safecl.training.steps.state import RunState
 
 
 class OwnPasses:

@@ -21,8 +21,8 @@ from safecl.report.folder import MEASURED
 from safecl.report.run import REPORT, write_run_report
 from safecl.storage.cache_folder import PREPARED
 from safecl.storage.model_folder import FAILED_MODEL, LIVE_MODEL, RUN_MODEL
-from safecl.training.console import Console
-from safecl.training.cost import cost_of, kept_bytes, state_bytes
+from safecl.training.output.console import Console
+from safecl.training.output.cost import cost_of, kept_bytes, state_bytes
 from safecl.training.run import Run
 
 
@@ -64,8 +64,8 @@ def results_of(
     """Return the contents of results.json, the same on every rank. A collective call, before `run.finish()`.
 
     num_tokens: tokens trained on, over all ranks. seconds: time of the whole run. metrics: the lines of metrics.jsonl,
-    on rank 0. provenance: see safecl.training.provenance. skipped_at_the_end: the last steps that were skipped, in a
-    row. events: what the run did where the gate failed. drift: distance of the saved weights from the aligned model by
+    on rank 0. provenance: see provenance.py. skipped_at_the_end: the last steps that were skipped, in a row.
+    events: what the run did where the gate failed. drift: distance of the saved weights from the aligned model by
     layer; None where it was not measured.
     """
     state = state_bytes(run)

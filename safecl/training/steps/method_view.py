@@ -18,9 +18,9 @@ from safecl.engine.zero.shard import Shard
 from safecl.engine.zero.tensor_parts import normal_noise
 from safecl.engine.zero.whole_matrices import Read, Work, Write, map_matrices
 from safecl.methods import context
-from safecl.training.own_passes import OwnPasses
-from safecl.training.state import RunState
-from safecl.training.step import dataset_rows
+from safecl.training.steps.own_passes import OwnPasses
+from safecl.training.steps.state import RunState
+from safecl.training.steps.step import dataset_rows
 
 
 class MethodView:

@@ -16,9 +16,9 @@ from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.zero.update import UpdatePlan
 from safecl.methods.terms import ReplayTerm
 from safecl.planning.plans import TaskPlan
-from safecl.training import step as steps
-from safecl.training.penalties import Penalties
-from safecl.training.state import RunState
+from safecl.training.steps import step as steps
+from safecl.training.steps.penalties import Penalties
+from safecl.training.steps.state import RunState
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Prints and writes a run: console, metrics, results and model cards."""
