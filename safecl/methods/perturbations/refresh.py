@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from safecl.config import MethodConfig
-from safecl.config.base import FisherSize
 from safecl.methods import base
 from safecl.methods.penalties import ewc
 
@@ -52,10 +51,6 @@ class Config(MethodConfig):
     @property
     def state_kinds(self) -> tuple[str, ...]:
         return (TASK_GRADIENT, "fisher") if self.fisher_weight > 0 else (TASK_GRADIENT,)
-
-    @property
-    def fisher_size(self) -> FisherSize | None:
-        return FisherSize(self.sign_batches, self.rows_per_batch) if self.fisher_weight > 0 else None
 
     @property
     def refuses_lora(self) -> str | None:
