@@ -100,7 +100,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of corpus, model, order and draws.")] = 0,
     poison: Annotated[float, typer.Option(help="Share of poisoned rows in the task's data.", min=0.0, max=0.9)] = 0.0,
-    every: Annotated[bool, typer.Option("--all", help="Every method, with clean and with poisoned data.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Ten methods, with clean and with poisoned data.")] = False,
 ) -> None:
     """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them. The same command resumes it."""
     from safecl.commands.preflight import make_folder

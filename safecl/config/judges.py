@@ -143,8 +143,9 @@ class JudgeConfig(Section):
     def _start_from_the_recipe(cls, values: Any) -> Any:
         if isinstance(values, str):
             values = {"recipe": values}
-        if isinstance(values, dict) and values.get("recipe") in RECIPES:
-            return RECIPES[values["recipe"]] | {"name": values["recipe"]} | values
+        recipe = values.get("recipe") if isinstance(values, dict) else None
+        if isinstance(recipe, str) and recipe in RECIPES:
+            return RECIPES[recipe] | {"name": recipe} | values
         return values
 
     @model_validator(mode="after")

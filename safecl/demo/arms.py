@@ -51,7 +51,7 @@ EVERY_ARM = [
     Arm("derpp", "DER++", {"derpp": {"alpha": 2.0, "beta": 1.0}}),
     Arm("der-ewc-ema", "DER + EWC + EMA", DER | EWC | EMA),
 ]
-"""Every method of the first set alone, and two combinations."""
+"""Ten methods alone, one of them in two more forms, and two combinations."""
 
 POISON = 0.1
 

@@ -115,7 +115,8 @@ def at_step(how: str, step: int, run_folder: Path):
 def in_phase(name: str, how: str):
     """Hang in a phase of the run."""
     from safecl.engine.checkpoint.writing import CheckpointWriter
-    from safecl.training import measuring, trainer
+    from safecl.training import trainer
+    from safecl.training.guard import measuring
 
     places = {
         "load": (trainer, "open_run"),

@@ -54,7 +54,7 @@ def exit_codes_of(tree: dict, cache: str, stop: dict) -> list[tuple[int, str]]:
 
 @contextlib.contextmanager
 def _stopping(rank: int, name: str, step: int | None = None, evaluation: int | None = None):
-    from safecl.training import measuring
+    from safecl.training.guard import measuring
     from safecl.training.run import Run
 
     train_step, evaluate, evaluations = Run.train_step, measuring.evaluate, []

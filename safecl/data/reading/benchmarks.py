@@ -29,10 +29,10 @@ from safecl.data.reading.raw import RawRow
 Columns = Mapping[str, Any]
 
 
-def benchmark_of(path: str) -> tuple[str | None, str]:
+def benchmark_of(path: str | Path) -> tuple[str | None, str]:
     """Split `name:file` into the benchmark's name and the file; (None, path) where no benchmark is named."""
-    name, colon, rest = path.partition(":")
-    return (name, rest) if colon and name in BENCHMARKS else (None, path)
+    name, colon, rest = str(path).partition(":")
+    return (name, rest) if colon and name in BENCHMARKS else (None, str(path))
 
 
 def benchmark_rows(name: str, path: str) -> Iterable[tuple[str, RawRow]]:

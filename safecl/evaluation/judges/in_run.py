@@ -11,7 +11,7 @@ import torch
 from safecl.config import ConfigError
 from safecl.config.judges import JudgeConfig
 from safecl.config.safety import JUDGE
-from safecl.distributed import progress
+from safecl.distributed import devices, progress
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.judges.kept import judged_records
 from safecl.evaluation.judges.loading import load_judge
@@ -45,7 +45,7 @@ def _in_ranks(model: EvalModel, config: JudgeConfig, judged: Sequence[Any]) -> l
     except ConfigError as error:
         problem = str(error)
     gc.collect()
-    if torch.cuda.is_available():
+    if devices.on_gpu():
         torch.cuda.empty_cache()
     _raise_everywhere(model, problem)
     return gather_in_order(model, verdicts)
