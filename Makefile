@@ -10,6 +10,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 PYTEST_ARGS ?=
+# Two processes share the files of the tests; each has its own ranks.
+WORKERS ?= 2
 DEMO ?= runs/demo
 
 BIN := $(VENV)/bin
@@ -51,8 +53,8 @@ demo-all: install
 	@$(BIN)/python -m safecl demo --all $(DEMO)-all
 
 test: install
-	@echo "==> pytest $(PYTEST_ARGS)"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "==> pytest -n $(WORKERS) $(PYTEST_ARGS)"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # `-m ''` takes back the `-m 'not long'` of pyproject.toml.
 test-long: install
