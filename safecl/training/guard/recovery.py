@@ -135,7 +135,7 @@ class Recovery:
             "rollback": f"back to step {facts.get('back_to')}, learning rate times {facts.get('learning_rate_factor')}",
             CORRECT: f"{facts.get('steps')} steps on the memory",
         }
-        self.run.log(f"safety gate failed {when} ({failed[0]}); {told[action]}")
+        self.run.log(f"safety gate failed {when} ({', '.join(failed) or gate.verdict}); {told[action]}")
 
     def finish(self) -> None:
         """Remove the files that only an unfinished run needs. A collective call."""
