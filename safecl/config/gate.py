@@ -81,7 +81,7 @@ class GateConfig(Section):
 
 
 class RecoveryConfig(Section):
-    """What `safety.on_fail: rollback` and `corrective_replay` do."""
+    """The settings of `safety.on_fail: rollback` and `corrective_replay`."""
 
     max_times: Annotated[int, Field(ge=1)] = 3
     """Number of rollbacks or bursts in a run. After the last rollback the run ends with the last state that passed;

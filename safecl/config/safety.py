@@ -85,9 +85,9 @@ class SafetyConfig(Section):
     gate: GateConfig | None = None
     """Limits for exit code 3."""
     on_fail: OnFail = "report"
-    """What a run does when a measurement fails the gate. report: it goes on, and the gate decides at its end; stop: it
-    ends there; rollback: it goes back to the last state that passed, with a lower learning rate; corrective_replay: it
-    trains on the memory until the probe recovers."""
+    """The action of a run when a measurement fails the gate. report: it goes on, and the gate decides at its
+    end; stop: it ends there; rollback: it goes back to the last state that passed, with a lower learning rate;
+    corrective_replay: it trains on the memory until the probe recovers."""
     recovery: RecoveryConfig = RecoveryConfig()
     """Settings of rollback and corrective_replay."""
     probe: ProbeConfig | None = None
@@ -151,7 +151,7 @@ class ScanConfig(Section):
     """File of disallowed prompts that the model refuses, preferably new ones: prompts that it was aligned on score
     higher. By default the memory's refused rows, else safety.prompts."""
     views: Annotated[list[Literal["refusal", "probe"]], Field(min_length=1)] = ["refusal"]
-    """What a row is scored by. refusal: how probable the model's refusal of its prompt is; probe: how much its prompt
+    """The scores of a row. refusal: how probable the model's refusal of its prompt is; probe: how much its prompt
     is like the known disallowed ones, by a linear probe on the model's hidden states. The probe is fitted to them and
     to known harmless prompts: the memory's answered rows, and every second row of `benign`, so give twice as many."""
     weight: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -28,7 +28,7 @@ def prepare_task(config: RunConfig, task: TaskConfig, tokenizer: Any) -> tuple[T
 
 
 def rewriting_of(config: RunConfig) -> Rewriting | None:
-    """What a method of the config does to the task's rows; None where no method rewrites any."""
+    """Return the change that a method of the config makes to the task's rows; None where no method rewrites any."""
     for name, settings in config.methods.items():
         if settings.rewrites:
             return Rewriting(f"{name} {settings.model_dump_json()}", settings.rewrite)

@@ -1,5 +1,5 @@
-"""How much a command says: `--quiet` leaves warnings, verdicts and errors, `-v` adds a line for every step and phase.
-Imports no torch."""
+"""The amount that a command says: `--quiet` leaves warnings, verdicts and errors, `-v` adds a line for every step and
+phase. Imports no torch."""
 
 from __future__ import annotations
 

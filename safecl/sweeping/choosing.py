@@ -55,7 +55,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Objective:
-    """What the winner has most or least of, and what it must keep."""
+    """The value that the winner has most or least of, and the conditions that it must meet."""
 
     highest: bool
     value: Value

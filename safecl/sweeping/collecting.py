@@ -25,7 +25,7 @@ PLAIN_STATE = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class RunNumbers:
-    """What a run has measured and taken."""
+    """The values that a run has measured, and what it has cost."""
 
     folder: Path
     values: dict[str, float]

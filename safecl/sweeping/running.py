@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run of the sweep ended. `code` is that of `safecl train`; DONE and GATE have results."""
+    """The end of a run of the sweep. `code` is that of `safecl train`; DONE and GATE have results."""
 
     run: PlannedRun
     code: int

@@ -1,4 +1,4 @@
-"""How a run ends: with results, stopped by a signal, or with an error."""
+"""The end of a run: with results, stopped by a signal, or with an error."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Progress:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """All that was measured, in the form of results.json."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """What the run did where the gate failed, in the form of results.json; see safecl.training.guard.recovery."""
+    """The actions of the run where the gate failed, in the form of results.json; see safecl.training.guard.recovery."""
     learning_rate_factor: float = 1.0
     """Factor of the learning rate after rollbacks."""
     probe: dict[str, Any] | None = None

@@ -26,7 +26,7 @@ SWEEP, BEST = "sweep.json", "best.yaml"
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What the command line says besides the config and the axes."""
+    """The options of the command line besides the config and the axes."""
 
     folder: Path | None = None
     ranks: int = 1

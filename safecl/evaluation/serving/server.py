@@ -26,7 +26,7 @@ from safecl.distributed import environment, progress
 from safecl.storage.model_folder import adapter_base, is_adapter
 
 VLLM_LOG = Path("logs") / "vllm.log"
-"""What the server prints, in the run folder."""
+"""The file of the run folder that holds what the server prints."""
 NAME = "model"
 """The name under which the server answers for the folder."""
 SECONDS_TO_END = 20.0

@@ -1,4 +1,4 @@
-"""How well one quantity tells another: correlations over moments, and the area under the curve over prompts.
+"""Measures how well one quantity tells another: correlations over moments, and the area under the curve over prompts.
 
 Pearson's r     Σ (x - x̄)(y - ȳ) / √(Σ (x - x̄)² Σ (y - ȳ)²)
 Spearman's rho  Pearson's r of the ranks; ties share their mean rank

@@ -35,7 +35,7 @@ class ConfidenceSequence:
     alpha: float
     window: int
     number: int = 1
-    """Of the current window, from 1."""
+    """Number of the current window, from 1."""
     count: int = 0
     """Observations in the current window."""
     sum_x: float = 0.0

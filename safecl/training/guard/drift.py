@@ -1,5 +1,5 @@
-"""How far a run has moved from the aligned model: the KL on the users' own rows at each measurement, and at the end the
-distance of the weights, layer by layer.
+"""The distance that a run has moved from the aligned model: the KL on the users' own rows at each measurement, and at
+the end the distance of the weights, layer by layer.
 
 The aligned model's outputs are kept in `aligned-outputs.npz` of the run folder until the run has its results: token ids
 on users' rows are users' text.
