@@ -152,7 +152,10 @@ def reference_page() -> str:
     parts = [INTRODUCTION, _table("Top level", RunConfig)]
     parts += [_table(f"`{path}`", section) for path, section in sections()]
     parts += ["## Methods\n\nAny combination, under `methods:`. Without one it is plain fine-tuning.\n", _presets()]
-    parts += [_table(f"`methods.{name}`", method_module(name).Config, level=3) for name in builtin_methods()]
+    for name in builtin_methods():
+        settings = method_module(name).Config
+        parts.append(_table(f"`methods.{name}`", settings, level=3))
+        parts += [_table(f"`{path}`", inner, level=4) for path, inner in sections(settings, f"methods.{name}")]
     return "\n".join(parts)
 
 
@@ -225,12 +228,18 @@ def inline(value: Any) -> str:
         value = value.model_dump(mode="json")
     if isinstance(value, float):
         return re.sub(r"e([-+])0", r"e\1", f"{value:g}")
-    value = list(value) if isinstance(value, tuple) else value
+    if isinstance(value, list | tuple):
+        value = [_as_given(item) for item in value]
     return (
         yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True)
         .removesuffix("\n")
         .removesuffix("\n...")
     )
+
+
+def _as_given(value: Any) -> Any:
+    """A section as the keys that were given, anything else as it is."""
+    return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
 
 
 def type_text(field: FieldInfo) -> str:

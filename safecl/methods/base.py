@@ -60,6 +60,7 @@ __all__ = [
     "TaskTerm",
     "TensorPart",
     "TokenConstraint",
+    "one_of",
     "step_of",
 ]
 
@@ -70,6 +71,11 @@ BEFORE = "_before_step"
 def step_of(shard: Shard) -> torch.Tensor:
     """The step that was taken, in `transform_step`: a Quantity for dot products."""
     return shard.param - shard.state[BEFORE]
+
+
+def one_of(shard: Shard) -> torch.Tensor:
+    """Ones in the layout of the shard: a Quantity whose dot product with another one is that one's sum."""
+    return shard.param.new_ones(()).expand_as(shard.param)
 
 
 C = TypeVar("C", bound=MethodConfig)

@@ -153,6 +153,9 @@ class Run(Protocol):
     def parts(self, shards: Sequence[Shard]) -> Iterator[TensorPart]:
         """Yield the parts of trained tensors that lie in these shards. Not a collective call."""
 
+    def tensor_names(self) -> list[str]:
+        """Names of the trained tensors, in the order of their numbers."""
+
     def matrix_names(self) -> list[str]:
         """Names of the trained tensors of two dimensions."""
 
@@ -190,9 +193,10 @@ class Run(Protocol):
         learning_rate: float | None = None,
         task_share: float = 0.0,
         of_average: bool = False,
+        modules: Sequence[str] = (),
     ) -> float:
         """Make optimizer steps on the memory alone, at once, and return the loss of the last one; see
-        safecl.training.steps.corrective."""
+        safecl.training.steps.corrective. modules: patterns of the weights that move; empty for all."""
 
     def publish(self) -> None:
         """Copy changed master weights into the live model."""

@@ -65,7 +65,8 @@ def _method_lines(plan: RunPlan, task: TaskPlan) -> list[tuple[str, str]]:
         values = ", ".join(f"{key} {_short(value)}" for key, value in settings if value is not None)
         if settings.keeps_average:
             decay, weight = settings.decay_for(num_steps), settings.weight_on_start(num_steps)
-            values += f"; decay {decay:.6g} leaves {weight:.1%} on the start"
+            kept = "an adaptive decay" if decay is None else f"decay {decay:.6g} leaves {weight:.1%} on the start"
+            values += f"; {kept}"
         lines.append((name, values))
     return lines
 

@@ -203,7 +203,7 @@ class Run(RunState):
             step_transforms=[
                 functools.partial(method.transform_step, self.view)
                 for method in self.active_methods
-                if BEFORE in method.config.state_kinds
+                if BEFORE in method.config.state_kinds and type(method).transform_step is not Method.transform_step
             ],
             after_update=self._hooks("after_update"),
         )
@@ -227,15 +227,17 @@ class Run(RunState):
         learning_rate: float | None = None,
         task_share: float = 0.0,
         of_average: bool = False,
+        modules: Sequence[str] = (),
     ) -> float:
         """Make a corrective phase at once (safecl.training.steps.corrective) and return its last loss.
 
         learning_rate: by default train.learning_rate. of_average: correct the model that is saved, where that is the
-        average.
+        average. modules: patterns of the weights that move; empty for all.
         """
         self.stop_reading()
         rate = self.config.train.learning_rate if learning_rate is None else learning_rate
-        phase = CorrectivePhase(self, self.penalties, draw, rate, task_share, of_average and self.saves_average)
+        saved = of_average and self.saves_average
+        phase = CorrectivePhase(self, self.penalties, draw, rate, task_share, saved, tuple(modules))
         return phase.run(num_steps)
 
     def _log_losses_of_replayed_rows(self) -> None:

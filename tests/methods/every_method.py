@@ -33,6 +33,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "corrective_replay": {"steps": 2, "every": 1, "limit": 1.01, "mix": 0.5},
     "safety_layers": {"layers": [1]},
     "temporal_ensemble": {"decay": 0.7, "first_decay": 0.3},
+    "hierarchical": {"strength": 2.0, "steps": 2, "length": 0.2},
+    "k_fpf": {"k": 2, "steps": 2},
+    "segment_rates": {"rules": [{"modules": "attention", "factor": 0.0}, {"importance": "highest", "factor": 0.3}]},
+    "swat": {"warmup": 0.5},
     "sbr": {"weight": 2.0, "prompts": 3, "pool": 8},
 }
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""

@@ -11,9 +11,12 @@ is killed within it resumes before it, and repeats it bitwise.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from safecl.engine.passes.step_rows import StepRow
+from safecl.engine.zero.shard import Shard
 from safecl.engine.zero.update import UpdatePlan
+from safecl.methods.base import BEFORE
 from safecl.methods.terms import ReplayTerm
 from safecl.planning.plans import TaskPlan
 from safecl.training.steps import step as steps
@@ -27,7 +30,8 @@ class CorrectivePhase:
 
     draw: rows of the memory and the weights of their losses; as many tokens as the task has in a step unless it says
     otherwise. learning_rate: constant. task_share: weight of the cross-entropy of task rows in the same steps.
-    of_average: correct the average of the weights, where the run saves it; the live weights are then the same.
+    of_average: correct the average of the weights, where the run saves it; the live weights are then the same. modules:
+    patterns of the names of weights that move, empty for all; the old weights are then kept during a step.
     """
 
     run_state: RunState
@@ -36,6 +40,7 @@ class CorrectivePhase:
     learning_rate: float
     task_share: float = 0.0
     of_average: bool = False
+    modules: tuple[str, ...] = ()
 
     def run(self, num_steps: int) -> float:
         """Make the steps; return the loss of the draw in the last one, NaN for no steps. A collective call."""
@@ -48,6 +53,8 @@ class CorrectivePhase:
             loss = self._step(number)
         if average:
             engine.optimizer.copy_weights_to("ema")
+        if self.modules:
+            engine.optimizer.drop(BEFORE)
         engine.optimizer.reset_moments()
         return loss
 
@@ -60,11 +67,18 @@ class CorrectivePhase:
             clip_norm=train.clip_norm,
             clip_scope=train.clip_scope,
             penalties=self.penalties.in_update(methods),
+            step_transforms=[self._keep_others] if self.modules else (),
         )
         losses = run.engine.gradient_pass(rows, run.engine.update(plan), self.penalties.in_loss(methods))
         if not run.engine.optimizer.result.applied:
             run.log(f"corrective step {number}: skipped, its gradient is not finite")
         return losses.totals()[self._stream(number)]
+
+    def _keep_others(self, shards: list[Shard]) -> None:
+        """Put back the weights that are not among `modules`."""
+        for part in self.run_state.engine.parts(shards):
+            if not any(fnmatchcase(part.name, pattern) for pattern in self.modules):
+                part.shard.param.view(-1)[part.where].copy_(part.shard.state[BEFORE].view(-1)[part.where])
 
     def _rows(self, number: int) -> list[StepRow]:
         """Return the rows of a step: another draw in each, and the task's rows from the last step back."""

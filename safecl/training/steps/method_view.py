@@ -70,6 +70,9 @@ class MethodView:
     def parts(self, shards: Sequence[context.Shard]) -> Iterator[context.TensorPart]:
         return self._engine.parts(shards)
 
+    def tensor_names(self) -> list[str]:
+        return list(self._engine.shards.shapes)
+
     def matrix_names(self) -> list[str]:
         return [name for name, shape in self._engine.shards.shapes.items() if len(shape) == 2]
 
