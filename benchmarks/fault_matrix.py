@@ -80,29 +80,24 @@ class Progress:
         new.replace(self.file)
 
 
-def killed_run(
-    progress: Progress, kills: int | None, steps: int, save_every: int, longest: int, begins_again_at: int | None
-) -> dict:
-    """Kill a run again and again, let it end, and compare its end with that of a run that nobody kills.
-
-    kills: this many, in a run of at most `steps` steps; None: until the run is through.
-    """
+def kills(count: int, progress: Progress) -> dict:
+    """A run is killed again and again; its end is compared with that of a run that nobody kills."""
     from tests.faults import matrix_scenes
 
-    arguments = dict(save_every=save_every, begins_again_at=begins_again_at, **RUN)
-    folder = progress.folder
+    folder, longest = progress.folder, 3
     last_step = lambda: _newest_step(folder / "killed")  # noqa: E731
-    while (kills is None or progress.done < kills) and last_step() + longest < steps:
+    while progress.done < count:
         found = matrix_scenes.kill_and_resume(
-            folder / "killed", seed=progress.done, longest=longest, until=steps, **arguments
+            folder / "killed", seed=progress.done, longest=longest, until=3 * count + 10, save_every=1, **RUN
         )
         progress.advance(progress.done + 1, found["wrong"])
         print(f"  kill {progress.done}: rank {found['victim']}, newest checkpoint {last_step()}", flush=True)
-    steps = min(steps, last_step() + longest) if kills is not None else steps
+    steps = last_step() + longest
     with ranks(2, PATIENCE) as pool:
-        end = pool.run(matrix_scenes.go_on, folder=str(folder / "killed"), until=steps, **arguments)
-        arguments["save_every"] = steps + 1  # the run that nobody kills saves nothing either
-        whole = pool.run(matrix_scenes.go_on, folder=str(folder / "whole"), until=steps, **arguments)
+        end, whole = (
+            pool.run(matrix_scenes.go_on, folder=str(folder / name), until=steps, save_every=save_every, **RUN)
+            for name, save_every in (("killed", 1), ("whole", steps + 1))  # the run that nobody kills saves nothing
+        )
     wrong = []
     for rank, (one, other) in enumerate(zip(end, whole, strict=True)):
         different = [kind for kind, digest in other["digests"].items() if one["digests"].get(kind) != digest]
@@ -119,12 +114,28 @@ def _newest_step(folder: Path) -> int:
     return int(names[0].split("-")[1]) if names else 0
 
 
-def kills(count: int, progress: Progress) -> dict:
-    return killed_run(progress, kills=count, steps=3 * count + 10, save_every=1, longest=3, begins_again_at=None)
-
-
 def soak(count: int, progress: Progress) -> dict:
-    return killed_run(progress, kills=None, steps=count, save_every=5, longest=50, begins_again_at=count // 2)
+    """A run of the trainer over two tasks is killed until it is through, and leaves what an undisturbed one leaves."""
+    from tests.distributed import stop_scenes
+    from tests.distributed.test_stopping import what_is_left
+    from tests.faults import matrix_scenes
+
+    folder = progress.folder
+    trees = {name: matrix_scenes.two_tasks(folder, folder / name, count) for name in ("killed", "whole")}
+    start, through = dict(cache=str(folder / "cache")), False
+    while not through:
+        found = matrix_scenes.kill_a_run(trees["killed"], seed=progress.done, longest=50, **start)
+        through = found["victim"] is None
+        progress.advance(progress.done + (not through), found["wrong"])
+        print(f"  kill {progress.done}: rank {found['victim']} after step {found['step']}", flush=True)
+    with ranks(2, PATIENCE) as pool:
+        pool.run(stop_scenes.fit, tree=trees["whole"], **start)
+    killed, whole = (what_is_left(folder / name) for name in trees)
+    wrong = [f"other {kind}" for kind in whole if whole[kind] != killed[kind]]
+    wrong += [] if len(whole["metrics"]) == count else [f"{len(whole['metrics'])} steps instead of {count}"]
+    progress.advance(progress.done, wrong)
+    counts = {"kills": progress.done, "resumes": progress.done, "steps": count, "tasks": 2}
+    return counts | {"wrong": progress.values["wrong"]}
 
 
 def resumes(count: int, progress: Progress) -> dict:

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from safecl.demo.materials import write_materials
 from safecl.distributed import collectives
 from safecl.engine.checkpoint.format import Manifest
 from safecl.engine.checkpoint.publishing import CheckpointFolder
 from safecl.engine.checkpoint.random_state import seed_generators
 from safecl.storage.durable import write_file
+from tests.distributed import stop_scenes
 from tests.engine import scenes
 from tests.pool import RankPool
 from tests.training import resume_scenes
@@ -30,13 +32,12 @@ def go_on(
     folder: str,
     until: int,
     save_every: int,
-    begins_again_at: int | None = None,
     kill: tuple[int, int, float] | None = None,
     **changes,
 ) -> dict:
     """Begin or resume, and go to step `until`. kill: (rank, steps from here, seconds into that step) of a SIGKILL.
 
-    Returns where it began and the digests of the end. The task begins again at a step as a second one does.
+    Returns where it began and the digests of the end.
     """
     with resume_scenes.open_saver(folder, **changes) as (run, task, saver):
         notes: list[str] = []
@@ -46,9 +47,6 @@ def go_on(
             scenes.begin(run, task, memory_folder=saver.memory_folder)
         began = run.global_step
         while run.global_step < until:
-            if run.global_step == begins_again_at:
-                run.end_task()
-                run.begin_task(task, active=True)
             if kill is not None and (collectives.rank(), run.global_step) == (kill[0], began + kill[1]):
                 _die_in(kill[2])
             torch.rand(3)  # as dropout does
@@ -85,6 +83,105 @@ def kill_and_resume(folder: Path, seed: int, longest: int, **arguments) -> dict:
     if any(process.is_alive() for process in pool.processes):
         problems.append(f"seed {seed}: a rank lives on")
     return {"victim": victim, "steps": steps, "wrong": problems}
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def two_tasks(folder: Path, output: Path, steps: int) -> dict:
+    """The config of a run of `steps` steps over two tasks with replay, EMA and EWC, saved every 5th step.
+
+    The demonstration's data and random model are written into `folder`.
+    """
+    materials, data = folder / "materials", folder / "materials" / "data"
+    if not (materials / "random-model").is_dir():
+        write_materials(materials)
+    measured = {"path": str(data / "task-test.jsonl"), "metric": "label_accuracy"}
+    return {
+        "model": {"path": str(materials / "random-model"), "dtype": "fp32", "gradient_checkpointing": False},
+        "tasks": [
+            {"name": "first", "train": str(data / "task.jsonl"), "eval": measured},
+            {"name": "second", "train": str(data / "task-test.jsonl"), "eval": measured},
+        ],
+        "memory": {
+            "source": str(data / "memory.jsonl"),
+            "max_rows": 24,
+            "replay_ratio": 0.5,
+            "max_tokens": 64,
+            "teacher": {"k": 8},
+        },
+        "methods": {
+            "der": {"alpha": 0.5},
+            "ewc": {"strength": 0.5, "sign_batches": 4, "rows_per_batch": 4},
+            "ema": {"decay": 0.9},
+        },
+        "train": {
+            "max_steps": steps // 2,
+            "tokens_per_batch": 150,
+            "tokens_per_microbatch": 512,
+            "max_length": 64,
+            "learning_rate": 1e-3,
+            "allow_few_steps": True,
+        },
+        "deepspeed": {"stage": 2},
+        "checkpoint": {"every": 5},
+        "output": str(output),
+    }
+
+
+def kill_a_run(tree: dict, cache: str, seed: int, longest: int) -> dict:
+    """Start the run, or go on with it; a random rank is killed up to 0.2 s after a random one of the next steps.
+
+    Returns who was killed (None: the run was through before), in which step, and what was wrong.
+    """
+    rng, output = random.Random(seed), Path(tree["output"])
+    victim, steps, seconds = rng.randrange(2), 1 + rng.randrange(longest), rng.random() * 0.2
+    pool = RankPool(2, forked=True)
+    try:
+        for pipe in pool.pipes:
+            pipe.send((stop_scenes.fit, dict(tree=tree, cache=cache)))
+        began = _steps_when_training_begins(output, pool)
+        while pool.alive and not pool.pipes[0].poll(0.005) and _num_steps(output) < began + steps:
+            pass
+        through = pool.alive and pool.pipes[0].poll()
+        if through:
+            ok, value = pool.pipes[0].recv()
+            assert ok, value
+        else:
+            time.sleep(seconds)
+            pool.processes[victim].kill()
+            pool.processes[victim].join(SECONDS_TO_DIE)
+        reached = _num_steps(output)
+        code = pool.processes[victim].exitcode
+    finally:
+        pool.close()
+    if through:
+        return {"victim": None, "step": reached, "wrong": []}
+    problems = [] if code == -signal.SIGKILL else [f"seed {seed}: rank {victim} ended with {code}"]
+    return {"victim": victim, "step": reached, "wrong": problems}
+
+
+def _steps_when_training_begins(output: Path, pool: RankPool) -> int:
+    """The number of steps behind the run when it makes its first one, after what came behind the checkpoint is cut."""
+    before = _written(output)
+    while pool.alive and not pool.pipes[0].poll(0.005) and _written(output) in (before, None):
+        pass
+    return _num_steps(output)
+
+
+def _written(output: Path) -> tuple[int, int] | None:
+    try:
+        found = (output / "metrics.jsonl").stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _num_steps(output: Path) -> int:
+    try:
+        return (output / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 # --------------------------------------------------------------------------------------------------- starts at one time
