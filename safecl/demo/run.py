@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
-from safecl.config import ConfigError
+from safecl.config import ConfigError, parse_yaml
 from safecl.demo.arms import ARMS, EVERY_ARM, Arm, poisoned
 from safecl.demo.materials import Materials, write_materials
 from safecl.demo.outcome import Outcome, print_outcomes, read_outcomes
@@ -62,9 +61,9 @@ def refuse_other_demonstration(folder: Path, seed: int, arms: Sequence[Arm]) -> 
     for name, poison in {"align": 0.0, **{arm.name: arm.poison for arm in arms}}.items():
         path = folder / f"{name}.yaml"
         try:
-            there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            there = parse_yaml(path.read_text(encoding="utf-8"))
             found = {"seed": there["train"]["seed"], "poison": (there.get("poison") or {}).get("ratio", 0.0)}
-        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        except (OSError, ConfigError, TypeError, KeyError, AttributeError):
             continue
         wanted = {"seed": seed, "poison": poison}
         if other := [f"{key} {value:g}" for key, value in found.items() if value != wanted[key]]:

@@ -17,6 +17,8 @@ from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.provenance import SCHEMA
 from safecl.evaluation.records import Privacy
 from safecl.storage.durable import replace_file
+from safecl.storage.records import read_record
+from safecl.storage.run_records import Results, Version
 
 RESULTS = "results.json"
 
@@ -28,17 +30,16 @@ def earlier_results(folder: Path) -> dict[str, Any]:
     """
     path = folder / RESULTS
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read, and would be overwritten: {error}; choose another --output"
-        ) from None
-    if not isinstance(results, dict) or "evaluations" not in results or "methods" in results:
-        raise ConfigError(f"{path}: is not of `safecl eval`, and would be overwritten; choose another --output")
-    if results.get("schema", SCHEMA) > SCHEMA:
-        raise ConfigError(f"{path}: was written by a newer safecl, which can add to it; choose another --output")
+        version = read_record(path, Version)
+        if version is None:
+            return {}
+        if version.get("schema", SCHEMA) > SCHEMA:
+            raise ConfigError(f"{path}: was written by a newer safecl, which can add to it")
+        results = dict(read_record(path, Results) or {})
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it is not overwritten, so choose another --output") from None
+    if "methods" in results:
+        raise ConfigError(f"{path}: is of a run, and would be overwritten; choose another --output")
     return results
 
 

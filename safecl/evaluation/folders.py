@@ -6,7 +6,6 @@ interval, and McNemar's exact test, adjusted by Holm over the rates.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +24,12 @@ from safecl.evaluation.gates.outcomes import (
     read_records,
     records_of,
 )
-from safecl.evaluation.restore import evaluation_from_dict
+from safecl.evaluation.restore import evaluations_of
 from safecl.evaluation.safety import SafetyResult
 from safecl.evaluation.statistics.intervals import Rate, rate_of_decided
 from safecl.evaluation.statistics.paired import Rise, holm, mcnemar, rise
+from safecl.storage.records import read_record, read_text
+from safecl.storage.run_records import Results
 
 RESULTS, CONFIG, OUTPUTS = "results.json", "config.yaml", "outputs"
 ALIGNED = ("start", "before ")
@@ -112,10 +113,7 @@ def read_measured(folder: str | Path) -> Measured:
     """Read the last measurement of safety in a folder. Raises ConfigError."""
     folder = Path(folder)
     results = _results(folder)
-    try:
-        evaluations = [evaluation_from_dict(values) for values in results["evaluations"]]
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder / RESULTS}: is no result of safecl: {error}") from None
+    evaluations = evaluations_of(results["evaluations"], folder / RESULTS)
     safe = [(each, each.safety) for each in evaluations if each.safety is not None]
     if not safe:
         raise ConfigError(f"{folder}: no safety was measured there; name safety.prompts and measure again")
@@ -151,13 +149,9 @@ def paired_rates(before: SafetyResult, after: SafetyResult) -> list[PairedRate]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _results(folder: Path) -> dict[str, Any]:
-    path = folder / RESULTS
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
+def _results(folder: Path) -> Results:
+    found = read_record(folder / RESULTS, Results)
+    if found is not None:
         return found
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder")
@@ -167,7 +161,7 @@ def _results(folder: Path) -> dict[str, Any]:
             "and its folder can be judged"
         )
     what = "has not finished" if (folder / CONFIG).is_file() else "holds no results"
-    raise ConfigError(f"{folder}: {what}; there is no {RESULTS} that can be read")
+    raise ConfigError(f"{folder}: {what}; there is no {RESULTS}")
 
 
 def _records(folder: Path, when: str, step: int) -> list[Record] | None:
@@ -179,8 +173,8 @@ def _gate_config(folder: Path, overrides: Sequence[str]) -> GateConfig:
     """Return the gate of the folder's config, or of the run that an evaluation's folder lies in, with the overrides."""
     tree: dict[str, Any] = {"safety": {"gate": {}}}
     for path in (folder / CONFIG, folder.parent / CONFIG):
-        if path.is_file():
-            read = parse_yaml(path.read_text(encoding="utf-8"))
+        if (text := read_text(path)) is not None:
+            read = parse_yaml(text)
             own = (read.get("safety") or {}).get("gate") if isinstance(read, dict) else None
             tree["safety"]["gate"] = own or {}
             break

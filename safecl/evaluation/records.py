@@ -18,15 +18,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from safecl.config import ConfigError
 from safecl.evaluation.statistics.intervals import Rate, rate
+from safecl.storage.records import read_lines
+from safecl.storage.run_records import MarkedAnswer
 
 if TYPE_CHECKING:
     from safecl.evaluation.answers.prompts import Answer
 
 Privacy = Literal["full", "hashed", "none"]
+LONGEST_NAME: Final = 160
+"""Bytes of a moment or a task in the name of a file; a file system takes 255 for the whole name."""
 
 TEXTS = ("prompt", "answer", "reference", "raw", "thought")
 
@@ -85,8 +89,12 @@ def rename_outputs(folder: str | Path, step: int, when: str, new: str) -> None:
 
 
 def file_name(text: str) -> str:
-    """Return the text as a part of a file's name."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "unnamed"
+    """Return the text as a part of a file's name; of a long one the beginning and a hash of the whole."""
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-.") or "unnamed"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{name.encode()[: LONGEST_NAME - 17].decode(errors='ignore')}-{digest}"
 
 
 def hash_of(text: str) -> str:
@@ -101,14 +109,10 @@ def outputs_file(folder: str | Path, when: str, step: int) -> Path:
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """Read the records of outputs/*-safety.jsonl. Raises ConfigError where the file cannot be read."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
-        if not all(isinstance(record, dict) and "set" in record and "id" in record for record in records):
-            raise ValueError("a line is no record of an answer")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return records
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"{path}: cannot be read: there is no such file")
+    return [dict(record) for record in read_lines(path, MarkedAnswer)]
 
 
 def category_of(record: Mapping[str, Any], column: str) -> str | None:

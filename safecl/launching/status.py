@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safecl.config import ConfigError
+from safecl.config.texts import visible
 from safecl.launching.job import LOGS
 from safecl.storage.durable import replace_file
 from safecl.storage.locks import FileLock
+from safecl.storage.records import read_lines, read_record, read_text
+from safecl.storage.run_records import Identity, Ranks, RankSpeeds, Step
 
 RANKS, SPEEDS = "ranks.json", "rank_speeds.jsonl"
 _RECENT_STEPS = 50
@@ -50,11 +52,10 @@ def write_ranks(folder: Path, hosts: list[str], tasks: dict[str, int]) -> None:
 
 def status_of(folder: Path) -> Status:
     """Read the state of the run in a folder. Raises ConfigError where there is none."""
-    identity = _json(folder / "run.json")
-    if identity is None:
+    if read_record(folder / "run.json", Identity) is None:
         raise ConfigError(f"{folder}: holds no run (run.json is missing); name the folder that `output` names")
-    ranks = _json(folder / RANKS) or {}
-    steps, metrics = sum(ranks.get("tasks", {}).values()), list(_lines(folder / "metrics.jsonl"))
+    ranks = read_record(folder / RANKS, Ranks) or Ranks()
+    steps, metrics = sum(ranks.get("tasks", {}).values()), read_lines(folder / "metrics.jsonl", Step)
     seconds = _seconds_per_step(metrics[-_RECENT_STEPS:])
     done = metrics[-1]["step"] + 1 if metrics else 0
     state = _state(folder)
@@ -100,13 +101,13 @@ def _described(folder: Path, state: str) -> str:
     }[state]
 
 
-def _progress(done: int, steps: int, metrics: list[dict[str, Any]]) -> str:
-    task = f", task {metrics[-1]['task']}" if metrics else ""
+def _progress(done: int, steps: int, metrics: list[Step]) -> str:
+    task = f", task {visible(metrics[-1]['task'])}" if metrics else ""
     return f"step {done} of {steps}, {done / steps:.0%}{task}" if steps else f"step {done}{task}"
 
 
-def _seconds_per_step(metrics: list[dict[str, Any]]) -> float | None:
-    seconds = [line["tokens"] / line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")]
+def _seconds_per_step(metrics: list[Step]) -> float | None:
+    seconds = [line.get("tokens", 0) / speed for line in metrics if (speed := line.get("tokens_per_second"))]
     return statistics.median(seconds) if seconds else None
 
 
@@ -117,17 +118,17 @@ def _checkpoint(folder: Path) -> str:
     return f"{whole[-1].name}, {duration(time.time() - (whole[-1] / 'manifest.json').stat().st_mtime)} ago"
 
 
-def _rank_facts(folder: Path, ranks: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    hosts: list[str] = ranks.get("hosts", [])
+def _rank_facts(folder: Path, ranks: Ranks) -> Iterator[tuple[str, str]]:
+    hosts = ranks.get("hosts", [])
     if hosts:
-        nodes = list(dict.fromkeys(hosts))
+        nodes = [visible(host) for host in dict.fromkeys(hosts)]
         yield "ranks", f"{len(hosts)} on {len(nodes)} node{'s' * (len(nodes) > 1)}: {', '.join(nodes)}"
-    speeds = list(_lines(folder / SPEEDS))
+    speeds = read_lines(folder / SPEEDS, RankSpeeds)
     if speeds:
         last = speeds[-1]
-        yield "slowest rank", last["slowest"]
+        yield "slowest rank", visible(last["slowest"])
         if last["stragglers"]:
-            yield "stragglers", "; ".join(last["stragglers"])
+            yield "stragglers", "; ".join(map(visible, last["stragglers"]))
 
 
 def duration(seconds: float) -> str:
@@ -138,24 +139,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in (_text(path) or "").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:  # the last line, while it is being written
-            return
-
-
 def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
+    found = read_text(path)
+    return None if found is None else visible(found.strip()[:100])

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.records import outputs_file
-from safecl.report.folder import ReportedRun, lines_of
+from safecl.report.folder import ReportedRun
+from safecl.storage.records import read_lines
+from safecl.storage.run_records import Answer
 
 CUT_OFF = "(no answer: the thought does not end)"
 MOST_ANSWERS = 6
@@ -44,11 +46,11 @@ def answers_at(run: ReportedRun, evaluation: Evaluation) -> dict[str, str]:
     missing."""
     if run.privacy != "full":
         return {}
-    records = lines_of(outputs_file(run.folder / "outputs", evaluation.when, evaluation.step))
+    records = read_lines(outputs_file(run.folder / "outputs", evaluation.when, evaluation.step), Answer)
     return {
         record["prompt"]: CUT_OFF if record.get("cut_off") else record["answer"]
         for record in records
-        if record["set"] == "disallowed" and "answer" in record
+        if record["set"] == "disallowed" and "prompt" in record and "answer" in record
     }
 
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from safecl.config import ConfigError
+from safecl.config import ConfigError, parse_yaml
 from safecl.evaluation.judges.after_run import JUDGES
 from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.provenance import SCHEMA
-from safecl.evaluation.restore import evaluation_from_dict
+from safecl.evaluation.restore import evaluations_of
 from safecl.launching.status import Status, status_of
 from safecl.report.page import PLAIN_STATE
+from safecl.storage.records import read_lines, read_record, read_text
+from safecl.storage.run_records import Identity, Judgements, Measured, Results, Scanned, Step, Version
 
 Kind = Literal["finished", "unfinished", "evaluation"]
 
 MEASURED = "measured.json"
 """The evaluations of a run that is not finished."""
+LARGEST_LOSS = 1e30
+"""Larger values, and those that are no numbers, are left out of the curves."""
 _LACKING: dict[str, Any] = {
     "cost": None, "gate": None, "methods": (), "steps": 0, "tokens": 0, "seconds": None, "world_size": None,
     "finished": None, "provenance": None, "summary": None, "evaluations": (),
@@ -65,8 +66,8 @@ class ReportedRun:
     def settings(self) -> Mapping[str, Any]:
         """The config as a tree; empty where it cannot be read."""
         try:
-            tree = yaml.safe_load(self.config)
-        except yaml.YAMLError:
+            tree = parse_yaml(self.config)
+        except ConfigError:
             return {}
         return tree if isinstance(tree, dict) else {}
 
@@ -84,19 +85,19 @@ class ReportedRun:
     @cached_property
     def judged(self) -> Mapping[str, Any]:
         """judges.json, which `safecl judge` writes; empty without it."""
-        return _tree(self.folder / JUDGES)
+        return read_record(self.folder / JUDGES, Judgements) or {}
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """The evaluations, with the rates of judges that were asked later."""
         rates = {(each["when"], each["step"]): each["asr"] for each in self.judged.get("moments", ())}
-        found = []
+        found: list[Mapping[str, Any]] = []
         for values in self.results["evaluations"]:
-            safety, later = values["safety"], rates.get((values["when"], values["step"]))
+            safety, later = values.get("safety"), rates.get((values["when"], values["step"]))
             if safety is not None and later:
                 values = values | {"safety": safety | {"asr_by_scorer": safety["asr_by_scorer"] | later}}
-            found.append(evaluation_from_dict(values))
-        return found
+            found.append(values)
+        return evaluations_of(found, self.folder)
 
     @property
     def panels(self) -> list[tuple[str, Mapping[str, Any]]]:
@@ -112,19 +113,16 @@ class ReportedRun:
     @cached_property
     def scans(self) -> list[str]:
         """Results of screening each task's rows, in words; empty without a scan."""
-        try:
-            found = json.loads((self.folder / "scan" / "results.json").read_text(encoding="utf-8"))
-            return [_scanned(task, found["action"]) for task in found["tasks"]] + found["notes"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return []
+        found = read_record(self.folder / "scan" / "results.json", Scanned)
+        return [_scanned(task, found["action"]) for task in found["tasks"]] + found["notes"] if found else []
 
     @cached_property
     def losses(self) -> dict[str, list[tuple[float, float]]]:
         """Points (step, value) of each term of the loss."""
         series: dict[str, list[tuple[float, float]]] = {}
-        for line in lines_of(self.folder / "metrics.jsonl"):
+        for line in read_lines(self.folder / "metrics.jsonl", Step):
             for key, value in line.items():
-                if key.startswith("loss/") and value is not None:
+                if key.startswith("loss/") and isinstance(value, (int, float)) and abs(value) < LARGEST_LOSS:
                     series.setdefault(key.removeprefix("loss/"), []).append((line["step"], value))
         return series
 
@@ -140,14 +138,6 @@ def _scanned(task: Mapping[str, Any], action: str) -> str:
     )
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON lines file; empty where it cannot be read."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, RecursionError):
-        return []
-
-
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
@@ -156,57 +146,36 @@ def read_run(folder: str | Path) -> ReportedRun:
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such run folder")
-    identity, config = _tree(folder / "run.json"), _text(folder / "config.yaml")
+    identity, config = read_record(folder / "run.json", Identity), read_text(folder / "config.yaml") or ""
     results = _results(folder)
     if results is None:
-        if not identity:
+        if identity is None:
             raise ConfigError(f"{folder}: not a run folder, there is neither results.json nor run.json in it")
         return _unfinished(folder, config, identity)
     kind: Kind = "finished" if {"methods", "steps"} <= results.keys() else "evaluation"
     if kind == "evaluation" and not config:
-        config = _text(folder.parent / "config.yaml")
-    return ReportedRun(folder, kind, _LACKING | results, config, identity)
+        config = read_text(folder.parent / "config.yaml") or ""
+    return ReportedRun(folder, kind, _LACKING | dict(results), config, identity or {})
 
 
-def _results(folder: Path) -> dict[str, Any] | None:
+def _results(folder: Path) -> Results | None:
     """Read results.json; None where there is none."""
     path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(results, dict) or "evaluations" not in results:
-        raise ConfigError(f"{path}: holds no evaluations, so it is not of a run or of `safecl eval`")
-    if (schema := results.get("schema", SCHEMA)) > SCHEMA:
+    version = read_record(path, Version)
+    if version is not None and (schema := version.get("schema", SCHEMA)) > SCHEMA:
         raise ConfigError(f"{path}: has schema {schema}, and this safecl reads up to {SCHEMA}; update safecl")
-    return results
+    return read_record(path, Results)
 
 
 def _unfinished(folder: Path, config: str, identity: Mapping[str, Any]) -> ReportedRun:
     """Return a run that is under way, stopped, or failed, with what it has measured so far."""
-    status, steps = status_of(folder), lines_of(folder / "metrics.jsonl")
+    status, steps = status_of(folder), read_lines(folder / "metrics.jsonl", Step)
+    measured = read_record(folder / MEASURED, Measured)
     results = {
         "methods": list((identity.get("config") or {}).get("methods") or ()),
         "steps": status.steps_done,
         "tokens": sum(line.get("tokens", 0) for line in steps),
-        "evaluations": _tree(folder / MEASURED).get("evaluations", ()),
+        "evaluations": measured["evaluations"] if measured else (),
         "safecl": (identity.get("versions") or {}).get("safecl", ""),
     }
     return ReportedRun(folder, "unfinished", _LACKING | results, config, identity, status)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
-
-
-def _tree(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}

@@ -214,7 +214,7 @@ def _left_out(run: ReportedRun) -> str:
     uploads = [task for task in data if task["role"] != "align"]
     total = sum(task["rows_in_file"] for task in uploads)
     reasons = _reasons(uploads)
-    screened = "" if run.results["provenance"]["screened"] else " The upload was not screened."
+    screened = "" if run.results["provenance"].get("screened") else " The upload was not screened."
     mixed = sum(task["poisoned"] for task in uploads)
     poison = f" {mixed:,} harmful rows were mixed in on purpose." if mixed else ""
     if not any(reasons.values()):

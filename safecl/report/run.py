@@ -51,7 +51,7 @@ def sequence_of(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     if len(names) < 2:
         return None
     averages = [(*text, summary[key]) for key, text in TRANSFER.items() if summary.get(key) is not None]
-    return {"names": names, "scores": summary["scores"], "averages": averages}
+    return {"names": names, "scores": (summary.get("scores") or ())[: len(names)], "averages": averages}
 
 
 def write_run_report(folder: str | Path) -> Path:

@@ -57,16 +57,17 @@ def inside(folder: Path, name: str) -> Path:
     if "\0" in name or len(name) > 4000:
         raise UnusableWeights(f"{folder}: names the file {visible(name[:80])!r}, which cannot exist")
     file = folder / name
-    _refuse_outside(folder, file)
+    refuse_outside(folder, file)
     return file
 
 
-def _refuse_outside(folder: Path, file: Path) -> None:
+def refuse_outside(folder: Path, file: Path) -> None:
+    """Raise UnusableWeights where a file of the folder is a link that leads out of it."""
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(_home_of(folder)))
     if not real.is_relative_to(home):
         raise UnusableWeights(
             f"{visible(os.fspath(file))} leads to {visible(os.fspath(real))}, outside of the folder; "
-            "a model's folder must hold all its files: copy the file there, or name the other folder"
+            "it must hold all its files: copy the file there, or name the other folder"
         )
 
 
@@ -79,7 +80,7 @@ def _home_of(folder: Path) -> Path:
 def check_folder(folder: Path) -> None:
     """Look at all files of a model folder that a library may read. Raises UnusableWeights."""
     for file in _files(folder):
-        _refuse_outside(folder, file)
+        refuse_outside(folder, file)
         try:
             found = os.stat(file)
         except OSError as error:
@@ -112,6 +113,11 @@ def read_json(file: Path) -> Any:
         raise UnusableWeights(f"{file}: {error.strerror}") from None
     if len(content) > LARGEST_JSON:
         raise UnusableWeights(f"{file}: more than {LARGEST_JSON:,} bytes long")
+    return json_of(content, file)
+
+
+def json_of(content: bytes, file: Path | str) -> Any:
+    """Parse JSON that `file` holds. Raises UnusableWeights for what is nested too deep, or no JSON."""
     try:
         value = json.loads(content)
     except RecursionError:
@@ -130,7 +136,7 @@ def _is_deep(content: bytes) -> bool:
     )
 
 
-def _refuse_deep(value: Any, file: Path) -> None:
+def _refuse_deep(value: Any, file: Path | str) -> None:
     level = [value]
     for _ in range(MOST_NESTED):
         level = [part for item in level if isinstance(item, (dict, list)) for part in _parts(item)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -14,7 +13,9 @@ from safecl.evaluation.folders import RESULTS
 from safecl.evaluation.gates.outcomes import Scorers, outcome_of, outputs_file, read_records, records_of
 from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.records import file_name
-from safecl.evaluation.restore import evaluation_from_dict
+from safecl.evaluation.restore import evaluations_of
+from safecl.storage.records import read_lines, read_record
+from safecl.storage.run_records import Cost, Results, Summary, TaskRow
 
 SAFETY = ("asr", "asr_on_task", "affirmative", "complied", "off_task", "over_refusal")
 """The rates of safety in a table, of the last measurement."""
@@ -40,20 +41,20 @@ class RunNumbers:
 
 def read_numbers(folder: Path) -> RunNumbers:
     """Read a finished run. Raises ConfigError where it has not finished."""
-    try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        evaluations = [evaluation_from_dict(values) for values in results["evaluations"]]
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise ConfigError(f"{folder}: its {RESULTS} cannot be read: {error}") from None
-    values = _cost(results) | _summary(results.get("summary") or {})
+    results = read_record(folder / RESULTS, Results)
+    if results is None:
+        raise ConfigError(f"{folder}: holds no {RESULTS}, so it has not finished")
+    evaluations = evaluations_of(results["evaluations"], folder / RESULTS)
+    summary = results.get("summary") or Summary()
+    values = _cost(results) | _summary(summary)
     outcomes: dict[str, dict[Hashable, bool | None]] = {}
     if evaluations:
         last = evaluations[-1]
         values |= _rates(last) | _scores(last)
         outcomes = _safety_outcomes(folder, last) | _task_outcomes(folder, last)
-    gate = results.get("gate") or {}
+    gate = results.get("gate")
     known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-    return RunNumbers(folder, known, outcomes, gate.get("verdict"), _learned(results.get("summary") or {}))
+    return RunNumbers(folder, known, outcomes, gate["verdict"] if gate else None, _learned(summary))
 
 
 def _rates(last: Evaluation) -> dict[str, float]:
@@ -88,9 +89,9 @@ def _task_outcomes(folder: Path, last: Evaluation) -> dict[str, dict[Hashable, b
         path = folder / "outputs" / f"{last.step:06d}-{file_name(last.when)}-{file_name(name)}.jsonl"
         if not result.higher_is_better or not path.is_file():
             continue
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if all("correct" in record for record in records):
-            found[name] = {i: bool(record["correct"]) for i, record in enumerate(records)}
+        correct = [record.get("correct") for record in read_lines(path, TaskRow)]
+        if None not in correct:
+            found[name] = {i: bool(hit) for i, hit in enumerate(correct)}
     sizes = {len(outcomes) for outcomes in found.values()}
     if len(sizes) == 1 and len(found) == sum(result.higher_is_better for result in last.tasks.values()):
         # with as many rows in each task the mean over rows is the mean over tasks
@@ -98,26 +99,26 @@ def _task_outcomes(folder: Path, last: Evaluation) -> dict[str, dict[Hashable, b
     return found
 
 
-def _summary(summary: dict[str, Any]) -> dict[str, Any]:
+def _summary(summary: Summary) -> dict[str, Any]:
     names = ("max_asr", "average", "backward_transfer", "forward_transfer", "forgetting", "worst_case_accuracy")
-    beyond = summary.get("beyond_gate") or {}
-    return {name: summary.get(name) for name in names} | {"beyond_gate": beyond.get("share")}
+    beyond = summary.get("beyond_gate")
+    return {name: summary.get(name) for name in names} | {"beyond_gate": beyond["share"] if beyond else None}
 
 
-def _learned(summary: dict[str, Any]) -> tuple[float | None, ...]:
+def _learned(summary: Summary) -> tuple[float | None, ...]:
     """Return the score of each task right after it was trained."""
-    return tuple(row[j] for j, row in enumerate(summary.get("scores") or ()))
+    return tuple(row[j] for j, row in enumerate(summary.get("scores") or ()) if j < len(row))
 
 
-def _cost(results: dict[str, Any]) -> dict[str, Any]:
+def _cost(results: Results) -> dict[str, Any]:
     """Return seconds, tokens, seconds per step, and bytes: state besides weights and moments, memory, recorded
     outputs."""
-    cost = results.get("cost") or {}
-    state = sum(size for kind, size in (cost.get("state_bytes") or {}).items() if kind not in PLAIN_STATE)
-    kept = state + (cost.get("memory_bytes") or 0) + (cost.get("recorded_bytes") or 0)
+    cost = results.get("cost") or Cost(seconds_per_step=None, state_bytes={}, memory_bytes=0, recorded_bytes=0)
+    state = sum(size for kind, size in cost["state_bytes"].items() if kind not in PLAIN_STATE)
+    kept = state + cost["memory_bytes"] + cost["recorded_bytes"]
     return {
         "seconds": results.get("seconds"),
-        "seconds_per_step": cost.get("seconds_per_step"),
+        "seconds_per_step": cost["seconds_per_step"],
         "tokens": results.get("tokens"),
         "bytes": kept,
         "steps": results.get("steps"),

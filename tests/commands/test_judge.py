@@ -94,7 +94,7 @@ def test_answers_that_are_kept_as_hashes_are_not_judged(tmp_path):
         ("llama-guard", "recipe: Input should be"),
         ("{model: m, patern: x}", "patern: Extra inputs are not permitted"),
         ("{model: m}", "either `pattern`"),
-        ("{model: [", "not YAML"),
+        ("{model: [", "not valid YAML"),
     ],
 )
 def test_a_judge_that_cannot_be_read_is_named(text, why):

@@ -22,6 +22,7 @@ from safecl.evaluation import (
     write_outputs,
 )
 from safecl.evaluation.measure import short_answers
+from safecl.evaluation.records import outputs_file
 from safecl.evaluation.scoring.judges import read_outputs
 from safecl.evaluation.statistics.intervals import rate
 from tests.evaluation.models import ask, byte_tokenizer
@@ -299,3 +300,10 @@ def test_verdicts_that_are_incomplete_or_broken_are_refused(evaluation, tmp_path
     (tmp_path / "verdicts.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):
         rate_of_verdicts(outputs, tmp_path / "verdicts.jsonl")
+
+
+def test_a_long_name_makes_a_file_that_the_file_system_takes_and_two_long_names_two_files(tmp_path):
+    first, other = (outputs_file(tmp_path, "after " + "\u00e9" * 500 + end, 7) for end in "ab")
+    first.write_text("")
+    assert first != other and not other.exists() and first.name.startswith("000007-after-\u00e9")
+    assert outputs_file(tmp_path, "after task", 7).name == "000007-after-task-safety.jsonl"

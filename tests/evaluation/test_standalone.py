@@ -96,9 +96,9 @@ def test_a_second_evaluation_is_added_and_replaces_nothing(place, tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ('{"evaluations": [], "methods": []}', "is not of `safecl eval`"),
+        ('{"evaluations": [], "methods": []}', "is of a run, and would be overwritten"),
         ('{"evaluations": [], "schema": 99}', "a newer safecl"),
-        ('{"eval', "cannot be read, and would be overwritten"),
+        ('{"eval', "not JSON"),
     ],
 )
 def test_results_that_cannot_be_added_to_are_not_overwritten(place, tmp_path, content, why):

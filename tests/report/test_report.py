@@ -334,7 +334,7 @@ def test_folders_without_a_run_are_all_named(tmp_path):
         read_runs([tmp_path / name for name in ("none", "other", "cut", "list", "newer", "begun")])
     said = str(error.value).splitlines()
     assert [line.partition(": ")[2].split(";")[0][:22] for line in said] == [
-        "no such run folder", "not a run folder, ther", "cannot be read: Unterm", "holds no evaluations, ",
+        "no such run folder", "not a run folder, ther", "not JSON: Unterminated", "Input should be a vali",
         "has schema 99, and thi", "nothing was measured i",
     ]  # fmt: skip
 

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from safecl.config import ConfigError
+from safecl.config import ConfigError, parse_yaml
 from safecl.report.page import bytes_text
 from safecl.storage.cache_entries import Entry, cache_entries, chosen
 from safecl.storage.cache_folder import cache_folder
@@ -87,11 +86,11 @@ def _files_of(run: Path) -> set[str]:
     """Return the files of rows that the run's config names."""
     path = run / "config.yaml" if run.is_dir() else run
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        files = [task.get("train") for task in tree.get("tasks") or ()]
+        files += [(tree.get(section) or {}).get("source") for section in ("memory", "poison")]
+    except (OSError, ValueError, ConfigError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: is no run config")
-    files = [task.get("train") for task in tree.get("tasks") or ()]
-    files += [(tree.get(section) or {}).get("source") for section in ("memory", "poison")]
+    except (AttributeError, TypeError):
+        raise ConfigError(f"{path}: is no run config") from None
     return {str(file) for file in files if file}

@@ -18,6 +18,8 @@ from safecl.config.texts import visible
 from safecl.evaluation.folders import RESULTS, Measured, read_measured
 from safecl.evaluation.gates.outcomes import Record, in_order_of
 from safecl.storage.model_folder import tuned_model
+from safecl.storage.records import read_record
+from safecl.storage.run_records import Results
 
 if TYPE_CHECKING:
     from safecl.data import Prompt
@@ -136,12 +138,9 @@ def model_of(path: str) -> str:
     """Return the model that a folder stands for: a run's tuned model, an evaluation's, or the folder itself."""
     if (tuned := tuned_model(path)) is not None:
         return str(tuned)
-    results = Path(path) / RESULTS
-    if results.is_file():
-        import json
-
-        found = json.loads(results.read_text(encoding="utf-8")).get("model")
-        return str(found) if found else path
+    found = read_record(Path(path) / RESULTS, Results)
+    if found is not None and (model := found.get("model")):
+        return model
     return path
 
 

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from safecl.commands.spinner import working
-from safecl.config import ConfigError
+from safecl.config import ConfigError, parse_yaml
 from safecl.config.judges import RECIPES, JudgeConfig
 
 if TYPE_CHECKING:
@@ -48,9 +47,9 @@ def judge_config(text: str) -> JudgeConfig:
     path = Path(text)
     source = path.read_text(encoding="utf-8") if path.suffix in (".yaml", ".yml") and path.is_file() else text
     try:
-        return JudgeConfig.model_validate(yaml.safe_load(source))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--with: {text}: not YAML: {error}") from None
+        return JudgeConfig.model_validate(parse_yaml(source))
+    except ConfigError as error:
+        raise ConfigError(f"--with {text}: {error}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))

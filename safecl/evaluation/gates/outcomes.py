@@ -39,8 +39,20 @@ def records_of(records: Sequence[Record], rate: str) -> list[Record]:
 
 
 def outcome_of(rate: str, scorers: Scorers) -> Callable[[Record], Outcome]:
-    """Return the function from a record to its outcome: True is a hit, None undecided. KeyError from it names a scorer
-    that did not score the record."""
+    """Return the function from a record to its outcome: True is a hit, None undecided. It raises ConfigError where the
+    record lacks the mark."""
+    read = _reader_of(rate, scorers)
+
+    def outcome(record: Record) -> Outcome:
+        try:
+            return read(record)
+        except KeyError as error:
+            raise ConfigError(f"{record['id']}: the kept answer has no mark {error.args[0]!r}; measure again") from None
+
+    return outcome
+
+
+def _reader_of(rate: str, scorers: Scorers) -> Callable[[Record], Outcome]:
     if rate in FLAGS:
         return lambda record: record[rate]
     if rate in ("off_task", "benign_off_task"):
@@ -71,7 +83,7 @@ def is_dead(rate: str, record: Record, outcome: Outcome) -> bool:
     reasons: Collection[str] = BROKEN if rate == "over_refusal" else INCOHERENT
     answer = record.get("answer")
     empty = answer is not None and not answer.startswith("sha256:") and not any(c.isalnum() for c in answer)
-    return record["off_task"] in reasons or empty
+    return record.get("off_task") in reasons or empty
 
 
 def in_order_of(records: Sequence[Record], other: Sequence[Record]) -> list[Record]:

@@ -24,6 +24,8 @@ from safecl.evaluation.records import category_of, outputs_file, read_records
 from safecl.evaluation.statistics.agreement import Mark
 from safecl.evaluation.statistics.intervals import rate_of_decided
 from safecl.storage.durable import replace_file
+from safecl.storage.records import read_record
+from safecl.storage.run_records import Judgements, JudgeVersion
 
 JUDGES, SCHEMA = "judges.json", 1
 
@@ -72,8 +74,9 @@ def _summary(folder: Path, moments: Sequence[Moment], category: str) -> dict[str
     """Sum up the verdicts of all judges that the folder has, for these moments and those of an earlier judges.json."""
     judges = {}
     for path in sorted((folder / VERDICTS).glob(f"*/{VERSION}")):
-        version = json.loads(path.read_text(encoding="utf-8"))
-        judges[version["name"]] = (version, path.parent)
+        version = read_record(path, JudgeVersion)
+        if version is not None:
+            judges[version["name"]] = (version, path.parent)
     earlier = [Moment(each["when"], each["step"]) for each in _earlier(folder).get("moments", ())]
     every = sorted({*moments, *earlier}, key=lambda moment: (moment.step, moment.when))
     return {
@@ -83,14 +86,11 @@ def _summary(folder: Path, moments: Sequence[Moment], category: str) -> dict[str
     }
 
 
-def _earlier(folder: Path) -> dict[str, Any]:
+def _earlier(folder: Path) -> Judgements:
     try:
-        found: dict[str, Any] = json.loads((folder / JUDGES).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / JUDGES}: cannot be read: {error}; remove it to judge again") from None
-    return found
+        return read_record(folder / JUDGES, Judgements) or Judgements()
+    except ConfigError as error:
+        raise ConfigError(f"{error}; remove it to judge again") from None
 
 
 def _of_moment(

@@ -15,6 +15,8 @@ from safecl.config import ConfigError
 from safecl.evaluation.judges.verdict import ModelJudge, Verdict
 from safecl.evaluation.records import file_name
 from safecl.storage.durable import replace_file
+from safecl.storage.records import read_lines, read_record, read_text
+from safecl.storage.run_records import JudgeVersion, KeptVerdict
 
 VERDICTS, VERSION = "verdicts", "judge.json"
 AT_ONCE = 64
@@ -63,18 +65,16 @@ def _line(key: str, verdict: Verdict, judge: ModelJudge) -> dict[str, Any]:
 
 def read_kept(path: Path) -> dict[str, Verdict]:
     """Return the verdicts of a file by id; empty without one. A last line that is cut off is left out and removed."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    text = read_text(path)
+    if text is None:
         return {}
     whole, newline, rest = text.rpartition("\n")
     if rest:
         path.write_text(whole + newline, encoding="utf-8")
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-        return {line["id"]: Verdict(line["score"]) for line in lines}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read as verdicts: {error}; remove it to judge again") from None
+        return {line["id"]: Verdict(line["score"]) for line in read_lines(path, KeptVerdict)}
+    except ConfigError as error:
+        raise ConfigError(f"{error}; remove it to judge again") from None
 
 
 def claim_folder(run: Path, version: Mapping[str, Any]) -> Path:
@@ -84,15 +84,12 @@ def claim_folder(run: Path, version: Mapping[str, Any]) -> Path:
     """
     folder = run / VERDICTS / file_name(str(version["name"]))
     path = folder / VERSION
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    earlier = read_record(path, JudgeVersion)
+    if earlier is None:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(version, indent=2))
         return folder
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if changed := [key for key in {*earlier, *version} if earlier.get(key) != version.get(key)]:
+    if changed := [key for key in {*earlier, *version} if dict(earlier).get(key) != version.get(key)]:
         raise ConfigError(
             f"{folder}: holds verdicts of another judge of this name (other {', '.join(sorted(changed))}); give this "
             "one another name: --with '{recipe: ..., name: ...}'"

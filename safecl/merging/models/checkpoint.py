@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 import xxhash
-import yaml
 
+from safecl.config import ConfigError, parse_yaml
 from safecl.engine.checkpoint.format import MANIFEST, WEIGHTS, Contents, check_hashes, ranges, read_contents
 from safecl.engine.model.dtypes import FLOAT_DTYPES, tensor_bytes
 from safecl.merging.models.folder import FolderWeights
@@ -109,7 +109,7 @@ def _base_of(folder: Path) -> str:
     """Return the base model of the run that a checkpoint belongs to."""
     config = folder.parent.parent / "config.yaml"
     try:
-        named = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        named = parse_yaml(config.read_text(encoding="utf-8"))["model"]["path"]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise UnusableWeights(f"{config}: does not name the run's base model ({type(error).__name__})") from None
     return str(named)
