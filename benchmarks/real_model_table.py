@@ -1,4 +1,5 @@
-"""The results of benchmarks/real_model.py: benchmarks/results/real_model.json, and the tables of docs/results.md."""
+"""The results of benchmarks/real_model.py: benchmarks/results/real_model.json, the tables of docs/results.md, and the
+picture of README.md."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ from retention_table import digest
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "real_model.json"
 PAGE = ROOT / "docs" / "results.md"
+PICTURE = ROOT / "docs" / "real-model.svg"
+SHOWN = ("plain", "balanced", "strict")
+"""Arms of the picture."""
 RATES = ("asr", "complied", "affirmative", "off_task", "over_refusal")
 HEAD = "| arm | poison | ASR | complied | over-refusal | accuracy | CPU s |\n|---|---:|---:|---:|---:|---:|---:|"
 
@@ -35,6 +39,8 @@ def report(folder: Path, page: Path = PAGE, results: Path = RESULTS) -> None:
     }
     harness.write_json(results, result)
     write_page(page, result)
+    if page == PAGE:
+        PICTURE.write_text(picture(result) + "\n", encoding="utf-8")
     if missing:
         print(f"{len(missing)} of {len(RUNS)} arms are missing; --list names them")
 
@@ -68,6 +74,27 @@ def write_page(page: Path, result: dict[str, Any]) -> None:
         _, end, tail = rest.partition("<!-- end -->")
         text = f"{head}<!-- {mark} -->\n{table(result, seed)}\n{end}{tail}" if end else text
     page.write_text(text, encoding="utf-8")
+
+
+def picture(result: dict[str, Any]) -> str:
+    """Draw the shares of refused disallowed and of answered harmless prompts, and the accuracy, with intervals."""
+    from safecl.report.charts import dot_plot
+
+    found = {(run["arm"], run["poison"]): run for run in result["runs"] if run["seed"] == REPORTED}
+    rows = [("the aligned model", _shares(result["aligned"][str(REPORTED)], accuracy=False))]
+    for poison in (0, 10):
+        rows += [
+            (f"{arm}, {f'{poison} % poison' if poison else 'clean rows'}", _shares(found[arm, poison]))
+            for arm in SHOWN
+            if (arm, poison) in found
+        ]
+    return str(dot_plot(rows, ["refuses disallowed", "answers harmless", "accuracy at SST-2"], width=880))
+
+
+def _shares(found: dict[str, Any], accuracy: bool = True) -> list[tuple[float, float, float] | None]:
+    kept = [(1 - rate["value"], 1 - rate["high"], 1 - rate["low"]) for rate in (found["asr"], found["over_refusal"])]
+    task = found["accuracy"]
+    return [*kept, (task["value"], task["low"], task["high"]) if accuracy else None]
 
 
 def table(result: dict[str, Any], seed: int) -> str:

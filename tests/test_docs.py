@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,17 @@ def test_the_readmes_table_and_picture_are_those_of_the_committed_measurement():
             if rate
         )
     assert (ROOT / "docs" / "demo.svg").read_text() == run["picture"] + "\n"
+
+
+def test_the_first_picture_is_that_of_the_committed_measurement_of_a_pretrained_model():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import real_model_table
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    result = json.loads(real_model_table.RESULTS.read_text())
+    assert real_model_table.PICTURE.read_text() == real_model_table.picture(result) + "\n"
+    assert "](docs/real-model.svg)" in (ROOT / "README.md").read_text()
 
 
 def test_the_committed_demonstration_holds_for_three_seeds():

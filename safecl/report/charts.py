@@ -120,7 +120,7 @@ def dot_plot(
 
     Args: `rows`, one per model: (title, interval or None for each panel); `panels`: titles, one per rate.
     """
-    left, gap, step, top = 160, 84, 30, 48
+    left, gap, step, top = max(160, 9 * max(len(title) for title, _ in rows)), 84, 30, 48
     each = (width - left) / len(panels) - gap
     height = top + step * len(rows) + 34
     parts = [f'<rect class="paper" width="{width}" height="{height}" fill="#ffffff"/>']
