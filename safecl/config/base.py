@@ -88,6 +88,16 @@ class MethodConfig(Section):
         return False
 
     @property
+    def needs_harmful(self) -> bool:
+        """True where the method cannot run without harmful rows, whose file it names (`harmful_source`)."""
+        return False
+
+    @property
+    def harmful_source(self) -> str | None:
+        """File or hub id of the harmful rows that the method takes gradients on; None without one."""
+        return None
+
+    @property
     def needs_teacher(self) -> bool:
         """True where the method compares replayed rows with a teacher (memory.teacher)."""
         return False

@@ -102,6 +102,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _methods_have_the_harmful_rows_they_need(self) -> RunConfig:
+        for name, settings in self.methods.items():
+            if settings.needs_harmful and settings.harmful_source is None:
+                raise ValueError(
+                    f"methods: {name} needs `{name}: {{harmful: FILE}}`, disallowed prompts with answers that comply, "
+                    "from which it learns what must not happen"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _clipping_does_not_contain_a_proximal_step(self) -> RunConfig:
         for name, settings in self.methods.items():
             if settings.is_proximal and self.train.clip_scope == "total":
@@ -245,6 +255,11 @@ class RunConfig(Section):
         if self.memory is not None and self.memory.teacher.kind == "online" and self.needs_teacher:
             found["memory.teacher.source"] = self.memory.teacher.source
         return found
+
+
+def harmful_sources(config: RunConfig) -> dict[str, str]:
+    """The files of harmful rows that methods take gradients on, by method."""
+    return {name: path for name, settings in config.methods.items() if (path := settings.harmful_source) is not None}
 
 
 def most_replayed(config: RunConfig) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from safecl.config import EvalConfig, FieldMap, RunConfig, TaskConfig
 from safecl.config.data import RowsSource
-from safecl.config.run import memory_tokens
+from safecl.config.run import harmful_sources, memory_tokens
 from safecl.data import ChatRow, TokenDataset, mix_poison, prepare_dataset, read_rows
 from safecl.data.rewriting import Rewriting
 from safecl.storage.cache_folder import PREPARED, data_cache
@@ -41,6 +41,12 @@ def prepare_memory(config: RunConfig, tokenizer: Any) -> TokenDataset:
     return _prepare(config, config.memory.rows_source, tokenizer, memory_tokens(config))
 
 
+def prepare_harmful(config: RunConfig, tokenizer: Any) -> dict[str, TokenDataset]:
+    """The tokenised harmful rows that methods take gradients on, by file. Raises DataError."""
+    paths = dict.fromkeys(harmful_sources(config).values())
+    return {path: _prepare(config, RowsSource(path), tokenizer, config.train.max_length) for path in paths}
+
+
 def _prepare(
     config: RunConfig, source: RowsSource, tokenizer: Any, max_length: int, rewriting: Rewriting | None = None
 ) -> TokenDataset:
@@ -62,9 +68,10 @@ def _prepare(
 
 
 def read_training_rows(config: RunConfig) -> list[ChatRow]:
-    """All rows that the run trains on: tasks, memory, poison. Raises DataError."""
+    """All rows that the run takes gradients on: tasks, memory, poison, harmful rows. Raises DataError."""
     memory = [config.memory.rows_source] if config.memory is not None else []
-    return _read(config, [*(task.rows_source for task in config.tasks), *memory, *_poison(config)])
+    harmful = [RowsSource(path) for path in dict.fromkeys(harmful_sources(config).values())]
+    return _read(config, [*(task.rows_source for task in config.tasks), *memory, *_poison(config), *harmful])
 
 
 def read_upload_rows(config: RunConfig) -> list[ChatRow]:

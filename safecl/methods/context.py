@@ -134,6 +134,10 @@ class Run(Protocol):
     def memory_loss(self, draw: ReplayTerm) -> float:
         """The loss of a draw from the memory at the current weights, dropout off: one forward pass."""
 
+    def hidden_gradient_norms(self, draw: ReplayTerm) -> list[float]:
+        """Norms of the gradient of a draw's loss with regard to each layer's attention outputs, over all tokens: one
+        more forward and backward."""
+
     def perturb(self, kind: str, rho: float) -> None:
         """Move the weights by `rho` along the state `kind`: theta + rho * s / ||s||, the norm over all weights.
 

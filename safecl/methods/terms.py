@@ -23,6 +23,8 @@ class ReplayTerm:
     """Tokens of the draw as a share of the task's tokens in a step; None: memory.replay_ratio."""
     mixed: bool = False
     """The rows join the task's own mean as if they were rows of the task: one mean over both, `ce_weight` is 1."""
+    harmful: str | None = None
+    """Draw from these harmful rows (the method's `harmful_source`) in the place of the memory; cross-entropy alone."""
 
 
 @dataclass(frozen=True)
@@ -164,3 +166,5 @@ class HiddenMove:
     """
 
     rho: float
+    layers: tuple[int, ...] | None = None
+    """Decoder layers, counted from 0, whose attention outputs are moved; None: all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from safecl.config import LossMean
+from safecl.config.run import harmful_sources
 from safecl.engine.teachers.checks import teacher_lines
 from safecl.planning.plans import RunPlan, TaskPlan
 
@@ -18,6 +19,8 @@ def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
         memory = config.memory
         end = "" if memory.replay_ratio_end is None else f" to {memory.replay_ratio_end:g}"
         lines.append(("memory", f"{rows}, ratio {memory.replay_ratio:g}{end} per draw"))
+    for name, path in harmful_sources(config).items():
+        lines.append(("harmful rows", f"{len(plan.harmful[path]):,} of {path}, for {name}"))
     lines += teacher_lines(config, max(task.tokens_per_batch for task in plan.tasks))
     if (scan := config.scan) is not None:
         source = (

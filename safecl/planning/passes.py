@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from safecl.config.run import most_replayed
+from safecl.data import TokenDataset
 from safecl.data.assignment import assign
 from safecl.engine.model.settings import choose_attention
 from safecl.evaluation.answers.likelihood import LOGITS_BYTES
@@ -64,16 +65,17 @@ def largest_passes(plan: RunPlan, world_size: int, vocab: int) -> Passes:
 def _micro_batches(plan: RunPlan, task: TaskPlan, world_size: int) -> Iterator[tuple[int, int]]:
     """Yield [rows, tokens] of the micro-batches of some steps, with their replayed rows, and of a Fisher estimate."""
     random = np.random.default_rng(0)
-    methods = plan.methods if task.config.role != "align" else []
+    methods = [method for method in plan.methods if method.config.acts_on == task.config.role]
     shares = {term.stream: term.share for method in methods for term in method.replay_terms()}
     of_their_own = [draw for method in methods for draw in method.gradient_draws(0)]
     for step in np.unique(np.linspace(0, task.num_steps - 1, STEPS_LOOKED_AT).astype(int)):
         lengths = task.dataset.lengths[task.order.rows_of_step(int(step))].tolist()
-        lengths += [length for share in shares.values() for length in _draw(plan, task, random, share)]
+        lengths += [length for share in shares.values() for length in _draw(plan, task, random, share, plan.memory)]
         lengths += _prompts(plan, sum(term.prompts for method in methods for term in method.prompt_terms()), random)
         yield from _shapes(plan, lengths, world_size)
         for draw in of_their_own:
-            yield from _shapes(plan, _draw(plan, task, random, draw.share), world_size)
+            drawn = plan.memory if draw.harmful is None else plan.harmful[draw.harmful]
+            yield from _shapes(plan, _draw(plan, task, random, draw.share, drawn), world_size)
     for settings in plan.config.methods.values() if methods else ():
         size = getattr(settings, "rows_per_batch", None)
         if size is not None and settings.fisher_file is None and plan.memory is not None:
@@ -81,11 +83,13 @@ def _micro_batches(plan: RunPlan, task: TaskPlan, world_size: int) -> Iterator[t
             yield from _shapes(plan, chosen.tolist(), world_size)
 
 
-def _draw(plan: RunPlan, task: TaskPlan, random: np.random.Generator, share: float | None) -> list[int]:
-    """Return the lengths of the rows of one draw from the memory. share: see ReplayTerm."""
-    if plan.memory is None or plan.config.memory is None:
+def _draw(
+    plan: RunPlan, task: TaskPlan, random: np.random.Generator, share: float | None, rows: TokenDataset | None
+) -> list[int]:
+    """Return the lengths of one draw from `rows`, the memory's or harmful ones. share: see ReplayTerm."""
+    if rows is None:
         return []
-    lengths = random.permutation(plan.memory.lengths)
+    lengths = random.permutation(rows.lengths)
     share = most_replayed(plan.config) if share is None else share
     wanted = max(1, round(share * task.tokens_per_batch))
     return lengths[: 1 + int(np.searchsorted(np.cumsum(lengths), wanted))].tolist()

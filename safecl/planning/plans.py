@@ -55,6 +55,8 @@ class RunPlan:
     tasks: list[TaskPlan]
     methods: list[Method[Any]]
     memory: TokenDataset | None = None
+    harmful: dict[str, TokenDataset] = field(default_factory=dict)
+    """Harmful rows that methods take gradients on, by file."""
     prompts: list[Prompt] = field(default_factory=list)
     benign: list[Prompt] = field(default_factory=list)
     scanned: list[Prompt | ChatRow] = field(default_factory=list)

@@ -12,7 +12,7 @@ import numpy as np
 from safecl.config import RunConfig, TaskConfig
 from safecl.config.method_registry import method_module
 from safecl.data import load_tokenizer, read_prompts, resolve_tokens_per_batch
-from safecl.data.config_rows import prepare_memory, prepare_task, read_training_rows, read_upload_rows
+from safecl.data.config_rows import prepare_harmful, prepare_memory, prepare_task, read_training_rows, read_upload_rows
 from safecl.data.reading.files import where
 from safecl.data.templates.thinking import check_thinking
 from safecl.data.templates.written import notes_on_prompts
@@ -43,6 +43,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     if config.memory is not None:
         plan.memory = prepare_memory(config, tokenizer)
         plan.notes += check_shares(config.memory, plan.memory, tokenizer)
+    plan.harmful = prepare_harmful(config, tokenizer)
     _plan_safety(plan)
     check_scan(plan)
     _note_what_is_not_used(plan)

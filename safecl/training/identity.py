@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from safecl.config import ConfigError, RunConfig
+from safecl.config.run import harmful_sources
 from safecl.config.secrets import without_secrets
 from safecl.engine.artifacts.base_model import fingerprint, versions
 from safecl.engine.checkpoint.report import BaseModel
@@ -53,6 +54,7 @@ def identity_of(plan: RunPlan, base: str | None = None) -> dict[str, Any]:
         "config": without_secrets(plan.config.model_dump(mode="json")),
         "rows": {task.config.name: fingerprint(task.dataset) for task in plan.tasks},
         "memory_rows": fingerprint(plan.memory) if plan.memory is not None else None,
+        "harmful_rows": {name: fingerprint(plan.harmful[path]) for name, path in harmful_sources(plan.config).items()},
         "base": base,
         "versions": versions(),
     }
@@ -77,6 +79,11 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
             raise ConfigError(f"{where}: the rows of task {name} have changed since this run began; {HOW_TO_RESUME}")
     if saved["memory_rows"] != now["memory_rows"]:
         raise ConfigError(f"{where}: the rows of memory.source have changed since this run began; {HOW_TO_RESUME}")
+    for name, rows in now["harmful_rows"].items():
+        if saved.get("harmful_rows", {}).get(name) != rows:
+            raise ConfigError(
+                f"{where}: the rows of methods.{name}.harmful have changed since this run began; {HOW_TO_RESUME}"
+            )
     if None not in (saved["base"], now["base"]) and saved["base"] != now["base"]:
         raise ConfigError(f"{where}: the weights of model.path have changed since this run began; {HOW_TO_RESUME}")
 

@@ -49,7 +49,7 @@ def open_run(plan: RunPlan, folder: RunFolder, console: Console) -> Run:
     console.fact("trained", f"{engine.shards.numel:,} weights on {ranks}, {engine.device}")
     run = Run(config, engine, plan.methods, console.note, plan.tasks)
     run.plan = run.row_scores.plan = plan
-    run.base_digest = store.digest
+    run.base_digest, run.harmful = store.digest, plan.harmful
     return run
 
 

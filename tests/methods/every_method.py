@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "corrective_replay": {"steps": 2, "every": 1, "limit": 1.01, "mix": 0.5},
     "safety_layers": {"layers": [1]},
     "temporal_ensemble": {"decay": 0.7, "first_decay": 0.3},
+    "booster": {"harmful": "harmful.jsonl", "alpha": 0.3},
+    "t_vaccine": {"harmful": "harmful.jsonl", "rho": 20.0, "layers": 1, "every": 2, "renew": 2},
     "hierarchical": {"strength": 2.0, "steps": 2, "length": 0.2},
     "k_fpf": {"k": 2, "steps": 2},
     "segment_rates": {"rules": [{"modules": "attention", "factor": 0.0}, {"importance": "highest", "factor": 0.3}]},
@@ -42,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
 
 ALIGNMENT = {"tasks": [{"name": "t", "train": "unused", "role": "align"}]}
-SECTIONS: dict[str, dict[str, Any]] = {"vaccine": ALIGNMENT}
+SECTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("vaccine", "t_vaccine", "booster"), ALIGNMENT)
 """Sections of the run config that a method needs besides a memory, by method."""
 
 
@@ -75,7 +77,8 @@ def opened(config, folder: str) -> Iterator[tuple[Any, Any, Any]]:
     task_rows, memory_rows = scenes.conflicting_datasets()
     model = prepare_for_training(scenes.undecided_model(), config.model)
     run, (task,) = scenes.make_run(config, model, [task_rows])
-    identity = identity_of(RunPlan(config, None, [task], run.methods, memory_rows))
+    run.harmful = {"harmful.jsonl": scenes.harmful_dataset()}
+    identity = identity_of(RunPlan(config, None, [task], run.methods, memory_rows, run.harmful))
     saver = RunSaver(run, Path(folder), identity, base_of(config, "undecided"))
     try:
         yield run, task, saver

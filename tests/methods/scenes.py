@@ -43,6 +43,13 @@ def conflicting_datasets():
     return dataset_of(answered(3), 100), dataset_of(answered(6), 900)
 
 
+def harmful_dataset():
+    """The same prompts with a third answer."""
+    task, _ = conflicting_datasets()
+    rows = [(row.input_ids[:-2].tolist(), row.loss_mask.tolist()) for row in task.rows(range(len(task)))]
+    return dataset_of([([*ids, 9, 10], mask) for ids, mask in rows], 500)
+
+
 def undecided_model():
     """A model that gives either answer to the prompts above about half of its belief, so that the gradients of both
     conflict."""

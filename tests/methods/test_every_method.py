@@ -105,6 +105,6 @@ def test_a_plan_may_ask_a_method_before_any_run_begins(name):
     for asked in (method.replay_terms, method.task_terms, method.penalty, method.ema_mask, method.hidden_move):
         asked()
     assert len(method.gradient_draws(0)) >= (config.gradient_passes >= 1)
-    assert config.needs_memory or not [*method.replay_terms(), *method.gradient_draws(0)]
+    assert config.needs_memory or config.needs_harmful or not [*method.replay_terms(), *method.gradient_draws(0)]
     assert method.memory_step(0, 10) is None or config.needs_memory
     dump_plain(method.state_dict())

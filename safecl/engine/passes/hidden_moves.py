@@ -32,8 +32,9 @@ class HiddenMoves:
 
     def __init__(self, model: LanguageModel, move: HiddenMove):
         self.model, self.rho = model, move.rho
-        self.modules = [m for name, m in model.trunk.named_modules() if name.rpartition(".")[2] in ATTENTION]
-        assert self.modules, "the model has no module named like attention"
+        everywhere = [m for name, m in model.trunk.named_modules() if name.rpartition(".")[2] in ATTENTION]
+        assert everywhere, "the model has no module named like attention"
+        self.modules = everywhere if move.layers is None else [everywhere[layer] for layer in move.layers]
         self._gradients: dict[tuple[int, int], Tensor] = {}
         """By micro-batch and module."""
         self._micro_batch = -1
@@ -56,6 +57,14 @@ class HiddenMoves:
         own = sum((g.double().square().sum() for g in self._gradients.values()), torch.zeros((), dtype=torch.float64))
         norm = float(collectives.all_reduce_sum(own.view(1)).sqrt())
         self._factor = self.rho / norm if norm > 0 and norm < float("inf") else 0.0
+
+    def norms(self) -> list[float]:
+        """Return the norm of each module's gradient over all tokens of the pass. A collective call."""
+        squares = torch.zeros(len(self.modules), dtype=torch.float64, device=collectives.device())
+        for (_, number), gradient in self._gradients.items():
+            squares[number] += gradient.double().square().sum()
+        found: list[float] = collectives.all_reduce_sum(squares).sqrt().tolist()
+        return found
 
     @contextmanager
     def _hooked(self, work: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:

@@ -179,6 +179,14 @@ class TrainingEngine(ModelEngine):
         with moves.moving():
             return self.gradient_pass(rows, then, adapter_penalty, batches)
 
+    def hidden_gradient_norms(self, rows: Sequence[StepRow], batches: list[StepBatch] | None = None) -> list[float]:
+        """Norms of the gradient with regard to each layer's attention outputs, over all tokens of `rows`: a
+        `gradient_pass` whose gradient of the weights is not used."""
+        moves = HiddenMoves(self.module, HiddenMove(rho=0.0))
+        with moves.recording():
+            self.gradient_pass(rows, _leave, batches=batches)
+        return moves.norms()
+
     @torch.no_grad()
     def loss_pass(self, rows: Sequence[StepRow], batches: list[StepBatch] | None = None) -> StepLosses:
         """Make one forward pass over `rows` with dropout off; their losses at the current weights."""

@@ -33,6 +33,11 @@ class OwnPasses:
         run.online_teachers.ask(ready.rows)
         return run.engine.loss_pass(ready.rows, ready.batches).totals()[draw.stream]
 
+    def hidden_gradient_norms(self, draw: ReplayTerm) -> list[float]:
+        run = self._run
+        ready = run.ready.pop(draw.stream, None) or Ready(steps.drawn_rows(run, draw, run.step), None)
+        return run.engine.hidden_gradient_norms(ready.rows, ready.batches)
+
     def layer_similarities(self, draw: ReplayTerm) -> list[float]:
         return self._run.engine.layer_similarities(steps.drawn_rows(self._run, draw, self._run.step))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from safecl.config import RunConfig
+from safecl.data import TokenDataset
 from safecl.engine.model.adapters import adapters
 from safecl.engine.passes.step_losses import StepLosses
 from safecl.engine.passes.step_rows import StepRow
@@ -42,6 +43,8 @@ class RunState:
         self.base_digest: str | None = None
         """Hash of the base model's weights, see ReferenceStore.digest."""
         self.memory: ReplayMemory | None = None
+        self.harmful: dict[str, TokenDataset] = {}
+        """Harmful rows that methods take gradients on, by file."""
         self.screening: dict[str, dict[str, Any]] = {}
         """By task: the rows that a scan has flagged and their weight, see safecl.planning.plans.apply_screening."""
         self.has_adapters = next(adapters(engine.module.model), None) is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from safecl.data import Row, TokenDataset
+from safecl.data import Row, TaskOrder, TokenDataset
 from safecl.engine.model.features import Layers, layer_numbers
 from safecl.engine.passes.step_rows import (
     HIDDEN,
@@ -44,8 +44,21 @@ def rows_by_gradient(run: RunState, task: TaskPlan, step: int) -> dict[str, list
 
 
 def drawn_rows(run: RunState, draw: ReplayTerm, step: int) -> list[StepRow]:
-    """Return the rows of one draw from the memory, weighted as it says."""
+    """Return the rows of one draw from the memory, or from harmful rows, weighted as it says."""
+    if draw.harmful is not None:
+        return _harmful_rows(run, draw, step)
     return _replay_rows(run, draw.stream, [draw], step)
+
+
+def _harmful_rows(run: RunState, draw: ReplayTerm, step: int) -> list[StepRow]:
+    """Return a step's rows of one draw from harmful rows: epochs of them in an order of their own."""
+    assert draw.harmful is not None and run.task is not None
+    data, wanted = run.harmful[draw.harmful], round((draw.share or 1.0) * run.task.tokens_per_batch)
+    order = TaskOrder(data, seed=run.seed, tokens_per_batch=max(1, wanted), max_steps=1)
+    indices = order.rows_of_step(run.first_step + step)
+    weight = draw.ce_weight / max(1, int(data.num_targets[indices].sum()))
+    rows = dataset_rows(data, indices, np.full(len(indices), weight))
+    return [replace(row.weighted(draw.stream, row.ce_weight), index=None) for row in rows]
 
 
 def step_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:

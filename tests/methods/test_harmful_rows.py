@@ -1,0 +1,124 @@
+"""Alignment stages that learn from harmful rows, against an independent loop in fp64, and the rows that they need."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from safecl.config import ConfigError, validate_tree
+from safecl.data import TaskOrder
+from tests.engine.passes import oracle
+from tests.methods import every_method, reference, scenes
+from tests.methods.fp64_scene import TOKENS, Scene, Weights, dot
+
+
+def harmful(step: int) -> list:
+    data = scenes.harmful_dataset()
+    order = TaskOrder(data, seed=reference.SEED, tokens_per_batch=TOKENS, max_steps=1)
+    return list(data.rows(order.rows_of_step(step)))
+
+
+def found_by(rank_pool, folder, method: str, stage: int) -> Weights:
+    run = rank_pool(2).run(every_method.train, method=method, folder=str(folder), deepspeed={"stage": stage})[0]
+    return run["state"]["weights"]
+
+
+def test_booster_adds_the_change_of_the_harmful_gradient_over_a_harmful_step(rank_pool, tmp_path):
+    scene = Scene()
+
+    def weakened(step: int, grads: Weights) -> Weights:
+        before = {name: p.detach().clone() for name, p in scene.model.named_parameters()}
+        here = scene.gradient(harmful(step))
+        scene.move(lambda name, p: p - 0.3 * here[name] / dot(here, here) ** 0.5)
+        there = scene.gradient(harmful(step))
+        scene.move(lambda name, p: before[name])
+        return {name: grads[name] + 5.0 * (here[name] - there[name]) for name in grads}
+
+    end = scene.train(transform=weakened)
+    assert oracle.relative_distance(end, Scene().train(), scene.start) > 0.05
+    assert oracle.relative_distance(found_by(rank_pool, tmp_path, "booster", 3), end, scene.start) <= 1e-3
+
+
+def gradients_of_outputs(scene: Scene, rows, chosen) -> tuple[list[int], list[torch.Tensor]]:
+    """(layer, gradient of the mean loss) of the attention outputs of these layers, in the order of rows and layers."""
+    numbers: list[int] = []
+    outputs: list[torch.Tensor] = []
+
+    def note(number: int, output: torch.Tensor) -> None:
+        numbers.append(number)
+        outputs.append(output)
+
+    hooks = [
+        scene.model.model.layers[i].self_attn.register_forward_hook(lambda m, x, out, i=i: note(i, out[0]))
+        for i in chosen
+    ]
+    found = torch.autograd.grad(reference.mean_nll(scene.model, rows), outputs)
+    for hook in hooks:
+        hook.remove()
+    return numbers, list(found)
+
+
+def test_t_vaccine_moves_and_trains_the_layers_that_it_has_drawn(rank_pool, tmp_path):
+    scene, drawn, all_drawn = Scene(), [], []
+    layers = range(len(scene.model.model.layers))
+
+    def draw(step: int) -> None:
+        if step % 2 == 0:
+            numbers, found = gradients_of_outputs(scene, harmful(step), layers)
+            squares = [sum(float((g**2).sum()) for n, g in zip(numbers, found, strict=True) if n == i) for i in layers]
+            norms = np.sqrt(squares)
+            generator = np.random.default_rng([reference.SEED, step])
+            drawn[:] = generator.choice(len(norms), 1, replace=False, p=norms / norms.sum()).tolist()
+            all_drawn.extend(drawn)
+
+    def at_the_worst_point(step: int, grads: Weights) -> Weights:
+        _, found = gradients_of_outputs(scene, scene.task[step], drawn)
+        norm = torch.stack([(g**2).sum() for g in found]).sum().sqrt()
+        moves = iter([20.0 * g / norm for g in found])
+        hooks = [
+            scene.model.model.layers[i].self_attn.register_forward_hook(
+                lambda m, x, out: (out[0] + next(moves), *out[1:])
+            )
+            for i in drawn
+        ]
+        moved = scene.gradient(scene.task[step])
+        for hook in hooks:
+            hook.remove()
+        return moved
+
+    def keep_others(step: int, old: Weights) -> None:
+        kept = [f".layers.{i}." for i in layers if i not in drawn]
+        scene.move(lambda name, p: old[name] if any(part in name for part in kept) else p)
+
+    end = scene.train(before=draw, transform=at_the_worst_point, after=keep_others)
+    assert len(all_drawn) == 2
+    assert oracle.relative_distance(found_by(rank_pool, tmp_path, "t_vaccine", 2), end, scene.start) <= 1e-3
+
+
+TREE = {
+    "model": {"path": "m"},
+    "tasks": [{"name": "a", "train": "a.jsonl", "role": "align"}, {"name": "b", "train": "b.jsonl"}],
+    "output": "runs/a",
+}
+
+
+@pytest.mark.parametrize("method", ["booster", "t_vaccine"])
+def test_a_run_without_the_harmful_rows_is_refused_by_name(method):
+    with pytest.raises(ConfigError, match=rf"{method} needs `{method}: {{harmful: FILE}}`, disallowed prompts with"):
+        validate_tree(TREE | {"methods": {method: {}}}, "run.yaml")
+    assert validate_tree(TREE | {"methods": {method: {"harmful": "h.jsonl"}}}, "run.yaml").methods[method].needs_harmful
+
+
+def test_a_resumed_run_has_the_same_harmful_rows(tmp_path):
+    from safecl.planning.plans import RunPlan
+    from safecl.training.identity import identity_of, refuse_other_run
+
+    config = every_method.config_of("booster", str(tmp_path))
+    rows, others = scenes.harmful_dataset(), scenes.conflicting_datasets()[0]
+    saved, now = (
+        identity_of(RunPlan(config, None, [], [], None, {"harmful.jsonl": found})) for found in (rows, others)
+    )
+    refuse_other_run(saved, saved, "runs/a")
+    with pytest.raises(ConfigError, match=r"the rows of methods\.booster\.harmful have changed since this run began"):
+        refuse_other_run(saved, now, "runs/a")
