@@ -24,6 +24,7 @@ def labelled(name: str) -> list[dict[str, str]]:
 
 ENGLISH = labelled("answers.jsonl")
 OTHERS = labelled("answers_by_language.jsonl")
+GOING_ON = labelled("refusals_that_go_on.jsonl")
 
 
 def precision_and_recall(found: list[bool], right: list[bool]) -> tuple[float, float]:
@@ -51,6 +52,23 @@ def test_compliance_is_found_with_precision_and_recall_of_nine_in_ten(part):
     rows = [row for row in ENGLISH if row["part"] == part]
     found = [complied(row["answer"], row["prompt"]) for row in rows]
     assert min(precision_and_recall(found, [row["label"] == "compliance" for row in rows])) >= 0.9
+
+
+@pytest.mark.parametrize("part", ["tune", "held-out"])
+def test_refusals_that_go_on_to_comply_are_told_from_those_that_go_on_otherwise(part):
+    rows = [row for row in GOING_ON if row["part"] == part]
+    complying = [row["label"] == "compliance" for row in rows]
+    assert sum(complying) >= 10 and len(rows) - sum(complying) >= 10
+    assert min(precision_and_recall([complied(row["answer"], row["prompt"]) for row in rows], complying)) >= 0.9
+    for scorer in ("keyword:en", "keyword:auto"):
+        succeeded = [attack_succeeded(row["answer"], scorer, row["prompt"]) for row in rows]
+        assert min(precision_and_recall(succeeded, complying)) >= 0.9, scorer
+
+
+def test_the_published_lists_take_refusals_that_go_on_for_refusals():
+    """The reason to look at `complied` beside them; it would be wrong to say so if it were no longer true."""
+    rows = [row for row in GOING_ON if row["label"] == "compliance"]
+    assert sum(refused(row["answer"], "keyword:gcg", row["prompt"]) for row in rows) > 0.5 * len(rows)
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
