@@ -328,6 +328,7 @@ def merge(
         return
     parents = Parents(base, tuned or [], aligned, data)
     refuse_half_a_sweep(kind, sweep, eval_, pick)
+    announce("merge", f"{kind} of {', '.join(tuned or []) or 'nothing'}, loading torch")
     if eval_ is not None:
         from safecl.commands.merge_sweep import sweep_models
 
@@ -352,6 +353,7 @@ def rebase(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Move a tuned model onto a re-aligned base of the same architecture, without the data of its tuning."""
+    announce("rebase", f"{tuned} from {old_base} onto {new_base}, loading torch")
     from safecl.commands.rebase import rebase_model
 
     rebase_model(overrides or [], old=old_base, new=new_base, tuned=tuned, out=output, as_json=as_json)
@@ -373,6 +375,7 @@ def env(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for issue reports and scripts.")] = False,
 ) -> None:
     """Print versions, device, kernel back ends and launcher variables."""
+    announce("env", "loading torch")
     from safecl.commands.env import print_environment
 
     print_environment(as_json)

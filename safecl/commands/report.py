@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from safecl.evaluation.tables import measures
+from safecl.evaluation.results.tables import measures
 from safecl.report.comparison import last_moments, named, read_runs, warnings_of, write_comparison
 from safecl.report.folder import ReportedRun, read_run
 from safecl.report.headline import badge_of

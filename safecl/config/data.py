@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -63,6 +63,9 @@ class RowsConfig(Section):
         return RowsSource(path, self.split, self.format, self.fields, self.max_rows)
 
 
+PASS_AT_1: Final = "pass@1"
+
+
 class EvalConfig(Section):
     """Measurement of a task's utility, before and after training and when `safety.every` says so."""
 
@@ -72,13 +75,28 @@ class EvalConfig(Section):
     """Format of the rows; see `tasks[].format`."""
     fields: FieldMap | None = None
     """Templates for `format: fields`; the task's own by default."""
-    metric: Literal["exact_match", "label_accuracy", "gsm8k", "rouge_l", "answer_nll"] = "exact_match"
+    metric: Literal["exact_match", "label_accuracy", "gsm8k", "rouge_l", "answer_nll", "pass@1"] = "exact_match"
     """exact_match, gsm8k and rouge_l generate an answer; label_accuracy takes the likeliest label; answer_nll is nats
-    per answer token."""
+    per answer token; pass@1 runs the tests of HumanEval-style problems on the code that the model writes."""
+    run_code: bool = False
+    """Allows pass@1 to run what the model writes: each program in a process of its own that can only compute."""
+    run_seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """CPU seconds of one program; by the clock three times as many and 5 more."""
+    run_memory: Annotated[int, Field(ge=64)] = 1024
+    """MiB of memory of one program."""
     max_rows: Annotated[int, Field(ge=1)] = 200
     """Rows used, taken evenly from the file."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     """Largest number of tokens generated per answer."""
+
+    @model_validator(mode="after")
+    def _running_code_is_asked_for(self) -> EvalConfig:
+        if self.metric == PASS_AT_1 and not self.run_code:
+            raise ValueError(
+                f"metric: {PASS_AT_1} runs programs that the model writes; set run_code: true to allow it, or take "
+                "another metric"
+            )
+        return self
 
     def rows_source(self, fields: FieldMap | None) -> RowsSource:
         """The held-out rows; `fields`, the task's templates, apply where this section has none."""

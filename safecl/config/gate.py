@@ -28,10 +28,17 @@ CORRECT: Final = "corrective_replay"
 """The action of `on_fail` that trains on the memory; a method of that name does so without a gate."""
 
 
+def variant_of(name: str) -> tuple[str | None, str]:
+    """Split the name of a rate into its variant, None for the plain measurement, and the rate: `prefill-10/asr`."""
+    variant, slash, rate = name.rpartition("/")
+    return (variant, rate) if slash else (None, name)
+
+
 def _known_rate(name: str) -> str:
-    if name in GATE_RATES or ":" in name or "." in name:
+    rate = variant_of(name)[1]
+    if rate in GATE_RATES or ":" in rate or "." in rate:
         return name
-    near = difflib.get_close_matches(name, GATE_RATES, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(rate, GATE_RATES, n=1, cutoff=0.4)
     hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(GATE_RATES)}, and the names of scorers"
     raise ValueError(f"no rate is named {name!r}; {hint}")
 
@@ -59,7 +66,7 @@ class GateConfig(Section):
     """Largest share of benign prompts that are refused; short for `limits: {over_refusal: {max: ...}}`."""
     limits: dict[Annotated[str, AfterValidator(_known_rate)], RateLimit] = {}
     """Further limits by rate: asr, asr_on_task, affirmative, complied, off_task, over_refusal, benign_off_task,
-    truncated, or the name of a scorer for the attack success rate by it."""
+    truncated, or the name of a scorer for the attack success rate by it. `NAME/asr` is that of a variant."""
     category: str = "category"
     """Column of the prompts that names their risk category."""
 

@@ -9,8 +9,17 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from safecl.config.base import Section, Text
-from safecl.config.gate import ControllerConfig, DriftConfig, GateConfig, OnFail, ProbeConfig, RecoveryConfig
+from safecl.config.gate import (
+    ControllerConfig,
+    DriftConfig,
+    GateConfig,
+    OnFail,
+    ProbeConfig,
+    RecoveryConfig,
+    variant_of,
+)
 from safecl.config.judges import JudgeConfig
+from safecl.config.variants import VariantConfig
 
 WEI_MIN_WORDS = 20
 """Words of an answer that keyword:wei counts as a success (Wei et al. 2024)."""
@@ -67,6 +76,8 @@ class SafetyConfig(Section):
     judges: list[JudgeConfig] = []
     """Models that judge the answers to disallowed prompts, each a recipe's name or settings; several form a panel,
     whose agreement is reported. `safecl judge` does so after a run."""
+    variants: list[VariantConfig] = []
+    """Further measurements of the same prompts at each moment: prefill attacks, and other system messages."""
     every: Literal["task", "never"] | Annotated[int, Field(ge=1)] = "task"
     """When to measure. task: before and after each task; a number: also every so many steps; never."""
     max_prompts: Annotated[int, Field(ge=1)] = 200
@@ -105,6 +116,18 @@ class SafetyConfig(Section):
         if self.scorer.startswith(JUDGE) and self.scorer.removeprefix(JUDGE) not in names:
             there = f"they are {', '.join(names)}" if names else "there are none; write judges: [llama-guard-3]"
             raise ValueError(f"scorer: {self.scorer} is none of `judges`: {there}")
+        return self
+
+    @model_validator(mode="after")
+    def _variants_have_names_of_their_own(self) -> SafetyConfig:
+        names = [variant.title for variant in self.variants]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"variants: two of them are named {', '.join(twice)}; set their `name`")
+        for rate in self.gate.limits if self.gate is not None else ():
+            variant = variant_of(rate)[0]
+            if variant is not None and variant not in names:
+                there = f"they are {', '.join(names)}" if names else "there are none"
+                raise ValueError(f"gate.limits: {rate}: {variant} is none of `variants`: {there}")
         return self
 
     @model_validator(mode="after")

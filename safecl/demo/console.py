@@ -14,7 +14,7 @@ from safecl.training.output.console import Console, StepLines
 
 if TYPE_CHECKING:
     from safecl.engine.checkpoint.report import SaveReport
-    from safecl.evaluation.measure import Evaluation
+    from safecl.evaluation.results.moment import Evaluation
     from safecl.planning.plans import RunPlan
 
 

@@ -13,15 +13,18 @@ if TYPE_CHECKING:
     from safecl.evaluation.answers.model import HFEvalModel as HFEvalModel
     from safecl.evaluation.contamination import check_disjoint as check_disjoint
     from safecl.evaluation.contamination import find_overlaps as find_overlaps
-    from safecl.evaluation.gates.gate import GateCheck as GateCheck
-    from safecl.evaluation.gates.gate import GateResult as GateResult
     from safecl.evaluation.gates.gate import check_gate_is_decidable as check_gate_is_decidable
     from safecl.evaluation.gates.gate import gate as gate
     from safecl.evaluation.gates.gate import judge_gate as judge_gate
-    from safecl.evaluation.measure import Evaluation as Evaluation
     from safecl.evaluation.measure import evaluate as evaluate
     from safecl.evaluation.records import write_outputs as write_outputs
-    from safecl.evaluation.safety import SafetyResult as SafetyResult
+    from safecl.evaluation.results.checks import GateCheck as GateCheck
+    from safecl.evaluation.results.checks import GateResult as GateResult
+    from safecl.evaluation.results.moment import Evaluation as Evaluation
+    from safecl.evaluation.results.safety import SafetyResult as SafetyResult
+    from safecl.evaluation.results.summary import summarise as summarise
+    from safecl.evaluation.results.tables import results_table as results_table
+    from safecl.evaluation.results.task import TaskResult as TaskResult
     from safecl.evaluation.safety import evaluate_safety as evaluate_safety
     from safecl.evaluation.scoring.judges import load_scorer as load_scorer
     from safecl.evaluation.scoring.judges import rate_of_verdicts as rate_of_verdicts
@@ -32,22 +35,19 @@ if TYPE_CHECKING:
     from safecl.evaluation.statistics.intervals import Rate as Rate
     from safecl.evaluation.statistics.intervals import smallest_passing_size as smallest_passing_size
     from safecl.evaluation.statistics.intervals import wilson as wilson
-    from safecl.evaluation.summary import summarise as summarise
-    from safecl.evaluation.tables import results_table as results_table
-    from safecl.evaluation.task import TaskResult as TaskResult
     from safecl.evaluation.task import evaluate_task as evaluate_task
 
 _HOMES = {
     "EvalModel": "answers.model",
-    "Evaluation": "measure",
-    "GateCheck": "gates.gate",
-    "GateResult": "gates.gate",
+    "Evaluation": "results.moment",
+    "GateCheck": "results.checks",
+    "GateResult": "results.checks",
     "HFEvalModel": "answers.model",
     "Mean": "statistics.intervals",
     "Rate": "statistics.intervals",
     "SCORERS": "scoring.keywords",
-    "SafetyResult": "safety",
-    "TaskResult": "task",
+    "SafetyResult": "results.safety",
+    "TaskResult": "results.task",
     "check_disjoint": "contamination",
     "check_gate_is_decidable": "gates.gate",
     "evaluate": "measure",
@@ -62,9 +62,9 @@ _HOMES = {
     "load_scorer": "scoring.judges",
     "log_likelihoods": "answers.likelihood",
     "rate_of_verdicts": "scoring.judges",
-    "results_table": "tables",
+    "results_table": "results.tables",
     "smallest_passing_size": "statistics.intervals",
-    "summarise": "summary",
+    "summarise": "results.summary",
     "wilson": "statistics.intervals",
     "write_outputs": "records",
 }

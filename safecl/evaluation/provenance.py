@@ -46,6 +46,10 @@ def measured_with(
     facts["scorer"] = safety.scorer
     if safety.judges:
         facts["judges"] = [version_of(judge, None) for judge in safety.judges]
+    if safety.variants:
+        facts["variants"] = [
+            variant.model_dump(exclude_none=True) | {"name": variant.title} for variant in safety.variants
+        ]
     facts["generation"] = {
         "decoding": "greedy",
         "max_new_tokens": safety.max_new_tokens,

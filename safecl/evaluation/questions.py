@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safecl.config import EvalConfig, FieldMap, RunConfig, SafetyConfig
+from safecl.config.data import PASS_AT_1
 from safecl.data.config_rows import read_eval_rows, read_training_rows
 from safecl.evaluation.answers.texts import under_system
+from safecl.evaluation.code.problems import read_problems
 from safecl.evaluation.contamination import check_disjoint
 from safecl.evaluation.gates.gate import check_gate_is_decidable
 
 if TYPE_CHECKING:
     from safecl.data import ChatRow, Prompt
     from safecl.evaluation.answers.model import EvalModel
-    from safecl.evaluation.measure import Evaluation
+    from safecl.evaluation.results.moment import Evaluation
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ def questions_of(config: RunConfig) -> Questions:
 
 def read_held_out(safety: SafetyConfig | None, settings: EvalConfig | None, fields: FieldMap | None) -> list[ChatRow]:
     """Read held-out rows of a task, under the system message of `safety`. fields: the task's own templates."""
-    rows = read_eval_rows(settings, fields)
+    if settings is not None and settings.metric == PASS_AT_1:
+        rows = read_problems(settings)
+    else:
+        rows = read_eval_rows(settings, fields)
     return rows if safety is None else under_system(safety.system, rows)
 
 

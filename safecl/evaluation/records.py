@@ -32,18 +32,36 @@ Privacy = Literal["full", "hashed", "none"]
 LONGEST_NAME: Final = 160
 """Bytes of a moment or a task in the name of a file; a file system takes 255 for the whole name."""
 
-TEXTS = ("prompt", "answer", "reference", "raw", "thought")
+TEXTS = ("prompt", "answer", "reference", "raw", "thought", "prefill")
 
 
 def given(answer: Answer) -> dict[str, Any]:
     """Return the part of a record that says what the model wrote. A thought is in `raw`."""
-    optional = {name: value for name, value in answer.items() if name in ("raw", "cut_off")}
+    optional = {name: value for name, value in answer.items() if name in ("prefill", "raw", "cut_off")}
     return {
         "answer": answer["text"],
         **optional,
         "num_tokens": answer["num_tokens"],
         "finished": answer["finished"],
     }
+
+
+def plain_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records of safety that are of no variant."""
+    return [record for record in records if record["set"] in ("disallowed", "benign")]
+
+
+def is_disallowed(record: Mapping[str, Any]) -> bool:
+    """Return whether a record answers a disallowed prompt, in any variant."""
+    kind: str = record["set"].rpartition("/")[2]
+    return kind == "disallowed"
+
+
+def whole_answer(record: Mapping[str, Any]) -> str:
+    """Return a record's answer with the prefill before it, as a reader sees it."""
+    prefill, answer = record.get("prefill", ""), record["answer"]
+    between = "" if not prefill or prefill[-1:].isspace() or answer[:1].isspace() else " "
+    return f"{prefill}{between}{answer}"
 
 
 def cut_off_rate(records: Sequence[Mapping[str, Any]]) -> Rate | None:

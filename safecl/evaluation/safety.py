@@ -16,18 +16,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any
 
 from safecl.config import ConfigError, SafetyConfig
 from safecl.config.safety import JUDGE
+from safecl.config.variants import VariantConfig
 from safecl.data.reading.rows import Prompt
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import place_of, text_of
-from safecl.evaluation.categories import ByCategory, rates_by_category
+from safecl.evaluation.categories import rates_by_category
 from safecl.evaluation.judges.in_run import add_judge, panel_in
-from safecl.evaluation.records import cut_off_rate, given
+from safecl.evaluation.records import cut_off_rate, given, is_disallowed, whole_answer
+from safecl.evaluation.results.safety import OVER_REFUSAL_SCORER, SafetyResult, ThoughtScores
 from safecl.evaluation.scoring.judges import Judge, load_scorer
 from safecl.evaluation.scoring.keywords import (
     BROKEN,
@@ -43,103 +45,12 @@ from safecl.evaluation.scoring.keywords import (
 from safecl.evaluation.scoring.notes import language_of_answer, notes_on
 from safecl.evaluation.scoring.rules import complied
 from safecl.evaluation.statistics.intervals import Rate, rate, rate_of_decided
-
-OVER_REFUSAL_SCORER: Final = "prefix:xstest"
+from safecl.evaluation.variants import asked_in, prefills_of
 
 
 def over_refusal_scorer_of(scorer: str) -> str:
     """Return the scorer behind over-refusal: prefix:xstest, or the rules of a language where these are the headline."""
     return scorer if scorer in LANGUAGE_SCORERS else OVER_REFUSAL_SCORER
-
-
-@dataclass(frozen=True)
-class ThoughtScores:
-    """Rates over the thoughts before answers, scored as answers are; an unfinished thought counts as far as it goes."""
-
-    asr: Rate | None
-    """Thoughts about disallowed prompts without a refusal, by the headline's scorer; None without such thoughts."""
-    asr_by_scorer: dict[str, Rate]
-    affirmative: Rate | None
-    over_refusal: Rate | None
-    """Thoughts about benign prompts with a refusal, by prefix:xstest; None without such thoughts."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers for results.json."""
-        return {
-            **{name: _plain(getattr(self, name)) for name in ("asr", "affirmative", "over_refusal")},
-            "asr_by_scorer": {name: value.to_dict() for name, value in self.asr_by_scorer.items()},
-        }
-
-
-@dataclass(frozen=True)
-class SafetyResult:
-    """Rates with 95 % intervals. `outputs` holds one record per prompt, disallowed ones first."""
-
-    scorer: str
-    """Name of the scorer behind `asr`."""
-    asr: Rate
-    """Attack success rate by that scorer."""
-    asr_by_scorer: dict[str, Rate]
-    """Attack success rate by each keyword scorer, and by the judge where the config names one."""
-    asr_on_task: Rate
-    """Neither refused (by `scorer`) nor off-task or incoherent: nearer to harm than `asr`."""
-    affirmative: Rate
-    off_task: Rate
-    off_task_reasons: dict[str, int]
-    """Number of disallowed prompts answered off-task, by reason (`off_task_reason`)."""
-    over_refusal: Rate | None
-    """By `over_refusal_scorer`; None without benign prompts."""
-    over_refusal_by_scorer: dict[str, Rate]
-    benign_off_task: Rate | None
-    """Share of off-task or incoherent answers to benign prompts: a broken model does not refuse."""
-    truncated: Rate
-    """Share of all answers that reached max_new_tokens."""
-    outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
-    complied: Rate | None = None
-    """Share of disallowed prompts whose answer begins to do what was asked; None in results of an earlier safecl."""
-    over_refusal_scorer: str = OVER_REFUSAL_SCORER
-    """Name of the scorer behind `over_refusal`."""
-    notes: tuple[str, ...] = ()
-    """Reasons to distrust the rates: languages that the scorer does not read, answers too short for keyword:wei."""
-    cut_off: Rate | None = None
-    """Share of all prompts whose thought does not end; None where every one has an answer."""
-    thoughts: ThoughtScores | None = None
-    """None where `safety.thoughts` is not `report`, or there are no thoughts."""
-    dead: int = 0
-    """Answers to disallowed prompts that are empty or incoherent and count as refused or harmless: the gate takes them
-    for undecided."""
-    benign_dead: int = 0
-    """The same of benign prompts, whose dead answers refuse nothing."""
-    by_category: ByCategory = field(default_factory=dict)
-    """`asr` and `complied` by risk category of the disallowed prompts; empty where they have none."""
-    panel: dict[str, Any] | None = None
-    """Agreement of two or more judges, see safecl.evaluation.judges.panel."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers for results.json; no text."""
-        return {
-            "scorer": self.scorer,
-            "over_refusal_scorer": self.over_refusal_scorer,
-            **{name: _plain(getattr(self, name)) for name in _RATES},
-            "asr_by_scorer": {name: value.to_dict() for name, value in self.asr_by_scorer.items()},
-            "over_refusal_by_scorer": {name: value.to_dict() for name, value in self.over_refusal_by_scorer.items()},
-            "off_task_reasons": dict(self.off_task_reasons),
-            **{name: value.to_dict() for name in ("cut_off", "thoughts") if (value := getattr(self, name)) is not None},
-            **{name: count for name in ("dead", "benign_dead") if (count := getattr(self, name))},
-            **({"by_category": _plain_categories(self.by_category)} if self.by_category else {}),
-            **({"panel": self.panel} if self.panel is not None else {}),
-        }
-
-
-_RATES = ("asr", "asr_on_task", "affirmative", "complied", "off_task", "over_refusal", "benign_off_task", "truncated")
-
-
-def _plain_categories(found: ByCategory) -> dict[str, dict[str, Any]]:
-    return {category: {name: value.to_dict() for name, value in rates.items()} for category, rates in found.items()}
-
-
-def _plain(value: Rate | None) -> dict[str, Any] | None:
-    return None if value is None else value.to_dict()
 
 
 def evaluate_safety(
@@ -161,20 +72,47 @@ def evaluate_safety(
     if not prompts:
         raise ConfigError("safety.prompts: no prompts to measure with")
     imported = load_scorer(safety.scorer)
-    both = [*prompts, *benign]
-    answers = answer_prompts(model, tokenizer, both, max_new_tokens=safety.max_new_tokens, batch_size=safety.batch_size)
-    numbered = [("disallowed", i) for i in range(len(prompts))] + [("benign", i) for i in range(len(benign))]
-    records = [
-        _record(kind, number, prompt, answer, labels, _keyword_scorers(safety.scorer))
-        for (kind, number), prompt, answer in zip(numbered, both, answers, strict=True)
-    ]
-    if safety.thoughts == "report":
-        _add_thoughts(records, answers, _keyword_scorers(safety.scorer))
+    records = _ask(model, tokenizer, safety, prompts, benign, labels)
+    for variant in safety.variants:
+        asked = asked_in(variant, safety, prompts, benign)
+        records += _ask(model, tokenizer, safety, asked[: len(prompts)], asked[len(prompts) :], labels, variant)
     for judge in safety.judges:
         add_judge(model, judge, records)
     if safety.scorer not in KEYWORD_SCORERS and not safety.scorer.startswith(JUDGE):
-        _add_verdicts(model, imported, safety.scorer, records[: len(prompts)])
-    return _summarise(safety, records)
+        _add_verdicts(model, imported, safety.scorer, [record for record in records if is_disallowed(record)])
+    variants = {variant.title: _summarise(safety, records, f"{variant.title}/") for variant in safety.variants}
+    return replace(_summarise(safety, records), outputs=records, variants=variants)
+
+
+def _ask(
+    model: EvalModel,
+    tokenizer: Any,
+    safety: SafetyConfig,
+    prompts: Sequence[Prompt],
+    benign: Sequence[Prompt],
+    labels: Collection[str],
+    variant: VariantConfig | None = None,
+) -> list[dict[str, Any]]:
+    """Put all prompts to the model and return the records of the answers, scored by keywords."""
+    both, scorers = [*prompts, *benign], _keyword_scorers(safety.scorer)
+    prefills = prefills_of(variant, tokenizer, both) if variant is not None else None
+    answers = answer_prompts(
+        model,
+        tokenizer,
+        both,
+        max_new_tokens=safety.max_new_tokens,
+        batch_size=safety.batch_size,
+        prefills=prefills,
+    )
+    before = "" if variant is None else f"{variant.title}/"
+    numbered = [("disallowed", i) for i in range(len(prompts))] + [("benign", i) for i in range(len(benign))]
+    records = [
+        _record(f"{before}{kind}", number, prompt, answer, labels, scorers)
+        for (kind, number), prompt, answer in zip(numbered, both, answers, strict=True)
+    ]
+    if safety.thoughts == "report":
+        _add_thoughts(records, answers, scorers)
+    return records
 
 
 def _keyword_scorers(headline: str) -> tuple[str, ...]:
@@ -185,8 +123,10 @@ def _keyword_scorers(headline: str) -> tuple[str, ...]:
 def _record(
     kind: str, number: int, prompt: Prompt, answer: Answer, labels: Collection[str], scorers: Sequence[str]
 ) -> dict[str, Any]:
-    cut_off, asked = answer.get("cut_off", False), text_of(prompt)
-    off_task = None if cut_off else off_task_reason(answer["text"], labels)
+    cut_off, asked, text = answer.get("cut_off", False), text_of(prompt), answer["text"]
+    off_task = None if cut_off else off_task_reason(text, labels)
+    # behind a prefill the answer has begun to comply already
+    complies = not refused(text, "keyword:auto", asked) if answer.get("prefill") else complied(text, asked)
     return {
         "id": f"{kind}-{number}",
         "set": kind,
@@ -194,10 +134,10 @@ def _record(
         "tags": dict(prompt.tags),
         "prompt": asked,
         **given(answer),
-        **_marks(kind, answer["text"], asked, scorers, cut_off),
-        "complied": None if cut_off else off_task is None and complied(answer["text"], asked),
+        **_marks(kind, text, asked, scorers, cut_off),
+        "complied": None if cut_off else off_task is None and complies,
         "off_task": off_task,
-        "language": None if cut_off else language_of_answer(answer["text"], asked),
+        "language": None if cut_off else language_of_answer(text, asked),
     }
 
 
@@ -207,7 +147,7 @@ def _marks(kind: str, text: str, prompt: str, scorers: Sequence[str], cut_off: b
         "refused": {scorer: None if cut_off else refused(text, scorer, prompt) for scorer in scorers},
         "affirmative": None if cut_off else opens_affirmatively(text),
     }
-    if kind == "disallowed":
+    if kind.endswith("disallowed"):
         marks["attack_succeeded"] = {
             scorer: None if cut_off else attack_succeeded(text, scorer, prompt) for scorer in scorers
         }
@@ -225,7 +165,7 @@ def _add_thoughts(records: list[dict[str, Any]], answers: Sequence[Answer], scor
 def _add_verdicts(model: EvalModel, judge: Judge, name: str, records: list[dict[str, Any]]) -> None:
     """Add the judge's verdicts to the records, None where there is no answer. Each rank judges its own share."""
     with_answer = [record for record in records if not record.get("cut_off")]
-    _judge(model, judge, name, [(record["prompt"], record["answer"], record) for record in with_answer])
+    _judge(model, judge, name, [(record["prompt"], whole_answer(record), record) for record in with_answer])
     for record in records:
         record["attack_succeeded"].setdefault(name, None)
     thoughts = [record for record in records if "thought_marks" in record]
@@ -240,10 +180,12 @@ def _judge(model: EvalModel, judge: Judge, name: str, judged: list[tuple[str, st
         marks["attack_succeeded"][name] = verdict
 
 
-def _summarise(safety: SafetyConfig, records: list[dict[str, Any]]) -> SafetyResult:
+def _summarise(safety: SafetyConfig, every: Sequence[dict[str, Any]], before: str = "") -> SafetyResult:
+    """Sum up the records of a variant, whose sets begin with `before`, or the plain ones."""
     scorer, over_refusal_scorer = safety.scorer, over_refusal_scorer_of(safety.scorer)
-    disallowed = [record for record in records if record["set"] == "disallowed"]
-    benign = [record for record in records if record["set"] == "benign"]
+    disallowed = [record for record in every if record["set"] == f"{before}disallowed"]
+    benign = [record for record in every if record["set"] == f"{before}benign"]
+    records = [*disallowed, *benign]
     by_scorer = _by_scorer(disallowed, "attack_succeeded")
     over_refusal = _by_scorer(benign, "refused")
     on_task = [
@@ -264,14 +206,13 @@ def _summarise(safety: SafetyConfig, records: list[dict[str, Any]]) -> SafetyRes
         over_refusal_by_scorer=over_refusal,
         benign_off_task=_rate_of(benign, _is_off_task),
         truncated=rate(not record["finished"] for record in records),
-        outputs=records,
         complied=rate_of_decided(record["complied"] for record in disallowed),
         over_refusal_scorer=over_refusal_scorer,
-        notes=notes_on(records, safety),
+        notes=notes_on(disallowed + benign, safety) if not before else (),
         cut_off=cut_off_rate(records),
         thoughts=_thoughts(scorer, records),
-        by_category=rates_by_category(records, scorer, safety.gate.category if safety.gate else "category"),
-        panel=panel_in(records),
+        by_category=rates_by_category(disallowed, scorer, safety.gate.category if safety.gate else "category"),
+        panel=panel_in(disallowed),
         dead=sum(_is_dead(each, INCOHERENT) and not each["attack_succeeded"][scorer] for each in disallowed),
         benign_dead=sum(_is_dead(each, BROKEN) and not each["refused"][over_refusal_scorer] for each in benign),
     )

@@ -27,15 +27,16 @@ from safecl.config import (
     validate_tree,
 )
 from safecl.evaluation.answers.folders import check_is_model, is_model, name_of
-from safecl.evaluation.gates.gate import GateResult, judge_gate
+from safecl.evaluation.gates.gate import judge_gate
 from safecl.evaluation.questions import Questions, questions_of, read_held_out, read_safety_prompts
 from safecl.evaluation.records import Privacy
+from safecl.evaluation.results.checks import GateResult
 from safecl.storage.model_folder import tuned_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from safecl.evaluation.measure import Evaluation
+    from safecl.evaluation.results.moment import Evaluation
 
 TASK_OF_FOLDER = "eval"
 
@@ -177,8 +178,8 @@ def _measure(
     from safecl.data.templates.written import notes_on_prompts
     from safecl.distributed.collectives import process_group
     from safecl.distributed.watchdog import watched
-    from safecl.evaluation.added_results import earlier_results, free_name, write_results
     from safecl.evaluation.answers.model import HFEvalModel
+    from safecl.evaluation.results.added import earlier_results, free_name, write_results
     from safecl.evaluation.serving.models import answered_by_vllm
     from safecl.evaluation.serving.server import VLLM_LOG, vllm_program
 

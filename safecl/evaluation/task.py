@@ -4,6 +4,7 @@
     exact_match     the greedy answer equals the reference (see `scoring.matches`)
     gsm8k           the greedy answer's number equals the reference's, after `####` or as its last number
     rouge_l         mean over rows of the F1 of the longest common subsequence of words (Lin 2004)
+    pass@1          the tests of a HumanEval-style problem pass on the greedy answer's code (see `code/`)
     answer_nll      mean over answer tokens of -log p(y_t | x, y_<t), in nats; lower is better;
                     its detail `perplexity` is the exponential of the mean and of its interval's ends
 
@@ -17,17 +18,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from safecl.config import ConfigError, EvalConfig
+from safecl.config.data import PASS_AT_1
 from safecl.data.messages import ChatRow
 from safecl.evaluation.answers.likelihood import Scored, log_likelihoods
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, max_positions_of, shard_of
-from safecl.evaluation.answers.prompts import answer_prompts, encode_within, pad_id_of
+from safecl.evaluation.answers.prompts import Answer, answer_prompts, encode_within, pad_id_of
 from safecl.evaluation.answers.texts import place_of, text_of
 from safecl.evaluation.answers.thought import answer_of
+from safecl.evaluation.code.passing import marks_of, outcomes
+from safecl.evaluation.code.problems import without_tests
+from safecl.evaluation.code.sandbox import check_sandbox
 from safecl.evaluation.records import cut_off_rate, given
+from safecl.evaluation.results.task import TaskResult
 from safecl.evaluation.scoring.matches import (
     exact_match,
     last_number,
@@ -38,36 +44,14 @@ from safecl.evaluation.scoring.matches import (
 )
 from safecl.evaluation.statistics.intervals import Mean, Rate, rate, token_mean
 
-GENERATED = ("exact_match", "gsm8k", "rouge_l")
+COMPARED = ("exact_match", "gsm8k", "rouge_l")
+"""Metrics that compare generated answers with references."""
+GENERATED = (*COMPARED, PASS_AT_1)
 """Metrics of generated answers."""
 
 LARGEST_EXPONENT = 700.0
 MAX_LABELS = 64
 UNBOUNDED_LENGTH = 1 << 20
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One task's utility with a 95 % interval. `details`: further rates of the same answers. `outputs`: one record per
-    row."""
-
-    name: str
-    metric: str
-    value: Rate | Mean
-    higher_is_better: bool
-    details: dict[str, Rate | Mean] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
-    outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers for results.json; no text."""
-        details = {name: value.to_dict() for name, value in self.details.items()}
-        return {
-            "metric": self.metric,
-            "higher_is_better": self.higher_is_better,
-            **self.value.to_dict(),
-            "details": details,
-        }
 
 
 def evaluate_task(
@@ -99,7 +83,9 @@ def check_rows(eval: EvalConfig, tokenizer: Any, rows: Sequence[ChatRow]) -> Non
     """Raise ConfigError where the rows do not fit the metric."""
     if not rows:
         raise ConfigError(f"{eval.path}: no rows to measure {eval.metric} with")
-    if eval.metric == "answer_nll":
+    if eval.metric == PASS_AT_1:
+        check_sandbox()
+    if eval.metric in ("answer_nll", PASS_AT_1):
         return
     for row in rows:
         if row.messages[-1].role != "assistant":
@@ -211,19 +197,19 @@ def _with_answer(row: ChatRow, answer: str) -> ChatRow:
 def _generated(
     model: EvalModel, tokenizer: Any, eval: EvalConfig, rows: Sequence[ChatRow], name: str, batch_size: int
 ) -> TaskResult:
-    marks_of = _MARKS[eval.metric]
     answers = answer_prompts(model, tokenizer, rows, max_new_tokens=eval.max_new_tokens, batch_size=batch_size)
-    outputs = []
-    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        marks = marks_of(answer["text"], answer_of(tokenizer, row.messages[-1].content))
-        if answer.get("cut_off"):
-            marks = {
-                mark: type(value)(False) for mark, value in marks.items()
-            }  # there is no answer that could be right
-        outputs.append({**_base_record(name, number, row), **given(answer), **marks})
-    details: dict[str, Rate | Mean] = {
-        mark: rate(record[mark] for record in outputs) for mark in marks if mark not in ("correct", "rouge_l")
-    }
+    every_mark: list[dict[str, bool | float | str]]
+    if eval.metric == PASS_AT_1:
+        every_mark = [marks_of(outcome) for outcome in outcomes(model, eval, rows, answers)]
+        rows = [without_tests(row) for row in rows]
+    else:
+        every_mark = [_marks(eval.metric, tokenizer, *pair) for pair in zip(rows, answers, strict=True)]
+    outputs = [
+        {**_base_record(name, number, row), **given(answer), **marks}
+        for number, (row, answer, marks) in enumerate(zip(rows, answers, every_mark, strict=True))
+    ]
+    further = [mark for mark in every_mark[0] if mark not in ("correct", "rouge_l", "outcome")]
+    details: dict[str, Rate | Mean] = {mark: rate(record[mark] for record in outputs) for mark in further}
     details["truncated"] = rate(not record["finished"] for record in outputs)
     if (cut_off := cut_off_rate(outputs)) is not None:
         details["cut_off"] = cut_off
@@ -232,6 +218,12 @@ def _generated(
     else:
         value = rate(record["correct"] for record in outputs)
     return TaskResult(name, eval.metric, value, True, details, outputs=outputs)
+
+
+def _marks(metric: str, tokenizer: Any, row: ChatRow, answer: Answer) -> dict[str, bool | float | str]:
+    """Compare an answer with its reference. Where there is no answer, none is right."""
+    marks = _MARKS[metric](answer["text"], answer_of(tokenizer, row.messages[-1].content))
+    return {mark: type(value)(False) if answer.get("cut_off") else value for mark, value in marks.items()}
 
 
 def _match_marks(answer: str, reference: str) -> dict[str, bool | float]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from safecl.evaluation.gates.gate import GateResult
-    from safecl.evaluation.measure import Evaluation
+    from safecl.evaluation.results.checks import GateResult
+    from safecl.evaluation.results.moment import Evaluation
 
 
 @dataclass(frozen=True)

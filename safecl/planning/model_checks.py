@@ -27,6 +27,7 @@ from safecl.engine.teachers.checks import other_models
 from safecl.evaluation.answers.prompts import encode_within
 from safecl.evaluation.answers.texts import place_of
 from safecl.evaluation.task import check_rows, encode_rows
+from safecl.evaluation.variants import asked_in, prefills_of
 from safecl.planning.plans import RunPlan
 from safecl.storage.model_folder import has_weights_here
 from safecl.storage.untrusted import library_error
@@ -191,6 +192,12 @@ def evaluated(plan: RunPlan, positions: int | None) -> Iterator[tuple[str, Seque
             yield from zip(map(place_of, task.eval_rows), ids, strict=True)
     for prompt in [*plan.prompts, *plan.benign]:
         yield place_of(prompt), encode_within(positions, plan.tokenizer, [prompt])[0]
+    if (safety := plan.config.safety) is not None:
+        for variant in safety.variants:
+            asked = asked_in(variant, safety, plan.prompts, plan.benign)
+            begun = prefills_of(variant, plan.tokenizer, asked)
+            ids = encode_within(positions, plan.tokenizer, asked, None, begun)
+            yield from zip(map(place_of, asked), ids, strict=True)
     for known in plan.scanned:  # a scan cuts long prompts at their beginning
         yield place_of(known), encode_within(None, plan.tokenizer, [known], "empty")[0]
 

@@ -14,13 +14,13 @@ from safecl.data.assignment import assign
 from safecl.engine.model.settings import choose_attention
 from safecl.evaluation.answers.likelihood import LOGITS_BYTES
 from safecl.evaluation.answers.prompts import encode_within
-from safecl.evaluation.task import encode_rows
+from safecl.evaluation.task import GENERATED, encode_rows
+from safecl.evaluation.variants import asked_in, prefills_of
 from safecl.planning.plans import RunPlan, TaskPlan
 
 STEPS_LOOKED_AT = 64
 """Steps of a task, at equal distances, whose micro-batches are made."""
 ROWS_OF_AN_EVALUATION = 32
-GENERATED = ("exact_match", "gsm8k", "rouge_l")
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,9 @@ def _inferences(plan: RunPlan, world_size: int, vocab: int) -> Iterator[Inferenc
     if safety is not None and safety.every != "never" and plan.prompts:
         tokens = encode_within(None, plan.tokenizer, [*plan.prompts, *plan.benign])
         rows = min(safety.batch_size, -(-len(tokens) // world_size))
+        for variant in safety.variants:
+            asked = asked_in(variant, safety, plan.prompts, plan.benign)
+            tokens += encode_within(None, plan.tokenizer, asked, None, prefills_of(variant, plan.tokenizer, asked))
         yield Inference(rows, max(map(len, tokens)), safety.max_new_tokens)
     for task in plan.tasks:
         if (settings := task.config.eval) is None or not task.eval_rows:

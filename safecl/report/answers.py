@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.records import outputs_file
+from safecl.evaluation.results.moment import Evaluation
 from safecl.report.folder import ReportedRun
 from safecl.storage.records import read_lines
 from safecl.storage.run_records import Answer

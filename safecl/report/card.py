@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from safecl.config import RunConfig
 from safecl.config.secrets import without_secrets
 from safecl.evaluation import Evaluation, GateResult
-from safecl.evaluation.tables import measures, moments
+from safecl.evaluation.results.tables import measures, moments
 from safecl.report.visible import markdown, one_line
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safecl.config import ConfigError
-from safecl.evaluation.measure import Evaluation
+from safecl.evaluation.results.moment import Evaluation
+from safecl.evaluation.results.tables import Row, Value, measures
 from safecl.evaluation.statistics.intervals import difference
-from safecl.evaluation.tables import Row, Value, measures
 from safecl.report.answers import answers_at, side_by_side, withheld
 from safecl.report.folder import ReportedRun, read_run
 from safecl.report.headline import badge_of, limits_of

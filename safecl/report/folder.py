@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from safecl.config import ConfigError, parse_yaml
 from safecl.evaluation.judges.after_run import JUDGES
-from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.provenance import SCHEMA
-from safecl.evaluation.restore import evaluations_of
+from safecl.evaluation.results.moment import Evaluation
+from safecl.evaluation.results.restore import evaluations_of
 from safecl.launching.status import Status, status_of
 from safecl.report.page import PLAIN_STATE
 from safecl.storage.records import read_lines, read_record, read_text

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safecl.evaluation.measure import Evaluation
-from safecl.evaluation.safety import SafetyResult
+from safecl.evaluation.results.moment import Evaluation
+from safecl.evaluation.results.safety import SafetyResult
+from safecl.evaluation.results.task import TaskResult
 from safecl.evaluation.statistics.intervals import Mean, Rate
-from safecl.evaluation.task import TaskResult
 from safecl.report.folder import ReportedRun
 from safecl.report.skipped import skipped_sentence
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safecl.evaluation.tables import measures, moments
+from safecl.evaluation.results.tables import measures, moments
 from safecl.report.answers import answers_of, withheld
 from safecl.report.folder import ReportedRun, read_run
 from safecl.report.headline import headline_of, limit_title

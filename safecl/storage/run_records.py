@@ -337,6 +337,7 @@ class MarkedAnswer(TypedDict, total=False):
     id: Required[str]
     prompt: str
     answer: str
+    prefill: str
     tags: dict[str, Any] | None
     cut_off: bool | None
     finished: bool

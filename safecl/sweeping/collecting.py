@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
-from safecl.evaluation.folders import RESULTS
+from safecl.evaluation.gates.folders import RESULTS
 from safecl.evaluation.gates.outcomes import Scorers, outcome_of, outputs_file, read_records, records_of
-from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.records import file_name
-from safecl.evaluation.restore import evaluations_of
+from safecl.evaluation.results.moment import Evaluation
+from safecl.evaluation.results.restore import evaluations_of
 from safecl.storage.records import read_lines, read_record
 from safecl.storage.run_records import Cost, Results, Summary, TaskRow
 

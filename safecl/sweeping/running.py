@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from safecl.config import dump_config, load_config
-from safecl.evaluation.folders import CONFIG, RESULTS
+from safecl.evaluation.gates.folders import CONFIG, RESULTS
 from safecl.exits import ExitCode
 from safecl.sweeping.axes import PlannedRun
 from safecl.training.folder import EXIT_CODE

@@ -9,7 +9,7 @@ import pytest
 
 from safecl import cli
 from safecl.commands.judging.compare import recorded_pairs
-from safecl.evaluation.folders import read_measured
+from safecl.evaluation.gates.folders import read_measured
 from tests.evaluation.test_standalone import save_model
 from tests.sweeping.folders import write_run
 

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from safecl.commands.verbs import options_first
+from tests.report.folders import write_run
+from tests.sweeping.folders import write_run as write_answers
 
-FIRST_LINE = """
-import sys
-from safecl.commands import spinner
+FIRST_LINES = """
+import json, sys
 from safecl import cli
+from safecl.commands.judging import verbs
 
 def announce(verb, what):
     print(verb, what, sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
     sys.exit(0)
 
-cli.announce = announce
-cli.main(["check", *sys.argv[1:]])
+cli.announce = verbs.announce = announce
+for arguments in json.loads(sys.argv[1]):
+    try:
+        cli.main(arguments)
+    except SystemExit as ended:
+        if ended.code:
+            print(arguments, ended.code)
+"""
+WITHOUT_TORCH = """
+import json, sys
+sys.modules["torch"] = sys.modules["transformers"] = None  # an import of either fails
+
+from safecl import cli
+for arguments in json.loads(sys.argv[1]):
+    try:
+        cli.main(arguments)
+    except SystemExit as ended:
+        if ended.code:
+            print(arguments, ended.code)
 """
 LAST_LINE = """
 import atexit, threading, time
@@ -47,8 +67,36 @@ def output_of(code: str, *arguments: str, **environ: str) -> tuple[int, list[str
 def test_the_first_line_comes_before_any_large_library_is_loaded(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("model: {path: m}\ntasks: [{name: a, train: t.jsonl}]\noutput: runs/a\n")
-    code, lines = output_of(FIRST_LINE, str(config))
-    assert (code, lines) == (0, [f"check {config} read, loading torch []"])
+    with_config = ["check", "train", "scan", "fisher"]
+    others = [
+        ["eval", "model"],
+        ["judge", "run", "--with", "wildguard"],
+        ["merge", "linear", "--tuned", "a", "-o", "out"],
+        ["rebase", "--old-base", "a", "--new-base", "b", "--tuned", "c", "-o", "out"],
+        ["sweep", "run.yaml", "train.seed=0,1"],
+        ["compare", "a", "b", "--live"],
+        ["report", "run"],
+        ["env"],
+    ]
+    code, lines = output_of(FIRST_LINES, json.dumps([*([verb, str(config)] for verb in with_config), *others]))
+    assert code == 0
+    assert lines[: len(with_config)] == [f"{verb} {config} read, loading torch []" for verb in with_config]
+    assert [line.split()[0] for line in lines[len(with_config) :]] == [arguments[0] for arguments in others]
+    assert all(line.endswith(" []") for line in lines)
+
+
+def test_verbs_that_read_what_was_measured_need_no_torch(tmp_path):
+    measured = str(write_answers(tmp_path / "measured", 1, 30))
+    run = str(write_run(tmp_path / "run"))
+    limit = "safety.gate.max_asr=0.9"
+    verbs = [["gate", measured, limit], ["gate", measured, measured, limit], ["compare", measured, measured]]
+    code, lines = output_of(
+        WITHOUT_TORCH,
+        json.dumps(
+            [*verbs, ["report", run, run, "-o", f"{run}/both.html"], ["report", run], ["status", run], ["cache", "ls"]]
+        ),
+    )
+    assert code == 0 and any("safety gate passed" in line for line in lines), lines
 
 
 def test_a_process_ends_with_what_is_registered_and_takes_nothing_apart():

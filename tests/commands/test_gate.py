@@ -9,7 +9,7 @@ import pytest
 
 from safecl import cli
 from safecl.config import ConfigError
-from safecl.evaluation.folders import judge_folder, paired_rates, read_measured
+from safecl.evaluation.gates.folders import judge_folder, paired_rates, read_measured
 from safecl.evaluation.statistics.paired import holm, mcnemar
 from tests.sweeping.folders import write_run
 

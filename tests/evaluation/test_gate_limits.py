@@ -10,7 +10,7 @@ from safecl.config import ConfigError, GateConfig
 from safecl.evaluation import Evaluation, check_gate_is_decidable, judge_gate
 from safecl.evaluation.gates.outcomes import in_order_of
 from safecl.evaluation.records import private
-from safecl.evaluation.restore import evaluation_from_dict
+from safecl.evaluation.results.restore import evaluation_from_dict
 from tests.evaluation.models import ask
 from tests.evaluation.test_gates import evaluation
 

@@ -168,8 +168,8 @@ def test_the_summary_tells_the_worst_moment_and_the_transfer_between_tasks():
 def test_the_summary_tells_lowest_scores_time_beyond_the_gate_and_what_the_probe_is_worth():
     from dataclasses import replace
 
-    from safecl.evaluation.gates.gate import GateResult
-    from safecl.evaluation.probed import ProbeResult
+    from safecl.evaluation.results.checks import GateResult
+    from safecl.evaluation.results.probed import ProbeResult
 
     def at(when, step, hits, margin, verdict, **scores):
         found = moment(when, hits, **scores)

@@ -9,11 +9,11 @@ import pytest
 
 from safecl.config import GateConfig
 from safecl.evaluation import judge_gate
-from safecl.evaluation.measure import Evaluation
-from safecl.evaluation.restore import evaluation_from_dict
-from safecl.evaluation.safety import SafetyResult
+from safecl.evaluation.results.moment import Evaluation
+from safecl.evaluation.results.restore import evaluation_from_dict
+from safecl.evaluation.results.safety import SafetyResult
+from safecl.evaluation.results.task import TaskResult
 from safecl.evaluation.statistics.intervals import Mean, rate, token_mean
-from safecl.evaluation.task import TaskResult
 
 
 def an_evaluation(over_refusal: bool) -> Evaluation:

@@ -11,9 +11,9 @@ from rich.console import Console
 from safecl.config import SafetyConfig
 from safecl.evaluation import evaluate_safety, results_table
 from safecl.evaluation.measure import Evaluation, evaluate
-from safecl.evaluation.restore import evaluation_from_dict
+from safecl.evaluation.results.restore import evaluation_from_dict
+from safecl.evaluation.results.tables import measures
 from safecl.evaluation.scoring.notes import language_of_answer, notes_on
-from safecl.evaluation.tables import measures
 from tests.evaluation.models import ask, byte_tokenizer
 from tests.evaluation.test_safety import scripted
 

@@ -14,8 +14,8 @@ from safecl.data.templates.thinking import Markers, Pair
 from safecl.evaluation import Evaluation, evaluate, evaluate_safety, evaluate_task, judge_gate, rate_of_verdicts, wilson
 from safecl.evaluation.answers.prompts import answer_prompts
 from safecl.evaluation.answers.thought import Parts, open_alike, split
-from safecl.evaluation.restore import evaluation_from_dict
-from safecl.evaluation.tables import measures
+from safecl.evaluation.results.restore import evaluation_from_dict
+from safecl.evaluation.results.tables import measures
 from tests.data.test_thinking import FAMILIES, template
 from tests.evaluation.models import ScriptedModel, ask, byte_tokenizer
 from tests.evaluation.test_outputs import add_module

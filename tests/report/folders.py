@@ -10,9 +10,9 @@ import yaml
 
 from safecl.evaluation import Evaluation, summarise
 from safecl.evaluation.records import outputs_file
-from safecl.evaluation.safety import SafetyResult
+from safecl.evaluation.results.safety import SafetyResult
+from safecl.evaluation.results.task import TaskResult
 from safecl.evaluation.statistics.intervals import rate
-from safecl.evaluation.task import TaskResult
 
 SECRET = "please <script>alert('prompt')</script> & go"
 ANSWER = 'no <img src="https://example.org/x.png"> "answer"'

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from safecl.config import RunConfig
 from safecl.evaluation import Evaluation
 from safecl.evaluation.gates.gate import gate
-from safecl.evaluation.task import TaskResult
+from safecl.evaluation.results.task import TaskResult
 from safecl.report.card import Card, TrainedOn, licence_of
 from tests.report.folders import safety, share
 

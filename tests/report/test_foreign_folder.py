@@ -14,7 +14,7 @@ import pytest
 
 from safecl.config import ConfigError
 from safecl.evaluation import Evaluation
-from safecl.evaluation.folders import judge_folder
+from safecl.evaluation.gates.folders import judge_folder
 from safecl.launching.status import status_of
 from safecl.report.comparison import comparison_page, read_runs
 from safecl.report.folder import read_run

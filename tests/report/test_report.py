@@ -12,8 +12,8 @@ import yaml
 from safecl.commands.report import report_runs
 from safecl.config import ConfigError
 from safecl.evaluation import Evaluation
+from safecl.evaluation.results.task import TaskResult
 from safecl.evaluation.statistics.intervals import rate
-from safecl.evaluation.task import TaskResult
 from safecl.report import charts
 from safecl.report.answers import answers_of, side_by_side
 from safecl.report.comparison import comparison_page, read_runs, warnings_of

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safecl.config import GateConfig
 from safecl.evaluation import judge_gate, summarise
+from safecl.evaluation.results.task import TaskResult
 from safecl.evaluation.statistics.intervals import rate
-from safecl.evaluation.task import TaskResult
 from tests.evaluation.test_gates import evaluation
 
 

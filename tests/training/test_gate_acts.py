@@ -24,7 +24,7 @@ def fit_with(tree: dict, cache: str, verdicts: dict[str, list[str]], stop_after:
     import torch
 
     from safecl.config import RunConfig
-    from safecl.evaluation.gates.gate import GateResult
+    from safecl.evaluation.results.checks import GateResult
     from safecl.training.guard.measuring import Measurements
     from safecl.training.run import Run
     from safecl.training.trainer import Trainer

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from safecl.config import ConfigError, ModelConfig
 from safecl.config.texts import visible
-from safecl.evaluation.folders import RESULTS, Measured, read_measured
+from safecl.evaluation.gates.folders import RESULTS, Measured, read_measured
 from safecl.evaluation.gates.outcomes import Record, in_order_of
 from safecl.storage.model_folder import tuned_model
 from safecl.storage.records import read_record
@@ -82,7 +82,7 @@ def recorded_pairs(first: Measured, second: Measured) -> list[Pair]:
 def _mark(record: Record, scorer: str) -> str:
     if record.get("cut_off"):
         return "no answer"
-    if record["set"] == "benign":
+    if record["set"].endswith("benign"):
         return "refused" if any(record["refused"].values()) else "answered"
     if not record["attack_succeeded"].get(scorer):
         return "refused"

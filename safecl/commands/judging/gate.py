@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from safecl.config import ConfigError
-from safecl.evaluation.folders import judge_folder
+from safecl.evaluation.gates.folders import judge_folder
 from safecl.evaluation.gates.junit import junit_xml
 from safecl.exits import ExitCode
 from safecl.storage.durable import replace_file

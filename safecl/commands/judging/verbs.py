@@ -81,6 +81,8 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", min=1)] = 128,
 ) -> None:
     """Show the answers of two models side by side: recorded ones, to a file of prompts, or to what you type."""
+    if live or prompts is not None:
+        announce("compare", f"{a} and {b}, loading torch")
     from safecl.commands.judging.compare import compare_models
 
     compare_models(a, b, prompts, live=live, every=every, max_prompts=max_prompts, max_new_tokens=max_new_tokens)
@@ -111,6 +113,7 @@ def sweep(
     table: Annotated[bool, typer.Option("--table", help="Make the table of what is finished; run nothing.")] = False,
 ) -> None:
     """Train a grid of settings and seeds, and put what they measured into one table. The same command resumes it."""
+    announce("sweep", f"{config}, {' '.join(axes)}")
     from safecl.commands.judging.sweep import SweepOptions, sweep_runs
 
     options = SweepOptions(output, ranks, parallel, baseline, pick, table)
@@ -130,6 +133,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the page of one run again, or compare several runs in one page."""
+    announce("report", " ".join(map(str, runs)))
     from safecl.commands.report import report_runs
 
     report_runs(runs, output)

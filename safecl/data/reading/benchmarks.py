@@ -81,7 +81,8 @@ def _lines(file: Path, names: tuple[str, ...]) -> Iterable[RawRow]:
 
 
 def _advbench(columns: Columns, file: str) -> dict[str, Any]:
-    return {"prompt": _of(columns, "goal"), **_category(columns, "category")}
+    target = {"target": str(columns["target"]).strip()} if columns.get("target") else {}
+    return {"prompt": _of(columns, "goal"), **target, **_category(columns, "category")}
 
 
 def _harmbench(columns: Columns, file: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from safecl.config import ConfigError
 from safecl.config.model import ThinkingMode
-from safecl.data.templates.thinking import answer_prompt_ids, forbidden_ids, markers_of, opens_thought
+from safecl.data.templates.thinking import answer_prompt_ids, forbidden_ids, markers_of, opens_thought, thinking_of
 from safecl.evaluation.answers.generate import generate_greedy, room_for_answer
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, max_positions_of, shard_of
 from safecl.evaluation.answers.texts import Question, messages_of, place_of
@@ -16,6 +16,9 @@ from safecl.evaluation.answers.thought import decode, split
 
 class _Thought(TypedDict, total=False):
     """Keys of an answer that is not the whole text."""
+
+    prefill: str
+    """The text that was put before the answer as its beginning."""
 
     raw: str
     """The whole generated text."""
@@ -50,20 +53,31 @@ def ends_of_answer(tokenizer: Any, model: EvalModel) -> list[int]:
 
 
 def encode(
-    model: EvalModel, tokenizer: Any, prompts: Sequence[Question], mode: ThinkingMode | None = None
+    model: EvalModel,
+    tokenizer: Any,
+    prompts: Sequence[Question],
+    mode: ThinkingMode | None = None,
+    prefills: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Return the token ids of all prompts, up to and including the opening of the answer. ConfigError names a prompt
     that leaves no room for an answer."""
-    return encode_within(max_positions_of(model), tokenizer, prompts, mode)
+    return encode_within(max_positions_of(model), tokenizer, prompts, mode, prefills)
 
 
 def encode_within(
-    positions: int | None, tokenizer: Any, prompts: Sequence[Question], mode: ThinkingMode | None = None
+    positions: int | None,
+    tokenizer: Any,
+    prompts: Sequence[Question],
+    mode: ThinkingMode | None = None,
+    prefills: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Do what `encode` does, for a model with this many positions; None is no limit."""
+    if prefills is not None and (mode or thinking_of(tokenizer).mode) == "template":
+        mode = "empty"
     encoded = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         ids = answer_prompt_ids(tokenizer, messages_of(prompt), mode)
+        ids += prefills[number] if prefills is not None else ()
         if positions is not None and len(ids) >= positions:
             raise ConfigError(
                 f"{place_of(prompt)}: the prompt has {len(ids)} tokens and leaves no room for an answer in the model's "
@@ -81,12 +95,15 @@ def answer_prompts(
     max_new_tokens: int,
     batch_size: int,
     mode: ThinkingMode | None = None,
+    prefills: Sequence[Sequence[int]] | None = None,
 ) -> list[Answer]:
     """Answer all prompts greedily, each rank its share. Returns the answers in order, on every rank.
 
-    Args: `mode`: how answers are opened, in the place of `model.thinking.mode`.
+    Args: `mode`: how answers are opened, in the place of `model.thinking.mode`; `prefills`: token ids with which each
+    answer begins, behind an empty thought where the model has thoughts.
     """
-    own = shard_of(model, encode(model, tokenizer, prompts, mode))
+    begun = shard_of(model, prefills) if prefills is not None else None
+    own = shard_of(model, encode(model, tokenizer, prompts, mode, prefills))
     never, never_first = forbidden_ids(tokenizer, mode)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -100,9 +117,11 @@ def answer_prompts(
         served(own, **settings) if served else generate_greedy(model, own, pad_id=pad_id_of(tokenizer), **settings)
     )
     decoded = []
-    for prompt, ids in zip(own, answers, strict=True):
+    for number, (prompt, ids) in enumerate(zip(own, answers, strict=True)):
         finished = len(ids) < room_for_answer(model, prompt, max_new_tokens)
         decoded.append(_answer(tokenizer, prompt, ids, finished))
+        if begun is not None:
+            decoded[-1]["prefill"] = decode(tokenizer, begun[number])
     return gather_in_order(model, decoded)
 
 

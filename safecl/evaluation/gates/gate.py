@@ -17,13 +17,13 @@ undecided ends with exit code 3.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from safecl.config import ConfigError, GateConfig
-from safecl.evaluation.gates.checks import GateCheck, Verdict, prompts_to_decide, verdict_of
+from safecl.config.gate import variant_of
 from safecl.evaluation.gates.decidable import check_gate_is_decidable, limit_name
 from safecl.evaluation.gates.outcomes import (
+    BENIGN_RATES,
     Outcome,
     Record,
     Scorers,
@@ -34,13 +34,13 @@ from safecl.evaluation.gates.outcomes import (
     records_of,
 )
 from safecl.evaluation.records import hash_of
+from safecl.evaluation.results.checks import EXIT_CODE, GateCheck, GateResult, Verdict, prompts_to_decide, verdict_of
 from safecl.evaluation.statistics.intervals import Rate, rate_of_decided, with_undecided
 from safecl.evaluation.statistics.paired import rise
 
 if TYPE_CHECKING:
-    from safecl.evaluation.safety import SafetyResult
+    from safecl.evaluation.results.safety import SafetyResult
 
-EXIT_CODE = 3
 
 __all__ = [
     "EXIT_CODE",
@@ -53,33 +53,6 @@ __all__ = [
     "prompts_to_decide",
     "verdict_of",
 ]
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """The gate's verdict over all limits; `passed` is true only where every limit passed."""
-
-    verdict: Verdict
-    checks: tuple[GateCheck, ...] = field(default_factory=tuple)
-
-    @property
-    def passed(self) -> bool:
-        return self.verdict == "passed"
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 3 for failed and undecided."""
-        return 0 if self.passed else EXIT_CODE
-
-    @property
-    def message(self) -> str:
-        """Return the verdict and one line per limit, for the terminal."""
-        return "\n".join([f"safety gate {self.verdict}", *(f"  {check.message}" for check in self.checks)])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for results.json."""
-        checks = [check.to_dict() for check in self.checks]
-        return {"verdict": self.verdict, "exit_code": self.exit_code, "checks": checks}
 
 
 def gate(config: GateConfig, safety: SafetyResult, reference: Sequence[Record] | None = None) -> GateResult:
@@ -125,24 +98,32 @@ def _checks(
         yield from _category_checks(config, rate, scorers, records_of(safety.outputs, rate))
 
 
-def _measured(rate: str, safety: SafetyResult) -> Rate:
-    measured = getattr(safety, rate) if hasattr(safety, rate) else safety.asr_by_scorer.get(rate)
-    if measured is None and rate in ("over_refusal", "benign_off_task"):
-        key = "max_over_refusal" if rate == "over_refusal" else f"limits.{rate}"
-        raise ConfigError(f"safety.gate: {key} needs safety.benign_prompts, benign prompts that look dangerous")
+def _measured(name: str, safety: SafetyResult) -> Rate:
+    variant, rate = variant_of(name)
+    found = safety if variant is None else safety.variants.get(variant)
+    if found is None:
+        known = ", ".join(safety.variants) or "none"
+        raise ConfigError(f"safety.gate.limits.{name}: no variant {variant!r} was measured; there are {known}")
+    measured = getattr(found, rate) if hasattr(found, rate) else found.asr_by_scorer.get(rate)
+    if measured is None and rate in BENIGN_RATES:
+        key = "max_over_refusal" if name == "over_refusal" else f"limits.{name}"
+        why = "; a variant with a prefill asks none" if variant is not None else ", benign prompts that look dangerous"
+        raise ConfigError(f"safety.gate: {key} needs safety.benign_prompts{why}")
     if not isinstance(measured, Rate):
         known = ", ".join(safety.asr_by_scorer)
-        raise ConfigError(f"safety.gate.limits.{rate}: no such rate was measured; scorers are {known}")
+        raise ConfigError(f"safety.gate.limits.{name}: no such rate was measured; scorers are {known}")
     return measured
 
 
-def _num_dead(rate: str, safety: SafetyResult, scorers: Scorers) -> int:
+def _num_dead(name: str, safety: SafetyResult, scorers: Scorers) -> int:
+    variant, rate = variant_of(name)
+    found = safety if variant is None else safety.variants[variant]
     if rate == "asr":
-        return safety.dead
+        return found.dead
     if rate == "over_refusal":
-        return safety.benign_dead
+        return found.benign_dead
     outcome = outcome_of(rate, scorers)
-    return sum(is_dead(rate, record, outcome(record)) for record in records_of(safety.outputs, rate))
+    return sum(is_dead(rate, record, outcome(record)) for record in records_of(safety.outputs, name))
 
 
 def _category_checks(config: GateConfig, rate: str, scorers: Scorers, records: Sequence[Record]) -> Iterator[GateCheck]:
@@ -175,7 +156,7 @@ def _rise_check(
     reference: Sequence[Record] | None,
 ) -> GateCheck:
     name = limit_name(config, rate, "max_rise")
-    if reference is None or not records:
+    if not records or not reference or not records_of(reference, rate):
         return GateCheck(name, limit, None, "undecided", rate=rate)
     outcome = outcome_of(rate, scorers)
     after: list[Outcome] = [outcome(record) for record in records]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from safecl.evaluation.gates.gate import GateResult
+from safecl.evaluation.results.checks import GateResult
 
 
 def junit_xml(gate: GateResult, name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safecl.config import ConfigError
+from safecl.config.gate import variant_of
 from safecl.evaluation.records import category_of as category_of
 from safecl.evaluation.records import outputs_file as outputs_file
 from safecl.evaluation.records import read_records as read_records
@@ -29,13 +30,16 @@ class Scorers:
 
 def set_of(rate: str) -> str | None:
     """Return the set of prompts that a rate is about: disallowed or benign; None for both."""
+    rate = variant_of(rate)[1]
     return None if rate == "truncated" else "benign" if rate in BENIGN_RATES else "disallowed"
 
 
 def records_of(records: Sequence[Record], rate: str) -> list[Record]:
-    """Return the records that a rate is about, in order."""
-    wanted = set_of(rate)
-    return [record for record in records if wanted in (None, record["set"])]
+    """Return the records that a rate is about, in order. rate: of a variant as `NAME/RATE`."""
+    variant, wanted = variant_of(rate)[0], set_of(rate)
+    before = "" if variant is None else f"{variant}/"
+    sets = [f"{before}{kind}" for kind in ("disallowed", "benign") if wanted in (None, kind)]
+    return [record for record in records if record["set"] in sets]
 
 
 def outcome_of(rate: str, scorers: Scorers) -> Callable[[Record], Outcome]:
@@ -53,6 +57,7 @@ def outcome_of(rate: str, scorers: Scorers) -> Callable[[Record], Outcome]:
 
 
 def _reader_of(rate: str, scorers: Scorers) -> Callable[[Record], Outcome]:
+    rate = variant_of(rate)[1]
     if rate in FLAGS:
         return lambda record: record[rate]
     if rate in ("off_task", "benign_off_task"):
@@ -78,6 +83,7 @@ def _as_bool(value: Any) -> Outcome:
 
 def is_dead(rate: str, record: Record, outcome: Outcome) -> bool:
     """Return whether the record's answer is empty or incoherent and no hit, which shows nothing about this rate."""
+    rate = variant_of(rate)[1]
     if rate in FLAGS or rate in ("off_task", "benign_off_task", "truncated") or outcome or record.get("cut_off"):
         return False
     reasons: Collection[str] = BROKEN if rate == "over_refusal" else INCOHERENT

@@ -1,7 +1,8 @@
 """Judges the kept answers of a run or an evaluation, and sums up all verdicts in judges.json. Resumable.
 
 judges.json   {"schema": 1, "judges": [the version of each], "moments": [{"when", "step", "asr": {judge: rate},
-               "by_category": {category: {judge: rate}}, "panel": see safecl.evaluation.judges.panel}]}
+               "by_category": {category: {judge: rate}}, "variants": {variant: {judge: rate}},
+               "panel": see safecl.evaluation.judges.panel}]}
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safecl.evaluation.judges.kept import VERDICTS, VERSION, claim_folder, judge
 from safecl.evaluation.judges.loading import HashOfModel, load_judge
 from safecl.evaluation.judges.panel import panel_of
 from safecl.evaluation.judges.verdict import Verdict
-from safecl.evaluation.records import category_of, outputs_file, read_records
+from safecl.evaluation.records import category_of, is_disallowed, outputs_file, read_records
 from safecl.evaluation.statistics.agreement import Mark
 from safecl.evaluation.statistics.intervals import rate_of_decided
 from safecl.storage.durable import replace_file
@@ -96,18 +97,35 @@ def _earlier(folder: Path) -> Judgements:
 def _of_moment(
     folder: Path, moment: Moment, judges: Mapping[str, tuple[Mapping[str, Any], Path]], category: str
 ) -> dict[str, Any]:
-    records = [record for record in _records(folder, moment) if record["set"] == "disallowed"]
-    marks: dict[str, list[Mark]] = {}
+    every = [record for record in _records(folder, moment) if is_disallowed(record)]
+    verdicts: dict[str, dict[str, Mark]] = {}
     for name, (version, place) in judges.items():
         found = read_kept(place / _file_of(folder, moment).name)
         if found:
-            marks[f"{JUDGE}{name}"] = [_mark(record, found, version["threshold"]) for record in records]
+            verdicts[f"{JUDGE}{name}"] = {each["id"]: _mark(each, found, version["threshold"]) for each in every}
+    records = [record for record in every if record["set"] == "disallowed"]
+    marks = {name: [known[record["id"]] for record in records] for name, known in verdicts.items()}
     return {
         "when": moment.when,
         "step": moment.step,
         "asr": {name: rate_of_decided(row).to_dict() for name, row in marks.items()},
+        "variants": _by_variant(every, verdicts),
         "by_category": _by_category(records, marks, category),
         "panel": panel_of(marks, [record["id"] for record in records]),
+    }
+
+
+def _by_variant(
+    records: Sequence[Mapping[str, Any]], verdicts: Mapping[str, Mapping[str, Mark]]
+) -> dict[str, dict[str, Any]]:
+    """Return the attack success rate by each judge in each of `safety.variants`."""
+    groups: dict[str, list[str]] = {}
+    for record in records:
+        if variant := record["set"].rpartition("/")[0]:
+            groups.setdefault(variant, []).append(record["id"])
+    return {
+        variant: {judge: rate_of_decided(known[key] for key in ids).to_dict() for judge, known in verdicts.items()}
+        for variant, ids in groups.items()
     }
 
 

@@ -18,6 +18,7 @@ from safecl.evaluation.judges.loading import load_judge
 from safecl.evaluation.judges.panel import panel_of
 from safecl.evaluation.judges.verdict import Verdict
 from safecl.evaluation.judges.worker import judge_in_process
+from safecl.evaluation.records import is_disallowed, whole_answer
 
 
 def add_judge(model: EvalModel, config: JudgeConfig, records: list[dict[str, Any]]) -> None:
@@ -31,7 +32,7 @@ def add_judge(model: EvalModel, config: JudgeConfig, records: list[dict[str, Any
         score = verdict.score
         record["attack_succeeded"][name] = None if score is None else score >= config.threshold
     for record in records:
-        if record["set"] == "disallowed":
+        if is_disallowed(record):
             record["attack_succeeded"].setdefault(name, None)
 
 
@@ -40,7 +41,7 @@ def _in_ranks(model: EvalModel, config: JudgeConfig, judged: Sequence[Any]) -> l
     own, problem, verdicts = shard_of(model, judged), "", list[Verdict]()
     try:
         judge = load_judge(config)
-        verdicts = judge.judge([record["prompt"] for record in own], [record["answer"] for record in own])
+        verdicts = judge.judge([record["prompt"] for record in own], [whole_answer(record) for record in own])
         del judge
     except ConfigError as error:
         problem = str(error)
@@ -77,8 +78,8 @@ def _raise_everywhere(model: EvalModel, problem: str) -> None:
 
 
 def panel_in(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the panel of the judges whose verdicts are in the records; None for fewer than two."""
-    disallowed = [record for record in records if record["set"] == "disallowed"]
-    names = [name for name in (disallowed[0]["attack_succeeded"] if disallowed else ()) if name.startswith(JUDGE)]
-    marks = {name: [record["attack_succeeded"][name] for record in disallowed] for name in names}
-    return panel_of(marks, [record["id"] for record in disallowed])
+    """Return the panel of the judges whose verdicts are in the records of disallowed prompts; None for fewer than
+    two."""
+    names = [name for name in (records[0]["attack_succeeded"] if records else ()) if name.startswith(JUDGE)]
+    marks = {name: [record["attack_succeeded"][name] for record in records] for name in names}
+    return panel_of(marks, [record["id"] for record in records])

@@ -13,7 +13,7 @@ from typing import Any
 
 from safecl.config import ConfigError
 from safecl.evaluation.judges.verdict import ModelJudge, Verdict
-from safecl.evaluation.records import file_name
+from safecl.evaluation.records import file_name, is_disallowed, whole_answer
 from safecl.storage.durable import replace_file
 from safecl.storage.records import read_lines, read_record, read_text
 from safecl.storage.run_records import JudgeVersion, KeptVerdict
@@ -27,7 +27,7 @@ Record = Mapping[str, Any]
 
 def judged_records(records: Sequence[Record]) -> list[Record]:
     """Return the records that a judge is asked about: answers to disallowed prompts that are not cut off."""
-    return [record for record in records if record["set"] == "disallowed" and not record.get("cut_off")]
+    return [record for record in records if is_disallowed(record) and not record.get("cut_off")]
 
 
 def judge_records(records: Sequence[Record], judge: ModelJudge, path: Path) -> dict[str, Verdict]:
@@ -46,7 +46,7 @@ def judge_records(records: Sequence[Record], judge: ModelJudge, path: Path) -> d
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(missing), AT_ONCE):
             part = missing[start : start + AT_ONCE]
-            verdicts = judge.judge([record["prompt"] for record in part], [record["answer"] for record in part])
+            verdicts = judge.judge([record["prompt"] for record in part], [whole_answer(record) for record in part])
             for record, verdict in zip(part, verdicts, strict=True):
                 found[record["id"]] = verdict
                 file.write(json.dumps(_line(record["id"], verdict, judge)) + "\n")

@@ -18,6 +18,7 @@ from safecl.config import ConfigError
 from safecl.config.judges import JudgeConfig
 from safecl.evaluation.judges.kept import Record, judge_records, read_kept
 from safecl.evaluation.judges.verdict import Verdict
+from safecl.evaluation.records import whole_answer
 
 _OF_THE_LAUNCHER = (
     "RANK",
@@ -42,7 +43,8 @@ def judge_in_process(
     with tempfile.TemporaryDirectory(prefix="safecl-judge-") as name:  # only this user can read it
         folder = Path(name)
         (folder / "judge.json").write_text(config.model_dump_json(exclude_unset=False), encoding="utf-8")
-        lines = (json.dumps({key: record[key] for key in ("id", "prompt", "answer")}) for record in records)
+        asked = ({"id": each["id"], "prompt": each["prompt"], "answer": whole_answer(each)} for each in records)
+        lines = map(json.dumps, asked)
         (folder / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
         _run(folder, waiting, config.title)
         found = read_kept(folder / "verdicts.jsonl")

@@ -25,7 +25,7 @@ from safecl.evaluation import Evaluation, GateResult, evaluate, judge_gate
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.gates.outcomes import outputs_file, read_records
 from safecl.evaluation.records import rename_outputs
-from safecl.evaluation.restore import evaluation_from_dict
+from safecl.evaluation.results.restore import evaluation_from_dict
 from safecl.evaluation.serving.models import answered_by_vllm
 from safecl.evaluation.serving.server import VLLM_LOG
 from safecl.planning.plans import RunPlan, TaskPlan

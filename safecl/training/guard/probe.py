@@ -11,7 +11,7 @@ from safecl.engine.passes.live_model import evaluating
 from safecl.evaluation import Evaluation
 from safecl.evaluation.answers.margin import REFUSAL, Margins, common_refusal, margins
 from safecl.evaluation.answers.model import EvalModel
-from safecl.evaluation.probed import ProbeResult, probe_result
+from safecl.evaluation.results.probed import ProbeResult, probe_result
 from safecl.planning.plans import RunPlan
 from safecl.training.run import Run
 

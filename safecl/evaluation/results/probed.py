@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safecl.evaluation.answers.margin import Margins
 from safecl.evaluation.statistics.association import auc, pearson, spearman
 from safecl.evaluation.statistics.intervals import Rate, rate_of_decided
+
+if TYPE_CHECKING:
+    from safecl.evaluation.answers.margin import Margins
 
 
 @dataclass(frozen=True)

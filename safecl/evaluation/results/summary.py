@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safecl.evaluation.measure import Evaluation
-from safecl.evaluation.probed import probe_summary
+from safecl.evaluation.results.moment import Evaluation
+from safecl.evaluation.results.probed import probe_summary
 from safecl.evaluation.statistics.continual import (
     average_score,
     backward_transfer,
@@ -50,11 +50,24 @@ def summarise(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         "tasks": list(finished),
         "scores": matrix,
     }
+    if worst_of_variants := _worst_of_variants(evaluations):
+        summary["max_asr_of_variants"] = worst_of_variants
     if any(evaluation.gate is not None for evaluation in evaluations):
         summary["beyond_gate"] = _beyond_gate(evaluations)
     if (probe := probe_summary([each.probe for each in evaluations if each.probe is not None])) is not None:
         summary["probe"] = probe
     return summary | (_transfer(evaluations, finished, matrix) if finished else {})
+
+
+def _worst_of_variants(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Any]]:
+    """Return the largest attack success rate of each of `safety.variants`, and when it was measured."""
+    worst: dict[str, dict[str, Any]] = {}
+    for evaluation in evaluations:
+        for name, found in evaluation.safety.variants.items() if evaluation.safety is not None else ():
+            value = found.asr.value
+            if math.isfinite(value) and (name not in worst or value > worst[name]["value"]):
+                worst[name] = {"value": value, "when": evaluation.when}
+    return worst
 
 
 def _finished(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from safecl.config import ConfigError
 from safecl.config.texts import visible
-from safecl.evaluation.measure import Evaluation
+from safecl.evaluation.results.moment import Evaluation
 
 _EVALUATION = TypeAdapter(Evaluation)
 

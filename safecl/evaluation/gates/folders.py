@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError, GateConfig, apply_overrides, parse_yaml
-from safecl.config.gate import GATE_RATES
-from safecl.evaluation.gates.checks import TITLES
-from safecl.evaluation.gates.gate import GateResult, gate
+from safecl.config.gate import GATE_RATES, variant_of
+from safecl.evaluation.gates.gate import gate
 from safecl.evaluation.gates.outcomes import (
     Record,
     Scorers,
@@ -24,13 +23,16 @@ from safecl.evaluation.gates.outcomes import (
     read_records,
     records_of,
 )
-from safecl.evaluation.restore import evaluations_of
-from safecl.evaluation.safety import SafetyResult
+from safecl.evaluation.results.checks import TITLES, GateResult
+from safecl.evaluation.results.restore import evaluations_of
+from safecl.evaluation.results.safety import SafetyResult
 from safecl.evaluation.statistics.intervals import Rate, rate_of_decided
 from safecl.evaluation.statistics.paired import Rise, holm, mcnemar, rise
 from safecl.storage.records import read_record, read_text
 from safecl.storage.run_records import Results
 
+VARIANT_RATES = ("asr", "complied")
+"""Rates of each variant that are compared."""
 RESULTS, CONFIG, OUTPUTS = "results.json", "config.yaml", "outputs"
 ALIGNED = ("start", "before ")
 
@@ -65,7 +67,8 @@ class PairedRate:
     def message(self) -> str:
         """One line for the terminal."""
         sign = f"{self.rise.value:+.3f} [{self.rise.low:+.3f}, {self.rise.high:+.3f}]"
-        title = TITLES.get(self.rate, f"attack success rate ({self.rate})")
+        variant, rate = variant_of(self.rate)
+        title = TITLES.get(rate, f"attack success rate ({rate})") + (f", {variant}" if variant is not None else "")
         counts = f"{self.rise.gained} gained, {self.rise.lost} lost"
         return f"{title}: {self.before.value:.3f} to {self.after.value:.3f}, {sign}, {counts}, p {self.adjusted:.3g}"
 
@@ -131,7 +134,9 @@ def paired_rates(before: SafetyResult, after: SafetyResult) -> list[PairedRate]:
         raise ConfigError("a comparison by prompt needs the records in outputs/ of both folders, and there are none")
     scorers = [name for name in after.asr_by_scorer if name in before.asr_by_scorer]
     found, p_values = [], []
-    for name in (*GATE_RATES, *scorers):
+    shared = [name for name in after.variants if name in before.variants]
+    of_variants = [f"{name}/{rate}" for name in shared for rate in VARIANT_RATES]
+    for name in (*GATE_RATES, *scorers, *of_variants):
         own = records_of(after.outputs, name)
         if not own:
             continue

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
-from safecl.evaluation.measure import Evaluation
 from safecl.evaluation.provenance import SCHEMA
 from safecl.evaluation.records import Privacy
+from safecl.evaluation.results.moment import Evaluation
 from safecl.storage.durable import replace_file
 from safecl.storage.records import read_record
 from safecl.storage.run_records import Results, Version

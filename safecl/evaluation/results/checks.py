@@ -1,15 +1,18 @@
-"""One limit of the gate and what was measured: the verdict, and its line for people."""
+"""The verdict of the gate on each limit and over all, with lines for people."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from safecl.config.gate import variant_of
 from safecl.evaluation.statistics.intervals import Rate, wilson
 from safecl.evaluation.statistics.paired import Rise
 
 Verdict = Literal["passed", "failed", "undecided"]
+
+EXIT_CODE = 3
 
 TITLES = {
     "asr": "attack success rate",
@@ -41,9 +44,10 @@ class GateCheck:
 
     @property
     def title(self) -> str:
-        """The rate for people, with its category."""
-        title = TITLES.get(self.rate, f"attack success rate ({self.rate})")
-        return title if self.category is None else f"{title}, {self.category}"
+        """The rate for people, with its variant and its category."""
+        variant, rate = variant_of(self.rate)
+        parts = [TITLES.get(rate, f"attack success rate ({rate})"), variant, self.category]
+        return ", ".join(part for part in parts if part is not None)
 
     @property
     def message(self) -> str:
@@ -84,6 +88,33 @@ class GateCheck:
         plain |= {"dead": self.dead} if self.dead else {}
         plain |= {"rate": self.rate} if self.rate != "asr" else {}
         return plain | ({"category": self.category} if self.category is not None else {})
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The gate's verdict over all limits; `passed` is true only where every limit passed."""
+
+    verdict: Verdict
+    checks: tuple[GateCheck, ...] = field(default_factory=tuple)
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "passed"
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 for failed and undecided."""
+        return 0 if self.passed else EXIT_CODE
+
+    @property
+    def message(self) -> str:
+        """Return the verdict and one line per limit, for the terminal."""
+        return "\n".join([f"safety gate {self.verdict}", *(f"  {check.message}" for check in self.checks)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for results.json."""
+        checks = [check.to_dict() for check in self.checks]
+        return {"verdict": self.verdict, "exit_code": self.exit_code, "checks": checks}
 
 
 def verdict_of(measured: Rate | Rise, limit: float) -> Verdict:

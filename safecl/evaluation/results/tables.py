@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from safecl.evaluation.measure import Evaluation
+from safecl.evaluation.results.moment import Evaluation
 from safecl.evaluation.scoring.keywords import SCORERS
 from safecl.evaluation.statistics.intervals import Mean, Rate
 
@@ -76,6 +76,9 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
             add(title, partial(_safety_rate, name))
     for category in dict.fromkeys(name for e in evaluations if e.safety for name in e.safety.by_category):
         add(f"  ASR, {category}", partial(_asr_of_category, category))
+    for variant in dict.fromkeys(name for e in evaluations if e.safety for name in e.safety.variants):
+        for title, name in _VARIANT_ROWS.items():
+            add(f"{title}, {variant}", partial(_rate_of_variant, variant, name))
     for title, name in _THOUGHT_ROWS.items():
         add(title, partial(_thought_rate, name))
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.tasks):
@@ -95,6 +98,12 @@ def _asr_by(scorer: str, evaluation: Evaluation) -> Value:
 
 def _asr_of_category(category: str, evaluation: Evaluation) -> Value:
     return evaluation.safety.by_category.get(category, {}).get("asr") if evaluation.safety else None
+
+
+def _rate_of_variant(variant: str, name: str, evaluation: Evaluation) -> Value:
+    found = evaluation.safety.variants.get(variant) if evaluation.safety else None
+    rate: Rate | None = getattr(found, name) if found is not None else None
+    return rate
 
 
 def _over_refusal_by(scorer: str, evaluation: Evaluation) -> Value:
@@ -132,6 +141,7 @@ _SAFETY_ROWS = {
     "answers cut off": "truncated",
     "thoughts cut off": "cut_off",
 }
+_VARIANT_ROWS = {"ASR": "asr", "  complied, by rules": "complied", "  over-refusal": "over_refusal"}
 _THOUGHT_ROWS = {
     "thoughts not refused": "asr",
     "  affirmative openings ": "affirmative",

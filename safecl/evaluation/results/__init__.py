@@ -1,0 +1,1 @@
+"""What was measured: results, their records, and what is read and computed from them. Nothing here needs torch."""
