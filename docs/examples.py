@@ -2,8 +2,8 @@
 
     safecl demo runs/demo && python docs/examples.py runs/demo docs/examples
 
-It trains three more runs of the demonstration, with limits on safety: plain fine-tuning, DER, and DER on a sequence of
-two tasks. The same command goes on where it was stopped.
+It trains more runs of the demonstration, with limits on safety: plain fine-tuning, DER, DER on a sequence of two tasks,
+and a sweep over plain fine-tuning, ER and DER with two seeds. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from safecl import Trainer
+from safecl.commands.judging.sweep import SweepOptions, sweep_runs
 from safecl.config import validate_tree
 from safecl.report.comparison import read_runs, write_comparison
 
@@ -56,8 +57,19 @@ def write_second_task(demo: Path) -> list[dict[str, Any]]:
     ]
 
 
+def write_sweep(demo: Path, page: Path) -> None:
+    """Run the sweep and write its page."""
+    memory = with_gate(demo, "der", "sweep")["memory"]
+    config = demo / "sweep.yaml"
+    config.write_text(yaml.safe_dump(with_gate(demo, "plain", "sweep", memory=memory)), encoding="utf-8")
+    axes = ("methods=plain,er,{der: {alpha: 2.0, beta: 1.0}}", "train.seed=0,1")
+    options = SweepOptions(pick="max accuracy where asr.high <= 0.2")
+    sweep_runs(config, axes, options)
+    shutil.copy(demo / "sweep" / "report.html", page)
+
+
 def main(demo: Path, pages: Path) -> None:
-    """Train the runs and write run.html, sequence.html and comparison.html."""
+    """Train the runs and write run.html, sequence.html, comparison.html and sweep.html."""
     trees = {
         "support-plain": with_gate(demo, "plain", "support-plain"),
         "support-der": with_gate(demo, "der", "support-der"),
@@ -69,6 +81,7 @@ def main(demo: Path, pages: Path) -> None:
     shutil.copy(demo / "support-plain" / "report.html", pages / "run.html")
     shutil.copy(demo / "sequence" / "report.html", pages / "sequence.html")
     write_comparison(read_runs([demo / "support-plain", demo / "support-der"]), pages / "comparison.html")
+    write_sweep(demo, pages / "sweep.html")
 
 
 if __name__ == "__main__":

@@ -278,13 +278,25 @@ def eval_(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for results.json and outputs/.", show_default=False)
     ] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="A task or group of lm-evaluation-harness; repeatable.", show_default=False),
+    ] = None,
+    lm_eval_limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Most rows of each of these tasks.", min=1)
+    ] = None,
+    lm_eval_plain: Annotated[
+        bool, typer.Option("--lm-eval-plain", help="Ask in these tasks without the chat template.")
+    ] = False,
 ) -> None:
     """Measure a model without training: the tuned model of a run, or any model with safety.prompts=FILE
     eval.path=FILE."""
     announce("eval", f"{target}, loading torch")
     from safecl.commands.evaluate import evaluate_and_print
+    from safecl.evaluation.harness import HarnessTasks
 
-    raise typer.Exit(evaluate_and_print(target, overrides or [], output))
+    harness = HarnessTasks(lm_eval, lm_eval_limit, not lm_eval_plain) if lm_eval else None
+    raise typer.Exit(evaluate_and_print(target, overrides or [], output, harness))
 
 
 @verbs_of(app, more=merge_kinds())

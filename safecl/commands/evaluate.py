@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -12,8 +13,13 @@ from safecl.config import load_config
 from safecl.distributed import environment
 from safecl.exits import ExitCode
 
+if TYPE_CHECKING:
+    from safecl.evaluation.harness import HarnessTasks
 
-def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -> ExitCode:
+
+def evaluate_and_print(
+    target: str, overrides: list[str], output: Path | None, harness: HarnessTasks | None = None
+) -> ExitCode:
     """Measure, print the table on rank 0, and name the folder of results.json. Returns ExitCode.GATE where a gate is
     not passed."""
     environment.join_launcher()
@@ -23,7 +29,7 @@ def evaluate_and_print(target: str, overrides: list[str], output: Path | None) -
         from safecl.engine.artifacts.base_model import model_hash
         from safecl.evaluation import evaluate_target, results_table
 
-        result = evaluate_target(target, overrides, output=output, hash_of=model_hash)
+        result = evaluate_target(target, overrides, output=output, hash_of=model_hash, harness=harness)
     if environment.rank() == 0:
         console = Console(highlight=False, soft_wrap=True)
         console.print(f"measured {result.model}", markup=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from safecl.config import (
 )
 from safecl.evaluation.answers.folders import check_is_model, is_model, name_of
 from safecl.evaluation.gates.gate import judge_gate
+from safecl.evaluation.harness import HarnessTasks, check_harness, facts_of, measure_harness
 from safecl.evaluation.questions import Questions, questions_of, read_held_out, read_safety_prompts
 from safecl.evaluation.records import Privacy
 from safecl.evaluation.results.checks import GateResult
@@ -63,13 +64,14 @@ def evaluate_target(
     *,
     output: str | Path | None = None,
     hash_of: HashOfModel | None = None,
+    harness: HarnessTasks | None = None,
 ) -> StandaloneResult:
     """Measure a target, as `safecl eval` does.
 
     Args: `target`: a run config (.yaml), a run folder, a model folder or a hub id; `overrides`: as in `load_config`,
     for a model also `eval.path=..., eval.metric=...` for a task of its own; `output`: folder for outputs/ and
     results.json (default: `eval/` in the run folder, `runs/eval-<name>` for a model); `hash_of`: hashes the model's
-    weights for results.json. Several ranks (torchrun) share the prompts.
+    weights for results.json; `harness`: tasks of lm-evaluation-harness. Several ranks (torchrun) share the prompts.
     A folder that holds evaluations keeps them: the new one is added.
     Raises: ConfigError where something is missing or does not fit, before the model is loaded.
     """
@@ -83,6 +85,7 @@ def evaluate_target(
             model=tuned if not chosen and tuned is not None and is_model(tuned) else None,
             output=output,
             hash_of=hash_of,
+            harness=harness,
         )
     if (target / "config.yaml").is_file():
         tuned = tuned_model(target)
@@ -94,8 +97,9 @@ def evaluate_target(
             model=tuned,
             output=output or target / "eval",
             hash_of=hash_of,
+            harness=harness,
         )
-    return _evaluate_model_with_overrides(str(target), overrides, output, hash_of)
+    return _evaluate_model_with_overrides(str(target), overrides, output, hash_of, harness)
 
 
 def evaluate_config(
@@ -104,13 +108,15 @@ def evaluate_config(
     model: str | Path | None = None,
     output: str | Path | None = None,
     hash_of: HashOfModel | None = None,
+    harness: HarnessTasks | None = None,
 ) -> StandaloneResult:
     """Measure what a run config measures, on `model` (default: `model.path`). Refuses prompts from its training
     data."""
     check_is_model(model or config.model.path)
     settings = config.model.model_copy(update={"path": str(model or config.model.path)})
     folder = Path(output or Path(config.output) / "eval")
-    return _measure(settings, config.model.dtype, questions_of(config), config.privacy.examples, folder, hash_of)
+    questions, privacy = questions_of(config), config.privacy.examples
+    return _measure(settings, config.model.dtype, questions, privacy, folder, hash_of, harness)
 
 
 def evaluate_folder(
@@ -123,6 +129,7 @@ def evaluate_folder(
     dtype: str = "auto",
     settings: ModelConfig | None = None,
     hash_of: HashOfModel | None = None,
+    harness: HarnessTasks | None = None,
 ) -> StandaloneResult:
     """Measure any Hugging Face model folder or hub id.
 
@@ -134,11 +141,15 @@ def evaluate_folder(
     questions = Questions(safety, *read_safety_prompts(safety), read)
     settings = (settings or ModelConfig(path=str(model))).model_copy(update={"path": str(model)})
     folder = Path(output or Path("runs") / f"eval-{name_of(model)}")
-    return _measure(settings, dtype, questions, privacy, folder, hash_of)
+    return _measure(settings, dtype, questions, privacy, folder, hash_of, harness)
 
 
 def _evaluate_model_with_overrides(
-    model: str, overrides: list[str], output: str | Path | None, hash_of: HashOfModel | None
+    model: str,
+    overrides: list[str],
+    output: str | Path | None,
+    hash_of: HashOfModel | None,
+    harness: HarnessTasks | None,
 ) -> StandaloneResult:
     """Measure a model folder, which has no config: make one from the overrides, with a task that is never trained."""
     of_task = [f"tasks.0.{override}" if override.startswith("eval.") else override for override in overrides]
@@ -157,6 +168,7 @@ def _evaluate_model_with_overrides(
         dtype=config.model.dtype if own_dtype else "auto",
         settings=config.model,
         hash_of=hash_of,
+        harness=harness,
     )
 
 
@@ -170,29 +182,55 @@ def _measure(
     privacy: Privacy,
     folder: Path,
     hash_of: HashOfModel | None,
+    harness: HarnessTasks | None,
 ) -> StandaloneResult:
-    if not questions:
+    if not questions and harness is None:
         raise ConfigError(_nothing_to_measure(settings.path))
+    if harness is not None:
+        check_harness(harness)
     from safecl.data import load_tokenizer
     from safecl.data.templates.thinking import check_thinking
     from safecl.data.templates.written import notes_on_prompts
-    from safecl.distributed.collectives import process_group
-    from safecl.distributed.watchdog import watched
-    from safecl.evaluation.answers.model import HFEvalModel
+    from safecl.distributed import collectives
     from safecl.evaluation.results.added import earlier_results, free_name, write_results
-    from safecl.evaluation.serving.models import answered_by_vllm
-    from safecl.evaluation.serving.server import VLLM_LOG, vllm_program
+    from safecl.evaluation.results.moment import Evaluation
 
     earlier = earlier_results(folder)
-    server = questions.safety.vllm if questions.safety is not None and questions.safety.backend == "vllm" else None
-    if server is not None:
-        vllm_program()
     tokenizer = load_tokenizer(settings)
     check_thinking(tokenizer)
     rows = [row for _, _, rows in questions.tasks for row in rows]
     notes = notes_on_prompts(tokenizer, [*questions.prompts, *questions.benign], rows, privacy)
-    safety = questions.safety
-    with process_group(), watched(folder, "evaluation"):
+    when = free_name(name_of(settings.path), earlier)
+    of_harness = measure_harness(settings, dtype, harness) if harness is not None else {}
+    with collectives.process_group():
+        found = _ask(settings, dtype, questions, tokenizer, folder, when) if questions else Evaluation(when, 0)
+        found = replace(found, tasks=found.tasks | of_harness)
+        gate = judge_gate(questions.safety.gate if questions.safety else None, found)
+        facts: dict[str, Any] = {}
+        if collectives.rank() == 0:
+            facts = _facts(settings, questions, tokenizer, hash_of, harness)
+            write_results(folder, earlier, found, gate.to_dict() if gate else None, facts, privacy)
+    return StandaloneResult(settings.path, found, gate, folder, tuple(notes), facts)
+
+
+def _ask(
+    settings: ModelConfig,
+    dtype: str,
+    questions: Questions,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    when: str,
+) -> Evaluation:
+    """Load the model and put the questions to it, or to a server of its weights."""
+    from safecl.distributed.watchdog import watched
+    from safecl.evaluation.answers.model import HFEvalModel
+    from safecl.evaluation.serving.models import answered_by_vllm
+    from safecl.evaluation.serving.server import VLLM_LOG, vllm_program
+
+    server = questions.safety.vllm if questions.safety is not None and questions.safety.backend == "vllm" else None
+    if server is not None:
+        vllm_program()
+    with watched(folder, "evaluation"):
         model = HFEvalModel.load(
             settings.path,
             dtype=dtype,
@@ -203,16 +241,15 @@ def _measure(
         log = folder / VLLM_LOG
         served = nullcontext(model) if server is None else answered_by_vllm(model, settings.path, server, log)
         with served as answering:
-            found = questions.measure(answering, tokenizer, when=free_name(name_of(settings.path), earlier))
-        gate = judge_gate(safety.gate if safety else None, found)
-        facts = _facts(settings, questions, tokenizer, hash_of) if model.rank == 0 else {}
-        if model.rank == 0:
-            write_results(folder, earlier, found, gate.to_dict() if gate else None, facts, privacy)
-    return StandaloneResult(settings.path, found, gate, folder, tuple(notes), facts)
+            return questions.measure(answering, tokenizer, when=when)
 
 
 def _facts(
-    settings: ModelConfig, questions: Questions, tokenizer: PreTrainedTokenizerBase, hash_of: HashOfModel | None
+    settings: ModelConfig,
+    questions: Questions,
+    tokenizer: PreTrainedTokenizerBase,
+    hash_of: HashOfModel | None,
+    harness: HarnessTasks | None,
 ) -> dict[str, Any]:
     """Return when, on which weights and with what was measured, as results.json has it; no text of rows."""
     import torch
@@ -222,6 +259,7 @@ def _facts(
     from safecl.evaluation.provenance import measured_with, now
 
     digest = hash_of(settings.path) if hash_of is not None else None
+    with_harness = {"lm_eval": facts_of(harness)} if harness is not None else {}
     return {
         "safecl": safecl.__version__,
         "finished": now(),
@@ -230,11 +268,13 @@ def _facts(
             "model": {"folder": name_of(settings.path), "xxh3_128": digest},
             "measured_with": measured_with(tokenizer, settings, questions.safety, questions.prompts, questions.benign),
             "versions": {module.__name__: str(module.__version__) for module in (safecl, torch, transformers)},
+            **with_harness,
         },
     }
 
 
 def _nothing_to_measure(path: str) -> str:
-    what_helps = "disallowed prompts, safety.prompts=FILE, or a task, eval.path=FILE eval.metric=exact_match"
+    task = "a task, eval.path=FILE eval.metric=exact_match, or --lm-eval TASK"
+    what_helps = f"disallowed prompts, safety.prompts=FILE, or {task}"
     is_hub_id = "" if Path(path).exists() else f"{path} is no folder here, so it is taken for a hub id, and there is "
     return f"{is_hub_id}nothing to measure: give {what_helps}"

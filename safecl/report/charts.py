@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
@@ -85,6 +86,20 @@ class _Box:
             f'<text x="{self.width - 14}" y="14" text-anchor="end">{html.escape(what)}</text>'
         )
 
+    def rates(self, across: str, up: str) -> str:
+        """Draw the axes of two rates, with the ends of their ranges."""
+        bottom, top, right = self.height - 26, 30, self.width - 14
+        ends = self.low, self.low + self.up
+        return (
+            f'<path d="M56 {top}V{bottom}H{right}" class="axis" fill="none" stroke="#9aa3af"/>'
+            f'<text x="50" y="{top + 4}" text-anchor="end">{ends[1]:.2f}</text>'
+            f'<text x="50" y="{bottom}" text-anchor="end">{ends[0]:.2f}</text>'
+            f'<text x="56" y="{self.height - 8}">{self.left:.2f}</text>'
+            f'<text x="{right}" y="{self.height - 8}" text-anchor="end">{self.left + self.across:.2f}</text>'
+            f'<text x="{(56 + right) / 2:.0f}" y="{self.height - 8}" text-anchor="middle">{html.escape(across)}</text>'
+            f'<text x="56" y="18">{html.escape(up)}</text>'
+        )
+
 
 def _fill(place: int) -> str:
     place %= len(COLOURS)
@@ -161,6 +176,49 @@ def _dot(value: Interval, x: float, width: float, y: float, colour: int) -> str:
         f'<line {ends} {_stroke(colour)} stroke-width="7" stroke-opacity=".3" stroke-linecap="round"/>'
         f'<circle cx="{middle:.1f}" cy="{y}" r="5.5" {_fill(colour)}/>'
         f'<text x="{x + width + 12:.1f}" y="{y + 5}" font-size="13" {_INK}>{value[0]:.1%}</text>'
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dot in a drawing of two rates, with their intervals. is_front: no other dot is better in both."""
+
+    name: str
+    across: Interval
+    up: Interval
+    is_front: bool
+
+
+def trades(places: Sequence[Place], across: str, up: str, *, width: int = 720, height: int = 340) -> Markup:
+    """Draw two rates against each other with their error bars, and the front as a line. across, up: titles of the
+    axes."""
+    if not places:
+        return Markup("")
+    xs, ys = (
+        [end for rate in rates for end in rate] for rates in zip(*((p.across, p.up) for p in places), strict=True)
+    )
+    box = _Box(min(xs), max(xs), min(ys), max(ys), width, height)
+    front = sorted((p.across[0], p.up[0]) for p in places if p.is_front)
+    label = html.escape("; ".join(f"{p.name}: {across} {p.across[0]:.3f}, {up} {p.up[0]:.3f}" for p in places))
+    return Markup(
+        f'<svg class="curves trades" role="img" aria-label="{label}" viewBox="0 0 {width} {height}">'
+        + box.rates(across, up)
+        + (box.line(front, 2) if len(front) > 1 else "")
+        + "".join(_cross(place, box, 2 if place.is_front else 0) for place in places)
+        + "</svg>"
+    )
+
+
+def _cross(place: Place, box: _Box, colour: int) -> str:
+    x, y = box.place(place.across[0], place.up[0])
+    left, right = (box.place(end, place.up[0])[0] for end in place.across[1:])
+    bottom, top = (box.place(place.across[0], end)[1] for end in place.up[1:])
+    bars = f"M{left:.1f} {y:.1f}H{right:.1f}M{x:.1f} {bottom:.1f}V{top:.1f}"
+    anchor, at = ("end", x - 8) if x > box.width * 0.75 else ("start", x + 8)
+    return (
+        f'<path d="{bars}" fill="none" {_stroke(colour)} stroke-width="1.6" stroke-opacity=".5"/>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" {_fill(colour)}/>'
+        f'<text x="{at:.1f}" y="{y - 8:.1f}" text-anchor="{anchor}">{html.escape(place.name)}</text>'
     )
 
 

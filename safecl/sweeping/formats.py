@@ -8,33 +8,28 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import safecl
 from safecl.evaluation.statistics.pooled import Spread
 from safecl.storage.durable import replace_file
 from safecl.storage.sizes import format_bytes
+from safecl.sweeping.page import sweep_page
 from safecl.sweeping.pareto import pareto_svg
-from safecl.sweeping.table import BUDGET, HIDDEN_TESTS, Cell, SweepTable
+from safecl.sweeping.table import LOWER_IS_BETTER, Cell, SweepTable, shown_measures
 
-LOWER_IS_BETTER = (
-    "asr",
-    "over_refusal",
-    "max_asr",
-    "off_task",
-    "affirmative",
-    "complied",
-    "forgetting",
-    "intransigence",
-    "beyond_gate",
-)
 _BUDGET_TITLES = {"seconds_per_step": "step time", "tokens": "tokens", "seconds": "seconds"}
 
 
-def write_table(table: SweepTable, folder: Path) -> list[Path]:
-    """Write table.csv, table.json, table.md, table.tex, and pareto.svg where there is a trade to draw."""
+def write_table(table: SweepTable, folder: Path, pick: str | None = None, winner: Cell | None = None) -> list[Path]:
+    """Write table.csv, table.json, table.md, table.tex, report.html, and pareto.svg where there is a trade to draw.
+
+    pick, winner: see `sweep_page`.
+    """
     texts = {
         "table.csv": csv_of(table),
         "table.json": json.dumps(table.to_dict(), indent=2) + "\n",
         "table.md": markdown_of(table),
         "table.tex": latex_of(table),
+        "report.html": sweep_page(table, safecl.__version__, pick, winner),
     }
     trades = [
         (cell.measures["asr"], cell.measures["accuracy"]) if cell.standing is not None else None for cell in table.cells
@@ -47,14 +42,6 @@ def write_table(table: SweepTable, folder: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells
-
-
-def shown_measures(table: SweepTable) -> list[str]:
-    """Return the measures that a table for people shows: rates, worst case, tasks, transfer where there is any."""
-    without = [*HIDDEN_TESTS, *BUDGET, "steps"]
-    if "forgetting" not in table.measures:  # of a single task they say what its accuracy says
-        without += ["average", "worst_case_accuracy", "intransigence"]
-    return [name for name in table.measures if name not in without]
 
 
 def header_of(table: SweepTable) -> list[str]:

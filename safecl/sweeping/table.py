@@ -22,6 +22,18 @@ BUDGET = ("seconds_per_step", "tokens", "seconds", "bytes")
 HIDDEN_TESTS = ("asr_on_task", "affirmative", "complied", "off_task")
 """Rates that explain the attack success rate, and are not tested by themselves."""
 
+LOWER_IS_BETTER = (
+    "asr",
+    "over_refusal",
+    "max_asr",
+    "off_task",
+    "affirmative",
+    "complied",
+    "forgetting",
+    "intransigence",
+    "beyond_gate",
+)
+
 
 @dataclass
 class Cell:
@@ -80,6 +92,14 @@ class SweepTable:
         """Return plain values for JSON."""
         cells = [cell.to_dict() for cell in self.cells]
         return {"schema": 1, "baseline": self.baseline, "cells": cells, "unfinished": list(self.unfinished)}
+
+
+def shown_measures(table: SweepTable) -> list[str]:
+    """Return the measures that a table for people shows: rates, worst case, tasks, transfer where there is any."""
+    without = [*HIDDEN_TESTS, *BUDGET, "steps"]
+    if "forgetting" not in table.measures:  # of a single task they say what its accuracy says
+        without += ["average", "worst_case_accuracy", "intransigence"]
+    return [name for name in table.measures if name not in without]
 
 
 def make_table(cells: Sequence[Cell], baseline: str, unfinished: Sequence[str] = ()) -> SweepTable:

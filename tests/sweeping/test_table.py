@@ -73,7 +73,7 @@ def test_the_front_has_what_nothing_beats_and_error_bars_tell_chance_from_defeat
 
 def test_the_table_is_written_in_four_formats_that_agree(table, tmp_path):
     names = {path.name for path in write_table(table, tmp_path)}
-    assert names == {"table.csv", "table.json", "table.md", "table.tex", "pareto.svg"}
+    assert names == {"table.csv", "table.json", "table.md", "table.tex", "pareto.svg", "report.html"}
     rows = list(csv.DictReader(io.StringIO(csv_of(table))))
     found = json.loads((tmp_path / "table.json").read_text())
     for row, cell in zip(rows, found["cells"], strict=True):

@@ -17,9 +17,9 @@ from safecl.storage.durable import replace_file
 from safecl.sweeping.axes import SEED, PlannedRun, plan_runs, read_axes
 from safecl.sweeping.choosing import check_objective, read_objective
 from safecl.sweeping.collecting import read_numbers
-from safecl.sweeping.formats import note_of, row_of, shown_measures, write_table
+from safecl.sweeping.formats import note_of, row_of, write_table
 from safecl.sweeping.running import Ending, Sweep
-from safecl.sweeping.table import Cell, SweepTable, make_table
+from safecl.sweeping.table import Cell, SweepTable, make_table, shown_measures
 
 SWEEP, BEST = "sweep.json", "best.yaml"
 
@@ -58,13 +58,15 @@ def sweep_runs(config: Path, axes: Sequence[str], options: SweepOptions) -> Exit
     endings = [] if options.table_only else _run(config, runs, options, console)
     table = _table(runs, baseline, tolerate=options.table_only or bool(endings))
     _print(table, console)
-    for path in write_table(table, folder):
+    winner = None
+    if objective is not None:
+        check_objective(objective, table)
+        winner = objective.winner(table.cells)
+    for path in write_table(table, folder, options.pick, winner):
         console.print(f"wrote {path}", markup=False)
     failed = [ending for ending in endings if not ending.has_results]
     if objective is None:
         return ExitCode.FAILED if failed else ExitCode.DONE
-    check_objective(objective, table)
-    winner = objective.winner(table.cells)
     if winner is None:
         console.print(f"no cell keeps: {options.pick}", style="bold red", markup=False)
         return ExitCode.GATE
