@@ -26,7 +26,7 @@ def memory_lines(
     *,
     program: int = 0,
 ) -> list[tuple[str, str]]:
-    """Return (label, value) lines: the memory on `ranks_here` ranks, then on 8 and on 64.
+    """Return (label, value) lines: the memory on `ranks_here` ranks, then on 8 and on 64, unless it fits easily here.
 
     shape_on: the model's shape on that many ranks. teachers: further models that compute outputs in every step.
     program: see plan_memory.
@@ -39,7 +39,8 @@ def memory_lines(
         items = sorted(plan.at_peak(where), key=lambda item: -item.nbytes)
         if items:
             lines.append((f"  {where}", ", ".join(f"{item.what} {format_bytes(item.nbytes)}" for item in items)))
-    lines += [(f"  on {ranks} ranks", _totals(planned.on(ranks))) for ranks in (8, 64) if ranks > here]
+    larger = () if _fits_easily(plan) else (8, 64)  # counting the activations of each takes a second
+    lines += [(f"  on {ranks} ranks", _totals(planned.on(ranks))) for ranks in larger if ranks > here]
     if (note := _shortage(plan)) is not None:
         lines.append(("  too little", note))
         if changes := planned.nearest_that_fits():
