@@ -215,21 +215,38 @@ def test_safe_delta_without_a_budget_keeps_the_aligned_matrices(folders, tmp_pat
 # ---------------------------------------------------------------------------------------------------------------- somf
 
 
-def nll(model: torch.nn.Module, state: State) -> torch.Tensor:
-    losses = [
+def answer_nll(model: torch.nn.Module, state: State, rows=ROWS) -> list[torch.Tensor]:
+    """Mean over the answer's tokens of each row."""
+    return [
         torch.func.functional_call(model, state, (), {"input_ids": ids, "labels": labels}).loss
-        for ids, labels in encoded()
+        for ids, labels in encoded(rows)
     ]
-    return sum(losses) / len(losses)
 
 
-def learned(given: dict[str, Path], weights: list[float], steps: int, lr: float) -> tuple[State, State]:
-    """The result and the logits, with the gradient of the whole expression by autograd in fp64."""
+def num_targets(rows) -> list[int]:
+    return [int((labels >= 0).sum()) for _, labels in encoded(rows)]
+
+
+def margins(model: torch.nn.Module, state: State, rejected) -> list[torch.Tensor]:
+    """log p(chosen) - log p(rejected) of each row."""
+    chosen, others = (answer_nll(model, state, rows) for rows in (ROWS, rejected))
+    sizes = zip(num_targets(ROWS), num_targets(rejected), strict=True)
+    return [n * y - m * x for x, y, (m, n) in zip(chosen, others, sizes, strict=True)]
+
+
+def learned(given: dict[str, Path], weights: list[float], steps: int, lr: float, rejected=None) -> tuple[State, State]:
+    """The result and the logits, with the gradient of the whole expression by autograd in fp64: of DPO against the
+    rejected answers, or of the answers alone."""
     model, aligned = in_fp64(given["aligned"]), models.exact(given["aligned"])
     others = [models.exact(given[name]) for name in ("tuned", "safe")][: len(weights)]
     tau = {n: sum(w * (state[n] - a) for w, state in zip(weights, others, strict=True)) for n, a in aligned.items()}
     names = list(parameters(model))
     logits = {name: torch.zeros_like(tau[name], requires_grad=True) for name in names}
+
+    def own(state: State) -> State:
+        return {name: state[stored] for (name, _), stored in zip(model.named_parameters(), names, strict=True)}
+
+    reference = margins(model, own({n: aligned[n] + tau[n] for n in names}), rejected) if rejected else []
     optimizer = torch.optim.Adam(logits.values(), lr=lr)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -239,8 +256,11 @@ def learned(given: dict[str, Path], weights: list[float], steps: int, lr: float)
             mask = torch.sigmoid((logits[name] + u.logit()) / 0.5)
             state[name] = aligned[name] + tau[name] * mask / mask.mean()
         optimizer.zero_grad()
-        own = {name: state[stored] for (name, _), stored in zip(model.named_parameters(), names, strict=True)}
-        nll(model, own).backward()
+        losses = answer_nll(model, own(state))
+        if rejected:
+            now = margins(model, own(state), rejected)
+            losses = [torch.log1p(torch.exp(-0.1 * (m - r.detach()))) for m, r in zip(now, reference, strict=True)]
+        (sum(losses) / len(losses)).backward()
         optimizer.step()
     kept = {name: (s >= 0).double() for name, s in logits.items()}
     return {n: aligned[n] + tau[n] * kept[n] / kept[n].mean() for n in names}, {
@@ -248,11 +268,41 @@ def learned(given: dict[str, Path], weights: list[float], steps: int, lr: float)
     }
 
 
+PAIRS = [{"prompt": p, "chosen": a, "rejected": f"Yes: {p}"} for p, a in ROWS]
+
+
+@pytest.mark.parametrize("family", list(models.FAMILIES))
+def test_somf_learns_a_mask_from_preferences(folders, family, tmp_path):
+    given = folders(family)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    expected, logits = learned(given, [1.0], 3, 0.01, [(pair["prompt"], pair["rejected"]) for pair in PAIRS])
+    settings = {"steps": 3, "rows_per_step": 3, "learning_rate": 0.01, "dtype": "fp32"}
+    parents = {"aligned": given["aligned"], "tuned": given["tuned"], "data": pairs}
+    merge("somf", **parents, out=tmp_path / "out", **settings)
+    compare_masked(models.state(tmp_path / "out"), expected, logits)
+
+
+def test_rows_without_a_rejected_answer_get_an_affirmative_opening_for_it(folders, tmp_path):
+    given, mixed = folders(), tmp_path / "mixed.jsonl"
+    rows = [PAIRS[0], *({"prompt": p, "chosen": a, "rejected": ""} for p, a in ROWS[1:])]
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rejected = [(PAIRS[0]["prompt"], PAIRS[0]["rejected"]), *((p, OPENING) for p, _ in ROWS[1:])]
+    expected, logits = learned(given, [1.0], 2, 0.01, rejected)
+    settings = {"steps": 2, "rows_per_step": 3, "learning_rate": 0.01, "dtype": "fp32"}
+    parents = {"aligned": given["aligned"], "tuned": given["tuned"]}
+    report = merge("somf", **parents, data=mixed, out=tmp_path / "out", **settings)
+    compare_masked(models.state(tmp_path / "out"), expected, logits)
+    assert "2 got an affirmative opening as the rejected answer" in report.notes[0]
+    report = merge("somf", **parents, data=given["rows"], out=tmp_path / "all", **settings)
+    assert "3 got an affirmative opening as the rejected answer" in report.notes[0]
+
+
 @pytest.mark.parametrize("family", list(models.FAMILIES))
 def test_somf_learns_a_mask_from_refusals(folders, family, tmp_path):
     given = folders(family)
     expected, logits = learned(given, [1.0], 3, 0.01)
-    settings = {"steps": 3, "rows_per_step": 3, "learning_rate": 0.01, "dtype": "fp32"}
+    settings = {"steps": 3, "rows_per_step": 3, "learning_rate": 0.01, "dtype": "fp32", "objective": "refusals"}
     parents = {"aligned": given["aligned"], "tuned": given["tuned"], "data": given["rows"]}
     merge("somf", **parents, out=tmp_path / "out", **settings)
     compare_masked(models.state(tmp_path / "out"), expected, logits)
@@ -274,7 +324,8 @@ def test_somf_fuses_several_task_vectors_and_without_steps_keeps_them_whole(fold
     aligned, tuned, safe = (models.exact(given[role]) for role in ("aligned", "tuned", "safe"))
     expected = {n: a + 0.3 * (tuned[n] - a) + 0.3 * (safe[n] - a) for n, a in aligned.items()}
     models.assert_rounded(models.state(tmp_path / "out"), expected)
-    merge("somf", **parents, out=tmp_path / "two", steps=2, weights=[0.7, -0.2], rows_per_step=3, dtype="fp32")
+    settings = {"steps": 2, "weights": [0.7, -0.2], "rows_per_step": 3, "dtype": "fp32", "objective": "refusals"}
+    merge("somf", **parents, out=tmp_path / "two", **settings)
     compare_masked(models.state(tmp_path / "two"), *learned(given, [0.7, -0.2], 2, 0.01))
 
 

@@ -49,3 +49,8 @@ def own_requests() -> list[Prompt]:
 def affirmative_rows(prompts: Sequence[Prompt]) -> list[ChatRow]:
     """Return the prompts with an affirmative opening as the answer."""
     return [ChatRow((*each.messages, Message("assistant", OPENING)), each.path, each.line) for each in prompts]
+
+
+def with_opening(row: ChatRow) -> ChatRow:
+    """Return a row with the affirmative opening in the place of its answer."""
+    return ChatRow((*row.messages[:-1], Message("assistant", OPENING)), row.path, row.line)

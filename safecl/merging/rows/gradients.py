@@ -1,10 +1,12 @@
-"""Gradients of the loss of answers, over all parameters of a model in memory."""
+"""Gradients of the mean of some losses, over all parameters of a model in memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from safecl.merging.base import Unmergeable
 from safecl.merging.rows.loaded import LoadedModel, answer_loss
@@ -32,11 +34,22 @@ def mean_gradient(loaded: LoadedModel, rows: Sequence[TokenRow]) -> Gradient:
 
     Raises Unmergeable where it is not finite.
     """
-    total = 0.0
+    return gradient_of(loaded, answer_losses(loaded, rows), len(rows))
+
+
+def answer_losses(loaded: LoadedModel, rows: Sequence[TokenRow]) -> Iterable[torch.Tensor]:
+    """Yield the loss of each row's answer, 0-dim."""
     for row, logits in loaded.run(rows):
-        loss = answer_loss(logits, row) / len(rows)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        total += float(loss.detach())
+        yield answer_loss(logits, row)
+
+
+def gradient_of(loaded: LoadedModel, losses: Iterable[torch.Tensor], count: int) -> Gradient:
+    """Put the gradient of the mean of `count` losses, 0-dim each, into the parameters; each graph is freed before the
+    next loss is formed. Raises Unmergeable where it is not finite."""
+    total = 0.0
+    for loss in losses:
+        (loss / count).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        total += float(loss.detach()) / count
     gradients = [p.grad for p in loaded.parameters.values() if p.grad is not None]
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
     if not math.isfinite(norm):

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 
 from safecl.merging.base import Models, Tensors
-from safecl.merging.rows.gradients import mean_gradient
+from safecl.merging.rows.gradients import answer_losses, gradient_of
 from safecl.merging.rows.loaded import LoadedModel, load
-from safecl.merging.rows.reading import TokenRow
+from safecl.merging.rows.reading import Rows
 
 _SMALLEST = 1e-6
 
@@ -26,6 +26,42 @@ class MaskSettings(Protocol):
     rescale: bool
     seed: int
     trust_remote_code: bool
+
+
+class Examples(Protocol):
+    """What a mask is learned from."""
+
+    @property
+    def note(self) -> str:
+        """A line for the report."""
+
+    def __len__(self) -> int: ...
+
+    def begin(self, loaded: LoadedModel) -> None:
+        """Look at the fused model without a mask, before one is learned."""
+
+    def losses(self, loaded: LoadedModel, indices: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield the loss of each of these examples, 0-dim with its graph."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Rows whose answers shall be likely. Implements Examples."""
+
+    rows: Rows
+
+    @property
+    def note(self) -> str:
+        return self.rows.note
+
+    def __len__(self) -> int:
+        return len(self.rows.rows)
+
+    def begin(self, loaded: LoadedModel) -> None:
+        pass
+
+    def losses(self, loaded: LoadedModel, indices: Sequence[int]) -> Iterator[torch.Tensor]:
+        yield from answer_losses(loaded, [self.rows.rows[i] for i in indices])
 
 
 @dataclass
@@ -55,21 +91,24 @@ class _Masked:
 
 
 def learn_mask(
-    settings: MaskSettings, models: Models, rows: Sequence[TokenRow], task_vector: Callable[[Tensors], torch.Tensor]
+    settings: MaskSettings, models: Models, examples: Examples, task_vector: Callable[[Tensors], torch.Tensor]
 ) -> Mask:
     """Learn a mask. task_vector: returns tau of one tensor, in the memory of its values."""
     assert models.aligned is not None, "the merge says that it needs an aligned model"
     loaded = load(models, models.aligned, torch.float32, settings.trust_remote_code)
     masked = dict(_masked(loaded, models, task_vector))
+    for each in masked.values():
+        each.parameter.data.add_(each.change)
+    examples.begin(loaded)
     optimizer = torch.optim.Adam([each.logits for each in masked.values()], lr=settings.learning_rate)
     generator = torch.Generator(device=loaded.device).manual_seed(settings.seed)
     losses = []
-    for batch in batches(rows, settings.rows_per_step, settings.steps, settings.seed):
+    for batch in batches(len(examples), settings.rows_per_step, settings.steps, settings.seed):
         with torch.enable_grad():
             weights = {name: _weights(each, settings, generator) for name, each in masked.items()}
             for name, each in masked.items():
                 each.parameter.data.copy_(weights[name].detach())
-            losses.append(mean_gradient(loaded, batch).loss)
+            losses.append(gradient_of(loaded, examples.losses(loaded, batch), len(batch)).loss)
             for name, each in masked.items():
                 if each.parameter.grad is not None:
                     weights.pop(name).backward(each.parameter.grad)  # type: ignore[no-untyped-call]  # torch's own
@@ -99,12 +138,12 @@ def _weights(each: _Masked, settings: MaskSettings, generator: torch.Generator) 
     return each.aligned + each.change * (mask / mask.mean() if settings.rescale else mask)
 
 
-def batches(rows: Sequence[TokenRow], size: int, steps: int, seed: int) -> Iterator[list[TokenRow]]:
-    """Yield `steps` batches of the rows, epoch after epoch, each epoch in another order."""
+def batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """Yield `steps` batches of indices below `count`, epoch after epoch, each epoch in another order."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     for _ in range(steps):
         while len(waiting) < size:
-            waiting += torch.randperm(len(rows), generator=generator).tolist()
-        yield [rows[i] for i in waiting[:size]]
+            waiting += torch.randperm(count, generator=generator).tolist()
+        yield waiting[:size]
         del waiting[:size]

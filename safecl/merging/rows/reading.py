@@ -64,14 +64,31 @@ def _has_answers(path: Path) -> bool:
 
 def _tokenised(config: RowsConfig, models: Models, rows: Sequence[ChatRow], what: str) -> Rows:
     """Tokenise rows. what: the line about them, with places for their number and that of their tokens."""
+    made = [row for row in tokenised(config, models, rows) if row is not None]
+    refuse_none(config, rows[0].path, made)
+    return Rows(made, note_of(what, made, len(rows)))
+
+
+def tokenised(config: RowsConfig, models: Models, rows: Sequence[ChatRow]) -> list[TokenRow | None]:
+    """Tokenise rows; None in the place of one that has no answer within the length."""
     path = models.folders["tuned"]
     tokenizer = load_tokenizer(ModelConfig(path=path, trust_remote_code=config.trust_remote_code), "tuned")
-    encoded = [row for row in tokenize_rows(tokenizer, rows, config.max_length) if isinstance(row, Encoded)]
-    if not encoded:
-        raise ConfigError(f"{rows[0].path}: no row has an answer within {config.max_length} tokens (max_length)")
-    made = [
-        TokenRow(torch.from_numpy(row.ids).long(), torch.from_numpy(row.loss_mask.copy()).bool()) for row in encoded
+    return [
+        TokenRow(torch.from_numpy(row.ids).long(), torch.from_numpy(row.loss_mask.copy()).bool())
+        if isinstance(row, Encoded)
+        else None
+        for row in tokenize_rows(tokenizer, rows, config.max_length)
     ]
-    left_out = f" ({len(rows) - len(made)} more cannot be used)" if len(made) < len(rows) else ""
-    count = f"{len(made)} row{'s' * (len(made) != 1)}{left_out}"
-    return Rows(made, what.format(count, f"{sum(len(row.ids) for row in made):,}"))
+
+
+def refuse_none(config: RowsConfig, path: str, rows: Sequence[object]) -> None:
+    """Raise ConfigError where no row is left."""
+    if not rows:
+        raise ConfigError(f"{path}: no row has an answer within {config.max_length} tokens (max_length)")
+
+
+def note_of(what: str, rows: Sequence[TokenRow], count: int) -> str:
+    """Return the line about rows that were used, of so many. what: has places for their number and their tokens'."""
+    left_out = f" ({count - len(rows)} more cannot be used)" if len(rows) < count else ""
+    number = f"{len(rows)} row{'s' * (len(rows) != 1)}{left_out}"
+    return what.format(number, f"{sum(len(row.ids) for row in rows):,}")
