@@ -7,9 +7,10 @@
 The parents are random bf16 weights with the names and shapes of a Llama of 0.75 G parameters, in three files each. The
 rival and roof is a copy: it reads every byte of the parents and writes as many bytes as the result has, in blocks of
 16 MiB, to the same disk, and brings them to it (fsync). Before each run the parents leave the system's cache. Copy and
-merges alternate, each in a process of its own. CPU seconds stand beside wall seconds, which other work disturbs. Memory
-is the growth of the process above what it had when the libraries were loaded (VmHWM); it has no part of the system's
-cache. Writes benchmarks/results/merging.json.
+merges alternate, each in a process of its own; the speed of a merge is the median of the rounds' ratios, each of a copy
+and the merge right after it. CPU seconds stand beside wall seconds, which other work disturbs. Memory is the growth of
+the process above what it had when the libraries were loaded (VmHWM); it has no part of the system's cache. Writes
+benchmarks/results/merging.json, where the rows of kinds that are not asked for stay.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
 
+from safecl.merging.memory import memory_bound
 from safecl.merging.registry import kind_module
 from safecl.merging.run import merge
-from safecl.merging.stream import memory_bound
 
 RESULTS = Path(__file__).parent / "results" / "merging.json"
 VOCAB, HIDDEN, INNER, LAYERS, HEADS = 32_000, 1536, 4096, 23, 12
@@ -46,6 +47,10 @@ KINDS = {
     "magmax": (2, {}),
     "ties": (2, {"density": 0.2}),
     "dare": (2, {"density": 0.2}),
+    "dare_ties": (2, {"density": 0.2}),
+    "bang": (2, {}),
+    "lines": (1, {"alpha": 0.5}),
+    "linear": (2, {}),
 }
 
 
@@ -170,9 +175,10 @@ def compare(folders: list[Path], folder: Path, kinds: list[str], rounds: int) ->
             "merge_seconds": [round(value, 2) for value in merged],
             "copy_cpu_seconds": [round(pair[0]["cpu"], 2) for pair in pairs],
             "merge_cpu_seconds": [round(pair[1]["cpu"], 2) for pair in pairs],
-            "of_copy": round(statistics.median(copied) / statistics.median(merged), 3),
+            "of_copy": round(statistics.median(a / b for a, b in zip(copied, merged, strict=True)), 3),
             "peak_mb": round(max(pair[1]["peak"] for pair in pairs) / 1e6, 1),
             "bound_mb": round(bound(kind, len(parents)) / 1e6, 1),
+            "load_average": round(os.getloadavg()[0], 1),
         }
         print(f"{kind:16} {rows[kind]}", flush=True)
     return rows
@@ -196,6 +202,8 @@ def main() -> None:
         print(f"{size / 1e9:.2f} GB a model", flush=True)
         rows = compare(folders, folder, arguments.kinds, arguments.rounds)
     if not arguments.no_json:
+        kept = json.loads(RESULTS.read_text())["merges"] if RESULTS.exists() else {}
+        rows = {kind: (kept | rows)[kind] for kind in KINDS if kind in kept | rows}
         facts = harness.machine(torch.device("cpu"))
         harness.write_json(RESULTS, {"bytes_per_model": size, "machine": facts, "merges": rows})
 

@@ -1,10 +1,15 @@
-"""Arithmetic that merges share. It works through large tensors in pieces of 4 MiB, so that it takes no memory of their
-size."""
+"""Arithmetic that merges share.
+
+It works through large tensors in pieces of 1 MiB, which stay in a core's cache and take no memory of the tensors'
+size. Masks are fp32 numbers, 0 and 1: torch compares into fp32 about four times as fast as into bool, and chooses by
+bool (`where`, `masked_fill`) 20 times slower than it multiplies.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import xxhash
 
@@ -12,7 +17,8 @@ from safecl.config import ConfigError
 from safecl.merging.base import Tensors
 from safecl.merging.places import Coefficient
 
-PIECE = 2**20
+PIECE = 2**18
+"""Elements of a piece."""
 _HIGH_BINS, _LOW_BINS = 2**15, 2**16
 
 
@@ -47,6 +53,22 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> float:
     return sum((float(torch.dot(x.double(), y.double())) for x, y in pieces(a, b)), 0.0)
 
 
+def dots(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
+    """Return the dot products <a, a>, <b, b> and <a, b> of two tensors, summed in fp64."""
+    own = other = both = 0.0
+    for x, y in ((x.double(), y.double()) for x, y in pieces(a, b)):
+        own, other, both = own + float(x.dot(x)), other + float(y.dot(y)), both + float(x.dot(y))
+    return own, other, both
+
+
+def where_greater_(values: torch.Tensor, others: torch.Tensor) -> None:
+    """Replace the values whose magnitude is below that of the other tensor's element by that element."""
+    for mine, other in pieces(values, others):
+        size = other.abs()
+        torch.gt(size, mine.abs(), out=size)
+        mine.lerp_(other, size)  # exact where the weight is 0 or 1
+
+
 # ---------------------------------------------------------------------------------------------------------- magnitudes
 
 
@@ -59,7 +81,9 @@ class Magnitudes:
 
     def __init__(self) -> None:
         self._high = torch.zeros(_HIGH_BINS, dtype=torch.int64)
-        self._low = torch.zeros(_LOW_BINS, dtype=torch.int64)
+        self._low = torch.zeros(
+            _LOW_BINS + 2, dtype=torch.int64
+        )  # the first bin is for all smaller, the last for larger
         self.numel = 0
 
     def count(self, values: torch.Tensor, number: int) -> None:
@@ -67,30 +91,27 @@ class Magnitudes:
         for (piece,) in pieces(values):
             bits = piece.view(torch.int32) & 0x7FFFFFFF
             if number == 0:
-                self._high += torch.bincount(bits >> 16, minlength=_HIGH_BINS)
+                self._high += torch.bincount(bits.bitwise_right_shift_(16), minlength=_HIGH_BINS)
                 self.numel += piece.numel()
             else:
-                low = bits[(bits >> 16) == self._bin] & 0xFFFF
-                self._low += torch.bincount(low, minlength=_LOW_BINS)
+                low = bits.sub_(self._half << 16).clamp_(-1, _LOW_BINS).add_(1)
+                self._low += torch.bincount(low, minlength=_LOW_BINS + 2)
 
     def choose(self, k: int) -> None:
         """End pass 0."""
         self._k = k
-        self._bin, self._above = _bin_of(self._high, k)
+        self._half = _bin_of(self._high, k)
 
     def threshold(self) -> tuple[float, int]:
         """Return the k-th largest magnitude, and how many of the values equal to it are among the k largest."""
-        low, above = _bin_of(self._low, self._k - self._above)
-        bits = torch.tensor([(self._bin << 16) | low], dtype=torch.int32)
-        return float(bits.view(torch.float32)), self._k - self._above - above
+        low = _bin_of(self._low[1:], self._k)
+        bits = torch.tensor([(self._half << 16) | low], dtype=torch.int32)
+        return float(bits.view(torch.float32)), self._k - int(self._low[low + 2 :].sum())
 
 
-def _bin_of(counts: torch.Tensor, k: int) -> tuple[int, int]:
-    """Return the bin with the k-th largest value, and the number of values in higher bins."""
-    from_the_top = counts.flip(0).cumsum(0)
-    index = int(torch.searchsorted(from_the_top, k))
-    above = int(from_the_top[index - 1]) if index else 0
-    return len(counts) - 1 - index, above
+def _bin_of(counts: torch.Tensor, k: int) -> int:
+    """Return the bin with the k-th largest value."""
+    return len(counts) - 1 - int(torch.searchsorted(counts.flip(0).cumsum(0), k))
 
 
 def num_kept(density: float, numel: int) -> int:
@@ -101,15 +122,17 @@ def num_kept(density: float, numel: int) -> int:
 def keep_largest_(values: torch.Tensor, threshold: float, num_equal: int) -> int:
     """Set to zero what is smaller than the threshold in magnitude. Of values equal to it the first `num_equal` stay.
     Return how many of these there were."""
-    found = 0
+    left = num_equal
     for (piece,) in pieces(values):
         size = piece.abs()
-        kept = size > threshold
-        equal = size == threshold
-        kept |= equal & (equal.cumsum(0) <= num_equal - found)
-        found += min(int(equal.sum()), num_equal - found)
+        kept = torch.gt(size, threshold, out=torch.empty_like(size))
+        if left:
+            equal = torch.eq(size, threshold, out=size)
+            count = int(equal.sum())
+            kept += equal if count <= left else equal * (equal.cumsum(0, dtype=torch.int64) <= left)
+            left -= min(count, left)
         piece.mul_(kept)
-    return found
+    return num_equal - left
 
 
 def trim_(values: torch.Tensor, density: float) -> None:
@@ -128,10 +151,14 @@ def trim_(values: torch.Tensor, density: float) -> None:
 
 def drop_(values: torch.Tensor, density: float, *, seed: int, model: int, name: str) -> None:
     """Keep each entry with probability `density`, and set the others to zero. The draws depend on seed, model, and the
-    tensor's name."""
-    generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{seed}|{model}|{name}".encode()) >> 1)
+    tensor's name: 32 bits of numpy's SFC64 each, a stream that numpy keeps from version to version."""
+    if density >= 1:
+        return
+    source = np.random.SFC64(xxhash.xxh3_64_intdigest(f"{seed}|{model}|{name}".encode()))
+    limit = round(density * 2**32) - 2**31
     for (piece,) in pieces(values):
-        piece.mul_(torch.empty_like(piece).bernoulli_(density, generator=generator))
+        draws = torch.from_numpy(source.random_raw((piece.numel() + 1) // 2).view(np.int32)[: piece.numel()])
+        piece.mul_(torch.lt(draws, limit, out=torch.empty_like(piece)))
 
 
 def l1(values: torch.Tensor) -> float:
@@ -145,19 +172,21 @@ def l1(values: torch.Tensor) -> float:
 def elected_sum_(
     target: torch.Tensor, vectors: Sequence[torch.Tensor], weights: Sequence[float], *, scale: float, normalize: bool
 ) -> None:
-    """Add to `target` the task vectors' entries whose sign is the elected one.
+    """Add to `target` the task vectors' entries whose sign is the elected one. The vectors' memory is used.
 
     The elected sign is that of sum_i w_i tau_i, + where the sum is 0. normalize: divide by the sum of the weights of
     the entries that agree.
     """
     for here, *taus in pieces(target, *vectors):
-        weighted = [tau * weight for tau, weight in zip(taus, weights, strict=True)]
-        elected = (sum(weighted[1:], weighted[0]) >= 0).float().mul_(2).sub_(1)
-        total, divisor = torch.zeros_like(here), torch.zeros_like(here)
-        for each, weight in zip(weighted, weights, strict=True):
-            agrees = each.sign() == elected
-            total.add_(each.mul_(agrees))
-            divisor.add_(agrees, alpha=weight)
+        for tau, weight in zip(taus, weights, strict=True):
+            tau.mul_(weight)
+        total = sum(taus[1:], start=taus[0].clone() if len(taus) == 1 else taus[0])
+        sign = torch.ge(total, 0, out=torch.empty_like(total)).mul_(2).sub_(1)
+        total.zero_()
+        divisor, agrees = torch.zeros_like(here), torch.empty_like(here)
+        for tau, weight in zip(taus, weights, strict=True):
+            total.add_(tau.mul_(sign).clamp_(min=0))  # the magnitudes of those that agree
+            divisor.add_(torch.gt(tau, 0, out=agrees), alpha=weight)
         if normalize:
-            total.div_(torch.where(divisor == 0, 1.0, divisor))
-        here.add_(total, alpha=scale)
+            total.div_(divisor.add_(torch.eq(divisor, 0, out=agrees)))
+        here.add_(total.mul_(sign), alpha=scale)

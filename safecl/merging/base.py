@@ -161,6 +161,9 @@ class Merge(Generic[C]):
     by_rows: ClassVar[bool] = False
     """Whether an element of the result depends on the same element of the models only. Large tensors then come a few
     rows at a time, which takes less memory and time."""
+    reads_ahead: ClassVar[bool] = False
+    """Whether the next whole tensors are read while these are worked on, where `by_rows` is not set. `observe` and
+    `combine` must then take no memory of a tensor's size."""
 
     def __init__(self, config: C, models: Models):
         self.config = config

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,21 +17,24 @@ from typing import Any
 import torch
 
 from safecl.config import ConfigError
+from safecl.engine.checkpoint.format import MANIFEST
 from safecl.engine.model.dtypes import FLOAT_DTYPES
 from safecl.merging.base import Merge, MergeConfig
 from safecl.merging.models.folder import FolderWeights
 from safecl.merging.models.lora import AdapterWeights
 from safecl.merging.models.matching import copied
 from safecl.merging.models.opening import Opened, open_models
+from safecl.merging.models.tensor_files import ReusedMemory
 from safecl.merging.output.adapter import write_adapter
 from safecl.merging.output.beside import copy_beside, copy_tokenizer
 from safecl.merging.output.new_folder import NewFolder
 from safecl.merging.output.weights import Entry, Written, write_weights
 from safecl.merging.registry import kind_module, kinds, read_settings
 from safecl.merging.report import MergeReport, ParentRecord, card_text
-from safecl.merging.stream import merged_rows, merged_tensor, run_passes
+from safecl.merging.stream import Piece, Read, ReadAhead, merged_rows, merged_tensor, pieces_of, run_passes
 from safecl.storage.durable import write_file
 
+_OF_A_MODEL = ("config.json", "adapter_config.json", MANIFEST)
 _DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -91,8 +95,8 @@ def text_path(path: str | Path | None) -> str | None:
 def check_parents(folder: NewFolder, parents: Sequence[str | Path | None]) -> None:
     """Raise ConfigError where the new folder lies in that of a model that is merged."""
     for parent in parents:
-        if parent is None or not Path(parent).expanduser().is_dir():
-            continue
+        if parent is None or not any((Path(parent).expanduser() / name).is_file() for name in _OF_A_MODEL):
+            continue  # is named as no model when it is opened
         place = Path(parent).expanduser().resolve()
         if folder.path.resolve() == place or place in folder.path.resolve().parents:
             raise ConfigError(f"{folder.path}: lies in the folder of a model that is merged; choose another place")
@@ -128,11 +132,16 @@ class _Work:
         made: Merge[MergeConfig] = kind_module(self.kind).Merge(self.config, self.opened.models)
         return made
 
+    @functools.cached_property
+    def _memory(self) -> ReusedMemory:
+        return ReusedMemory()
+
     def run(self) -> MergeReport:
         entries = entries_of(self.config, self.opened)
         try:
             partial = self.folder.begin(sum(entry.nbytes for entry in entries.values()))
-            run_passes(self.merge, self.opened.models, self._advance)
+            with self._reading(self.merge.num_passes) as read:
+                run_passes(self.merge, self.opened.models, self._advance, read)
             if self.config.adapter_rank is None:
                 report = self._write_model(partial, entries)
             else:
@@ -146,36 +155,50 @@ class _Work:
         finally:
             self.folder.abandon()
 
-    # -------------------------------------------------------------------------------------------------------- writing
+    # ------------------------------------------------------------------------------------------------- reading, writing
+
+    @contextmanager
+    def _reading(self, num_passes: int = 1) -> Iterator[Read | None]:
+        """Yield a reader of all tensors' pieces, in their order, as often as told; None for merges that read
+        themselves."""
+        merge, models = self.merge, self.opened.models
+        if num_passes == 0 or not (merge.by_rows or merge.reads_ahead):
+            yield None
+            return
+        names = list(models.places) * num_passes
+        following = dict(itertools.pairwise(names))
+
+        def begin(piece: Piece) -> None:
+            self._memory.turn()
+            self.opened.reuse(self._memory)
+            if piece.start == 0 and piece.name in following:
+                for view in self.opened.matched.views:
+                    view.read_ahead(following[piece.name])
+
+        reader = ReadAhead(models, (piece for name in names for piece in pieces_of(merge, models, name)), begin)
+        try:
+            yield reader
+        finally:
+            reader.close()
+            self.opened.reuse(None)
 
     def _write_model(self, partial: Path, entries: Mapping[str, Entry]) -> MergeReport:
         source = self.opened.home.source
-        written = write_weights(partial, entries, self._values, self.config.max_file_bytes)
+        with self._reading() as read:
+            values = functools.partial(self._values, read)
+            written = write_weights(partial, entries, values, self.config.max_file_bytes)
         folder = source.folder if isinstance(source, FolderWeights) else source.base.folder
         tokenizer = source.folder if isinstance(source, AdapterWeights) else None
         copy_beside(folder, partial, changes=self._changes(entries), tokenizer=tokenizer)
         return self._report(len(entries), written)
 
-    def _values(self, name: str) -> Iterator[torch.Tensor | bytes]:
-        self._read_ahead(name)
+    def _values(self, read: Read | None, name: str) -> Iterator[torch.Tensor | bytes]:
         if name not in self.opened.models.places:
             yield copied(self.opened.matched.views, name)
             return
-        for rows in merged_rows(self.merge, self.opened.models, name):
+        for rows in merged_rows(self.merge, self.opened.models, name, read):
             self._advance(rows.numel())
             yield rows
-
-    def _read_ahead(self, name: str) -> None:
-        """Let the system read the next tensor while this one is worked on."""
-        following = self._following.get(name)
-        if following is not None:
-            for view in self.opened.matched.views:
-                view.read_ahead(following)
-
-    @functools.cached_property
-    def _following(self) -> dict[str, str]:
-        names = list(self.opened.matched.views[0].shapes)
-        return dict(itertools.pairwise(names))
 
     def _changes(self, entries: Mapping[str, Entry]) -> dict[str, Any]:
         """The keys of config.json that differ from the first tuned model's."""

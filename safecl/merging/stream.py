@@ -1,25 +1,21 @@
 """Drives a merge over the tensors: the passes, and the result a few rows at a time.
 
-Memory: see `memory_bound`. Values lie in memory for one tensor at a time, in every model, in fp32; merges that work by
-rows hold 4 MiB of each.
+Memory: see safecl.merging.memory. Values lie in memory for one tensor at a time, in every model, in fp32, and for the
+next one, which is read meanwhile; merges that work by rows hold 4 MiB of each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
 from safecl.merging.base import Merge, MergeConfig, Models, Tensors, Unmergeable, Weights
-from safecl.storage.durable import BLOCK_BYTES
+from safecl.merging.memory import FREED_BYTES, PIECE_ELEMENTS
 from safecl.storage.sizes import give_back_freed_memory
-
-PIECE_ELEMENTS = 2**20
-"""fp32 elements of each model in one piece of a merge by rows: 4 MiB."""
-
-FREED_BYTES = 32 * 2**20
-"""Freed buffers that the allocator may keep."""
 
 Progress = Callable[[int], None]
 """Called with a number of elements that are done."""
@@ -29,35 +25,89 @@ def nothing(done: int) -> None:
     """Report no progress."""
 
 
-def memory_bound(num_models: int, largest: int, by_rows: bool) -> int:
-    """Return the bytes that a merge takes at most, besides the libraries.
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a tensor."""
 
-    largest: number of elements of the largest tensor. Two of the largest tensors per model, or of the pieces of a merge
-    by rows; one block per model for reading and three on the way to the disk; and what the allocator keeps.
+    name: str
+    start: int
+    stop: int
+
+
+def pieces_of(merge: Merge[MergeConfig], models: Models, name: str) -> Iterator[Piece]:
+    """Yield the pieces in which a merge wants a tensor: the whole, or some rows each."""
+    shape = models.tuned[0].shapes[name]
+    num_rows = shape[0] if shape else 1
+    step = num_rows
+    if merge.by_rows and shape:
+        step = max(1, PIECE_ELEMENTS // max(1, math.prod(shape[1:])))
+    for start in range(0, max(1, num_rows), max(1, step)):
+        yield Piece(name, start, min(start + step, num_rows))
+
+
+Read = Callable[[Piece], Tensors]
+"""Returns the values of a piece in all models, in memory that the next but one piece may be read into."""
+
+
+class ReadAhead:
+    """Reads pieces in a known order, each in a thread of its own while the one before is worked on. Call it with the
+    pieces in that order.
+
+    models: those whose tensors are read by no other thread meanwhile. begin: called with each piece before it is read.
+    Nothing is read before the first piece is asked for. Raises what reading raises, when the piece is asked for.
     """
-    elements = min(largest, PIECE_ELEMENTS) if by_rows else largest
-    return 2 * num_models * 4 * elements + (num_models + 3) * BLOCK_BYTES + FREED_BYTES
+
+    def __init__(self, models: Models, pieces: Iterable[Piece], begin: Callable[[Piece], None] = lambda piece: None):
+        self._models, self._pieces, self._begin = models, iter(pieces), begin
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
+        self._next: tuple[Piece, Future[Tensors]] | None = None
+
+    def __call__(self, piece: Piece) -> Tensors:
+        if self._next is None:
+            self._advance()
+        assert self._next is not None and self._next[0] == piece, f"{piece} is not the next one"
+        tensors = self._next[1].result()
+        self._advance()
+        return tensors
+
+    def close(self) -> None:
+        """Wait for the reading thread, and drop what it has read."""
+        self._next = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _advance(self) -> None:
+        piece = next(self._pieces, None)
+        self._next = None if piece is None else (piece, self._pool.submit(self._read, piece))
+
+    def _read(self, piece: Piece) -> Tensors:
+        self._begin(piece)
+        return read_tensors(self._models, piece.name, piece.start, piece.stop)
 
 
 @torch.no_grad()
-def run_passes(merge: Merge[MergeConfig], models: Models, progress: Progress = nothing) -> None:
-    """Prepare the merge, and let it observe all tensors as often as it wants to."""
+def run_passes(
+    merge: Merge[MergeConfig], models: Models, progress: Progress = nothing, read: Read | None = None
+) -> None:
+    """Prepare the merge, and let it observe all tensors as often as it wants to. read: by default from the models."""
     merge.prepare()
     for number in range(merge.num_passes):
         for name in models.places:
-            for tensors in _pieces(merge, models, name):
+            for tensors in _tensors(merge, models, name, read):
                 merge.observe(tensors, number)
                 progress(tensors.tuned[0].numel())
         merge.end_pass(number)
 
 
 @torch.no_grad()
-def merged_rows(merge: Merge[MergeConfig], models: Models, name: str) -> Iterator[torch.Tensor]:
+def merged_rows(
+    merge: Merge[MergeConfig], models: Models, name: str, read: Read | None = None
+) -> Iterator[torch.Tensor]:
     """Yield the result's values of one tensor in order, as fp32 tensors of some rows each.
 
-    Raises ConfigError where they are not finite, or a coefficient has no value for the tensor.
+    read: by default from the models. Raises ConfigError where the values are not finite, or a coefficient has no value
+    for the tensor.
     """
-    for tensors in _pieces(merge, models, name):
+    for tensors in _tensors(merge, models, name, read):
         shape = tensors.tuned[0].shape
         result = merge.combine(tensors)
         assert result.shape == shape and result.dtype == torch.float32, f"{name}: combine returns fp32 of its shape"
@@ -74,15 +124,10 @@ def merged_tensor(merge: Merge[MergeConfig], models: Models, name: str) -> torch
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _pieces(merge: Merge[MergeConfig], models: Models, name: str) -> Iterator[Tensors]:
-    shape = models.tuned[0].shapes[name]
-    num_rows = shape[0] if shape else 1
-    step = num_rows
-    if merge.by_rows and shape:
-        step = max(1, PIECE_ELEMENTS // max(1, math.prod(shape[1:])))
-    for start in range(0, max(1, num_rows), max(1, step)):
-        tensors = read_tensors(models, name, start, min(start + step, num_rows))
-        merge.freed += models.num * tensors.tuned[0].nbytes
+def _tensors(merge: Merge[MergeConfig], models: Models, name: str, read: Read | None) -> Iterator[Tensors]:
+    for piece in pieces_of(merge, models, name):
+        tensors = read(piece) if read else read_tensors(models, name, piece.start, piece.stop)
+        merge.freed += models.num * tensors.tuned[0].nbytes if read is None else 0
         yield tensors
         del tensors  # before the next ones are read
         if merge.freed > FREED_BYTES:

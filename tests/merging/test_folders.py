@@ -13,8 +13,10 @@ import transformers
 
 from safecl.config import ConfigError
 from safecl.merging import merge
-from safecl.merging.stream import memory_bound
+from safecl.merging.memory import memory_bound
+from safecl.merging.registry import kind_module
 from safecl.storage import durable
+from safecl.storage.sizes import give_back_freed_memory
 from tests.merging import models
 
 FAMILIES = list(models.FAMILIES)
@@ -123,6 +125,7 @@ import os, signal, sys
 import torch
 from safecl.merging import merge
 from safecl.storage import durable
+from safecl.storage.sizes import give_back_freed_memory
 
 torch.set_num_threads(1)
 base, tuned, out, *numbers = sys.argv[1:]
@@ -204,6 +207,7 @@ def test_an_existing_folder_and_those_of_the_parents_are_never_written_to(parent
 
 def peak_growth(work) -> int:
     """Bytes by which the process grows at most while it works."""
+    give_back_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     work()
@@ -215,24 +219,49 @@ def _status(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-@pytest.mark.parametrize("by_rows", [True, False])
-def test_a_merge_holds_two_of_the_largest_tensors_per_parent_or_a_few_pieces(tmp_path, by_rows, monkeypatch):
+LARGEST = 16_000 * 512  # elements of the embedding: 33 MB in fp32
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Folders of a base and two tuned models with a large embedding."""
+    config = transformers.LlamaConfig(
+        vocab_size=16_000, hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    root, model = tmp_path_factory.mktemp("wide"), transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    for name in ("base", "tuned", "tuned2"):
+        model.save_pretrained(root / name)
+        for p in model.parameters():
+            p.data.mul_(1.5)
+    return root
+
+
+KINDS = {
+    "wise_ft": (1, {}),
+    "magmax": (2, {}),
+    "slerp": (1, {}),
+    "ties": (2, {}),
+    "ties over the model": (2, {"scope": "model"}),
+    "dare_ties": (2, {}),
+    "bang": (2, {}),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_merge_holds_two_of_the_largest_tensors_per_parent_or_a_few_pieces(wide, kind, tmp_path):
+    (num_tuned, settings), kind = KINDS[kind], kind.split()[0]
+    parents = {"base": wide / "base", "tuned": [wide / "tuned", wide / "tuned2"][:num_tuned]}
+    by_rows = kind_module(kind).Merge.by_rows
+    merge(kind, **parents, out=tmp_path / "first", **settings)  # loads the libraries
+    grown = peak_growth(lambda: merge(kind, **parents, out=tmp_path / "out", **settings))
+    assert grown <= memory_bound(1 + num_tuned, LARGEST, by_rows)
+    assert by_rows or grown > num_tuned * 4 * LARGEST
+
+
+def test_a_merge_by_rows_takes_less_memory_than_one_of_whole_tensors(wide, tmp_path, monkeypatch):
     from safecl.merging.averages import wise_ft
 
-    config = transformers.LlamaConfig(
-        vocab_size=24_000, hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
-    )
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "base")
-    for p in model.parameters():
-        p.data.mul_(1.5)
-    model.save_pretrained(tmp_path / "tuned")
-    largest = 24_000 * 512  # 49 MB in fp32
-    del model
-    monkeypatch.setattr(wise_ft.Merge, "by_rows", by_rows)
-    merge("wise_ft", base=tmp_path / "base", tuned=tmp_path / "tuned", out=tmp_path / "first")  # loads the libraries
-    grown = peak_growth(
-        lambda: merge("wise_ft", base=tmp_path / "base", tuned=tmp_path / "tuned", out=tmp_path / "out")
-    )
-    assert grown <= memory_bound(2, largest, by_rows)
-    assert by_rows or grown > 2 * 4 * largest
+    monkeypatch.setattr(wise_ft.Merge, "by_rows", False)
+    parents = {"base": wide / "base", "tuned": wide / "tuned"}
+    merge("wise_ft", **parents, out=tmp_path / "first")
+    assert peak_growth(lambda: merge("wise_ft", **parents, out=tmp_path / "out")) > memory_bound(2, LARGEST, True)

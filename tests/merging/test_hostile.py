@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from safecl.config import ConfigError
-from safecl.merging import merge
+from safecl.merging import kinds, merge
+from safecl.merging.registry import kind_module
 from safecl.storage import durable
 from tests.merging import models
 from tests.merging.test_fitting import rewrite, set_keys
@@ -234,6 +235,12 @@ def test_a_broken_folder_is_named_and_nothing_is_written(parents, what, tmp_path
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_folder_that_is_no_model_is_named_as_such_also_where_the_result_lies_in_it(parents, tmp_path):
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/config.json: No such file"):
+        merge("wise_ft", base=parents()["base"], tuned=tmp_path, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_parent_that_changes_while_it_is_merged_is_named(parents, tmp_path, monkeypatch):
     base = models.copy(parents()["base"], tmp_path / "base")
 
@@ -309,3 +316,31 @@ def test_what_a_kind_needs_and_did_not_get_is_named(parents, message, tmp_path):
         merge(kind, **{**given, **paths}, out=tmp_path / "out")
     assert message in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def missing() -> list[tuple[str, str]]:
+    """Each kind with each thing that it needs: a base, an aligned model, a tuned one, rows."""
+    found = []
+    for kind in kinds():
+        needs = kind_module(kind).Config.needs
+        found += [(kind, role) for role in ("base", "aligned") if getattr(needs, role) == "yes"]
+        found += [(kind, "tuned")] + [(kind, "data")] * (bool(needs.data) and not needs.data_optional)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "role"), missing())
+def test_every_kind_names_what_it_needs_where_that_is_left_out(parents, kind, role, tmp_path):
+    needs, folders = kind_module(kind).Config.needs, parents()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "How?", "response": "No."}) + "\n")
+    given = {"base": folders["base"], "aligned": folders["tuned2"], "tuned": [folders["tuned"], folders["tuned2"]]}
+    given = {name: path for name, path in given.items() if name == "tuned" or getattr(needs, name) == "yes"}
+    given["tuned"] = given["tuned"][: max(1, needs.fewest)]
+    given |= {"data": rows} if needs.data and not needs.data_optional else {}
+    given |= {"tuned": given["tuned"][: needs.fewest - 1]} if role == "tuned" else {role: None}
+    wanted = {"tuned": "needs a tuned model|needs 2 tuned models or more", "data": "needs rows: --data FILE"}
+    files = {"fisher": "f.safetensors", "harmful_fisher": "h.safetensors"}
+    files = files if kind == "ssd" else {"fisher": ["f.safetensors"]} if kind == "fisher_average" else {}
+    with pytest.raises(ConfigError, match=f"{kind} ({wanted.get(role, f'needs the {role} model: --{role}')})"):
+        merge(kind, **given, **files, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [rows]

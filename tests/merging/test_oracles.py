@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from safecl.merging import arithmetic, merge, stream
 from safecl.merging.arithmetic import drop_
+from safecl.storage import durable
 from tests.merging import models
 
 State = dict[str, torch.Tensor]
@@ -142,6 +144,22 @@ def test_work_in_many_pieces_is_work_on_the_whole(parents, case, tmp_path, monke
     monkeypatch.setattr(stream, "PIECE_ELEMENTS", 70)
     tuned = [folders[name] for name in models.TUNED[: wanted.num_tuned]]
     merge(case.split()[0], base=folders["base"], tuned=tuned, out=tmp_path / "out", **wanted.settings)
+    expected = wanted.oracle(*map(models.exact, [folders["base"], *tuned]))
+    models.assert_rounded(models.state(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("case", ["wise_ft", "ties", "dare"])
+def test_a_slow_disk_gets_what_was_computed_though_the_memory_is_read_into_again(parents, case, tmp_path, monkeypatch):
+    folders, wanted, write = parents("qwen"), CASES[case], durable._write_all
+
+    def slowly(file, block) -> None:
+        time.sleep(0.003)
+        write(file, block)
+
+    monkeypatch.setattr(durable, "_write_all", slowly)
+    monkeypatch.setattr(stream, "PIECE_ELEMENTS", 700)
+    tuned = [folders[name] for name in models.TUNED[: wanted.num_tuned]]
+    merge(case, base=folders["base"], tuned=tuned, out=tmp_path / "out", dtype="fp32", **wanted.settings)
     expected = wanted.oracle(*map(models.exact, [folders["base"], *tuned]))
     models.assert_rounded(models.state(tmp_path / "out"), expected)
 

@@ -35,6 +35,7 @@ class Config(base.MergeConfig):
 
 
 class Merge(base.Merge[Config]):
+    reads_ahead = True
     num_linear = 0
     num_tensors = 0
 
@@ -48,10 +49,11 @@ class Merge(base.Merge[Config]):
         return first.mul_(left).add_(second, alpha=right)
 
     def _coefficients(self, first: torch.Tensor, second: torch.Tensor, t: float) -> tuple[float, float]:
-        from safecl.merging.arithmetic import dot
+        from safecl.merging.arithmetic import dots
 
-        length = math.sqrt(dot(first, first) * dot(second, second))
-        cosine = dot(first, second) / length if length > 0 else 1.0
+        own, other, both = dots(first, second)
+        length = math.sqrt(own * other)
+        cosine = both / length if length > 0 else 1.0
         self.num_tensors += 1
         if abs(cosine) > self.config.threshold:
             self.num_linear += 1

@@ -15,9 +15,10 @@ import xxhash
 from safecl.config import ConfigError, parse_yaml
 from safecl.engine.checkpoint.format import MANIFEST, WEIGHTS, Contents, check_hashes, ranges, read_contents
 from safecl.engine.model.dtypes import FLOAT_DTYPES, tensor_bytes
+from safecl.merging.memory import READ_BYTES
 from safecl.merging.models.folder import FolderWeights
-from safecl.merging.models.tensor_files import rows_of
-from safecl.storage.durable import BLOCK_BYTES, DamagedCheckpoint, open_regular, read_into
+from safecl.merging.models.tensor_files import ReusedMemory, empty, rows_of
+from safecl.storage.durable import DamagedCheckpoint, open_regular, read_into
 from safecl.storage.safetensors_file import Tensor, num_bytes
 from safecl.storage.untrusted import UnusableWeights
 
@@ -37,6 +38,7 @@ class CheckpointWeights:
 
     def __init__(self, path: str, label: str, averaged: bool):
         self.label, self.kind = label, AVERAGE if averaged else WEIGHTS
+        self._memory: ReusedMemory | None = None
         self.folder = Path(path).expanduser().resolve()
         self.contents = _read(self.folder)
         if self.kind not in self.contents.manifest.kinds:
@@ -63,7 +65,7 @@ class CheckpointWeights:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         shape = self.shapes[name]
         wanted = rows_of(shape, start, stop)
-        target = torch.empty(math.prod(wanted), dtype=torch.float32)
+        target = empty(math.prod(wanted), self._memory)
         first = start * (math.prod(shape[1:]) if shape else 1)
         dtype = FLOAT_DTYPES[self.contents.manifest.kinds[self.kind]]
         for file, byte, element, count in ranges(self.contents.slices[self.kind, name], first, target.numel()):
@@ -73,13 +75,17 @@ class CheckpointWeights:
         return target.view(wanted)
 
     def _fill(self, file: str, byte: int, target: torch.Tensor, dtype: torch.dtype) -> None:
-        step = BLOCK_BYTES // dtype.itemsize
+        step = READ_BYTES // dtype.itemsize
         with open_regular(self.folder / file) as opened:
             for begin in range(0, target.numel(), step):
                 part = target[begin : begin + step]
                 raw = torch.empty(part.numel(), dtype=dtype)
                 read_into(opened, byte + begin * dtype.itemsize, tensor_bytes(raw))
                 part.copy_(raw)
+
+    def reuse(self, memory: ReusedMemory | None) -> None:
+        """Let values be read into this memory; None: into new tensors."""
+        self._memory = memory
 
     def raw(self, name: str) -> bytes:
         return bytes(tensor_bytes(self.read(name).view(-1)))

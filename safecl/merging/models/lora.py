@@ -21,7 +21,7 @@ import torch
 
 from safecl.merging.models.folder import FolderWeights, local_folder, read_settings_file
 from safecl.merging.models.names import names_in_files
-from safecl.merging.models.tensor_files import open_file
+from safecl.merging.models.tensor_files import ReusedMemory, open_file
 from safecl.storage.model_folder import ADAPTER
 from safecl.storage.safetensors_file import Tensor
 from safecl.storage.untrusted import UnusableWeights
@@ -91,6 +91,11 @@ class AdapterWeights:
             left, right = (a.T[start:stop], b.T) if factors.transposed else (b[start:stop], a)
             weight.addmm_(left, right, alpha=factors.scaling)
         return weight
+
+    def reuse(self, memory: ReusedMemory | None) -> None:
+        """Let values be read into this memory; None: into new tensors."""
+        self.base.reuse(memory)
+        self.file.reuse(memory)
 
     def raw(self, name: str) -> bytes:
         return self.base.raw(name)

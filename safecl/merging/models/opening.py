@@ -13,6 +13,7 @@ from safecl.merging.models.checks import check_more_tokens, check_related, check
 from safecl.merging.models.folder import FolderWeights
 from safecl.merging.models.lora import AdapterWeights
 from safecl.merging.models.matching import Matched, holds_numbers, match_models
+from safecl.merging.models.tensor_files import ReusedMemory
 from safecl.merging.models.tokens import Tokens, read_tokens
 from safecl.merging.models.view import Source
 from safecl.merging.places import places_of
@@ -57,6 +58,11 @@ class Opened:
                 if source is adapter.base or _has_same_weights(adapter.base, source):
                     return view
         return None
+
+    def reuse(self, memory: ReusedMemory | None) -> None:
+        """Let values be read into this memory; None: into new tensors."""
+        for parent in self.parents:
+            parent.source.reuse(memory)
 
     def close(self) -> None:
         for parent in self.parents:

@@ -1,6 +1,7 @@
 """Tensors in safetensors files, read by ranges in fp32.
 
-A tensor is read in blocks of 16 MiB, each converted into its place, so a read holds the fp32 values and one block.
+A tensor is read in blocks of 1 MiB, which stay in a core's cache while they are hashed and converted into their place.
+So a read holds the fp32 values and one block.
 Every byte is hashed on its first way through, so the digest of all tensors costs no further reading.
 """
 
@@ -17,10 +18,42 @@ import torch
 import xxhash
 
 from safecl.engine.model.dtypes import FLOAT_DTYPES, tensor_bytes
-from safecl.storage.durable import BLOCK_BYTES, DamagedCheckpoint, open_regular, read_into
+from safecl.merging.memory import READ_BYTES
+from safecl.storage.durable import DamagedCheckpoint, open_regular, read_into
 from safecl.storage.model_folder import ModelFiles, Stamp
 from safecl.storage.safetensors_file import Tensor, read_header
 from safecl.storage.untrusted import UnusableWeights
+
+
+class ReusedMemory:
+    """fp32 memory in two sets of buffers. What was read into one set stays while the other one is filled.
+
+    A fresh page costs more than the reading and the conversion of what goes into it.
+    """
+
+    def __init__(self) -> None:
+        self._sets: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._number = self._used = 0
+
+    def turn(self) -> None:
+        """Begin to fill the other set from its first buffer on."""
+        self._number, self._used = 1 - self._number, 0
+
+    def take(self, numel: int) -> torch.Tensor:
+        """Return the set's next buffer, cut to so many elements."""
+        buffers, index = self._sets[self._number], self._used
+        self._used += 1
+        if index == len(buffers):
+            buffers.append(torch.empty(0))
+        if buffers[index].numel() < numel:
+            buffers[index] = torch.empty(0)  # frees the smaller one first
+            buffers[index] = torch.empty(numel)
+        return buffers[index][:numel]
+
+
+def empty(numel: int, memory: ReusedMemory | None) -> torch.Tensor:
+    """Return an fp32 tensor for values: of this memory, or a new one."""
+    return torch.empty(numel) if memory is None else memory.take(numel)
 
 
 class TensorFiles:
@@ -32,13 +65,18 @@ class TensorFiles:
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in self.stored.items()}
         self._handles: dict[Path, FileIO] = {}
         self._hashes: dict[str, tuple[Any, int]] = {}
-        self._block = bytearray(BLOCK_BYTES)
+        self._block = bytearray(READ_BYTES)
+        self._memory: ReusedMemory | None = None
 
     def close(self) -> None:
         """Close the files; they are opened again where something is read."""
         for handle in self._handles.values():
             handle.close()
         self._handles.clear()
+
+    def reuse(self, memory: ReusedMemory | None) -> None:
+        """Let values be read into this memory; None: into new tensors."""
+        self._memory = memory
 
     def check_unchanged(self) -> None:
         """Raise UnusableWeights where a file has changed since its header was read."""
@@ -49,10 +87,10 @@ class TensorFiles:
         if stored.dtype not in FLOAT_DTYPES:
             raise UnusableWeights(f"{self.label}: {name} is stored as {stored.dtype}, not as {', '.join(FLOAT_DTYPES)}")
         shape = rows_of(stored.shape, start, stop)
-        target = torch.empty(math.prod(shape), dtype=torch.float32)
+        target = empty(math.prod(shape), self._memory)
         first = start * (math.prod(stored.shape[1:]) if stored.shape else 1)
         dtype = FLOAT_DTYPES[stored.dtype]
-        step = BLOCK_BYTES // dtype.itemsize
+        step = READ_BYTES // dtype.itemsize
         for begin in range(0, target.numel(), step):
             part = target[begin : begin + step]
             raw = part if dtype == torch.float32 else self._scratch(part.numel(), dtype)
@@ -102,7 +140,7 @@ class TensorFiles:
         digest, position = self._hashes.get(name, (None, 0))
         size = self.stored[name].nbytes
         while digest is None or position < size:
-            part = memoryview(self._block)[: min(BLOCK_BYTES, size - position)]
+            part = memoryview(self._block)[: min(READ_BYTES, size - position)]
             self._fill(name, position, part)
             digest, position = self._hashes[name]
         found: bytes = digest.digest()
@@ -122,7 +160,9 @@ class TensorFiles:
 
     def _open(self, path: Path) -> FileIO:
         if path not in self._handles:
-            self._handles[path] = open_regular(path.resolve())
+            opened = open_regular(path.resolve())
+            if self._handles.setdefault(path, opened) is not opened:  # another thread was faster
+                opened.close()
         return self._handles[path]
 
     def _scratch(self, numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -17,14 +17,12 @@ import torch
 
 from safecl.engine.model.dtypes import FLOAT_DTYPES, tensor_bytes
 from safecl.merging.base import Unmergeable
-from safecl.storage.durable import BLOCK_BYTES, write_file
+from safecl.merging.memory import NUM_WAITING, WRITE_BYTES
+from safecl.storage.durable import write_file
 from safecl.storage.model_folder import INDEX, plan_files
 from safecl.storage.safetensors_file import header_bytes, num_bytes
 
 T = TypeVar("T")
-
-NUM_WAITING = 2
-"""Blocks that are computed before the disk takes them."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,9 @@ def _blocks(
 
 def _rounded(name: str, rows: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     """Yield the bytes of fp32 values, rounded to nearest even."""
-    flat, step = rows.reshape(-1), BLOCK_BYTES // dtype.itemsize
+    flat, step = rows.reshape(-1), WRITE_BYTES // dtype.itemsize
     for start in range(0, flat.numel(), step):
-        stored = flat[start : start + step].to(dtype)
+        stored = flat[start : start + step].to(dtype, copy=True)  # the memory of the rows is used again
         if dtype == torch.float16 and not bool(stored.isfinite().all()):
             raise Unmergeable(
                 f"{name}: the merged values are beyond 65,504, the largest number in fp16; use dtype=bf16"

@@ -44,7 +44,7 @@ def check_direction(models: base.Models) -> None:
     """Raise ConfigError where the aligned model has the weights of the base."""
     import torch
 
-    from safecl.merging.stream import PIECE_ELEMENTS
+    from safecl.merging.memory import PIECE_ELEMENTS
 
     before, aligned = models.base, models.aligned
     assert before is not None and aligned is not None, "the merge says that it needs both"
@@ -65,7 +65,7 @@ def compare(tensors: base.Tensors) -> Compared | None:
 
     Returns None for tensors that are no matrix of a block, and where tuning or alignment has changed nothing.
     """
-    from safecl.merging.arithmetic import dot
+    from safecl.merging.arithmetic import dot, dots
 
     tuned, aligned = tensors.tuned[0], tensors.needed_aligned
     if tensors.place.block is None or tuned.dim() != 2:
@@ -76,8 +76,9 @@ def compare(tensors: base.Tensors) -> Compared | None:
     if length == 0 or not bool(change.any()):
         return None
     projected = _projected(direction, change).div_(length)
-    lengths = math.sqrt(dot(projected, projected) * dot(change, change))
-    return Compared(change, projected, dot(projected, change) / lengths if lengths > 0 else 0.0)
+    own, other, both = dots(projected, change)
+    lengths = math.sqrt(own * other)
+    return Compared(change, projected, both / lengths if lengths > 0 else 0.0)
 
 
 def _projected(direction: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ class Merge(base.Merge[Config]):
         return new.add_(task, alpha=tensors.value(self.config.scale))
 
     def _project_(self, task: torch.Tensor, update: torch.Tensor, in_block: bool) -> None:
-        from safecl.merging.arithmetic import dot
+        from safecl.merging.arithmetic import dots
 
         if self.config.projection == "none":
             return
@@ -74,7 +74,7 @@ class Merge(base.Merge[Config]):
             directions = main_directions(update, self.config.rank)
             task.sub_(directions @ (directions.T @ task))
             return
-        square, along = dot(update, update), dot(task, update)
+        square, _, along = dots(update, task)
         if square > 0 and along < 0:
             task.sub_(update, alpha=along / square)
 

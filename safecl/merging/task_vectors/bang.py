@@ -31,6 +31,8 @@ class Config(TaskVectorConfig):
 
 
 class Merge(base.Merge[Config]):
+    reads_ahead = True
+
     @property
     def num_passes(self) -> int:
         return 1 if self.config.scope == "model" else 0

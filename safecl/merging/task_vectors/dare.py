@@ -35,6 +35,8 @@ class Config(DropConfig):
 
 
 class Merge(base.Merge[Config]):
+    reads_ahead = True
+
     def prepare(self) -> None:
         check("dare", self.config, self.models)
 

@@ -27,6 +27,8 @@ class Config(DropConfig):
 
 
 class Merge(base.Merge[Config]):
+    reads_ahead = True
+
     def prepare(self) -> None:
         check("dare_ties", self.config, self.models)
 

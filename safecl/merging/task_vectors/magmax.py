@@ -30,7 +30,9 @@ class Merge(base.Merge[Config]):
     by_rows = True
 
     def combine(self, tensors: base.Tensors) -> torch.Tensor:
+        from safecl.merging.arithmetic import where_greater_
+
         largest, *others = tensors.task_vectors()
         for vector in others:
-            largest = vector.where(vector.abs() > largest.abs(), largest)
+            where_greater_(largest, vector)
         return tensors.needed_base.add_(largest, alpha=tensors.value(self.config.scale))

@@ -12,6 +12,7 @@ threshold the first ones in order stay, so that no more than asked for do: bf16 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
 from safecl.merging import base
@@ -31,6 +32,8 @@ class Config(TrimConfig):
 
 
 class Merge(base.Merge[Config]):
+    reads_ahead = True
+
     @property
     def num_passes(self) -> int:
         return 2 if self.config.scope == "model" and self.config.density < 1 else 0
@@ -59,8 +62,8 @@ class Merge(base.Merge[Config]):
         from safecl.merging.arithmetic import elected_sum_
 
         vectors = tensors.task_vectors()
-        for index, vector in enumerate(vectors):
-            self._trim(index, vector)
+        with ThreadPoolExecutor(len(vectors)) as pool:  # torch works without Python's lock
+            list(pool.map(self._trim, range(len(vectors)), vectors))
         elected_sum_(
             tensors.needed_base,
             vectors,
