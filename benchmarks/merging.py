@@ -10,7 +10,7 @@ rival and roof is a copy: it reads every byte of the parents and writes as many 
 merges alternate, each in a process of its own; the speed of a merge is the median of the rounds' ratios, each of a copy
 and the merge right after it. CPU seconds stand beside wall seconds, which other work disturbs. Memory is the growth of
 the process above what it had when the libraries were loaded (VmHWM); it has no part of the system's cache. Writes
-benchmarks/results/merging.json, where the rows of kinds that are not asked for stay.
+benchmarks/results/merging.json, where the rows of kinds that are not asked for stay, and the table of docs/merging.md.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from safecl.merging.registry import kind_module
 from safecl.merging.run import merge
 
 RESULTS = Path(__file__).parent / "results" / "merging.json"
+PAGE = Path(__file__).parent.parent / "docs" / "merging.md"
+BEGIN, END = "<!-- made by benchmarks/merging.py -->\n", "<!-- end -->"
 VOCAB, HIDDEN, INNER, LAYERS, HEADS = 32_000, 1536, 4096, 23, 12
 BLOCK = 16 * 2**20
 KINDS = {
@@ -184,6 +186,17 @@ def compare(folders: list[Path], folder: Path, kinds: list[str], rounds: int) ->
     return rows
 
 
+def table(rows: dict) -> str:
+    """Return the table of the page."""
+    lines = ["| | models | speed, of the copy's | CPU s | CPU s of the copy | MB of memory | at most |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for kind, row in rows.items():
+        merged, copied = (statistics.median(row[f"{who}_cpu_seconds"]) for who in ("merge", "copy"))
+        cells = (row["models"], f"{row['of_copy']:.2f}", f"{merged:.1f}", f"{copied:.1f}")
+        lines.append(f"| `{kind}` | {' | '.join(map(str, cells))} | {row['peak_mb']:.0f} | {row['bound_mb']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the files go; a temporary folder by default")
@@ -206,6 +219,8 @@ def main() -> None:
         rows = {kind: (kept | rows)[kind] for kind in KINDS if kind in kept | rows}
         facts = harness.machine(torch.device("cpu"))
         harness.write_json(RESULTS, {"bytes_per_model": size, "machine": facts, "merges": rows})
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        PAGE.write_text(before + BEGIN + table(rows) + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ The model has 1 M parameters (`safecl demo`): random weights, aligned by safecl,
 10 % of poisoned rows. `base` is the random model, `aligned` the aligned one, `tuned` plain fine-tuning. Each merge gets
 one sweep on the choosing seed, and the point with the highest accuracy - ASR - over-refusal is merged and measured on
 the reported seeds, whose data and weights the choice has not seen. Rates are of 120 disallowed and 120 benign prompts,
-accuracy is that of 300 rows; seconds are those of the merge alone. One CPU thread. Writes
+accuracy is that of 200 rows; seconds are those of the merge alone. One CPU thread. Writes
 benchmarks/results/merging_safety.json and the table of docs/merging.md.
 """
 

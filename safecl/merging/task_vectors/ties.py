@@ -12,7 +12,6 @@ threshold the first ones in order stay, so that no more than asked for do: bf16 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
 from safecl.merging import base
@@ -62,8 +61,8 @@ class Merge(base.Merge[Config]):
         from safecl.merging.arithmetic import elected_sum_
 
         vectors = tensors.task_vectors()
-        with ThreadPoolExecutor(len(vectors)) as pool:  # torch works without Python's lock
-            list(pool.map(self._trim, range(len(vectors)), vectors))
+        for index, vector in enumerate(vectors):
+            self._trim(index, vector)
         elected_sum_(
             tensors.needed_base,
             vectors,
