@@ -111,6 +111,10 @@ class DeepSpeedConfig(Section):
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs: the dtype in which gradients cross the network, once per micro-batch. bf16 halves the traffic and
     rounds each summand to 8 bits; sums stay fp32 on each rank."""
+    evaluation: Literal["auto", "whole", "streamed"] = "auto"
+    """Stage 3: the weights while answers are generated. whole: all gathered, once for the whole evaluation; streamed:
+    gathered layer by layer for every token, which is then generated for all prompts of a rank together; auto: whole
+    where they fit each device beside what it holds."""
 
     @model_validator(mode="after")
     def _offload_of_parameters_needs_stage_3(self) -> DeepSpeedConfig:

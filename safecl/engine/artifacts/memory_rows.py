@@ -27,7 +27,7 @@ from safecl.data.templates.thinking import markers_of, thinking_of
 from safecl.distributed import collectives
 from safecl.engine.artifacts.store import ArtifactStore, Key, obtain
 from safecl.engine.passes.forward_engine import ForwardEngine
-from safecl.engine.passes.live_model import LiveModel
+from safecl.engine.passes.live_model import generating
 from safecl.evaluation.answers.prompts import Answer, answer_prompts
 from safecl.evaluation.answers.texts import text_of
 from safecl.evaluation.safety import over_refusal_scorer_of
@@ -131,18 +131,19 @@ def _answers(
 ) -> list[Answer]:
     """Answer all prompts after those that an earlier build has answered."""
     answers = collectives.on_first_rank(lambda: _read_answers(path))
-    model, portion = LiveModel(engine), settings.batch_size * collectives.world_size() * BATCHES_AT_ONCE
+    portion = settings.batch_size * collectives.world_size() * BATCHES_AT_ONCE
     if answers:
         note(f"{KIND}: resuming after {len(answers):,} answers")
-    while len(answers) < len(prompts):
-        asked = prompts[len(answers) : len(answers) + portion]
-        found = answer_prompts(
-            model, tokenizer, asked, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
-        )
-        if collectives.rank() == 0:
-            _append(path, found)
-        answers += found
-        note(f"{KIND}: {len(answers):,} of {len(prompts):,} answers")
+    with generating(engine) as model:
+        while len(answers) < len(prompts):
+            asked = prompts[len(answers) : len(answers) + portion]
+            found = answer_prompts(
+                model, tokenizer, asked, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+            )
+            if collectives.rank() == 0:
+                _append(path, found)
+            answers += found
+            note(f"{KIND}: {len(answers):,} of {len(prompts):,} answers")
     return answers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -29,6 +29,10 @@ class ModelEngine:
     layout: MicroBatchLayout
     rank: int
     device: torch.device
+    stage: int
+    """ZeRO stage of the weights: 3 where they are cut up, 0 where nothing is."""
+    evaluation: Literal["auto", "whole", "streamed"]
+    """See deepspeed.evaluation."""
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:

@@ -39,6 +39,7 @@ class ForwardEngine(ModelEngine):
         Only ZeRO-3 shards the model: stages 1 and 2 shard nothing that a forward pass needs.
         """
         self.layout, self.rank, self.device = layout, collectives.rank(), collectives.device()
+        self.stage, self.evaluation = 3 if sharding.stage == 3 else 0, sharding.evaluation
         model.requires_grad_(False).eval()
         if sharding.stage == 3:
             viewed = [p for p in model.parameters() if store is not None and store.holds(p)]

@@ -82,7 +82,7 @@ class TrainingEngine(ModelEngine):
         """
         train = config.train
         self.layout, self.store = layout, store
-        self.rank = collectives.rank()
+        self.rank, self.stage, self.evaluation = collectives.rank(), config.deepspeed.stage, config.deepspeed.evaluation
         freeze(model.model, config)
         model.zero_grad(set_to_none=True)  # a gradient that a caller left behind would join the first step
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 SUPPORTED = ((0, 19, 8), (0, 20, 0))
+LIVE, PREFETCHED = 10**9, 5 * 10**7
+"""Elements that stage 3 keeps gathered at most, and those that it gathers ahead."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,30 @@ def reads_parameter(engine: DeepSpeedEngine, module: torch.nn.Module, parameter:
 
     if engine.zero_optimization_stage() == 3:
         deepspeed.zero.register_external_parameter(module, parameter)
+
+
+@contextlib.contextmanager
+def whole_model(module: torch.nn.Module) -> Iterator[None]:
+    """Keep the weights of a module that stage 3 has cut up whole on every rank inside the block, gathered once, for
+    passes that change none."""
+    import deepspeed
+
+    live = list(module.parameters())
+    known = [p.is_external_param for p in live]
+    with contextlib.ExitStack() as stack:
+        for p in live:
+            stack.enter_context(deepspeed.zero.GatheredParameters([p]))
+            p.is_external_param = True  # DeepSpeed's hooks do not release such parameters after a module
+        try:
+            yield
+        finally:
+            for p, before in zip(live, known, strict=True):
+                p.is_external_param = before
+
+
+def whole_model_bytes(module: torch.nn.Module) -> int:
+    """Bytes of the weights of a module on a rank that holds them all."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in module.parameters())
 
 
 def _shard_at_once(model: torch.nn.Module, config: dict[str, Any]) -> None:
@@ -337,29 +363,6 @@ class ShardMap:
             optimizer.averaged_gradients[sub_group_id] = None
 
         self.optimizer._prepare_fp32_grad_for_sub_group = types.MethodType(prepare, self.optimizer)
-
-    @contextlib.contextmanager
-    def whole_model(self) -> Iterator[None]:
-        """Keep all live weights whole on every rank inside the block, gathered once, for passes that change none."""
-        if self.stage < 3:
-            yield
-            return
-        live = list(self.engine.module.parameters())
-        known = [p.is_external_param for p in live]
-        with contextlib.ExitStack() as stack:
-            for p in live:
-                stack.enter_context(self.full_parameter(p))
-                p.is_external_param = True  # DeepSpeed's hooks do not release such parameters after a module
-            try:
-                yield
-            finally:
-                for p, before in zip(live, known, strict=True):
-                    p.is_external_param = before
-
-    @property
-    def whole_model_bytes(self) -> int:
-        """Bytes of the live weights on a rank that holds them all."""
-        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.engine.module.parameters())
 
     def full_parameter(self, p: torch.nn.Parameter) -> AbstractContextManager[Any]:
         """A context in which a live parameter is whole on every rank, for reading."""

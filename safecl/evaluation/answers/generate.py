@@ -34,12 +34,13 @@ def generate_greedy(
     """Generate the greedy continuation of each prompt of this rank.
 
     Args: `prompts`: token ids of this rank's prompts (their number may differ between ranks, and be 0); `eos_ids`:
-    tokens that end an answer; `batch_size`: prompts generated together on one rank; `never`, `never_first`: tokens that
-    an answer cannot have, or cannot begin with.
+    tokens that end an answer; `batch_size`: prompts generated together on one rank, or more where the model asks for it
+    (`rows_at_once`); `never`, `never_first`: tokens that an answer cannot have, or cannot begin with.
     Returns: new token ids per prompt, in the order of `prompts`, without the end token; `room_for_answer` tokens where
     no end token came. Raises: ValueError for an empty prompt, or one that leaves no room within the model's positions.
     """
     _check(model, prompts, max_new_tokens, batch_size)
+    batch_size = max(batch_size, _rows_at_once(model, prompts, max_new_tokens))
     # Prompts of similar length share a batch, so there is little padding. The longest come first, so memory runs out at
     # the start or never.
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
@@ -58,6 +59,12 @@ def room_for_answer(model: EvalModel, prompt: Sequence[int], max_new_tokens: int
     """Return how many tokens may follow a prompt: `max_new_tokens`, or fewer where the model has no more positions."""
     limit = max_positions_of(model)
     return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+
+
+def _rows_at_once(model: EvalModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """Return how many of the prompts the model would rather have in one pass; 0 where it does not say."""
+    rows_at_once = getattr(model, "rows_at_once", None)
+    return int(rows_at_once(max(map(len, prompts)), max_new_tokens)) if rows_at_once is not None and prompts else 0
 
 
 def _check(model: EvalModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:

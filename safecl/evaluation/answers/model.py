@@ -32,6 +32,7 @@ class EvalModel(Protocol):
 
     Optional: `mean_states(prompts, depth)`, mean hidden states of prompts, which the scan's probe needs;
     Optional: `max_positions` (int), where longer inputs would be wrong or crash (`max_positions_of` reads it);
+    `rows_at_once(width, new)`, the number of prompts that should share a pass at least;
     `eos_ids`, further token ids that end an answer; `generate`, which answers in the place of `generate_greedy`
     (safecl.evaluation.serving).
     """

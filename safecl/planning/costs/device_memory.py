@@ -8,7 +8,8 @@ always exist, and those of the moment in which they take most.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -16,13 +17,14 @@ from safecl.config import RunConfig, parse_bytes
 from safecl.engine.checkpoint.staging import staging_bytes
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.features import layer_numbers
+from safecl.engine.passes.live_model import SHARE_FOR_WEIGHTS
 from safecl.engine.zero.pieces import CHUNK
 from safecl.engine.zero.placement import StatePlacement, role_of
 from safecl.engine.zero.state_placement import needs_reference, placement_of, streams_theta_0
 from safecl.kernels.head.chunks import workspace_bytes
 from safecl.planning.costs.items import FP32, Item, Moment, Where, share_of, weight_bytes
 from safecl.planning.costs.model_shape import ModelShape
-from safecl.planning.costs.zero_memory import loading_bytes, zero_items
+from safecl.planning.costs.zero_memory import gathered_weights, loading_bytes, zero_items
 
 RANKS_PER_NODE = 8
 """Ranks of a node where nothing else says how many they are."""
@@ -37,6 +39,8 @@ class MemoryPlan:
     items: list[Item] = field(default_factory=list)
     loading: int = 0
     """Peak bytes on the device of a rank while the weights are loaded."""
+    evaluation: Literal["whole", "streamed"] | None = None
+    """The weights of stage 3 while answers are generated; see deepspeed.evaluation. None where none are gathered."""
 
     @property
     def device(self) -> int:
@@ -79,6 +83,7 @@ def plan_memory(
     device: str = "cuda",
     teachers: Sequence[ModelShape] = (),
     program: int = 0,
+    room: int | None = None,
 ) -> MemoryPlan:
     """Return the memory of a run on `world_size` ranks, in its first task.
 
@@ -86,7 +91,8 @@ def plan_memory(
     squares takes half of what AdamW's moments take, which do not exist before a task's first step.
 
     device: "cuda" or "cpu"; the head uses other tiles on each. teachers: further models that compute outputs in every
-    step. program: bytes that a process has before it loads a model.
+    step. program: bytes that a process has before it loads a model. room: bytes that a rank has on its device; None:
+    an evaluation of stage 3 is planned as if all weights did not fit at once.
     """
     per_node = min(world_size, ranks_per_node or RANKS_PER_NODE)
     plan = MemoryPlan(world_size, per_node, loading=loading_bytes(shape, config, world_size))
@@ -102,7 +108,25 @@ def plan_memory(
         Item("evaluation", "device", shape.evaluation, "evaluation"),
     ]
     plan.items.extend(item for item in items if item.nbytes)
-    return plan
+    return _with_gathered_weights(plan, shape, config, device, room)
+
+
+def _with_gathered_weights(
+    plan: MemoryPlan, shape: ModelShape, config: RunConfig, device: str, room: int | None
+) -> MemoryPlan:
+    """Add the weights that stage 3 gathers to generate: all of them, or those of a layer and the next ones."""
+    is_served = config.safety is not None and config.safety.backend == "vllm"
+    if not (shape.generates and config.deepspeed.stage == 3 and plan.world_size > 1) or is_served:
+        return plan
+    size, chosen = weight_bytes(config), config.deepspeed.evaluation
+    if chosen == "auto":
+        places: tuple[Where, ...] = ("device",) if device == "cuda" else ("device", "host")
+        held = sum(item.nbytes for item in plan.items if item.moment == "always" and item.where in places)
+        fits = room is not None and shape.weights * size <= SHARE_FOR_WEIGHTS * (room - held)
+        chosen = "whole" if fits else "streamed"
+    gathered = shape.weights if chosen == "whole" else gathered_weights(shape)
+    item = Item("gathered weights", "device", gathered * size, "evaluation")
+    return replace(plan, items=[*plan.items, item], evaluation=chosen)
 
 
 def _method_state(shape: ModelShape, config: RunConfig, world_size: int, device: str) -> Iterator[Item]:

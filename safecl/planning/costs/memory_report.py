@@ -18,6 +18,11 @@ from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_sha
 from safecl.planning.plans import RunPlan
 from safecl.storage.sizes import available_memory, format_bytes, resident_bytes
 
+_EVALUATION = {
+    "whole": "all weights are gathered once for each measurement",
+    "streamed": "weights are gathered layer by layer, once for each token of all prompts of a rank together",
+}
+
 
 def memory_lines(
     shape_on: Callable[[int], ModelShape],
@@ -39,6 +44,8 @@ def memory_lines(
         items = sorted(plan.at_peak(where), key=lambda item: -item.nbytes)
         if items:
             lines.append((f"  {where}", ", ".join(f"{item.what} {format_bytes(item.nbytes)}" for item in items)))
+    if plan.evaluation is not None:
+        lines.append(("  evaluation", _EVALUATION[plan.evaluation]))
     larger = () if _fits_easily(plan) else (8, 64)  # counting the activations of each takes a second
     lines += [(f"  on {ranks} ranks", _totals(planned.on(ranks))) for ranks in larger if ranks > here]
     if (note := _shortage(plan)) is not None:
@@ -100,7 +107,14 @@ class _Planned:
         shape = _cut_micro_batch(self.shape_on(ranks), self.config, changed)
         device = "cuda" if devices.on_gpu() else "cpu"
         return plan_memory(
-            shape, changed, ranks, ranks_per_node, device=device, teachers=self.teachers, program=self.program
+            shape,
+            changed,
+            ranks,
+            ranks_per_node,
+            device=device,
+            teachers=self.teachers,
+            program=self.program,
+            room=_room_of_a_rank(),
         )
 
     def nearest_that_fits(self, held: int = 0) -> str | None:
@@ -125,6 +139,14 @@ def local_ranks_here() -> int:
     if launched := int(os.environ.get("LOCAL_WORLD_SIZE") or 0):
         return launched
     return min(ranks_here(), max(1, torch.cuda.device_count())) if devices.on_gpu() else ranks_here()
+
+
+def _room_of_a_rank() -> int | None:
+    """Return the bytes of a rank's device, or of its part of host memory where there is no GPU; None if unknown."""
+    if devices.on_gpu():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    free = available_memory()
+    return None if free is None else free // local_ranks_here()
 
 
 def _totals(plan: MemoryPlan) -> str:

@@ -45,7 +45,8 @@ class ModelShape:
     """Tokens of the largest micro-batch; None for a full one."""
     evaluation: int = 0
     """Peak bytes of an evaluation's passes, with the cache of keys and values and the logits."""
-
+    generates: bool = False
+    """True where an evaluation generates answers."""
     singular_vectors: int = 0
     """Bytes of the singular vectors that a method keeps of the layers' matrices, over all ranks."""
     moved_hidden: int = 0
@@ -65,6 +66,7 @@ class ModelShape:
             activations=activation_bytes(settings, config.model, batch, masked=_is_masked(config)),
             tokens=None if passes is None else batch[0] * batch[1],
             evaluation=max((inference_bytes(settings, config.model, one) for one in evaluations), default=0),
+            generates=passes is not None and passes.generated is not None,
             singular_vectors=_singular_vectors(model, config),
             moved_hidden=_moved_hidden(alone, config, passes),
         )

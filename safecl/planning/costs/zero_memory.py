@@ -10,11 +10,9 @@ from collections.abc import Iterator
 
 from safecl.config import RunConfig
 from safecl.engine.zero.deepspeed_config import BUCKET
+from safecl.engine.zero.shards import LIVE, PREFETCHED
 from safecl.planning.costs.items import FP32, Item, Moment, Where, share_of, weight_bytes
 from safecl.planning.costs.model_shape import ModelShape
-
-_LIVE = 10**9  # elements that stage 3 keeps gathered at most
-_PREFETCH = 5 * 10**7  # elements that stage 3 gathers ahead
 
 
 def zero_items(shape: ModelShape, config: RunConfig, world_size: int, device: str) -> Iterator[Item]:
@@ -66,9 +64,14 @@ def _weights(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[
     where: Where = "host" if config.deepspeed.offload.parameters == "cpu" else "device"
     yield Item("weights", where, share_of(shape.weights, world_size) * size)
     if world_size > 1 or where == "host":
-        gathered = min(shape.weights, max(_LIVE, 2 * shape.largest_layer) + _PREFETCH)
-        yield Item("gathered weights", "device", gathered * size, "backward")
-        yield Item("gathered weights", "device", gathered * size, "reduce")
+        gathered = gathered_weights(shape) * size
+        yield Item("gathered weights", "device", gathered, "backward")
+        yield Item("gathered weights", "device", gathered, "reduce")
+
+
+def gathered_weights(shape: ModelShape) -> int:
+    """Return the largest number of weights that stage 3 holds gathered in a pass."""
+    return min(shape.weights, max(LIVE, 2 * shape.largest_layer) + PREFETCHED)
 
 
 def _optimizer(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
