@@ -11,6 +11,8 @@ from safecl.kernels.flat.calls import penalized_grad_norm as penalized_grad_norm
 from safecl.kernels.head.calls import LinearDistillOutput as LinearDistillOutput
 from safecl.kernels.head.calls import linear_distill_loss as linear_distill_loss
 from safecl.kernels.head.distill import distill_loss as distill_loss
+from safecl.kernels.head.segments import SortedRows as SortedRows
+from safecl.kernels.head.segments import sort_rows as sort_rows
 from safecl.kernels.head.teachers import DenseTeacher as DenseTeacher
 from safecl.kernels.head.teachers import LogitsTeacher as LogitsTeacher
 from safecl.kernels.head.teachers import TopKTeacher as TopKTeacher

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -63,15 +63,30 @@ def document_arguments(model: nn.Module, sequences: Sequences | None) -> dict[st
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
-@contextmanager
-def rows_are_not_packed() -> Iterator[None]:
-    """Tells transformers that rows are not packed. It would look at the positions' values, and assume packed rows where
+def rows_are_not_packed() -> AbstractContextManager[None]:
+    """Tell transformers that rows are not packed. It would look at the positions' values, and assume packed rows where
     positions have none (meta tensors)."""
+    return _finding_documents(lambda position_ids: None)
+
+
+def rows_are_packed() -> AbstractContextManager[None]:
+    """Tell transformers that rows hold several documents. It would ask the device whether they do."""
+    return _finding_documents(_document_of_tokens)
+
+
+def _document_of_tokens(position_ids: Tensor) -> Tensor:
+    """Return the number of each token's document in its row, int64 [rows, length]: one begins where positions do not go
+    on."""
+    return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+
+@contextmanager
+def _finding_documents(find: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     from transformers import masking_utils
 
     name = "find_packed_sequence_indices"
     before = getattr(masking_utils, name, None)
-    setattr(masking_utils, name, lambda position_ids: None)
+    setattr(masking_utils, name, find)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from safecl.engine.model.adapters import base_model
 from safecl.engine.model.loss_inputs import Constrained, LabelInformation, OutputDistance
-from safecl.kernels import DenseTeacher, LinearDistillOutput, TopKTeacher, linear_distill_loss
+from safecl.kernels import DenseTeacher, LinearDistillOutput, SortedRows, TopKTeacher, linear_distill_loss
 from safecl.kernels.head.logits import logits_distill_loss
 
 
@@ -49,8 +49,15 @@ def head_scaling(model: nn.Module) -> HeadScaling:
 class HeadLosses(Protocol):
     """The losses of a micro-batch's n positions."""
 
-    def __call__(self, targets: Tensor, ce_weights: Tensor, distance: OutputDistance | None) -> LinearDistillOutput:
-        """Cross-entropy to `targets` (int64 [n], negative for none) and one distance to a teacher."""
+    def __call__(
+        self,
+        targets: Tensor,
+        ce_weights: Tensor,
+        distance: OutputDistance | None,
+        sorted_rows: SortedRows | None = None,
+    ) -> LinearDistillOutput:
+        """Cross-entropy to `targets` (int64 [n], negative for none) and one distance to a teacher. sorted_rows: what
+        the host knows about them; a GPU is then not asked."""
 
     def log_probs_of(self, labels: Tensor, rows: Tensor) -> Tensor:
         """fp32 log-probabilities of these tokens alone, [rows, labels], at some of the positions."""
@@ -66,7 +73,13 @@ class FusedHeadLosses:
     vocab_size: int
     reference: Tensor | None  # [n, H], hidden states with the adapters off
 
-    def __call__(self, targets: Tensor, ce_weights: Tensor, distance: OutputDistance | None) -> LinearDistillOutput:
+    def __call__(
+        self,
+        targets: Tensor,
+        ce_weights: Tensor,
+        distance: OutputDistance | None,
+        sorted_rows: SortedRows | None = None,
+    ) -> LinearDistillOutput:
         # The weight is read here and not kept: ZeRO-3 gathers it when a module's forward reads it.
         return linear_distill_loss(
             self.hidden,
@@ -74,6 +87,7 @@ class FusedHeadLosses:
             bias=self.head.bias,
             labels=targets,
             ce_weights=ce_weights,
+            sorted_rows=sorted_rows,
             **asdict(self.scaling),
             **self._distance_arguments(distance),
         )
@@ -102,7 +116,13 @@ class LogitsLosses:
     vocab_size: int
     reference: Tensor | None  # [n, vocab], logits with the adapters off
 
-    def __call__(self, targets: Tensor, ce_weights: Tensor, distance: OutputDistance | None) -> LinearDistillOutput:
+    def __call__(
+        self,
+        targets: Tensor,
+        ce_weights: Tensor,
+        distance: OutputDistance | None,
+        sorted_rows: SortedRows | None = None,
+    ) -> LinearDistillOutput:
         arguments = self._distance_arguments(distance)
         return logits_distill_loss(self.logits, labels=targets, ce_weights=ce_weights, **arguments)
 
@@ -133,11 +153,15 @@ def label_information(head_losses: HeadLosses, one: LabelInformation) -> Tensor:
 
 @torch.no_grad()
 def constrained_weights(
-    head_losses: HeadLosses, targets: Tensor, ce_weights: Tensor, constraints: Sequence[Constrained]
+    head_losses: HeadLosses,
+    targets: Tensor,
+    ce_weights: Tensor,
+    constraints: Sequence[Constrained],
+    sorted_targets: SortedRows | None = None,
 ) -> Tensor:
     """Return the weights [n] of the cross-entropies times the factors of the constraints. Costs a forward of the head,
     without gradients."""
-    current = -head_losses(targets, torch.ones_like(ce_weights), None).ce
+    current = -head_losses(targets, torch.ones_like(ce_weights), None, sorted_targets).ce
     factors = torch.ones_like(current)
     for one in constraints:
         rows = one["rows"]

@@ -8,7 +8,7 @@ the model's own logits are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from safecl.engine.model.adapter_penalty import AdapterPenalty
 from safecl.engine.model.adapters import adapters_off, base_model
-from safecl.engine.model.attention import Sequences, attention_of, document_arguments, rows_are_not_packed
+from safecl.engine.model.attention import (
+    Sequences,
+    attention_of,
+    document_arguments,
+    rows_are_not_packed,
+    rows_are_packed,
+)
 from safecl.engine.model.features import Layers, features_at
 from safecl.engine.model.head import (
     FusedHeadLosses,
@@ -29,7 +35,7 @@ from safecl.engine.model.head import (
 )
 from safecl.engine.model.loss_inputs import Constrained, HiddenDistance, LabelInformation, OutputDistance
 from safecl.evaluation.answers.model import cache_name
-from safecl.kernels import linear_distill_loss, linear_topk
+from safecl.kernels import SortedRows, linear_distill_loss, linear_topk
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -96,10 +102,15 @@ class LanguageModel(nn.Module):
             "labels": self.label_probs,
         }
         self._documents = document_arguments(self.model, sequences)
-        # transformers would ask the device whether the positions are those of packed rows.
-        known = sequences is not None and (self._documents or not sequences["packed"])
-        with rows_are_not_packed() if known else nullcontext():
+        with self._telling_documents(sequences):
             return tasks[task](**inputs)
+
+    def _telling_documents(self, sequences: Sequences | None) -> AbstractContextManager[None]:
+        """Tell transformers whether rows are packed, where the caller knows. It would ask the device."""
+        if sequences is None:
+            return nullcontext()
+        needs_mask = sequences["packed"] and len(sequences["cu_seqlens"]) > 2 and not self._documents
+        return rows_are_packed() if needs_mask else rows_are_not_packed()
 
     def logits(
         self,
@@ -213,6 +224,8 @@ class LanguageModel(nn.Module):
         adapter_penalty: AdapterPenalty | None = None,
         constrained: Sequence[Constrained] = (),
         labels: Sequence[LabelInformation] = (),
+        sorted_rows: Sequence[SortedRows] = (),
+        sorted_targets: SortedRows | None = None,
     ) -> dict[str, Tensor]:
         """Weighted sum of all losses of a micro-batch; the arguments are those of LossInputs.
 
@@ -224,12 +237,13 @@ class LanguageModel(nn.Module):
         taught = self._reference(input_ids, position_ids, each_layer) if reference else None
         head_losses, outputs = self._head_losses(input_ids, position_ids, positions, taught, bool(features), each_layer)
         if constrained:
-            ce_weights = constrained_weights(head_losses, targets, ce_weights, constrained)
-        first = distillations[0] if distillations else None
-        output = head_losses(targets, ce_weights, first)
+            ce_weights = constrained_weights(head_losses, targets, ce_weights, constrained, sorted_targets)
+        first, *others = distillations or (None,)
+        known, *others_known = sorted_rows or (None,) * max(1, len(distillations))
+        output = head_losses(targets, ce_weights, first, known)
         loss, kd = output.loss, [output.kd] if first is not None else []
-        for distance in distillations[1:]:
-            more = head_losses(torch.full_like(targets, -100), torch.zeros_like(ce_weights), distance)
+        for distance, known in zip(others, others_known, strict=True):
+            more = head_losses(torch.full_like(targets, -100), torch.zeros_like(ce_weights), distance, known)
             loss, kd = loss + more.loss, [*kd, more.kd]
         result = {"ce": output.ce, **{f"kd{index}": value for index, value in enumerate(kd)}}
         for index, feature in enumerate(features):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from safecl.engine.model.attention import Sequences
 from safecl.engine.model.features import Layers
+from safecl.kernels import SortedRows
 
 
 class _StoredOutputs(TypedDict, total=False):
@@ -70,6 +71,10 @@ class _Optional(TypedDict, total=False):
     sequences: Sequences
     constrained: list[Constrained]
     labels: list[LabelInformation]
+    sorted_rows: list[SortedRows]
+    """The rows of each call of the head, sorted: one call per distance, at least one."""
+    sorted_targets: SortedRows
+    """The rows of a call of the head that has the targets alone; where there are constraints."""
 
 
 class LossInputs(_Optional):

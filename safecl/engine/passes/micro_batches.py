@@ -16,10 +16,11 @@ import torch
 
 from safecl.data import MicroBatch, assign, collate
 from safecl.engine.model.attention import Sequences
-from safecl.engine.model.loss_inputs import LossInputs
+from safecl.engine.model.loss_inputs import LossInputs, OutputDistance
 from safecl.engine.passes.distances import hidden_distances, output_distances, target_positions
 from safecl.engine.passes.step_rows import StepRow
 from safecl.engine.passes.token_terms import constraints, label_information
+from safecl.kernels import SortedRows, sort_rows
 
 T = TypeVar("T")
 
@@ -40,8 +41,12 @@ class StepBatch:
     """The terms of each of `inputs["labels"]`, int64 [m]."""
     row_of: torch.Tensor
     """int64 [n], the row of the micro-batch that each target belongs to."""
+    row_counts: torch.Tensor
+    """int64 [rows], the supervised targets of each row."""
     keys: list[int | None]
     """The rows' keys in the memory."""
+    replayed: torch.Tensor | None
+    """int64, the rows that have a key; None where none has."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class MicroBatchLayout:
     tokens_per_microbatch: int
     packed: bool
     pad_id: int = 0
+    vocab_size: int = 2**31 - 1
+    """Width of the logits; targets and teachers' tokens beyond it are refused."""
 
 
 def split_step(rows: Sequence[StepRow], layout: MicroBatchLayout) -> list[list[list[int]]]:
@@ -101,10 +108,16 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
         reference=reference,
         sequences=sequences_of(batch, layout.packed),
     )
+    inputs["sorted_rows"] = _sorted_rows(inputs, layout.vocab_size)
     if constrained := constraints(rows, [row for row, _ in loaded], counts):
         inputs["constrained"] = constrained
+        ones = torch.ones_like(inputs["ce_weights"])
+        inputs["sorted_targets"] = sort_rows(
+            len(ones), vocab=layout.vocab_size, labels=inputs["targets"], ce_weights=ones
+        )
     if labels:
         inputs["labels"] = labels
+    replayed = [number for number, row in enumerate(rows) if row.key is not None]
     return StepBatch(
         inputs,
         terms=torch.from_numpy(term_ids),
@@ -113,8 +126,27 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
         feature_terms=feature_terms,
         label_terms=label_terms,
         row_of=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
+        row_counts=torch.tensor(counts, dtype=torch.int64),
         keys=[row.key for row in rows],
+        replayed=torch.tensor(replayed) if replayed else None,
     )
+
+
+def _sorted_rows(inputs: LossInputs, vocab: int) -> list[SortedRows]:
+    """Sort the rows of each call of the head here, where nobody waits for the answer; see LanguageModel.losses."""
+    first, *others = inputs["distillations"] or (None,)
+    own: dict[str, Any] = {"labels": inputs["targets"], "ce_weights": inputs["ce_weights"]}
+    calls = [own | _teacher_of(first), *map(_teacher_of, others)]
+    return [sort_rows(len(inputs["targets"]), vocab=vocab, **call) for call in calls]
+
+
+def _teacher_of(distance: OutputDistance | None) -> dict[str, Any]:
+    if distance is None:
+        return {}
+    found = {"teacher_rows": distance["rows"], "kd_weights": distance["kd_weights"]}
+    is_stored = "indices" in distance and distance["indices"].device.type == "cpu"
+    # Tokens on the device are those that a teacher of this run has just computed.
+    return found | ({"indices": distance["indices"]} if is_stored else {})
 
 
 def sequences_of(batch: MicroBatch, packed: bool) -> Sequences:

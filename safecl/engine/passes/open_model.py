@@ -33,5 +33,7 @@ def open_language_model(
     packed = packing == "packed" or (packing == "auto" and attention in ON_GPUS_ONLY)
     if packed:
         check_packing(model)
-    layout = MicroBatchLayout(collectives.world_size(), tokens_per_microbatch, packed, pad_id=pad_id or 0)
+    layout = MicroBatchLayout(
+        collectives.world_size(), tokens_per_microbatch, packed, pad_id=pad_id or 0, vocab_size=model.vocab_size
+    )
     return model, layout, store

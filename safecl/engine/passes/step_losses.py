@@ -84,14 +84,13 @@ class StepLosses:
 
     def _keep_rows(self, batch: StepBatch, ce: torch.Tensor) -> None:
         """Keep the mean NLL of each row of the memory, on the device."""
-        rows = [number for number, key in enumerate(batch.keys) if key is not None]
-        if rows:
+        if batch.replayed is not None:
             row_of = batch.row_of.to(ce.device, non_blocking=True)
             sums = torch.zeros(len(batch.keys), dtype=torch.float64, device=ce.device)
             add_at_(sums, row_of, ce.double())
-            counts = torch.bincount(row_of, minlength=len(batch.keys))
+            means = sums / batch.row_counts.to(ce.device, non_blocking=True)
             keys = [key for key in batch.keys if key is not None]
-            self._replayed.append((keys, (sums / counts)[rows]))
+            self._replayed.append((keys, means[batch.replayed.to(ce.device, non_blocking=True)]))
 
     def of_replayed_rows(self) -> dict[int, float]:
         """Mean NLL of the memory's rows that this rank computed, by key; NaN for a row without targets."""

@@ -102,7 +102,7 @@ def whole_model(module: torch.nn.Module) -> Iterator[None]:
     passes that change none."""
     import deepspeed
 
-    live = list(module.parameters())
+    live: list[Any] = list(module.parameters())
     known = [p.is_external_param for p in live]
     with contextlib.ExitStack() as stack:
         for p in live:

@@ -23,7 +23,7 @@ from torch import Tensor
 from safecl.kernels.head import checks
 from safecl.kernels.head.backend import RowOptions
 from safecl.kernels.head.chunks import run_head
-from safecl.kernels.head.segments import HeadCall
+from safecl.kernels.head.segments import HeadCall, SortedRows
 from safecl.kernels.head.teachers import LogitsTeacher, Teacher, TopKTeacher
 
 
@@ -61,6 +61,7 @@ def linear_distill_loss(
     ignore_index: int = -100,
     tile_bytes: int = 2**30,
     z_loss: float = 0.0,
+    sorted_rows: SortedRows | None = None,
 ) -> LinearDistillOutput:
     """Compute cross-entropy and distillation in one pass over the output head.
 
@@ -78,6 +79,8 @@ def linear_distill_loss(
     temperature_scale: "none", or "square" to multiply kd by temperature^2.
     tile_bytes: the memory budget for logits. The peak on top of inputs and returned gradients is tile_bytes + 4·V·H
         bytes (dW in fp32; none for a frozen head).
+    sorted_rows: the result of `sort_rows` for the same arguments, its order on the device of ``hidden``. Without it a
+        GPU has to be waited for once per call. The values are not checked again.
 
     A row whose label is ignored and that has no teacher is never read, so NaN there does not spread. Without any row
     the loss is an exact 0 whose gradients are exact zeros. Gradients are skipped for tensors that do not require them
@@ -92,6 +95,7 @@ def linear_distill_loss(
     checks.check_head(hidden, weight, bias, softcap, logit_scale)
     checks.check_options(divergence, beta, temperature, temperature_scale)
     checks.check_teacher(teacher, teacher_rows, hidden, weight, temperature)
+    checks.check_sorted(sorted_rows, hidden)
     if tile_bytes < 1:
         raise ValueError(f"tile_bytes must be at least 1, got {tile_bytes}")
     kind, tensors, teacher_dtype, teacher_softcap, teacher_scale, mode = _flat_teacher(teacher)
@@ -121,6 +125,8 @@ def linear_distill_loss(
         checks.compute_dtype(hidden, weight),
         teacher_dtype,
         int(tile_bytes),
+        None if sorted_rows is None else sorted_rows["order"],
+        [0] * 4 if sorted_rows is None else sorted_rows["counts"],
         *needs,
     )
     loss, ce, kd, logsumexp = outputs[:4]
@@ -169,6 +175,8 @@ def _linear_distill(
     compute_dtype: torch.dtype,
     teacher_dtype: torch.dtype,
     tile_bytes: int,
+    order: Tensor | None,
+    counts: list[int],
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -208,6 +216,7 @@ def _linear_distill(
         need_hidden,
         need_weight,
         need_bias,
+        known=None if order is None else (order, counts),
     )
     with torch.autocast(hidden.device.type, enabled=False):
         result = run_head(call)
@@ -237,7 +246,7 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, ce_weights: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = rest[-3:]
-    compute_dtype = rest[-6]
+    compute_dtype = rest[-8]
     tokens, wide = hidden.shape[0], torch.promote_types(compute_dtype, torch.float32)
     per_token = [hidden.new_empty(tokens, dtype=wide) for _ in range(3)]
     none = hidden.new_empty(0)
@@ -266,7 +275,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
         scaled(grad, grad_loss * scale, dtype) if need and grad_loss is not None else None
         for grad, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True)
     ]
-    return (*grads, *[None] * 4, [None] * ctx.num_teacher, *[None] * 18)
+    return (*grads, *[None] * 4, [None] * ctx.num_teacher, *[None] * 20)
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

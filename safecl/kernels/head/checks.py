@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,6 +185,16 @@ def _check_topk(teacher: TopKTeacher, weight: Tensor, temperature: float) -> Non
             f"the teacher was made at temperature {teacher.temperature}, the loss asks for {temperature}; "
             "a stored tail cannot be converted: make the teacher again, or train at its temperature"
         )
+
+
+def check_sorted(sorted_rows: Mapping[str, Any] | None, hidden: Tensor) -> None:
+    """Check that the sorted rows are those of a call with this many tokens; hidden: [tokens, H]."""
+    if sorted_rows is None:
+        return
+    order, counts = sorted_rows["order"], sorted_rows["counts"]
+    if order.shape != hidden.shape[:1] or order.dtype != torch.int64 or len(counts) != 4 or sum(counts) != len(order):
+        raise ValueError(f"sorted_rows must be those of {hidden.shape[0]} tokens, got {tuple(order.shape)}, {counts}")
+    _same_device("sorted_rows", order, hidden)
 
 
 def check_vocabulary(name: str, teacher_vocab: int, student_vocab: int) -> None:

@@ -7,6 +7,7 @@ teacher, or with weight 0, belong to none and are never read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class HeadCall:
     need_hidden: bool
     need_weight: bool
     need_bias: bool
+    known: tuple[Tensor, list[int]] | None = None
+    """Order and counts of `SortedRows`; None: the device finds them out."""
 
     @property
     def needs_grad(self) -> bool:
@@ -147,26 +150,69 @@ class HeadResult:
         )
 
 
+class SortedRows(TypedDict):
+    """The rows of a call, sorted by the work that they need: none, label only, teacher only, both."""
+
+    order: Tensor
+    """int64 [tokens]: the tokens that need the first kind of work, then those of the second, and so on."""
+    counts: list[int]
+    """The tokens of each of the four kinds."""
+
+
+def sort_rows(
+    tokens: int,
+    *,
+    vocab: int,
+    labels: Tensor | None = None,
+    ce_weights: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
+    kd_weights: Tensor | None = None,
+    indices: Tensor | None = None,
+    ignore_index: int = -100,
+) -> SortedRows:
+    """Return the `sorted_rows` of a call of linear_distill_loss with these arguments, from tensors in host memory.
+
+    labels, ce_weights: None: no cross-entropy. teacher_rows, kd_weights: None: no teacher. indices: those of a
+    TopKTeacher, which are checked. Raises ValueError for values out of range.
+    """
+    teacher = [torch.empty(0)] * 3 if indices is None else [indices] * 3
+    kind = "none" if indices is None else "topk"
+    questions = value_questions(labels, ignore_index, vocab, teacher_rows, tokens, teacher, kind)
+    raise_first(questions, [bool(answer) for answer in questions.values()])
+    position = None if teacher_rows is None else _places_of(teacher_rows, tokens)
+    work = _work_of(tokens, torch.device("cpu"), labels, ignore_index, ce_weights, position, kd_weights)
+    return SortedRows(order=torch.argsort(work, stable=True), counts=torch.bincount(work, minlength=4).tolist())
+
+
+def _work_of(
+    tokens: int,
+    device: torch.device,
+    labels: Tensor | None,
+    ignore_index: int,
+    ce_weights: Tensor | None,
+    teacher_position: Tensor | None,
+    kd_weights: Tensor | None,
+) -> Tensor:
+    """Return the kind of work of each token, int64 [tokens]: 1 for a label, plus 2 for a teacher."""
+    work = torch.zeros(tokens, dtype=torch.int64, device=device)
+    if labels is not None:
+        work += (labels != ignore_index) & (ce_weights != 0)
+    if teacher_position is not None:
+        work += 2 * ((teacher_position >= 0) & (kd_weights != 0))
+    return work
+
+
 def split_rows(call: HeadCall) -> list[Segment]:
     """Sort the rows into segments, and raise ValueError for values out of range.
 
-    The sizes of the segments and the checks of the values cost a GPU one synchronisation.
+    The sizes of the segments and the checks of the values cost a GPU one synchronisation, unless the caller knows them.
     """
     tokens, device = call.hidden.shape[0], call.hidden.device
     teacher_position = _teacher_positions(call, tokens, device)
-    work = torch.zeros(tokens, dtype=torch.int64, device=device)
-    if call.labels is not None:
-        work += (call.labels != call.ignore_index) & (call.ce_weights != 0)
-    if teacher_position is not None:
-        work += 2 * ((teacher_position >= 0) & (call.kd_weights != 0))
-    order = torch.argsort(work, stable=True)
-    questions = value_questions(
-        call.labels, call.ignore_index, call.vocab, call.teacher_rows, tokens, call.teacher, call.teacher_kind
-    )
-    sizes = (work == torch.arange(4, device=device)[:, None]).sum(1)
-    answers = torch.cat([*(answer.to(sizes)[None] for answer in questions.values()), sizes]).tolist()
-    raise_first(questions, answers[:-4])
-    counts = answers[-4:]
+    if call.known is not None:
+        order, counts = call.known
+    else:
+        order, counts = _sort_on_device(call, tokens, teacher_position)
     segments, start = [], counts[0]
     for kind in (1, 2, 3):
         if counts[kind]:
@@ -174,6 +220,18 @@ def split_rows(call: HeadCall) -> list[Segment]:
             segments.append(_segment(rows, teacher_position, call.teacher_rows, kind, counts[kind]))
         start += counts[kind]
     return segments
+
+
+def _sort_on_device(call: HeadCall, tokens: int, teacher_position: Tensor | None) -> tuple[Tensor, list[int]]:
+    device = call.hidden.device
+    work = _work_of(tokens, device, call.labels, call.ignore_index, call.ce_weights, teacher_position, call.kd_weights)
+    questions = value_questions(
+        call.labels, call.ignore_index, call.vocab, call.teacher_rows, tokens, call.teacher, call.teacher_kind
+    )
+    sizes = (work == torch.arange(4, device=device)[:, None]).sum(1)
+    answers = torch.cat([*(answer.to(sizes)[None] for answer in questions.values()), sizes]).tolist()
+    raise_first(questions, answers[:-4])
+    return torch.argsort(work, stable=True), answers[-4:]
 
 
 def _segment(
@@ -192,9 +250,11 @@ def _teacher_positions(call: HeadCall, tokens: int, device: torch.device) -> Ten
     """Return the teacher's row for each row of the batch [M], -1 for none; None without a teacher."""
     if call.teacher_kind == "none":
         return None
-    if call.teacher_rows is None:
-        return torch.arange(tokens, device=device)
-    positions = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+    return torch.arange(tokens, device=device) if call.teacher_rows is None else _places_of(call.teacher_rows, tokens)
+
+
+def _places_of(teacher_rows: Tensor, tokens: int) -> Tensor:
+    positions = torch.full((tokens,), -1, dtype=torch.int64, device=teacher_rows.device)
     if tokens:  # clamped, because a GPU cannot report an index out of range; `split_rows` refuses it later
-        positions[call.teacher_rows.clamp(0, tokens - 1)] = torch.arange(call.teacher_rows.shape[0], device=device)
+        positions[teacher_rows.clamp(0, tokens - 1)] = torch.arange(teacher_rows.shape[0], device=teacher_rows.device)
     return positions
