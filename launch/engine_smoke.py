@@ -62,7 +62,7 @@ def compare(device: str, runs: int) -> list[dict]:
         for number, where in enumerate((device, "cpu")):  # side by side: most of the time goes into imports
             path = str(Path(folder) / f"{number}.pt")
             command = [sys.executable, __file__, "--device", where, "--runs", str(runs), "--state", path]
-            environment = os.environ | {"DS_ACCELERATOR": where, "OMP_NUM_THREADS": "2"}
+            environment = {"OMP_NUM_THREADS": "2", **os.environ, "DS_ACCELERATOR": where}
             started.append((path, subprocess.Popen(command, cwd=ROOT, env=environment)))
         if any(code != 0 for code in [process.wait() for _, process in started]):
             raise SystemExit("a run failed")

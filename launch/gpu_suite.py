@@ -15,6 +15,7 @@ a folder of wheels that are installed first.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -207,7 +208,7 @@ class Suite:
 
     def _run(self, section: Section, seconds: float) -> Result:
         arguments = (section.dry if self.dry else section.command).replace("{out}", str(self.out)).split()
-        command = [sys.executable, *(each for each in arguments if not (each == "-n" and not _has_xdist()))]
+        command = [sys.executable, *_without_xdist(arguments)]
         print(f"==> {section.name} (at most {seconds:.0f} s): {' '.join(command[1:])}", flush=True)
         began = time.monotonic()
         with (self.out / f"{section.name}.log").open("w") as log:
@@ -266,10 +267,12 @@ def _met(value: bool | None) -> str:
     return {None: "", True: "yes", False: "no"}[value]
 
 
-def _has_xdist() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("xdist") is not None
+def _without_xdist(arguments: list[str]) -> list[str]:
+    """Return the arguments of pytest without `-n NUMBER` where pytest-xdist is not installed."""
+    if "-n" not in arguments or importlib.util.find_spec("xdist") is not None:
+        return arguments
+    place = arguments.index("-n")
+    return arguments[:place] + arguments[place + 2 :]
 
 
 def _call(command: list[str], environment: dict[str, str], log: Any, seconds: float) -> int | None:

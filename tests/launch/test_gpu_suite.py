@@ -113,6 +113,18 @@ def test_a_section_that_the_end_of_a_call_cuts_short_is_done_again(sections, tmp
     assert not made.results
 
 
+def test_without_xdist_tests_run_in_one_process(monkeypatch):
+    arguments = ["-m", "pytest", "-m", "gpu", "-n", "6", "tests/kernels/test_flat_gpu.py"]
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None)
+    assert gpu_suite._without_xdist(arguments) == ["-m", "pytest", "-m", "gpu", "tests/kernels/test_flat_gpu.py"]
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: name)
+    assert gpu_suite._without_xdist(arguments) == arguments
+
+
+def test_continuous_integration_runs_the_suite_at_toy_size():
+    assert "gpu-dry" in (ROOT / ".ci/run").read_text() and "gpu-dry" in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
 def test_a_section_whose_results_cannot_be_read_has_failed(tmp_path):
     (tmp_path / "nothing.py").write_text("")
     made = Suite(tmp_path / "out", dry=False, fresh=True)
