@@ -325,6 +325,9 @@ class _OneShard:
     def reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
+    def all_agree(self, flag: bool) -> bool:
+        return flag
+
 
 def optimizer_of(device: torch.device, numel: int, place: str):
     """Return (optimizer, one update); anchor, Fisher and EMA are with the shard (`none`) or on the host (`cpu`)."""
