@@ -64,20 +64,30 @@ def open_tunnel(address: str) -> int:
 
 
 def pump(tunnel: int, pipe: socket.socket, seconds: float) -> None:
-    """Send what enters the tunnel to the other end, when its time has come; and let out what arrives from there."""
+    """Send what enters the tunnel to the other end, when its time has come; and let out what arrives from there, until
+    either is closed.
+
+    Nothing here may wait for the other end to read: it may be waiting for this one.
+    """
+    pipe.setblocking(False)
     late: collections.deque[tuple[float, bytes]] = collections.deque()
-    while True:
-        wait = max(0.0, late[0][0] - time.monotonic()) if late else None
-        ready, _, _ = select.select([tunnel, pipe], [], [], wait)
-        if tunnel in ready:
-            late.append((time.monotonic() + seconds, os.read(tunnel, _MOST_BYTES)))
-        if pipe in ready:
-            packet = pipe.recv(_MOST_BYTES)
-            if not packet:
-                return
-            os.write(tunnel, packet)
-        while late and late[0][0] <= time.monotonic():
-            pipe.send(late.popleft()[1])
+    with contextlib.suppress(ConnectionError):
+        while True:
+            wait = max(0.0, late[0][0] - time.monotonic()) if late else None
+            full = [pipe] if wait == 0.0 else []
+            ready, free, _ = select.select([tunnel, pipe], full, [], None if full else wait)
+            if tunnel in ready:
+                if not (packet := os.read(tunnel, _MOST_BYTES)):
+                    return
+                late.append((time.monotonic() + seconds, packet))
+            if pipe in ready:
+                if not (packet := pipe.recv(_MOST_BYTES)):
+                    return
+                os.write(tunnel, packet)
+            if free:
+                with contextlib.suppress(BlockingIOError):
+                    pipe.send(late[0][1])
+                    late.popleft()
 
 
 if __name__ == "__main__":

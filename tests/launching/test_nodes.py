@@ -6,11 +6,13 @@ Lost hosts, slow links and restarts are in benchmarks/faults.py nodes.
 
 from __future__ import annotations
 
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from tests.launching import hosts, node_scenes
+from tests.launching import hosts, node_scenes, slow_link
 from tests.launching.node_scenes import Job, left, two_hosts, write_config
 
 APART = hosts.reason_against() is None
@@ -26,6 +28,33 @@ def test_hosts_share_nothing_but_what_is_shared(tmp_path):
         assert b.start("sh", "-c", "hostname; ls /tmp/own /dev/shm/own", log=shared / "b.log").wait() != 0
     assert (shared / "a.log").read_text().split()[:2] == ["a", "shared"] and a.ip in (shared / "a.log").read_text()
     assert (shared / "b.log").read_text().startswith("b\n")
+
+
+def test_a_slow_link_passes_what_both_ends_send_at_once():
+    """Its two ends are threads here, and its tunnels are pairs of sockets."""
+    ends, tunnels = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET), []
+    for end in ends:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        tunnels.append(ours)
+        threading.Thread(target=slow_link.pump, args=(theirs.detach(), end, 0.02), daemon=True).start()
+    packet, count, arrived = b"x" * 9000, 2000, [0, 0]
+
+    def receive(index: int) -> None:
+        for _ in range(count):
+            arrived[index] += len(tunnels[index].recv(65536))
+
+    work = [threading.Thread(target=receive, args=(index,), daemon=True) for index in (0, 1)]
+    work += [
+        threading.Thread(target=lambda tunnel=tunnel: [tunnel.send(packet) for _ in range(count)], daemon=True)
+        for tunnel in tunnels
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join(60.0)
+    assert arrived == [count * len(packet)] * 2
+    for tunnel in tunnels:
+        tunnel.close()
 
 
 @pytest.fixture(scope="module")
