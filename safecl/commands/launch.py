@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from safecl.launching.plan import agent_folder, plan_launch
 from safecl.launching.pulse import FOLDER
 from safecl.launching.slurm import sweep_of
 from safecl.storage.durable import replace_file
-from safecl.training.folder import EXIT_CODE
+from safecl.training.folder import EXIT_CODE, RunFolder
 
 
 def launch_run(
@@ -35,6 +36,8 @@ def launch_run(
     if job.settings.via != "kubernetes":
         preflight(config)  # a job on Kubernetes reads files of its claim, which are not here
     launch = plan_launch(job, node_rank)
+    if launch.agent and not dry_run:
+        _refuse_a_second_launch(job)
     _print(launch, job, with_files=dry_run)
     if dry_run:
         return ExitCode.DONE
@@ -52,12 +55,20 @@ def launch_run(
         settings.stop_timeout,
         launch.first_node,
         job.logs / FOLDER if launch.several else None,
+        launch.ranks,
         say=lambda line: print(line, flush=True),
     )
     try:
         return agent.run()
     finally:
         shutil.rmtree(agent.files, ignore_errors=True)
+
+
+def _refuse_a_second_launch(job: Job) -> None:
+    """Raise ConfigError where a run is under way in the run folder, and this is no node that comes back to it."""
+    smallest, largest = job.settings.node_range
+    if smallest == largest:
+        RunFolder(job.folder).refuse_where_in_use(host=socket.gethostname() if largest > 1 else None)
 
 
 def _print(launch: Launch, job: Job, *, with_files: bool) -> None:

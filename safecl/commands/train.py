@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safecl.commands.preflight import preflight
 from safecl.config import RunConfig
-from safecl.distributed import environment
+from safecl.distributed import environment, rank_files
 from safecl.exits import ExitCode, end_undisturbed, stderr, tracebacks
 from safecl.storage.sizes import memory_limits, resident_bytes
 
@@ -27,7 +27,7 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
     if environment.rank() == 0:
         with contextlib.suppress(OSError):
             RunFolder(Path(config.output)).write_exit_code(code)
-            if code == ExitCode.STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
+            if code == ExitCode.STOPPED and "TORCHELASTIC_RUN_ID" in os.environ and rank_files.FILES not in os.environ:
                 print(
                     f"torchrun itself ends with 1; the exit code {code} is in {Path(config.output) / EXIT_CODE}",
                     flush=True,

@@ -44,7 +44,8 @@ class Agent:
     files: the folder of the ranks' files. exit_code: the file of the run folder where rank 0 says how the run ended.
     start_timeout, stop_timeout: seconds, see LaunchConfig. first_node: where the nodes have met, for agents of other
     nodes. The ranks end where it cannot be reached any more: they may hang in calls that nobody answers. signs: the
-    folder for signs of life of all agents, see pulse.py. say: prints a line for people.
+    folder for signs of life of all agents, see pulse.py. ranks: number of ranks on this machine, where it is known.
+    say: prints a line for people.
     """
 
     command: Command
@@ -55,6 +56,7 @@ class Agent:
     stop_timeout: float = 600.0
     first_node: tuple[str, int] | None = None
     signs: Path | None = None
+    ranks: int | None = None
     say: Callable[[str], object] = print
     _stop: str | None = None
     _stop_by: float | None = None
@@ -99,7 +101,7 @@ class Agent:
         try:
             while self._launcher.poll() is None:
                 time.sleep(_POLL_SECONDS)
-                if any(code in _FINAL for code in self._numbers("code")):
+                if self._have_explained():
                     self._let_ranks_report()
                     break
                 if (lost := reach.lost_for()) > SECONDS_TO_BE_LOST:
@@ -116,6 +118,16 @@ class Agent:
             code = self._code(began)
             pulse.end(failed=code == ExitCode.FAILED)
         return code, any(self._numbers("pid"))
+
+    def _have_explained(self) -> bool:
+        """Whether a rank has said why the run ends, or all ranks have saved after a signal.
+
+        torchrun itself stops the ranks of several nodes where another node joins, and starts them again.
+        """
+        codes = list(self._numbers("code"))
+        ends = self._stop is not None or self.signs is None
+        all_stopped = ends and len(codes) == self.ranks and set(codes) == {ExitCode.STOPPED}
+        return all_stopped or any(code in _FINAL for code in codes)
 
     def _let_ranks_report(self) -> None:
         """End the launcher, which would add tracebacks of its own to what a rank has said, or end the others before
@@ -205,18 +217,22 @@ class Agent:
 
 
 class Reach:
-    """Tells for how long the first node cannot be reached. It counts from the first time that it could."""
+    """Tells for how long the first node cannot be reached, from the first look that fails after one that did not.
+
+    Time in which nobody looks does not count: this machine was asleep, or too busy.
+    """
 
     def __init__(self, place: tuple[str, int] | None):
         self._place = place
-        self._reached_at: float | None = None
+        self._was_reached = False
+        self._missed_at: float | None = None
         self._looked_at = 0.0
 
     def __str__(self) -> str:
         return ":".join(map(str, self._place or ()))
 
     def lost_for(self) -> float:
-        """Look, at most every 5 seconds; return the seconds since it was reached last, 0 where it is there."""
+        """Look, at most every 5 seconds; return the seconds since it was first missed, 0 where it is there."""
         now = time.monotonic()
         if self._place is None or now - self._looked_at < _SECONDS_BETWEEN_LOOKS:
             return 0.0
@@ -224,8 +240,11 @@ class Reach:
         try:
             socket.create_connection(self._place, timeout=_SECONDS_TO_CONNECT).close()
         except OSError:
-            return 0.0 if self._reached_at is None else time.monotonic() - self._reached_at
-        self._reached_at = time.monotonic()
+            if not self._was_reached:
+                return 0.0
+            self._missed_at = self._missed_at or now
+            return now - self._missed_at
+        self._was_reached, self._missed_at = True, None
         return 0.0
 
 

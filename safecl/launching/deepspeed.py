@@ -12,11 +12,10 @@ from pathlib import Path
 from safecl.config import ConfigError
 from safecl.distributed import rank_files
 from safecl.launching import network
-from safecl.launching.job import FILES, Command, Job, Launch, python
+from safecl.launching.hostfile import HOSTFILE, hostfile_of, refuse_wrong_hostfile
+from safecl.launching.job import FILES, Command, Job, Launch, python, timeouts
 from safecl.launching.torchrun import describe, first_node, other_first_node, own_address
 from safecl.launching.variables import network_variables, threads_of, variables_of
-
-HOSTFILE = "hostfile"
 
 
 def plan(job: Job, files: Path, node_rank: int | None) -> Launch:
@@ -24,6 +23,7 @@ def plan(job: Job, files: Path, node_rank: int | None) -> Launch:
 
     Raises ConfigError.
     """
+    refuse_wrong_hostfile(job)
     if job.settings.node_range[1] == 1:
         return _one_node(job, files)
     return _by_ssh(job) if job.settings.ssh else _each_by_itself(job, files, node_rank)
@@ -31,11 +31,16 @@ def plan(job: Job, files: Path, node_rank: int | None) -> Launch:
 
 def _one_node(job: Job, files: Path) -> Launch:
     ranks = job.ranks_per_node()
+    network.refuse_taken_port(job.settings.port, "launch.port")
     wanted = {rank_files.FILES: str(files), rank_files.LOGS: str(job.logs), **threads_of(ranks)}
     places = [f"--num_gpus={ranks}", f"--master_addr={network.LOCALHOST}", f"--master_port={job.settings.port}"]
     variables = variables_of(job.settings, wanted)
-    facts = [("ranks", f"1 node x {ranks}, by the deepspeed launcher"), *variables.facts()]
-    return Launch(facts, Command((*_runner(places), *job.training), variables.to_set()), agent=True)
+    facts = [
+        ("ranks", f"1 node x {ranks}, by the deepspeed launcher"),
+        ("timeouts", timeouts(job.settings)),
+        *variables.facts(),
+    ]
+    return Launch(facts, Command((*_runner(places), *job.training), variables.to_set()), agent=True, ranks=ranks)
 
 
 def _each_by_itself(job: Job, files: Path, node_rank: int | None) -> Launch:
@@ -45,16 +50,21 @@ def _each_by_itself(job: Job, files: Path, node_rank: int | None) -> Launch:
     address, (host, port) = own_address(settings), first_node(settings)
     wanted = {rank_files.FILES: str(files), rank_files.LOGS: str(job.logs), **threads_of(ranks)}
     variables = variables_of(settings, wanted | network_variables(address))
-    places = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={_node_rank(node_rank, nodes)}"]
+    number = _node_rank(node_rank, nodes)
+    if number == 0:
+        network.refuse_taken_port(port, "launch.rendezvous")
+    places = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={number}"]
     places += [f"--master_addr={network.resolve(host)}", f"--master_port={port}"]
     facts = [
         ("ranks", f"{nodes} nodes x {ranks}, by the deepspeed launcher on each node"),
         ("hostfile", str(hostfile)),
         ("this node", describe(address, settings)),
+        ("timeouts", timeouts(settings)),
         *variables.facts(),
     ]
     command = Command((*_runner(places), *job.training), variables.to_set())
-    return Launch(facts, command, written, agent=True, first_node=other_first_node(settings), several=True)
+    first = other_first_node(settings)
+    return Launch(facts, command, written, agent=True, first_node=first, several=True, ranks=ranks)
 
 
 def _by_ssh(job: Job) -> Launch:
@@ -92,19 +102,6 @@ _RUNNER = ("-m", "deepspeed.launcher.runner")
 
 def _runner(places: list[str]) -> list[str]:
     return [python(), *_RUNNER, *places, "--module", "safecl"]
-
-
-def hostfile_of(job: Job, ranks: int) -> str:
-    """Return a hostfile with one line a node. Without ssh the names need not be those of machines."""
-    nodes, hosts = job.settings.node_range[1], list(job.settings.hosts)
-    if not hosts and not job.settings.ssh:
-        hosts = [f"node-{index}" for index in range(nodes)]
-    if len(hosts) != nodes:
-        raise ConfigError(
-            f"launch.hosts: {len(hosts)} names for {nodes} nodes; name every node, the first one first, "
-            "or give a hostfile of your own (launch.hostfile)"
-        )
-    return "".join(f"{host} slots={ranks}\n" for host in hosts)
 
 
 def _node_rank(given: int | None, nodes: int) -> int:

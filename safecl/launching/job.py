@@ -89,7 +89,7 @@ class Launch:
 
     facts: (label, text) lines for people. files: to be written before the command runs. agent: the command starts ranks
     on this machine, so an agent must look after them. first_node: address of the first node, where it is another one.
-    several: an agent on each of several nodes.
+    several: an agent on each of several nodes. ranks: number of ranks on this machine, where it is known.
     """
 
     facts: list[tuple[str, str]]
@@ -98,6 +98,16 @@ class Launch:
     agent: bool = False
     first_node: tuple[str, int] | None = None
     several: bool = False
+    ranks: int | None = None
+
+
+def timeouts(settings: LaunchConfig) -> str:
+    """The time limits of a launch, for people."""
+    smallest, largest = settings.node_range
+    parts = [f"{settings.start_timeout} s until all nodes are there"] if smallest == largest > 1 else []
+    if smallest != largest:
+        parts = [f"{settings.start_timeout} s until {smallest} is there, {settings.last_call} s more for others"]
+    return ", ".join([*parts, f"{settings.stop_timeout} s to save after a signal"])
 
 
 def python() -> str:

@@ -27,7 +27,7 @@ def plan(job: Job) -> Launch:
     facts = [
         ("ranks", f"{nodes} pod{'s' * (nodes > 1)} x {ranks}, by Kubernetes ({job.settings.kubernetes.kind})"),
         ("manifest", str(path)),
-        *variables.facts(),
+        *variables.facts(travels=False),
     ]
     where = [f"--namespace={namespace}"] if namespace is not None else []
     text = yaml.safe_dump_all(manifests(job), sort_keys=False, width=120)

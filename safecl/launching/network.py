@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import shlex
 import socket
 import struct
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from safecl.config import ConfigError
 
 LOCALHOST = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
+_LISTENS = "0A"
+"""The state of a socket that listens, in /proc/net/tcp."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,43 @@ def is_own(ip: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def refuse_taken_port(port: int, key: str, partner: str | None = None) -> None:
+    """Raise ConfigError where a process of this machine listens on a port that the ranks meet at: they would wait for
+    an answer from it. partner: a word of the command line of a process that may."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ConfigError(f"{key}: port {port} cannot be used: {error.strerror}") from None
+    holder = _listener(port)
+    if holder is not None and partner in holder[1]:
+        return
+    who = f"process {holder[0]} ({shlex.join(holder[1])[:80]})" if holder is not None else "another process"
+    raise ConfigError(
+        f"{key}: port {port} of this machine ({socket.gethostname()}) is in use by {who}; stop it, or choose another "
+        f"port, the same on every node, such as {port + 1 if port < 65535 else port - 1}"
+    )
+
+
+def _listener(port: int) -> tuple[int, list[str]] | None:
+    """Return the process id and the command line of the process that listens on a port; None where it is hidden."""
+    sockets = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                words = line.split()
+                if words[3] == _LISTENS and int(words[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{words[9]}]")
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if any(os.readlink(handle) in sockets for handle in (process / "fd").iterdir()):
+                return int(process.name), (process / "cmdline").read_text().rstrip("\0").split("\0")
+    return None
 
 
 def interfaces() -> dict[str, str]:

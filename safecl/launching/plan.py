@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from safecl.config import ConfigError, LaunchConfig, RunConfig
+from safecl.config.errors import explain
 from safecl.launching import deepspeed, kubernetes, slurm, torchrun
 from safecl.launching.job import Job, Launch
 
@@ -20,8 +21,7 @@ def with_options(config: RunConfig, options: dict[str, Any]) -> RunConfig:
     try:
         settings = LaunchConfig.model_validate(config.launch.model_dump() | given)
     except ValidationError as error:
-        mistakes = [f"launch: {found['msg'].removeprefix('Value error, ')}" for found in error.errors()]
-        raise ConfigError("\n".join(mistakes)) from None
+        raise ConfigError("\n".join(explain(error, LaunchConfig, ("launch",)))) from None
     return config.model_copy(update={"launch": settings})
 
 

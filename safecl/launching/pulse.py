@@ -2,7 +2,8 @@
 
 Each agent touches a file of its own every 5 seconds. Where the file of another agent has not been touched for 20
 seconds, or says that its ranks failed 10 seconds ago, the ranks of this node may hang in calls that nobody answers.
-Ages are differences of two times of the file server, so the clocks of the nodes do not matter. Imports no torch.
+Ages are differences of two times of the file server, so the clocks of the nodes do not matter. An agent that has been
+asleep itself judges nobody before the others have had time to give a sign. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ SECONDS_BETWEEN_BEATS = 5.0
 SECONDS_TO_BE_LOST = 20.0
 SECONDS_AFTER_A_FAILURE = 10.0
 """Time in which ranks may fail by themselves when those of another node have failed."""
+SECONDS_ASLEEP = 15.0
+"""An agent that has not looked for this long was stopped, or its machine was."""
 _ALIVE, _FAILED = "alive", "failed"
 
 
@@ -28,24 +31,25 @@ class Pulse:
 
     folder: Path | None
     name: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
-    _beaten_at: float = 0.0
+    _beaten_at: float = field(default_factory=lambda: time.monotonic() - SECONDS_BETWEEN_BEATS)
     _seen: dict[str, float] = field(default_factory=dict)
     """The last sign of each other agent that has given one since this one began, by the file server's clock."""
     _before: dict[str, float] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Remember the signs that are there already: those of agents that are gone do not change any more."""
-        self._beaten_at, self._seen = 0.0, {}
+        self._beaten_at, self._seen = time.monotonic() - SECONDS_BETWEEN_BEATS, {}
         self._before = self._signs()
 
     def lost(self) -> str | None:
         """Give a sign, at most every 5 seconds; return why another agent is lost, None where none is."""
         if self.folder is None or time.monotonic() - self._beaten_at < SECONDS_BETWEEN_BEATS:
             return None
-        self._beaten_at = time.monotonic()
+        now, before = time.monotonic(), self._beaten_at
+        self._beaten_at = now
         with contextlib.suppress(OSError):  # preflight reports a run folder that cannot be written
             own = self._write(_ALIVE)
-            return self._judge(own)
+            return None if now - before > SECONDS_ASLEEP else self._judge(own)
         return None
 
     def _judge(self, own: float) -> str | None:

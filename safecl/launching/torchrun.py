@@ -8,8 +8,12 @@ from pathlib import Path
 from safecl.config import ConfigError, LaunchConfig
 from safecl.distributed import rank_files
 from safecl.launching import network
-from safecl.launching.job import Command, Job, Launch, python
+from safecl.launching.job import Command, Job, Launch, python, timeouts
 from safecl.launching.variables import network_variables, threads_of, variables_of
+
+NO_SHARED_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""torchrun would keep the address of the ranks' store, and the store with its keys, when the nodes meet again: a node
+that comes back then waits for that address for ever, since nobody writes it a second time."""
 
 
 def plan(job: Job, files: Path) -> Launch:
@@ -17,29 +21,43 @@ def plan(job: Job, files: Path) -> Launch:
     settings, ranks = job.settings, job.ranks_per_node()
     smallest, largest = settings.node_range
     wanted = {rank_files.FILES: str(files), rank_files.LOGS: str(job.logs), **threads_of(ranks)}
-    if largest == 1:
-        places, facts = ["--standalone", f"--local-addr={network.LOCALHOST}"], []
-    else:
-        address, endpoint = own_address(settings), first_node(settings)
-        wanted |= network_variables(address)
-        places = _rendezvous(job, endpoint, address)
-        facts = [
-            (
-                "first node",
-                f"{endpoint[0]}:{endpoint[1]}" + (", which is this one" if network.is_own(_ip(endpoint)) else ""),
-            ),
-            ("this node", describe(address, settings)),
-        ]
+    places, facts = _alone()
+    if largest > 1:
+        address = own_address(settings)
+        places, facts = _meeting(job, address)
+        wanted |= network_variables(address) | NO_SHARED_STORE
     nodes = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     variables = variables_of(settings, wanted)
     argv = [python(), "-m", "torch.distributed.run", *places, f"--nproc-per-node={ranks}", "-m", "safecl"]
     return Launch(
-        [("ranks", f"{nodes} node{'s' * (largest > 1)} x {ranks}, by torchrun"), *facts, *variables.facts()],
+        [
+            ("ranks", f"{nodes} node{'s' * (largest > 1)} x {ranks}, by torchrun"),
+            *facts,
+            ("timeouts", timeouts(settings)),
+            *variables.facts(),
+        ],
         Command((*argv, *job.training), variables.to_set()),
         agent=True,
         first_node=other_first_node(settings) if largest > 1 else None,
         several=largest > 1,
+        ranks=ranks,
     )
+
+
+def _alone() -> tuple[list[str], list[tuple[str, str]]]:
+    """The same as `_meeting`, for one node."""
+    return ["--standalone", f"--local-addr={network.LOCALHOST}"], []
+
+
+def _meeting(job: Job, address: network.Address) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return where the nodes meet, as torchrun's arguments and as lines for people."""
+    endpoint = first_node(job.settings)
+    is_first = network.is_own(_ip(endpoint))
+    if is_first:
+        network.refuse_taken_port(endpoint[1], "launch.rendezvous", partner=_identity(job))
+    first = f"{endpoint[0]}:{endpoint[1]}" + (", which is this one" if is_first else "")
+    facts = [("first node", first), ("this node", describe(address, job.settings))]
+    return _rendezvous(job, endpoint, address), facts
 
 
 def _rendezvous(job: Job, endpoint: tuple[str, int], address: network.Address) -> list[str]:
@@ -56,10 +74,15 @@ def _rendezvous(job: Job, endpoint: tuple[str, int], address: network.Address) -
         f"--nnodes={smallest}:{largest}" if smallest != largest else f"--nnodes={largest}",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={endpoint[0]}:{endpoint[1]}",
-        f"--rdzv-id={job.name}",
+        _identity(job),
         f"--rdzv-conf={','.join(f'{key}={value}' for key, value in conf.items())}",
         f"--local-addr={address.ip}",
     ]
+
+
+def _identity(job: Job) -> str:
+    """The word of the command line that agents of one job share."""
+    return f"--rdzv-id={job.name}"
 
 
 def first_node(settings: LaunchConfig) -> tuple[str, int]:

@@ -35,12 +35,15 @@ class Variables:
         theirs = {name: value for name, value in self.theirs.items() if not _is_secret(name)}
         return theirs | self.to_set()
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return (label, text) lines that say who sets what."""
+    def facts(self, *, travels: bool = True) -> list[tuple[str, str]]:
+        """Return (label, text) lines that say who sets what. travels: the ranks get the user's environment."""
         lines = [("set by safecl", _joined(self.ours)), ("by the config", _joined(self.configured))]
         replaced = {name: value for name, value in self.theirs.items() if name in self.configured}
         kept = {name: value for name, value in self.theirs.items() if name not in self.configured}
-        lines += [("yours, kept", _joined(kept)), ("yours, replaced", _joined(replaced))]
+        lines += [
+            ("yours, kept" if travels else "yours, left here", _joined(kept)),
+            ("yours, replaced", _joined(replaced)),
+        ]
         return [(label, text) for label, text in lines if text]
 
 

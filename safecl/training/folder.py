@@ -8,6 +8,7 @@ exit_code   how the last `safecl train` here ended (0, 3 or 75), for launchers t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -43,10 +44,7 @@ class RunFolder:
         if not lock.take():
             holder = lock.holder()
             lock.close()
-            raise ConfigError(
-                f"output: {self.path} is in use by {holder}; wait for that run or stop it, or choose another folder "
-                "with output=..."
-            )
+            raise self._in_use(holder)
         if lock.unsupported is not None:
             lock.close()
             return (
@@ -56,6 +54,24 @@ class RunFolder:
         lock.sign()
         self._lock = lock
         return None
+
+    def refuse_where_in_use(self, host: str | None = None) -> None:
+        """Raise ConfigError where a process uses the folder. host: only where it runs on this one."""
+        if not (self.path / LOCK).exists():
+            return
+        with contextlib.suppress(OSError):  # `lock` reports it
+            lock = FileLock(self.path / LOCK)
+            try:
+                if not lock.take() and (host is None or lock.holder().endswith(f" on {host}")):
+                    raise self._in_use(lock.holder())
+            finally:
+                lock.close()
+
+    def _in_use(self, holder: str) -> ConfigError:
+        return ConfigError(
+            f"output: {self.path} is in use by {holder}; wait for that run or stop it, or choose another folder "
+            "with output=..."
+        )
 
     def remember(self) -> None:
         """Remember which folder this is, for `has_vanished`."""

@@ -4,8 +4,8 @@
     python stand_in.py rank WAY
 
 Ways to end: a number is an exit code; `killed` is by SIGKILL, `wait` is with 75 after a signal, `stays` is not at all,
-`is-stopped` neither, `failed-once` is 1 the first time and 0 from then on, `explains` is 2 a while after the code is
-known.
+`is-stopped` neither, `failed-once` is 1 the first time and 0 from then on, `explains` is 2, and `saves` is
+75, a while after the code is known.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def end(way: str) -> int:
         return code
     if way == "is-stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if way == "explains":
-        rank_files.write_code(2)
-        time.sleep(1.0)  # it waits for the report of another rank
-        return 2
+    if way in ("explains", "saves"):
+        code = 2 if way == "explains" else 75
+        rank_files.write_code(code)
+        time.sleep(1.0)  # it waits for the report of another rank, or takes leave of its libraries
+        return code
     if way in ("wait", "stays"):
         came = signal.sigtimedwait({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}, 60.0)
         Path(os.environ[rank_files.FILES], f"came-{os.environ['RANK']}").write_text(str(came.si_signo if came else 0))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from safecl.distributed import rank_files
-from safecl.launching.agent import Agent
+from safecl.launching.agent import Agent, Reach
 from safecl.launching.job import Command
 from tests.launching import stand_in
 from tests.launching.hosts import wait_for
@@ -23,7 +23,7 @@ def agent_of(tmp_path: Path, ways: str, **settings) -> Agent:
     files = tmp_path / "files"
     command = Command((sys.executable, stand_in.__file__, "launch", ways), {rank_files.FILES: str(files)})
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    return Agent(command, files, tmp_path / "exit_code", **settings)
+    return Agent(command, files, tmp_path / "exit_code", ranks=len(ways.split(",")), **settings)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,20 @@ def test_the_exit_code_of_the_ranks_arrives_though_the_launcher_ends_with_1(tmp_
     assert agent_of(tmp_path, ways).run() == code
 
 
-@pytest.mark.parametrize(("ways", "adds"), [("explains,explains", False), ("1,75", True)])
-def test_a_launcher_adds_nothing_to_what_a_rank_has_explained(tmp_path, capfd, ways, adds):
-    assert agent_of(tmp_path, ways).run() == (1 if adds else 2)
-    assert ("the launcher's own traceback" in capfd.readouterr().out) == adds
+@pytest.mark.parametrize(("ways", "code"), [("explains,explains", 2), ("saves,saves", 75)])
+def test_a_launcher_adds_nothing_to_what_a_rank_has_explained(tmp_path, capfd, ways, code):
+    assert agent_of(tmp_path, ways).run() == code
+    assert "the launcher's own traceback" not in capfd.readouterr().out
+
+
+def test_a_launcher_that_stops_the_ranks_of_several_nodes_may_start_them_again(tmp_path, capfd):
+    assert agent_of(tmp_path, "saves,saves", signs=tmp_path / "agents").run() == 75
+    assert "the launcher's own traceback" in capfd.readouterr().out
+
+
+def test_a_launcher_reports_a_failure(tmp_path, capfd):
+    assert agent_of(tmp_path, "1,75").run() == 1
+    assert "the launcher's own traceback" in capfd.readouterr().out
 
 
 def test_a_failure_is_repeated_and_a_wrong_config_is_not(tmp_path, monkeypatch):
@@ -94,6 +104,17 @@ def test_ranks_end_when_the_first_node_cannot_be_reached_any_more(tmp_path, monk
     assert f"the first node (127.0.0.1:{place[1]}) cannot be reached for" in said[0]
     for path in (tmp_path / "files").glob("*.pid"):
         wait_for(lambda path=path: not Path(f"/proc/{path.read_text().strip()}").exists(), 10, "the ranks are gone")
+
+
+def test_one_look_that_fails_after_a_long_sleep_does_not_make_the_first_node_lost(monkeypatch):
+    monkeypatch.setattr("safecl.launching.agent._SECONDS_BETWEEN_LOOKS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        reach = Reach(first.getsockname())
+        assert reach.lost_for() == 0.0
+    reach._looked_at -= 3600.0
+    assert reach.lost_for() < 1.0
+    time.sleep(0.2)
+    assert 0.2 <= reach.lost_for() < 60.0
 
 
 def test_ranks_on_other_machines_leave_their_code_in_the_run_folder(tmp_path):

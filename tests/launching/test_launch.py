@@ -6,11 +6,13 @@ import os
 import shlex
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from safecl.launching import agent, network
 from safecl.launching.job import Command
+from safecl.training.folder import RunFolder
 
 
 def command_in(out: str) -> list[str]:
@@ -49,10 +51,13 @@ def test_several_nodes_meet_at_the_first_one_by_its_address_and_interface(safecl
         "--local-addr=127.0.0.1",
         "GLOO_SOCKET_IFNAME=lo",
         "NCCL_SOCKET_IFNAME=lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",  # else a node that comes back waits for ever
     ):
         assert word in words
     assert not any("is_host" in word for word in words)  # torch itself finds out for agents on one machine
+    assert "timeouts        600 s until all nodes are there, 600 s to save after a signal" in out
     _, out, _ = safecl("launch", config, "--nodes", "1:4", "--rendezvous", "127.0.0.1", "--dry-run")
+    assert "600 s until 1 is there, 30 s more for others" in out
     assert "--nnodes=1:4" in command_in(out) and "--rdzv-endpoint=127.0.0.1:29500" in command_in(out)
 
 
@@ -78,7 +83,10 @@ def test_the_users_own_variables_are_kept_and_told_apart(safecl, config):
         (("--nodes", "2", "--rendezvous", "127.0.0.1", "launch.interface=eth9"), "no such interface with an IPv4 addr"),
         (("--via", "deepspeed", "--nodes", "2", "--rendezvous", "127.0.0.1"), "must say which node it is: 0 on the fi"),
         (("--via", "deepspeed", "--nodes", "1:2"), "nodes: 1:2 is for torchrun"),
-        (("--via", "mpirun"), "Input should be 'torchrun', 'deepspeed', 'slurm' or 'kubernetes'"),
+        (
+            ("--via", "slrum"),
+            "launch.via: must be 'torchrun', 'deepspeed', 'slurm' or 'kubernetes'; did you mean 'slurm'?",
+        ),
         (("--via", "slurm", "launch.gpus_per_node=auto"), "auto counts the GPUs of this machine, but slurm starts the"),
         (("--sweep", "train.seed=1,2"), "is for --via slurm"),
         (("--via", "slurm", "--sweep", "train.seed"), "give a key and its values"),
@@ -116,6 +124,60 @@ def test_with_ssh_the_variables_travel_in_front_of_the_ranks(safecl, config, mon
     _, out, _ = safecl("launch", config, *ssh, "launch.environment={FI_PROVIDER: efa}", "--dry-run")
     words = command_in(out)
     assert words[0] != "env" and "FI_PROVIDER=efa" in words[words.index("env") : words.index("safecl")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("a slots=2\nb slot=2\n", "hosts, line 2: 'b slot=2' is not `HOST slots=RANKS`"),
+        ("# two nodes\na slots=2\n\na slots=2\n", "hosts, line 4: a is there already"),
+        ("a slots=0\n", "line 1: 'a slots=0' is not"),
+        ("# none\n", "names no node"),
+        (None, "hosts: No such file or directory"),
+        ("a slots=2\n", "names 1 nodes (a), but launch.nodes is 2; give --nodes 1"),
+        ("a slots=2\nb slots=4\n", "b has slots=4, but launch.gpus_per_node is 2"),
+    ],
+)
+def test_a_wrong_hostfile_is_refused_by_its_line(safecl, config, tmp_path, lines, told):
+    if lines is not None:
+        (tmp_path / "hosts").write_text(lines)
+    two = ("--via", "deepspeed", "--nodes", "2", "--rendezvous", "127.0.0.1", "--node-rank", "0")
+    code, _, err = safecl("launch", config, *two, f"launch.hostfile={tmp_path / 'hosts'}", "--dry-run")
+    assert code == 2 and told in " ".join(err.split())
+
+
+def test_a_hostfile_of_ones_own_is_used(safecl, config, tmp_path):
+    (tmp_path / "hosts").write_text("a slots=2  # the first one\nb slots=2\n")
+    two = ("--via", "deepspeed", "--nodes", "2", "--rendezvous", "127.0.0.1", "--node-rank", "1")
+    _, out, _ = safecl("launch", config, *two, f"launch.hostfile={tmp_path / 'hosts'}", "--dry-run")
+    assert f"--hostfile={tmp_path / 'hosts'}" in command_in(out)
+
+
+@pytest.mark.parametrize("options", [("--nodes", "2"), ("--nodes", "2", "--via", "deepspeed", "--node-rank", "0")])
+def test_a_port_that_somebody_listens_on_is_refused_with_who_it_is(safecl, config, options):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = safecl("launch", config, *options, "--rendezvous", f"127.0.0.1:{port}", "--dry-run")
+    said = " ".join(err.split())
+    assert code == 2 and f"launch.rendezvous: port {port} of this machine" in said
+    assert f"is in use by process {os.getpid()} (" in said
+
+
+def test_agents_of_one_job_on_one_machine_share_the_port():
+    with socket.create_server(("", 0)) as taken:
+        word = Path("/proc/self/cmdline").read_text().split("\0")[0]
+        network.refuse_taken_port(taken.getsockname()[1], "launch.rendezvous", partner=word)
+
+
+def test_a_second_launch_of_a_run_that_is_under_way_is_refused_before_anything_starts(safecl, config, tmp_path):
+    run = RunFolder(tmp_path / "run-A_1")
+    run.lock()
+    code, _, err = safecl("launch", config)
+    assert code == 2 and f"run-A_1 is in use by process {os.getpid()} on " in " ".join(err.split())
+    (run.path / "run.lock").write_text("process 1 on another-host\n")
+    run.refuse_where_in_use(host=socket.gethostname())  # this node comes back to it
+    run.release()
+    run.refuse_where_in_use()
 
 
 @pytest.mark.parametrize(("own", "told"), [(True, ",is_host=1"), (False, ",is_host=0")])

@@ -40,6 +40,14 @@ def test_an_agent_without_a_sign_for_20_seconds_is_lost(tmp_path):
     assert b.lost() is None  # it has just given one
 
 
+def test_an_agent_that_was_asleep_itself_gives_the_others_time_for_a_sign(tmp_path):
+    a, _ = pair(tmp_path)
+    age(tmp_path, "b-1", 60.0)
+    a._beaten_at -= 60.0
+    assert a.lost() is None
+    assert a.lost() == "the agent b-1 gives no sign of life since 60 s"
+
+
 def test_an_agent_that_has_failed_is_lost_and_one_that_is_done_is_not(tmp_path):
     a, b = pair(tmp_path)
     b.end(failed=True)

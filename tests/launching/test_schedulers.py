@@ -148,6 +148,12 @@ def test_the_manifests_satisfy_the_official_schemas(safecl, config, kind):
     assert problems(found[-1] | {"spec": found[-1]["spec"] | {"completionMod": "Indexed"}})  # the schema bites
 
 
+def test_the_users_own_variables_do_not_travel_to_the_pods_and_the_launch_says_so(safecl, config):
+    os.environ["NCCL_DEBUG"] = "INFO"
+    _, out, _ = safecl("launch", config, *PODS, "--dry-run")
+    assert "yours, left here" in out and "NCCL_DEBUG=INFO" in out and "yours, kept" not in out
+
+
 def test_the_pods_meet_at_the_first_one_and_exit_codes_keep_their_meaning(safecl, config):
     service, job = manifests(safecl, config, "--nodes", "4", "--max-restarts", "2")
     assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == "run-a-1"
