@@ -19,10 +19,18 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from safecl.config import RunConfig, load_config
-from safecl.planning.costs.device_memory import plan_memory
+from safecl.planning.costs.device_memory import plan_memory, streamed_bytes
 from safecl.planning.costs.model_shape import ModelShape
 from safecl.planning.costs.step_report import prediction
-from safecl.planning.costs.step_time import DEVICES, Cluster, bytes_per_weight, exchanged_bytes, step_time
+from safecl.planning.costs.step_time import (
+    DEVICES,
+    Cluster,
+    bytes_per_weight,
+    exchanged_bytes,
+    forward_flops,
+    step_time,
+    teacher_seconds,
+)
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "launch" / "recipes"
@@ -46,7 +54,7 @@ def model_of(name: str):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def config_of(stage: int, methods: dict | None = None, **train: object) -> RunConfig:
+def config_of(stage: int, methods: dict | None = None, offload: dict | None = None, **train: object) -> RunConfig:
     """Return the config of the tables: replay of a tenth, micro-batches of 8,192 tokens."""
     tree = {
         "model": {"path": "m"},
@@ -54,7 +62,7 @@ def config_of(stage: int, methods: dict | None = None, **train: object) -> RunCo
         "memory": {"source": "r", "replay_ratio": 0.1},
         "methods": methods or {},
         "train": {"tokens_per_microbatch": 8192, "max_length": 2048, "packing": "packed", **train},
-        "deepspeed": {"stage": stage},
+        "deepspeed": {"stage": stage, "offload": offload or {}},
         "output": "o",
     }
     return RunConfig.model_validate(tree)
@@ -135,7 +143,7 @@ def methods_table() -> str:
 def checks_table() -> str:
     """The model beside what was measured, by safecl here and by others."""
     lines = ["| point | measured | model | model / measured |", "|---|---|---|---|"]
-    for what, measured, model, unit in [*published_points(), *own_points()]:
+    for what, measured, model, unit in [*published_points(), *gpu_points(), *own_points()]:
         digits = 0 if measured >= 1000 else 2
         values = f"{measured:,.{digits}f} {unit} | {model:,.{digits}f} {unit}"
         lines.append(f"| {what} | {values} | {model / measured:.2f} |")
@@ -156,11 +164,42 @@ def published_points() -> list[tuple[str, float, float, str]]:
     return points
 
 
+def gpu_points() -> list[tuple[str, float, float, str]]:
+    """Steps, updates and teachers that were measured on one H200, from the results of the other benchmarks."""
+    device, points = DEVICES["H200"], []
+    one = Cluster(device, 1, 1)
+    step = read_results("engine-step-7b-cuda")
+    shape, tokens = shape_of("llama-2-7b"), step["setting"]["micro_batches"] * step["setting"]["tokens_per_microbatch"]
+    host = {"reference": "cpu", "fisher": "cpu", "ema": "cpu"}
+    for side, methods in (("plain", {}), ("safecl", {"ewc": {}, "ema": {}})):
+        config = config_of(2, methods, packing="padded", max_length=512, offload=host)
+        config.memory = None  # the tokens of the step hold the replayed ones
+        measured = step["summary"][side]["seconds"]
+        time = step_time(shape, config, one, tokens)
+        what = {"plain": "plain DeepSpeed", "safecl": "safecl, EWC, EMA and DER, state in host memory"}[side]
+        points.append((f"7B, ZeRO-2, one H200, {what}: a step", measured["whole step"], time.seconds, "s"))
+    memory = step["summary"]["memory"]
+    points.append(("the same, safecl: device memory", memory["peak"] / 1e9, memory["planned"] / 1e9, "GB"))
+    flat = read_results("flat-cuda")["cases"]["step"]
+    row = flat["rows"]["fused"]
+    seconds = flat["numel"] * bytes_per_weight(config_of(2, {"ewc": {}, "ema": {}})) / device.memory
+    points.append(("update of 875 M weights with EWC and EMA on one H200", row["ms"], 1e3 * seconds, "ms"))
+    away = read_results("reference-cuda")["offload"]
+    update = away["weights"] * streamed_bytes(config_of(2, {"ewc": {}, "ema": {}}, offload=host)) / device.host
+    what = "update of 1,000 M weights, anchor, Fisher and EMA in host memory"
+    points.append((what, 1e3 * away["seconds_offloaded"], 1e3 * update, "ms"))
+    lwf = config_of(2, {"lwf": {"outputs": "online"}})
+    for one_pass in read_results("teacher-cuda")["passes"]:
+        forward = forward_flops(shape, lwf) * one_pass["tokens"] / device.flops
+        seconds = teacher_seconds(shape, lwf, device, forward)
+        what = f"streamed teacher of 7B on one H200, {one_pass['tokens']:,} tokens"
+        points.append((what, one_pass["ms"]["streamed"], 1e3 * seconds, "ms"))
+    return points
+
+
 def own_points() -> list[tuple[str, float, float, str]]:
     """Bytes that each of two hosts sends in a step (--measure), by stage."""
-    results, points = read_results(), []
-    if not results:
-        return []
+    results, points = read_results("scaling"), []
     setting = results["setting"]
     weights, hosts = setting["weights"], setting["hosts"]
     shape = ModelShape(weights, weights, largest=0, largest_layer=0, hidden=0, vocab=0, layers=4)
@@ -172,8 +211,8 @@ def own_points() -> list[tuple[str, float, float, str]]:
     return points
 
 
-def read_results() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def read_results(name: str) -> dict:
+    return json.loads((RESULTS.parent / f"{name}.json").read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -190,7 +229,7 @@ def recipe_head(path: Path) -> str:
 
 
 def recipes() -> list[Path]:
-    return sorted(RECIPES.glob("*.yaml"))
+    return sorted(RECIPES.glob("*/*.yaml"))
 
 
 def with_head(path: Path) -> str:

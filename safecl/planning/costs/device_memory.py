@@ -133,17 +133,25 @@ def _method_state(shape: ModelShape, config: RunConfig, world_size: int, device:
     """Yield the methods' state per weight, and the device buffers that offloaded state passes through."""
     share = shape.trained if config.deepspeed.stage == 0 else share_of(shape.trained, world_size)
     with_masters: Where = "host" if config.deepspeed.offload.optimizer == "cpu" else "device"
-    placement, through = placement_of(config), 0
+    placement = placement_of(config)
     for kind in state_kinds(config):
         size, away = _element_bytes(kind, config, placement), placement.of(kind) == "cpu"
         if not (away and role_of(kind) == "reference" and needs_reference(config)):
             yield Item(kind.lstrip("_").replace("_", " "), "host" if away else with_masters, share * size)
-        through += size if away and with_masters == "device" else 0
     if any(merge.pick for settings in config.methods.values() if (merge := settings.merge_at_the_end) is not None):
         yield Item("weights before the merge", "host", share * FP32, "evaluation")
     yield Item("singular vectors", "device", share_of(shape.singular_vectors, world_size))
     if device == "cuda":
-        yield Item("chunks of offloaded state", "device", 2 * min(CHUNK, share) * through)
+        yield Item("chunks of offloaded state", "device", 2 * min(CHUNK, share) * streamed_bytes(config))
+
+
+def streamed_bytes(config: RunConfig) -> int:
+    """Bytes per weight of state that passes from host memory through the device in every update."""
+    if config.deepspeed.offload.optimizer == "cpu":
+        return 0
+    placement = placement_of(config)
+    kinds = [kind for kind in state_kinds(config) if placement.of(kind) == "cpu"]
+    return sum(_element_bytes(kind, config, placement) for kind in kinds)
 
 
 def state_kinds(config: RunConfig) -> list[str]:

@@ -30,8 +30,9 @@ def prediction(
     cluster = Cluster(DEVICES[REFERENCE], *ranks)
     time = step_time(shape, config, cluster, tokens_per_batch)
     host = f", {format_bytes(plan.host)} of host memory on each node" if plan.host else ""
+    count = f"{ranks[0]} rank{'s' * (ranks[0] > 1)}"
     return [
-        ("launched", f"{ranks[0]} ranks: about {format_bytes(plan.device)} on each device{host}"),
+        ("launched", f"{count}: about {format_bytes(plan.device)} on each device{host}"),
         ("  step", f"about {describe(time)} on {cluster.device.name}, by arithmetic, not measured"),
     ]
 

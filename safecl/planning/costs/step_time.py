@@ -2,8 +2,10 @@
 
     step     = passes + exchange + update
     passes   = [6 P T + 12 L h s T / 2] (8 P T with recomputation) / (ranks x rate of the device), T tokens in a step
-    exchange = bytes of the stage x (n - 1) / n / rate of the slowest link + hops x latency
-    update   = bytes per weight of the optimizer's pass x share of the rank / rate of its memory
+    exchange = bytes of the stage x (n - 1) / n / rate of the slowest link + hops x latency; weights in host memory come
+               to the device twice in each micro-batch, a share on each rank
+    update   = bytes per weight of the optimizer's pass x share of the rank / rate of its memory; where state is in host
+               memory, at least its bytes over the link
 
 P: weights, L: layers, h: hidden size, s: tokens of a row. Nothing overlaps: safecl sets overlap_comm: false, and
 gradients are exchanged in fp32. Bytes that a rank sends and receives in a step, for Psi trained weights, m
@@ -17,8 +19,8 @@ micro-batches, w bytes a weight (2 in bf16):
 Source of the volumes: ZeRO (Rajbhandari et al., arXiv 1910.02054), section 7, with the dtypes and the micro-batches
 that safecl uses. DeepSpeed 0.19 all-reduces the buckets of stages 1 and 2 where the paper scatters them
 (use_multi_rank_bucket_allreduce), which doubles their gradients; `benchmarks/scaling.py --measure` counts it. The rates
-of `DEVICES` are data sheets times the share that others have measured; no number of this module was measured with
-safecl on a GPU.
+of `DEVICES` are data sheets times the share that others have measured. `benchmarks/scaling.py` puts the model beside
+all that was measured.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import math
 from dataclasses import dataclass
 
 from safecl.config import RunConfig
-from safecl.planning.costs.device_memory import state_kinds
+from safecl.planning.costs.device_memory import state_kinds, streamed_bytes
 from safecl.planning.costs.items import FP32, share_of, weight_bytes
 from safecl.planning.costs.model_shape import ModelShape
 
@@ -54,6 +56,7 @@ class Device:
 DEVICES = {
     # 46 % of 989 TFLOP/s: what llm-foundry reports for 7B on 8 H100. Links at 80 % of their data sheets.
     "H100": Device("H100 80 GB", 0.46 * 989e12, 0.8 * 3350e9, 0.8 * 450e9, 0.8 * 50e9, 0.8 * 64e9, 0.8 * 38e9),
+    "H200": Device("H200", 0.46 * 989e12, 0.8 * 4800e9, 0.8 * 450e9, 0.8 * 50e9, 0.8 * 64e9, 0.8 * 38e9),
     "A100": Device("A100 80 GB", 0.46 * 312e12, 0.8 * 2039e9, 0.8 * 300e9, 0.8 * 25e9, 0.8 * 32e9, 0.8 * 25e9),
 }
 
@@ -96,17 +99,18 @@ def step_time(shape: ModelShape, config: RunConfig, cluster: Cluster, tokens_per
     ratio = config.memory.largest_replay_ratio if config.memory is not None and _replays(config) else 0.0
     tokens = tokens_per_batch * (1 + ratio)
     batches = num_micro_batches(tokens, config, cluster.ranks)
-    forward = forward_flops(shape, config) * tokens / cluster.ranks / cluster.device.flops
+    device = cluster.device
+    forward = forward_flops(shape, config) * tokens / cluster.ranks / device.flops
     passes = forward * (4 if config.model.gradient_checkpointing else 3)
     sent = exchanged_bytes(shape, config, batches)
     calls = _calls(shape, config, batches)
     ring = (cluster.ranks - 1) / cluster.ranks
-    latency = calls * math.log2(cluster.ranks) * cluster.device.latency if cluster.ranks > 1 else 0.0
+    latency = calls * math.log2(cluster.ranks) * device.latency if cluster.ranks > 1 else 0.0
     return StepTime(
         passes=passes,
         methods=_method_passes(shape, config, cluster, forward, passes, ratio)
-        + _head_forwards(shape, config) * tokens / cluster.ranks / cluster.device.flops,
-        exchange=sent * ring / cluster.link + latency,
+        + _head_forwards(shape, config) * tokens / cluster.ranks / device.flops,
+        exchange=sent * ring / cluster.link + latency + _fetched_bytes(shape, config, cluster, batches) / device.host,
         update=_update(shape, config, cluster),
         sent=sent * ring,
         tokens=tokens,
@@ -142,6 +146,14 @@ def _exchanged_by_zero(stage: int, trained: int, size: int, shape: ModelShape, b
     return float(batches * (FP32 * trained + 2 * size * shape.weights))
 
 
+def _fetched_bytes(shape: ModelShape, config: RunConfig, cluster: Cluster, batches: int) -> float:
+    """Bytes of weights that a rank reads from host memory in a step: its share, for the forward and the backward pass
+    of each micro-batch."""
+    if config.deepspeed.offload.parameters != "cpu":
+        return 0.0
+    return 2.0 * batches * weight_bytes(config) * share_of(shape.weights, cluster.ranks)
+
+
 def _calls(shape: ModelShape, config: RunConfig, batches: int) -> int:
     """Collective calls of a step: three for each layer in stage 3, one for each bucket of 5e8 elements elsewhere."""
     if config.deepspeed.stage == 3:
@@ -159,12 +171,17 @@ def _method_passes(
     """A teacher that is asked in every step makes a forward pass, and its weights pass from host memory to each device.
     A method with gradients of its own makes passes over replayed rows or the task's."""
     teachers = len(set(config.online_teachers.values()))
-    streamed = shape.weights * weight_bytes(config) / cluster.device.host if config.teacher == "streamed" else 0.0
     replayed, methods = ratio / (1 + ratio), config.methods.values()
     own = sum(settings.gradient_passes for settings in methods) * passes * replayed
     own += sum(settings.forward_passes for settings in methods) * forward * replayed
     own += sum(settings.task_gradient_passes for settings in methods) * passes * (1 - replayed)
-    return teachers * max(forward, streamed) + own
+    return teachers * teacher_seconds(shape, config, cluster.device, forward) + own
+
+
+def teacher_seconds(shape: ModelShape, config: RunConfig, device: Device, forward: float) -> float:
+    """Seconds of a teacher's forward pass, which takes `forward` where its weights are there already."""
+    streamed = shape.weights * weight_bytes(config) / device.host if config.teacher == "streamed" else 0.0
+    return max(forward, streamed)
 
 
 def _head_forwards(shape: ModelShape, config: RunConfig) -> float:
@@ -174,12 +191,13 @@ def _head_forwards(shape: ModelShape, config: RunConfig) -> float:
 
 def _update(shape: ModelShape, config: RunConfig, cluster: Cluster) -> float:
     """Seconds of the optimizer's pass. With offload it runs on the CPU, between a copy of the gradients to host memory
-    and one of the weights back."""
+    and one of the weights back. State in host memory comes in over the link beside the pass; what goes back overlaps,
+    since the link has two directions."""
     share = shape.trained if config.deepspeed.stage == 0 else share_of(shape.trained, cluster.ranks)
     per_weight = bytes_per_weight(config)
     if config.deepspeed.offload.optimizer == "cpu":
         return share * (per_weight / cluster.device.host_memory + (FP32 + weight_bytes(config)) / cluster.device.host)
-    return share * per_weight / cluster.device.memory
+    return share * max(per_weight / cluster.device.memory, streamed_bytes(config) / cluster.device.host)
 
 
 def bytes_per_weight(config: RunConfig) -> float:
