@@ -26,7 +26,9 @@ def launch(ways: list[str]) -> int:
         env = os.environ | {"RANK": str(rank)}
         ranks.append(subprocess.Popen([sys.executable, __file__, "rank", way], env=env, start_new_session=True))
     if "stays" in ways or "is-stopped" in ways:  # this launcher loses a rank
-        time.sleep(0.5)
+        files = Path(os.environ[rank_files.FILES])
+        while len(list(files.glob("*.pid"))) < len(ways):  # it loses them when they have begun
+            time.sleep(0.05)
         return 1
     codes = [rank.wait() for rank in ranks]
     if any(codes):
