@@ -1,4 +1,4 @@
-"""Runs on two hosts of namespaces, and on a real Slurm of two nodes (sections `nodes` and `slurm` of faults.py)."""
+"""Runs on two hosts of namespaces (section `nodes` of faults.py)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import random
 import re
 import resource
 import shutil
-import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -19,11 +19,11 @@ LIMIT = 30.0
 """Seconds in which the ranks of the other host have ended, once a loss is noticed (docs/reliability.md)."""
 HANG_TIMEOUT = 10
 RESTARTS = 20
-STEPS_OF_THE_JOB = 60
 
 
-def nodes() -> dict:
-    """Run the scenes on two hosts that are not done yet; return what was measured, and what was wrong.
+def nodes(scenes: Sequence[str] = ()) -> dict:
+    """Run the scenes that are named; without names, those that are not done yet. Return what was measured, and what
+    was wrong.
 
     A scene that does not get through is told and left out, so the next call tries it again.
     """
@@ -34,21 +34,22 @@ def nodes() -> dict:
 
     if (reason := reason_against()) is not None:
         return {"skipped": reason, "wrong": []}
+    if unknown := [name for name in scenes if name not in SCENES]:
+        sys.exit(f"no scene {unknown[0]!r}; there are {', '.join(SCENES)}")
     found, missing = read_results().get("nodes", {}).get("found", {}), []
-    for scene in (_restarts, _slow, _bitwise, _elastic, _losses, _ssh, _skew, _start):
-        name = scene.__name__.strip("_")
-        if name in found:
-            continue
+    for name in scenes or [name for name in SCENES if name not in found]:
+        began = time.monotonic()
         try:
             with scratch(in_memory=False) as folder:
                 write_materials(folder / "demo")
-                result, wrong = scene(folder, folder / name)
+                result, wrong = SCENES[name](folder, folder / name)
         except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
             print(f"  {name}: not through: {error}", flush=True)
             missing.append(f"{name}: not through")
             continue
         print(f"  {name}: {result}, {len(wrong)} wrong {wrong}", flush=True)
-        found[name] = result | {"wrong": wrong, "load_average": round(os.getloadavg()[0], 1)}
+        own = {"wrong": wrong, "seconds": round(time.monotonic() - began)}
+        found[name] = result | own | {"load_average": round(os.getloadavg()[0], 1)}
         write_section("nodes", _summary(found))
     summary = _summary(found)
     return summary | {"wrong": summary["wrong"] + missing}
@@ -99,21 +100,22 @@ def _ssh(folder: Path, here: Path) -> tuple[dict, list[str]]:
 
 
 def _losses(folder: Path, here: Path) -> tuple[dict, list[str]]:
-    """A host is killed, loses its power, is cut off: the other one ends in time, and one host finishes the run."""
+    """A rank or a host is killed, a host loses its power, or is cut off: the other ends in time, and one host finishes
+    the run."""
     from tests.launching.node_scenes import PATIENCE, Job, left, lose_a_host, two_hosts, write_config
 
     found, wrong = {}, []
     train = {"max_steps": 30, "hang_timeout": HANG_TIMEOUT}
     config = write_config(folder / "demo", here / "run.yaml", train=train, checkpoint={"every": 3})
     rows = None
-    for how in ("killed", "power", "cable"):
+    for how in ("rank", "killed", "power", "cable"):
         with two_hosts([folder]) as machines:
             job = Job(config, machines, ranks=2)
             shutil.rmtree(job.folder, ignore_errors=True)
             job.start()
             seconds, problems = lose_a_host(job, 4, how, limit=HANG_TIMEOUT + 2 * LIMIT)
             found[how], wrong = round(seconds, 1), wrong + problems
-            allowed = LIMIT + (0 if how == "killed" else HANG_TIMEOUT)
+            allowed = LIMIT + (0 if how in ("rank", "killed") else HANG_TIMEOUT)
             wrong += [f"{how}: {seconds:.0f} s, more than {allowed:.0f}"] if seconds > allowed else []
             machines[1].kill()
             job.start_one(0, "1")  # the same command, with the node that is there
@@ -258,116 +260,64 @@ def _processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-# ---------------------------------------------------------------------------------------------------------------- Slurm
+SCENES = {
+    "start": _start,
+    "restarts": _restarts,
+    "slow": _slow,
+    "bitwise": _bitwise,
+    "elastic": _elastic,
+    "losses": _losses,
+    "ssh": _ssh,
+    "skew": _skew,
+}
 
 
-def slurm() -> dict:
-    """Submit a job to a real Slurm, stop it by a signal, and see it queued again and finished."""
-    from faults import scratch
-
-    programs = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue")
-    missing = [name for name in programs if shutil.which(name) is None]
-    if os.geteuid() != 0 or missing:
-        return {
-            "skipped": f"needs root and {', '.join(programs)}; missing: {', '.join(missing) or 'root'}",
-            "wrong": [],
-        }
-    with scratch(in_memory=False) as folder, _cluster(folder):
-        return _preempted_job(folder)
+# ---------------------------------------------------------------------------------------------------------------- table
 
 
-CONFIGURATION = """\
-ClusterName=safecl
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort=17000
-AuthType=auth/munge
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SlurmUser=root
-SlurmdUser=root
-ReturnToService=2
-MpiDefault=none
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool.%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.%n.log
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port=17001 CPUs=1
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port=17002 CPUs=1
-PartitionName=p Nodes=n1,n2 Default=YES State=UP
-"""
+def table(results: dict) -> str:
+    """The figures of the sections `nodes` and `slurm` for docs/launching.md."""
+    found, job = results["nodes"]["found"], results["slurm"]
+    lines = ["| scene | what | found | limit |", "|---|---|---|---|"]
+    for scene, what, told, limit in (*_rows(found), ("slurm", *_slurm_row(job))):
+        wrong = (job if scene == "slurm" else found[scene])["wrong"]
+        lines.append(f"| `{scene}` | {what} | {told if not wrong else f'WRONG: {wrong}'} | {limit} |")
+    return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def _cluster(folder: Path) -> Iterator[None]:
-    """A controller and two nodes on this machine."""
-    import socket
-
-    made = folder / "slurm"
-    for name in ("state", "spool.n1", "spool.n2"):
-        (made / name).mkdir(parents=True)
-    (made / "slurm.conf").write_text(CONFIGURATION.format(host=socket.gethostname(), folder=made))
-    os.environ["SLURM_CONF"] = str(made / "slurm.conf")
-    munge = made / "munged.pid"
-    subprocess.run(["install", "-d", "-o", "munge", "/run/munge", "/var/log/munge", "/var/lib/munge"], check=True)
-    own = not Path("/run/munge/munge.socket.2").exists()
-    if own:
-        start = f"munged --force --pid-file=/run/munge/{munge.name}"
-        subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", start], check=True)
-    subprocess.run(["slurmctld", "-c"], check=True)
-    for name in ("n1", "n2"):
-        subprocess.run(["slurmd", "-N", name], check=True)
-    time.sleep(4)
-    try:
-        yield
-    finally:
-        subprocess.run(["scancel", "--user=root"], check=False)
-        time.sleep(5)
-        pids = [*made.glob("*.pid"), *([Path("/run/munge") / munge.name] if own else [])]
-        for path in pids:
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int(path.read_text()), signal.SIGTERM)
-        time.sleep(2)
+def _rows(found: dict) -> list[tuple[str, str, str, str]]:
+    start, restarts, slow, elastic = (found[name] for name in ("start", "restarts", "slow", "elastic"))
+    gone = found["losses"]["seconds_until_the_other_host_has_ended"]
+    hang = found["losses"]["hang_timeout"]
+    allowed = f"{LIMIT:.0f} s, and `hang_timeout` ({hang} s) to notice"
+    ranks = " to ".join(elastic["ranks_of_the_attempts"])
+    return [
+        ("start", "from the command to the first step", f"{start['seconds_to_the_first_step']} s", "25 s"),
+        ("start", "preflight", f"{start['seconds_of_preflight']} s", "10 s"),
+        ("bitwise", f"2 hosts x 2 ranks: {'; '.join(found['bitwise']['equal'])}", "bitwise one host", ""),
+        ("ssh", "both hosts started by one command, through pdsh and ssh", "bitwise one host", ""),
+        ("losses", "a rank is killed: both hosts have ended", f"{gone['rank']} s", f"{LIMIT:.0f} s"),
+        ("losses", "a host is killed: the other has ended", f"{gone['killed']} s", f"{LIMIT:.0f} s"),
+        ("losses", "a host loses its power, and nobody is told", f"{gone['power']} s", allowed),
+        ("losses", "the link is down: both hosts have ended", f"{gone['cable']} s", allowed),
+        ("losses", "the same command, with the node that is there", "done, the same rows", ""),
+        ("restarts", f"{restarts['kills']} kills of a host, each restarted", f"{restarts['kills']} of 20, bitwise", ""),
+        ("elastic", f"a host is lost and comes back: ranks {ranks}", "done", ""),
+        ("slow", f"a link that takes {slow['milliseconds']} ms", "bitwise one host", ""),
+        ("skew", "a clock 90 s ahead", found["skew"]["told"], ""),
+    ]
 
 
-def _preempted_job(folder: Path) -> dict:
-    from safecl.demo.materials import write_materials
-    from tests.launching.hosts import ROOT, wait_for
-    from tests.launching.node_scenes import write_config
+def _slurm_row(job: dict) -> tuple[str, str, str]:
+    stops = ", ".join(job["stopped_after_step"])
+    codes = " and ".join(job["exit_codes_of_jobs"])
+    what = f"a job on two nodes: {stops}; each time it saves and is queued again; exit codes {codes}"
+    return what, f"{job['steps']} of {job['steps']} steps, {job['restarts']} restarts; the codes arrive", ""
 
-    write_materials(folder / "demo")
-    port = 29488
-    launch = {
-        "via": "slurm",
-        "nodes": 2,
-        "gpus_per_node": 1,
-        "rendezvous": f"127.0.0.1:{port}",
-        "slurm": {"gpus": False, "setup": [f"export PYTHONPATH={ROOT}"]},
-    }
-    settings = {"train": {"max_steps": STEPS_OF_THE_JOB}, "checkpoint": {"every": 20}, "launch": launch}
-    config = write_config(folder / "demo", folder / "run.yaml", **settings)
-    run = folder / "run"
-    submitted = subprocess.run(["safecl", "launch", str(config)], capture_output=True, text=True, check=True).stdout
-    job = submitted.split()[-1]
 
-    def steps() -> int:
-        metrics = run / "metrics.jsonl"
-        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+def renew_docs(results: dict) -> None:
+    """Write the table into docs/launching.md, where all scenes are done."""
+    from harness import renew_page
 
-    def queue() -> str:
-        return subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True, check=False).stdout
-
-    wait_for(lambda: steps() >= 5, 180, "the job trains")
-    stopped_at = steps()
-    subprocess.run(["scancel", "--signal=TERM", job], check=True)
-    wait_for(lambda: (run / "exit_code").exists(), 120, "the job stops")
-    code = (run / "exit_code").read_text().strip()
-    wait_for(lambda: (run / "results.json").exists(), 900, "the job is queued again and finishes")
-    wait_for(lambda: job not in queue().split(), 60, "the job has left the queue")
-    log = (run / "logs" / f"slurm-{job}.out").read_text()
-    wrong = [] if code == "75" else [f"exit code {code} after the signal"]
-    wrong += [] if "resuming from step-" in log else ["the job began anew"]
-    wrong += [] if steps() == STEPS_OF_THE_JOB else [f"{steps()} steps"]
-    return {"stopped_after_step": stopped_at, "steps": steps(), "wrong": wrong}
+    if SCENES.keys() <= results.get("nodes", {}).get("found", {}).keys() and "exit_codes_of_jobs" in results["slurm"]:
+        renew_page(ROOT / "docs" / "launching.md", {"nodes": table(results)})

@@ -181,3 +181,11 @@ def test_state_and_weights_in_host_memory_take_the_time_of_the_link():
     kept = scaling.config_of(3, offload={"optimizer": "cpu"})
     times = [scaling.step_time(shape, config, one, 3 * 8192).exchange for config in (streamed, kept)]
     assert times[0] - times[1] == pytest.approx(3 * 2 * 2 * shape.weights / device.host)  # micro-batches, passes, bf16
+
+
+def test_the_table_of_docs_launching_is_that_of_the_results():
+    node_faults = importlib.import_module("node_faults")
+    results = json.loads((ROOT / "benchmarks" / "results" / "faults.json").read_text())
+    page = (ROOT / "docs" / "launching.md").read_text()
+    assert node_faults.table(results) in page, "python benchmarks/faults.py nodes renews the table"
+    assert results["nodes"]["found"].keys() == node_faults.SCENES.keys()

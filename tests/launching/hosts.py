@@ -117,6 +117,13 @@ class Host:
         self.unplug()
         self.kill()
 
+    def kill_a_rank(self) -> None:
+        for pid in self.running():
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if "train" in words and "torch.distributed.run" not in words:
+                return os.kill(pid, signal.SIGKILL)
+        raise AssertionError(f"no rank runs on {self.name}")
+
     def kill(self) -> None:
         for pid in self.running():
             with contextlib.suppress(ProcessLookupError):

@@ -194,14 +194,15 @@ def stop_and_go_on(job: Job, at_step: int) -> list[str]:
 def lose_a_host(job: Job, at_step: int, how: str, limit: float) -> tuple[float, list[str]]:
     """Lose host b at a step; return the seconds until host a has ended, and what is wrong.
 
-    how: `killed` (its processes), `power` (the cable first, so nobody is told), `cable` (it runs on).
+    how: `rank` (one rank of it is killed), `killed` (all its processes), `power` (the cable first, so nobody is told),
+    `cable` (it runs on).
     """
     job.reach(at_step)
     b = job.machines[1]
-    {"killed": b.kill, "power": b.lose_power, "cable": b.unplug}[how]()
+    {"rank": b.kill_a_rank, "killed": b.kill, "power": b.lose_power, "cable": b.unplug}[how]()
     began = time.monotonic()
     wrong = []
-    watched = job.machines[:1] if how != "cable" else job.machines
+    watched = job.machines if how in ("rank", "cable") else job.machines[:1]
     for machine in watched:
         try:
             code = machine.processes[-1].wait(limit)
