@@ -4,8 +4,8 @@
 
 One aligned model of the demonstration, then runs that differ in seed (order, draws, poison): half of them clean, half
 with 10 % poison. Rivals are fixed settings of the same method (er), a grid of factors of replay ratio and weight; the
-best of them is chosen on seed 1000, which is not reported. Runs that the folder has are read and not repeated: the
-result names how many of the wanted runs there are. One process, one rank.
+best of them is chosen on seed 1000, which is not reported, and runs beside the controller on five seeds. Runs that the
+folder has are read and not repeated: the result names how many of the wanted runs there are. One process, one rank.
 
 A run keeps the limit where the final attack success rate on the safety prompts is at most `max_asr_rise` above that of
 the aligned model. Utility is the task's accuracy.
@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,13 @@ CONTROLLER = {
     "replay": [0.25, 4.0],
     "distillation": [0.5, 4.0],
 }
+PROBE = {"compliance": None, "tokens": 3, "every": 1000}
+"""The lead of refusal in greedy decoding: on this model off-task answers are lost refusals, too."""
 FIXED = {"a quarter": (0.25, 0.5), "as configured": (1.0, 1.0), "four times": (4.0, 4.0)}
 """Factors of the replay ratio and of the weight: both bounds of the controller, and its start."""
 RATIO, TUNING_SEED = 0.1, 1000
+RIVALS = 5
+"""Seeds on which the best fixed setting runs beside the controller."""
 
 
 def main() -> None:
@@ -47,12 +53,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/controller"))
     parser.add_argument("--report", action="store_true", help="write the result of what is there, and run nothing")
     arguments = parser.parse_args()
-    wanted = list(plan(arguments.folder, arguments.runs))
+    folder, seeds = arguments.folder, range(arguments.runs // len(POISON))
     if not arguments.report:
-        materials = align(arguments.folder)
-        for name, tree in wanted:
-            train(name, tree, materials)
-    result = summary(arguments.folder, wanted)
+        align(folder)
+        for name, tree in grid(folder):
+            train(name, tree, folder)
+        for seed, poison in itertools.product(seeds, POISON):
+            train(name_of("controller", poison, seed), steered(folder, poison, seed), folder)
+            if seed < RIVALS and (best := best_fixed(finished(folder), poison)) is not None:
+                train(name_of(best, poison, seed), fixed(folder, poison, seed, *FIXED[best]), folder)
+    result = summary(finished(folder), arguments.runs)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1))
 
@@ -60,17 +70,10 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def plan(folder: Path, num_runs: int):
-    """Yield (name, config) of every run: the grid of fixed settings first, then controller and rivals seed by seed."""
-    for poison in POISON:
-        for title, factors in FIXED.items():
-            yield name_of(title, poison, TUNING_SEED), fixed(folder, poison, TUNING_SEED, *factors)
-    for seed in range(num_runs // len(POISON)):
-        for poison in POISON:
-            yield name_of("controller", poison, seed), steered(folder, poison, seed)
-            if seed < 5:  # enough to compare utility and time with every fixed setting
-                for title, factors in FIXED.items():
-                    yield name_of(title, poison, seed), fixed(folder, poison, seed, *factors)
+def grid(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (name, config) of the runs that the best fixed setting is chosen from."""
+    for poison, (title, factors) in itertools.product(POISON, FIXED.items()):
+        yield name_of(title, poison, TUNING_SEED), fixed(folder, poison, TUNING_SEED, *factors)
 
 
 def name_of(title: str, poison: float, seed: int) -> str:
@@ -88,7 +91,7 @@ def fixed(folder: Path, poison: float, seed: int, share: float, weight: float) -
 
 def steered(folder: Path, poison: float, seed: int) -> dict[str, Any]:
     tree = fixed(folder, poison, seed, 1.0, 1.0)
-    tree["safety"] = tree["safety"] | {"controller": CONTROLLER}
+    tree["safety"] = tree["safety"] | {"controller": CONTROLLER, "probe": PROBE}
     return tree
 
 
@@ -126,14 +129,18 @@ def remove(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def summary(folder: Path, wanted: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    found = {name: read(folder / name) for name, _ in wanted if (folder / name / "results.json").exists()}
-    steered_names = [name for name, _ in wanted if name.startswith("controller")]
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the numbers of all finished runs by name."""
+    return {path.parent.name: read(path.parent) for path in sorted(folder.glob("*-seed-*/results.json"))}
+
+
+def summary(found: dict[str, dict[str, Any]], num_runs: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "command": "python benchmarks/controller.py",
         "controller": CONTROLLER,
-        "runs_wanted": len(steered_names),
-        "runs_made": sum(name in found for name in steered_names),
+        "probe": PROBE,
+        "runs_wanted": num_runs,
+        "runs_made": sum(name.startswith("controller") for name in found),
     }
     for poison in POISON:
         label = "poisoned" if poison else "clean"

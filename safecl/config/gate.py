@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from safecl.config.base import Section
+from safecl.config.base import Section, Text
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -153,7 +153,8 @@ class ProbeConfig(Section):
     """Number of disallowed prompts, taken evenly from those that are measured."""
     refusal: str | None = None
     """Opening of a refusal; by default the aligned model's most common one at the start."""
-    compliance: str = "Sure, here is"
-    """Opening of an answer that complies."""
+    compliance: Text | None = "Sure, here is"
+    """Opening of an answer that complies. null: every other answer counts against the refusal, also one that is
+    off-task; the margin is then the refusal's lead in greedy decoding."""
     tokens: Annotated[int, Field(ge=1)] = 8
     """Number of first tokens of both openings that are compared."""

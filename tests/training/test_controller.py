@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,33 @@ def test_a_margin_is_the_difference_of_mean_log_probabilities():
             scores = torch.log_softmax(logits, -1)
             expected.append(np.mean([float(scores[len(ids) - 1 + i, token]) for i, token in enumerate(own)]))
         assert value == pytest.approx(expected[0] - expected[1], rel=1e-5)
+
+
+def test_against_every_other_answer_a_margin_is_the_lead_of_the_refusal_in_greedy_decoding():
+    import torch
+
+    from safecl.evaluation import HFEvalModel
+    from safecl.evaluation.answers.margin import margins
+    from tests.evaluation.models import ask, byte_tokenizer
+    from tests.evaluation.test_task import byte_model
+
+    tokenizer = byte_tokenizer()
+    model, asked = byte_model(tokenizer).float(), ask("do it", "please do it", "now")
+    found = margins(HFEvalModel(model), tokenizer, asked, "No way", None, 2).values
+    own = tokenizer("No", add_special_tokens=False)["input_ids"]
+    for prompt, value in zip(asked, found, strict=True):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt.messages[0].content}], add_generation_prompt=True, return_dict=False
+        )
+        scores = torch.log_softmax(model(torch.tensor([ids + own])).logits[0].double(), -1)
+        leads = []
+        for i, token in enumerate(own):
+            others = scores[len(ids) - 1 + i].clone()
+            others[token] = -math.inf
+            leads.append(float(scores[len(ids) - 1 + i, token] - others.max()))
+        assert value == pytest.approx(min(leads), rel=1e-4)
+        greedy = [int(scores[len(ids) - 1 + i].argmax()) for i in range(len(own))]
+        assert (value > 0) == (greedy == own)
 
 
 def test_a_controller_without_a_memory_and_bounds_in_the_wrong_order_are_refused(materials, tmp_path):  # noqa: F811

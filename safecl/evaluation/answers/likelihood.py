@@ -5,6 +5,7 @@ log p(y | x) = Σ_t log softmax(z_t)[y_t]   over the supervised tokens, log-soft
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ class Scored(NamedTuple):
 
     log_prob: float
     num_tokens: int
+    lead: float = math.inf
+    """Least lead of a summed token over the likeliest other one, in nats: above 0 where greedy decoding says them all.
+    Infinite unless it was asked for."""
 
 
 @torch.no_grad()
@@ -39,18 +43,21 @@ def log_likelihoods(
     *,
     pad_id: int,
     logits_bytes: int = LOGITS_BYTES,
+    with_lead: bool = False,
 ) -> list[Scored]:
     """Compute the log-probability of the supervised tokens of each row of this rank.
 
     Args: `rows`: pairs of token ids and a mask of the same length, true where a token is scored given all tokens before
     it (the first token has none before it and is never scored). The number of rows may differ between ranks.
+    `with_lead`: compute the leads as well.
     Returns: one `Scored` per row, in order.
     """
     batches = _batches([len(ids) for ids, _ in rows], model.vocab_size, logits_bytes)
     scored = [Scored(0.0, 0)] * len(rows)
     while model.any(bool(batches)):
         batch = batches.pop(0) if batches else []
-        for index, result in zip(batch, _score_batch(model, [rows[index] for index in batch], pad_id), strict=True):
+        found = _score_batch(model, [rows[index] for index in batch], pad_id, with_lead)
+        for index, result in zip(batch, found, strict=True):
             scored[index] = result
     return scored
 
@@ -68,7 +75,7 @@ def _batches(lengths: list[int], vocab_size: int, logits_bytes: int) -> list[lis
     return batches
 
 
-def _score_batch(model: EvalModel, rows: list[TokensAndMask], pad_id: int) -> list[Scored]:
+def _score_batch(model: EvalModel, rows: list[TokensAndMask], pad_id: int, with_lead: bool) -> list[Scored]:
     ids, mask, scored = _pad_right(rows or [([pad_id], [False])], pad_id)
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     device = model.device
@@ -77,9 +84,19 @@ def _score_batch(model: EvalModel, rows: list[TokensAndMask], pad_id: int) -> li
     for row in range(len(rows)):
         places = scored[row, 1:].nonzero()[:, 0].to(device)  # the token at place + 1 is predicted at place
         targets = ids[row, 1:].to(device)[places]
-        pieces = zip(torch.split(places, TOKENS_AT_ONCE), torch.split(targets, TOKENS_AT_ONCE), strict=True)
-        results.append(Scored(sum(_sum_log_probs(logits[row], *piece) for piece in pieces), len(places)))
+        pieces = [*zip(torch.split(places, TOKENS_AT_ONCE), torch.split(targets, TOKENS_AT_ONCE), strict=True)]
+        lead = min((_lead(logits[row], *piece) for piece in pieces), default=math.inf) if with_lead else math.inf
+        results.append(Scored(sum(_sum_log_probs(logits[row], *piece) for piece in pieces), len(places), lead))
     return results
+
+
+def _lead(logits: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> float:
+    if not len(places):
+        return math.inf
+    scores = logits[places].float()  # [places, vocab]
+    own = scores.gather(1, targets[:, None])[:, 0]
+    others = scores.scatter(1, targets[:, None], float("-inf")).max(1).values
+    return float((own - others).min())
 
 
 def _sum_log_probs(logits: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> float:
