@@ -197,7 +197,7 @@ def trades(places: Sequence[Place], across: str, up: str, *, width: int = 720, h
     xs, ys = (
         [end for rate in rates for end in rate] for rates in zip(*((p.across, p.up) for p in places), strict=True)
     )
-    box = _Box(min(xs), max(xs), min(ys), max(ys), width, height)
+    box = _Box(*_with_margin(xs), *_with_margin(ys), width, height)
     front = sorted((p.across[0], p.up[0]) for p in places if p.is_front)
     label = html.escape("; ".join(f"{p.name}: {across} {p.across[0]:.3f}, {up} {p.up[0]:.3f}" for p in places))
     return Markup(
@@ -207,6 +207,13 @@ def trades(places: Sequence[Place], across: str, up: str, *, width: int = 720, h
         + "".join(_cross(place, box, 2 if place.is_front else 0) for place in places)
         + "</svg>"
     )
+
+
+def _with_margin(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis: a twentieth beyond the values, and at least a tenth apart."""
+    low, high = min(values), max(values)
+    margin = max((high - low) / 20, (0.1 - (high - low)) / 2)
+    return low - margin, high + margin
 
 
 def _cross(place: Place, box: _Box, colour: int) -> str:

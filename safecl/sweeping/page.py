@@ -79,7 +79,11 @@ def _sentences(table: SweepTable, winner: Cell | None) -> list[Sentence]:
         text = f"{known[best]:.1%} of {what} in the best cell, {best}."
         if winner is not None and winner.name in known:
             text = f"{known[winner.name]:.1%} of {what} in the chosen cell, {winner.name}"
-            text += ", the best of all." if winner.name == best else f"; {known[best]:.1%} in the best, {best}."
+            text += (
+                ", the best of all."
+                if known[winner.name] == known[best]
+                else f"; {known[best]:.1%} in the best, {best}."
+            )
         found.append(Sentence(about, text))
     front = [cell.name for cell in table.cells if cell.standing == "front"]
     if front:
