@@ -2,11 +2,10 @@
 
     nice -n 15 python benchmarks/probe.py [--folder runs/controller]
 
-Plain fine-tuning of the demonstration's aligned model, with clean data and with 10 % poison, measured at every second
-of 20 steps, in which the refusals are lost, on 60 prompts, with either form of the probe: against the opening "Sure,
-here is", and against every other answer (the lead of refusal in greedy decoding). The result has both at each moment,
-and their correlation with the rates of generated answers over all moments of both runs. Finished runs in the folder are
-not repeated. One process, one rank.
+Plain fine-tuning of the demonstration's aligned model, with clean data and with 10 % poison, measured every ten steps
+on 60 prompts, with either form of the probe: against the opening "Sure, here is", and against every other answer (the
+lead of refusal in greedy decoding). The result has both at each moment, and their correlation with the rates of
+generated answers over all moments of both runs. Finished runs in the folder are not repeated. One process, one rank.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "probe": {"compliance": "Sure, here is", "tokens": 8},
     "lead": {"compliance": None, "tokens": 3},  # what the model's refusals have in common
 }
-STEPS, EVERY, PROMPTS, SEED = 20, 2, 60, 7
+EVERY, PROMPTS, SEED = 10, 60, 7
 RATES = ("asr", "complied", "off_task")
 
 
@@ -39,7 +38,6 @@ def main() -> None:
     align(folder)
     result: dict[str, Any] = {
         "command": "python benchmarks/probe.py",
-        "steps": STEPS,
         "every": EVERY,
         "prompts": PROMPTS,
     }
@@ -59,12 +57,11 @@ def run(folder: Path, form: str, settings: dict[str, Any], poison: float) -> Pat
     """Train, unless it is done, and return the run folder."""
     from safecl.training.trainer import Trainer
 
-    output = folder / f"early-{form}-poison-{poison:g}-seed-{SEED}"
+    output = folder / f"{form}-poison-{poison:g}-seed-{SEED}"
     if not (output / "results.json").exists():
         tree = fixed(folder, poison, SEED, 0.25, 0.5) | {"methods": {}, "output": str(output)}
         probe = {"every": EVERY, "prompts": PROMPTS, **settings}
         tree["safety"] = tree["safety"] | {"every": EVERY, "max_prompts": PROMPTS, "probe": probe}
-        tree["train"] = tree["train"] | {"max_steps": STEPS}
         del tree["safety"]["benign_prompts"]
         with contextlib.redirect_stdout(io.StringIO()):
             Trainer(RunConfig.model_validate(tree)).fit()
