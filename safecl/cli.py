@@ -372,6 +372,21 @@ def rebase(
 
 
 @verb
+def expand(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub id.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write; an existing one is never overwritten.")
+    ],
+    blocks: Annotated[int, typer.Option(min=1, help="New blocks, spread evenly: a divisor of the number of blocks.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the new blocks' numbers as JSON.")] = False,
+) -> None:
+    """Add decoder blocks to a model, which change nothing until methods.block_expansion trains them."""
+    from safecl.commands.expand import expand_model
+
+    expand_model(model, output, blocks, as_json)
+
+
+@verb
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,

@@ -98,6 +98,21 @@ class MethodConfig(Section):
         return None
 
     @property
+    def needs_base_model(self) -> bool:
+        """True where the method cannot run without the model before its alignment, which it names (`base_model`)."""
+        return False
+
+    @property
+    def base_model(self) -> str | None:
+        """Folder or hub id of the model before its alignment; None without one."""
+        return None
+
+    @property
+    def needs_lora(self) -> str | None:
+        """The reason why the method works with model.lora alone, and what works without; None where it needs none."""
+        return None
+
+    @property
     def needs_teacher(self) -> bool:
         """True where the method compares replayed rows with a teacher (memory.teacher)."""
         return False
@@ -117,6 +132,17 @@ class MethodConfig(Section):
     def compared_layers(self) -> int | tuple[int, ...]:
         """The layers whose hidden states are compared with a teacher's: how many, or which (TaskTerm.layers)."""
         return ()
+
+    @property
+    def scoring_models(self) -> dict[str, str | None]:
+        """Models that score the task's rows before training, by the key that names each: a folder or hub id; None where
+        the config must name one."""
+        return {}
+
+    @property
+    def follows_row_losses(self) -> bool:
+        """True where the method is told the loss of each of the task's rows after every step."""
+        return False
 
     @property
     def head_forwards(self) -> int:

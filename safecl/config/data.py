@@ -124,6 +124,19 @@ class TaskConfig(RowsConfig, _TaskRows):
     """`align` marks the first task as the alignment stage: memory, Fisher and anchor are taken after it."""
     eval: EvalConfig | None = None
     """Measurement of this task's utility."""
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of each earlier task's rows that is mixed into this task's (dual-stage mixed fine-tuning, DMT, arXiv
+    2310.05492)."""
+    part: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """[k, n]: train the k-th of n disjoint parts of the rows, which train.seed draws; null: all rows."""
+
+    @model_validator(mode="after")
+    def _the_part_is_one_of_them(self) -> TaskConfig:
+        if self.part is not None and self.part[0] > self.part[1]:
+            raise ValueError(
+                f"part: there is no part {self.part[0]} of {self.part[1]}; the first is [1, {self.part[1]}]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_format_fields_has_templates(self) -> TaskConfig:

@@ -19,6 +19,7 @@ from safecl.config.method_registry import load_methods, methods_that
 from safecl.config.model import ModelConfig
 from safecl.config.presets import with_sections
 from safecl.config.safety import PrivacyConfig, SafetyConfig, ScanConfig
+from safecl.config.stream import StreamConfig, with_stream
 from safecl.config.training import ArtifactsConfig, CheckpointConfig, DeepSpeedConfig, LogConfig, TrainConfig
 
 
@@ -29,6 +30,8 @@ class RunConfig(Section):
     """The model that is tuned."""
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
     """Tasks, trained one after the other."""
+    stream: StreamConfig | None = None
+    """A stream in which the tasks recur. It is written out as tasks when the config is read."""
     memory: MemoryConfig | None = None
     """Rows whose behaviour must be kept."""
     methods: Annotated[dict[str, SerializeAsAny[MethodConfig]], BeforeValidator(load_methods)] = {}
@@ -63,8 +66,8 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_preset_fills_other_sections(cls, tree: Any) -> Any:
-        return with_sections(tree) if isinstance(tree, Mapping) else tree
+    def _presets_and_streams_are_written_out(cls, tree: Any) -> Any:
+        return with_stream(with_sections(tree)) if isinstance(tree, Mapping) else tree
 
     # -------------------------------------------------------------------------------------- checks between the sections
 
@@ -112,6 +115,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _methods_have_the_models_they_need(self) -> RunConfig:
+        for name, settings in self.methods.items():
+            if missing := [key for key, model in settings.scoring_models.items() if model is None]:
+                raise ValueError(f"methods: {name} needs `{name}: {{{missing[0]}: MODEL}}`, a folder or hub id")
+            if settings.needs_base_model and settings.base_model is None:
+                raise ValueError(f"methods: {name} needs `{name}: {{base: MODEL}}`, the model before its alignment")
+        return self
+
+    @model_validator(mode="after")
     def _clipping_does_not_contain_a_proximal_step(self) -> RunConfig:
         for name, settings in self.methods.items():
             if settings.is_proximal and self.train.clip_scope == "total":
@@ -126,6 +138,8 @@ class RunConfig(Section):
         for name, settings in self.methods.items():
             if self.model.lora is not None and (reason := settings.refuses_lora) is not None:
                 raise ValueError(f"methods: {name} with model.lora: {reason}")
+            if self.model.lora is None and (reason := settings.needs_lora) is not None:
+                raise ValueError(f"methods: {name} without model.lora: {reason}")
         return self
 
     @model_validator(mode="after")
@@ -255,6 +269,16 @@ class RunConfig(Section):
         if self.memory is not None and self.memory.teacher.kind == "online" and self.needs_teacher:
             found["memory.teacher.source"] = self.memory.teacher.source
         return found
+
+
+def scoring_models(config: RunConfig) -> dict[str, str]:
+    """The models that score the task's rows before training, by the key that names each."""
+    return {
+        f"methods.{name}.{key}": model
+        for name, settings in config.methods.items()
+        for key, model in settings.scoring_models.items()
+        if model is not None
+    }
 
 
 def harmful_sources(config: RunConfig) -> dict[str, str]:

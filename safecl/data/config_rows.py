@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from safecl.config import EvalConfig, FieldMap, RunConfig, TaskConfig
 from safecl.config.data import RowsSource
 from safecl.config.run import harmful_sources, memory_tokens
-from safecl.data import ChatRow, TokenDataset, mix_poison, prepare_dataset, read_rows
+from safecl.data import ChatRow, DataError, TokenDataset, concat, mix_poison, prepare_dataset, read_rows
+from safecl.data.order import keyed_hash
 from safecl.data.rewriting import Rewriting
 from safecl.storage.cache_folder import PREPARED, data_cache
 
@@ -16,15 +19,45 @@ from safecl.storage.cache_folder import PREPARED, data_cache
 
 
 def prepare_task(config: RunConfig, task: TaskConfig, tokenizer: Any) -> tuple[TokenDataset, int]:
-    """The task's tokenised rows with the poison mixed in, and the number of poisoned rows. Raises DataError."""
+    """The task's tokenised rows with the poison and rows of earlier tasks mixed in, and the number of poisoned rows.
+    Raises DataError."""
+    dataset, num_poisoned = _rows_of_task(config, task, tokenizer)
+    if task.mix == 0:
+        return dataset, num_poisoned
+    mixed = [dataset]
+    for earlier in config.tasks[: config.tasks.index(task)]:
+        if earlier.role == "task":
+            rows = _rows_of_task(config, earlier, tokenizer)[0]
+            order = np.argsort(keyed_hash(rows.row_ids, "mix", config.train.seed, task.name), kind="stable")
+            mixed.append(rows.select(np.sort(order[: round(task.mix * len(rows))])))
+    return concat(mixed), num_poisoned
+
+
+def _rows_of_task(config: RunConfig, task: TaskConfig, tokenizer: Any) -> tuple[TokenDataset, int]:
+    """A task's own rows, or the part of them that it trains, with the poison, and the number of rows of the poison."""
     poison, max_length = config.poison, config.train.max_length
     rewriting = None if task.role == "align" else rewriting_of(config)
     dataset = _prepare(config, task.rows_source, tokenizer, max_length, rewriting)
+    number, total = task.part or (1, 1)
+    if total > 1:
+        dataset = dataset.select(np.flatnonzero(part_of(dataset.row_ids, total, config.train.seed) == number))
+        if len(dataset) == 0:
+            raise DataError(
+                f"task {task.name}: no row of {task.train} is in part {number} of {total}; make fewer parts"
+            )
     if poison.ratio == 0 or task.role == "align":
         return dataset, 0
     poisoned = _prepare(config, poison.rows_source, tokenizer, max_length, rewriting)
-    mixed = mix_poison(dataset, poisoned, poison.ratio, poison.seed)
+    mixed = mix_poison(dataset, poisoned, poison.ratio, poison.seed + number - 1)
     return mixed, len(mixed) - len(dataset)
+
+
+def part_of(row_ids: np.ndarray, total: int, seed: int) -> np.ndarray:
+    """Return the part that each row belongs to, counted from 1: int64 [N]. Parts are disjoint and differ in size by one
+    row at most."""
+    place = np.empty(len(row_ids), np.int64)
+    place[np.argsort(keyed_hash(row_ids, "part", seed), kind="stable")] = np.arange(len(row_ids))
+    return place % total + 1
 
 
 def rewriting_of(config: RunConfig) -> Rewriting | None:

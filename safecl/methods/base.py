@@ -8,12 +8,15 @@ The hooks, in the order of a step:
     replay_terms, task_terms      replay rows and distances to a teacher, in the one forward pass
     label_terms                   information over labels on the replay rows
     prompt_terms                  prompts of the memory whose hidden state is kept, in the same pass
-    row_factors, token_constraint    weights of the task's rows and tokens, from scores that the aligned model gave them
+    row_factors, token_factors    weights of the task's rows and tokens, from scores that were computed before training
+    learned_factors               weights of the task's rows that follow their losses
+    token_constraint              weights of the task's tokens that follow their probabilities
     transform_gradient            changes to the gradient before clipping
     learning_rate_factor          a factor of the step's learning rate
     penalty, ema_decay, ema_mask  a pull and an average, inside the optimizer's pass over the shard
     transform_step                changes to the step that AdamW has taken
     after_update                  work on the new weights
+    see_row_losses                the losses of the task's rows in the step
     after_step                    further passes at the new weights
 
 Around tasks, start_task and end_task prepare and finish the method's state. Every hook is optional.
@@ -125,6 +128,9 @@ class Method(Generic[C]):
         """Scores of the task's rows that `row_factors` and `token_constraint` read."""
         return []
 
+    def see_scores(self, scores: Mapping[str, Sequence[np.ndarray]]) -> None:
+        """Look at the scores of all rows of a task before its first step: by name, for each row fp32 [tokens]."""
+
     def row_factors(self, scores: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray | None:
         """Factors of the cross-entropy of a step's task rows, fp64 [rows], at least 0; None: 1 for all.
 
@@ -132,6 +138,24 @@ class Method(Generic[C]):
         remains a mean: the factors are divided by their own mean (safecl/planning/loss_mean.py).
         """
         return None
+
+    def token_factors(self, scores: Mapping[str, Sequence[np.ndarray]]) -> list[np.ndarray] | None:
+        """Factors of the cross-entropy of each supervised token of a step's task rows, fp32 [tokens] each, at least 0;
+        None: 1 for all. The mean over the step is the one that train.loss_mean names, with the sum of a row's factors
+        as its number of tokens."""
+        return None
+
+    def learned_factors(self, step: int, rows: Sequence[int]) -> np.ndarray | None:
+        """Factors of a step's task rows that follow the losses of earlier steps, fp64 [rows]; None: 1 for all.
+
+        rows: places in the task's data set. The rows of a step are read one step ahead, so losses of the steps up to
+        `step` - 2 are known. Only where `Config.follows_row_losses`.
+        """
+        return None
+
+    def see_row_losses(self, step: int, losses: Mapping[int, float]) -> None:
+        """Take note of the mean losses of a step's task rows, by place in the data set, after the step: all rows of the
+        global step, the same on every rank. Only where `Config.follows_row_losses`."""
 
     def token_constraint(self) -> TokenConstraint | None:
         """Factors of the task's tokens that depend on their current probability."""

@@ -131,6 +131,10 @@ class Run(Protocol):
         """Put the gradient of the cross-entropy of the task rows that this step trains (or of the draw in their place),
         at the current weights, into the state `kind`, as `memory_gradient` does. For `before_step`."""
 
+    def task_row_losses(self) -> list[float]:
+        """The mean loss of each row of the current task at the current weights, dropout off; NaN for a row without
+        targets. One forward pass over all of them."""
+
     def memory_loss(self, draw: ReplayTerm) -> float:
         """The loss of a draw from the memory at the current weights, dropout off: one forward pass."""
 

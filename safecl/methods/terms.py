@@ -98,14 +98,19 @@ class PromptTerm:
 
 @dataclass(frozen=True)
 class Score:
-    """Log-probabilities of an answer to every row of the task under the aligned model, one per token of the answer.
+    """A number per supervised token of every row of the task, computed once before training.
 
-    They are computed once before training. `Method.row_factors` is a function of them.
+    `Method.row_factors` and `Method.token_factors` are functions of scores.
     """
 
     name: str
     text: str | None = None
-    """The answer; None: the row's own."""
+    """Another answer, which takes the place of the row's own; None: the row's own."""
+    of: Literal["log_prob", "gradient"] = "log_prob"
+    """log_prob: the token's log-probability; gradient: its share of the squared norm of the gradient of the row's loss
+    with regard to the output head, summed over tokens. The shares of a row add up to the whole."""
+    model: str | None = None
+    """Folder or hub id of the model that scores; None: the aligned model."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,9 @@ class Penalty:
     factors. It is then part of the loss, and clipped with it."""
     fisher_file: str | None = None
     """With `product`: file of the dense Fisher that weighs the products; without one they are pulled evenly."""
+    base: str | None = None
+    """With `product`: folder or hub id of the model before its alignment. The penalty is then strength times the sum of
+    ||(I - C) D||_F^2 of the products D, with C = V V^T / ||V||_F and V the change of the weight by the alignment."""
 
 
 @dataclass(frozen=True)

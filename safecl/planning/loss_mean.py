@@ -23,10 +23,10 @@ def token_weights(
 ) -> np.ndarray:
     """Return the weight of each token of a step's rows, normaliser included.
 
-    Args: `num_targets`: supervised tokens of each row of the global step, int [rows]; `median`: `median_targets` of the
-    task, for `capped`; `factors`: fp64 [rows], of rows that methods weigh (None: 1 for all): the mean is then the
-    weighted one, sum f l / sum f. Returns: the weight of one token of each row, fp64 [rows]; those of a row without
-    targets have no use.
+    Args: `num_targets`: supervised tokens of each row of the global step, int [rows], or sums of their factors, fp64
+    [rows]; `median`: `median_targets` of the task, for `capped`; `factors`: fp64 [rows], of rows that methods weigh
+    (None: 1 for all): the mean is then the weighted one, sum f l / sum f. Returns: the weight of one token of each row,
+    fp64 [rows]; those of a row without targets have no use.
     """
     targets = np.maximum(num_targets, 1).astype(np.float64)
     if factors is not None:

@@ -62,8 +62,24 @@ def check_model(plan: RunPlan) -> None:
             trained = add_adapters(model, config)
     for name, method in plan.config.methods.items():
         method.check_weight_names(name, weight_names(trained))
+        _check_base_model(plan.config.model, f"methods.{name}.base", method.base_model)
         layer_numbers(method.compared_layers, settings.get_text_config().num_hidden_layers, f"methods.{name}.layers")
     plan.notes += [*_note_on_unpulled(plan, trained), *_note_on_frozen(plan, trained)]
+
+
+def _check_base_model(config: ModelConfig, key: str, path: str | None) -> None:
+    """Raise ConfigError where a model before its alignment has not the layers of the run's model."""
+    if path is None or not has_weights_here(path):
+        return
+    dtype = CONFIG_DTYPES[config.dtype]
+    theirs, own = (empty_model(each, dtype, trust_remote_code=config.trust_remote_code) for each in (path, config.path))
+    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (own, theirs)]
+    for name, shape in shapes[0].items():
+        if ".layers." in name and shapes[1].get(name) != shape:
+            raise ConfigError(
+                f"{key}: {path} has no {name} of the shape {list(shape)}; it must be model.path unaligned"
+            )
+    find_weights(path, Layout.of(theirs, dtype), theirs, config.trust_remote_code)
 
 
 def _note_on_frozen(plan: RunPlan, trained: nn.Module) -> list[str]:

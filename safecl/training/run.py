@@ -12,9 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from safecl.config import RunConfig
+from safecl.distributed import collectives
 from safecl.engine.artifacts.teacher_outputs import needs_outputs
 from safecl.engine.passes.attention import guard_attention
 from safecl.engine.passes.label_means import fill_label_means
@@ -54,7 +56,10 @@ class Run(RunState):
         self.own_passes = OwnPasses(self)
         self.view = MethodView(self, self.own_passes, self.correct)
         self.penalties = Penalties(
-            engine, has_adapters=self.has_adapters, fisher_on_host=config.deepspeed.offload.fisher == "cpu"
+            engine,
+            config.model,
+            has_adapters=self.has_adapters,
+            fisher_on_host=config.deepspeed.offload.fisher == "cpu",
         )
         self._ahead: ReadAhead | None = None
         self._waited = 0.0
@@ -85,7 +90,7 @@ class Run(RunState):
             tasks = self.tasks or [task]
             self.recorded_teachers.record(terms, task, tasks, self.log)
             self._record_prompts()
-            self.row_scores.record((s for method in self.active_methods for s in method.scores()), tasks, self.log)
+            self._record_scores(task, tasks)
             self.online_teachers.begin_task(task.config.name)
             self.online_teachers.open(task.tokens_per_batch)
         if self.engine.store is not None and self.engine.store.where == "file":
@@ -94,6 +99,14 @@ class Run(RunState):
         if any(method.ema_decay(self.view) is not None for method in self.active_methods):
             self.engine.optimizer.copy_weights_to("ema")
         self.release_reference()
+
+    def _record_scores(self, task: TaskPlan, tasks: Sequence[TaskPlan]) -> None:
+        """Compute the scores that are missing, and show the methods those of the task."""
+        self.row_scores.record((s for method in self.active_methods for s in method.scores()), tasks, self.log)
+        everything = np.arange(len(task.dataset))
+        for method in self.active_methods:
+            if scores := steps.scores_of(self, method, task, everything):
+                method.see_scores(scores)
 
     def _record_prompts(self) -> None:
         tokenizer = self.plan.tokenizer if self.plan is not None else None
@@ -162,6 +175,7 @@ class Run(RunState):
         result = self.engine.optimizer.result
         if result.applied:
             self._log_losses_of_replayed_rows()
+            self._show_losses_of_task_rows(losses)
             self._call("after_step")
             self.engine.optimizer.result = result
         self.step += 1
@@ -246,6 +260,14 @@ class Run(RunState):
         rows = [row for rows, _ in self.passes for row in rows]
         own = {key: loss for _, losses in self.passes for key, loss in losses.of_replayed_rows().items()}
         self.memory.log_losses(self.global_step, rows, own)
+
+    def _show_losses_of_task_rows(self, losses: StepLosses) -> None:
+        """Tell the methods that follow them the losses of the step's task rows."""
+        following = [method for method in self.active_methods if method.config.follows_row_losses]
+        if following:
+            everywhere = dict(collectives.gather_objects(list(losses.of_task_rows().items())))
+            for method in following:
+                method.see_row_losses(self.step, everywhere)
 
     # ------------------------------------------------------------------------------------------------------------- rows
 

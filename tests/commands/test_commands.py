@@ -206,6 +206,8 @@ def test_every_safecl_command_of_the_pages_does_its_work(words, sandbox, tmp_pat
         monkeypatch.setattr("safecl.sweeping.running.start_process", _FinishedRun)
     if verb == "rebase":
         given = _rebased(given, tmp_path)
+    if verb == "expand":
+        given = ["expand", "model", "--blocks", "1", "-o", str(tmp_path / "new")]
     code = _in_process(given) if words[0] == "safecl" else _by_launcher(words)
     told = capfd.readouterr()
     assert code in DONE or any(word in UNALIGNED and UNALIGNED[word] in told.err for word in given[:2]), told

@@ -33,8 +33,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "corrective_replay": {"steps": 2, "every": 1, "limit": 1.01, "mix": 0.5},
     "safety_layers": {"layers": [1]},
     "temporal_ensemble": {"decay": 0.7, "first_decay": 0.3},
+    "block_expansion": {"blocks": [1]},
     "booster": {"harmful": "harmful.jsonl", "alpha": 0.3},
+    "vaa": {"harmful": "harmful.jsonl", "alpha": 0.5, "eta": 2.0, "rho": 0.3},
     "t_vaccine": {"harmful": "harmful.jsonl", "rho": 20.0, "layers": 1, "every": 2, "renew": 2},
+    "asft": {"base": "base", "strength": 20.0},
+    "bds": {"rate": 60.0},
+    "gradient_norm": {"keep": [0.0, 0.5]},
+    "toss": {"degraded": "4", "utility": "5", "discard": 0.4},
     "hierarchical": {"strength": 2.0, "steps": 2, "length": 0.2},
     "k_fpf": {"k": 2, "steps": 2},
     "segment_rates": {"rules": [{"modules": "attention", "factor": 0.0}, {"importance": "highest", "factor": 0.3}]},
@@ -43,8 +49,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
 
+REQUIRED: dict[str, dict[str, Any]] = {
+    **{name: {"harmful": "harmful.jsonl"} for name in ("booster", "t_vaccine", "vaa")},
+    "asft": {"base": "base"},
+    "toss": {"degraded": "degraded", "utility": "utility"},
+}
+"""Settings without which a method's config is refused."""
+
 ALIGNMENT = {"tasks": [{"name": "t", "train": "unused", "role": "align"}]}
-SECTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("vaccine", "t_vaccine", "booster"), ALIGNMENT)
+SECTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("vaccine", "t_vaccine", "booster", "vaa"), ALIGNMENT)
 """Sections of the run config that a method needs besides a memory, by method."""
 
 
@@ -52,8 +65,11 @@ def config_of(method: str | None, folder: str, **changes: Any):
     """The config of a run with this method alone, or with those of `changes`; plain fine-tuning for None."""
     from tests.engine.scenes import run_config
 
+    settings = dict(SETTINGS.get(method or "", {}))
+    if "base" in settings:
+        settings["base"] = f"{folder}/base"
     sections: dict[str, Any] = {
-        "methods": {method: SETTINGS.get(method, {})} if method is not None else {},
+        "methods": {method: settings} if method is not None else {},
         "memory": {"source": "unused", "replay_ratio": 0.5, "teacher": {"k": 8}},
         "train": {"tokens_per_batch": 96, "tokens_per_microbatch": 32, "max_length": 32, "max_steps": STEPS},
         "artifacts": {"folder": f"{folder}/artifacts"},
@@ -75,8 +91,11 @@ def opened(config, folder: str) -> Iterator[tuple[Any, Any, Any]]:
     from safecl.training.resume import RunSaver
 
     task_rows, memory_rows = scenes.conflicting_datasets()
+    if any(settings.needs_base_model for settings in config.methods.values()):
+        scenes.save_on_first_rank(scenes.other_model("3"), f"{folder}/base")
     model = prepare_for_training(scenes.undecided_model(), config.model)
     run, (task,) = scenes.make_run(config, model, [task_rows])
+    run.row_scores.open_model = scenes.random_model
     run.harmful = {"harmful.jsonl": scenes.harmful_dataset()}
     identity = identity_of(RunPlan(config, None, [task], run.methods, memory_rows, run.harmful))
     saver = RunSaver(run, Path(folder), identity, base_of(config, "undecided"))

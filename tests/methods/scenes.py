@@ -50,6 +50,36 @@ def harmful_dataset():
     return dataset_of([([*ids, 9, 10], mask) for ids, mask in rows], 500)
 
 
+def random_model(seed: str):
+    """An engine for the forward passes of a model with other random weights."""
+    from safecl.config import DeepSpeedConfig
+    from safecl.distributed import collectives
+    from safecl.engine.model.language_model import LanguageModel
+    from safecl.engine.passes.forward_engine import ForwardEngine
+    from safecl.engine.passes.micro_batches import MicroBatchLayout
+
+    layout = MicroBatchLayout(collectives.world_size(), 64, packed=False)
+    return ForwardEngine(LanguageModel(other_model(seed)), layout, dtype="fp32", sharding=DeepSpeedConfig(stage=0))
+
+
+def other_model(seed: str, noise: float = 0.05):
+    """The tiny model with noise on its weights."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(int(seed))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(noise * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def save_on_first_rank(model, folder: str) -> None:
+    """Save a model where all ranks find it. A collective call."""
+    from safecl.distributed import collectives
+
+    if collectives.rank() == 0:
+        model.save_pretrained(folder)
+    collectives.barrier()
+
+
 def undecided_model():
     """A model that gives either answer to the prompts above about half of its belief, so that the gradients of both
     conflict."""

@@ -42,7 +42,8 @@ def test_the_table_of_methods_says_what_their_configs_declare(name, columns):
     assert ("memory" in needs) == settings.needs_memory
     assert ("pass" in passes) == (settings.gradient_passes + settings.task_gradient_passes > 0)
     assert ("forward" in passes) == (settings.forward_passes > 0) or "online" in passes
-    assert lora == ("yes" if settings.refuses_lora is None else "no") or lora.startswith("with ")
+    assert lora == ("yes" if settings.refuses_lora is None else "no") or lora.startswith(("with ", "only with "))
+    assert (lora == "only with LoRA") == (settings.needs_lora is not None)
     assert measured == "not measured yet" or re.match(r"[.\d]+ / [.\d]+", measured)
 
 

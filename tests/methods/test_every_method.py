@@ -34,7 +34,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def layouts_of(method: str) -> list[str]:
     settings = method_module(method).Config(**every_method.SETTINGS.get(method, {}))
-    return [name for name in LAYOUTS if settings.refuses_lora is None or "LoRA" not in name]
+    fits = {True: settings.refuses_lora is None, False: settings.needs_lora is None}
+    return [name for name in LAYOUTS if fits["LoRA" in name]]
 
 
 def cases() -> list[Any]:

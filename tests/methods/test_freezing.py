@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from safecl.config import ConfigError, validate_tree
+from safecl.methods.freezing.block_expansion import Config as Blocks
 from safecl.methods.freezing.hft import Config as Half
 from safecl.methods.freezing.safety_layers import Config as SafetyLayers
 from tests.engine.passes import oracle
@@ -82,6 +84,48 @@ def test_the_default_safety_layers_are_those_of_the_paper_at_the_same_depth():
         ConfigError, match=r"methods.safety_layers.layers: there is no layer 40; the layers are 0 to 31"
     ):
         SafetyLayers(layers=[40]).check_weight_names("safety_layers", known)
+
+
+def test_only_the_new_blocks_of_an_expanded_model_are_trained():
+    known = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(10)] + ["lm_head.weight"]
+    assert set(known) - Blocks(blocks=[3]).frozen(known, 0) == {known[3]}
+    assert set(known) - Blocks().frozen(known, 0) == {known[4], known[9]}
+    with pytest.raises(
+        ConfigError, match=r"methods.block_expansion: the model has no fifth block; name the new blocks"
+    ):
+        Blocks().check_weight_names("block_expansion", known[:3])
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_expanded_model_computes_what_it_did_before(tmp_path, blocks):
+    from safecl.engine.model.expansion import expand_folder
+    from tests.catalogue.models import save_model
+
+    before = save_model(tmp_path / "before")
+    added = expand_folder(str(before), tmp_path / "after", blocks)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
+    old = AutoModelForCausalLM.from_pretrained(before)
+    assert added == {1: [2], 2: [1, 3]}[blocks] and model.config.num_hidden_layers == 2 + blocks
+    weights = model.state_dict()
+    assert all(weights[f"model.layers.{i}.self_attn.o_proj.weight"].count_nonzero() == 0 for i in added)
+    assert torch.equal(
+        weights[f"model.layers.{added[0]}.self_attn.q_proj.weight"],
+        weights[f"model.layers.{added[0] - 1}.self_attn.q_proj.weight"],
+    )
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, old(input_ids=ids).logits)
+
+
+def test_blocks_that_cannot_be_spread_evenly_are_told(tmp_path):
+    from safecl.engine.model.expansion import expand_folder
+    from tests.catalogue.models import save_model
+
+    before = save_model(tmp_path / "before")
+    with pytest.raises(ConfigError, match="3 new blocks cannot be spread evenly over 2; possible: 1, 2"):
+        expand_folder(str(before), tmp_path / "after", 3)
+    with pytest.raises(ConfigError, match="exists already"):
+        expand_folder(str(before), before, 1)
 
 
 def test_the_plan_counts_trained_weights_alone():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +99,58 @@ def test_t_vaccine_moves_and_trains_the_layers_that_it_has_drawn(rank_pool, tmp_
     assert oracle.relative_distance(found_by(rank_pool, tmp_path, "t_vaccine", 2), end, scene.start) <= 1e-3
 
 
+def test_vaa_weighs_vulnerable_rows_by_their_loss_and_steps_from_moved_weights(rank_pool, tmp_path):
+    scene, data = Scene(), scenes.conflicting_datasets()[0]
+    rows = list(data.rows(range(len(data))))
+
+    def losses() -> list[float]:
+        return [scene.nll([row]) for row in rows]
+
+    before, here = losses(), scene.gradient(harmful(0))
+    scene.move(lambda name, p: p - 0.5 * here[name] / dot(here, here) ** 0.5)
+    rises = {row.row_id: b - a for row, a, b in zip(rows, before, losses(), strict=True)}
+    scene.move(lambda name, p: scene.start[name])
+    chosen = set(sorted(rises, key=lambda row: -rises[row])[: round(0.25 * len(rows))])
+    p, waiting, moved = 0.5, [], []
+
+    def weighted(step: int) -> torch.Tensor:
+        groups = [[row for row in scene.task[step] if (row.row_id in chosen) == wanted] for wanted in (True, False)]
+        assert all(groups)
+        means = [torch.stack([oracle.row_nll(scene.model, row).mean() for row in own]).mean() for own in groups]
+        return p * means[0] + (1 - p) * means[1]
+
+    def step_of(step: int) -> torch.Tensor:
+        nonlocal p
+        if step >= 2:
+            odds = p / (1 - p) * math.exp(2.0 * (waiting[step - 2][0] - waiting[step - 2][1]))
+            p = min(0.9, max(0.1, odds / (1 + odds)))
+        if random.Random(f"{reference.SEED} vaa {step}").random() < step / every_method.STEPS:
+            moved.append(step)
+            g = oracle.gradients(scene.model, weighted(step))
+            old = {name: q.detach().clone() for name, q in scene.model.named_parameters()}
+            scene.move(lambda name, q: q + 0.3 * g[name] / dot(g, g) ** 0.5)
+            note(step)
+            there = oracle.gradients(scene.model, weighted(step))
+            scene.move(lambda name, q: old[name])
+            return sum((there[name].detach() * q).sum() for name, q in scene.model.named_parameters())
+        note(step)
+        return weighted(step)
+
+    def note(step: int) -> None:
+        waiting.append(
+            [
+                sum(own) / len(own)
+                for wanted in (True, False)
+                if (own := [scene.nll([row]) for row in scene.task[step] if (row.row_id in chosen) == wanted])
+            ]
+        )
+
+    end = reference.train(scene.model, [lambda step=step: step_of(step) for step in range(every_method.STEPS)])
+    assert moved and p != 0.5
+    assert oracle.relative_distance(end, Scene().train(), scene.start) > 0.02
+    assert oracle.relative_distance(found_by(rank_pool, tmp_path, "vaa", 1), end, scene.start) <= 1e-3
+
+
 TREE = {
     "model": {"path": "m"},
     "tasks": [{"name": "a", "train": "a.jsonl", "role": "align"}, {"name": "b", "train": "b.jsonl"}],
@@ -103,7 +158,7 @@ TREE = {
 }
 
 
-@pytest.mark.parametrize("method", ["booster", "t_vaccine"])
+@pytest.mark.parametrize("method", ["booster", "t_vaccine", "vaa"])
 def test_a_run_without_the_harmful_rows_is_refused_by_name(method):
     with pytest.raises(ConfigError, match=rf"{method} needs `{method}: {{harmful: FILE}}`, disallowed prompts with"):
         validate_tree(TREE | {"methods": {method: {}}}, "run.yaml")

@@ -6,7 +6,7 @@ factors at hand. Every rank's value counts 1 / world size, as the gradient's mea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,26 @@ from safecl.engine.model.adapters import adapters
 
 AdapterPenalty = Callable[[nn.Module], torch.Tensor]
 """A function of the model; returns a 0-dim fp32 tensor."""
+
+
+@dataclass(frozen=True)
+class OutsideAlignmentPenalty:
+    """strength * sum ||(I - U U^T) (alpha / r) B A||_F^2 over all adapted weights.
+
+    directions: U by weight, [out, in]. With P = B - U (U^T B) it is <P^T P, A A^T>, without a product.
+    """
+
+    strength: float
+    directions: Mapping[str, torch.Tensor]
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        total = torch.zeros(())
+        for name, module_a, module_b, scaling in adapters(model):
+            a, b = module_a.weight.float(), module_b.weight.float()
+            u = self.directions[name].float()
+            outside = b - u @ (u.T @ b)
+            total = total.to(a.device) + scaling**2 * ((outside.T @ outside) * (a @ a.T)).sum()
+        return self.strength * total
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,9 @@ class HeadLosses(Protocol):
     def log_probs_of(self, labels: Tensor, rows: Tensor) -> Tensor:
         """fp32 log-probabilities of these tokens alone, [rows, labels], at some of the positions."""
 
+    def logits_of(self, rows: Tensor) -> Tensor:
+        """fp32 logits at some of the positions, [rows, vocab]."""
+
 
 @dataclass(frozen=True)
 class FusedHeadLosses:
@@ -97,6 +100,12 @@ class FusedHeadLosses:
         product = nn.functional.linear(self.hidden[rows].float(), self.head.weight[labels].float(), bias)
         return self.scaling.apply(product).log_softmax(-1)
 
+    def logits_of(self, rows: Tensor) -> Tensor:
+        weight = self.head.weight
+        return self.scaling.apply(
+            nn.functional.linear(self.hidden[rows].to(weight.dtype), weight, self.head.bias).float()
+        )
+
     def _distance_arguments(self, distance: OutputDistance | None) -> dict[str, Any]:
         if distance is None:
             return {}
@@ -129,6 +138,9 @@ class LogitsLosses:
     def log_probs_of(self, labels: Tensor, rows: Tensor) -> Tensor:
         return self.logits[rows][:, labels].float().log_softmax(-1)
 
+    def logits_of(self, rows: Tensor) -> Tensor:
+        return self.logits[rows].float()
+
     def _distance_arguments(self, distance: OutputDistance | None) -> dict[str, Any]:
         if distance is None:
             return {}
@@ -149,6 +161,23 @@ def label_information(head_losses: HeadLosses, one: LabelInformation) -> Tensor:
     p = log_p.exp()
     spread = (p * one["mean"].clamp_min(1e-30).log()).sum(-1)
     return spread - (p * log_p).sum(-1) if one["sharpen"] else spread
+
+
+@torch.no_grad()
+def gradient_shares(head_losses: HeadLosses, hidden: Tensor, targets: Tensor, row_of: Tensor) -> Tensor:
+    """Return the tokens' shares of ||G||_F^2 of their rows, fp32 [n], with G = sum_t (p_t - e_{y_t}) h_t^T of a row.
+
+    The share of token t is sum_s ((p_s - e_s) . (p_t - e_t)) (h_s . h_t). hidden: [n, H] before the head. Holds the
+    probabilities of one row's tokens at once, [tokens of the row, vocab].
+    """
+    shares = torch.zeros(len(targets), device=targets.device)
+    for row in row_of.unique().tolist() or [-1]:  # under ZeRO-3 every rank reads the head
+        own = (row_of == row).nonzero()[:, 0]
+        residual = head_losses.logits_of(own).softmax(-1)
+        residual[torch.arange(len(own), device=own.device), targets[own]] -= 1.0
+        states = hidden[own].float()
+        shares[own] = ((residual @ residual.T) * (states @ states.T)).sum(1)
+    return shares
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from safecl.engine.model.head import (
     HeadLosses,
     LogitsLosses,
     constrained_weights,
+    gradient_shares,
     head_scaling,
     label_information,
 )
@@ -52,9 +53,9 @@ class _Outputs(NamedTuple):
 class LanguageModel(nn.Module):
     """Trunk and fused head as one module.
 
-    `forward(task="loss", ...)` calls `losses`; `task` may also be "logits", "topk" or "hidden". All of them return
-    plain dictionaries: a dataclass that crosses a module's boundary crashes ZeRO-3. `sequences` says where documents
-    begin; without it transformers finds out from the positions.
+    `forward(task="loss", ...)` calls `losses`; `task` may also be "logits", "topk", "gradient" or "hidden". All of
+    them return plain dictionaries: a dataclass that crosses a module's boundary crashes ZeRO-3. `sequences` says where
+    documents begin; without it transformers finds out from the positions.
     """
 
     vocab_size: int
@@ -100,6 +101,7 @@ class LanguageModel(nn.Module):
             "topk": self.topk,
             "hidden": self.hidden,
             "labels": self.label_probs,
+            "gradient": self.gradient_shares,
         }
         self._documents = document_arguments(self.model, sequences)
         with self._telling_documents(sequences):
@@ -156,6 +158,15 @@ class LanguageModel(nn.Module):
         head_losses, _ = self._head_losses(input_ids, position_ids, positions, None, False, False)
         rows = torch.arange(len(positions), device=positions.device)
         return {"probs": head_losses.log_probs_of(labels, rows).exp()}
+
+    def gradient_shares(
+        self, input_ids: Tensor, position_ids: Tensor, positions: Tensor, targets: Tensor, row_of: Tensor
+    ) -> dict[str, Tensor]:
+        """Shares of the tokens at flat positions [n] in the squared norm of their row's gradient at the head:
+        {"share": fp32 [n]}. row_of: int64 [n], the row of each, counted from 0."""
+        head_losses, outputs = self._head_losses(input_ids, position_ids, positions, None, True, False)
+        assert outputs.hidden is not None
+        return {"share": gradient_shares(head_losses, outputs.hidden[positions], targets, row_of)}
 
     def topk(
         self,

@@ -47,6 +47,8 @@ class StepBatch:
     """The rows' keys in the memory."""
     replayed: torch.Tensor | None
     """int64, the rows that have a key; None where none has."""
+    indices: list[int | None]
+    """The places in the task's data set of task rows that have a weight; None for other rows."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
     positions = torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64))
     counts = [len(place) for place in places]
     ce_weights = np.repeat([row.ce_weight * layout.world_size for row in rows], counts).astype(np.float32)
+    for first, row, count in zip(np.cumsum([0, *counts]), rows, counts, strict=False):
+        if row.token_factors is not None:
+            ce_weights[first : first + count] *= row.token_factors
     term_ids = np.repeat([terms.index(row.term) for row in rows], counts).astype(np.int64)
     stored = [teacher for _, teacher in loaded]
     distillations, kd_terms = output_distances(rows, stored, counts, terms, layout.world_size)
@@ -129,6 +134,7 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
         row_counts=torch.tensor(counts, dtype=torch.int64),
         keys=[row.key for row in rows],
         replayed=torch.tensor(replayed) if replayed else None,
+        indices=[row.index if row.ce_weight > 0 and row.num_targets else None for row in rows],
     )
 
 

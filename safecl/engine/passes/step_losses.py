@@ -26,6 +26,7 @@ class _TokenLosses:
     kd_terms: list[torch.Tensor]
     ce: torch.Tensor
     kd: list[torch.Tensor]
+    indices: list[int | None]
 
     def not_finite(self, names: list[str]) -> Iterator[tuple[str, int]]:
         """Yield (term, row) of losses that are not finite. Where the model's own loss is not, no distance is named."""
@@ -80,7 +81,7 @@ class StepLosses:
         self.num_tokens += batch.num_tokens
         self._keep_rows(batch, output["ce"])
         kd = [output[f"kd{index}"] for index in range(len(batch.kd_terms))]
-        self._batches.append(_TokenLosses(batch.row_of, batch.terms, batch.kd_terms, output["ce"], kd))
+        self._batches.append(_TokenLosses(batch.row_of, batch.terms, batch.kd_terms, output["ce"], kd, batch.indices))
 
     def _keep_rows(self, batch: StepBatch, ce: torch.Tensor) -> None:
         """Keep the mean NLL of each row of the memory, on the device."""
@@ -95,6 +96,18 @@ class StepLosses:
     def of_replayed_rows(self) -> dict[int, float]:
         """Mean NLL of the memory's rows that this rank computed, by key; NaN for a row without targets."""
         return {key: loss for keys, losses in self._replayed for key, loss in zip(keys, losses.tolist(), strict=True)}
+
+    def of_task_rows(self) -> dict[int, float]:
+        """Mean NLL of the task's rows that this rank computed, by their place in the data set; of rows with targets and
+        a weight. It waits for the device."""
+        found: dict[int, float] = {}
+        for batch in self._batches:
+            sums = torch.zeros(len(batch.indices), dtype=torch.float64, device=batch.ce.device)
+            add_at_(sums, batch.row_of.to(batch.ce.device), batch.ce.double())
+            counts = torch.bincount(batch.row_of, minlength=len(batch.indices))
+            means = zip(batch.indices, (sums.cpu() / counts).tolist(), strict=True)
+            found |= {index: mean for index, mean in means if index is not None}
+        return found
 
     def not_finite(self) -> dict[str, list[tuple[int, int]]]:
         """Return this rank's terms with a loss that is not finite, each with its rows where they are known.

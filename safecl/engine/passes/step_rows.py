@@ -118,6 +118,8 @@ class StepRow:
     """Weight of the cross-entropy per supervised token, with the normaliser."""
     distillations: tuple[Distillation, ...] = ()
     constraint: RowConstraint | None = None
+    token_factors: np.ndarray | None = None
+    """fp32 [targets]: factors of the tokens' cross-entropy; None: 1 for all."""
     labels: Labels | None = None
     """Only of rows with a target."""
     rank: int | None = None

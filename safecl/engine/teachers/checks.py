@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safecl.config import ConfigError, ModelConfig, RunConfig
-from safecl.config.run import most_replayed
+from safecl.config.run import most_replayed, scoring_models
 from safecl.data import load_tokenizer
 from safecl.storage.model_folder import has_weights_here
 from safecl.storage.untrusted import library_error
@@ -31,19 +31,18 @@ def check_teachers(config: RunConfig, tokenizer: Any) -> None:
     from safecl.engine.model.settings import read_model_settings
 
     _check_streaming(config)
-    for key, source in config.online_teachers.items():
-        if source in KNOWN:
-            continue
-        model = _model_at(config, source)
+    named = {key: source for key, source in config.online_teachers.items() if source not in KNOWN}
+    for key, source in [*named.items(), *scoring_models(config).items()]:
+        model = model_at(config, source)
         with _named(key):
             _check_files(model)
         theirs = load_tokenizer(model, key)
         if difference := _different_token(theirs.get_vocab(), tokenizer.get_vocab()):
             raise ConfigError(
-                f"{key}: {source} has another tokenizer ({difference}); a teacher needs the tokenizer of model.path"
+                f"{key}: {source} has another tokenizer ({difference}); it needs the tokenizer of model.path"
             )
         sizes = [read_model_settings(each).get_text_config().hidden_size for each in (model, config.model)]
-        if key.startswith("methods.") and _compares_hidden(config, key) and sizes[0] != sizes[1]:
+        if key in named and key.startswith("methods.") and _compares_hidden(config, key) and sizes[0] != sizes[1]:
             raise ConfigError(
                 f"{key}: {source} has hidden states of {sizes[0]:,}, model.path of {sizes[1]:,}; "
                 "compare outputs instead (form: output)"
@@ -56,7 +55,7 @@ def _check_streaming(config: RunConfig) -> None:
     for key, source in config.online_teachers.items():
         if source == "ema" or (source == "aligned" and config.model.lora is not None):
             continue
-        model = config.model if source in KNOWN else _model_at(config, source)
+        model = config.model if source in KNOWN else model_at(config, source)
         with nullcontext() if source in KNOWN else _named(key):
             problem = _streaming_problem(model)
         if problem is not None:
@@ -127,14 +126,15 @@ class _MetaWeights:
         return self.by_name[name].detach()
 
 
-def _model_at(config: RunConfig, source: str) -> ModelConfig:
+def model_at(config: RunConfig, source: str) -> ModelConfig:
+    """Return the settings of another model than the run's own, whose adapters and template do not apply."""
     return config.model.model_copy(update={"path": source, "tokenizer": None, "chat_template": None, "lora": None})
 
 
 def other_models(config: RunConfig) -> list[ModelConfig]:
-    """The teachers that are not made from the run's own model, each once."""
-    sources = dict.fromkeys(config.online_teachers.values())
-    return [_model_at(config, source) for source in sources if source not in KNOWN]
+    """The teachers and scoring models that are not made from the run's own model, each once."""
+    sources = dict.fromkeys([*config.online_teachers.values(), *scoring_models(config).values()])
+    return [model_at(config, source) for source in sources if source not in KNOWN]
 
 
 def _compares_hidden(config: RunConfig, key: str) -> bool:

@@ -35,10 +35,10 @@ def outputs_of_rows(
 ) -> Outputs:
     """Yield the outputs of this rank's share of the rows. A collective call: every rank must consume all of its share.
 
-    task, settings: of LanguageModel.forward ("topk" with k and temperature, which also gives the targets' `nll`, or
-    "hidden"). The tokens are those that predict a supervised target, or all. Exactly one rank computes a row: that of
-    `rank_of` [rows], or else one that depends on the lengths alone. alone: each row has a forward pass of its own. The
-    last bits of its outputs then do not depend on the rows beside it.
+    task, settings: of LanguageModel.forward ("topk" with k and temperature, which also gives the targets' `nll`,
+    "gradient", or "hidden"). The tokens are those that predict a supervised target, or all. Exactly one rank computes a
+    row: that of `rank_of` [rows], or else one that depends on the lengths alone. alone: each row has a forward pass of
+    its own. The last bits of its outputs then do not depend on the rows beside it.
     """
     layout = engine.layout
     with engine.evaluation_mode():
@@ -94,8 +94,10 @@ def _outputs_of(
         "positions": positions,
         "sequences": sequences_of(batch, engine.layout.packed),
     }
-    if task == "topk":
+    if task in ("topk", "gradient"):
         inputs["targets"] = batch.targets[positions]
+    if task == "gradient":
+        inputs["row_of"] = torch.from_numpy(np.repeat(np.arange(len(places)), [len(place) for place in places]))
     inputs = to_device(inputs, engine.device)
     output = {key: value.cpu() for key, value in engine.deepspeed(task=task, **inputs, **settings).items()}
     progress.beat()

@@ -141,6 +141,7 @@ def _method_state(shape: ModelShape, config: RunConfig, world_size: int, device:
     if any(merge.pick for settings in config.methods.values() if (merge := settings.merge_at_the_end) is not None):
         yield Item("weights before the merge", "host", share * FP32, "evaluation")
     yield Item("singular vectors", "device", share_of(shape.singular_vectors, world_size))
+    yield Item("directions of the alignment", "device", shape.alignment_directions)
     if device == "cuda":
         yield Item("chunks of offloaded state", "device", 2 * min(CHUNK, share) * streamed_bytes(config))
 

@@ -49,6 +49,8 @@ class ModelShape:
     """True where an evaluation generates answers."""
     singular_vectors: int = 0
     """Bytes of the singular vectors that a method keeps of the layers' matrices, over all ranks."""
+    alignment_directions: int = 0
+    """Bytes of the changes by the alignment that a method keeps of the weights with adapters, on each rank."""
     moved_hidden: int = 0
     """Bytes of the gradients of hidden states that a method keeps between two passes."""
 
@@ -68,6 +70,7 @@ class ModelShape:
             evaluation=max((inference_bytes(settings, config.model, one) for one in evaluations), default=0),
             generates=passes is not None and passes.generated is not None,
             singular_vectors=_singular_vectors(model, config),
+            alignment_directions=_alignment_directions(model, config),
             moved_hidden=_moved_hidden(alone, config, passes),
         )
 
@@ -124,6 +127,14 @@ def _singular_vectors(model: nn.Module, config: RunConfig) -> int:
     return sum(FP32 * side * min(rank, side - rank) for size, rank in zip(sizes, ranks, strict=True) for side in size)
 
 
+def _alignment_directions(model: nn.Module, config: RunConfig) -> int:
+    """Return the bytes of the adapted weights in the run's dtype, where a method compares them with a base model's."""
+    lora = config.model.lora
+    if lora is None or not any(settings.needs_base_model for settings in config.methods.values()):
+        return 0
+    return weight_bytes(config) * sum(module.weight.numel() for _, module in _targets(model, lora))
+
+
 def _micro_batch(config: RunConfig) -> tuple[int, int]:
     """Return [rows, tokens] of a full micro-batch of the longest rows."""
     tokens = config.train.tokens_per_microbatch
@@ -141,9 +152,15 @@ def _is_masked(config: RunConfig) -> bool:
 
 def _adapters(model: nn.Module, lora: LoraConfig) -> Iterator[tuple[str, int]]:
     """Yield the name and size of each weight of the adapters."""
+    for name, module in _targets(model, lora):
+        for part, size in (("A", module.in_features), ("B", module.out_features)):
+            yield f"base_model.model.{name}.lora_{part}.default.weight", lora.r * size
+
+
+def _targets(model: nn.Module, lora: LoraConfig) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the maps that get an adapter, by name."""
     head = cast("PreTrainedModel", model).get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             if lora.target_modules == "all-linear" or any(is_target(name, target) for target in lora.target_modules):
-                for part, size in (("A", module.in_features), ("B", module.out_features)):
-                    yield f"base_model.model.{name}.lora_{part}.default.weight", lora.r * size
+                yield name, module

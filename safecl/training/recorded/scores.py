@@ -1,4 +1,4 @@
-"""Scores of the tasks' rows: log-probabilities of answers under the aligned model, computed once before training.
+"""Scores of the tasks' rows: log-probabilities of answers, or norms of gradients, computed once before training.
 
 A file of the run folder holds each score of each task, 4 bytes per token of the answers. Any number of ranks reads it
 whole, so the weights that methods make of it do not depend on ranks or stages. Scores under the base model are an
@@ -16,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from safecl.config import ConfigError
+from safecl.config import ConfigError, DeepSpeedConfig
 from safecl.data import TokenDataset
 from safecl.distributed import collectives
 from safecl.engine.artifacts.base_model import base_key, fingerprint
 from safecl.engine.artifacts.store import ArtifactStore, ask_first_rank, obtain
+from safecl.engine.passes.engine import ModelEngine
+from safecl.engine.passes.forward_engine import open_forward_engine
 from safecl.engine.passes.training_engine import TrainingEngine
+from safecl.engine.teachers.checks import model_at
 from safecl.engine.teachers.outputs import outputs_of_rows
 from safecl.methods.terms import Score
 from safecl.planning.plans import RunPlan, TaskPlan
@@ -42,6 +45,8 @@ class RowScores:
         """The run's plan, with its tokenizer. With it, scores under the base model are shared between runs."""
         self.answer_ids: Callable[[str], Sequence[int]] = functools.cache(self._tokens_of)
         """Returns the tokens of an answer, as they follow the template's opening of an assistant turn."""
+        self.open_model: Callable[[str], ModelEngine] = self._open
+        """Opens another model that scores, whole on every device."""
         self._values: dict[tuple[str, Score], tuple[np.ndarray, np.ndarray]] = {}
 
     def of_rows(self, task: str, score: Score, indices: np.ndarray) -> list[np.ndarray]:
@@ -80,24 +85,30 @@ class RowScores:
         ids = None if score.text is None else list(self.answer_ids(score.text))
         rows = task.dataset if ids is None else with_answer(task.dataset, ids)
         path = self._path(task, score)
-        if self.plan is None or self.plan.config.tasks[0].role == "align":
-            self._write(rows, fingerprint(task.dataset), path)
+        if self.plan is None or (self.plan.config.tasks[0].role == "align" and score.model is None):
+            self._write(score, rows, fingerprint(task.dataset), path)
         else:
             config, store = self.plan.config, ArtifactStore.of(self.plan.config)
+            if score.model is not None:
+                config = config.model_copy(update={"model": model_at(config, score.model)})
             own = {"rows": fingerprint(task.dataset), "answer": str(ids)}
             key = base_key(config, self.plan.tokenizer, store) | own
-            made = obtain(
-                store, KIND, key, build=lambda folder: self._write(rows, own["rows"], folder / FILE), note=log
-            )
+            if score.of != "log_prob":
+                key |= {"of": score.of}
+            work = functools.partial(self._write, score, rows, own["rows"])
+            made = obtain(store, KIND, key, build=lambda folder: work(folder / FILE), note=log)
             ask_first_rank(lambda: _copy(made / FILE, path))
         self.reopen(task, score)
 
-    def _write(self, rows: TokenDataset, key: str, path: Path) -> None:
-        """Compute the log-probabilities of all rows' targets, and write them on rank 0."""
-        own = [
-            (index, -output["nll"].float().numpy())
-            for index, output in outputs_of_rows(self.engine, rows, "topk", k=1, temperature=1.0)
-        ]
+    def _write(self, score: Score, rows: TokenDataset, key: str, path: Path) -> None:
+        """Compute the scores of all rows' targets, and write them on rank 0."""
+        engine = self.engine if score.model is None else self.open_model(score.model)
+        if score.of == "gradient":
+            outputs = ((index, output["share"]) for index, output in outputs_of_rows(engine, rows, "gradient"))
+        else:
+            topk = outputs_of_rows(engine, rows, "topk", k=1, temperature=1.0)
+            outputs = ((index, -output["nll"]) for index, output in topk)
+        own = [(index, values.float().numpy()) for index, values in outputs]
         found = [values for _, values in sorted(collectives.gather_objects(own), key=lambda item: item[0])]
         counts = np.array([len(values) for values in found], np.int32)
         if collectives.rank() == 0:
@@ -109,6 +120,17 @@ class RowScores:
 
     def _path(self, task: TaskPlan, score: Score) -> Path:
         return self.folder / (re.sub(r"[^\w.-]+", "-", f"{task.config.name}-{score.name}") + ".npz")
+
+    def _open(self, path: str) -> ModelEngine:
+        assert self.plan is not None, "a plan has the tokenizer"
+        config = self.plan.config
+        return open_forward_engine(
+            model_at(config, path),
+            self.plan.tokenizer,
+            sharding=DeepSpeedConfig(stage=0),
+            tokens_per_microbatch=config.train.tokens_per_microbatch,
+            packing=config.train.packing,
+        )
 
     def _tokens_of(self, text: str) -> Sequence[int]:
         assert self.plan is not None, "a plan has the tokenizer"

@@ -30,6 +30,7 @@ class MethodView:
         self._run, self._engine = run, run.engine
         self.memory_gradient, self.task_gradient = passes.memory_gradient, passes.task_gradient
         self.memory_loss, self.layer_similarities = passes.memory_loss, passes.layer_similarities
+        self.task_row_losses = passes.task_row_losses
         self.hidden_gradient_norms = passes.hidden_gradient_norms
         self.correct = correct
         self.has_adapters = run.has_adapters

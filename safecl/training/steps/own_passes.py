@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from safecl.distributed import collectives
+from safecl.engine.teachers.outputs import mean_nll, outputs_of_rows
 from safecl.methods.terms import ReplayTerm
 from safecl.training.steps import step as steps
 from safecl.training.steps.read_ahead import Ready
@@ -32,6 +34,13 @@ class OwnPasses:
         ready = run.ready.get(draw.stream) or Ready(steps.drawn_rows(run, draw, run.step), None)
         run.online_teachers.ask(ready.rows)
         return run.engine.loss_pass(ready.rows, ready.batches).totals()[draw.stream]
+
+    def task_row_losses(self) -> list[float]:
+        run = self._run
+        assert run.task is not None, "a task has begun"
+        found = outputs_of_rows(run.engine, run.task.dataset, "topk", k=1, temperature=1.0)
+        own = [(index, mean_nll(output)) for index, output in found]
+        return [loss for _, loss in sorted(collectives.gather_objects(own))]
 
     def hidden_gradient_norms(self, draw: ReplayTerm) -> list[float]:
         run = self._run

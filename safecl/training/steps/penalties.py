@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from safecl.config import ModelConfig
 from safecl.engine.fisher.file import open_fisher
 from safecl.engine.fisher.fisher_adapter_penalty import read_fisher_pull
-from safecl.engine.model.adapter_penalty import AdapterPenalty, EvenAdapterPenalty
+from safecl.engine.model.adapter_penalty import AdapterPenalty, EvenAdapterPenalty, OutsideAlignmentPenalty
+from safecl.engine.passes.alignment_directions import read_directions
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.methods.base import Method
 from safecl.methods.terms import Penalty
@@ -20,8 +22,9 @@ from safecl.methods.terms import Penalty
 class Penalties:
     """Finds the place of each penalty. The function of a penalty of products is made once."""
 
-    def __init__(self, engine: TrainingEngine, *, has_adapters: bool, fisher_on_host: bool):
+    def __init__(self, engine: TrainingEngine, model: ModelConfig, *, has_adapters: bool, fisher_on_host: bool):
         """fisher_on_host: keep the Fisher of products in host memory instead of on the device."""
+        self._model = model
         self.engine, self.has_adapters = engine, has_adapters
         self._fisher_device = torch.device("cpu") if fisher_on_host else engine.device
         self._pulls: dict[Penalty, AdapterPenalty] = {}
@@ -50,7 +53,10 @@ class Penalties:
     def pull_of(self, penalty: Penalty) -> AdapterPenalty:
         """Return the penalty as a function of the model. This rank's share of its Fisher is read at the first call."""
         if penalty not in self._pulls:
-            if penalty.fisher_file is None:
+            if penalty.base is not None:
+                directions = read_directions(self.engine, penalty.base, self._model)
+                self._pulls[penalty] = OutsideAlignmentPenalty(penalty.strength, directions)
+            elif penalty.fisher_file is None:
                 self._pulls[penalty] = EvenAdapterPenalty(penalty.strength, penalty.modules)
             else:
                 self._pulls[penalty] = read_fisher_pull(

@@ -115,13 +115,17 @@ def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
     """Return the task's rows of a step, with their distances to teachers."""
     data, indices, terms = task.dataset, task.order.rows_of_step(step), task_terms(run.active_methods)
     num_targets, num_tokens = max(1, int(data.num_targets[indices].sum())), max(1, int(data.lengths[indices].sum()))
-    factors, mixed = _row_factors(run, task, indices), _mixed_rows(run, step)
+    factors, mixed = _row_factors(run, task, indices, step), _mixed_rows(run, step)
+    token_factors = _token_factors(run, task, indices)
     num_all = np.concatenate([data.num_targets[indices], [row.num_targets for row in mixed]]).astype(np.int64)
+    if token_factors is not None:
+        num_all = np.concatenate([[own.sum() for own in token_factors], num_all[len(indices) :]]).astype(np.float64)
     if factors is not None:
         factors = np.concatenate([factors, np.full(len(mixed), factors.mean())])
     ce_weights = token_weights(run.config.train.loss_mean, num_all, task.median_targets, factors)
     rows = dataset_rows(data, indices, ce_weights[: len(indices)], task.row_weights)
     constraints = _constraints(run, task, indices)
+    of_tokens: Sequence[np.ndarray | None] = [None] * len(indices) if token_factors is None else token_factors
     totals = [num_tokens if term.divergence == HIDDEN and term.tokens == "all" else num_targets for term in terms]
     steered = run.steering.weight_at(run.first_step + step)
     terms = [term if steered == 1.0 else replace(term, weight=steered * term.weight) for term in terms]
@@ -132,8 +136,9 @@ def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
                 _task_distillation(run, task, int(i), term, total) for term, total in zip(terms, totals, strict=True)
             ),
             constraint=constraint,
+            token_factors=own,
         )
-        for row, i, constraint in zip(rows, indices, constraints, strict=True)
+        for row, i, constraint, own in zip(rows, indices, constraints, of_tokens, strict=True)
     ] + [replace(row, ce_weight=weight) for row, weight in zip(mixed, ce_weights[len(indices) :].tolist(), strict=True)]
 
 
@@ -143,14 +148,30 @@ def _mixed_rows(run: RunState, step: int) -> list[StepRow]:
     return [row.weighted(term.stream, 0.0) for term in terms for row in _drawn(run, term.stream, term.share, step)]
 
 
-def _row_factors(run: RunState, task: TaskPlan, indices: np.ndarray) -> np.ndarray | None:
+def _row_factors(run: RunState, task: TaskPlan, indices: np.ndarray, step: int) -> np.ndarray | None:
     """Return the product of the methods' factors of these rows, fp64 [rows]; None where no method has any."""
-    product: np.ndarray | None = None
+    found: list[np.ndarray | None] = []
     for method in run.active_methods:
-        scores = {score.name: run.row_scores.of_rows(task.config.name, score, indices) for score in method.scores()}
-        if scores and (factors := method.row_factors(scores)) is not None:
-            product = factors if product is None else product * factors
+        if scores := scores_of(run, method, task, indices):
+            found.append(method.row_factors(scores))
+        if method.config.follows_row_losses:
+            found.append(method.learned_factors(step, indices.tolist()))
+    factors = [own for own in found if own is not None]
+    return functools.reduce(np.multiply, factors) if factors else None
+
+
+def _token_factors(run: RunState, task: TaskPlan, indices: np.ndarray) -> list[np.ndarray] | None:
+    """Return the product of the methods' factors of these rows' tokens, fp32 [tokens] each; None without any."""
+    product: list[np.ndarray] | None = None
+    for method in run.active_methods:
+        if (scores := scores_of(run, method, task, indices)) and (own := method.token_factors(scores)) is not None:
+            product = own if product is None else [a * b for a, b in zip(product, own, strict=True)]
     return product
+
+
+def scores_of(run: RunState, method: Method[Any], task: TaskPlan, indices: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """Return a method's scores of these rows of a task, by name: fp32 [tokens] for each row."""
+    return {score.name: run.row_scores.of_rows(task.config.name, score, indices) for score in method.scores()}
 
 
 def _constraints(run: RunState, task: TaskPlan, indices: np.ndarray) -> list[RowConstraint | None]:
