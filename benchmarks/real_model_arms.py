@@ -31,8 +31,6 @@ class Arm:
     title: str
     overrides: tuple[str, ...] = ()
     memory: bool = True
-    merge: tuple[str, ...] = ()
-    """Instead of training: a merge of plain fine-tuning's model, its kind and settings as `safecl merge` takes them."""
 
 
 QUARTER = ("memory.balance_by=kind", "memory.shares={refusal: 0.25}")
@@ -61,13 +59,6 @@ CANDIDATES = [
     ),
     Arm("scan-kl2-quarter", "scan, DER, KL 2, mean over tokens, a quarter of refusals", (SCAN, *KL2, *QUARTER)),
 ]
-MERGES = [
-    Arm("merge-wise-ft-5", "merge `wise_ft`, alpha 0.5", memory=False, merge=("wise_ft", "alpha=0.5")),
-    Arm("merge-wise-ft-7", "merge `wise_ft`, alpha 0.7", memory=False, merge=("wise_ft", "alpha=0.7")),
-    Arm("merge-safe-delta", "merge `safe_delta`", memory=False, merge=("safe_delta",)),
-    Arm("merge-safety-vector", "merge `safety_vector`", memory=False, merge=("safety_vector", "scale=0.5")),
-    Arm("merge-safe-lora", "merge `safe_lora`", memory=False, merge=("safe_lora",)),
-]
 
 
 @dataclass(frozen=True)
@@ -81,11 +72,6 @@ class Run:
     @property
     def name(self) -> str:
         return f"sst2-p{self.poison}-s{self.seed}/{self.arm.name}"
-
-    @property
-    def plain(self) -> Run:
-        """The run that a merge starts from."""
-        return Run(PLAIN, self.poison, self.seed)
 
     @property
     def prompts(self) -> tuple[str, str]:
@@ -142,7 +128,6 @@ def _runs() -> Iterator[Run]:
     yield from (Run(NO_DATA, poison, REPORTED) for poison in (0, 10))
     yield from (Run(arm, 0, REPORTED) for arm in SCANNED)
     yield Run(PLAIN, 10, TUNING)
-    yield from (Run(arm, 10, seed) for seed in (TUNING, REPORTED) for arm in MERGES)
 
 
 RUNS = list(_runs())
