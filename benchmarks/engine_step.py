@@ -158,7 +158,7 @@ def summary(rounds: list[dict]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12, help="12 make about 110 M parameters")
+    parser.add_argument("--layers", type=int, help="fewer layers; the 12 of the small model make 110 M parameters")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15, help="rounds wanted in all")
@@ -166,15 +166,19 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine-step-cpu.json")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--model", choices=["110m", "tiny", "7b", "13b"], default="110m")
+    parser.add_argument("--model", choices=["110m", "tiny", "7b", "13b", "70b"], default="110m")
     parser.add_argument("--fake", action="store_true", help="tensors without data, to the last allocation")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a large model")
     parser.add_argument("--micro-batches", type=int, default=2, help="of each step of a large model")
+    parser.add_argument("--stage", type=int, choices=[2, 3], default=2, help="of a large model")
+    parser.add_argument("--offload", choices=["none", "state", "all"], default="state", help="of a large model")
+    parser.add_argument("--ranks", type=int, default=1, help="of a large model with --fake; one of them is counted")
     parser.add_argument("--sides", nargs="+", choices=["plain", "safecl"], default=["plain", "safecl"])
     options = parser.parse_args()
     if options.model != "110m":
         run_large(options)
         return
+    options.layers = options.layers or 12
     torch.set_num_threads(options.threads)
     os.environ["SAFECL_NUM_THREADS"] = str(options.threads)
     for name, value in {

@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from harness import machine, write_json
+from without_data import fake_store, prepared_without_data, without_data
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000),
@@ -39,7 +41,21 @@ SHAPES: dict[str, dict[str, int]] = {
     "13b": dict(
         hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000
     ),
+    "70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=32000,
+    ),
 }
+OFFLOADS: dict[str, dict[str, str]] = {
+    "none": {"reference": "cpu"},
+    "state": {"reference": "cpu", "fisher": "cpu", "ema": "cpu"},
+    "all": {"reference": "cpu", "optimizer": "cpu", "parameters": "cpu"},
+}
+"""State in host memory: the reference weights alone; Fisher and average, too; or optimizer and weights (stage 3)."""
 ROW, K = 512, 64
 REPLAYED = 0.1
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -50,13 +66,11 @@ PHASES = ("forward", "backward", "step")
 
 def run(options: argparse.Namespace) -> dict:
     """Time both sides and return the report."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29732")
+    become_a_rank(options.ranks)
     # Both sides nearly fill a GPU: what is free must not be in pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ["DS_ACCELERATOR"] = "cpu" if options.fake else options.device
-    with without_data() if options.fake else contextlib.nullcontext():
+    with without_data(options.ranks) if options.fake else contextlib.nullcontext():
         from safecl.distributed import collectives, devices
 
         collectives.init_distributed()
@@ -66,17 +80,26 @@ def run(options: argparse.Namespace) -> dict:
                 report["sides"][name] = measured_or_too_large(build, options)
                 write_json(options.out, report)  # after each side, so that an abort loses none
     torch.distributed.destroy_process_group()
-    report["summary"] = summary(report)
+    report["summary"] = summary(report, options)
     write_json(options.out, report)
     print_report(report)
     return report
 
 
+def become_a_rank(ranks: int) -> None:
+    """Set what a launcher sets, where none has: this process is the first of so many."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29732")
+
+
 def setting_of(options: argparse.Namespace) -> dict:
     return {
         "model": options.model,
-        "zero": 2,
-        "offload": "reference, fisher, ema",
+        "layers": shape_of(options)["num_hidden_layers"],
+        "zero": options.stage,
+        "ranks": options.ranks,
+        "offload": ", ".join(OFFLOADS[options.offload]),
         "tokens_per_microbatch": options.tokens,
         "micro_batches": options.micro_batches,
         "fake": options.fake,
@@ -89,18 +112,23 @@ def setting_of(options: argparse.Namespace) -> dict:
 def config_of(options: argparse.Namespace) -> Any:
     from safecl.config import RunConfig
 
-    place = "cpu"
     tree = {
         "model": {"path": options.model, "dtype": "bf16"},
         "tasks": [{"name": "task", "train": "unused"}],
         "methods": {"ewc": {"strength": STRENGTH}, "ema": {"decay": DECAY}, "der": {}},
         "memory": {"source": "unused", "replay_ratio": REPLAYED, "teacher": {"k": K}},
-        "deepspeed": {"stage": 2, "offload": {"reference": place, "fisher": place, "ema": place}},
+        "deepspeed": {"stage": options.stage, "offload": OFFLOADS[options.offload]},
         "train": {"tokens_per_microbatch": options.tokens, "max_length": min(ROW, options.tokens), "packing": "padded"},
         "checkpoint": {"every": "never"},
         "output": "unused",
     }
     return RunConfig.model_validate(tree)
+
+
+def shape_of(options: argparse.Namespace) -> dict[str, int]:
+    """The sizes of the model, with fewer layers where the options say so."""
+    shape = SHAPES[options.model]
+    return shape if options.layers is None else shape | {"num_hidden_layers": options.layers}
 
 
 def structure(options: argparse.Namespace) -> Any:
@@ -109,7 +137,7 @@ def structure(options: argparse.Namespace) -> Any:
 
     from safecl.engine.model.structure import parameters_on_meta
 
-    settings = transformers.LlamaConfig(**SHAPES[options.model], max_position_embeddings=4096, pad_token_id=None)
+    settings = transformers.LlamaConfig(**shape_of(options), max_position_embeddings=4096, pad_token_id=None)
     with parameters_on_meta():
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
     model.config.use_cache = False
@@ -148,7 +176,7 @@ def safecl_side(options: argparse.Namespace) -> tuple[Any, Callable[[], None], d
     config, model = config_of(options), structure(options)
     store = fake_store(model) if options.fake else random_store(model)
     take_weights(model, store)
-    layout = MicroBatchLayout(1, options.tokens, packed=False)
+    layout = MicroBatchLayout(options.ranks, options.tokens, packed=False)
     engine = TrainingEngine(LanguageModel(prepare_for_training(model, config.model)), config, layout, store)
     start_attention(engine, config.model, packing="padded", note=print)
     optimizer = engine.optimizer
@@ -159,9 +187,10 @@ def safecl_side(options: argparse.Namespace) -> tuple[Any, Callable[[], None], d
     penalty = Penalty(strength=STRENGTH, anchor="anchor", fisher="fisher")
     plan = UpdatePlan(lr=LR, clip_norm=1.0, ema_decay=DECAY, penalties=[penalty])
     rows = step_rows(options)
+    batches = prepared_without_data(engine, rows) if options.fake else None
 
     def step() -> None:
-        losses = engine.gradient_pass(rows, then=engine.update(plan))
+        losses = engine.gradient_pass(rows, then=engine.update(plan), batches=batches)
         if not options.fake:
             losses.totals()
 
@@ -176,7 +205,7 @@ def step_rows(options: argparse.Namespace) -> list[Any]:
 
     rng, vocab = np.random.default_rng(0), SHAPES[options.model]["vocab_size"]
     length = min(ROW, options.tokens)
-    count = options.micro_batches * (options.tokens // length)
+    count = options.ranks * options.micro_batches * (options.tokens // length)
     replayed = max(1, round(REPLAYED * count))
     mask = np.arange(length) > 0
     log_probs = np.log(np.full((length - 1, K), 0.9 / K)).astype(np.float16)
@@ -184,9 +213,9 @@ def step_rows(options: argparse.Namespace) -> list[Any]:
     rows = []
     for number in range(count):
         row = Row(number, rng.integers(3, vocab, length).astype(np.int32), mask)
-        indices = np.argsort(rng.random((length - 1, vocab)), axis=1)[:, :K] if vocab <= 1000 else distinct(rng, vocab)
-        outputs = TeacherOutputs(log_probs, np.resize(indices, (length - 1, K)).astype(np.int32), tails)
         is_replayed = number < replayed
+        indices = np.resize(distinct(rng, vocab), (length - 1, K)).astype(np.int32) if is_replayed else None
+        outputs = TeacherOutputs(log_probs, indices, tails) if is_replayed else None
         weight = 1.0 / ((length - 1) * (replayed if is_replayed else count - replayed))
         distance = (Distillation("forward_kl", weight),) if is_replayed else ()
         rows.append(
@@ -194,7 +223,7 @@ def step_rows(options: argparse.Namespace) -> list[Any]:
                 "replay" if is_replayed else "task",
                 length,
                 length - 1,
-                lambda row=row, outputs=outputs, is_replayed=is_replayed: (row, outputs if is_replayed else None),
+                lambda row=row, outputs=outputs: (row, outputs),
                 ce_weight=0.0 if is_replayed else weight,
                 distillations=distance,
             )
@@ -341,74 +370,6 @@ class Watch:
         return found
 
 
-# ---------------------------------------------------------------------------------------------------------------- fakes
-
-
-@contextlib.contextmanager
-def without_data() -> Iterator[None]:
-    """Give tensors shapes and no data, on the CPU.
-
-    Numbers that are read from them are 1, and 0 where they are bytes (DeepSpeed's flag of an overflow); numbers are
-    finite, other conditions do not hold. Process groups send nothing. The torch twins of the kernels run, in few large
-    pieces.
-    """
-    import torch.distributed as dist
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from safecl.kernels import backends
-    from safecl.kernels.flat import calls, torch_twin
-
-    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
-    chunk, move, check = dict(torch_twin.CHUNK), torch.nn.Module.to, calls.check_overlap
-    torch_twin.CHUNK["cpu"] = 1 << 28
-    calls.check_overlap = lambda written, read: None  # all tensors are at address 0
-    torch.nn.Module.to = lambda module, *arguments, **settings: module
-    try:
-        with backends.using("torch"), FakeTensorMode(allow_non_fake_inputs=True), _ReadsConstants():
-            yield
-    finally:
-        torch_twin.CHUNK.update(chunk)
-        torch.nn.Module.to, calls.check_overlap = move, check
-
-
-class _ReadsConstants(torch.utils._python_dispatch.TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            if arguments[0].dtype == torch.bool:
-                return getattr(arguments[0], "is_finite", False)
-            return 0 if arguments[0].dtype == torch.uint8 else 1
-        made = function(*arguments, **(settings or {}))
-        if function is torch.ops.aten.mul.Tensor and made.dtype == torch.bool:  # isfinite: (x == x) * (|x| != inf)
-            made.is_finite = True
-        return made
-
-
-class fake_store:
-    """A reference store without data, for the two calls that the engine makes of it."""
-
-    notes: tuple[str, ...] = ()
-    where, pinned, digest = "segment", False, ""
-
-    def __init__(self, model: Any):
-        from safecl.engine.reference.layout import Layout
-
-        self.layout, self.dtype, self.buffers = Layout.of(model, torch.bfloat16), torch.bfloat16, {}
-        self._tensors = {name: torch.empty(shape, dtype=self.dtype) for name, shape in self.layout.shapes.items()}
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[self.layout.aliases[name]]
-
-    def names(self) -> list[str]:
-        return list(self.layout.aliases)
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        return any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in self._tensors.values())
-
-    def close(self) -> None:
-        self._tensors = {}
-
-
 def count_bytes(build: Callable[..., tuple[Any, Callable[[], None], dict]], options: argparse.Namespace) -> dict:
     """Build a side and make its steps, and count every tensor."""
     from safecl.planning.costs.activations import LiveBytes
@@ -432,32 +393,33 @@ def count_bytes(build: Callable[..., tuple[Any, Callable[[], None], dict]], opti
 # -------------------------------------------------------------------------------------------------------------- summary
 
 
-def planned_bytes(options: Any, fake: bool) -> int:
-    """The plan's peak for safecl's side: of the device, or of device and host together where all is in one memory."""
+def planned_bytes(options: argparse.Namespace, shape: Any = None) -> int:
+    """The plan's peak of a rank on safecl's side: on its device; with --fake, where all is in one memory and nothing is
+    sent, on device and host together, without the copies of a process group. shape: the model's, if it is known."""
     from safecl.planning.costs.device_memory import plan_memory
     from safecl.planning.costs.model_shape import ModelShape
+    from safecl.planning.costs.zero_memory import COPIES_OF_GLOO
 
     config = config_of(options)
-    shape = ModelShape.of(structure(options), config)
-    plan = plan_memory(shape, config, 1, 1, device="cpu" if fake else "cuda")
-    return plan.shared_host if fake else plan.device
+    shape = shape or ModelShape.of(structure(options), config)
+    plan = plan_memory(shape, config, options.ranks, 1, device="cpu" if options.fake else "cuda")
+    if not options.fake:
+        return plan.device
+    items = [item for item in plan.items if item.what != COPIES_OF_GLOO]
+    return dataclasses.replace(plan, items=items).shared_host
 
 
-def summary(report: dict) -> dict:
+def summary(report: dict, options: argparse.Namespace) -> dict:
     """Rates, the share of the peak, the floors, and the peak beside the plan."""
-    setting, sides = argparse.Namespace(**report["setting"]), report["sides"]
-    options = argparse.Namespace(
-        model=setting.model, tokens=setting.tokens_per_microbatch, micro_batches=setting.micro_batches
-    )
-    found: dict[str, Any] = {}
+    sides, found = report["sides"], dict[str, Any]()
     if "safecl" in sides and sides["safecl"].get("peak_bytes"):
-        planned = planned_bytes(options, setting.fake)
+        planned = planned_bytes(options)
         peak = sides["safecl"]["peak_bytes"]
         found["memory"] = {"peak": peak, "planned": planned, "ratio": round(peak / planned, 3)}
         found["memory"]["met"] = 0.9 <= peak / planned <= 1.1
-    if setting.fake:
+    if options.fake:
         return found
-    tokens = setting.tokens_per_microbatch * setting.micro_batches
+    tokens = options.tokens * options.micro_batches
     peak_flops = next((value for name, value in PEAK_FLOPS.items() if name in report["machine"].get("gpu", "")), None)
     for name, side in sides.items():
         if "problem" in side:

@@ -14,6 +14,8 @@ from safecl.engine.zero.shards import LIVE, PREFETCHED
 from safecl.planning.costs.items import FP32, Item, Moment, Where, share_of, weight_bytes
 from safecl.planning.costs.model_shape import ModelShape
 
+COPIES_OF_GLOO = "copies of gloo"
+
 
 def zero_items(shape: ModelShape, config: RunConfig, world_size: int, device: str) -> Iterator[Item]:
     """Yield all items of a stage. device: "cuda" or "cpu"; on the CPU, gloo makes copies of its own."""
@@ -50,9 +52,9 @@ def _second_bucket(shape: ModelShape, config: RunConfig) -> Iterator[Item]:
 def _copies_of_gloo(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
     """Yield extra gloo copies: twice an all-gathered tensor, and this rank's part of a reduce-scatter."""
     if config.deepspeed.stage in (1, 2):
-        yield Item("communication buckets", "device", 2 * shape.trained * weight_bytes(config), "step")
+        yield Item(COPIES_OF_GLOO, "device", 2 * shape.trained * weight_bytes(config), "step")
     elif config.deepspeed.stage == 3:
-        yield Item("communication buckets", "device", share_of(min(BUCKET, shape.trained), world_size) * FP32, "reduce")
+        yield Item(COPIES_OF_GLOO, "device", share_of(min(BUCKET, shape.trained), world_size) * FP32, "reduce")
 
 
 def _weights(shape: ModelShape, config: RunConfig, world_size: int) -> Iterator[Item]:
