@@ -363,9 +363,10 @@ def offload(device: torch.device, numel: int, repeats: int = 10) -> dict:
         seconds[place] = statistics.median(seconds_of(run, device) for _ in range(repeats))
         del optimizer, run
         gc.collect()
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    side = 8192 if device.type == "cuda" else 256  # a product that fills the device
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     matmul = statistics.median(seconds_of(lambda: a @ b, device) for _ in range(repeats))
-    rate = 2 * 8192**3 / matmul
+    rate = 2 * side**3 / matmul
     added = seconds["cpu"] - seconds["none"]
     # With checkpointing a step takes at least 8 FLOP per weight and token.
     shares = {
