@@ -340,7 +340,6 @@ def merge(
         return
     parents = Parents(base, tuned or [], aligned, data)
     refuse_half_a_sweep(kind, sweep, eval_, pick)
-    announce("merge", f"{kind} of {', '.join(tuned or []) or 'nothing'}, loading torch")
     if eval_ is not None:
         from safecl.commands.merge_sweep import sweep_models
 

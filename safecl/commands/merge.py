@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from safecl.commands.spinner import announce
 from safecl.config import ConfigError
 from safecl.exits import stderr
 from safecl.merging.registry import kind_module, kinds, parse_settings, read_settings
@@ -33,6 +34,7 @@ def merge_models(kind: str, overrides: list[str], *, out: Path | None, parents: 
     read_settings(kind, settings)  # before torch is loaded
     if out is None:
         raise ConfigError(f"{kind}: no folder to write: -o OUT")
+    announce("merge", f"{kind} of {', '.join(parents.tuned) or 'nothing'}, loading torch")
     from safecl.merging.run import merge
 
     with _progress_bar(kind) as progress:

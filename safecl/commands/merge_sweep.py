@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from safecl.commands.merge import Parents
+from safecl.commands.spinner import announce
 from safecl.config import ConfigError, load_config
 from safecl.exits import ExitCode, stderr
 from safecl.merging.points import parse_sweeps, text_of
@@ -43,6 +44,7 @@ def sweep_models(
     if out is None:
         raise ConfigError(f"{kind}: no folder for the table and the plot: -o OUT")
     run = load_config(config)
+    announce("merge", f"a sweep of {kind}, loading torch")
     from safecl.merging.greedy import greedy_soup
     from safecl.merging.sweeps import sweep
 

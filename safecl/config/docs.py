@@ -228,8 +228,7 @@ def inline(value: Any) -> str:
         value = value.model_dump(mode="json")
     if isinstance(value, float):
         return re.sub(r"e([-+])0", r"e\1", f"{value:g}")
-    if isinstance(value, list | tuple):
-        value = [_as_given(item) for item in value]
+    value = _as_given(value)
     return (
         yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False, allow_unicode=True)
         .removesuffix("\n")
@@ -238,8 +237,12 @@ def inline(value: Any) -> str:
 
 
 def _as_given(value: Any) -> Any:
-    """A section as the keys that were given, anything else as it is."""
-    return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
+    """A section as the keys that were given, also where it stands in a list or under a key; anything else as it is."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, dict):
+        return {key: _as_given(part) for key, part in value.items()}
+    return [_as_given(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def type_text(field: FieldInfo) -> str:

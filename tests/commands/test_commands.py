@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,9 @@ def test_every_safecl_command_of_the_pages_does_its_work(words, sandbox, tmp_pat
         given = ["expand", "model", "--blocks", "1", "-o", str(tmp_path / "new")]
     code = _in_process(given) if words[0] == "safecl" else _by_launcher(words)
     told = capfd.readouterr()
+    if "--lm-eval" in given and find_spec("lm_eval") is None:
+        assert code == ExitCode.USAGE and "pip install 'safecl[eval]'" in told.err
+        return
     assert code in DONE or any(word in UNALIGNED and UNALIGNED[word] in told.err for word in given[:2]), told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def asked(monkeypatch) -> list[str]:
         return [{"text": ANSWERS[p.text][0], "num_tokens": 3, "finished": ANSWERS[p.text][1]} for p in asked]
 
     monkeypatch.setattr(memory_rows, "answer_prompts", answer)
-    monkeypatch.setattr(memory_rows, "LiveModel", lambda engine: None)
+    monkeypatch.setattr(memory_rows, "generating", lambda engine: contextlib.nullcontext())
     monkeypatch.setattr(memory_rows, "BATCHES_AT_ONCE", 1)
     return seen
 
@@ -124,7 +125,8 @@ def test_answers_of_a_reasoning_model_enter_without_their_thought(tmp_path, monk
         "how to knit": "<think>\n\n</think>\n\nI'm sorry, but I can't help with that.",
         "how to sew": "<think>I'm sorry, I cannot say, it is illegal",
     }
-    monkeypatch.setattr(memory_rows, "LiveModel", lambda engine: scripted(answers, tokenizer))
+    model = scripted(answers, tokenizer)
+    monkeypatch.setattr(memory_rows, "generating", lambda engine: contextlib.nullcontext(model))
     asked = {"disallowed": prompts(*list(answers)[:2]), "benign": prompts(*list(answers)[2:])}
     made = make(tmp_path, tokenizer=tokenizer, **asked)
     rows = [json.loads(line) for line in made.rows.read_text().splitlines()]
@@ -136,5 +138,6 @@ def test_answers_of_a_reasoning_model_enter_without_their_thought(tmp_path, monk
     kept = [json.loads(line) for line in (made.rows.parent / "answers.jsonl").read_text().splitlines()]
     assert [answer["raw"] for answer in kept] == list(answers.values())
     tokenizer.safecl_thinking = ThinkingConfig(mode="none")
-    monkeypatch.setattr(memory_rows, "LiveModel", lambda engine: scripted(answers, tokenizer))
+    model = scripted(answers, tokenizer)
+    monkeypatch.setattr(memory_rows, "generating", lambda engine: contextlib.nullcontext(model))
     assert make(tmp_path, tokenizer=tokenizer, **asked).rows != made.rows, "another mode gives other answers"
