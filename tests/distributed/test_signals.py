@@ -64,8 +64,9 @@ def test_a_handler_that_was_set_meanwhile_stays(handlers):
     set_handler(signal.SIGTERM, handlers[signal.SIGTERM])
 
 
-def test_a_closed_terminal_asks_like_sigterm_and_is_written_to_no_more():
+def test_a_closed_terminal_asks_like_sigterm_and_is_written_to_no_more(handlers):
     """SIGHUP comes when the terminal is gone; a write to it would be an error in the middle of the last save."""
+    set_handler(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
     here, there = pty.openpty()
     kept = os.dup(2)
     os.dup2(there, 2)
@@ -78,6 +79,7 @@ def test_a_closed_terminal_asks_like_sigterm_and_is_written_to_no_more():
         os.dup2(kept, 2)
         os.close(kept)
         os.close(there)
+        set_handler(signal.SIGHUP, handlers[signal.SIGHUP])
     assert stop.name == "SIGHUP"
 
 

@@ -13,7 +13,7 @@ from tests.distributed import stop_scenes
 from tests.distributed.test_stopping import what_is_left
 from tests.training.test_trainer import materials, tree  # noqa: F401  # materials is a fixture
 
-STOP = {"rank": 1, "name": "SIGHUP", "step": 2}
+STOP = {"rank": 1, "name": "SIGTERM", "step": 2}
 
 
 def config(materials, output: Path) -> dict:  # noqa: F811

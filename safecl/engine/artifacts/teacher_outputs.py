@@ -145,6 +145,7 @@ def write_outputs(
             if time.monotonic() - noted_at > SECONDS_BETWEEN_NOTES:
                 noted_at = time.monotonic()
                 note(f"{KIND}: about {min(len(missing), done * collectives.world_size()):,} of {len(missing):,} rows")
+    collectives.barrier()  # whoever looks next finds the rows of every rank
 
 
 def _portions(rows: Iterator[tuple[int, dict]]) -> Iterator[list[tuple[int, dict]]]:
