@@ -4,15 +4,16 @@
     python benchmarks/fuzz.py                               # every reader for an hour, one after the other
     python benchmarks/fuzz.py config segment --seconds 600  # only these
     python benchmarks/fuzz.py --turns 4 --seconds 60        # four rounds of a minute for each reader
+    python benchmarks/fuzz.py --parallel 2                  # two readers at once
     python benchmarks/fuzz.py --keep                        # fuzz no more; minimise the corpus, and keep it
     python benchmarks/fuzz.py --list
 
-The corpus grows in --corpus (default .fuzz/, which git ignores) and is used again by the next call, so fuzzing goes on
-where it was stopped. --keep writes the inputs that reach what no shorter one reaches into tests/hostile/inputs/, a file
-per reader with one input in base64 a line. A finding is written beside the corpus as crash-READER-..., and belongs into
-tests/hostile/found/READER/ with its repair. tests/hostile/test_found.py reads both again. Writes
-benchmarks/results/fuzz.json: seconds and executions of all calls so far, per reader. Exits with code 1 where there was
-a finding. There is no roof and no rival.
+The corpus grows in --corpus (default .fuzz/, which git ignores), begins with the kept inputs, and is used again by the
+next call, so fuzzing goes on where it was stopped. --keep writes the inputs that reach what no shorter one reaches into
+tests/hostile/inputs/, a file per reader with one input in base64 a line. A finding is written beside the corpus as
+crash-READER-..., and belongs into tests/hostile/found/READER/ with its repair. tests/hostile/test_found.py reads both
+again. Writes benchmarks/results/fuzz.json: processor seconds and executions of all calls so far, per reader. Exits with
+code 1 where there was a finding. There is no roof and no rival.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import argparse
 import base64
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
-import time
+import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
@@ -38,6 +42,7 @@ MOST_BYTES_KEPT = 20_000
 """Of the inputs of one reader; the shortest are kept."""
 MOST_BYTES = 4096
 SECONDS_FOR_ONE_INPUT = 10
+_RESULTS_LOCK = threading.Lock()
 
 
 def read_results() -> dict:
@@ -50,30 +55,44 @@ def fuzz(name: str, seconds: int, corpus: Path) -> bool:
     """Fuzz one reader in a process of its own; return whether nothing was found."""
     folder = corpus / name
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    done = fuzzer(name, str(folder), f"-max_total_time={seconds}", f"-artifact_prefix={corpus}/crash-{name}-")
-    count = re.search(r"number_of_executed_units: (\d+)", done.stderr)
+    code, said, used = fuzzer(
+        name, str(folder), f"-max_total_time={seconds}", f"-artifact_prefix={corpus}/crash-{name}-"
+    )
+    count = re.search(r"number_of_executed_units: (\d+)", said)
     executed = int(count[1]) if count else 0
+    with _RESULTS_LOCK:
+        add_results(name, used, executed, code != 0, len(list(folder.iterdir())))
+        print(f"{name:<14} {executed:>10,} executions, {'clean' if code == 0 else 'FOUND'}", flush=True)
+        if code:
+            print(said[-3000:], flush=True)
+    return code == 0
+
+
+def add_results(name: str, cpu_seconds: float, executions: int, found: bool, corpus: int) -> None:
     results = read_results()
-    before = results.get(name, {"seconds": 0, "executions": 0, "findings": 0})
+    before = results.get(name, {})
     results[name] = {
-        "seconds": round(before["seconds"] + time.monotonic() - began),
-        "executions": before["executions"] + executed,
-        "findings": before["findings"] + (done.returncode != 0),
-        "corpus": len(list(folder.iterdir())),
+        "cpu_seconds": round(before.get("cpu_seconds", 0) + cpu_seconds),
+        "executions": before.get("executions", 0) + executions,
+        "findings": before.get("findings", 0) + found,
+        "corpus": corpus,
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-    print(f"{name:<14} {executed:>10,} executions, {'clean' if done.returncode == 0 else 'FOUND'}", flush=True)
-    if done.returncode:
-        print(done.stderr[-3000:], flush=True)
-    return done.returncode == 0
 
 
-def fuzzer(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def fuzzer(name: str, *arguments: str) -> tuple[int, str, float]:
+    """Run the fuzzer in a process of its own; return its exit code, what it said, and its processor seconds."""
     command = [sys.executable, __file__, "--inside", name, *arguments]
     options = [f"-max_len={MOST_BYTES}", f"-timeout={SECONDS_FOR_ONE_INPUT}", "-rss_limit_mb=3000"]
-    return subprocess.run([*command, *options, "-print_final_stats=1"], capture_output=True, text=True, cwd=ROOT)
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [*command, *options, "-print_final_stats=1"], stdout=subprocess.DEVNULL, stderr=said, cwd=ROOT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        return process.returncode, said.read().decode(errors="replace"), usage.ru_utime + usage.ru_stime
 
 
 def keep(name: str, corpus: Path) -> None:
@@ -127,7 +146,8 @@ def inside(name: str, folder: str, options: list[str]) -> None:
     with atheris.instrument_imports(include=["safecl", "tests.hostile", "yaml"]):
         from tests.hostile import readers
 
-        for number, seed in enumerate(readers.seeds(name)):
+        kept = [base64.b64decode(line) for line in (KEPT / f"{name}.txt").read_text().split()]
+        for number, seed in enumerate([*readers.seeds(name), *kept]):
             (Path(folder) / f"seed-{number}").write_bytes(seed)
         with contextlib.suppress(Exception):
             readers.read(name, readers.seeds(name)[0])
@@ -149,6 +169,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=3600, help="for each reader")
     parser.add_argument("--corpus", type=Path, default=ROOT / ".fuzz")
     parser.add_argument("--turns", type=int, default=1, help="rounds over the readers")
+    parser.add_argument("--parallel", type=int, default=1, help="readers at once")
     parser.add_argument("--keep", action="store_true", help="minimise the corpus into tests/hostile/inputs/")
     parser.add_argument("--list", action="store_true", help="print the readers")
     chosen = parser.parse_args()
@@ -160,8 +181,11 @@ def main() -> None:
         for name in names:
             keep(name, corpus)
         return
-    clean = [fuzz(name, chosen.seconds, corpus) for _ in range(chosen.turns) for name in names]
-    sys.exit(0 if all(clean) else 1)
+    clean = True
+    with ThreadPoolExecutor(chosen.parallel) as pool:
+        for _ in range(chosen.turns):
+            clean &= all(list(pool.map(lambda name: fuzz(name, chosen.seconds, corpus), names)))
+    sys.exit(0 if clean else 1)
 
 
 if __name__ == "__main__":
