@@ -47,7 +47,7 @@ class Gate(TypedDict):
 
 @with_config(OPEN)
 class Cost(TypedDict):
-    """What methods cost. Bytes, and seconds."""
+    """Cost of a run's methods, in bytes and seconds."""
 
     seconds_per_step: Number | None
     state_bytes: dict[str, Count]
@@ -160,7 +160,7 @@ Template = TypedDict("Template", {"from": str, "sha256": str})
 
 @with_config(OPEN)
 class MeasuredWith(TypedDict, total=False):
-    """What a measurement was made with."""
+    """Prompts, scorer, judges, template and generation settings of a measurement."""
 
     chat_template: Template | None
     prompts: list[Prompts] | None

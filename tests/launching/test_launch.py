@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from safecl.config import ConfigError
 from safecl.launching import agent, network
 from safecl.launching.job import Command
 from safecl.training.folder import RunFolder
@@ -166,7 +167,10 @@ def test_a_port_that_somebody_listens_on_is_refused_with_who_it_is(safecl, confi
 def test_agents_of_one_job_on_one_machine_share_the_port():
     with socket.create_server(("", 0)) as taken:
         word = Path("/proc/self/cmdline").read_text().split("\0")[0]
-        network.refuse_taken_port(taken.getsockname()[1], "launch.rendezvous", partner=word)
+        port = taken.getsockname()[1]
+        network.refuse_taken_port(port, "launch.rendezvous", partner=word)
+        with pytest.raises(ConfigError, match=f"port {port} .*is in use by process {os.getpid()} "):
+            network.refuse_taken_port(port, "launch.rendezvous", partner="another-program")
 
 
 def test_a_second_launch_of_a_run_that_is_under_way_is_refused_before_anything_starts(safecl, config, tmp_path):

@@ -150,9 +150,11 @@ def spoilt(sound: object, some: int) -> Iterator[object]:
 def test_every_value_in_wrong_forms_is_shown_or_refused(folder, tmp_path, name, some):
     run = tmp_path / "run"
     shutil.copytree(folder, run)
+    refusals = []
     for value in spoilt(json.loads((folder / name).read_text()), some):
         (run / name).write_text(json.dumps(value))
-        read_all(run)
+        refusals += read_all(run)
+    assert any(f"{name}: " in line and "safecl did not write it so" in line for line in refusals)
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -160,9 +162,11 @@ def test_every_value_of_a_line_in_wrong_forms_is_shown_or_refused(folder, tmp_pa
     run = tmp_path / "run"
     shutil.copytree(folder, run)
     first, _, rest = (folder / name).read_text().partition("\n")
+    refusals = []
     for value in spoilt(json.loads(first), 2):
         (run / name).write_text(f"{json.dumps(value)}\n{rest}")
-        read_all(run)
+        refusals += read_all(run)
+    assert any(name in line and "safecl did not write it so" in line for line in refusals)
 
 
 def a_pipe(path: Path) -> None:

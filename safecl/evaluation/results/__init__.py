@@ -1,1 +1,1 @@
-"""What was measured: results, their records, and what is read and computed from them. Nothing here needs torch."""
+"""Results of measurements, their records, and numbers computed from them. Nothing here needs torch."""

@@ -29,7 +29,7 @@ class MaskSettings(Protocol):
 
 
 class Examples(Protocol):
-    """What a mask is learned from."""
+    """Rows that a mask is learned from."""
 
     @property
     def note(self) -> str:
