@@ -14,14 +14,15 @@ from tests.sweeping.folders import write_run as write_answers
 
 FIRST_LINES = """
 import json, sys
-from safecl import cli
-from safecl.commands.judging import verbs
+from safecl.commands import spinner
 
 def announce(verb, what):
     print(verb, what, sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
     sys.exit(0)
 
-cli.announce = verbs.announce = announce
+spinner.announce = announce  # before the modules that import it by name
+from safecl import cli
+
 for arguments in json.loads(sys.argv[1]):
     try:
         cli.main(arguments)
