@@ -1,12 +1,13 @@
 """Arithmetic that merges share.
 
 It works through large tensors in pieces of 1 MiB, which stay in a core's cache and take no memory of the tensors'
-size. Masks are fp32 numbers, 0 and 1: torch compares into fp32 about four times as fast as into bool, and chooses by
-bool (`where`, `masked_fill`) 20 times slower than it multiplies.
+size. Masks are fp32 numbers, 0 and 1, or numpy's bool: torch compares into fp32 five times as fast as into bool, and
+chooses by bool (`where`, `masked_fill`) 20 times slower than it multiplies.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from safecl.merging.places import Coefficient
 PIECE = 2**18
 """Elements of a piece."""
 _HIGH_BINS, _LOW_BINS = 2**15, 2**16
+_NUM_SAMPLES = 2**14
 
 
 def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -122,28 +124,64 @@ def num_kept(density: float, numel: int) -> int:
 def keep_largest_(values: torch.Tensor, threshold: float, num_equal: int) -> int:
     """Set to zero what is smaller than the threshold in magnitude. Of values equal to it the first `num_equal` stay.
     Return how many of these there were."""
+    if threshold == 0:
+        return 0
     left = num_equal
+    below = float(np.nextafter(np.float32(threshold), np.float32(0)))
     for (piece,) in pieces(values):
-        size = piece.abs()
-        kept = torch.gt(size, threshold, out=torch.empty_like(size))
-        if left:
-            equal = torch.eq(size, threshold, out=size)
-            count = int(equal.sum())
-            kept += equal if count <= left else equal * (equal.cumsum(0, dtype=torch.int64) <= left)
-            left -= min(count, left)
-        piece.mul_(kept)
+        equal = np.flatnonzero(piece.abs().numpy() == np.float32(threshold))
+        torch.hardshrink(piece, below, out=piece)
+        piece.numpy()[equal[left:]] = 0
+        left -= min(len(equal), left)
     return num_equal - left
 
 
 def trim_(values: torch.Tensor, density: float) -> None:
     """Keep the largest entries of a tensor, and set the others to zero."""
-    if density >= 1 or not values.numel():
-        return
+    if density < 1 and values.numel():
+        keep_largest_(values, *kth_largest(values, num_kept(density, values.numel())))
+
+
+def kth_largest(values: torch.Tensor, k: int) -> tuple[float, int]:
+    """Return the k-th largest magnitude, and how many of the values equal to it are among the k largest.
+
+    A sample gives brackets, and one pass picks out the values between them. Where the k-th largest is not among these,
+    two more passes count all values.
+    """
+    low, high = _brackets(values, k)
+    num_above, parts = 0, []
+    for (piece,) in pieces(values):
+        sizes = piece.abs().numpy()
+        above = sizes > high
+        num_above += np.count_nonzero(above)
+        parts.append(sizes[(sizes >= low) & ~above])
+    between = torch.from_numpy(np.concatenate(parts))
+    place = k - num_above
+    if not 0 < place <= len(between):
+        return _kth_largest_by_counts(values, k)
+    threshold = float(between.kthvalue(len(between) + 1 - place).values)
+    return threshold, place - int((between > threshold).sum())
+
+
+def _brackets(values: torch.Tensor, k: int) -> tuple[np.float32, np.float32]:
+    """Return magnitudes a little smaller and a little larger than the k-th largest, by a sample."""
+    step = max(1, values.numel() // _NUM_SAMPLES) | 1  # odd, or the sample could be one column of a matrix
+    sample = np.sort(values.view(-1)[::step].abs().numpy())[::-1]
+    place = k / values.numel() * len(sample)
+    margin = 4 * math.sqrt(place) + 4  # more than four standard deviations
+    low, high = math.ceil(place + margin), math.floor(place - margin)
+    return (
+        sample[low] if low < len(sample) else np.float32(0),
+        sample[high] if high >= 0 else np.float32(math.inf),
+    )
+
+
+def _kth_largest_by_counts(values: torch.Tensor, k: int) -> tuple[float, int]:
     magnitudes = Magnitudes()
     magnitudes.count(values, 0)
-    magnitudes.choose(num_kept(density, values.numel()))
+    magnitudes.choose(k)
     magnitudes.count(values, 1)
-    keep_largest_(values, *magnitudes.threshold())
+    return magnitudes.threshold()
 
 
 # -------------------------------------------------------------------------------------------------------- random drops
@@ -174,19 +212,26 @@ def elected_sum_(
 ) -> None:
     """Add to `target` the task vectors' entries whose sign is the elected one. The vectors' memory is used.
 
-    The elected sign is that of sum_i w_i tau_i, + where the sum is 0. normalize: divide by the sum of the weights of
-    the entries that agree.
+    The elected sign s is that of sum_i w_i tau_i, + where the sum is 0. The entries that agree have the sum
+    s (sum_i |w_i tau_i| + |sum_i w_i tau_i|) / 2. normalize: divide by the sum of their weights.
     """
+    buffers = [torch.empty(min(PIECE, target.numel())) for _ in range(4)]
     for here, *taus in pieces(target, *vectors):
+        total, sizes, divisor, work = (buffer[: len(here)] for buffer in buffers)
         for tau, weight in zip(taus, weights, strict=True):
-            tau.mul_(weight)
-        total = sum(taus[1:], start=taus[0].clone() if len(taus) == 1 else taus[0])
-        sign = torch.ge(total, 0, out=torch.empty_like(total)).mul_(2).sub_(1)
-        total.zero_()
-        divisor, agrees = torch.zeros_like(here), torch.empty_like(here)
-        for tau, weight in zip(taus, weights, strict=True):
-            total.add_(tau.mul_(sign).clamp_(min=0))  # the magnitudes of those that agree
-            divisor.add_(torch.gt(tau, 0, out=agrees), alpha=weight)
+            if weight != 1:
+                tau.mul_(weight)
+        total.copy_(taus[0])
+        torch.abs(taus[0], out=sizes)
+        for tau in taus[1:]:
+            total.add_(tau)
+            sizes.add_(torch.abs(tau, out=work))
+        sizes.add_(torch.abs(total, out=work))
+        sign = torch.ge(total, 0, out=total).mul_(2).sub_(1)
         if normalize:
-            total.div_(divisor.add_(torch.eq(divisor, 0, out=agrees)))
-        here.add_(total.mul_(sign), alpha=scale)
+            divisor.zero_()
+            for tau, weight in zip(taus, weights, strict=True):
+                agrees = torch.gt(torch.mul(tau, sign, out=work), 0, out=work)
+                divisor.add_(agrees, alpha=weight)
+            sizes.div_(divisor.add_(torch.eq(divisor, 0, out=work)))
+        here.add_(sizes.mul_(sign), alpha=scale / 2)

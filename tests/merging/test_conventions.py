@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from safecl.config import ConfigError
-from safecl.merging.arithmetic import Magnitudes, num_kept
+from safecl.merging.arithmetic import PIECE, Magnitudes, kth_largest, num_kept
 from safecl.merging.places import places_of, value_at
 from tests.merging.memory import merged
 
@@ -94,6 +94,30 @@ def test_the_kth_largest_magnitude_is_exact_with_many_equal_values(k):
     expected = values.abs().sort(descending=True).values
     assert threshold == float(expected[k - 1])
     assert num_equal == int((expected[:k] == expected[k - 1]).sum())
+
+
+def random_magnitudes(numel: int) -> torch.Tensor:
+    return 0.001 * torch.randn(numel, generator=torch.Generator().manual_seed(0))
+
+
+NUMEL = PIECE + 7
+MAGNITUDES = {
+    "all different": random_magnitudes(NUMEL),
+    "many equal": random_magnitudes(NUMEL).bfloat16().float(),
+    "all equal": torch.full((NUMEL,), -0.5),
+    "mostly zeros": random_magnitudes(NUMEL) * (torch.arange(NUMEL) % 1000 == 0),
+    "larger where no sample is taken": 1.0 + (torch.arange(NUMEL) % 17 != 0),  # so the brackets are wrong
+    "few": random_magnitudes(3),
+}
+
+
+@pytest.mark.parametrize("name", MAGNITUDES)
+@pytest.mark.parametrize("share", [0, 0.001, 0.2, 0.9, 1])
+def test_the_kth_largest_magnitude_of_a_tensor_is_exact(name, share):
+    values = MAGNITUDES[name]
+    k = max(1, int(share * values.numel()))
+    expected = values.abs().sort(descending=True).values[:k]
+    assert kth_largest(values, k) == (float(expected[-1]), int((expected == expected[-1]).sum()))
 
 
 def test_dare_divides_by_the_density_or_restores_the_measured_norm():
