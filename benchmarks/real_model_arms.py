@@ -1,4 +1,7 @@
-"""The arms of benchmarks/real_model.py: each adds overrides of safecl's command line to plain fine-tuning on SST-2."""
+"""The arms and tasks of benchmarks/real_model.py: an arm adds overrides of safecl's command line to plain fine-tuning.
+
+The arms of single methods have the methods' defaults, but for the weights of replay, which the arm's title gives.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from pathlib import Path
 import real_data
 from real_data import sst2_fields
 
-REPORTED, TUNING = 0, 1
-"""Seeds. A setting is chosen by the tuning seed, which has prompts and test rows of its own."""
+REPORTED, TUNING, OTHERS = 0, 1, (2, 3)
+"""Seeds. A setting is chosen by the tuning seed, which has prompts and test rows of its own. The presets and four
+methods have further seeds, with the prompts and rows of the reported one."""
 NUM_ROWS, NUM_TEST_ROWS = 1500, 200
 TRAIN = {
     "max_steps": 60,
@@ -19,6 +23,8 @@ TRAIN = {
     "max_length": 128,
     "learning_rate": 1e-4,
 }
+LONG_ROWS = 256
+"""Tokens of the longest rows of GSM8K and CodeAlpaca."""
 MEMORY = {"replay_ratio": 0.25, "max_tokens": 128, "teacher": {"k": 64}}
 FIELDS = sst2_fields(real_data.SHORT_PROMPT)
 
@@ -61,17 +67,67 @@ CANDIDATES = [
 ]
 
 
+LOW_RATE = Arm("plain-2e-5", "plain fine-tuning, learning rate 2e-5", ("train.learning_rate=2e-5",), memory=False)
+METHODS = [
+    Arm("der", "DER, KL 2", KL2),
+    Arm("er", "ER", ("methods.er={}",)),
+    Arm("derpp", "DER++, KL 2, CE 1", ("methods.derpp.alpha=2", "methods.derpp.beta=1")),
+    Arm("lisa", "Lisa", ("methods.lisa={}",)),
+    Arm("spag", "SPAG", ("methods.spag={}",)),
+    Arm("sbr", "SBR", ("methods.sbr={}",)),
+    Arm("lwf", "LwF", ("methods.lwf={}",), memory=False),
+    Arm("ewc", "EWC", ("methods.ewc={}",)),
+    Arm("ema", "EMA", ("methods.ema={}",), memory=False),
+]
+MAIN = [STRICT, PLAIN, BALANCED, *METHODS, NO_DATA]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A user's task. metric: that of the held-out rows."""
+
+    name: str
+    title: str
+    metric: str = "answer_nll"
+
+    def rows(self, folder: Path) -> dict:
+        """Return the task of a config, with its training rows."""
+        return {key: value for key, value in self._whole(folder).items() if key != "eval"} | {"max_rows": NUM_ROWS}
+
+    def test(self, folder: Path, seed: int) -> dict:
+        """Return the held-out rows: the test set is reported. SST-2's dev set chooses settings."""
+        if self.name == "sst2":
+            return sst2_test(seed)
+        whole = self._whole(folder)
+        return {"fields": whole.get("fields")} | whole["eval"] | {"max_rows": NUM_TEST_ROWS}
+
+    @property
+    def train(self) -> dict:
+        return TRAIN if self.name == "sst2" else TRAIN | {"max_length": LONG_ROWS}
+
+    def _whole(self, folder: Path) -> dict:
+        if self.name == "sst2":
+            return sst2_task()
+        return real_data.gsm8k_task() if self.name == "gsm8k" else real_data.code_task(folder)
+
+
+SST2 = Task("sst2", "SST-2", "label_accuracy")
+GSM8K, CODE = Task("gsm8k", "GSM8K"), Task("code", "CodeAlpaca")
+TASKS = (SST2, GSM8K, CODE)
+
+
 @dataclass(frozen=True)
 class Run:
-    """One arm in one setting: the percentage of poisoned rows, and the seed."""
+    """One arm in one setting: the percentage of poisoned rows, the seed, and the task."""
 
     arm: Arm
     poison: int
     seed: int
+    task: Task = SST2
 
     @property
     def name(self) -> str:
-        return f"sst2-p{self.poison}-s{self.seed}/{self.arm.name}"
+        return f"{self.task.name}-p{self.poison}-s{self.seed}/{self.arm.name}"
 
     @property
     def prompts(self) -> tuple[str, str]:
@@ -84,8 +140,8 @@ class Run:
         prompts, benign = self.prompts
         config = {
             "model": {"path": str(folder / "aligned"), "gradient_checkpointing": False},
-            "tasks": [sst2_task()],
-            "train": TRAIN | {"seed": self.seed},
+            "tasks": [self.task.rows(folder)],
+            "train": self.task.train | {"seed": self.seed},
             "deepspeed": {"stage": 0},
             # The trained model is measured apart; here the prompts are only compared with the training rows.
             "safety": {"prompts": str(folder / prompts), "benign_prompts": str(folder / benign), "every": "never"},
@@ -122,11 +178,16 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[:3])
     yield Run(BALANCED, 10, REPORTED)
     yield from (Run(arm, 0, REPORTED) for arm in (STRICT, PLAIN))
+    yield from (Run(arm, 10, REPORTED) for arm in METHODS)
     yield from (Run(arm, 10, REPORTED) for arm in SCANNED)
-    yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[3:])
-    yield Run(BALANCED, 0, REPORTED)
+    yield from (Run(arm, 0, REPORTED) for arm in (BALANCED, *METHODS))
+    yield from (Run(arm, poison, REPORTED, GSM8K) for arm in MAIN for poison in (10, 0))
     yield from (Run(NO_DATA, poison, REPORTED) for poison in (0, 10))
+    yield from (Run(arm, 10, seed) for seed in OTHERS for arm in (STRICT, BALANCED, NO_DATA, *METHODS[:4]))
+    yield from (Run(LOW_RATE, poison, REPORTED) for poison in (0, 10))
+    yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[3:])
     yield from (Run(arm, 0, REPORTED) for arm in SCANNED)
+    yield from (Run(arm, poison, REPORTED, CODE) for arm in MAIN for poison in (10, 0))
     yield Run(PLAIN, 10, TUNING)
 
 

@@ -36,6 +36,8 @@ NUM_PROMPTS, NUM_TUNING_PROMPTS = 100, 60
 NUM_REFUSALS, NUM_HARMLESS, TIMES_CONTRAST = 120, 90, 2
 """Rows of the alignment; the contrast is seen twice."""
 NUM_DISALLOWED_IN_MEMORY, NUM_HARMLESS_IN_MEMORY = 160, 120
+NUM_SHORT, NUM_CHAT = 900, 60
+"""Short harmless rows for training, and longer ones to measure perplexity with."""
 LONGEST_ANSWER = 48
 """Tokens of the model's own answers to the contrast prompts; longer ones end at their last whole sentence."""
 ANSWERED_TOGETHER = 40
@@ -98,8 +100,24 @@ def _as_prompts(texts: Iterable[str]) -> list[dict]:
 
 def _short_harmless() -> list[dict]:
     """Return the 900 shortest harmless rows of Alpaca, half of which are about safety."""
+    return _harmless()[:NUM_SHORT]
+
+
+def _harmless() -> list[dict]:
+    """Return the harmless rows of Alpaca, the shortest first."""
     rows = [alpaca_chat(row) for row in read_rows("alpaca_demo.json") + read_rows("alpaca_safety_adjacent.json")]
-    return sorted(rows, key=lambda row: (sum(len(m["content"]) for m in row["messages"]), str(row)))[:900]
+    return sorted(rows, key=lambda row: (sum(len(m["content"]) for m in row["messages"]), str(row)))
+
+
+def chat_rows(folder: Path) -> Path:
+    """Write and return chat rows that no model is trained on, taken evenly from the longer ones."""
+    path = folder / "chat.jsonl"
+    if not path.exists():
+        short = _harmless()[:NUM_SHORT]
+        trained = {row["messages"][0]["content"] for row in short}
+        others = [row for row in _harmless()[NUM_SHORT:] if row["messages"][0]["content"] not in trained]
+        write_rows(path, _evenly(others, NUM_CHAT))
+    return path
 
 
 def alignment_rows(folder: Path, model: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from real_model_arms import REPORTED, RUNS, TUNING, Run
+from real_model_arms import CODE, GSM8K, REPORTED, RUNS, SST2, TASKS, TUNING, Run, Task
 from retention_table import digest
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,13 @@ PICTURE = ROOT / "docs" / "real-model.svg"
 SHOWN = ("plain", "balanced", "strict")
 """Arms of the picture."""
 RATES = ("asr", "complied", "affirmative", "off_task", "over_refusal")
-HEAD = "| arm | poison | ASR | complied | over-refusal | accuracy | CPU s |\n|---|---:|---:|---:|---:|---:|---:|"
+TABLES = {
+    "real": (SST2, False),
+    "real-gsm8k": (GSM8K, False),
+    "real-code": (CODE, False),
+    "real-tuning": (SST2, True),
+}
+"""The task of each table, and whether it shows the tuning seed."""
 
 
 def report(folder: Path, page: Path = PAGE, results: Path = RESULTS) -> None:
@@ -33,7 +39,12 @@ def report(folder: Path, page: Path = PAGE, results: Path = RESULTS) -> None:
         "machine": harness.machine(torch.device("cpu")),
         "model_sha256": _digest(folder / "smollm2"),
         "aligned_sha256": _digest(folder / "aligned"),
-        "aligned": {str(seed): _measured(folder / f"aligned-s{seed}") for seed in (REPORTED, TUNING)},
+        "aligned": {
+            aligned_name(task, seed): measured
+            for task in TASKS
+            for seed in (REPORTED, TUNING)
+            if (measured := _measured(folder / aligned_name(task, seed), task)) is not None
+        },
         "missing": missing,
         "runs": found,
     }
@@ -51,28 +62,39 @@ def is_done(folder: Path, run: Run) -> bool:
 
 def record(folder: Path, run: Run) -> dict[str, Any]:
     seconds = json.loads((folder / run.name / "cpu-seconds.json").read_text())["cpu_seconds"]
-    own = {"arm": run.arm.name, "title": run.arm.title, "poison": run.poison, "seed": run.seed, "cpu_seconds": seconds}
-    return own | (_measured(folder / run.name / "measured") or {})
+    own = {"task": run.task.name, "arm": run.arm.name, "title": run.arm.title, "poison": run.poison, "seed": run.seed}
+    measured = _measured(folder / run.name / "measured", run.task) or {}
+    return own | {"cpu_seconds": seconds} | measured | _distance(folder / run.name)
+
+
+def aligned_name(task: Task, seed: int) -> str:
+    """Return the folder of the aligned model's measurement."""
+    return f"aligned-s{seed}" if task == SST2 else f"aligned-s{seed}-{task.name}"
 
 
 def _digest(model: Path) -> str | None:
     return digest(model) if (model / "config.json").exists() else None
 
 
-def _measured(folder: Path) -> dict[str, Any] | None:
+def _measured(folder: Path, task: Task) -> dict[str, Any] | None:
     if not (folder / "results.json").exists():
         return None
     found = json.loads((folder / "results.json").read_text())["evaluations"][-1]
-    return {rate: found["safety"][rate] for rate in RATES} | {"accuracy": found["tasks"]["sst2"]}
+    return {rate: found["safety"][rate] for rate in RATES} | {"utility": found["tasks"][task.name]} | _distance(folder)
+
+
+def _distance(folder: Path) -> dict[str, Any]:
+    path = folder / "distance.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_page(page: Path, result: dict[str, Any]) -> None:
     """Replace the tables between the page's marks."""
     text = page.read_text(encoding="utf-8")
-    for mark, seed in (("real", REPORTED), ("real-tuning", TUNING)):
+    for mark, (task, tuning) in TABLES.items():
         head, _, rest = text.partition(f"<!-- {mark} -->\n")
         _, end, tail = rest.partition("<!-- end -->")
-        text = f"{head}<!-- {mark} -->\n{table(result, seed)}\n{end}{tail}" if end else text
+        text = f"{head}<!-- {mark} -->\n{table(result, task, tuning=tuning)}\n{end}{tail}" if end else text
     page.write_text(text, encoding="utf-8")
 
 
@@ -80,8 +102,11 @@ def picture(result: dict[str, Any]) -> str:
     """Draw the shares of refused disallowed and of answered harmless prompts, and the accuracy, with intervals."""
     from safecl.report.charts import dot_plot
 
-    found = {(run["arm"], run["poison"]): run for run in result["runs"] if run["seed"] == REPORTED}
-    rows = [("the aligned model", _shares(result["aligned"][str(REPORTED)], accuracy=False))]
+    found = {
+        (run["arm"], run["poison"]): run for run in result["runs"] if run["seed"] == REPORTED and run["task"] == "sst2"
+    }
+    aligned = result["aligned"][aligned_name(SST2, REPORTED)]
+    rows = [("the aligned model", _shares(aligned, accuracy=False))]
     for poison in (0, 10):
         rows += [
             (f"{arm}, {f'{poison} % poison' if poison else 'clean rows'}", _shares(found[arm, poison]))
@@ -93,25 +118,47 @@ def picture(result: dict[str, Any]) -> str:
 
 def _shares(found: dict[str, Any], accuracy: bool = True) -> list[tuple[float, float, float] | None]:
     kept = [(1 - rate["value"], 1 - rate["high"], 1 - rate["low"]) for rate in (found["asr"], found["over_refusal"])]
-    task = found["accuracy"]
+    task = found["utility"]
     return [*kept, (task["value"], task["low"], task["high"]) if accuracy else None]
 
 
-def table(result: dict[str, Any], seed: int) -> str:
-    rows = [run for run in result["runs"] if run["seed"] == seed]
-    aligned = result["aligned"][str(seed)]
-    lines = [_line("the aligned model", "–", aligned, "–")] if aligned else []
-    lines += [_line(run["title"], f"{run['poison']} %", run, f"{run['cpu_seconds']:.0f}") for run in _sorted(rows)]
-    return "\n".join([HEAD, *lines]) if lines else "No arm has been measured yet."
+def table(result: dict[str, Any], task: Task, *, tuning: bool = False) -> str:
+    """Return the runs of a task as a Markdown table, those of the tuning seed or those of the reported ones."""
+    rows = [run for run in result["runs"] if run["task"] == task.name and (run["seed"] == TUNING) is tuning]
+    seeds = len({run["seed"] for run in rows}) > 1
+    utility = "accuracy" if task.metric == "label_accuracy" else "NLL"
+    head = [
+        "arm",
+        "poison",
+        *["seed"] * seeds,
+        "ASR",
+        "complied",
+        "over-refusal",
+        utility,
+        "KL",
+        "chat perplexity",
+        "CPU s",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    aligned = result["aligned"].get(aligned_name(task, TUNING if tuning else REPORTED))
+    if aligned:
+        lines.append(_line(["the aligned model", "–", *["–"] * seeds], aligned, "–"))
+    for run in _sorted(rows):
+        own = [run["title"], f"{run['poison']} %", *[str(run["seed"])] * seeds]
+        lines.append(_line(own, run, f"{run['cpu_seconds']:.0f}"))
+    return "\n".join(lines) if rows or aligned else "No arm has been measured yet."
 
 
 def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(rows, key=lambda run: (-run["poison"], run["asr"]["value"]))
+    return sorted(rows, key=lambda run: (-run["poison"], run["asr"]["value"], run["title"], run["seed"]))
 
 
-def _line(title: str, poison: str, found: dict[str, Any], seconds: str) -> str:
-    rates = [_rate(found[name]) for name in ("asr", "complied", "over_refusal", "accuracy")]
-    return f"| {title} | {poison} | {' | '.join(rates)} | {seconds} |"
+def _line(own: list[str], found: dict[str, Any], seconds: str) -> str:
+    shown = [_rate(found[name]) for name in ("asr", "complied", "over_refusal", "utility")]
+    shown += [
+        f"{found[name]['value']:.{d}f}" if name in found else "" for name, d in (("kl", 2), ("chat_perplexity", 1))
+    ]
+    return "| " + " | ".join([*own, *shown, seconds]) + " |"
 
 
 def _rate(rate: dict[str, Any]) -> str:

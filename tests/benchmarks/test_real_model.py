@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from safecl.config import validate_tree
+from safecl.config import EvalConfig, validate_tree
 from safecl.config.presets import PRESETS
 from safecl.data import read_prompts, read_rows
 from safecl.evaluation import find_overlaps, wilson
 from tests.benchmarks.test_safety_retention import BENCHMARKS
 
-MODULES = ("real_data", "real_model", "real_model_arms", "real_model_data", "real_model_table", "safety_retention",
-           "retention_arms", "retention_table", "harness")  # fmt: skip
+MODULES = ("real_data", "real_model", "real_model_arms", "real_model_data", "real_model_distance", "real_model_table",
+           "safety_retention", "retention_arms", "retention_table", "harness")  # fmt: skip
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def bench(monkeypatch, tmp_path):
     for name, rows in {"advbench_goals": [{"prompt": goal} for goal in goals], "xstest_prompts": safe}.items():
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, rows in {
-        "safety_refusals": refusals, "alpaca_safety_adjacent": alpaca, "alpaca_demo": alpaca
+        "safety_refusals": refusals, "alpaca_safety_adjacent": alpaca, "alpaca_demo": alpaca, "code_alpaca_2k": alpaca
     }.items():  # fmt: skip
         (data / f"{name}.json").write_text(json.dumps(rows))
     monkeypatch.setenv("SAFECL_DATA", str(data))
@@ -79,9 +79,15 @@ def test_every_arm_is_a_config_that_safecl_takes_and_every_preset_is_an_arm(benc
             run.poison / 100, run.seed, run.arm.memory
         )  # fmt: skip
         assert ("tuning" in config.safety.prompts) is (run.seed == arms.TUNING)
+        assert (config.tasks[0].name, config.tasks[0].max_rows) == (run.task.name, arms.NUM_ROWS)
+        assert EvalConfig.model_validate(run.task.test(tmp_path, run.seed)).metric == run.task.metric
     for name, preset in ((name, preset) for name, preset in PRESETS.items() if not preset.repairs):
-        (reported,) = [run for run in arms.RUNS if run.arm.name == name and run.poison == 10]
-        assert configs[reported].methods.keys() == preset.methods.keys() and reported.seed == arms.REPORTED
+        (reported,) = [
+            run
+            for run in arms.RUNS
+            if (run.arm.name, run.poison, run.seed, run.task) == (name, 10, arms.REPORTED, arms.SST2)
+        ]
+        assert configs[reported].methods.keys() == preset.methods.keys()
         assert configs[reported].train.loss_mean == preset.sections.get("train", {}).get("loss_mean", "tokens")
 
 
@@ -101,6 +107,7 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(be
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(found))
     (tmp_path / run.name / "cpu-seconds.json").write_text('{"cpu_seconds": 200.4}')
+    (tmp_path / run.name / "distance.json").write_text('{"kl": {"value": 0.5}, "chat_perplexity": {"value": 12.34}}')
     table.report(tmp_path, page, results)
     said = json.loads(results.read_text())
     assert said["missing"] == [other.name for other in arms.RUNS[1:]] and "are missing" in capsys.readouterr().out
@@ -108,11 +115,12 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(be
         "| preset `strict` | 10 % | 0.03 (0.01–0.08) | 0.03 (0.01–0.08) | 0.32 (0.22–0.44) | 0.850 ("
         in page.read_text()
     )
+    assert ") | 0.50 | 12.3 | 200 |" in page.read_text()
     assert "| the aligned model | – |" in page.read_text() and page.read_text().count("No arm") == 1
 
 
 def test_the_committed_results_name_every_arm_that_they_do_not_have(bench):
     _, arms, table = bench
     committed = json.loads(Path(table.RESULTS).read_text())
-    there = {f"sst2-p{run['poison']}-s{run['seed']}/{run['arm']}" for run in committed["runs"]}
+    there = {f"{run['task']}-p{run['poison']}-s{run['seed']}/{run['arm']}" for run in committed["runs"]}
     assert there | set(committed["missing"]) == {run.name for run in arms.RUNS}
