@@ -67,7 +67,19 @@ CANDIDATES = [
 ]
 
 
-LOW_RATE = Arm("plain-2e-5", "plain fine-tuning, learning rate 2e-5", ("train.learning_rate=2e-5",), memory=False)
+CONTROLS = [
+    Arm(
+        f"plain-{rate}-{tokens}",
+        f"plain fine-tuning, learning rate {rate}, {tokens} tokens a step",
+        (f"train.learning_rate={rate}", f"train.tokens_per_batch={tokens}", f"train.max_steps={36_000 // tokens}"),
+        memory=False,
+    )
+    for rate in ("2e-5", "5e-5", "1e-4")
+    for tokens in (300, 600, 1200)
+    if (rate, tokens) != ("1e-4", 600)
+]
+"""Plain fine-tuning with other learning rates and batches, and as many rows. How a step is accumulated from
+micro-batches does not change it here."""
 METHODS = [
     Arm("der", "DER, KL 2", KL2),
     Arm("er", "ER", ("methods.er={}",)),
@@ -184,7 +196,7 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, poison, REPORTED, GSM8K) for arm in MAIN for poison in (10, 0))
     yield from (Run(NO_DATA, poison, REPORTED) for poison in (0, 10))
     yield from (Run(arm, 10, seed) for seed in OTHERS for arm in (STRICT, BALANCED, NO_DATA, *METHODS[:4]))
-    yield from (Run(LOW_RATE, poison, REPORTED) for poison in (0, 10))
+    yield from (Run(arm, 0, REPORTED) for arm in CONTROLS)
     yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[3:])
     yield from (Run(arm, 0, REPORTED) for arm in SCANNED)
     yield from (Run(arm, poison, REPORTED, CODE) for arm in MAIN for poison in (10, 0))

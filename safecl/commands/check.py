@@ -27,7 +27,7 @@ def check_run(config: RunConfig) -> None:
     from safecl.data import describe
     from safecl.distributed import devices
     from safecl.planning.checks import check_fisher_values
-    from safecl.planning.costs.memory_report import memory_lines, ranks_here, too_little
+    from safecl.planning.costs.memory_report import memory_lines, ranks_here, settle_recomputing, too_little
     from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_shapes
     from safecl.planning.costs.step_report import prediction
     from safecl.planning.describe import describe_plan
@@ -40,6 +40,7 @@ def check_run(config: RunConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     with leaving_nothing_prepared(config):
         plan = plan_run(config)
+    config = settle_recomputing(plan)
     check_weights_are_finite(config)
     check_fisher_values(config)
     facts = describe_plan(plan)
@@ -77,6 +78,7 @@ def model_facts(model: PreTrainedModel, config: RunConfig) -> list[tuple[str, st
     return [
         ("  parameters", f"{model.num_parameters():,} ({model.config.model_type}), vocabulary {vocabulary:,}"),
         ("  attention", f"{attention} ({reason})"),
+        ("  activations", "recomputed in the backward pass" if config.model.gradient_checkpointing else "kept"),
     ]
 
 

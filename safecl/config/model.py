@@ -71,8 +71,9 @@ class ModelConfig(Section):
     takes its place where they differ by more than 2 %. null: at the start only."""
     lora: LoraConfig | None = None
     """Train adapters only; null trains all weights."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass (non-reentrant): less memory, about a third more compute."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass (non-reentrant): less memory, about a third more compute, the same
+    numbers. auto does so unless the run takes at most half of each machine's memory without."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you know that code."""
     thinking: ThinkingConfig | None = None

@@ -45,6 +45,7 @@ def open_run(plan: RunPlan, folder: RunFolder, console: Console) -> Run:
     attention = attention_of(engine.module.model)
     reason = reason if attention == chosen else f"in place of {chosen}"
     console.fact("attention", f"{attention} ({reason}), rows {'packed' if engine.layout.packed else 'padded'}")
+    console.fact("activations", "recomputed" if config.model.gradient_checkpointing else "kept")
     ranks = f"{collectives.world_size()} rank{'s' if collectives.world_size() > 1 else ''}"
     console.fact("trained", f"{engine.shards.numel:,} weights on {ranks}, {engine.device}")
     run = Run(config, engine, plan.methods, console.note, plan.tasks)

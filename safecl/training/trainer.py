@@ -31,7 +31,7 @@ from safecl.engine.artifacts.store import ask_first_rank
 from safecl.engine.checkpoint.model_export import ModelNotFinite
 from safecl.engine.checkpoint.report import SaveReport
 from safecl.launching.stragglers import Pace
-from safecl.planning.costs.memory_report import refuse_what_does_not_fit
+from safecl.planning.costs.memory_report import refuse_what_does_not_fit, settle_recomputing
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.planning.run_plan import plan_run
 from safecl.report.card import Card
@@ -110,6 +110,7 @@ class Trainer:
                     collectives.init_distributed()
                     watchdog.attach()
                 self.config, self._pace = compare_ranks(self.plan, self.folder, self.console.note)
+                self.config = settle_recomputing(self.plan)
                 refuse_what_does_not_fit(self.plan)
                 result = self._run()
                 watchdog.close(together=True)

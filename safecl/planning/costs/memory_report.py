@@ -1,4 +1,5 @@
-"""The memory plan as lines of text for `safecl check`, and the refusal of a run that does not fit on this machine."""
+"""What follows from the memory plan: lines of text for `safecl check`, the refusal of a run that does not fit on this
+machine, and whether activations are recomputed."""
 
 from __future__ import annotations
 
@@ -24,6 +25,11 @@ _EVALUATION = {
 }
 
 
+ACTIVATION_BYTES = 400
+"""More than a layer keeps for each element of a token's hidden state, without eager attention. By counting, a Llama
+keeps 48 in bf16 and 87 in fp32, a Gemma with its wide layers 155 in fp32."""
+
+
 def memory_lines(
     shape_on: Callable[[int], ModelShape],
     config: RunConfig,
@@ -46,7 +52,7 @@ def memory_lines(
             lines.append((f"  {where}", ", ".join(f"{item.what} {format_bytes(item.nbytes)}" for item in items)))
     if plan.evaluation is not None:
         lines.append(("  evaluation", _EVALUATION[plan.evaluation]))
-    larger = () if _fits_easily(plan) else (8, 64)  # counting the activations of each takes a second
+    larger = () if _fits(plan, 4) else (8, 64)  # counting the activations of each takes a second
     lines += [(f"  on {ranks} ranks", _totals(planned.on(ranks))) for ranks in larger if ranks > here]
     if (note := _shortage(plan)) is not None:
         lines.append(("  too little", note))
@@ -74,6 +80,43 @@ def too_little(
     return f"the run does not fit here: {note}{nearest}; train.allow_little_memory: true tries it all the same"
 
 
+def settle_recomputing(plan: RunPlan) -> RunConfig:
+    """Turn `model.gradient_checkpointing: auto` into true or false, the same on every rank, in the plan's config, and
+    return that config. A collective call."""
+    config, needed = plan.config, False
+    if config.model.gradient_checkpointing != "auto":
+        return config
+    if environment.local_rank() == 0:
+        needed = has_to_recompute(plan)
+    needed = any(collectives.gather_objects([needed]))
+    plan.config = _recomputing(config, needed)
+    return plan.config
+
+
+def has_to_recompute(plan: RunPlan) -> bool:
+    """Return whether the run takes more than half of this machine's memory unless activations are recomputed.
+
+    They are counted only where a generous bound does not settle it: counting takes a second.
+    """
+    config = _recomputing(plan.config, False)
+    model, teachers, program = model_structure(config.model), teacher_shapes(config), resident_bytes()
+    alone = ModelShape.without_activations(model, config.model.lora)
+    most = ACTIVATION_BYTES * config.train.tokens_per_microbatch * alone.layers * alone.hidden
+
+    def fits(shape_on: Callable[[int], ModelShape]) -> bool:
+        return _fits(_Planned(shape_on, config, teachers, program).here(), 2)
+
+    if not fits(lambda ranks: alone):
+        return True
+    if config.model.attention != "eager" and fits(lambda ranks: replace(alone, activations=most)):
+        return False
+    return not fits(shapes_of(model, replace(plan, config=config)))
+
+
+def _recomputing(config: RunConfig, recomputes: bool) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": recomputes})})
+
+
 def refuse_what_does_not_fit(plan: RunPlan) -> None:
     """Raise ConfigError on every rank where the run does not fit on one of the machines. A collective call.
 
@@ -83,7 +126,7 @@ def refuse_what_does_not_fit(plan: RunPlan) -> None:
     if not config.train.allow_little_memory and environment.local_rank() == 0:
         model, teachers, program = model_structure(config.model), teacher_shapes(config), resident_bytes()
         state = ModelShape.without_activations(model, config.model.lora)
-        if not _fits_easily(_Planned(lambda ranks: state, config, teachers, program).here()):
+        if not _fits(_Planned(lambda ranks: state, config, teachers, program).here(), 4):
             note = too_little(shapes_of(model, plan), config, teachers, program=program)
     found = [told for told in collectives.gather_objects([note]) if told is not None]
     if found:
@@ -167,9 +210,9 @@ def _shortage(plan: MemoryPlan, held: int = 0) -> str | None:
     return None
 
 
-def _fits_easily(plan: MemoryPlan) -> bool:
-    """True where the plan fills at most a quarter of the memory of this machine."""
+def _fits(plan: MemoryPlan, times: int) -> bool:
+    """True where this machine has at least so many times the memory that the plan takes."""
     free = available_memory()
-    if free is not None and 4 * (plan.host if devices.on_gpu() else plan.shared_host) > free:
+    if free is not None and times * (plan.host if devices.on_gpu() else plan.shared_host) > free:
         return False
-    return not devices.on_gpu() or 4 * plan.device <= torch.cuda.get_device_properties(0).total_memory
+    return not devices.on_gpu() or times * plan.device <= torch.cuda.get_device_properties(0).total_memory

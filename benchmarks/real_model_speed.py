@@ -1,0 +1,257 @@
+"""Speed of safecl on a pretrained model beside the plain Hugging Face way: training, generation, start-up.
+
+    python benchmarks/real_model.py align      # the model
+    python benchmarks/real_model_speed.py      # on a quiet machine, about ten minutes
+    python benchmarks/real_model_speed.py --no-json
+
+One CPU thread, bf16, SST-2 rows of 600 tokens a step. The rival of training is a loop over the same rows: a padded
+batch, `model(**batch).loss`, `backward`, clipping, torch's fused AdamW on the bf16 weights (safecl keeps fp32 master
+weights). The rival of generation is `model.generate` on the same prompts in the same batches, and that of the start a
+program that imports torch and transformers, loads the model and tokenizer, and takes one step. Contenders alternate in
+one process, the start in processes of their own; speeds are medians of the rounds. There is no error to state: training
+is compared with fp64 in the tests, and the answers are compared here. Writes
+benchmarks/results/real_model_speed.json and the table of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+import harness
+import torch
+import yaml
+from real_model_arms import PLAIN, REPORTED, Run
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "real_model_speed.json", ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- real-speed -->\n", "<!-- end -->"
+STEPS, WARM_UP, ROUNDS = 10, 2, 3
+NUM_PROMPTS, NEW_TOKENS = 40, 24
+START = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+optimizer = torch.optim.AdamW(model.parameters())
+ids = tokenizer(["Positive or negative? A fine film. positive"] * 40, return_tensors="pt").input_ids
+model(input_ids=ids, labels=ids).loss.backward()
+optimizer.step()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/real-model"))
+    parser.add_argument("--no-json", action="store_true", help="write no files")
+    arguments = parser.parse_args()
+    folder = arguments.folder.absolute()
+    if not (folder / "aligned" / "config.json").exists():
+        sys.exit(f"no model in {folder}: run benchmarks/real_model.py align first")
+    with tempfile.TemporaryDirectory() as scratch:
+        found = training(folder, Path(scratch)) | {
+            "generation": generation(folder),
+            "start": start(folder, Path(scratch)),
+        }
+    result = {
+        "command": "python benchmarks/real_model_speed.py",
+        "machine": harness.machine(torch.device("cpu")),
+        **found,
+    }
+    print(table(result))
+    if not arguments.no_json:
+        harness.write_json(RESULTS, result)
+        head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(head + BEGIN + table(result) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def training(folder: Path, scratch: Path) -> dict[str, Any]:
+    """Return the tokens per second of each contender, and what safecl's page faults cost."""
+    rounds: dict[str, list[float]] = {"safecl": [], "safecl, recomputing": [], "hugging face": []}
+    system = []
+    for number in range(ROUNDS):
+        for name, recomputes in (("safecl", False), ("safecl, recomputing", True)):
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            rounds[name].append(safecl_speed(folder, scratch / f"{name}-{number}", recomputes))
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            user, kernel = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+            system += [kernel / (user + kernel)] if not recomputes else []
+        rounds["hugging face"].append(rival_speed(folder))
+    speeds = {name: [round(value, 1) for value in values] for name, values in rounds.items()}
+    return {"training": speeds, "system_share": round(statistics.median(system), 4)}
+
+
+def config_of(folder: Path, output: Path, recomputes: bool, steps: int = STEPS) -> dict[str, Any]:
+    config = Run(PLAIN, 0, REPORTED).config(folder)
+    config["model"]["gradient_checkpointing"] = recomputes
+    config["train"] |= {"max_steps": steps, "allow_few_steps": True}
+    return config | {"output": str(output), "safety": None}
+
+
+def safecl_speed(folder: Path, output: Path, recomputes: bool) -> float:
+    """Train a few steps, and return the task's tokens per second after the first ones."""
+    from safecl.config import validate_tree
+    from safecl.training.trainer import Trainer
+
+    Trainer(validate_tree(config_of(folder, output, recomputes), "speed")).fit()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    taken = lines[-1]["time"] - lines[WARM_UP - 1]["time"]
+    return float(sum(line["tokens"] for line in lines[WARM_UP:]) / taken)
+
+
+def rival_speed(folder: Path) -> float:
+    """Train the same model on the same rows without safecl, and return the tokens per second."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "aligned", dtype=torch.bfloat16).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens, began = 0, 0.0
+    for step, batch in zip(range(STEPS), batches(folder), strict=False):
+        if step == WARM_UP:
+            tokens, began = 0, time.perf_counter()
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += int(batch["attention_mask"].sum())
+    return tokens / (time.perf_counter() - began)
+
+
+def batches(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield padded batches of about as many tokens as safecl's steps have."""
+    from safecl.config import validate_tree
+    from safecl.planning.run_plan import plan_run
+
+    plan = plan_run(validate_tree(config_of(folder, folder / "speed", False), "speed"))
+    dataset, taken = plan.tasks[0].dataset, []
+    for number in range(len(dataset)):
+        taken.append(dataset.row(number))
+        if sum(len(row.input_ids) for row in taken) < plan.config.train.tokens_per_batch:
+            continue
+        longest = max(len(row.input_ids) for row in taken)
+        batch = {name: torch.zeros(len(taken), longest, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        batch["labels"] = torch.full((len(taken), longest), -100)
+        for place, row in enumerate(taken):
+            ids, length = torch.as_tensor(row.input_ids, dtype=torch.long), len(row.input_ids)
+            batch["input_ids"][place, :length], batch["attention_mask"][place, :length] = ids, 1
+            supervised = torch.as_tensor(row.loss_mask, dtype=torch.bool)
+            batch["labels"][place, :length][supervised] = ids[supervised]
+        yield batch
+        taken = []
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+def generation(folder: Path) -> dict[str, Any]:
+    """Return the seconds of each contender for the same answers, and whether they are the same."""
+    from transformers import AutoModelForCausalLM
+
+    from safecl.config import ModelConfig
+    from safecl.data import load_tokenizer, read_prompts
+    from safecl.evaluation.answers.model import HFEvalModel
+    from safecl.evaluation.answers.prompts import answer_prompts
+
+    prompts = read_prompts(str(folder / "prompts.jsonl"), NUM_PROMPTS)
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder / "aligned")))
+    ours, theirs = (
+        HFEvalModel.load(folder / "aligned"),
+        AutoModelForCausalLM.from_pretrained(folder / "aligned", dtype=torch.bfloat16),
+    )
+    chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+    tokenizer.padding_side = "left"
+    given = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    seconds: dict[str, list[float]] = {"safecl": [], "hugging face": []}
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        answers = answer_prompts(ours, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=NUM_PROMPTS)
+        middle = time.perf_counter()
+        with torch.no_grad():
+            written = theirs.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+        seconds["safecl"].append(round(middle - began, 2))
+        seconds["hugging face"].append(round(time.perf_counter() - middle, 2))
+    texts = tokenizer.batch_decode(written[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    same = sum(mine["text"].strip() == text.strip() for mine, text in zip(answers, texts, strict=True))
+    return {"seconds": seconds, "same_answers": same, "answers": len(prompts)}
+
+
+# --------------------------------------------------------------------------------------------------------------- start
+
+
+def start(folder: Path, scratch: Path) -> dict[str, list[float]]:
+    """Return the seconds from the command to the end of the first step, with nothing prepared for safecl's command."""
+    seconds: dict[str, list[float]] = {"safecl": [], "hugging face": []}
+    for number in range(ROUNDS):
+        path, output = scratch / f"start-{number}.yaml", scratch / f"start-{number}"
+        path.write_text(yaml.safe_dump(config_of(folder, output, False, steps=1)))
+        environment = os.environ | {"SAFECL_CACHE": str(scratch / f"cache-{number}")}
+        began = time.time()
+        subprocess.run(
+            [sys.executable, "-m", "safecl", "train", str(path)], check=True, capture_output=True, env=environment
+        )
+        first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+        seconds["safecl"].append(round(first["time"] - began, 2))
+        began = time.time()
+        subprocess.run([sys.executable, "-c", START, str(folder / "aligned")], check=True, capture_output=True)
+        seconds["hugging face"].append(round(time.time() - began, 2))
+    return seconds
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the medians as a Markdown table."""
+    speeds = {name: statistics.median(values) for name, values in result["training"].items()}
+    made, began = (result[key] for key in ("generation", "start"))
+    seconds = {name: statistics.median(values) for name, values in made["seconds"].items()}
+    starts = {name: statistics.median(values) for name, values in began.items()}
+    rows = [
+        (
+            "training, tokens per second",
+            f"{speeds['safecl']:.0f}",
+            f"{speeds['hugging face']:.0f}",
+            speeds["safecl"] / speeds["hugging face"],
+        ),
+        (
+            "the same, activations recomputed",
+            f"{speeds['safecl, recomputing']:.0f}",
+            "",
+            speeds["safecl, recomputing"] / speeds["hugging face"],
+        ),
+        (
+            f"{made['answers']} answers of {NEW_TOKENS} tokens, seconds",
+            f"{seconds['safecl']:.1f}",
+            f"{seconds['hugging face']:.1f}",
+            seconds["hugging face"] / seconds["safecl"],
+        ),
+        (
+            "command to the end of the first step, seconds",
+            f"{starts['safecl']:.1f}",
+            f"{starts['hugging face']:.1f}",
+            starts["hugging face"] / starts["safecl"],
+        ),
+    ]
+    lines = ["| | safecl | Hugging Face | speed of it |", "|---|---:|---:|---:|"]
+    return "\n".join([*lines, *(f"| {what} | {ours} | {theirs} | {ratio:.2f} |" for what, ours, theirs, ratio in rows)])
+
+
+if __name__ == "__main__":
+    main()
