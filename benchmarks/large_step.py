@@ -100,6 +100,7 @@ def setting_of(options: argparse.Namespace) -> dict:
         "zero": options.stage,
         "ranks": options.ranks,
         "offload": ", ".join(OFFLOADS[options.offload]),
+        "average": "beside the next passes" if "ema" in OFFLOADS[options.offload] else "in the update",
         "tokens_per_microbatch": options.tokens,
         "micro_batches": options.micro_batches,
         "fake": options.fake,
@@ -431,8 +432,8 @@ def summary(report: dict, options: argparse.Namespace) -> dict:
         if peak_flops:
             row["mfu"] = round(6 * side["weights"] * rate / peak_flops, 3)
             row["floor_seconds"] = round(8 * side["weights"] * tokens / peak_flops, 3)
-        if name == "safecl":  # anchor and Fisher in bf16 and the average in fp32 come in; what goes out overlaps
-            row["offload_floor_seconds"] = round((2 + 2 + 4) * side["weights"] / LINK, 3)
+        if name == "safecl":  # anchor and Fisher in bf16 come in; what the average takes overlaps
+            row["offload_floor_seconds"] = round((2 + 2) * side["weights"] / LINK, 3)
         found[name] = row
     if all("seconds" in found.get(name, {}) for name in ("plain", "safecl")):
         ratio = found["safecl"]["seconds"]["whole step"] / found["plain"]["seconds"]["whole step"]

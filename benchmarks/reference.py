@@ -9,8 +9,8 @@ loading    all ranks start ZeRO-3 from a checkpoint: the peak beyond what traini
            loads the model
 planned    two steps of EWC and EMA in every stage, with and without offload and checkpointing: the peak relative to the
            plan that `safecl check` prints
-offload    the optimizer's pass with anchor, Fisher and EMA in host memory: the added time; roof: the same with all of
-           them on the device (GPU)
+offload    updates, and steps of products and an update, with anchor, Fisher and EMA in host memory: the added time;
+           roof: the same with all of them on the device (GPU)
 
 No numbers are compared, so there is no error column. Writes benchmarks/results/reference.json.
 """
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +38,8 @@ from benchmarks.harness import machine, seconds_of, write_json
 from tests.pool import RankPool
 
 RESULT = Path(__file__).parent / "results" / "reference.json"
+LIMITS = {65_536: 0.15, 262_144: 0.04}
+"""Largest share of a step, by its tokens, that state in host memory should add."""
 
 
 def save_model(folder: str, megabytes: int, layers: int = 8, vocabulary: int = 1024) -> int:
@@ -355,31 +357,68 @@ def optimizer_of(device: torch.device, numel: int, place: str):
     return optimizer, run
 
 
-def offload(device: torch.device, numel: int, repeats: int = 10) -> dict:
-    seconds = {}
-    for place in ("none", "cpu"):
-        optimizer, run = optimizer_of(device, numel, place)
-        run()
-        seconds[place] = statistics.median(seconds_of(run, device) for _ in range(repeats))
-        del optimizer, run
-        gc.collect()
+def offload(device: torch.device, numel: int, tokens: Sequence[int], repeats: int = 10) -> dict:
+    """Time updates alone, and steps: products that take as long as the passes over so many tokens, and an update.
+
+    With checkpointing the passes take at least 8 FLOP per weight and token.
+    """
     side = 8192 if device.type == "cuda" else 256  # a product that fills the device
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     matmul = statistics.median(seconds_of(lambda: a @ b, device) for _ in range(repeats))
+    seconds, steps = {}, {}
+    for place in ("none", "cpu"):
+        optimizer, update = optimizer_of(device, numel, place)
+        update()
+        seconds[place] = statistics.median(seconds_of(update, device) for _ in range(repeats))
+        steps[place] = {count: seconds_of_a_step(update, a, b, 8 * numel * count, device) for count in tokens}
+        del optimizer, update
+        gc.collect()
     rate = 2 * side**3 / matmul
-    added = seconds["cpu"] - seconds["none"]
-    # With checkpointing a step takes at least 8 FLOP per weight and token.
-    shares = {
-        str(tokens): round(added / (8 * numel * tokens / rate + seconds["none"]), 4) for tokens in (65536, 262144)
-    }
     return {
         "weights": numel,
         "seconds_beside": seconds["none"],
         "seconds_offloaded": seconds["cpu"],
         "matmul_flops_per_s": rate,
-        "added_share_of_a_step_at_tokens": shares,
-        "limits": {"65536": 0.15, "262144": 0.04},
+        "seconds_of_a_step": steps,
+        "added_share_of_a_step_at_tokens": {
+            str(count): round(steps["cpu"][count] / steps["none"][count] - 1, 4) for count in tokens
+        },
+        "predicted_share": {count: round(predicted_share(rate, count), 4) for count in tokens if device.type == "cuda"},
+        "limits": {str(count): LIMITS[count] for count in tokens if count in LIMITS},
     }
+
+
+def seconds_of_a_step(
+    update: Callable[[], None], a: torch.Tensor, b: torch.Tensor, flops: float, device: torch.device, count: int = 3
+) -> float:
+    """Mean seconds of `count` steps in a row: what a step leaves to be done beside the next one is in them."""
+    products = max(1, round(flops / (2 * a.shape[0] ** 3)))
+
+    def steps() -> None:
+        for _ in range(count):
+            for _ in range(products):
+                a @ b
+            update()
+
+    return seconds_of(steps, device) / count
+
+
+def predicted_share(rate: float, tokens: int) -> float:
+    """Return what anchor, Fisher and EMA in host memory add to a step of so many tokens on an H200, by the model of
+    safecl/planning/costs/step_time.py and products of this rate in FLOP per second."""
+    from safecl.config import RunConfig
+    from safecl.planning.costs.step_time import DEVICES, update_seconds
+
+    seconds = {}
+    passes = 8 * 10**9 * tokens / rate
+    for place in ("none", "cpu"):
+        config = RunConfig.model_validate({
+            "model": {"path": "unused"}, "tasks": [{"name": "task", "train": "unused"}], "output": "unused",
+            "methods": {"ewc": {}, "ema": {}}, "memory": {"source": "unused"},
+            "deepspeed": {"offload": {"reference": place, "fisher": place, "ema": place}},
+        })  # fmt: skip
+        seconds[place] = passes + update_seconds(config, DEVICES["H200"], 10**9, passes)
+    return seconds["cpu"] / seconds["none"] - 1
 
 
 def main() -> None:
@@ -387,14 +426,15 @@ def main() -> None:
     parser.add_argument("--only", choices=["sharing", "loading", "planned", "offload"], action="append")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", type=int, default=10**9, help="of the shard in `offload`")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(LIMITS), help="of a step in `offload`")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     device = torch.device(options.device)
     works = {"sharing": sharing, "loading": loading, "planned": planned}
     if device.type == "cuda":
-        works = {"offload": lambda: offload(device, options.weights)}
+        works = {"offload": lambda: offload(device, options.weights, options.tokens)}
     elif "offload" in (options.only or ()):
-        works["offload"] = lambda: offload(device, options.weights)
+        works["offload"] = lambda: offload(device, options.weights, options.tokens)
     result: dict = {"machine": machine(device), "command": "python " + " ".join(sys.argv)}
     for name, work in works.items():
         if options.only is None or name in options.only:

@@ -190,6 +190,11 @@ class Method(Generic[C]):
     def after_update(self, run: Run, shards: Sequence[Shard]) -> None:
         """Work on the new weights inside the optimizer's step; changes reach the live model at no extra cost."""
 
+    def acts_after_update(self, run: Run) -> bool:
+        """False where `after_update` would do nothing in this step. An average in host memory then follows the weights
+        while the next pass computes, not inside the step."""
+        return True
+
     def after_step(self, run: Run) -> None:
         """Make further passes at the new weights, after the step; not called where the step was skipped."""
 

@@ -59,8 +59,7 @@ class EndMerge:
             tuned = target if self._kept is None else self._kept[index][start : start + target.numel()]
             tensors = Tensors(places[fragment.name], [tuned.to(target.device, torch.float32, copy=True)], aligned)
             target.copy_(made.combine(tensors))
-        for shard in self.run.engine.optimizer.shards():
-            shard.stream.settle()
+        self.run.engine.optimizer.settle()
         if self.kind is None:
             self.run.engine.shards.publish()
 

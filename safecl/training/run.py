@@ -213,13 +213,15 @@ class Run(RunState):
             penalties=self.penalties.in_update(self.active_methods),
             ema_decay=decays[0] if decays else None,
             ema_mask=masks[0] if masks else None,
-            transforms=self._hooks("transform_gradient"),
+            transforms=self._hooks("transform_gradient", self.active_methods),
             step_transforms=[
                 functools.partial(method.transform_step, self.view)
                 for method in self.active_methods
                 if BEFORE in method.config.state_kinds and type(method).transform_step is not Method.transform_step
             ],
-            after_update=self._hooks("after_update"),
+            after_update=self._hooks(
+                "after_update", [method for method in self.active_methods if method.acts_after_update(self.view)]
+            ),
         )
 
     @torch.no_grad()
@@ -228,10 +230,10 @@ class Run(RunState):
         for method in self.active_methods:
             getattr(method, hook)(self.view)
 
-    def _hooks(self, name: str) -> list[Callable[[list[Shard]], None]]:
-        """Return the hooks of this name that the active methods define, as functions of the shards."""
-        methods = [m for m in self.active_methods if getattr(type(m), name) is not getattr(Method, name)]
-        return [functools.partial(getattr(m, name), self.view) for m in methods]
+    def _hooks(self, name: str, methods: Sequence[Method[Any]]) -> list[Callable[[list[Shard]], None]]:
+        """Return the hooks of this name that the methods define, as functions of the shards."""
+        defined = [m for m in methods if getattr(type(m), name) is not getattr(Method, name)]
+        return [functools.partial(getattr(m, name), self.view) for m in defined]
 
     def correct(
         self,

@@ -174,7 +174,12 @@ def test_state_and_weights_in_host_memory_take_the_time_of_the_link():
     one, methods = scaling.Cluster(device, 1, 1), {"ewc": {}, "ema": {}}
     away = scaling.config_of(3, methods, offload={"reference": "cpu", "fisher": "cpu", "ema": "cpu"})
     update = scaling.step_time(shape, away, one, 8192).update
-    assert update == pytest.approx((2 + 2 + 4) * shape.trained / device.host)  # anchor, Fisher, average
+    assert update == pytest.approx((2 + 2) * shape.trained / device.host)  # anchor and Fisher
+    few = scaling.step_time(shape, away, one, 64)  # the average takes longer than the passes that it is taken beside
+    assert few.update + few.passes == pytest.approx((2 + 2 + 4) * shape.trained / device.host)
+    masked = scaling.config_of(3, {"ewc": {}, "psmt": {}}, offload={"reference": "cpu", "fisher": "cpu", "ema": "cpu"})
+    inside = scaling.step_time(shape, masked, one, 8192).update
+    assert inside == pytest.approx((2 + 2 + 4) * shape.trained / device.host)  # psmt's average reads the Fisher
     here = scaling.config_of(3, methods, offload={"reference": "none"})
     assert scaling.step_time(shape, here, one, 8192).update == pytest.approx(42 * shape.trained / device.memory)
     streamed = scaling.config_of(3, offload={"optimizer": "cpu", "parameters": "cpu"})

@@ -2,7 +2,8 @@
 change.
 
 Order inside a step: gradient transforms -> norm -> clip coefficient -> penalty at the old weights -> moments ->
-decoupled decay -> update -> transforms of the step -> EMA of the new weights -> work on the new weights. State
+decoupled decay -> update -> transforms of the step -> EMA of the new weights -> work on the new weights. An EMA in host
+memory may follow after the step (safecl.engine.zero.update.AveragePlace). State
 (`exp_avg`, `exp_avg_sq`, `ema`, `fisher`, `anchor`, ...) has the layout of its shard and stays on the shard's rank, so
 it needs no communication in any ZeRO stage.
 
@@ -20,12 +21,20 @@ from torch import Tensor
 
 from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.zero.penalties import Penalties, Restrictions
-from safecl.engine.zero.pieces import Served
+from safecl.engine.zero.pieces import Served, Stream
 from safecl.engine.zero.placement import StatePlacement, allocate
 from safecl.engine.zero.segments import segment_tables
 from safecl.engine.zero.shard import Action, Shard
 from safecl.engine.zero.shards import ShardMap
-from safecl.engine.zero.update import AdamWSettings, ShardUpdate, UpdatePlan, UpdateResult, average_
+from safecl.engine.zero.update import (
+    AdamWSettings,
+    AveragePlace,
+    ShardUpdate,
+    UpdatePlan,
+    UpdateResult,
+    average_,
+    place_of_average,
+)
 from safecl.methods.base import BEFORE
 
 
@@ -65,8 +74,10 @@ class ShardAdamW(torch.optim.Optimizer):
         decay = self.param_groups[0]["weight_decay"]
         tables = segment_tables(shard_map, decay)
         self._shard_map = shard_map
+        longest = max(flat.numel() for flat in shard_map.flats)
+        self._stream = Stream(shard_map.flats[0].device, longest)
         self._shards = [
-            Shard(flat, self.state[flat], table, self.placement)
+            Shard(flat, self.state[flat], self._stream, table, self.placement)
             for flat, table in zip(shard_map.flats, tables, strict=True)
         ]
         self._fragments = [
@@ -77,10 +88,13 @@ class ShardAdamW(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------------------ state
 
     def shards(self) -> list[Shard]:
-        """All flat shards of this rank with their state; also usable outside of steps."""
-        for shard in self._shards:
-            shard.stream.settle()
+        """All flat shards of this rank with their state; also usable outside of steps, to change both."""
+        self.settle()
         return self._shards
+
+    def settle(self) -> None:
+        """Return when all state is where it is kept, an average that still follows the last step included."""
+        self._stream.settle()
 
     def tensors(self, kind: str) -> list[Tensor]:
         """State of one kind over all shards, in the order of the shard map's flats; copies where the reference store
@@ -105,6 +119,7 @@ class ShardAdamW(torch.optim.Optimizer):
 
     def drop(self, kind: str) -> None:
         """Forget the state `kind`."""
+        self.settle()
         self.equal_base.discard(kind)
         for shard in self._shards:
             shard.state.pop(kind, None)
@@ -160,6 +175,7 @@ class ShardAdamW(torch.optim.Optimizer):
         """Do `action` once; do nothing where none is set. DeepSpeed calls this with reduced, unscaled gradients."""
         action, self.action = self.action, None
         if action is not None:  # DeepSpeed's stage 0 in bf16 steps once inside initialize, with zero gradients
+            self._stream.join()
             action([shard for shard in self._shards if shard.has_grad])
 
     def update(self, plan: UpdatePlan) -> Action:
@@ -175,23 +191,28 @@ class ShardAdamW(torch.optim.Optimizer):
             self.num_updates += 1
             if plan.step_transforms:
                 self.copy_weights_to(BEFORE)
-            update = self._update(plan)
+            place = place_of_average(plan, shards)
+            update = self._update(plan, place)
             self.result.penalty, self.result.nonfinite = update.run(shards, norm), update.nonfinite
             for transform in plan.step_transforms:
                 transform(shards)
-            if plan.ema_decay is not None and plan.pass_ema_decay is None:
+            if place == "after":
                 average_(shards, plan)
             for work in plan.after_update:
                 work(shards)
+            if place == "aside":
+                with self._stream.aside():
+                    average_(shards, plan)
             self.result.applied = True
 
         return action
 
-    def _update(self, plan: UpdatePlan) -> ShardUpdate:
+    def _update(self, plan: UpdatePlan, place: AveragePlace | None) -> ShardUpdate:
         group = self.param_groups[0]
         settings = AdamWSettings(betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"])
         nonfinite = torch.zeros((), dtype=torch.int64, device=self._shard_map.flats[0].device)
-        return ShardUpdate(plan, settings, self.num_updates, self._penalties(), self._shard_map.reduce_sum, nonfinite)
+        penalties, reduce_sum = self._penalties(), self._shard_map.reduce_sum
+        return ShardUpdate(plan, place == "pass", settings, self.num_updates, penalties, reduce_sum, nonfinite)
 
     def _penalties(self) -> Penalties:
         return Penalties(self._restrictions, self.fisher_means)

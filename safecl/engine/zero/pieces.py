@@ -7,12 +7,15 @@ The place of the state (safecl.engine.zero.placement) decides the pieces:
     host memory, shard on GPU   chunks, copied in, and out again where the pass writes them
 
 Chunks pass through two device buffers: while the pass works on one, a stream of its own fills the other, and a third
-stream carries written state back. Padding of a shard is in no piece of the store: its weights and gradients stay 0.
+stream carries written state back. A pass that only reads the weights can be made aside, in a fourth stream, while the
+next forward and backward pass compute. Padding of a shard is in no piece of the store: its weights and gradients stay
+0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,6 +36,10 @@ class Served:
 
     store: ReferenceStore
     fragments: Sequence[Fragment]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.store.dtype
 
     def parts(self, begin: int, end: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """(slice of the shard, the store's own memory) of all fragments in elements [begin, end) of the shard."""
@@ -63,6 +70,10 @@ class Hosted:
 
     tensor: torch.Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
     def copy_to(self, target: torch.Tensor, begin: int) -> None:
         target.copy_(self.tensor.view(-1)[begin : begin + target.numel()], non_blocking=True)
 
@@ -92,9 +103,9 @@ class ShardParts(Protocol):
     param: torch.Tensor
     state: dict[str, torch.Tensor]
     served: dict[str, Served]
+    stream: Stream
 
-    @property
-    def stream(self) -> Stream: ...
+    def is_streamed(self, kind: str) -> bool: ...
 
 
 def pieces(shard: ShardParts, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
@@ -102,19 +113,14 @@ def pieces(shard: ShardParts, kinds: Sequence[str], written: Collection[str] = (
 
     Kinds in `written` that are not kept beside the shard are copied back after each piece.
     """
-    param = shard.param
-    away: dict[str, Served | Hosted] = {}
-    for kind in kinds:
-        if kind in shard.served:
-            away[kind] = shard.served[kind]
-        elif shard.state[kind].device != param.device:
-            away[kind] = Hosted(shard.state[kind])
-    if not away:
-        yield Piece(slice(0, param.numel()), {kind: shard.state[kind].view(-1) for kind in kinds})
-    elif param.is_cuda:
-        yield from shard.stream.pieces(shard, kinds, away, written)
-    else:  # the shard is in host memory itself, so only served state is not beside it
-        yield from _parameter_by_parameter(shard, kinds, {kind: shard.served[kind] for kind in away})
+    served = {kind: shard.served[kind] for kind in kinds if kind in shard.served}
+    if any(shard.is_streamed(kind) for kind in kinds):
+        hosted = {kind: Hosted(shard.state[kind]) for kind in kinds if kind not in served and shard.is_streamed(kind)}
+        yield from shard.stream.pieces(shard, kinds, {**served, **hosted}, written)
+    elif served:  # the shard is in host memory itself, so only served state is not beside it
+        yield from _parameter_by_parameter(shard, kinds, served)
+    else:
+        yield Piece(slice(0, shard.param.numel()), {kind: shard.state[kind].view(-1) for kind in kinds})
 
 
 def _parameter_by_parameter(shard: ShardParts, kinds: Sequence[str], away: dict[str, Served]) -> Iterator[Piece]:
@@ -129,33 +135,42 @@ def _parameter_by_parameter(shard: ShardParts, kinds: Sequence[str], away: dict[
 
 @dataclass
 class Stream:
-    """Two device buffers for each kind of state that is not beside the shard, and the streams that fill and empty them.
-    There is one per shard."""
+    """Two device buffers for each kind of state that is not beside its shard, and the streams that fill and empty them.
+    All shards of a rank share them: the first chunk of one comes in while the pass works on the last chunk of another.
+    """
 
     device: torch.device
+    longest: int
+    """Elements of the longest shard."""
     chunk: int = CHUNK
     _buffers: dict[tuple[str, torch.dtype], list[torch.Tensor]] = field(default_factory=dict)
-    _lanes: _Lanes | None = None
+    _chunks: int = 0
+    _passed: set[int] = field(default_factory=set)
+    """Shards, by id, of which a pass has begun since the streams last waited for each other."""
+
+    @functools.cached_property
+    def _lanes(self) -> _Lanes:
+        return _Lanes(self.device)
 
     def pieces(
         self, shard: ShardParts, kinds: Sequence[str], away: Mapping[str, Served | Hosted], written: Collection[str]
     ) -> Iterator[Piece]:
         """Yield the shard in chunks; `away` is the state that is not beside the shard, by kind."""
-        self._lanes = self._lanes or _Lanes(self.device)
         lanes, numel = self._lanes, shard.param.numel()
-        buffers = {kind: self._pair(kind, source, min(self.chunk, numel)) for kind, source in away.items()}
+        buffers = {kind: self._pair(kind, source) for kind, source in away.items()}
         starts = range(0, numel, self.chunk)
+        first, self._chunks = self._chunks, self._chunks + len(starts)
 
         def fetch(number: int) -> None:
-            start, slot = starts[number], number % 2
+            start, slot = starts[number], (first + number) % 2
             with lanes.filling(slot):
                 for kind, source in away.items():
                     source.copy_to(buffers[kind][slot][: min(self.chunk, numel - start)], start)
 
-        lanes.begin()
+        self._begin(shard)
         fetch(0)
         for number, start in enumerate(starts):
-            slot, where = number % 2, slice(start, min(start + self.chunk, numel))
+            slot, where = (first + number) % 2, slice(start, min(start + self.chunk, numel))
             if number + 1 < len(starts):
                 fetch(number + 1)
             near = {kind: pair[slot][: where.stop - start] for kind, pair in buffers.items()}
@@ -168,14 +183,32 @@ class Stream:
                     assert isinstance(target, Hosted), "the reference store is not written to"
                     target.copy_from(near[kind], start)
 
-    def settle(self) -> None:
-        """Return when all written state is in host memory."""
-        if self._lanes is not None:
-            self._lanes.settle()
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Make the passes in the block after the work that the current stream has so far, and beside what it gets from
+        then on. Until `join` or `settle` nothing may change the weights, nor state that these passes write."""
+        with self._lanes.aside():
+            yield
 
-    def _pair(self, kind: str, source: Served | Hosted, length: int) -> list[torch.Tensor]:
-        dtype = source.store.dtype if isinstance(source, Served) else source.tensor.dtype
+    def join(self) -> None:
+        """Let the current stream wait for the passes that were made aside."""
+        self._lanes.join()
+
+    def settle(self) -> None:
+        """Return when all written state is in host memory, and no pass that was made aside reads the weights."""
+        self._lanes.settle()
+
+    def _begin(self, shard: ShardParts) -> None:
+        """Order this pass behind an earlier one of the same shard, whose written state it reads."""
+        if not self._passed or id(shard) in self._passed:
+            self._lanes.begin()
+            self._passed.clear()
+        self._passed.add(id(shard))
+
+    def _pair(self, kind: str, source: Served | Hosted) -> list[torch.Tensor]:
+        dtype, length = source.dtype, min(self.chunk, self.longest)
         if (kind, dtype) not in self._buffers:
+            self._passed.clear()  # memory that the current stream may still use has become a buffer
             self._buffers[kind, dtype] = [torch.empty(length, dtype=dtype, device=self.device) for _ in range(2)]
         return self._buffers[kind, dtype]
 
@@ -189,7 +222,7 @@ class _Lanes:
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         if self.cuda:
-            self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._in, self._out, self._aside = (torch.cuda.Stream(device) for _ in range(3))
             self._filled, self._worked, self._emptied = ([torch.cuda.Event() for _ in range(2)] for _ in range(3))
 
     def begin(self) -> None:
@@ -226,6 +259,19 @@ class _Lanes:
             self._out.wait_event(self._worked[slot])
             yield
             self._emptied[slot].record(self._out)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        if not self.cuda:
+            yield
+            return
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):
+            yield
+
+    def join(self) -> None:
+        if self.cuda:
+            torch.cuda.current_stream().wait_stream(self._aside)
 
     def settle(self) -> None:
         if self.cuda:

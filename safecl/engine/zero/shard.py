@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +22,8 @@ class Shard:
 
     param: torch.Tensor  # fp32, 1-D (stage 0: the parameter's own shape)
     state: dict[str, torch.Tensor]
+    stream: Stream
+    """The way of state that is not beside the shard; all shards of a rank share it."""
     segments: Segments | None = None
     """Segments whose weight decay differs from the group's."""
     placement: StatePlacement = field(default_factory=StatePlacement)
@@ -40,16 +41,16 @@ class Shard:
         assert self.param.grad is not None, "a shard has a gradient inside the optimizer's step only"
         return self.param.grad
 
-    @functools.cached_property
-    def stream(self) -> Stream:
-        return Stream(self.param.device)
-
     def settle_pages(self) -> None:
         """Put all tensors that the optimizer's pass reads into huge pages, once, before the first step."""
         if not self._pages_settled:
             self._pages_settled = True
             for tensor in (self.param, self.grad, *self.state.values()):
                 use_huge_pages(tensor)
+
+    def is_streamed(self, kind: str) -> bool:
+        """True where state of this kind passes through device buffers: the shard is on a GPU, and the state is not."""
+        return self.param.is_cuda and (kind in self.served or self.state[kind].device != self.param.device)
 
     def pieces(self, kinds: Sequence[str], written: Collection[str] = ()) -> Iterator[Piece]:
         """Yield the shard in pieces with its state of these kinds, from any place.

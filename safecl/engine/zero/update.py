@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -37,10 +37,28 @@ class UpdatePlan:
     step_transforms: Sequence[Action] = ()
     after_update: Sequence[Action] = ()
 
-    @property
-    def pass_ema_decay(self) -> float | None:
-        """Decay of the average in the pass over the shard; None where the average waits for the transformed step."""
-        return None if self.step_transforms else self.ema_decay
+
+AveragePlace = Literal["pass", "after", "aside"]
+"""The moment in which the average follows the weights:
+
+pass    in AdamW's pass over the shard, which has the new weights at hand
+after   after the transforms of the step
+aside   after the step, while the next forward and backward pass compute: it comes over the link to host memory, and
+        nobody needs it before the next step
+"""
+
+
+def place_of_average(plan: UpdatePlan, shards: Sequence[Shard]) -> AveragePlace | None:
+    """Return the moment of this update's average, None where there is none.
+
+    Work on the new weights may change them, and a masked average reads the Fisher of the penalty: neither leaves the
+    average for later.
+    """
+    if plan.ema_decay is None:
+        return None
+    if plan.ema_mask is None and not plan.after_update and any(shard.is_streamed("ema") for shard in shards):
+        return "aside"
+    return "after" if plan.step_transforms else "pass"
 
 
 @dataclass
@@ -72,6 +90,8 @@ class ShardUpdate:
     """One update of this rank's shards."""
 
     plan: UpdatePlan
+    averages: bool
+    """True where the average follows the weights in this pass."""
     settings: AdamWSettings
     step: int
     """Counted from 1 since the moments were reset."""
@@ -94,7 +114,7 @@ class ShardUpdate:
 
     @property
     def _pass_mask(self) -> AverageMask | None:
-        return self.plan.ema_mask if self.plan.pass_ema_decay is not None else None
+        return self.plan.ema_mask if self.averages else None
 
     def _clip_the_loss(self, shards: Sequence[Shard], norm: Tensor, places: PenaltyPlaces) -> Tensor:
         """`task`: clip the loss's gradient, then add the penalties'."""
@@ -123,7 +143,7 @@ class ShardUpdate:
             if kind not in shard.state:
                 shard.state[kind] = torch.zeros_like(shard.param)
         shard.settle_pages()
-        average, mask = ["ema"] if self.plan.pass_ema_decay is not None else [], self._pass_mask
+        average, mask = ["ema"] if self.averages else [], self._pass_mask
         kinds = dict.fromkeys([*kinds_of(penalty), *average, *([mask.fisher] if mask is not None else [])])
         options = self._options(shard, clip)
         losses = []
@@ -152,15 +172,14 @@ class ShardUpdate:
             "step": self.step,
             "lr": self.plan.lr,
             "clip_coef": None if clip is None else clip.to(shard.param.device),
-            "ema_decay": self.plan.pass_ema_decay,
+            "ema_decay": self.plan.ema_decay if self.averages else None,
         }
         mask = self._pass_mask
         return options if mask is None else options | {"ema_threshold": mask.threshold, "ema_decay_above": mask.decay}
 
 
 def average_(shards: Sequence[Shard], plan: UpdatePlan) -> None:
-    """Let the average follow the weights, after a step that methods have transformed. The same arithmetic as in the
-    pass."""
+    """Let the average follow the weights, outside of AdamW's pass. The same arithmetic as in the pass."""
     mask = plan.ema_mask
     assert plan.ema_decay is not None
     for shard in shards:

@@ -86,10 +86,12 @@ class Method(base.Method[Config]):
         elif self.config.write_back == "anchor" and not run.has_state("anchor"):
             run.set_anchor()  # theta_0 is the aligned model, in all tasks
 
+    def acts_after_update(self, run: base.Run) -> bool:
+        return not self.config.keeps_average and (run.step + 1) % self.config.every == 0
+
     def after_update(self, run: base.Run, shards: Sequence[base.Shard]) -> None:
         eta = self.config.decay
-        if self.config.keeps_average or eta is None or (run.step + 1) % self.config.every:
-            return
+        assert eta is not None, "a write-back has a decay"
         for shard in shards:
             if self.config.write_back == "slow":
                 shard.state["slow"].lerp_(shard.param, 1.0 - eta)

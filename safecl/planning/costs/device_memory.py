@@ -147,12 +147,20 @@ def _method_state(shape: ModelShape, config: RunConfig, world_size: int, device:
 
 
 def streamed_bytes(config: RunConfig) -> int:
-    """Bytes per weight of state that passes from host memory through the device in every update."""
+    """Bytes per weight of state that passes from host memory through the device in every step."""
     if config.deepspeed.offload.optimizer == "cpu":
         return 0
     placement = placement_of(config)
     kinds = [kind for kind in state_kinds(config) if placement.of(kind) == "cpu"]
     return sum(_element_bytes(kind, config, placement) for kind in kinds)
+
+
+def aside_bytes(config: RunConfig) -> int:
+    """Bytes per weight of an average among them that does so while the passes compute, not in the update
+    (safecl.engine.zero.update.AveragePlace)."""
+    offload, methods = config.deepspeed.offload, config.methods.values()
+    aside = any(settings.decay_for(1) is not None and settings.mask_fisher is None for settings in methods)
+    return FP32 if aside and offload.ema == "cpu" and offload.optimizer == "none" else 0
 
 
 def state_kinds(config: RunConfig) -> list[str]:

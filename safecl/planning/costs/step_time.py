@@ -5,9 +5,10 @@
     exchange = bytes of the stage x (n - 1) / n / rate of the slowest link + hops x latency; weights in host memory come
                to the device twice in each micro-batch, a share on each rank
     update   = bytes per weight of the optimizer's pass x share of the rank / rate of its memory; where state is in host
-               memory, at least its bytes over the link
+               memory, at least its bytes over the link; an average there takes the link while the passes compute, and
+               counts only as far as it takes longer than they do
 
-P: weights, L: layers, h: hidden size, s: tokens of a row. Nothing overlaps: safecl sets overlap_comm: false, and
+P: weights, L: layers, h: hidden size, s: tokens of a row. Nothing else overlaps: safecl sets overlap_comm: false, and
 gradients are exchanged in fp32. Bytes that a rank sends and receives in a step, for Psi trained weights, m
 micro-batches, w bytes a weight (2 in bf16):
 
@@ -29,7 +30,7 @@ import math
 from dataclasses import dataclass
 
 from safecl.config import RunConfig
-from safecl.planning.costs.device_memory import state_kinds, streamed_bytes
+from safecl.planning.costs.device_memory import aside_bytes, state_kinds, streamed_bytes
 from safecl.planning.costs.items import FP32, share_of, weight_bytes
 from safecl.planning.costs.model_shape import ModelShape
 
@@ -111,7 +112,7 @@ def step_time(shape: ModelShape, config: RunConfig, cluster: Cluster, tokens_per
         methods=_method_passes(shape, config, cluster, forward, passes, ratio)
         + _head_forwards(shape, config) * tokens / cluster.ranks / device.flops,
         exchange=sent * ring / cluster.link + latency + _fetched_bytes(shape, config, cluster, batches) / device.host,
-        update=_update(shape, config, cluster),
+        update=_update(shape, config, cluster, passes),
         sent=sent * ring,
         tokens=tokens,
     )
@@ -189,15 +190,24 @@ def _head_forwards(shape: ModelShape, config: RunConfig) -> float:
     return sum(settings.head_forwards for settings in config.methods.values()) * 2.0 * shape.vocab * shape.hidden
 
 
-def _update(shape: ModelShape, config: RunConfig, cluster: Cluster) -> float:
-    """Seconds of the optimizer's pass. With offload it runs on the CPU, between a copy of the gradients to host memory
-    and one of the weights back. State in host memory comes in over the link beside the pass; what goes back overlaps,
-    since the link has two directions."""
+def _update(shape: ModelShape, config: RunConfig, cluster: Cluster, passes: float) -> float:
     share = shape.trained if config.deepspeed.stage == 0 else share_of(shape.trained, cluster.ranks)
+    return update_seconds(config, cluster.device, share, passes)
+
+
+def update_seconds(config: RunConfig, device: Device, weights: int, passes: float) -> float:
+    """Seconds that the update of so many weights on a rank adds to passes of so many seconds.
+
+    With an offloaded optimizer it runs on the CPU, between a copy of the gradients to host memory and one of the
+    weights back. Else state in host memory comes in over the link beside the optimizer's pass, or, for an average,
+    beside the passes; what goes back overlaps, since the link has two directions.
+    """
     per_weight = bytes_per_weight(config)
     if config.deepspeed.offload.optimizer == "cpu":
-        return share * (per_weight / cluster.device.host_memory + (FP32 + weight_bytes(config)) / cluster.device.host)
-    return share * max(per_weight / cluster.device.memory, streamed_bytes(config) / cluster.device.host)
+        return weights * (per_weight / device.host_memory + (FP32 + weight_bytes(config)) / device.host)
+    aside = aside_bytes(config)
+    inside = weights * max(per_weight / device.memory, (streamed_bytes(config) - aside) / device.host)
+    return inside + max(0.0, weights * aside / device.host - passes)
 
 
 def bytes_per_weight(config: RunConfig) -> float:

@@ -150,10 +150,10 @@ def scattered_anchor() -> torch.Tensor:
 
 @pytest.mark.parametrize("chunk", [7, 100, 256, 257, 1000])
 def test_a_pass_in_chunks_sees_every_element_once_and_carries_back_what_it_writes(chunk):
-    shard = Shard(torch.arange(257.0), {"exp_avg": torch.arange(257.0) * 2})
+    stream = Stream(torch.device("cpu"), 257, chunk)
+    shard = Shard(torch.arange(257.0), {"exp_avg": torch.arange(257.0) * 2}, stream)
     fisher, ema = torch.rand(257).to(torch.bfloat16), torch.rand(257)
     away = {"anchor": Served(_Store(), FRAGMENTS), "fisher": Hosted(fisher.clone()), "ema": Hosted(ema.clone())}
-    stream = Stream(torch.device("cpu"), chunk)
     seen = {kind: torch.full((257,), float("nan")) for kind in ("anchor", "fisher", "ema", "exp_avg")}
     for _ in range(2):  # buffers are used again
         for piece in stream.pieces(shard, ["anchor", "fisher", "ema", "exp_avg"], away, written=["ema"]):
