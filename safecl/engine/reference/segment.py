@@ -62,6 +62,7 @@ def new_segment(layout: Layout, reader: Reader | Converter | Given, stack: conte
     handle = shared_memory.create(layout.nbytes, "safecl-reference")
     stack.callback(os.close, handle)
     memory = shared_memory.map_segment(handle, layout.nbytes, writable=True)
+    shared_memory.interleave(memory, shared_memory.numa_nodes())
     view = memoryview(memory)
 
     load = reader.loader()

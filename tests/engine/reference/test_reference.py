@@ -4,6 +4,7 @@ gone with the run."""
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import signal
@@ -185,6 +186,29 @@ def test_ranks_of_a_node_map_one_segment_that_nobody_can_write_to(rank_pool, tmp
     assert first[:3] == second[:3]
     assert [permissions for permissions, _ in first[0]] == ["r--s"]
     assert first[3] == second[3] == set() and first[4] == second[4] == []
+
+
+def numa_rules() -> list[str]:
+    """The memory policies of all segments that this process maps."""
+    lines = [line.split() for line in Path("/proc/self/numa_maps").read_text().splitlines()]
+    return [fields[1] for fields in lines if any("safecl-reference" in field for field in fields)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="the kernel shows no NUMA policies")
+def test_the_pages_of_a_segment_come_from_all_numa_nodes_in_turn(tmp_path):
+    path, before = save(tmp_path), len(numa_rules())
+    with ReferenceStore.open(path, dtype=torch.bfloat16, where="segment"):
+        assert len(numa_rules()) == before + 1 and numa_rules()[-1].startswith("interleave:0")
+
+
+def test_the_nodes_with_memory_are_read_from_the_system(tmp_path):
+    listed = tmp_path / "has_memory"
+    listed.write_text("0-2,5,64-65\n")
+    assert shared_memory.numa_nodes(listed) == [0, 1, 2, 5, 64, 65]
+    assert shared_memory.numa_nodes(tmp_path / "absent") == []
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    assert not shared_memory.interleave(memory, []) and not shared_memory.interleave(memory, [1000])
+    memory.close()
 
 
 def refusal(path: str) -> str:
