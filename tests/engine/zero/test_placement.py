@@ -3,6 +3,8 @@ chunks."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -165,6 +167,21 @@ def test_a_pass_in_chunks_sees_every_element_once_and_carries_back_what_it_write
     assert torch.equal(seen["fisher"], fisher.float()) and torch.equal(away["fisher"].tensor, fisher)
     assert torch.equal(seen["exp_avg"], torch.arange(257.0) * 2)
     assert torch.equal(away["ema"].tensor, ema * 3.0 * 3.0)
+
+
+@pytest.mark.parametrize(("chunk", "length"), [(100, 100), (1000, 257)])
+def test_all_shards_of_a_rank_pass_through_the_same_two_buffers(chunk, length):
+    """The memory plan counts two of them for each kind; stage 0 has a shard for each parameter."""
+    stream, seen = Stream(torch.device("cpu"), 257, chunk), []
+    for size in (30, 257, 120):
+        shard, values = Shard(torch.zeros(size), {}, stream), torch.rand(size)
+        pieces = list(stream.pieces(shard, ["ema"], {"ema": Hosted(values)}, written=[]))
+        seen += [piece.state["ema"].data_ptr() for piece in pieces]
+        assert torch.equal(pieces[-1].state["ema"], values[pieces[-1].where])
+    ((kind, dtype), pair), *others = stream._buffers.items()
+    assert (kind, dtype, others) == ("ema", torch.float32, []) and [buffer.numel() for buffer in pair] == [length] * 2
+    assert set(seen) == {buffer.data_ptr() for buffer in pair}
+    assert all(one != other for one, other in itertools.pairwise(seen)), "one is filled while the other is used"
 
 
 def test_kinds_of_state_have_roles_by_their_names():

@@ -12,13 +12,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("numel", [1_000_003, 40_000_000])
 def test_offloaded_state_gives_the_steps_of_state_beside_the_shard(numel):
-    seen = []
+    seen, a = [], torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     for place in ("none", "cpu"):
         optimizer, update = optimizer_of(torch.device("cuda"), numel, place)
         (shard,) = optimizer.shards()
         shard.stream.chunk = 3_000_001
         for _ in range(4):
             update()
+            for _ in range(20):
+                a @ a  # passes, beside which the average is taken
         (shard,) = optimizer.shards()  # waits for what is still on its way out
         assert shard.state["ema"].is_cuda == (place == "none")
         seen.append((shard.param.clone(), shard.state["ema"].cuda()))
