@@ -127,6 +127,9 @@ class Run(Protocol):
         this step. A draw of `Method.gradient_draws` is read one step ahead.
         """
 
+    def gradient_loss(self, draw: ReplayTerm) -> float:
+        """The loss of a draw in the pass of the last `memory_gradient` in this step, weights included."""
+
     def task_gradient(self, kind: str) -> bool:
         """Put the gradient of the cross-entropy of the task rows that this step trains (or of the draw in their place),
         at the current weights, into the state `kind`, as `memory_gradient` does. For `before_step`."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+EVERY_LAYER = 2**31 - 1
+"""A number of layers that stands for all that the model has."""
+
 
 @dataclass(frozen=True)
 class ReplayTerm:
@@ -23,8 +26,17 @@ class ReplayTerm:
     """Tokens of the draw as a share of the task's tokens in a step; None: memory.replay_ratio."""
     mixed: bool = False
     """The rows join the task's own mean as if they were rows of the task: one mean over both, `ce_weight` is 1."""
+    distances: tuple[TaskTerm, ...] = ()
+    """Distances of these rows to online teachers (`online`) beside the stored outputs."""
     harmful: str | None = None
-    """Draw from these harmful rows (the method's `harmful_source`) in the place of the memory; cross-entropy alone."""
+    """Draw from these harmful rows (the method's `harmful_source`) in the place of the memory, without a teacher. All
+    draws from the same rows with the same share have the same rows in a step."""
+    every_layer: bool = False
+    """`harmful` only: the cross-entropy is the mean over those that final norm and head give behind the embedding and
+    behind every layer."""
+    noise_weight: float = 0.0
+    """`harmful` only: weight of the distance between hidden states and Gaussian noise, see
+    safecl.engine.model.features.noise_distances; a mean over rows and layers."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class LabelTerm:
 
 @dataclass(frozen=True)
 class TaskTerm:
-    """A further loss on the task's own rows: weight * distance(teacher, student).
+    """A further loss on the task's own rows, or on those of a draw: weight * distance(teacher, student).
 
     It is a mean over its tokens in the whole step. With LoRA the aligned model is the student with its adapters off, in
     the same step. Else a teacher's outputs are recorded before training, row by row, in the run folder, or the teacher
@@ -76,6 +88,9 @@ class TaskTerm:
     model's folder or hub id. The last two only `online`."""
     online: bool = False
     """Compute the teacher's outputs in every step, instead of recording them before training."""
+    larger: bool = False
+    """`hidden` only: the target is the larger of the student's and the teacher's value, element by element, so that
+    only values below the teacher's have a distance."""
 
 
 @dataclass(frozen=True)

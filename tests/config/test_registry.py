@@ -132,7 +132,13 @@ def test_a_method_declares_its_keys_and_hides_no_declaration(name):
 
 
 def test_methods_are_found_by_what_they_declare():
-    assert methods_that(lambda settings: settings.keeps_average) == ["dema", "ema", "psmt", "temporal_ensemble"]
+    assert methods_that(lambda settings: settings.keeps_average) == [
+        "dema",
+        "ema",
+        "i_lora",
+        "psmt",
+        "temporal_ensemble",
+    ]
     assert methods_that(lambda settings: settings.fisher_size is not None) == ["ewc"]
     assert methods_that(lambda settings: settings.has_penalty) == [
         "asft",

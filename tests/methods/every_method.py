@@ -32,10 +32,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "safe_anchor": {"rank": 2, "samples": 4, "renew": 2},
     "corrective_replay": {"steps": 2, "every": 1, "limit": 1.01, "mix": 0.5},
     "safety_layers": {"layers": [1]},
+    "i_lora": {"decay": 0.9, "weight": 0.05},
     "temporal_ensemble": {"decay": 0.7, "first_decay": 0.3},
     "block_expansion": {"blocks": [1]},
     "booster": {"harmful": "harmful.jsonl", "alpha": 0.3},
     "vaa": {"harmful": "harmful.jsonl", "alpha": 0.5, "eta": 2.0, "rho": 0.3},
+    "rep_noise": {"harmful": "harmful.jsonl", "beta": 2.0, "alpha": 2.0},
     "t_vaccine": {"harmful": "harmful.jsonl", "rho": 20.0, "layers": 1, "every": 2, "renew": 2},
     "asft": {"base": "base", "strength": 20.0},
     "bds": {"rate": 60.0},
@@ -50,14 +52,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
 
 REQUIRED: dict[str, dict[str, Any]] = {
-    **{name: {"harmful": "harmful.jsonl"} for name in ("booster", "t_vaccine", "vaa")},
+    **{name: {"harmful": "harmful.jsonl"} for name in ("booster", "rep_noise", "t_vaccine", "vaa")},
     "asft": {"base": "base"},
     "toss": {"degraded": "degraded", "utility": "utility"},
 }
 """Settings without which a method's config is refused."""
 
 ALIGNMENT = {"tasks": [{"name": "t", "train": "unused", "role": "align"}]}
-SECTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("vaccine", "t_vaccine", "booster", "vaa"), ALIGNMENT)
+SECTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("vaccine", "t_vaccine", "booster", "rep_noise", "vaa"), ALIGNMENT)
 """Sections of the run config that a method needs besides a memory, by method."""
 
 

@@ -1,6 +1,8 @@
-"""Temporal ensembles, and the control arm of averages that are written back."""
+"""Temporal ensembles, slow weights that follow fast ones, and the control arm of averages that are written back."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch
 from safecl.methods.averages.temporal_ensemble import Config
 from tests.engine.passes import oracle
 from tests.engine.scenes import random_dataset, run_config, tiny_model
-from tests.methods import scenes
+from tests.methods import every_method, reference, scenes
+from tests.methods.fp64_scene import Scene, Weights
 
 STEPS = 6
 
@@ -48,3 +51,42 @@ def test_the_control_arm_is_the_smaller_learning_rate_bitwise(rank_pool):
     control = rank_pool(1).run(weights_by_step, methods={"ema_control": {"decay": 0.75}}, train=train)[0][-1]
     smaller = rank_pool(1).run(weights_by_step, methods={}, train=train | {"learning_rate": 2e-3})[0][-1]
     assert all(torch.equal(control["weights"][name], value) for name, value in smaller["weights"].items())
+
+
+def fast_and_slow(weight: float, one_sided: bool = True) -> tuple[Weights, Weights, Weights]:
+    """(start, fast weights, slow weights) of I-LoRA with decay 0.9, by a loop over two whole models."""
+    scene = Scene()
+    slow, rows = copy.deepcopy(scene.model), scene.draws("replay")
+
+    def states(model, row) -> torch.Tensor:
+        found = model(input_ids=reference.ids_of(row), use_cache=False, output_hidden_states=True).hidden_states
+        return torch.stack(found[1:])[:, 0]  # [layers, tokens, H]
+
+    def loss(step: int) -> torch.Tensor:
+        distances = []
+        for row in rows[step]:
+            with torch.no_grad():
+                target = states(slow, row)
+            h = states(scene.model, row)
+            target = torch.maximum(h.detach(), target) if one_sided else target
+            distances.append((h - target).square().mean((0, 2)))
+        replayed = reference.mean_nll(scene.model, rows[step])
+        return reference.mean_nll(scene.model, scene.task[step]) + replayed + weight * torch.cat(distances).mean()
+
+    def follow(step: int, old: Weights) -> None:
+        share = min(0.9, 1.0 - 1.0 / (step + 1))
+        with torch.no_grad():
+            for p, fast in zip(slow.parameters(), scene.model.parameters(), strict=True):
+                p.copy_(share * p + (1.0 - share) * fast)
+
+    losses = [lambda step=step: loss(step) for step in range(every_method.STEPS)]
+    fast = reference.train(scene.model, losses, after=follow)
+    return scene.start, fast, {name: p.detach() for name, p in slow.named_parameters()}
+
+
+def test_i_lora_pulls_only_what_is_below_the_slow_weights_hidden_states(compare):
+    start, fast, slow = fast_and_slow(0.1)
+    for other in (fast_and_slow(0.1, one_sided=False)[1], fast_and_slow(0.0)[1]):
+        assert oracle.relative_distance(fast, other, start) > 0.02
+    assert oracle.relative_distance(fast, slow, start) > 0.02
+    compare(fast, start, 3, {"ema": slow}, i_lora={"decay": 0.9, "weight": 0.1})

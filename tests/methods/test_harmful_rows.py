@@ -43,6 +43,62 @@ def test_booster_adds_the_change_of_the_harmful_gradient_over_a_harmful_step(ran
     assert oracle.relative_distance(found_by(rank_pool, tmp_path, "booster", 3), end, scene.start) <= 1e-3
 
 
+def discrepancy(z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """MMD^2 of two sets of vectors [n, H], pair by pair."""
+    both = [*z, *e]
+    squares = [[(a - b).square().sum() for b in both] for a in both]
+    pairs = len(both) * (len(both) - 1)
+    width = sum(float(s.detach()) for row in squares for s in row) / pairs
+    kernel = [[sum(torch.exp(-s / (width * 2.0**i)) for i in (-2, -1, 0, 1, 2)) for s in row] for row in squares]
+    n = len(z)
+    inside = sum(kernel[s][t] + kernel[n + s][n + t] for s in range(n) for t in range(n))
+    across = sum(kernel[s][n + t] + kernel[n + s][t] for s in range(n) for t in range(n))
+    return (inside - across) / n**2
+
+
+def test_rep_noise_pulls_harmful_states_to_noise_and_raises_the_loss_behind_every_layer(rank_pool, tmp_path):
+    scene, seen = Scene(), []
+    factors = {"noise": 2.0, "ascent": 2.0}
+
+    def both_terms(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        nlls, distances = [], []
+        for row in harmful(step):
+            chosen = torch.from_numpy(row.loss_mask[1:].copy())
+            targets = reference.ids_of(row)[0, 1:][chosen]
+            states = scene.model(
+                input_ids=reference.ids_of(row), use_cache=False, output_hidden_states=True
+            ).hidden_states
+            *between, last = [state[0, :-1][chosen] for state in states]
+            outputs = [*map(scene.model.model.norm, between), last]
+            nlls.append(
+                torch.stack(
+                    [
+                        torch.nn.functional.cross_entropy(scene.model.lm_head(x), targets, reduction="none")
+                        for x in outputs
+                    ]
+                )
+            )
+            seed = random.Random(f"{reference.SEED} noise {step} {row.row_id}").getrandbits(62)
+            layers = torch.stack([*between[1:], last])
+            draws = torch.randn(layers.shape, generator=torch.Generator().manual_seed(seed)).double()
+            distances.append(torch.stack([discrepancy(z, e) for z, e in zip(layers, draws, strict=True)]).mean())
+        return torch.cat(nlls, -1).mean(), torch.stack(distances).mean()
+
+    def noised(step: int, grads: Weights) -> Weights:
+        nll, distance = both_terms(step)
+        seen.append((float(nll.detach()), float(distance.detach())))
+        added = oracle.gradients(scene.model, factors["noise"] * distance - factors["ascent"] * torch.log(1.0 + nll))
+        return {name: g + added[name] for name, g in grads.items()}
+
+    end = scene.train(transform=noised)
+    assert seen[-1][0] > seen[0][0] and seen[-1][1] < seen[0][1]
+    for term in factors:
+        scene.move(lambda name, p: scene.start[name])
+        factors |= {"noise": 2.0, "ascent": 2.0, term: 0.0}
+        assert oracle.relative_distance(end, scene.train(transform=noised), scene.start) > 0.02, term
+    assert oracle.relative_distance(found_by(rank_pool, tmp_path, "rep_noise", 3), end, scene.start) <= 1e-3
+
+
 def gradients_of_outputs(scene: Scene, rows, chosen) -> tuple[list[int], list[torch.Tensor]]:
     """(layer, gradient of the mean loss) of the attention outputs of these layers, in the order of rows and layers."""
     numbers: list[int] = []
@@ -158,7 +214,7 @@ TREE = {
 }
 
 
-@pytest.mark.parametrize("method", ["booster", "t_vaccine", "vaa"])
+@pytest.mark.parametrize("method", ["booster", "rep_noise", "t_vaccine", "vaa"])
 def test_a_run_without_the_harmful_rows_is_refused_by_name(method):
     with pytest.raises(ConfigError, match=rf"{method} needs `{method}: {{harmful: FILE}}`, disallowed prompts with"):
         validate_tree(TREE | {"methods": {method: {}}}, "run.yaml")

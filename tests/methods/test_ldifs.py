@@ -100,6 +100,26 @@ def test_ldifs_with_lora_takes_the_model_without_adapters_as_teacher(rank_pool, 
     assert error(found, (1, 2), False, WEIGHT, name) <= 1e-3
 
 
+def test_a_rank_without_rows_makes_the_same_calls_as_the_others(rank_pool):
+    """Steps of one row: under ZeRO-3 the ranks must agree on the hidden states that have a gradient."""
+    few = {"tokens_per_batch": 4}
+    one, two = (
+        rank_pool(ranks).run(
+            scenes.train,
+            steps=2,
+            model=CHECKPOINTED,
+            memory=None,
+            methods={"ldifs": {"weight": WEIGHT, "layers": 2}},
+            deepspeed={"stage": 3},
+            train=few,
+        )[0]
+        for ranks in (1, 2)
+    )
+    start = expected((1, 2), False, WEIGHT, "lora")[0]
+    trained = [{name: found["weights"][name] for name in start} for found in (one, two)]
+    assert oracle.relative_distance(*trained, start) <= 1e-3
+
+
 def test_layers_are_chosen_at_equal_distances_or_by_their_numbers():
     from safecl.engine.model.features import layer_numbers
 

@@ -304,7 +304,7 @@ BASE = {
         (
             {"methods": {"lwf": {"teacher": "ema", "outputs": "online"}}},
             "methods.lwf.teacher: ema is the average of the weights, and no method here keeps one; "
-            "dema or ema or psmt or temporal_ensemble does",
+            "dema or ema or i_lora or psmt or temporal_ensemble does",
         ),
         (
             {"methods": {"lwf": {"teacher": "previous", "outputs": "online"}}, "model": {"path": "m", "lora": {}}},

@@ -24,7 +24,7 @@ from safecl.engine.model.attention import (
     rows_are_not_packed,
     rows_are_packed,
 )
-from safecl.engine.model.features import Layers, features_at
+from safecl.engine.model.features import Layers, features_at, final_norm, noise_distances
 from safecl.engine.model.head import (
     FusedHeadLosses,
     HeadLosses,
@@ -34,7 +34,13 @@ from safecl.engine.model.head import (
     head_scaling,
     label_information,
 )
-from safecl.engine.model.loss_inputs import Constrained, HiddenDistance, LabelInformation, OutputDistance
+from safecl.engine.model.loss_inputs import (
+    Constrained,
+    HiddenDistance,
+    LabelInformation,
+    NoiseDistance,
+    OutputDistance,
+)
 from safecl.evaluation.answers.model import cache_name
 from safecl.kernels import SortedRows, linear_distill_loss, linear_topk
 
@@ -235,38 +241,65 @@ class LanguageModel(nn.Module):
         adapter_penalty: AdapterPenalty | None = None,
         constrained: Sequence[Constrained] = (),
         labels: Sequence[LabelInformation] = (),
+        every_layer: bool = False,
+        each_layer: bool = False,
+        noise: NoiseDistance | None = None,
         sorted_rows: Sequence[SortedRows] = (),
         sorted_targets: SortedRows | None = None,
     ) -> dict[str, Tensor]:
         """Weighted sum of all losses of a micro-batch; the arguments are those of LossInputs.
 
         adapter_penalty joins the sum. Returns loss (0-dim); and detached and without weights ce [n], kd0, kd1, ... [n]
-        by distillation, feature0, ... [m] by feature, label0, ... [m] by information, and adapters (0-dim, with its
-        strength).
+        by distillation, feature0, ... [m] by feature, label0, ... [m] by information, noise [rows], and adapters
+        (0-dim, with its strength).
         """
-        each_layer = any(feature["layers"] for feature in features)
         taught = self._reference(input_ids, position_ids, each_layer) if reference else None
-        head_losses, outputs = self._head_losses(input_ids, position_ids, positions, taught, bool(features), each_layer)
+        need_hidden = each_layer or bool(features)
+        head_losses, outputs = self._head_losses(input_ids, position_ids, positions, taught, need_hidden, each_layer)
         if constrained:
             ce_weights = constrained_weights(head_losses, targets, ce_weights, constrained, sorted_targets)
         first, *others = distillations or (None,)
         known, *others_known = sorted_rows or (None,) * max(1, len(distillations))
-        output = head_losses(targets, ce_weights, first, known)
-        loss, kd = output.loss, [output.kd] if first is not None else []
+        if every_layer:
+            loss, ce, kd = *self._loss_of_every_layer(outputs, positions, targets, ce_weights), []
+        else:
+            output = head_losses(targets, ce_weights, first, known)
+            loss, ce, kd = output.loss, output.ce, [output.kd] if first is not None else []
         for distance, known in zip(others, others_known, strict=True):
             more = head_losses(torch.full_like(targets, -100), torch.zeros_like(ce_weights), distance, known)
             loss, kd = loss + more.loss, [*kd, more.kd]
-        result = {"ce": output.ce, **{f"kd{index}": value for index, value in enumerate(kd)}}
+        result = {"ce": ce, **{f"kd{index}": value for index, value in enumerate(kd)}}
         for index, feature in enumerate(features):
             squares = _hidden_distance(feature, outputs, taught)
             loss, result[f"feature{index}"] = loss + (feature["weights"] * squares).sum(), squares.detach()
         for index, one in enumerate(labels):
             information = label_information(head_losses, one)
             loss, result[f"label{index}"] = loss + (one["weights"] * information).sum(), information.detach()
+        # Under ZeRO-3 a module's hooks run once for each of its outputs that gets a gradient, and all ranks must agree.
+        loss = loss + sum(states[:0].sum() for states in outputs.each)
+        if noise is not None:
+            distances = noise_distances(outputs.each[1:], noise["positions"], noise["counts"], noise["seeds"])
+            loss, result["noise"] = loss + (noise["weights"] * distances).sum(), distances.detach()
         if adapter_penalty is not None:
             penalty = adapter_penalty(self.model)
             loss, result["adapters"] = loss + penalty, penalty.detach()
         return {"loss": loss, **result}
+
+    def _loss_of_every_layer(
+        self, outputs: _Outputs, positions: Tensor, targets: Tensor, ce_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss (0-dim) and detached cross-entropies [n], both means over the outputs behind the embedding and every
+        layer. One call of the norm and one of the head are for all of them."""
+        *between, last = [states[positions] for states in outputs.each]
+        hidden = torch.cat([final_norm(self.trunk)(torch.cat(between)), last])
+        head_losses: HeadLosses
+        if self.fused:
+            head_losses = FusedHeadLosses(hidden, self.head, self.scaling, self.vocab_size, None)
+        else:
+            head_losses = LogitsLosses(self.scaling.apply(self.head(hidden).float()), self.vocab_size, None)
+        count = len(outputs.each)
+        found = head_losses(targets.repeat(count), ce_weights.repeat(count) / count, None)
+        return found.loss, found.ce.view(count, -1).mean(0)
 
     def _head_losses(
         self,
@@ -345,5 +378,5 @@ def _hidden_distance(feature: HiddenDistance, outputs: _Outputs, taught: _Output
         assert taught is not None and taught.hidden is not None, "the pass with the adapters off was not asked for"
         target = features_at(layers, taught.hidden, taught.each, where)
     assert outputs.hidden is not None
-    own = features_at(layers, outputs.hidden, outputs.each, where)
-    return (own.float() - target.float()).square().mean(-1)
+    difference = features_at(layers, outputs.hidden, outputs.each, where).float() - target.float()
+    return (difference.clamp_max(0.0) if feature["larger"] else difference).square().mean(-1)

@@ -45,6 +45,7 @@ class HiddenDistance(_StoredHidden):
     positions: Tensor  # int64 [m], flat indices into input_ids
     weights: Tensor  # fp32 [m]
     layers: Layers  # empty: the last hidden states
+    larger: bool  # the target is the larger of both values, element by element
 
 
 class Constrained(TypedDict):
@@ -67,10 +68,24 @@ class LabelInformation(TypedDict):
     sharpen: bool
 
 
+class NoiseDistance(TypedDict):
+    """Distance of some rows' hidden states to Gaussian noise, see safecl.engine.model.features.noise_distances."""
+
+    positions: Tensor  # int64 [sum of counts], flat indices into input_ids
+    counts: list[int]  # positions of each row
+    seeds: list[int]  # of each row
+    weights: Tensor  # fp32 [rows]
+
+
 class _Optional(TypedDict, total=False):
     sequences: Sequences
     constrained: list[Constrained]
     labels: list[LabelInformation]
+    every_layer: bool
+    """Whether cross-entropies are means over all layers' outputs; equal on all ranks."""
+    each_layer: bool
+    """Whether hidden states of layers are read in the step; equal on all ranks and in all micro-batches."""
+    noise: NoiseDistance
     sorted_rows: list[SortedRows]
     """The rows of each call of the head, sorted: one call per distance, at least one."""
     sorted_targets: SortedRows

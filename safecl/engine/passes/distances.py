@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from safecl.data import MicroBatch, Row
+from safecl.engine.model.features import Layers
 from safecl.engine.model.loss_inputs import HiddenDistance, OutputDistance
 from safecl.engine.passes.step_rows import HIDDEN, Distillation, StepRow
 from safecl.kernels import TopKTeacher
@@ -118,8 +119,8 @@ def hidden_distances(
     terms: Sequence[str],
     world_size: int,
 ) -> tuple[list[HiddenDistance], list[torch.Tensor]]:
-    """Return one HiddenDistance per set of layers and teacher: first those to given hidden states, then those to the
-    model with its adapters off.
+    """Return one HiddenDistance per set of layers, teacher and target: first those to given hidden states, then those
+    to the model with its adapters off.
 
     places: target_positions of each row. terms: the terms of the step's loss. The terms of a distance's m positions are
     int64 [m] indices into it.
@@ -131,14 +132,16 @@ def hidden_distances(
         if d.divergence == HIDDEN
     ]
     inputs, term_ids = [], []
-    for live, layers in sorted({(member.distillation.live, member.distillation.layers) for member in found}):
-        members = [m for m in found if (m.distillation.live, m.distillation.layers) == (live, layers)]
+    for group in sorted({_hidden_group(member) for member in found}):
+        live, layers, larger = group
+        members = [member for member in found if _hidden_group(member) == group]
         lengths = [len(member.positions) for member in members]
         weights = np.repeat([member.distillation.weight * world_size for member in members], lengths)
         distance = HiddenDistance(
             positions=torch.from_numpy(np.concatenate([member.positions for member in members])),
             weights=torch.from_numpy(weights.astype(np.float32)),
             layers=layers,
+            larger=larger,
         )
         if not live:
             distance["hidden"] = torch.cat([_hidden_states(member.distillation) for member in members])
@@ -146,6 +149,10 @@ def hidden_distances(
         ids = np.repeat([_term(rows, member, terms) for member in members], lengths).astype(np.int64)
         term_ids.append(torch.from_numpy(ids))
     return inputs, term_ids
+
+
+def _hidden_group(member: _HiddenMember) -> tuple[bool, Layers, bool]:
+    return member.distillation.live, member.distillation.layers, member.distillation.larger
 
 
 def _compared(distillation: Distillation, batch: MicroBatch, index: int, targets: np.ndarray) -> np.ndarray:

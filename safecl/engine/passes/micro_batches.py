@@ -18,8 +18,8 @@ from safecl.data import MicroBatch, assign, collate
 from safecl.engine.model.attention import Sequences
 from safecl.engine.model.loss_inputs import LossInputs, OutputDistance
 from safecl.engine.passes.distances import hidden_distances, output_distances, target_positions
-from safecl.engine.passes.step_rows import StepRow
-from safecl.engine.passes.token_terms import constraints, label_information
+from safecl.engine.passes.step_rows import StepRow, reads_layers
+from safecl.engine.passes.token_terms import constraints, label_information, noise_distance
 from safecl.kernels import SortedRows, sort_rows
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ class StepBatch:
     """The terms of each of `inputs["features"]`, int64 [m]."""
     label_terms: list[torch.Tensor]
     """The terms of each of `inputs["labels"]`, int64 [m]."""
+    noise_terms: torch.Tensor
+    """The terms of the rows of `inputs["noise"]`, int64 [rows]."""
     row_of: torch.Tensor
     """int64 [n], the row of the micro-batch that each target belongs to."""
     row_counts: torch.Tensor
@@ -84,7 +86,12 @@ def micro_batches(
     # The pass with the adapters off is a collective call, so all ranks make it or none.
     reference = any(d.live for row in rows for d in row.distillations)
     parts = split_step(rows, layout)[rank]
-    return [_build([rows[index] for index in part], terms, layout, reference) for part in parts]
+    batches = [_build([rows[index] for index in part], terms, layout, reference) for part in parts]
+    every_layer = any(row.every_layer for row in rows)
+    if every_layer or any(reads_layers(row) for row in rows):
+        for batch in batches:
+            batch.inputs["each_layer"], batch.inputs["every_layer"] = True, every_layer
+    return batches
 
 
 def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, reference: bool) -> StepBatch:
@@ -102,6 +109,7 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
     distillations, kd_terms = output_distances(rows, stored, counts, terms, layout.world_size)
     features, feature_terms = hidden_distances(rows, batch, places, terms, layout.world_size)
     labels, label_terms = label_information(rows, counts, terms, layout.world_size)
+    noise, noise_terms = noise_distance(rows, places, terms, layout.world_size)
     inputs = LossInputs(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -122,6 +130,8 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
         )
     if labels:
         inputs["labels"] = labels
+    if noise is not None:
+        inputs["noise"] = noise
     replayed = [number for number, row in enumerate(rows) if row.key is not None]
     return StepBatch(
         inputs,
@@ -130,6 +140,7 @@ def _build(rows: list[StepRow], terms: Sequence[str], layout: MicroBatchLayout, 
         kd_terms=kd_terms,
         feature_terms=feature_terms,
         label_terms=label_terms,
+        noise_terms=noise_terms,
         row_of=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
         row_counts=torch.tensor(counts, dtype=torch.int64),
         keys=[row.key for row in rows],

@@ -76,6 +76,8 @@ class StepLosses:
             zip(batch.label_terms, batch.inputs.get("labels", []), strict=True)
         ):
             self._add(terms, information["weights"], output[f"label{index}"])
+        if "noise" in batch.inputs:
+            self._add(batch.noise_terms, batch.inputs["noise"]["weights"], output["noise"])
         if "adapters" in output:
             self._sums[self.terms.index(ADAPTERS)] += output["adapters"].double() / self.world_size
         self.num_tokens += batch.num_tokens

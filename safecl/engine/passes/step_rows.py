@@ -75,6 +75,8 @@ class Distillation:
     """HIDDEN only: the row's last token alone."""
     layers: Layers = ()
     """HIDDEN only: the layers that are compared; empty: the last."""
+    larger: bool = False
+    """HIDDEN only: the target is the larger of both values, element by element."""
     asked: Asked | None = None
     """Set where `load` returns the answer of an online teacher."""
 
@@ -107,6 +109,16 @@ class RowConstraint:
 
 
 @dataclass(frozen=True)
+class RowNoise:
+    """The distance of one row's hidden states to Gaussian noise."""
+
+    weight: float
+    """Weight of the row, with the normaliser."""
+    seed: int
+    """Seed of the noise."""
+
+
+@dataclass(frozen=True)
 class StepRow:
     """One row of a global step. Every rank has the whole list; only the rank that computes a row loads it."""
 
@@ -121,6 +133,11 @@ class StepRow:
     token_factors: np.ndarray | None = None
     """fp32 [targets]: factors of the tokens' cross-entropy; None: 1 for all."""
     labels: Labels | None = None
+    """Only of rows with a target."""
+    every_layer: bool = False
+    """The cross-entropy is a mean over the outputs behind the embedding and every layer; equal for all rows of a
+    pass."""
+    noise: RowNoise | None = None
     """Only of rows with a target."""
     rank: int | None = None
     """The rank that holds the row; None where any rank can read it."""
@@ -139,3 +156,8 @@ def terms_of(rows: Sequence[StepRow]) -> list[str]:
     extra = [d.term for row in rows for d in row.distillations if d.term is not None]
     extra += [row.labels.term for row in rows if row.labels is not None]
     return list(dict.fromkeys([*(row.term for row in rows), *extra]))
+
+
+def reads_layers(row: StepRow) -> bool:
+    """Return whether a term of the row reads hidden states of other layers than the last."""
+    return row.noise is not None or any(d.divergence == HIDDEN and d.layers for d in row.distillations)

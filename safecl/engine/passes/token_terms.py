@@ -1,4 +1,5 @@
-"""Constraints on the tokens of a micro-batch, and information over labels at its rows' first targets."""
+"""Constraints on the tokens of a micro-batch, information over labels at its rows' first targets, and distances of
+its rows' hidden states to noise."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from safecl.data import Row
-from safecl.engine.model.loss_inputs import Constrained, LabelInformation
+from safecl.engine.model.loss_inputs import Constrained, LabelInformation, NoiseDistance
 from safecl.engine.passes.step_rows import LabelMean, StepRow
 from safecl.methods.terms import TokenConstraint
 
@@ -74,3 +75,23 @@ def label_information(
         )
         term_ids.append(torch.tensor([terms.index(found.term) for found in labels]))
     return inputs, term_ids
+
+
+def noise_distance(
+    rows: Sequence[StepRow], places: Sequence[np.ndarray], terms: Sequence[str], world_size: int
+) -> tuple[NoiseDistance | None, torch.Tensor]:
+    """Return the distances to noise in a micro-batch, None without any, and the term of each of their rows.
+
+    places: target_positions of each row. terms: the terms of the step's loss; int64 [rows] indices into it.
+    """
+    own = [index for index, row in enumerate(rows) if row.noise is not None]
+    if not own:
+        return None, torch.zeros(0, dtype=torch.int64)
+    noises = [noise for index in own if (noise := rows[index].noise) is not None]
+    distance = NoiseDistance(
+        positions=torch.from_numpy(np.concatenate([places[index] for index in own])),
+        counts=[len(places[index]) for index in own],
+        seeds=[noise.seed for noise in noises],
+        weights=torch.tensor([noise.weight * world_size for noise in noises], dtype=torch.float32),
+    )
+    return distance, torch.tensor([terms.index(rows[index].term) for index in own])

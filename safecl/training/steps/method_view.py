@@ -29,7 +29,8 @@ class MethodView:
     def __init__(self, run: RunState, passes: OwnPasses, correct: Callable[..., float]):
         self._run, self._engine = run, run.engine
         self.memory_gradient, self.task_gradient = passes.memory_gradient, passes.task_gradient
-        self.memory_loss, self.layer_similarities = passes.memory_loss, passes.layer_similarities
+        self.gradient_loss, self.memory_loss = passes.gradient_loss, passes.memory_loss
+        self.layer_similarities = passes.layer_similarities
         self.task_row_losses = passes.task_row_losses
         self.hidden_gradient_norms = passes.hidden_gradient_norms
         self.correct = correct

@@ -35,6 +35,10 @@ class OwnPasses:
         run.online_teachers.ask(ready.rows)
         return run.engine.loss_pass(ready.rows, ready.batches).totals()[draw.stream]
 
+    def gradient_loss(self, draw: ReplayTerm) -> float:
+        losses = next(losses for _, losses in reversed(self._run.passes) if draw.stream in losses.terms)
+        return losses.totals()[draw.stream]
+
     def task_row_losses(self) -> list[float]:
         run = self._run
         assert run.task is not None, "a task has begun"

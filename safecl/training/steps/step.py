@@ -7,6 +7,7 @@ that it computes. Task rows depend on (seed, step), replayed rows also on the me
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from safecl.engine.passes.step_rows import (
     Labels,
     Question,
     RowConstraint,
+    RowNoise,
     StepRow,
 )
 from safecl.methods.base import Method
@@ -58,7 +60,27 @@ def _harmful_rows(run: RunState, draw: ReplayTerm, step: int) -> list[StepRow]:
     indices = order.rows_of_step(run.first_step + step)
     weight = draw.ce_weight / max(1, int(data.num_targets[indices].sum()))
     rows = dataset_rows(data, indices, np.full(len(indices), weight))
-    return [replace(row.weighted(draw.stream, row.ce_weight), index=None) for row in rows]
+    noises = _noises(run, draw, indices, data, step)
+    return [
+        replace(row.weighted(draw.stream, row.ce_weight), index=None, every_layer=draw.every_layer, noise=noise)
+        for row, noise in zip(rows, noises, strict=True)
+    ]
+
+
+def _noises(
+    run: RunState, draw: ReplayTerm, indices: np.ndarray, data: TokenDataset, step: int
+) -> list[RowNoise | None]:
+    """Return the noise that these rows' hidden states are compared with: a function of the seed, the step and the
+    row."""
+    if draw.noise_weight == 0:
+        return [None] * len(indices)
+    has_targets = data.num_targets[indices] > 0
+    weight, first = draw.noise_weight / max(1, int(has_targets.sum())), f"{run.seed} noise {run.first_step + step}"
+    ids = data.row_ids[indices].tolist()
+    return [
+        RowNoise(weight, random.Random(f"{first} {row_id}").getrandbits(62)) if has else None
+        for row_id, has in zip(ids, has_targets, strict=True)
+    ]
 
 
 def step_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
@@ -204,6 +226,7 @@ def _task_distillation(run: RunState, task: TaskPlan, index: int, term: TaskTerm
         live=access == "adapters off",
         all_tokens=term.tokens == "all",
         layers=_layers(run, term),
+        larger=term.larger,
         asked=asked,
     )
 
@@ -243,7 +266,34 @@ def _replay_rows(
     for term in terms:
         if term.kd_weight > 0:
             kd_weights[term.divergence] += weight_factor * term.kd_weight / total
-    return [row.weighted(stream, ce_weight, _replay_distillations(run, kd_weights)) for row in drawn]
+    online = [distance for term in terms for distance in term.distances if distance.weight > 0]
+    tokens = max(1, sum(row.length for row in drawn))
+    return [
+        row.weighted(
+            stream,
+            ce_weight,
+            _replay_distillations(run, kd_weights)
+            + tuple(_online_distance(run, term, weight_factor, total, tokens) for term in online),
+        )
+        for row in drawn
+    ]
+
+
+def _online_distance(run: RunState, term: TaskTerm, factor: float, targets: int, tokens: int) -> Distillation:
+    """Return a distance of one replayed row to an online teacher. targets, tokens: of the whole draw."""
+    assert term.online, "only online teachers answer about replayed rows"
+    asked = _question(run, term)
+    return Distillation(
+        term.divergence,
+        factor * term.weight / (tokens if term.divergence == HIDDEN and term.tokens == "all" else targets),
+        term.temperature,
+        term=term.name,
+        load=asked.answer,
+        all_tokens=term.tokens == "all",
+        layers=_layers(run, term),
+        larger=term.larger,
+        asked=asked,
+    )
 
 
 def _drawn(run: RunState, stream: str, share: float | None, step: int, factor: float = 1.0) -> list[StepRow]:
@@ -287,6 +337,6 @@ def _by_stream(methods: Sequence[Method[Any]]) -> dict[str, list[ReplayTerm]]:
     streams: dict[str, list[ReplayTerm]] = {}
     for method in methods:
         for term in method.replay_terms():
-            if not term.mixed and (term.ce_weight or term.kd_weight or term.stream not in streams):
+            if not term.mixed and (term.ce_weight or term.kd_weight or term.distances or term.stream not in streams):
                 streams.setdefault(term.stream, []).append(term)
     return streams
