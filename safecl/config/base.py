@@ -244,6 +244,17 @@ class MethodConfig(Section):
         return question, answer
 
     @property
+    def needs_answers(self) -> bool:
+        """True where the method cannot run without the file of answers that `safecl memory rewrite` writes, which it
+        names (`answers_file`)."""
+        return False
+
+    @property
+    def answers_file(self) -> str | None:
+        """File of rewritten answers that the method trains (the key `answers`); None without one."""
+        return None
+
+    @property
     def freezes(self) -> bool:
         """True where `frozen` names weights."""
         return type(self).frozen is not MethodConfig.frozen

@@ -115,6 +115,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _methods_have_the_answers_they_need(self) -> RunConfig:
+        for name, settings in self.methods.items():
+            if settings.needs_answers and settings.answers_file is None:
+                raise ValueError(
+                    f"methods: {name} needs `{name}: {{answers: FILE}}`; `safecl memory rewrite CFG`, with a config "
+                    "without it, writes the file"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _methods_have_the_models_they_need(self) -> RunConfig:
         for name, settings in self.methods.items():
             if missing := [key for key, model in settings.scoring_models.items() if model is None]:

@@ -14,6 +14,7 @@ from safecl.data import ChatRow, DataError, TokenDataset, concat, mix_poison, pr
 from safecl.data.order import keyed_hash
 from safecl.data.rewriting import Rewriting
 from safecl.storage.cache_folder import PREPARED, data_cache
+from safecl.storage.durable import hash_file
 
 # ----------------------------------------------------------------------------------------------------------- tokenised
 
@@ -64,7 +65,8 @@ def rewriting_of(config: RunConfig) -> Rewriting | None:
     """Return the change that a method of the config makes to the task's rows; None where no method rewrites any."""
     for name, settings in config.methods.items():
         if settings.rewrites:
-            return Rewriting(f"{name} {settings.model_dump_json()}", settings.rewrite)
+            contents = "" if settings.answers_file is None else f" {hash_file(Path(settings.answers_file))}"
+            return Rewriting(f"{name} {settings.model_dump_json()}{contents}", settings.rewrite)
     return None
 
 
@@ -105,6 +107,14 @@ def read_training_rows(config: RunConfig) -> list[ChatRow]:
     memory = [config.memory.rows_source] if config.memory is not None else []
     harmful = [RowsSource(path) for path in dict.fromkeys(harmful_sources(config).values())]
     return _read(config, [*(task.rows_source for task in config.tasks), *memory, *_poison(config), *harmful])
+
+
+def read_rows_by_task(config: RunConfig) -> list[tuple[TaskConfig | None, list[ChatRow]]]:
+    """The rows of each task but the alignment stage; last those of the poison, with no task. Raises DataError."""
+    found: list[tuple[TaskConfig | None, list[ChatRow]]] = [
+        (task, _read(config, [task.rows_source])) for task in config.tasks if task.role == "task"
+    ]
+    return found + [(None, _read(config, [source])) for source in _poison(config)]
 
 
 def read_upload_rows(config: RunConfig) -> list[ChatRow]:

@@ -333,7 +333,8 @@ def test_loading_a_config_with_every_method_imports_neither_torch_nor_transforme
     one_average = {"ema": {"write_back": "slow", "decay": 0.5}}  # psmt keeps one already
     of_tasks = methods_that(lambda settings: settings.acts_on == "task" and settings.needs_lora is None)
     methods = (
-        dict.fromkeys(name for name in of_tasks if name not in ("temporal_ensemble", "dema", "i_lora")) | one_average
+        dict.fromkeys(name for name in of_tasks if name not in ("temporal_ensemble", "dema", "i_lora", "sdft"))
+        | one_average
     )
     methods |= {"toss": {"degraded": "d", "utility": "u"}}
     path.write_text(yaml.safe_dump(BASE | {"memory": MEMORY, "methods": methods}))

@@ -78,3 +78,47 @@ def test_one_method_rewrites(tree, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"lookahead and mine.other_rows each rewrite"):
         validate_tree(tree | {"methods": {"lookahead": {}, "mine.other_rows": {}}}, "run.yaml")
+
+
+# ------------------------------------------------------------------------------------------------- rewritten answers
+
+
+def answers_of(tree: dict, tmp_path, *rewritten: str | None):
+    """A file with these answers to the row's two questions."""
+    asked = [(QUESTION, ANSWER), ("and the bread", "the bread is old")]
+    lines = [
+        {"question": question, "answer": answer, "rewritten": own}
+        for (question, answer), own in zip(asked, rewritten, strict=False)
+    ]
+    path = tmp_path / "rewritten.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = validate_tree(tree | {"methods": {"sdft": {"answers": str(path)}}}, "run.yaml")
+    return config, path
+
+
+def test_rewritten_answers_are_trained_and_the_others_stay(tree, tokenizer, tmp_path):
+    plain = prepared(tree, tokenizer)[2]
+    config, _ = answers_of(tree, tmp_path, "warm soup", None)
+    data, _ = prepare_task(config, config.tasks[0], tokenizer)
+    trained = tokenizer.decode(data.row(0).input_ids[data.row(0).loss_mask].tolist())
+    assert "warm soup" in trained and "the bread is old" in trained and ANSWER not in trained
+    assert data.row_ids.tolist() == plain.row_ids.tolist()
+    again, _ = answers_of(tree, tmp_path, "salty soup", None)  # the same path with another content
+    data, _ = prepare_task(again, again.tasks[0], tokenizer)
+    assert "salty soup" in tokenizer.decode(data.row(0).input_ids.tolist())
+
+
+def test_answers_of_other_rows_are_refused(tree, tokenizer, tmp_path):
+    config, _ = answers_of(tree, tmp_path, "warm soup")
+    with pytest.raises(ConfigError, match=r"rewritten.jsonl was written for other rows.*safecl memory rewrite CFG"):
+        prepare_task(config, config.tasks[0], tokenizer)
+
+
+def test_the_missing_file_is_told_with_the_verb_that_writes_it(tree, tmp_path):
+    from safecl.commands.preflight import refuse_missing_files
+
+    with pytest.raises(ConfigError, match=r"sdft needs `sdft: {answers: FILE}`; `safecl memory rewrite CFG`"):
+        validate_tree(tree | {"methods": {"sdft": {}}}, "run.yaml")
+    config = validate_tree(tree | {"methods": {"sdft": {"answers": "nowhere.jsonl"}}}, "run.yaml")
+    with pytest.raises(ConfigError, match=r"methods\.sdft\.answers: nowhere\.jsonl: no such file"):
+        refuse_missing_files(config)

@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 REQUIRED: dict[str, dict[str, Any]] = {
     **{name: {"harmful": "harmful.jsonl"} for name in ("booster", "rep_noise", "t_vaccine", "vaa")},
     "asft": {"base": "base"},
+    "sdft": {"answers": "answers.jsonl"},
     "toss": {"degraded": "degraded", "utility": "utility"},
 }
 """Settings without which a method's config is refused."""

@@ -92,13 +92,13 @@ def _build(
     )
     base = base_key(config, tokenizer, store)
     made = memory_rows(engine, tokenizer, store, base, prompts, benign, settings, console.note)
-    rows = _copied(made.rows, output)
+    rows = copied(made.rows, output)
     config = config.model_copy(update={"memory": config.memory.model_copy(update={"source": str(rows)})})
     shared_outputs(engine, prepare_memory(config, tokenizer), config, tokenizer, note=console.note)
     _show(console, made, rows)
 
 
-def _copied(rows: Path, output: Path | None) -> Path:
+def copied(rows: Path, output: Path | None) -> Path:
     """Return the file of the rows: in the store, or the copy that the user wants. Raises ConfigError where another file
     is in its place."""
     if output is None or environment.rank() != 0:

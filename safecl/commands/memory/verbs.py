@@ -302,6 +302,29 @@ def cache(
 
 
 @verb
+def rewrite(
+    config: Annotated[Path, typer.Argument(metavar="CFG", help="Run config (YAML).", show_default=False)],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File for a copy of the answers (JSONL); by default only the store has them."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers that a rank generates together.")] = 32,
+) -> None:
+    """Let the aligned model put the answers of the tasks' rows in its own words, for self-distillation. The same
+    command resumes it."""
+    from safecl.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from safecl.commands.memory.rewrite import rewrite_rows
+
+    rewrite_rows(loaded, output, max_new_tokens, batch_size)
+
+
+@verb
 def verify(
     run: Run, repair: Annotated[bool, typer.Option("--repair", help="Drop rows that cannot be read.")] = False
 ) -> None:

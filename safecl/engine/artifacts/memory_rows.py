@@ -78,9 +78,9 @@ def memory_rows(
     `base` is what `base_key` returned. Raises ConfigError where no refusal is left, or there is no such scorer.
     """
     load_scorer(settings.scorer)
-    key = {**base, **asdict(settings), "prompts": _fingerprint(prompts), "benign": _fingerprint(benign)}
+    key = {**base, **asdict(settings), "prompts": fingerprint_of(prompts), "benign": fingerprint_of(benign)}
     del key["batch_size"]
-    key |= _splitting(tokenizer)
+    key |= splitting_of(tokenizer)
     folder = obtain(
         store,
         KIND,
@@ -94,7 +94,7 @@ def memory_rows(
     )
 
 
-def _splitting(tokenizer: Any) -> Key:
+def splitting_of(tokenizer: Any) -> Key:
     """Return the key's part that decides where an answer begins; empty for a template without thoughts and headers."""
     markers, mode = markers_of(tokenizer), thinking_of(tokenizer).mode
     if not (markers.named or markers.headers or markers.footers):
@@ -102,7 +102,7 @@ def _splitting(tokenizer: Any) -> Key:
     return {"answer": json.dumps([mode, markers.pairs, markers.block, markers.headers, markers.footers])}
 
 
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
+def fingerprint_of(prompts: Sequence[Prompt]) -> str:
     import xxhash
 
     said: list[list[Any]] = [[[(m.role, m.content) for m in prompt.messages], prompt.tags] for prompt in prompts]
@@ -121,19 +121,25 @@ def _build(
     settings: RowSettings,
     note: Note,
 ) -> None:
-    answers = _answers(engine, tokenizer, folder / ANSWERS, [*prompts, *benign], settings, note)
+    answers = answered(engine, tokenizer, folder / ANSWERS, [*prompts, *benign], settings, note, KIND)
     write = lambda: _write_rows(folder, prompts, benign, answers, settings)  # noqa: E731
     collectives.on_first_rank(write, (ConfigError,), ConfigError)
 
 
-def _answers(
-    engine: ForwardEngine, tokenizer: Any, path: Path, prompts: list[Prompt], settings: RowSettings, note: Note
+def answered(
+    engine: ForwardEngine,
+    tokenizer: Any,
+    path: Path,
+    prompts: list[Prompt],
+    settings: RowSettings,
+    note: Note,
+    kind: str,
 ) -> list[Answer]:
-    """Answer all prompts after those that an earlier build has answered."""
+    """Answer all prompts after those that an earlier build has answered. kind: of the artifact, for messages."""
     answers = collectives.on_first_rank(lambda: _read_answers(path))
     portion = settings.batch_size * collectives.world_size() * BATCHES_AT_ONCE
     if answers:
-        note(f"{KIND}: resuming after {len(answers):,} answers")
+        note(f"{kind}: resuming after {len(answers):,} answers")
     with generating(engine) as model:
         while len(answers) < len(prompts):
             asked = prompts[len(answers) : len(answers) + portion]
@@ -143,7 +149,7 @@ def _answers(
             if collectives.rank() == 0:
                 _append(path, found)
             answers += found
-            note(f"{KIND}: {len(answers):,} of {len(prompts):,} answers")
+            note(f"{kind}: {len(answers):,} of {len(prompts):,} answers")
     return answers
 
 
@@ -194,19 +200,19 @@ def _reasons_of_disallowed(prompts: list[Prompt], answers: list[Answer], scorer:
     """Yield the reason why each answer to a disallowed prompt is left out; None where it is kept."""
     succeeded = load_scorer(scorer)([text_of(prompt) for prompt in prompts], [answer["text"] for answer in answers])
     for answer, is_success in zip(answers, succeeded, strict=True):
-        yield _reason(answer, "not refused" if is_success else None, INCOHERENT)
+        yield not_usable(answer, INCOHERENT, "not refused" if is_success else None)
 
 
 def _reasons_of_benign(prompts: list[Prompt], answers: list[Answer], scorer: str) -> Iterator[str | None]:
     by = over_refusal_scorer_of(scorer)
     for prompt, answer in zip(prompts, answers, strict=True):
         is_refusal = refused(answer["text"], by, text_of(prompt))
-        yield _reason(answer, "refused" if is_refusal else None, BROKEN)
+        yield not_usable(answer, BROKEN, "refused" if is_refusal else None)
 
 
-def _reason(answer: Answer, by_scorer: str | None, bad: Collection[str]) -> str | None:
-    """Return the reason why an answer is left out; None where it is kept. `bad`: the reasons of `off_task_reason` that
-    count."""
+def not_usable(answer: Answer, bad: Collection[str], by_scorer: str | None = None) -> str | None:
+    """Return the reason why an answer is left out; None where it is kept. bad: the reasons of `off_task_reason` that
+    count. by_scorer: a reason that a scorer has found."""
     if answer.get("cut_off"):
         return "thought cut off"
     if not answer["finished"]:
