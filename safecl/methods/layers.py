@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from safecl.config import ConfigError
 
+SAFETY = 6 / 32, 12 / 32
+"""Depths of the first and the last safety layer, see `safety_range`."""
+
 _NUMBER = re.compile(r"\.(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
@@ -22,3 +25,11 @@ def check_numbers(key: str, numbers: Sequence[int], names: Sequence[str]) -> Non
     if missing := [number for number in numbers if number not in known]:
         there = f"the layers are 0 to {max(known)}" if known else "the weights' names have no layers"
         raise ConfigError(f"{key}: there is no layer {missing[0]}; {there}")
+
+
+def safety_range(names: Sequence[str]) -> range:
+    """Return the layers that tell disallowed prompts from others: those from 6/32 to 12/32 of the depth, the range that
+    Li et al. 2025 (arXiv 2408.17003) name for Llama-2-7B-chat. names: those of all trained weights."""
+    count = max((number for name in names if (number := number_of(name)) is not None), default=-1) + 1
+    first, last = (int(depth * count) for depth in SAFETY)
+    return range(first, last + 1)

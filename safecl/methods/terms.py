@@ -160,6 +160,8 @@ class Penalty:
     """Apply it as a proximal step after AdamW: stable for any strength times learning rate."""
     modules: tuple[str, ...] = ()
     """Patterns of parameter names (`*.self_attn.*`) that it is restricted to; all trained weights without any."""
+    factors: tuple[tuple[str, float], ...] = ()
+    """Factors of the strength of single weights, by name; 1 for all others."""
     product: bool = False
     """With LoRA, pull the products (alpha / r) B A to 0, which pulls the merged weights to their start, instead of the
     factors. It is then part of the loss, and clipped with it."""

@@ -21,7 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "im": {"weight": 2.0, "labels": ["a", "b", "c"]},
     "ldifs": {"weight": 30.0, "layers": 2, "outputs": "recorded"},
     "lwf": {"weight": 10.0},
-    "l2_sp": {"strength": 1.0},
+    "l2_sp": {"strength": 1.0, "rules": [{"importance": "highest", "factor": 3.0}]},
     "online_ewc": {"strength": 0.5, **FISHER},
     "psmt": FISHER,
     "refresh": {"delta": 0.02, "sigma": 0.5, "fisher_weight": 0.1, **FISHER},

@@ -12,6 +12,8 @@ from safecl.methods.freezing.segment_rates import Config as Segments
 from safecl.methods.rehearsal.k_fpf import Config as KFpf
 from safecl.methods.scope import Segment
 from tests.engine.passes import oracle
+from tests.engine.scenes import run_config, tiny_model
+from tests.methods import every_method, reference, scenes
 from tests.methods.fp64_scene import STEPS, Scene, Weights, dot
 
 
@@ -44,6 +46,49 @@ def test_importance_is_the_mean_squared_gradient_on_the_memory(compare):
     found = compare(end, scene.start, 2, segment_rates={"rules": [rule]})["state"]["weights"]
     # fp32 weights of the undecided model, which the steps leave bit for bit
     assert all(torch.equal(found[name], scene.start[name].to(found[name].dtype)) for name in chosen)
+
+
+@pytest.mark.parametrize("place", ["in the pass", pytest.param("before the pass", marks=pytest.mark.long)])
+def test_rules_scale_the_strength_of_a_pull(compare, place):
+    scene = Scene()
+    gradient = scene.gradient(scene.draw(0, "l2_sp"))
+    important = sorted(gradient, key=lambda n: -float((gradient[n] ** 2).mean()))[: round(0.3 * len(gradient))]
+    half = Segment(half=7).chosen(list(gradient), reference.SEED)
+
+    def factor(name: str) -> float:
+        return (6.0 if name in important else 1.0) * (0.5 if ".layers.0." in name else 1.0) * (name not in half)
+
+    def pull(params: Weights) -> Weights:
+        return {name: 2.0 * factor(name) * (p - scene.start[name]) for name, p in params.items()}
+
+    end = scene.train(pull=pull)
+    even = Scene().train(pull=lambda params: {name: 2.0 * (p - scene.start[name]) for name, p in params.items()})
+    assert oracle.relative_distance(end, even, scene.start) > 0.05
+    rules = [
+        {"importance": "highest", "share": 0.3, "factor": 6.0},
+        {"layers": "safety", "factor": 0.5},
+        {"half": 7, "factor": 0.0},
+    ]
+    others = {} if place == "in the pass" else {"ewc": {"strength": 1e-12, **every_method.FISHER}}
+    compare(end, scene.start, 3, **others, l2_sp={"strength": 2.0, "rules": rules})
+
+
+def test_rules_scale_the_pull_of_an_adapters_product():
+    from safecl.engine.model.adapter_penalty import EvenAdapterPenalty
+    from safecl.engine.model.adapters import adapters
+    from safecl.methods.scope import importance_of
+
+    model = scenes.with_adapters(tiny_model(), run_config(model={"lora": {"r": 2, "alpha": 4}}))
+    names = [name for name, *_ in adapters(model)]
+    expected = 0.0
+    for number, (_, a, b, scaling) in enumerate(adapters(model)):
+        torch.nn.init.normal_(b.weight, generator=torch.Generator().manual_seed(number))
+        square = (scaling * b.weight.double() @ a.weight.double()).square().sum()
+        expected += float((3.0 if number == 1 else 1.0) * square.detach())
+    found = EvenAdapterPenalty(0.5, (), ((names[1], 3.0),))(model)
+    assert float(found.detach()) == pytest.approx(0.25 * expected, rel=1e-5)
+    squares = {name: float("lora_B" in name and "q_proj" in name) for name, p in model.named_parameters()}
+    assert {name: importance_of(squares, name) for name in names} == {name: float("q_proj" in name) for name in names}
 
 
 def test_swat_trains_the_robust_modules_alone_in_the_warm_up(compare):

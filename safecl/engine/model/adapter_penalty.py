@@ -40,17 +40,20 @@ class OutsideAlignmentPenalty:
 
 @dataclass(frozen=True)
 class EvenAdapterPenalty:
-    """0.5 * strength * sum ||(alpha / r) B A||_F^2 over the matching weights.
+    """0.5 * strength * sum_l f_l ||(alpha / r) B A||_F^2 over the matching weights, with f_l = 1 unless `factors` names
+    the weight.
 
     It needs r x r products only: ||B A||_F^2 = <B^T B, A A^T>.
     """
 
     strength: float
     patterns: tuple[str, ...] = ()
+    factors: tuple[tuple[str, float], ...] = ()
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
-        total = torch.zeros(())
-        for _, module_a, module_b, scaling in adapters(model, self.patterns):
+        total, factors = torch.zeros(()), dict(self.factors)
+        for name, module_a, module_b, scaling in adapters(model, self.patterns):
             a, b = module_a.weight.float(), module_b.weight.float()
-            total = total.to(a.device) + scaling**2 * ((b.T @ b) * (a @ a.T)).sum()
+            factor = factors.get(name, 1.0) * scaling**2
+            total = total.to(a.device) + factor * ((b.T @ b) * (a @ a.T)).sum()
         return 0.5 * self.strength * total

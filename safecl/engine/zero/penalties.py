@@ -54,19 +54,25 @@ class PenaltyArguments(TypedDict, total=False):
     segments: Segments
 
 
+Selection = tuple[tuple[str, ...], tuple[tuple[str, float], ...]]
+"""A penalty's `modules` and `factors`."""
+
+
 @dataclass
 class Restrictions:
-    """Segment tables of penalties that are restricted to some modules: strength 1 where a name matches, else 0."""
+    """Segment tables of penalties whose strength is not the same everywhere: 1, or a weight's own factor, where a name
+    matches, else 0."""
 
     shard_map: ShardMap
     weight_decay: float
     shards: Sequence[Shard]
-    _tables: dict[tuple[str, ...], list[Segments | None]] = field(default_factory=dict)
+    _tables: dict[Selection, list[Segments | None]] = field(default_factory=dict)
 
-    def of(self, shard: Shard, modules: tuple[str, ...]) -> Segments:
-        if modules not in self._tables:
-            self._tables[modules] = segment_tables(self.shard_map, self.weight_decay, modules)
-        tables = zip(self.shards, self._tables[modules], strict=True)
+    def of(self, shard: Shard, penalty: Penalty) -> Segments:
+        chosen = penalty.modules, penalty.factors
+        if chosen not in self._tables:
+            self._tables[chosen] = segment_tables(self.shard_map, self.weight_decay, *chosen)
+        tables = zip(self.shards, self._tables[chosen], strict=True)
         found = next(table for known, table in tables if known is shard)
         assert found is not None, "there is a table for every shard where modules are given"
         return found
@@ -97,8 +103,8 @@ class Penalties:
             strength=strength,
             proximal=penalty.proximal,
         )
-        if penalty.modules:
-            table = self.restrictions.of(shard, penalty.modules).slice(piece.where.start, piece.where.stop)
+        if penalty.modules or penalty.factors:
+            table = self.restrictions.of(shard, penalty).slice(piece.where.start, piece.where.stop)
             assert table.strength is not None
             factors = table.strength.to(strength.device) if isinstance(strength, Tensor) else table.strength
             arguments["segments"] = table._replace(strength=factors * strength)
@@ -110,24 +116,25 @@ class Penalties:
 
     def _add_gradient(self, shard: Shard, penalty: Penalty) -> Tensor:
         losses = []
-        for piece, where in self._restricted_pieces(shard, penalty):
+        for piece, where, factor in self._restricted_pieces(shard, penalty):
             here = slice(where.start - piece.where.start, where.stop - piece.where.start)
             grad, param = (tensor.detach().view(-1)[where] for tensor in (shard.grad, shard.param))
             fisher = piece.state[penalty.fisher][here] if penalty.fisher else None
             losses.append(
-                fisher_penalty_(grad, param, piece.state[penalty.anchor][here], fisher, self.strength(penalty))
+                fisher_penalty_(grad, param, piece.state[penalty.anchor][here], fisher, factor * self.strength(penalty))
             )
         return sum(losses, torch.zeros((), device=shard.param.device))
 
-    def _restricted_pieces(self, shard: Shard, penalty: Penalty) -> Iterator[tuple[Piece, slice]]:
-        """(piece, slice of the shard) of all elements that the penalty concerns."""
-        everything = [slice(0, shard.param.numel())]
-        wanted = matching(self.restrictions.of(shard, penalty.modules)) if penalty.modules else everything
+    def _restricted_pieces(self, shard: Shard, penalty: Penalty) -> Iterator[tuple[Piece, slice, float]]:
+        """(piece, slice of the shard, factor of the strength) of all elements that the penalty concerns."""
+        wanted = [(slice(0, shard.param.numel()), 1.0)]
+        if penalty.modules or penalty.factors:
+            wanted = matching(self.restrictions.of(shard, penalty))
         for piece in shard.pieces(kinds_of(penalty)):
-            for part in wanted:
+            for part, factor in wanted:
                 low, high = max(part.start, piece.where.start), min(part.stop, piece.where.stop)
                 if low < high:
-                    yield piece, slice(low, high)
+                    yield piece, slice(low, high), factor
 
     def squared_norm(self, shards: Sequence[Shard], penalty: Penalty | None) -> tuple[Tensor, Tensor]:
         """(squared norm, penalty loss) of this rank's gradient with the penalty's gradient in it, 0-dim fp64.

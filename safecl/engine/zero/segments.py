@@ -13,23 +13,30 @@ Values = tuple[float, float]
 """(strength, decay) of a segment."""
 
 
-def segment_tables(shard_map: ShardMap, weight_decay: float, modules: tuple[str, ...] = ()) -> list[Segments | None]:
+def segment_tables(
+    shard_map: ShardMap,
+    weight_decay: float,
+    modules: tuple[str, ...] = (),
+    factors: tuple[tuple[str, float], ...] = (),
+) -> list[Segments | None]:
     """Segments of each flat; None where all elements have the same values.
 
     Norms and biases (fewer than two dimensions) are not decayed. With `modules` the strength is 1 where a parameter's
-    name matches one of the patterns (shell wildcards, case-sensitive) and 0 elsewhere.
+    name matches one of the patterns (shell wildcards, case-sensitive) and 0 elsewhere. `factors` multiply it, by name.
     """
-    if weight_decay == 0.0 and not modules:
+    restricted, by_name = bool(modules or factors), dict(factors)
+    if weight_decay == 0.0 and not restricted:
         return [None] * len(shard_map.flats)
     segments: list[list[tuple[int, Values]]] = [[] for _ in shard_map.flats]
     for fragment in shard_map.fragments:
         decay = weight_decay if len(shard_map.shapes[fragment.name]) >= 2 else 0.0
-        strength = float(any(fnmatchcase(fragment.name, pattern) for pattern in modules))
+        is_pulled = not modules or any(fnmatchcase(fragment.name, pattern) for pattern in modules)
+        strength = by_name.get(fragment.name, 1.0) if is_pulled and restricted else 0.0
         known = segments[fragment.flat]
         if not known or known[-1][1] != (strength, decay):
             known.append((fragment.start if known else 0, (strength, decay)))
     return [
-        _table(known, flat.numel(), bool(modules), weight_decay > 0)
+        _table(known, flat.numel(), restricted, weight_decay > 0)
         for known, flat in zip(segments, shard_map.flats, strict=True)
     ]
 
@@ -43,8 +50,8 @@ def _table(segments: list[tuple[int, Values]], numel: int, restricted: bool, dec
     )
 
 
-def matching(table: Segments) -> list[slice]:
-    """The segments with a strength, as slices of the flat."""
+def matching(table: Segments) -> list[tuple[slice, float]]:
+    """The segments with a strength, as slices of the flat, and the strength."""
     assert table.strength is not None, "a table of modules has strengths"
     bounds = zip(table.offsets.tolist(), table.offsets.tolist()[1:], table.strength.tolist(), strict=False)
-    return [slice(start, stop) for start, stop, strength in bounds if strength > 0]
+    return [(slice(start, stop), strength) for start, stop, strength in bounds if strength > 0]

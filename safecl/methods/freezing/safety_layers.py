@@ -19,8 +19,6 @@ from pydantic import Field
 from safecl.config import MethodConfig
 from safecl.methods import base, layers
 
-FIRST, LAST = 6 / 32, 12 / 32
-
 
 class Config(MethodConfig):
     """SPPFT: the safety layers stay as they are."""
@@ -31,8 +29,7 @@ class Config(MethodConfig):
 
     def frozen(self, names: Sequence[str], seed: int) -> set[str]:
         numbers = {name: number for name in names if (number := layers.number_of(name)) is not None}
-        count = max(numbers.values(), default=-1) + 1
-        chosen = self.layers if self.layers is not None else range(int(FIRST * count), int(LAST * count) + 1)
+        chosen = self.layers if self.layers is not None else layers.safety_range(names)
         return {name for name, number in numbers.items() if number in chosen}
 
     def check_weight_names(self, method: str, names: list[str]) -> None:

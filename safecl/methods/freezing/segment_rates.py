@@ -16,34 +16,18 @@ The form is that of studies that find safety in some layers or modules: "Safety 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from safecl.config import MethodConfig
 from safecl.methods import base, scope
 
-if TYPE_CHECKING:
-    import torch
-
-GRADIENT = "_segment_rates_grad"
-
-
-class Rule(scope.Segment):
-    """A selection of weights and the factor of their learning rate."""
-
-    importance: Literal["highest", "lowest"] | None = None
-    """Of the tensors that fit, take those with the highest, or lowest, mean squared gradient on the memory."""
-    share: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """importance only: the share of these tensors that is taken."""
-    factor: Annotated[float, Field(ge=0)] = 0.0
-    """Factor of the learning rate."""
-
 
 class Config(MethodConfig):
     """Factors of the learning rate, or freezing, by segment of the weights."""
 
-    rules: Annotated[list[Rule], Field(min_length=1)] = [Rule(modules="attention", factor=0.1)]
+    rules: Annotated[list[scope.Rule], Field(min_length=1)] = [scope.Rule(modules="attention", factor=0.1)]
     """Selections of weights; the factors of all that hold a tensor are multiplied."""
 
     @property
@@ -51,7 +35,7 @@ class Config(MethodConfig):
         return any(rule.importance for rule in self.rules)
 
     @property
-    def scaled(self) -> list[Rule]:
+    def scaled(self) -> list[scope.Rule]:
         """The rules that act in each step; the others freeze."""
         return [rule for rule in self.rules if rule.importance or rule.factor > 0]
 
@@ -74,32 +58,8 @@ class Config(MethodConfig):
 class Method(base.Method[Config]):
     def start_task(self, run: base.Run) -> None:
         names = run.tensor_names()
-        squares = self._mean_squares(run) if self.config.needs_memory else {}
-        self._factors: dict[str, float] = {}
-        for rule in self.config.scaled:
-            chosen = sorted(rule.chosen(names, run.seed))
-            if rule.importance is not None:
-                chosen.sort(key=lambda name: squares[name], reverse=rule.importance == "highest")
-                chosen = chosen[: max(1, round(rule.share * len(chosen)))]
-            for name in chosen:
-                self._factors[name] = self._factors.get(name, 1.0) * rule.factor
+        self._factors = scope.factors_by_name(run, self.name, self.config.scaled, names)
         run.log(f"segment_rates: {len(self._factors)} of {len(names)} tensors have a learning rate of their own")
 
     def transform_step(self, run: base.Run, shards: Sequence[base.Shard]) -> None:
         scope.scale_step(run, shards, lambda name: self._factors.get(name, 1.0))
-
-    def _mean_squares(self, run: base.Run) -> dict[str, float]:
-        """Return the mean squared gradient of each tensor on one draw from the memory; 0 where it is not finite."""
-        names = run.tensor_names()
-        if not run.memory_gradient(GRADIENT, base.ReplayTerm("segment_rates", ce_weight=1.0, share=1.0)):
-            run.log("segment_rates: the memory's gradient is not finite; importance is by the order of names")
-            return dict.fromkeys(names, 0.0)
-        shards = run.shards()
-        squares, sizes = run.dots_per_tensor(shards, [(_gradient, _gradient), (base.one_of, base.one_of)])
-        for shard in shards:
-            del shard.state[GRADIENT]
-        return dict(zip(names, (squares / sizes).tolist(), strict=True))
-
-
-def _gradient(shard: base.Shard) -> torch.Tensor:
-    return shard.state[GRADIENT]

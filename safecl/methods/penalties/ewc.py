@@ -55,7 +55,7 @@ class Config(scope.ScopedConfig):
 
     @property
     def needs_memory(self) -> bool:
-        return self.fisher is None
+        return self.fisher is None or self.needs_gradient
 
     @property
     def is_proximal(self) -> bool:
@@ -73,7 +73,7 @@ class Config(scope.ScopedConfig):
     def refuses_lora(self) -> str | None:
         if self.fisher is None:
             return LORA_REFUSED
-        if self.modules != "all":
+        if self.modules != "all" or self.rules:
             return (
                 "the penalty of the adapters' product is that of all adapted weights; choose them with "
                 "model.lora.target_modules instead"
@@ -83,10 +83,10 @@ class Config(scope.ScopedConfig):
         return None
 
 
-class Method(base.Method[Config]):
+class Method(scope.ScopedMethod[Config]):
     def start_task(self, run: base.Run) -> None:
         config = self.config
-        config.check_weight_names(self.name, run.weight_names())
+        self.choose_weights(run)
         if config.fisher is not None and run.has_adapters:  # the penalty of the product reads the file itself
             return
         if not run.has_state("anchor"):
@@ -108,6 +108,7 @@ class Method(base.Method[Config]):
             fisher="fisher",
             proximal=config.proximal,
             modules=config.patterns,
+            factors=self.factors,
             product=config.fisher is not None,
             fisher_file=config.fisher,
         )

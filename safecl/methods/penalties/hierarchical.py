@@ -52,9 +52,9 @@ class Config(scope.ScopedConfig):
     """xi, in units of the mean squared move: the higher, the less an element that hardly moved counts."""
 
 
-class Method(base.Method[Config]):
+class Method(scope.ScopedMethod[Config]):
     def start_task(self, run: base.Run) -> None:
-        self.config.check_weight_names(self.name, run.weight_names())
+        self.choose_weights(run)
         if not run.has_state(ANCHOR):
             run.set_anchor(ANCHOR)
         if self.config.strength > 0 and not run.has_state(IMPORTANCE):
@@ -63,7 +63,13 @@ class Method(base.Method[Config]):
     def penalty(self) -> base.Penalty | None:
         if self.config.strength == 0:
             return None
-        return base.Penalty(self.config.strength, anchor=ANCHOR, fisher=IMPORTANCE, modules=self.config.patterns)
+        return base.Penalty(
+            self.config.strength,
+            anchor=ANCHOR,
+            fisher=IMPORTANCE,
+            modules=self.config.patterns,
+            factors=self.factors,
+        )
 
     # --------------------------------------------------------------------------------------------------- the importance
 

@@ -34,9 +34,9 @@ class Config(scope.ScopedConfig):
         return self.proximal
 
 
-class Method(base.Method[Config]):
+class Method(scope.ScopedMethod[Config]):
     def start_task(self, run: base.Run) -> None:
-        self.config.check_weight_names(self.name, run.weight_names())
+        self.choose_weights(run)
         if not run.has_state("anchor"):
             run.set_anchor()
 
@@ -44,5 +44,9 @@ class Method(base.Method[Config]):
         if self.config.strength == 0:
             return None
         return base.Penalty(
-            self.config.strength, proximal=self.config.proximal, modules=self.config.patterns, product=True
+            self.config.strength,
+            proximal=self.config.proximal,
+            modules=self.config.patterns,
+            factors=self.factors,
+            product=True,
         )

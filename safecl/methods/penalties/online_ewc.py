@@ -49,10 +49,10 @@ class Config(scope.ScopedConfig):
         return self.proximal
 
 
-class Method(base.Method[Config]):
+class Method(scope.ScopedMethod[Config]):
     def start_task(self, run: base.Run) -> None:
         config = self.config
-        config.check_weight_names(self.name, run.weight_names())
+        self.choose_weights(run)
         if config.strength == 0:
             return
         again = run.has_state(FISHER)
@@ -76,4 +76,5 @@ class Method(base.Method[Config]):
             fisher=FISHER,
             proximal=self.config.proximal,
             modules=self.config.patterns,
+            factors=self.factors,
         )

@@ -57,7 +57,7 @@ class Penalties:
                 directions = read_directions(self.engine, penalty.base, self._model)
                 self._pulls[penalty] = OutsideAlignmentPenalty(penalty.strength, directions)
             elif penalty.fisher_file is None:
-                self._pulls[penalty] = EvenAdapterPenalty(penalty.strength, penalty.modules)
+                self._pulls[penalty] = EvenAdapterPenalty(penalty.strength, penalty.modules, penalty.factors)
             else:
                 self._pulls[penalty] = read_fisher_pull(
                     open_fisher(penalty.fisher_file),
