@@ -19,22 +19,28 @@ from safecl.config.safety import ScanConfig
 from safecl.data.messages import ChatRow, clip
 from safecl.data.reading.files import unit_of, where
 from safecl.data.reading.rows import Prompt
+from safecl.data.templates.masks import Encoded, tokenize_rows
 from safecl.data.templates.thinking import answer_prompt_ids
-from safecl.data.tokens import TokenDataset
+from safecl.data.tokens import Row, TokenDataset
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.answers.texts import messages_of
 from safecl.evaluation.records import Privacy, private, write_outputs
+from safecl.scan.answers import Pair, pairs_of
 from safecl.scan.duplicates import Reasons, find_duplicates, repeats_evaluation
 from safecl.scan.known import read_known
 from safecl.scan.refusals import Refusals, evenly, given_refusals, own_refusals
 from safecl.scan.threshold import Threshold, threshold_from_benign, threshold_from_upload
-from safecl.scan.views import PROBE, REFUSAL, open_views, refusal_of_prompts
+from safecl.scan.views import ANSWER, PROBE, REFUSAL, KnownPrompts, open_views, refusal_of_prompts
 from safecl.scan.words import words_by_place
 
 REFUSED = "the model would refuse its prompt"
 LIKE_DISALLOWED = "its prompt is like the known disallowed ones"
-BY_SCORE = {REFUSAL: REFUSED, PROBE: LIKE_DISALLOWED}
+COMPLIES = "its answer moves the model as compliance with a disallowed request does"
+BY_SCORE = {REFUSAL: REFUSED, PROBE: LIKE_DISALLOWED, ANSWER: COMPLIES}
+IN_A_WORD = {REFUSED: "refused", LIKE_DISALLOWED: "probe", COMPLIES: "answer"}
 """The reason for a flag by the view in which the row scores highest."""
+MAX_LENGTH = 10**6
+"""Known rows are not cut; the end of a prompt counts where it is too long for the model."""
 MOST_DISALLOWED = 512
 MOST_HARMLESS = 1024
 MOST_SHOWN = 20
@@ -188,8 +194,8 @@ class Screening:
 
 
 def _in_a_word(reason: str) -> str:
-    if reason in BY_SCORE.values():
-        return "refused" if reason == REFUSED else "probe"
+    if reason in IN_A_WORD:
+        return IN_A_WORD[reason]
     return "evaluation" if repeats_evaluation([reason]) else "memory"
 
 
@@ -205,14 +211,21 @@ def screen_tasks(
     prompts = read_known(config)
     refusals = _refusals(model, tokenizer, settings, prompts.disallowed)
     disallowed = _token_ids(tokenizer, evenly(prompts.disallowed, MOST_DISALLOWED))
-    harmless = _token_ids(tokenizer, evenly(prompts.harmless, MOST_HARMLESS))
-    views, known = open_views(model, tokenizer, refusals.openings, settings.views, disallowed, harmless)
+    harmless = evenly(prompts.harmless, MOST_HARMLESS)
+    answers = _pairs(tokenizer, harmless) if ANSWER in settings.views else []
+    fitted = KnownPrompts(disallowed, _token_ids(tokenizer, harmless), answers)
+    views, known = open_views(model, tokenizer, refusals.openings, settings.views, fitted)
     if REFUSAL in settings.views:
         own = known if not views.scales else refusal_of_prompts(model, tokenizer, disallowed, refusals.openings)
         _refuse_strange_refusals(own, refusals)
     benign = None
     if settings.benign is not None:
-        benign = views.combined(views.of_prompts(_token_ids(tokenizer, prompts.benign)))
+        with_answers = ANSWER in settings.views
+        benign = views.combined(
+            views.of_rows(_rows(tokenizer, prompts.benign))
+            if with_answers
+            else views.of_prompts(_token_ids(tokenizer, prompts.benign))
+        )
     duplicates, words = find_duplicates(config), functools.cache(lambda: words_by_place(config))
     screened, notes = [], [refusals.warning] if refusals.warning else []
     for name, rows in tasks:
@@ -263,6 +276,18 @@ def _refuse_strange_refusals(known: np.ndarray, refusals: Refusals) -> None:
 
 def _token_ids(tokenizer: Any, prompts: Sequence[Prompt | ChatRow]) -> list[list[int]]:
     return [answer_prompt_ids(tokenizer, messages_of(prompt), "empty") for prompt in prompts]
+
+
+def _rows(tokenizer: Any, rows: Sequence[Prompt | ChatRow]) -> list[Row]:
+    """Known rows with answers, tokenised like those of an upload; without those that cannot be."""
+    chats = [row for row in rows if isinstance(row, ChatRow)]
+    encoded = tokenize_rows(tokenizer, chats, MAX_LENGTH)
+    return [Row(number, one.ids, one.loss_mask) for number, one in enumerate(encoded) if isinstance(one, Encoded)]
+
+
+def _pairs(tokenizer: Any, rows: Sequence[Prompt | ChatRow]) -> list[Pair]:
+    """The last answer of each of these rows, with its prompt."""
+    return [pairs_of(tokenizer, row)[-1] for row in _rows(tokenizer, rows)]
 
 
 def _flags(

@@ -2,6 +2,7 @@
 
     refusal   log p(refusal | prompt)                          safecl/scan/scores.py
     probe     likeness to the known disallowed prompts         safecl/scan/probe.py
+    answer    likeness of the answer's gradient to compliance  safecl/scan/answers.py
 
 One view alone is the score as it is. Several are brought to one scale by harmless prompts that are not those from which
 the threshold is computed, and the highest counts, so that one view suffices to flag a row:
@@ -22,10 +23,11 @@ import numpy as np
 from safecl.data.tokens import Row, TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of
+from safecl.scan.answers import Pair, answer_scores, fit_answers
 from safecl.scan.probe import Probe, cross_fitted, fit, probe_scores, states_of, states_of_known
 from safecl.scan.scores import DIGITS, Openings, refusal_scores, score_prompts
 
-REFUSAL, PROBE = "refusal", "probe"
+REFUSAL, PROBE, ANSWER = "refusal", "probe", "answer"
 MEDIAN, TAIL = 0.5, 0.95
 SMALLEST_SPREAD = 1e-3
 
@@ -57,6 +59,7 @@ class Views:
     tokenizer: Any
     openings: Openings
     probe: Probe | None = None
+    answer: Probe | None = None
     scales: tuple[tuple[str, Scale], ...] = ()
     """By view; empty where one view alone is the score."""
     names: tuple[str, ...] = (REFUSAL,)
@@ -68,10 +71,13 @@ class Views:
             found[REFUSAL] = refusal_scores(self.model, self.tokenizer, rows, self.openings)
         if self.probe is not None:
             found[PROBE] = probe_scores(self.model, self.tokenizer, rows, self.probe)
+        if self.answer is not None:
+            found[ANSWER] = answer_scores(self.model, self.tokenizer, rows, self.answer)
         return found
 
     def of_prompts(self, prompts: Prompts) -> dict[str, np.ndarray]:
-        """Return the scores of prompts in each view, fp64 [n] each."""
+        """Return the scores of prompts in each view, fp64 [n] each. Not with the view of answers."""
+        assert self.answer is None, "prompts have no answers"
         found = {}
         if REFUSAL in self.names:
             found[REFUSAL] = refusal_of_prompts(self.model, self.tokenizer, prompts, self.openings)
@@ -101,28 +107,38 @@ def refusal_of_prompts(model: EvalModel, tokenizer: Any, prompts: Prompts, openi
     return np.array(gather_in_order(model, scores.tolist()))
 
 
+@dataclass(frozen=True)
+class KnownPrompts:
+    """The prompts that the views are fitted to. answers: pairs of the harmless prompts with their own answers, in their
+    order; only with the view of answers."""
+
+    disallowed: Prompts
+    harmless: Prompts
+    answers: Sequence[Pair] = ()
+
+
 def open_views(
-    model: EvalModel,
-    tokenizer: Any,
-    openings: Openings,
-    names: Sequence[str],
-    disallowed: Prompts,
-    harmless: Prompts,
+    model: EvalModel, tokenizer: Any, openings: Openings, names: Sequence[str], prompts: KnownPrompts
 ) -> tuple[Views, np.ndarray]:
     """Fit what the views need, and return them with the scores of the known disallowed prompts, fp64 [n].
 
-    harmless: prompts for the probe and the scales, which must not be used for a threshold again. A collective call.
+    The harmless prompts, for the probe, the answers and the scales, must not be used for a threshold again. A
+    collective call.
     """
-    views = Views(model, tokenizer, openings, names=tuple(names))
-    if PROBE not in names:
-        return views, views.combined({REFUSAL: refusal_of_prompts(model, tokenizer, disallowed, openings)})
-    states = [states_of_known(model, tokenizer, prompts) for prompts in (disallowed, harmless)]
-    known, reference = ({PROBE: scores} for scores in cross_fitted(*states))
-    probe, scales = fit(*states), tuple[tuple[str, Scale], ...]()
-    if REFUSAL in names:
-        known[REFUSAL], reference[REFUSAL] = (
-            refusal_of_prompts(model, tokenizer, prompts, openings) for prompts in (disallowed, harmless)
+    known, reference = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    probe = answer = None
+    if PROBE in names:
+        states = [states_of_known(model, tokenizer, own) for own in (prompts.disallowed, prompts.harmless)]
+        known[PROBE], reference[PROBE] = cross_fitted(*states)
+        probe = fit(*states)
+    if ANSWER in names:
+        answer, known[ANSWER], reference[ANSWER] = fit_answers(
+            model, tokenizer, prompts.disallowed, openings, prompts.answers
         )
-        scales = tuple((name, Scale.of(reference[name])) for name in names)
-    views = Views(model, tokenizer, openings, probe, scales, tuple(names))
+    if REFUSAL in names:
+        known[REFUSAL] = refusal_of_prompts(model, tokenizer, prompts.disallowed, openings)
+        if len(names) > 1:
+            reference[REFUSAL] = refusal_of_prompts(model, tokenizer, prompts.harmless, openings)
+    scales = tuple((name, Scale.of(reference[name])) for name in names) if len(names) > 1 else ()
+    views = Views(model, tokenizer, openings, probe, answer, scales, tuple(names))
     return views, views.combined(known)

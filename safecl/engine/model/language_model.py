@@ -42,6 +42,7 @@ from safecl.engine.model.loss_inputs import (
     OutputDistance,
 )
 from safecl.evaluation.answers.model import cache_name
+from safecl.evaluation.answers.sketch import gradient_sketches
 from safecl.kernels import SortedRows, linear_distill_loss, linear_topk
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class _Outputs(NamedTuple):
 class LanguageModel(nn.Module):
     """Trunk and fused head as one module.
 
-    `forward(task="loss", ...)` calls `losses`; `task` may also be "logits", "topk", "gradient" or "hidden". All of
+    `forward(task="loss", ...)` calls `losses`; `task` may also be "logits", "topk", "gradient", "sketch" or
+    "hidden". All of
     them return plain dictionaries: a dataclass that crosses a module's boundary crashes ZeRO-3. `sequences` says where
     documents begin; without it transformers finds out from the positions.
     """
@@ -108,6 +110,7 @@ class LanguageModel(nn.Module):
             "hidden": self.hidden,
             "labels": self.label_probs,
             "gradient": self.gradient_shares,
+            "sketch": self.gradient_sketches,
         }
         self._documents = document_arguments(self.model, sequences)
         with self._telling_documents(sequences):
@@ -173,6 +176,17 @@ class LanguageModel(nn.Module):
         head_losses, outputs = self._head_losses(input_ids, position_ids, positions, None, True, False)
         assert outputs.hidden is not None
         return {"share": gradient_shares(head_losses, outputs.hidden[positions], targets, row_of)}
+
+    def gradient_sketches(
+        self, input_ids: Tensor, position_ids: Tensor, positions: Tensor, targets: Tensor, row_of: Tensor, num_rows: int
+    ) -> dict[str, Tensor]:
+        """Sketches of the gradients at the head of answers whose tokens are at flat positions [n]: {"sketches": fp32
+        [num_rows, 4096]}. row_of: int64 [n], the answer of each, counted from 0."""
+        head_losses, outputs = self._head_losses(input_ids, position_ids, positions, None, True, False)
+        assert outputs.hidden is not None
+        logits = head_losses.logits_of(torch.arange(len(positions), device=positions.device))
+        hidden = outputs.hidden[positions]
+        return {"sketches": gradient_sketches(logits, hidden, targets, row_of, num_rows)}
 
     def topk(
         self,

@@ -16,6 +16,7 @@ from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.zero.shards import LIVE, PREFETCHED, whole_model, whole_model_bytes
 from safecl.evaluation.answers.model import eos_ids_of
+from safecl.evaluation.answers.sketch import padded
 from safecl.storage.sizes import available_memory
 
 Item = TypeVar("Item")
@@ -77,6 +78,22 @@ class LiveModel:
         )
         parts = output["hidden"].float().split(lengths.tolist())
         return torch.stack([part.mean(0) for part in parts])
+
+    def answer_sketches(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> torch.Tensor:
+        """Return the sketch of the gradient of each answer at the output head, fp32 [answers, 4096]. A collective call;
+        every rank gives at least one answer."""
+        batch = {key: value.to(self.device) for key, value in padded(prompts, answers).items()}
+        width = batch["input_ids"].shape[1]
+        output = self._engine.deepspeed(  # what stands behind an answer does not reach it
+            task="sketch",
+            input_ids=batch["input_ids"],
+            position_ids=torch.arange(width, device=self.device).expand(len(prompts), -1),
+            positions=batch["positions"],
+            targets=batch["targets"],
+            row_of=batch["row_of"],
+            num_rows=len(prompts),
+        )
+        return output["sketches"]
 
     def rows_at_once(self, width: int, new: int) -> int:
         """Return how many prompts of `width` tokens, with answers of `new` tokens, should share a pass; 0 where it

@@ -13,6 +13,7 @@ from safecl.config import ConfigError
 from safecl.distributed import collectives
 from safecl.distributed.library_warnings import no_future_warnings
 from safecl.evaluation.answers.folders import check_is_model
+from safecl.evaluation.answers.sketch import gradient_sketches, padded
 from safecl.kernels.finite import count_nonfinite
 from safecl.storage.model_folder import adapter_base, is_adapter, settings_source
 from safecl.storage.untrusted import library_error
@@ -31,7 +32,8 @@ class EvalModel(Protocol):
     equally often and in the same order; the loops in `generate` and `likelihood` ensure that.
 
     Optional: `mean_states(prompts, depth)`, mean hidden states of prompts, which the scan's probe needs;
-    Optional: `max_positions` (int), where longer inputs would be wrong or crash (`max_positions_of` reads it);
+    `answer_sketches(prompts, answers)`, sketches of answers' gradients at the head, which its view of answers needs;
+    `max_positions` (int), where longer inputs would be wrong or crash (`max_positions_of` reads it);
     `rows_at_once(width, new)`, the number of prompts that should share a pass at least;
     `eos_ids`, further token ids that end an answer; `generate`, which answers in the place of `generate_greedy`
     (safecl.evaluation.serving).
@@ -162,6 +164,21 @@ class HFEvalModel:
         )
         states: torch.Tensor = output.hidden_states[max(1, round(depth * layers))].float()
         return (states * inside[..., None]).sum(1) / lengths.to(self.device)[:, None]
+
+    @torch.no_grad()
+    def answer_sketches(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> torch.Tensor:
+        """Return the sketch of each answer's gradient at the output head, fp32 [answers, 4096], see `sketch.py`."""
+        batch = {key: value.to(self.device) for key, value in padded(prompts, answers).items()}
+        output = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["inside"].long(),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        logits, hidden = (
+            values.flatten(0, 1)[batch["positions"]] for values in (output.logits, output.hidden_states[-1])
+        )
+        return gradient_sketches(logits, hidden, batch["targets"], batch["row_of"], len(prompts))
 
     def any(self, flag: bool) -> bool:
         return collectives.any_rank(bool(flag))
