@@ -51,6 +51,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
 
+WITH_LORA: dict[str, dict[str, Any]] = {
+    "k_fpf": SETTINGS["k_fpf"] | {"modules": ["*.o_proj.*"]},
+    "refresh": SETTINGS["refresh"] | {"fisher_weight": 0.0},
+}
+"""Settings with which methods take adapters that refuse them otherwise. `ewc` needs a file there; test_ewc_lora.py has
+it."""
+
 REQUIRED: dict[str, dict[str, Any]] = {
     **{name: {"harmful": "harmful.jsonl"} for name in ("booster", "rep_noise", "t_vaccine", "vaa")},
     "asft": {"base": "base"},
@@ -64,11 +71,17 @@ SECTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("vaccine", "t_vaccine", "bo
 """Sections of the run config that a method needs besides a memory, by method."""
 
 
+def settings_of(method: str, with_lora: bool) -> dict[str, Any]:
+    """The settings of a method in a run of a few steps."""
+    own = SETTINGS.get(method, {})
+    return WITH_LORA.get(method, own) if with_lora else own
+
+
 def config_of(method: str | None, folder: str, **changes: Any):
     """The config of a run with this method alone, or with those of `changes`; plain fine-tuning for None."""
     from tests.engine.scenes import run_config
 
-    settings = dict(SETTINGS.get(method or "", {}))
+    settings = dict(settings_of(method or "", with_lora="lora" in changes.get("model", {})))
     if "base" in settings:
         settings["base"] = f"{folder}/base"
     sections: dict[str, Any] = {

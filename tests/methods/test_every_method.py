@@ -33,8 +33,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def layouts_of(method: str) -> list[str]:
-    settings = method_module(method).Config(**every_method.SETTINGS.get(method, {}))
-    fits = {True: settings.refuses_lora is None, False: settings.needs_lora is None}
+    """The layouts of a method: with adapters unless it refuses them, without unless it needs them."""
+    config = method_module(method).Config
+    plain, adapted = (config(**every_method.settings_of(method, with_lora)) for with_lora in (False, True))
+    fits = {True: adapted.refuses_lora is None, False: plain.needs_lora is None}
     return [name for name in LAYOUTS if fits["LoRA" in name]]
 
 
@@ -109,3 +111,13 @@ def test_a_plan_may_ask_a_method_before_any_run_begins(name):
     assert config.needs_memory or config.needs_harmful or not [*method.replay_terms(), *method.gradient_draws(0)]
     assert method.memory_step(0, 10) is None or config.needs_memory
     dump_plain(method.state_dict())
+
+
+def test_a_method_that_lacks_a_layout_says_why():
+    """Stages, offload and two ranks are there for all; the config's own words refuse adapters, or weights without."""
+    for method in builtin_methods():
+        if not (config := method_module(method).Config()).rewrites:
+            missing = {name for name in LAYOUTS if name not in layouts_of(method)}
+            with_lora = {name for name in LAYOUTS if "LoRA" in name}
+            assert missing in (set(), with_lora if config.refuses_lora else set(), set(LAYOUTS) - with_lora), method
+            assert not missing or config.refuses_lora or config.needs_lora, method
