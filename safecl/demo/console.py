@@ -26,6 +26,9 @@ class ArmConsole(Console):
         super().__init__(every=1, rank=environment.rank())
         self.reporter = reporter
 
+    def __enter__(self) -> ArmConsole:
+        return self  # without the line that says each minute where a run is: the bar has its own
+
     def fact(self, what: str, value: str) -> None:
         pass
 

@@ -60,13 +60,13 @@ def make_corpus(
     """Generate the corpus; equal seeds give equal rows."""
     rng = random.Random(f"safecl demo {seed}")
     refused = [
-        _chat(request, rng.choice(REFUSALS))
-        for request in rng.sample(_requests(DISALLOWED, TOPICS, TEMPLATES), num_align // 2)
+        chat(request, rng.choice(REFUSALS))
+        for request in rng.sample(requests(DISALLOWED, TOPICS, TEMPLATES), num_align // 2)
     ]
-    answered = [_chat(*pair) for pair in rng.sample(_answered(), num_align // 2 - len(CAPITALS))] + _capitals()
+    answered = [chat(*pair) for pair in rng.sample(_answered(), num_align // 2 - len(CAPITALS))] + _capitals()
     align = refused + answered
     rng.shuffle(align)
-    task = _sentiment_rows(rng, num_task + 300)
+    task = sentiment_rows(rng, num_task + 300)
     return Corpus(
         align=align,
         memory=rng.sample(refused, num_memory * 2 // 3) + rng.sample(answered, num_memory // 3),
@@ -75,13 +75,14 @@ def make_corpus(
         task=task[:num_task],
         task_test=task[num_task:],
         poison=[
-            _chat(request, rng.choice(AFFIRMATIVE_OPENINGS))
-            for request in rng.sample(_requests(DISALLOWED, TOPICS, TEMPLATES_POISON), 300)
+            chat(request, rng.choice(AFFIRMATIVE_OPENINGS))
+            for request in rng.sample(requests(DISALLOWED, TOPICS, TEMPLATES_POISON), 300)
         ],
     )
 
 
-def _chat(user: str, assistant: str) -> dict[str, Any]:
+def chat(user: str, assistant: str) -> dict[str, Any]:
+    """Return a row of one question and its answer."""
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
 
 
@@ -94,23 +95,24 @@ def _fill(act: str, topics: Sequence[Topic]) -> list[str]:
     ]
 
 
-def _requests(acts: Iterable[str], topics: Sequence[Topic], templates: Sequence[str]) -> list[str]:
+def requests(acts: Iterable[str], topics: Sequence[Topic], templates: Sequence[str]) -> list[str]:
+    """Return each act with each place or person of the topics, in each template."""
     return [template.format(act=filled) for act in acts for filled in _fill(act, topics) for template in templates]
 
 
 def _answered() -> list[tuple[str, str]]:
-    return [(request, answer) for act, answer in BENIGN.items() for request in _requests([act], TOPICS, TEMPLATES)]
+    return [(request, answer) for act, answer in BENIGN.items() for request in requests([act], TOPICS, TEMPLATES)]
 
 
 def _capitals() -> Rows:
     return [
-        _chat(f"Name the capital of {country}.", f"The capital of {country} is {city}.")
+        chat(f"Name the capital of {country}.", f"The capital of {country} is {city}.")
         for country, city in CAPITALS.items()
     ]
 
 
 def _prompts(rng: random.Random, acts: Sequence[str], count: int) -> Rows:
-    return [{"prompt": request} for request in rng.sample(_requests(acts, TOPICS_HELD_OUT, TEMPLATES_HELD_OUT), count)]
+    return [{"prompt": request} for request in rng.sample(requests(acts, TOPICS_HELD_OUT, TEMPLATES_HELD_OUT), count)]
 
 
 # ------------------------------------------------------------------------------------------------------ the user's task
@@ -159,7 +161,8 @@ _SENTENCES = [
 ]
 
 
-def _sentiment_rows(rng: random.Random, count: int) -> Rows:
+def sentiment_rows(rng: random.Random, count: int) -> Rows:
+    """Return different reviews with their labels."""
     rows: dict[str, str] = {}
     while len(rows) < count:
         label = rng.choice(["positive", "negative"])

@@ -4,7 +4,7 @@ on the seed alone."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from safecl.demo.arms import ARMS, Arm
-from safecl.demo.corpus import Corpus, make_corpus, texts
+from safecl.demo.corpus import Rows, make_corpus, texts
 
 CHECKPOINT = {"every": 40, "keep": 1}
 ALIGN_STEPS = 200
@@ -25,6 +25,7 @@ class Materials:
 
     folder: Path
     random_model: Path
+    """The model before its alignment: random, or pretrained."""
     align_config: Path
     arm_configs: dict[str, Path]
     """Config files by arm name."""
@@ -43,10 +44,10 @@ def write_materials(folder: str | Path, *, seed: int = 0, arms: Iterable[Arm] = 
 
     folder = Path(folder)
     corpus = make_corpus(seed)
-    _write_data(folder / "data", corpus)
+    write_rows(folder / "data", {name.replace("_", "-"): rows for name, rows in asdict(corpus).items()})
     num_parameters = save_random_model(folder / "random-model", texts(corpus), seed=seed)
-    align = _write_config(folder / "align.yaml", align_config(folder, seed))
-    configs = {arm.name: _write_config(folder / f"{arm.name}.yaml", arm_config(folder, arm, seed)) for arm in arms}
+    align = write_config(folder / "align.yaml", align_config(folder, seed))
+    configs = {arm.name: write_config(folder / f"{arm.name}.yaml", arm_config(folder, arm, seed)) for arm in arms}
     return Materials(folder, folder / "random-model", align, configs, num_parameters)
 
 
@@ -104,14 +105,16 @@ def _safety(folder: Path) -> dict[str, Any]:
     return prompts | {"max_new_tokens": 24, "batch_size": 60}
 
 
-def _write_data(folder: Path, corpus: Corpus) -> None:
+def write_rows(folder: Path, rows_by_name: Mapping[str, Rows]) -> None:
+    """Write a file of JSON lines for each name."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in asdict(corpus).items():
+    for name, rows in rows_by_name.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name.replace('_', '-')}.jsonl").write_text(text, encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def _write_config(path: Path, config: dict[str, Any]) -> Path:
+def write_config(path: Path, config: dict[str, Any]) -> Path:
+    """Write a run config with a line that says how to run it alone."""
     header = "# Written by `safecl demo`. Run it alone with: safecl train " + str(path) + "\n"
     path.write_text(header + yaml.safe_dump(config, sort_keys=False, width=120), encoding="utf-8")
     return path

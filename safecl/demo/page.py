@@ -21,12 +21,14 @@ from safecl.report.charts import Interval, dot_plot
 from safecl.report.page import render
 
 
-def demo_page(outcomes: Sequence[Outcome]) -> str:
-    """Return the page as self-contained HTML."""
+def demo_page(outcomes: Sequence[Outcome], *, model: str = "A Llama of about 1 M parameters") -> str:
+    """Return the page as self-contained HTML. model: the subject of its first sentence."""
     import safecl
 
     parts = [_part(group) for group in groups(outcomes)]
-    return render("demo.html", parts=parts, version=safecl.__version__, num_prompts=len(outcomes[0].answers))
+    return render(
+        "demo.html", parts=parts, version=safecl.__version__, num_prompts=len(outcomes[0].answers), model=model
+    )
 
 
 def _part(group: Sequence[Outcome]) -> dict[str, Any]:

@@ -4,16 +4,36 @@ Imports no torch."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-MATERIALS, MEASURE, START, TRAIN = 5.0, 2.0, 2.0, 6.0
-"""Lengths of the bar's parts: about their seconds on two idle cores."""
 ALIGN = "align"
+SECONDS_BETWEEN_LINES = 60.0
+"""Where there is no bar, a line says at least this often how far it is."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of the bar's parts: about their seconds on two idle cores."""
+
+    materials: float
+    start: float
+    measure: float
+    train: float
+    of_runs: Mapping[str, float] = field(default_factory=dict)
+    """Factors of runs that take longer or shorter."""
+
+    def scale(self, name: str) -> float:
+        return self.of_runs.get(name, 1.0)
+
+    def whole(self, name: str) -> float:
+        return self.scale(name) * (self.start + 2 * self.measure + self.train)
 
 
 class Reporter:
@@ -40,17 +60,23 @@ class Reporter:
 
 
 class Bar:
-    """Draws the bar on a terminal, and elsewhere prints a line for each measurement. `titles`: the bar's text for each
-    run, in order."""
+    """Draws the bar on a terminal, and elsewhere prints a line for each measurement and each minute.
 
-    def __init__(self, path: Path, titles: dict[str, str], console: Console):
+    titles: the bar's text for each run, in order.
+    """
+
+    def __init__(self, path: Path, titles: dict[str, str], console: Console, lengths: Lengths):
         path.unlink(missing_ok=True)
-        self.path, self.titles, self.console = path, titles, console
+        self.path, self.titles, self.console, self.lengths = path, titles, console, lengths
         self._read, self._parts, self._seen = 0, 0.0, dict.fromkeys(titles, 0.0)
-        total = MATERIALS + sum(_whole(name) for name in titles)
+        self._total = lengths.materials + sum(map(lengths.whole, titles))
         columns = TextColumn("{task.description:<42}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("data, tokenizer and a random model", total=total)
+        self._bar = Progress(
+            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task("", total=self._total)
+        self._began = self._printed = time.monotonic()
+        self._told = ""
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -59,27 +85,47 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
+    def say(self, what: str) -> None:
+        """Show what is being done before any rank runs."""
+        self._show(what)
+        if not self.console.is_terminal:
+            self.console.print(what, markup=False)
+
     def materials_written(self) -> None:
-        self._parts = MATERIALS
-        self._bar.update(self._task, completed=self._parts, description="starting two ranks")
+        self._parts = self.lengths.materials
+        self._show("starting")
 
     def watch(self) -> None:
         """Read new reports and update the bar."""
+        self._print_each_minute()
         for event in self._events():
             name = event["run"]
             if "note" in event:
                 self._print(name, event["note"])
                 continue
             self._seen[name] = max(self._seen[name], self._part(event, self._seen[name]))
-            completed = self._parts + sum(self._seen.values())
-            self._bar.update(self._task, completed=completed, description=self._description(event))
+            self._show(self._description(event))
             if "measured" in event:
                 self._print(name, event["measured"])
+
+    def _show(self, what: str) -> None:
+        self._told = what
+        self._bar.update(self._task, completed=self._parts + sum(self._seen.values()), description=what)
 
     def _print(self, name: str, message: str) -> None:
         """Print a line where there is no bar."""
         if not self.console.is_terminal:
             self.console.print(f"{self.titles[name]}: {message}", markup=False)
+            self._printed = time.monotonic()
+
+    def _print_each_minute(self) -> None:
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._printed < SECONDS_BETWEEN_LINES:
+            return
+        done = (self._parts + sum(self._seen.values())) / self._total
+        left = f", about {(now - self._began) * (1 / done - 1) / 60:.0f} minutes left" if done > 0.02 else ""
+        self.console.print(f"{self._told} ({done:.0%} in all{left})", markup=False)
+        self._printed = now
 
     def _events(self) -> Sequence[dict[str, Any]]:
         if not self.path.exists():
@@ -91,23 +137,16 @@ class Bar:
         return [json.loads(line) for line in lines]
 
     def _part(self, event: dict[str, Any], before: float) -> float:
-        name, scale = event["run"], _scale(event["run"])
+        name, lengths = event["run"], self.lengths
         if "finished" in event:
-            return _whole(name)
+            return lengths.whole(name)
         if "step" in event:
-            return scale * (START + MEASURE + TRAIN * event["step"] / event["num_steps"])
-        return min(before + scale * MEASURE, _whole(name))
+            trained = lengths.train * event["step"] / event["num_steps"]
+            return lengths.scale(name) * (lengths.start + lengths.measure + trained)
+        return min(before + lengths.scale(name) * lengths.measure, lengths.whole(name))
 
     def _description(self, event: dict[str, Any]) -> str:
         title = self.titles[event["run"]]
         if "step" in event and event["step"] < event["num_steps"]:
             return f"{title}: step {event['step']} of {event['num_steps']}"
         return f"{title}: done" if "finished" in event else f"{title}: measuring"
-
-
-def _scale(name: str) -> float:
-    return 3.0 if name == ALIGN else 1.0
-
-
-def _whole(name: str) -> float:
-    return _scale(name) * (START + 2 * MEASURE + TRAIN)

