@@ -176,8 +176,9 @@ class ScanConfig(Section):
     views: Annotated[list[Literal["refusal", "probe", "answer"]], Field(min_length=1)] = ["refusal"]
     """The scores of a row. refusal: how probable the model's refusal of its prompt is; probe: how much its prompt
     is like the known disallowed ones, by a linear probe on the model's hidden states; answer: how much the gradient of
-    its answer is like that of complying with them. The last two are fitted to them and to known harmless prompts: the
-    memory's answered rows, and every second row of `benign`, so give twice as many; answer needs rows with answers."""
+    its answer is like that of complying with them, in which its opening weighs most. The last two are fitted to them
+    and to known harmless prompts: the memory's answered rows, and every second row of `benign`, so give twice as many;
+    answer needs rows with answers."""
     weight: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """downweight: factor of a flagged row's weight."""
     refusals: list[Text] = []

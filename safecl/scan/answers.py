@@ -7,10 +7,12 @@ request would.
                   -1: the same prompts, answered with the model's own refusals;
                       known harmless prompts, answered with their own answers and with openings that comply
 
-The direction is that of complying minus refusing, in contrast to harmless answers, so that a harmless answer that opens
-with "Sure" is no compliance. Sketches are those of safecl/evaluation/answers/sketch.py. The regression is that of the
-probe (safecl/scan/probe.py), and so is the cross-fitting: scores of known prompts come from fits that have not seen
-them.
+The direction is that of complying minus refusing, in contrast to harmless answers. The opening itself weighs most: a
+harmless answer that opens with "Sure" scores like compliance where the harmless rows of the threshold open otherwise,
+and compliance in other words scores lower.
+
+Sketches are those of safecl/evaluation/answers/sketch.py. The regression is that of the probe (safecl/scan/probe.py),
+and so is the cross-fitting: scores of known prompts come from fits that have not seen them.
 """
 
 from __future__ import annotations
