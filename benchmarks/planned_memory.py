@@ -1,6 +1,6 @@
 """The memory plan against the engine itself, for models of 7B, 13B and 70B on 1, 8 and 64 ranks.
 
-    python benchmarks/planned_memory.py                       # all settings that are missing; ten minutes of one core
+    python benchmarks/planned_memory.py                       # all settings that are missing; four minutes of one core
     python benchmarks/planned_memory.py --models 7b --fresh   # one model again
 
 For each setting the engine of one rank is built in ZeRO-3 and makes three steps, with EWC, EMA and DER, on tensors that
@@ -31,6 +31,8 @@ LAYERS = {"7b": (8, 11), "13b": (4, 6), "70b": (2, 4)}
 """Layers with which a model is built: more than stage 3 keeps gathered at once."""
 RANKS = (1, 8, 64)
 OFFLOADS = {"none": "on the GPUs", "all": "optimizer and weights in host memory"}
+KEYS = [f"{model} {ranks} {offload}" for offload in OFFLOADS for model in LAYERS for ranks in RANKS]
+"""All settings."""
 STEPS = 3
 """Steps of one micro-batch: DeepSpeed gathers ahead from the third pass on."""
 BOUND = (0.9, 1.02)
@@ -106,9 +108,8 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     known = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
-    keys = [f"{model} {ranks} {offload}" for offload in OFFLOADS for model in LAYERS for ranks in RANKS]
     shapes: dict[str, Any] = {}
-    for key in keys:
+    for key in KEYS:
         model, ranks, offload = key.split()
         if model not in options.models or int(ranks) not in options.ranks or (key in known and not options.fresh):
             continue
@@ -117,7 +118,7 @@ def main() -> None:
         peak = constructed(model, int(ranks), offload, all_layers=options.all_layers)
         known[key] = {"peak": peak, "planned": planned, "ratio": round(peak / planned, 3)}
         print(key, known[key], flush=True)
-        write_json(RESULT, {key: known[key] for key in keys if key in known})
+        write_json(RESULT, {key: known[key] for key in KEYS if key in known})
     renew_page(ROOT / "docs" / "memory.md", {"constructed": table(known)})
 
 
