@@ -130,7 +130,7 @@ def step_with_one_bad_replica(stage: int) -> tuple[bool, str, bool]:
         if collectives.rank() == 1:
             shards[0].grad.view(-1)[0] = float("nan")
 
-    run._hooks = lambda name: [spoil] if name == "transform_gradient" else original(name)
+    run._hooks = lambda name, methods: [spoil] if name == "transform_gradient" else original(name, methods)
     run.train_step(task)
     weights = torch.cat([flat.detach().view(-1) for flat in run.engine.shards.flats])
     everywhere = collectives.gather_tensors(weights)

@@ -48,7 +48,9 @@ def materials(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_only_the_student_has_dropout_and_only_in_training(rank_pool, materials, tmp_path, name):
-    config = tree(materials, tmp_path / "run", train={"max_steps": 2, "tokens_per_batch": 200})
+    config = tree(
+        materials, tmp_path / "run", train={"max_steps": 2, "tokens_per_batch": 200, "allow_little_memory": True}
+    )
     config["memory"]["max_rows"], config["model"]["gradient_checkpointing"] = 6, True
     config["safety"] |= {"every": "task", "max_new_tokens": 2}
     config["methods"] = {}

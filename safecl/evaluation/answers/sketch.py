@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from safecl.kernels.repeatable import add_at_
+
 TOKEN_BUCKETS, STATE_BUCKETS = 128, 32
 
 
@@ -28,7 +30,7 @@ def gradient_sketches(logits: Tensor, hidden: Tensor, targets: Tensor, row_of: T
     residual[torch.arange(len(targets), device=targets.device), targets] -= 1.0
     tokens, states = _hashed(residual, TOKEN_BUCKETS, 1), _hashed(hidden.float(), STATE_BUCKETS, 2)
     outer = (tokens[:, :, None] * states[:, None, :]).flatten(1)
-    sums: Tensor = torch.zeros(num_rows, outer.shape[1], device=outer.device).index_add_(0, row_of, outer)
+    sums = add_at_(torch.zeros(num_rows, outer.shape[1], device=outer.device), row_of, outer)
     lengths: Tensor = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
     return sums / lengths.clamp_min(1e-12)
 
@@ -39,7 +41,7 @@ def _hashed(values: Tensor, buckets: int, seed: int) -> Tensor:
     size = values.shape[1]
     place = torch.randint(buckets, (size,), generator=generator).to(values.device)
     sign = (2.0 * torch.randint(2, (size,), generator=generator) - 1.0).to(values.device)
-    return torch.zeros(len(values), buckets, device=values.device).index_add_(1, place, values * sign)
+    return add_at_(torch.zeros(buckets, len(values), device=values.device), place, (values * sign).T).T
 
 
 def padded(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
