@@ -165,8 +165,8 @@ def kth_largest(values: torch.Tensor, k: int) -> tuple[float, int]:
         sizes = torch.abs(piece, out=room[: len(piece)]).numpy()
         above = np.greater(sizes, high, out=mask[: len(piece)])
         num_above += np.count_nonzero(above)
-        between = np.flatnonzero(np.less(above, sizes >= low))  # a mask would be three times slower
-        parts.append(sizes.take(between))
+        places = np.flatnonzero(np.less(above, sizes >= low))  # a mask would be three times slower
+        parts.append(sizes.take(places))
     between = torch.from_numpy(np.concatenate(parts))
     place = k - num_above
     if not 0 < place <= len(between):
