@@ -147,9 +147,9 @@ def batches(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
         batch = {name: torch.zeros(len(taken), longest, dtype=torch.long) for name in ("input_ids", "attention_mask")}
         batch["labels"] = torch.full((len(taken), longest), -100)
         for place, row in enumerate(taken):
-            ids, length = torch.as_tensor(row.input_ids, dtype=torch.long), len(row.input_ids)
+            ids, length = torch.tensor(row.input_ids, dtype=torch.long), len(row.input_ids)
             batch["input_ids"][place, :length], batch["attention_mask"][place, :length] = ids, 1
-            supervised = torch.as_tensor(row.loss_mask, dtype=torch.bool)
+            supervised = torch.tensor(row.loss_mask, dtype=torch.bool)
             batch["labels"][place, :length][supervised] = ids[supervised]
         yield batch
         taken = []
