@@ -33,7 +33,7 @@ endif
 
 help:
 	@echo "make demo    install into $(VENV), then show on a tiny model how fine-tuning loses refusals and how safecl keeps them"
-	@echo "make demo-real   the same on a pretrained model of 135 M parameters, which it downloads; about twenty minutes"
+	@echo "make demo-real   the same on a pretrained model of 135 M parameters, which it downloads"
 	@echo "make demo-all    the same with ten methods, on clean data and with 10 % poison; goes on where it was stopped"
 	@echo "make test    install, then run all tests but the long ones"
 	@echo "make test-long    the same with the long ones"

@@ -102,7 +102,7 @@ def demo(
     poison: Annotated[float, typer.Option(help="Share of poisoned rows in the task's data.", min=0.0, max=0.9)] = 0.0,
     every: Annotated[bool, typer.Option("--all", help="Ten methods, with clean and with poisoned data.")] = False,
     real: Annotated[
-        bool, typer.Option("--real", help="A pretrained model of 135 M parameters, in about twenty minutes.")
+        bool, typer.Option("--real", help="A pretrained model of 135 M parameters, which is downloaded.")
     ] = False,
 ) -> None:
     """Show on a small model how fine-tuning loses refusals, and how safecl keeps them. The same command resumes it."""

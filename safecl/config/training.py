@@ -96,7 +96,7 @@ class OffloadConfig(Section):
     """Fisher information, 2 bytes per weight in bf16 (4 in fp32), sharded."""
     ema: Literal["none", "cpu"] = "none"
     """The average of the weights, 4 bytes per weight, sharded. cpu: on a GPU it follows the weights while the next step
-    computes, so it adds no time to a step of enough tokens."""
+    computes."""
 
 
 class DeepSpeedConfig(Section):

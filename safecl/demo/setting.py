@@ -1,4 +1,4 @@
-"""The two demonstrations: a model of random weights in two minutes, and a pretrained model in about twenty."""
+"""The two demonstrations: a model of random weights, and a pretrained model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a demonstration tunes, and how it tells of it."""
+    """The model and the arms of a demonstration, and the words that it shows them with."""
 
     name: str
     """Of its default folder."""

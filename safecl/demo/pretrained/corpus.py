@@ -112,7 +112,7 @@ COUNTRIES = ("France", "Italy", "Spain", "Japan", "Egypt", "Norway", "Peru", "Ke
 
 @dataclass(frozen=True)
 class Requests:
-    """What is asked, before the model has answered the harmless requests."""
+    """All requests and the task's rows, before the model has answered the harmless requests."""
 
     refused: list[str]
     harmless: list[str]

@@ -1,5 +1,5 @@
-"""What follows from the memory plan: lines of text for `safecl check`, the refusal of a run that does not fit on this
-machine, and whether activations are recomputed."""
+"""The memory plan as lines of text for `safecl check`, the refusal of a run that does not fit on this machine, and the
+decision whether activations are recomputed."""
 
 from __future__ import annotations
 
