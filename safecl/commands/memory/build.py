@@ -77,19 +77,12 @@ def _build(
     from safecl.engine.artifacts.memory_rows import memory_rows
     from safecl.engine.artifacts.store import ArtifactStore
     from safecl.engine.artifacts.teacher_outputs import shared_outputs
-    from safecl.engine.passes.forward_engine import open_forward_engine
+    from safecl.engine.passes.forward_engine import forward_engine_of
     from safecl.training.output.console import Console
 
     assert config.memory is not None
     console, store = Console(1, environment.rank()), ArtifactStore.of(config)
-    engine = open_forward_engine(
-        config.model,
-        tokenizer,
-        sharding=config.deepspeed,
-        tokens_per_microbatch=config.train.tokens_per_microbatch,
-        packing=config.train.packing,
-        note=console.note,
-    )
+    engine = forward_engine_of(config, tokenizer, console.note)
     base = base_key(config, tokenizer, store)
     made = memory_rows(engine, tokenizer, store, base, prompts, benign, settings, console.note)
     rows = copied(made.rows, output)

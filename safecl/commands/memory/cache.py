@@ -21,21 +21,14 @@ def cache_run(config: RunConfig) -> None:
     from safecl.data import load_tokenizer
     from safecl.data.config_rows import prepare_memory
     from safecl.engine.artifacts.teacher_outputs import shared_outputs
-    from safecl.engine.passes.forward_engine import open_forward_engine
+    from safecl.engine.passes.forward_engine import forward_engine_of
     from safecl.training.output.console import Console
 
     console = Console(1, environment.rank())
     tokenizer = load_tokenizer(config.model)
     rows = prepare_memory(config, tokenizer)
     with ranks(Path(config.output)):
-        engine = open_forward_engine(
-            config.model,
-            tokenizer,
-            sharding=config.deepspeed,
-            tokens_per_microbatch=config.train.tokens_per_microbatch,
-            packing=config.train.packing,
-            note=console.note,
-        )
+        engine = forward_engine_of(config, tokenizer, console.note)
         outputs = shared_outputs(engine, rows, config, tokenizer, note=console.note)
     header, folder = outputs.header, outputs.cache
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -33,7 +33,7 @@ def rewrite_rows(config: RunConfig, output: Path | None, max_new_tokens: int, ba
     from safecl.engine.artifacts.memory_rows import RowSettings
     from safecl.engine.artifacts.rewritten import demonstrations, rewritten_rows
     from safecl.engine.artifacts.store import ArtifactStore
-    from safecl.engine.passes.forward_engine import open_forward_engine
+    from safecl.engine.passes.forward_engine import forward_engine_of
     from safecl.training.output.console import Console
 
     console, store = Console(1, environment.rank()), ArtifactStore.of(config)
@@ -46,14 +46,7 @@ def rewrite_rows(config: RunConfig, output: Path | None, max_new_tokens: int, ba
         raise ConfigError("safecl memory rewrite: the tasks' rows have no answer that follows a question")
     settings = RowSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
     with ranks(Path(config.output)):
-        engine = open_forward_engine(
-            config.model,
-            tokenizer,
-            sharding=config.deepspeed,
-            tokens_per_microbatch=config.train.tokens_per_microbatch,
-            packing=config.train.packing,
-            note=console.note,
-        )
+        engine = forward_engine_of(config, tokenizer, console.note)
         base = base_key(config, tokenizer, store)
         path, counts = rewritten_rows(engine, tokenizer, store, base, shown, settings, console.note)
         path = copied(path, output)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from safecl.config import DeepSpeedConfig, ModelConfig
+from safecl.config import DeepSpeedConfig, ModelConfig, RunConfig
 from safecl.distributed import collectives
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.passes.attention import start_attention
@@ -66,6 +66,20 @@ def open_forward_engine(
     engine = ForwardEngine(model, layout, dtype=settings.dtype, sharding=sharding, store=store)
     start_attention(engine, alone, packing=packing, note=note)
     return engine
+
+
+def forward_engine_of(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
+) -> ForwardEngine:
+    """Open the model of a run config without adapters, sharded as the run is. A collective call. Raises ConfigError."""
+    return open_forward_engine(
+        config.model,
+        tokenizer,
+        sharding=config.deepspeed,
+        tokens_per_microbatch=config.train.tokens_per_microbatch,
+        packing=config.train.packing,
+        note=note,
+    )
 
 
 def _config(dtype: str, sharding: DeepSpeedConfig) -> dict[str, Any]:
