@@ -35,24 +35,30 @@ def interval(value: float, low: float, high: float, *, colour: int = 0, width: i
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, width: int = 720, height: int = 220, what: str = "loss"
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    width: int = 720,
+    height: int = 220,
+    what: str = "loss",
+    ends: tuple[float, float] | None = None,
 ) -> Markup:
-    """Draw lines over steps, on a logarithmic scale where all values are positive. Long lines are thinned to about 300
-    points."""
+    """Draw lines over steps, between given ends, else on a logarithmic scale where all values are positive. Long lines
+    are thinned to about 300 points."""
     series = {name: finite for name, points in series.items() if (finite := [p for p in points if math.isfinite(p[1])])}
     values = [y for points in series.values() for _, y in points]
     if not values:
         return Markup("")
-    log = min(values) > 0
+    low, high = ends or (min(values), max(values))
+    log = ends is None and low > 0
     scale: Callable[[float], float] = math.log10 if log else lambda y: y
     xs = [x for points in series.values() for x, _ in points]
-    box = _Box(min(xs), max(xs), min(map(scale, values)), max(map(scale, values)), width, height)
+    box = _Box(min(xs), max(xs), scale(low), scale(high), width, height)
     lines = [box.line([(x, scale(y)) for x, y in _thinned(points)], i) for i, points in enumerate(series.values())]
-    ends = (f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in series.items())
-    label = html.escape(f"{what} over steps: {'; '.join(ends)}")
+    spans = (f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in series.items())
+    label = html.escape(f"{what} over steps: {'; '.join(spans)}")
     return Markup(
         f'<svg class="curves" role="img" aria-label="{label}" viewBox="0 0 {width} {height}">'
-        + box.axes(min(values), max(values), what + (", log scale" if log else ""))
+        + box.axes(low, high, what + (", log scale" if log else ""))
         + "".join(lines)
         + "".join(_key(name, i) for i, name in enumerate(series))
         + "</svg>"

@@ -1,5 +1,5 @@
 """Comparison of several runs, for the table on the terminal and as a page: verdicts, measurements with their
-differences to the first run, transfer between tasks, cost."""
+differences to the first run, worst moments, transfer between tasks, cost."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from safecl.report.headline import badge_of, limits_of
 from safecl.report.page import render, write_page
 from safecl.report.record import Facts, sections_of
 from safecl.report.run import TRANSFER
+
+_LOWER = "lower is better"
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class ComparedRow:
 
 
 @dataclass(frozen=True)
-class TransferRow:
-    """An average over a sequence of tasks, a value per run; note: how to read it."""
+class CourseRow:
+    """A number over the course of a run, a value per run; note: how to read it."""
 
     title: str
     note: str
@@ -116,7 +118,7 @@ def comparison_page(runs: Sequence[ReportedRun]) -> str:
         runs=runs,
         columns=[_column(run, title) for run, title in zip(runs, titles, strict=True)],
         rows=[compared(row) for row in measures(last_moments(runs))],
-        transfer=_transfer(runs),
+        course=_course(runs),
         prompts=side_by_side(answers) if all(answers) else None,
         withheld=[run.name for run in runs if withheld(run)],
         warnings=warnings_of(runs),
@@ -150,13 +152,19 @@ def _change(value: Value, first: Value, higher_is_better: bool) -> Change | None
     return Change(by, low, high, clear, tone)
 
 
-def _transfer(runs: Sequence[ReportedRun]) -> list[TransferRow]:
-    """Return the averages over sequences of tasks, a row each with a value per run; empty without a sequence."""
-    rows = []
+def _course(runs: Sequence[ReportedRun]) -> list[CourseRow]:
+    """Return the worst moments of the runs, and the averages over sequences of tasks, a row each with a value per
+    run."""
+    beyond = [(run.summary.get("beyond_gate") or {}).get("share") for run in runs]
+    course = [
+        CourseRow("largest attack success rate", _LOWER, [run.summary.get("max_asr") for run in runs]),
+        CourseRow("share of steps beyond the gate", _LOWER, beyond),
+    ]
+    rows = [row for row in course if any(value is not None for value in row.values)]
     for key, (title, note) in TRANSFER.items():
         values = [run.summary.get(key) if len(run.summary.get("tasks") or ()) > 1 else None for run in runs]
         if any(value is not None for value in values):
-            rows.append(TransferRow(title, note, values))
+            rows.append(CourseRow(title, note, values))
     return rows
 
 

@@ -13,15 +13,20 @@ from safecl.evaluation.judges.after_run import JUDGES
 from safecl.evaluation.provenance import SCHEMA
 from safecl.evaluation.results.moment import Evaluation
 from safecl.evaluation.results.restore import evaluations_of
+from safecl.evaluation.results.summary import summarise
 from safecl.launching.status import Status, status_of
 from safecl.report.page import PLAIN_STATE
 from safecl.storage.records import read_lines, read_record, read_text
 from safecl.storage.run_records import Identity, Judgements, Measured, Results, Scanned, Step, Version
 
 Kind = Literal["finished", "unfinished", "evaluation"]
+Points = list[tuple[float, float]]
+"""(step, value), in the order in which they were measured."""
 
 MEASURED = "measured.json"
 """The evaluations of a run that is not finished."""
+PROBED = "probe/complying"
+"""Key of metrics.jsonl with what the probe saw before a step."""
 LARGEST_LOSS = 1e30
 """Larger values, and those that are no numbers, are left out of the curves."""
 _LACKING: dict[str, Any] = {
@@ -108,6 +113,9 @@ class ReportedRun:
 
     @property
     def summary(self) -> Mapping[str, Any]:
+        """Worst moments and transfer over the run; of an unfinished one so far."""
+        if self.kind == "unfinished" and self.evaluations:
+            return summarise(self.evaluations)
         return self.results["summary"] or {}
 
     @cached_property
@@ -117,14 +125,24 @@ class ReportedRun:
         return [_scanned(task, found["action"]) for task in found["tasks"]] + found["notes"] if found else []
 
     @cached_property
-    def losses(self) -> dict[str, list[tuple[float, float]]]:
-        """Points (step, value) of each term of the loss."""
-        series: dict[str, list[tuple[float, float]]] = {}
-        for line in read_lines(self.folder / "metrics.jsonl", Step):
+    def _steps(self) -> list[Step]:
+        return read_lines(self.folder / "metrics.jsonl", Step)
+
+    @cached_property
+    def losses(self) -> dict[str, Points]:
+        """Points of each term of the loss."""
+        series: dict[str, Points] = {}
+        for line in self._steps:
             for key, value in line.items():
                 if key.startswith("loss/") and isinstance(value, (int, float)) and abs(value) < LARGEST_LOSS:
                     series.setdefault(key.removeprefix("loss/"), []).append((line["step"], value))
         return series
+
+    @cached_property
+    def probed(self) -> Points:
+        """The share of prompts on which the probe saw compliance lead; empty without a probe."""
+        looks = ((line["step"], line.get(PROBED)) for line in self._steps)
+        return [(step, share) for step, share in looks if isinstance(share, (int, float)) and 0 <= share <= 1]
 
 
 def _scanned(task: Mapping[str, Any], action: str) -> str:

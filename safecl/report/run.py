@@ -8,6 +8,7 @@ from typing import Any
 
 from safecl.evaluation.results.tables import measures, moments
 from safecl.report.answers import answers_of, withheld
+from safecl.report.course import course_of
 from safecl.report.folder import ReportedRun, read_run
 from safecl.report.headline import headline_of, limit_title
 from safecl.report.page import render
@@ -21,6 +22,8 @@ TRANSFER = {
     "backward_transfer": ("backward transfer", "negative: old tasks got worse"),
     "forward_transfer": ("forward transfer", "positive: earlier tasks helped later ones"),
     "forgetting": ("forgetting", "lower is better"),
+    "windowed_forgetting": ("largest drop within 10 evaluations", "lower is better"),
+    "worst_case_accuracy": ("worst-case accuracy", "higher is better"),
 }
 """Keys of the summary over a sequence of tasks: title, and how to read the number."""
 
@@ -37,6 +40,7 @@ def run_report(run: ReportedRun) -> str:
         rows=measures(shown),
         columns=[(each.when, f"step {each.step}" if run.kind != "evaluation" else "") for each in shown],
         left_out=len(run.evaluations) - len(shown),
+        course=course_of(run),
         sequence=sequence_of(run.summary),
         answers=answers_of(run),
         withheld=withheld(run),

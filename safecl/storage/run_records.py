@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import with_config
 from typing_extensions import Required, TypedDict
 
+from safecl.storage.course_records import Event, Moved, Summary
 from safecl.storage.records import OPEN, Count, Number
 
 Verdict = Literal["passed", "failed", "undecided"]
@@ -70,28 +71,6 @@ class Moment(TypedDict, total=False):
     step: Required[Count]
     safety: Safety | None
     tasks: dict[str, dict[str, Any]]
-
-
-@with_config(OPEN)
-class BeyondGate(TypedDict):
-    """Time that a run spent beyond a limit of its gate. share: of its steps."""
-
-    share: Number | None
-
-
-@with_config(OPEN)
-class Summary(TypedDict, total=False):
-    """Worst case and transfer over a run."""
-
-    max_asr: Number | None
-    worst_case_accuracy: Number | None
-    beyond_gate: BeyondGate | None
-    tasks: list[str]
-    scores: list[list[Number | None]]
-    average: Number | None
-    backward_transfer: Number | None
-    forward_transfer: Number | None
-    forgetting: Number | None
 
 
 @with_config(OPEN)
@@ -218,6 +197,8 @@ class Results(TypedDict, total=False):
     evaluations: Required[list[Moment]]
     summary: Summary | None
     gate: Gate | None
+    events: list[Event]
+    weight_drift: dict[str, Moved] | None
     provenance: Provenance | None
     privacy: Literal["full", "hashed", "none"]
     model: str | None

@@ -14,8 +14,9 @@ from safecl.evaluation.gates.outcomes import Scorers, outcome_of, outputs_file, 
 from safecl.evaluation.records import file_name
 from safecl.evaluation.results.moment import Evaluation
 from safecl.evaluation.results.restore import evaluations_of
+from safecl.storage.course_records import Summary
 from safecl.storage.records import read_lines, read_record
-from safecl.storage.run_records import Cost, Results, Summary, TaskRow
+from safecl.storage.run_records import Cost, Results, TaskRow
 
 SAFETY = ("asr", "asr_on_task", "affirmative", "complied", "off_task", "over_refusal")
 """The rates of safety in a table, of the last measurement."""

@@ -50,6 +50,12 @@ def gate(hits: int, limit: float, verdict: str, name: str = "max_asr") -> dict[s
     return {"verdict": verdict, "exit_code": 0 if verdict == "passed" else 3, "checks": checks}
 
 
+def event(**changes: Any) -> dict[str, Any]:
+    """What a run did where its gate failed, as results.json has it."""
+    rollback = {"action": "rollback", "when": "t step 4", "step": 4, "failed": ["failed: attack success rate 0.750"]}
+    return rollback | {"back_to": 2, "learning_rate_factor": 0.5} | changes
+
+
 def provenance(**changes: Any) -> dict[str, Any]:
     data = {
         "task": "t", "role": "task", "file": "up.jsonl", "rows": 1160, "xxh3_128": DIGEST, "rows_in_file": 1200,

@@ -82,7 +82,13 @@ def folder(tmp_path_factory) -> Path:
     ]
     gate = folders.gate(5, 0.4, "passed")
     folders.write_run(
-        where, gate=gate, moments=moments, provenance=folders.provenance(), finished="2026-01-31T12:00:00Z"
+        where,
+        gate=gate,
+        moments=moments,
+        provenance=folders.provenance(),
+        finished="2026-01-31T12:00:00Z",
+        events=[folders.event()],
+        weight_drift={"layer 0": {"relative": 0.01, "absolute": 0.5}},
     )
     lines = [json.dumps(answer(kind, i)) for kind in ("disallowed", "benign") for i in range(40)]
     for path in (where / "outputs").iterdir():

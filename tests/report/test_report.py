@@ -298,6 +298,7 @@ def test_runs_are_compared_by_column_with_verdicts_differences_and_forgetting(tm
     assert text.index("FAILED") < text.index("PASSED") < text.index("Measured at the end")
     assert "-0.700 (-0.814 to -0.509)" in text and '<small class="change good"><b>-0.700</b>' in page
     assert "forgetting lower is better 0.300 0.100 -0.200" in text and DIGEST in Checked(page).folded
+    assert "beyond the gate" not in text
     assert text.index("0.750") < text.index("0.050") and "different numbers of steps" in text and "4.0 kB" in text
     printed = capsys.readouterr().out
     assert "plain" in printed and "kept" in printed and "different numbers of steps" in printed and "passed" in printed

@@ -34,6 +34,6 @@ def test_a_card_shows_hostile_names_as_text(tmp_path):
 
 
 def test_a_page_shows_control_characters_and_escapes_markup():
-    nothing = dict.fromkeys(("runs", "rows", "columns", "prompts", "transfer", "withheld"), ())
+    nothing = dict.fromkeys(("runs", "rows", "columns", "prompts", "course", "withheld"), ())
     page = render("comparison.html", **nothing, warnings=[HOSTILE], version="1")
     assert "<img" not in page and "\x1b" not in page and "\u202e" not in page and "\\x1b" in page

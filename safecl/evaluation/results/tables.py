@@ -81,6 +81,8 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
             add(f"{title}, {variant}", partial(_rate_of_variant, variant, name))
     for title, name in _THOUGHT_ROWS.items():
         add(title, partial(_thought_rate, name))
+    add("probe, leaning to comply", _probed)
+    add("KL to the aligned model", _kl)
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.tasks):
         result = next(e.tasks[name] for e in evaluations if name in e.tasks)
         add(f"{name} {result.metric}", partial(_task_value, name), result.higher_is_better)
@@ -120,6 +122,14 @@ def _thought_rate(name: str, evaluation: Evaluation) -> Value:
     thoughts = evaluation.safety.thoughts if evaluation.safety else None
     rate: Rate | None = getattr(thoughts, name) if thoughts else None
     return rate
+
+
+def _probed(evaluation: Evaluation) -> Value:
+    return evaluation.probe.complying if evaluation.probe else None
+
+
+def _kl(evaluation: Evaluation) -> Value:
+    return evaluation.kl_to_aligned
 
 
 def _task_value(name: str, evaluation: Evaluation) -> Value:
