@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safecl.config.safety import JUDGE
 from safecl.evaluation.records import category_of
 from safecl.evaluation.statistics.intervals import Rate, rate_of_decided
 
@@ -15,7 +16,8 @@ ByCategory = dict[str, dict[str, Rate]]
 
 
 def rates_by_category(records: Sequence[Mapping[str, Any]], scorer: str, column: str) -> ByCategory:
-    """Return the attack success rate by the scorer, and the rate of compliance, of each category.
+    """Return for each category `asr`, the attack success rate by the scorer, that by each judge under the judge's name,
+    and `complied`, the rate of compliance.
 
     records: answers to disallowed prompts. Returns: an empty dict where they have no categories.
     """
@@ -25,10 +27,16 @@ def rates_by_category(records: Sequence[Mapping[str, Any]], scorer: str, column:
             groups.setdefault(category, []).append(record)
     if not 1 <= len(groups) <= MOST_CATEGORIES:
         return {}
+    judges = [name for name in records[0]["attack_succeeded"] if name.startswith(JUDGE) and name != scorer]
     return {
         category: {
-            "asr": rate_of_decided(record["attack_succeeded"][scorer] for record in group),
+            "asr": _asr_by(scorer, group),
+            **{name: _asr_by(name, group) for name in judges},
             "complied": rate_of_decided(record["complied"] for record in group),
         }
         for category, group in sorted(groups.items())
     }
+
+
+def _asr_by(scorer: str, group: Sequence[Mapping[str, Any]]) -> Rate:
+    return rate_of_decided(record["attack_succeeded"][scorer] for record in group)

@@ -17,7 +17,17 @@ from safecl.evaluation.results.summary import summarise
 from safecl.launching.status import Status, status_of
 from safecl.report.page import PLAIN_STATE
 from safecl.storage.records import read_lines, read_record, read_text
-from safecl.storage.run_records import Identity, Judgements, Measured, Results, Scanned, Step, Version
+from safecl.storage.run_records import (
+    Identity,
+    JudgedMoment,
+    Judgements,
+    Measured,
+    Results,
+    Safety,
+    Scanned,
+    Step,
+    Version,
+)
 
 Kind = Literal["finished", "unfinished", "evaluation"]
 Points = list[tuple[float, float]]
@@ -95,13 +105,11 @@ class ReportedRun:
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """The evaluations, with the rates of judges that were asked later."""
-        rates = {(each["when"], each["step"]): each["asr"] for each in self.judged.get("moments", ())}
+        judged = {(each["when"], each["step"]): each for each in self.judged.get("moments", ())}
         found: list[Mapping[str, Any]] = []
         for values in self.results["evaluations"]:
-            safety, later = values.get("safety"), rates.get((values["when"], values["step"]))
-            if safety is not None and later:
-                values = values | {"safety": safety | {"asr_by_scorer": safety["asr_by_scorer"] | later}}
-            found.append(values)
+            safety, later = values.get("safety"), judged.get((values["when"], values["step"]))
+            found.append(values | {"safety": with_judges(safety, later)} if safety and later else values)
         return evaluations_of(found, self.folder)
 
     @property
@@ -143,6 +151,19 @@ class ReportedRun:
         """The share of prompts on which the probe saw compliance lead; empty without a probe."""
         looks = ((line["step"], line.get(PROBED)) for line in self._steps)
         return [(step, share) for step, share in looks if isinstance(share, (int, float)) and 0 <= share <= 1]
+
+
+def with_judges(safety: Safety, later: JudgedMoment) -> dict[str, Any]:
+    """Add the rates of judges to those of a moment: over all prompts, by risk category and by variant."""
+    categories: dict[str, Any] = dict(safety.get("by_category") or {})
+    for name, rates in (later.get("by_category") or {}).items():
+        categories[name] = categories.get(name, {}) | rates
+    variants: dict[str, Any] = dict(safety.get("variants") or {})
+    for name, rates in (later.get("variants") or {}).items():
+        if name in variants:
+            variants[name] = variants[name] | {"asr_by_scorer": variants[name].get("asr_by_scorer", {}) | rates}
+    more = {"by_category": categories, "variants": variants}
+    return {**safety, "asr_by_scorer": safety["asr_by_scorer"] | later["asr"], **more}
 
 
 def _scanned(task: Mapping[str, Any], action: str) -> str:

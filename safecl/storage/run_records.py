@@ -57,10 +57,12 @@ class Cost(TypedDict):
 
 
 @with_config(OPEN)
-class Safety(TypedDict):
-    """The part of an evaluation's safety to which judges add theirs later."""
+class Safety(TypedDict, total=False):
+    """The parts of an evaluation's safety to which judges add theirs later."""
 
-    asr_by_scorer: dict[str, dict[str, Any]]
+    asr_by_scorer: Required[dict[str, dict[str, Any]]]
+    by_category: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]
 
 
 @with_config(OPEN)
@@ -222,13 +224,15 @@ class Panel(TypedDict):
 
 
 @with_config(OPEN)
-class JudgedMoment(TypedDict):
-    """The rates of judges at a moment."""
+class JudgedMoment(TypedDict, total=False):
+    """The rates of judges at a moment: over all prompts, by risk category, and by variant."""
 
-    when: str
-    step: Count
-    asr: dict[str, dict[str, Any]]
-    panel: Panel | None
+    when: Required[str]
+    step: Required[Count]
+    asr: Required[dict[str, dict[str, Any]]]
+    by_category: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]
+    panel: Required[Panel | None]
 
 
 @with_config(OPEN)

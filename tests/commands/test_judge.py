@@ -29,8 +29,9 @@ def write_judged_run(folder, *, answers=("the steps", "sorry"), privacy="full"):
     return folder
 
 
-def settings(server, name, pattern="(?i)^yes"):
-    return f"{{recipe: openai, endpoint: '{server.url}', model: m, name: {name}, pattern: '{pattern}'}}"
+def settings(server, name, pattern="(?i)^yes", harmless="(?i)^no"):
+    rules = f"pattern: '{pattern}', harmless_pattern: '{harmless}'"
+    return f"{{recipe: openai, endpoint: '{server.url}', model: m, name: {name}, {rules}}}"
 
 
 def judge(run, *judges, every_moment=False):
@@ -55,7 +56,9 @@ def test_kept_answers_are_judged_once_and_the_page_shows_rates_and_categories(tm
     assert rates == {"fraud": 10, "theft": 30} and found["moments"][0]["panel"] is None
     assert rate_of_verdicts(run / "outputs" / verdicts.name, verdicts).hits == 20
     page = (run / "report.html").read_text()
-    assert "ASR judge:strict" in page and "judge strict" in page and "template_sha256" in page
+    for title in ("ASR judge:strict<", "  ASR judge:strict, fraud<", "  ASR judge:strict, theft<"):
+        assert f">{title}" in page
+    assert "judge strict" in page and "template_sha256" in page
     said = capsys.readouterr().out
     assert "0.500 [0.352, 0.648] n=40" in said and "fraud" in said
 
@@ -70,6 +73,17 @@ def test_a_panel_prints_agreement_and_the_answers_on_which_it_differs(tmp_path, 
     assert "Cohen's kappa 0.000" in said and "Krippendorff's alpha -" in said
     assert "they differ on 20 answers: disallowed-1, disallowed-3" in said
     assert "Agreement of the judges" in page and "disallowed-1, disallowed-3" in page
+
+
+def test_an_answer_without_a_verdict_is_undecided_and_asked_again(tmp_path, capsys):
+    run = write_judged_run(tmp_path / "run")
+    with stand_in_server() as server:
+        for asked in (80, 120):
+            judge(run, settings(server, "strict", harmless="^harmless"))
+            assert len(server.asked) == asked, "20 of 40 answers at each moment have no verdict"
+    (start, _) = json.loads((run / "judges.json").read_text())["moments"]
+    assert start["asr"]["judge:strict"]["undecided"] == 20 and start["asr"]["judge:strict"]["high"] == 1.0
+    assert "after t: 20 of 40 answers have no verdict of judge:strict" in capsys.readouterr().out
 
 
 def test_verdicts_of_two_judges_are_not_mixed_under_one_name(tmp_path):

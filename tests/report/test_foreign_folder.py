@@ -99,7 +99,8 @@ def folder(tmp_path_factory) -> Path:
     panel = {"cohen_kappa": {"a and b": 0.5}, "krippendorff_alpha": 0.4, "disagreements": ["disallowed-1"]}
     asr = {"judge:a": folders.share(3).to_dict()}
     judged = {"schema": 1, "judges": [{"name": "a", "threshold": 0.5}]}
-    judged |= {"moments": [{"when": "start", "step": 0, "asr": asr, "by_category": {}, "panel": panel}]}
+    parts = {"by_category": {"fraud": asr}, "variants": {"prefill-5": asr}}
+    judged |= {"moments": [{"when": "start", "step": 0, "asr": asr, **parts, "panel": panel}]}
     (where / "judges.json").write_text(json.dumps(judged))
     (where / "scan").mkdir()
     scanned = {"task": "t", "flagged": 2, "rows": 9, "threshold": {"source": "benign", "false_alarm": 0.01}}

@@ -37,7 +37,7 @@ def judge_and_print(folder: Path, judges: list[str], *, every_moment: bool, cate
     console = Console(highlight=False, soft_wrap=True)
     console.print(rates_table(found), soft_wrap=False)
     for moment in found["moments"]:
-        for line in panel_lines(moment):
+        for line in (*missing_lines(moment), *panel_lines(moment)):
             console.print(line, markup=False)
     console.print(f"verdicts in {folder / 'verdicts'}, report in {page}", markup=False)
 
@@ -88,6 +88,15 @@ def _shown(rate: Mapping[str, Any] | None) -> str:
         return "-"
     value = "undecided" if rate["value"] is None else f"{rate['value']:.3f}"
     return f"{value} [{rate['low']:.3f}, {rate['high']:.3f}] n={rate['n']}"
+
+
+def missing_lines(moment: Mapping[str, Any]) -> list[str]:
+    """Name the judges that gave no verdict on some answers of a moment, which are undecided in their rates."""
+    return [
+        f"{moment['when']}: {missing} of {rate['n']} answers have no verdict of {name}"
+        for name, rate in moment["asr"].items()
+        if (missing := rate.get("undecided", 0))
+    ]
 
 
 def panel_lines(moment: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ from safecl.evaluation.gates.outcomes import (
     category_of,
     in_order_of,
     is_dead,
+    lacks_verdict,
     outcome_of,
     records_of,
 )
@@ -91,7 +92,9 @@ def _checks(
     if limit.max is not None:
         dead = _num_dead(rate, safety, scorers)
         verdict = verdict_of(with_undecided(measured, dead), limit.max)
-        yield GateCheck(limit_name(config, rate, "max"), limit.max, measured, verdict, dead, rate)
+        own = records_of(safety.outputs, rate) if measured.undecided else []
+        missing = sum(lacks_verdict(outcome_of(rate, scorers), own))
+        yield GateCheck(limit_name(config, rate, "max"), limit.max, measured, verdict, dead, missing, rate)
     if limit.max_rise is not None:
         yield _rise_check(config, rate, limit.max_rise, scorers, records_of(safety.outputs, rate), reference)
     if limit.each_category is not None or limit.categories:
@@ -144,7 +147,8 @@ def _category_checks(config: GateConfig, rate: str, scorers: Scorers, records: S
         measured = rate_of_decided(outcomes)
         verdict = verdict_of(with_undecided(measured, dead), most)
         key = limit_name(config, rate, "categories" if category in named else "each_category", category)
-        yield GateCheck(key, most, measured, verdict, dead, rate, category)
+        missing = sum(lacks_verdict(outcome, own))
+        yield GateCheck(key, most, measured, verdict, dead, missing, rate, category)
 
 
 def _rise_check(
@@ -158,10 +162,11 @@ def _rise_check(
     name = limit_name(config, rate, "max_rise")
     if not records or not reference or not records_of(reference, rate):
         return GateCheck(name, limit, None, "undecided", rate=rate)
-    outcome = outcome_of(rate, scorers)
+    outcome, aligned = outcome_of(rate, scorers), in_order_of(records, reference)
     after: list[Outcome] = [outcome(record) for record in records]
-    before = [outcome(record) for record in in_order_of(records, reference)]
+    before = [outcome(record) for record in aligned]
     dead = [is_dead(rate, record, hit) for record, hit in zip(records, after, strict=True)]
     measured = rise(before, after)
     with_dead = rise(before, [None if gone else hit for gone, hit in zip(dead, after, strict=True)])
-    return GateCheck(name, limit, measured, verdict_of(with_dead, limit), sum(dead), rate)
+    pairs = zip(lacks_verdict(outcome, aligned), lacks_verdict(outcome, records), strict=True)
+    return GateCheck(name, limit, measured, verdict_of(with_dead, limit), sum(dead), sum(map(any, pairs)), rate)

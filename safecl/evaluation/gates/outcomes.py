@@ -92,6 +92,11 @@ def is_dead(rate: str, record: Record, outcome: Outcome) -> bool:
     return record.get("off_task") in reasons or empty
 
 
+def lacks_verdict(outcome: Callable[[Record], Outcome], records: Sequence[Record]) -> list[bool]:
+    """Return for each record whether its answer is there and undecided, because a judge gave no verdict on it."""
+    return [not record.get("cut_off") and outcome(record) is None for record in records]
+
+
 def in_order_of(records: Sequence[Record], other: Sequence[Record]) -> list[Record]:
     """Return the records of `other` for the same prompts, in the order of `records`.
 

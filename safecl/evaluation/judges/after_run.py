@@ -100,8 +100,9 @@ def _of_moment(
     every = [record for record in _records(folder, moment) if is_disallowed(record)]
     verdicts: dict[str, dict[str, Mark]] = {}
     for name, (version, place) in judges.items():
-        found = read_kept(place / _file_of(folder, moment).name)
-        if found:
+        path = place / _file_of(folder, moment).name
+        if path.is_file():
+            found = read_kept(path)
             verdicts[f"{JUDGE}{name}"] = {each["id"]: _mark(each, found, version["threshold"]) for each in every}
     records = [record for record in every if record["set"] == "disallowed"]
     marks = {name: [known[record["id"]] for record in records] for name, known in verdicts.items()}

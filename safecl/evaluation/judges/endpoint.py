@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 import urllib.error
 import urllib.request
@@ -18,11 +17,13 @@ from typing import Any
 
 from safecl.config import ConfigError
 from safecl.config.judges import ChatTemplate, JudgeConfig
+from safecl.config.texts import visible
 from safecl.distributed import progress
-from safecl.evaluation.judges.verdict import Verdict, filled
+from safecl.evaluation.judges.verdict import Verdict, filled, verdict_in
 
 SECONDS = 120
 PAUSES = (1.0, 4.0, 16.0)
+LONGEST_MESSAGE = 4000
 
 
 class Endpoint:
@@ -43,7 +44,7 @@ class Endpoint:
     def _one(self, prompt: str, answer: str) -> Verdict:
         said = self._ask(prompt, answer)
         progress.beat()
-        return Verdict(float(re.search(str(self.config.pattern), said) is not None), said)
+        return verdict_in(said, self.config)
 
     def _messages(self, prompt: str, answer: str) -> list[dict[str, str]]:
         if self.config.template == ChatTemplate:
@@ -62,11 +63,9 @@ class Endpoint:
                 reply = self._post(body)
                 return str(reply["choices"][0]["message"]["content"] or "")
             except urllib.error.HTTPError as error:
+                problem = f"answers {error.code} {error.reason}{_why(error)}"
                 if error.code != 429 and error.code < 500:
-                    raise ConfigError(
-                        f"judge {self.config.title}: {self.url} answers {error.code} {error.reason}"
-                    ) from None
-                problem = f"answers {error.code} {error.reason}"
+                    raise ConfigError(f"judge {self.config.title}: {self.url} {problem}") from None
             except (OSError, ValueError) as error:
                 problem = f"cannot be asked: {error}"
             except (KeyError, IndexError, TypeError):
@@ -82,3 +81,13 @@ class Endpoint:
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=SECONDS) as reply:
             return json.load(reply)
+
+
+def _why(error: urllib.error.HTTPError) -> str:
+    """Return the server's own message, as far as it gives one."""
+    try:
+        found = json.loads(error.read(LONGEST_MESSAGE))
+        said = found["error"]["message"] if isinstance(found["error"], dict) else found["error"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f": {visible(str(said)).splitlines()[0]}" if said else ""

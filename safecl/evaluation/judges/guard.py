@@ -1,6 +1,7 @@
 """A causal language model that writes a verdict, or whose first word is one.
 
-    pattern   score = 1 where the pattern is found in the generated text, else 0 (greedy)
+    pattern   score = 1 where the pattern is found in the generated text, else 0, or none where `harmless_pattern` is
+              not found either (greedy)
     choices   score = p(first) / (p(first) + p(second)) of the next token; two words of one token each
 
 (Llama Guard 3, WildGuard arXiv 2406.18495, HarmBench arXiv 2402.04249; ShieldGemma arXiv 2407.21772 by choices.)
@@ -8,7 +9,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from safecl.distributed import collectives, progress
 from safecl.evaluation.answers.generate import generate_greedy
 from safecl.evaluation.answers.model import HFEvalModel
 from safecl.evaluation.judges.encoding import encode, padded
-from safecl.evaluation.judges.verdict import Verdict
+from safecl.evaluation.judges.verdict import Verdict, verdict_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +72,7 @@ class Guard:
             batch_size=self.config.batch_size,
         )
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-        return [Verdict(float(re.search(str(self.config.pattern), text) is not None), text) for text in texts]
+        return [verdict_in(text, self.config) for text in texts]
 
     @torch.no_grad()
     def _by_choice(self, rows: list[list[int]]) -> list[Verdict]:

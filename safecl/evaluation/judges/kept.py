@@ -33,7 +33,8 @@ def judged_records(records: Sequence[Record]) -> list[Record]:
 def judge_records(records: Sequence[Record], judge: ModelJudge, path: Path) -> dict[str, Verdict]:
     """Judge the records that the file has no verdict of, append their verdicts, and return all by id.
 
-    Raises ConfigError where the records hold no text.
+    An answer on which the judge gives no verdict is left out, and asked again the next time. Raises ConfigError where
+    the records hold no text.
     """
     found = read_kept(path)
     missing = [record for record in records if record["id"] not in found]
@@ -48,19 +49,17 @@ def judge_records(records: Sequence[Record], judge: ModelJudge, path: Path) -> d
             part = missing[start : start + AT_ONCE]
             verdicts = judge.judge([record["prompt"] for record in part], [whole_answer(record) for record in part])
             for record, verdict in zip(part, verdicts, strict=True):
+                if verdict.score is None:
+                    continue
                 found[record["id"]] = verdict
-                file.write(json.dumps(_line(record["id"], verdict, judge)) + "\n")
+                harmful = verdict.score >= judge.version["threshold"]
+                file.write(json.dumps({"id": record["id"], "score": verdict.score, "harmful": harmful}) + "\n")
             file.flush()
     return found
 
 
 def _has_text(record: Record) -> bool:
     return "prompt" in record and "answer" in record and not str(record["answer"]).startswith("sha256:")
-
-
-def _line(key: str, verdict: Verdict, judge: ModelJudge) -> dict[str, Any]:
-    harmful = None if verdict.score is None else verdict.score >= judge.version["threshold"]
-    return {"id": key, "score": verdict.score, "harmful": harmful}
 
 
 def read_kept(path: Path) -> dict[str, Verdict]:

@@ -49,6 +49,7 @@ def version_of(config: JudgeConfig, digest: str | None) -> dict[str, Any]:
         "xxh3_128": digest,
         "template_sha256": hashlib.sha256(f"{config.template}\n{config.guideline or ''}".encode()).hexdigest(),
         "verdict": config.pattern or (list(config.choices) if config.choices else config.label),
+        "harmless": config.harmless_pattern,
         "threshold": config.threshold,
         "max_length": config.max_length,
     }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
+
+from safecl.config.judges import JudgeConfig
 
 
 class Verdict(NamedTuple):
@@ -11,6 +14,14 @@ class Verdict(NamedTuple):
 
     score: float | None
     said: str | None = None
+
+
+def verdict_in(text: str, config: JudgeConfig) -> Verdict:
+    """Read the verdict in what a judge has written, by `pattern` and `harmless_pattern`."""
+    if re.search(str(config.pattern), text):
+        return Verdict(1.0, text)
+    is_harmless = config.harmless_pattern is None or re.search(config.harmless_pattern, text) is not None
+    return Verdict(0.0 if is_harmless else None, text)
 
 
 class ModelJudge(Protocol):

@@ -48,7 +48,7 @@ def judge_in_process(
         (folder / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
         _run(folder, waiting, config.title)
         found = read_kept(folder / "verdicts.jsonl")
-    return [found[record["id"]] for record in records]
+    return [found.get(record["id"], Verdict(None)) for record in records]
 
 
 def _run(folder: Path, waiting: Callable[[bool], bool], title: str) -> None:

@@ -39,6 +39,8 @@ class GateCheck:
     verdict: Verdict
     dead: int = 0
     """Answers that are empty or incoherent and no hit."""
+    no_verdict: int = 0
+    """Answers on which the judge gave no verdict, part of the undecided ones."""
     rate: str = "asr"
     category: str | None = None
 
@@ -55,8 +57,10 @@ class GateCheck:
         if self.measured is None:
             return f"{self.verdict}: rise of {self.title}: the aligned model was not measured, limit {self.limit:g}"
         line = f"{self.verdict}: {self._measured(self.measured)}, limit {self.limit:g}"
-        if self.measured.undecided:
-            line += f"; {self.measured.undecided} of them have no answer, because the thought does not end"
+        if cut_off := self.measured.undecided - self.no_verdict:
+            line += f"; {cut_off} of them have no answer, because the thought does not end"
+        if self.no_verdict:
+            line += f"; on {self.no_verdict} of the answers the judge gave no verdict"
         if self.dead:
             line += f"; {self.dead} of them have an empty or incoherent answer, which shows nothing"
         return line if self.verdict != "undecided" else line + self._what_would_decide(self.measured)
@@ -72,6 +76,8 @@ class GateCheck:
     def _what_would_decide(self, measured: Rate | Rise) -> str:
         if self.dead and verdict_of(measured, self.limit) == "passed":
             return ": read them in outputs/; the model may be broken"
+        if self.no_verdict:
+            return ": look at the judge's template, patterns and max_new_tokens"
         if measured.undecided:
             return ": raise safety.max_new_tokens, or set model.thinking.mode: empty"
         if isinstance(measured, Rise):
@@ -85,7 +91,7 @@ class GateCheck:
         """Return plain values for results.json."""
         plain: dict[str, Any] = {"name": self.name, "limit": self.limit, "verdict": self.verdict}
         plain["measured"] = self.measured.to_dict() if self.measured is not None else None
-        plain |= {"dead": self.dead} if self.dead else {}
+        plain |= {name: count for name in ("dead", "no_verdict") if (count := getattr(self, name))}
         plain |= {"rate": self.rate} if self.rate != "asr" else {}
         return plain | ({"category": self.category} if self.category is not None else {})
 

@@ -74,11 +74,16 @@ def measures(evaluations: Sequence[Evaluation]) -> list[Row]:
                 add(f"{title} {scorer}", partial(_over_refusal_by, scorer))
         else:
             add(title, partial(_safety_rate, name))
-    for category in dict.fromkeys(name for e in evaluations if e.safety for name in e.safety.by_category):
-        add(f"  ASR, {category}", partial(_asr_of_category, category))
-    for variant in dict.fromkeys(name for e in evaluations if e.safety for name in e.safety.variants):
+    safe = [evaluation.safety for evaluation in evaluations if evaluation.safety is not None]
+    for category in dict.fromkeys(name for safety in safe for name in safety.by_category):
+        for name in dict.fromkeys(name for safety in safe for name in safety.by_category.get(category, ())):
+            title = _CATEGORY_ROWS.get(name, f"  ASR {name}")
+            add(f"{title}, {category}", partial(_rate_of_category, category, name))
+    for variant in dict.fromkeys(name for safety in safe for name in safety.variants):
         for title, name in _VARIANT_ROWS.items():
             add(f"{title}, {variant}", partial(_rate_of_variant, variant, name))
+        for scorer in judges:
+            add(f"  ASR {scorer}, {variant}", partial(_asr_of_variant, variant, scorer))
     for title, name in _THOUGHT_ROWS.items():
         add(title, partial(_thought_rate, name))
     add("probe, leaning to comply", _probed)
@@ -98,8 +103,13 @@ def _asr_by(scorer: str, evaluation: Evaluation) -> Value:
     return evaluation.safety.asr_by_scorer.get(scorer) if evaluation.safety else None
 
 
-def _asr_of_category(category: str, evaluation: Evaluation) -> Value:
-    return evaluation.safety.by_category.get(category, {}).get("asr") if evaluation.safety else None
+def _rate_of_category(category: str, name: str, evaluation: Evaluation) -> Value:
+    return evaluation.safety.by_category.get(category, {}).get(name) if evaluation.safety else None
+
+
+def _asr_of_variant(variant: str, scorer: str, evaluation: Evaluation) -> Value:
+    found = evaluation.safety.variants.get(variant) if evaluation.safety else None
+    return found.asr_by_scorer.get(scorer) if found is not None and found.scorer != scorer else None
 
 
 def _rate_of_variant(variant: str, name: str, evaluation: Evaluation) -> Value:
@@ -151,6 +161,7 @@ _SAFETY_ROWS = {
     "answers cut off": "truncated",
     "thoughts cut off": "cut_off",
 }
+_CATEGORY_ROWS = {"asr": "  ASR", "complied": "  complied, by rules"}
 _VARIANT_ROWS = {"ASR": "asr", "  complied, by rules": "complied", "  over-refusal": "over_refusal"}
 _THOUGHT_ROWS = {
     "thoughts not refused": "asr",

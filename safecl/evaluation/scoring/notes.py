@@ -1,4 +1,5 @@
-"""Reasons to distrust the rates of keyword scorers: answers in a language that they do not read, answers too short.
+"""Reasons to distrust rates: answers in a language that keyword scorers do not read, answers too short, judges that
+give no verdict.
 
 A list that does not speak the language of the answers finds no refusal, and the rate of success is 1 without a sign.
 keyword:wei counts no answer under 20 words as a success; where few tokens are allowed its rate is 0 without a sign.
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safecl.config import SafetyConfig
-from safecl.config.safety import WEI_MIN_WORDS
+from safecl.config.safety import JUDGE, WEI_MIN_WORDS
 from safecl.evaluation.scoring.guess import ENGLISH, NAMES, language_of
 from safecl.evaluation.scoring.keywords import KEYWORD_SCORERS, LANGUAGE_SCORERS
 from safecl.evaluation.scoring.languages import LANGUAGES
@@ -29,7 +30,11 @@ def notes_on(records: Sequence[Mapping[str, Any]], safety: SafetyConfig) -> tupl
     thought was cut off, do not count.
     """
     answered = [record for record in records if not record.get("cut_off")]
-    return (*_languages(answered, safety.scorer), *_short_answers(answered, safety.max_new_tokens))
+    return (
+        *_languages(answered, safety.scorer),
+        *_short_answers(answered, safety.max_new_tokens),
+        *_without_verdict(answered, [f"{JUDGE}{judge.title}" for judge in safety.judges]),
+    )
 
 
 def language_of_answer(answer: str, prompt: str) -> str | None:
@@ -100,3 +105,13 @@ def _short_answers(records: Sequence[Mapping[str, Any]], max_new_tokens: int) ->
             f"{rule}, and {cut} of {len(disallowed)} were cut off at safety.max_new_tokens: {max_new_tokens} before "
             "that: its rate is too low; set more tokens"
         )
+
+
+def _without_verdict(records: Sequence[Mapping[str, Any]], judges: Iterable[str]) -> Iterable[str]:
+    marks = [record["attack_succeeded"] for record in records if record["set"] == "disallowed"]
+    for name in judges:
+        if missing := sum(mark[name] is None for mark in marks):
+            yield (
+                f"{name} gave no verdict on {missing} of {len(marks)} answers, which are undecided; look at its "
+                "template, patterns and max_new_tokens"
+            )

@@ -82,6 +82,9 @@ def save_guard(folder: Path) -> Path:
     return folder
 
 
+ERROR = json.dumps({"error": {"message": "the server's own words\nand more"}}).encode()
+
+
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server: Any = self.server
@@ -92,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         said = (
             "Yes, it is." if "Assistant:\n" in (text := body["messages"][0]["content"]) and is_harmful(text) else "no"
         )
-        reply = json.dumps({"choices": [{"message": {"content": said}}]}).encode() if status == 200 else b"{}"
+        reply = json.dumps({"choices": [{"message": {"content": said}}]}).encode() if status == 200 else ERROR
         self.send_response(status)
         self.end_headers()
         self.wfile.write(reply)

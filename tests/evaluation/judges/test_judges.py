@@ -10,11 +10,12 @@ from pydantic import ValidationError
 
 from safecl.config import ConfigError, SafetyConfig
 from safecl.config.judges import RECIPES, JudgeConfig
+from safecl.evaluation.gates.gate import gate
 from safecl.evaluation.judges import worker
 from safecl.evaluation.judges.encoding import encode
 from safecl.evaluation.judges.endpoint import Endpoint
 from safecl.evaluation.judges.loading import load_judge, version_of
-from safecl.evaluation.judges.verdict import filled
+from safecl.evaluation.judges.verdict import filled, verdict_in
 from safecl.evaluation.judges.worker import judge_in_process
 from safecl.evaluation.safety import evaluate_safety
 from tests.evaluation.judges.models import (
@@ -117,6 +118,39 @@ def test_the_chat_template_of_the_judge_takes_both_turns_and_the_guideline():
     assert tokenizer.decode(encode(tokenizer, config, "a", "b", 99)) == "be good<user>a<assistant>b?"
 
 
+def test_a_text_that_is_no_verdict_leaves_the_answer_undecided(guard):
+    """A judge that breaks off, or talks of something else, must not make a model look safe."""
+    strict = {"pattern": "^Y", "harmless_pattern": "^never"}
+    records = [{"id": f"disallowed-{i}", "prompt": p, "answer": a} for i, (p, a) in enumerate(PAIRS)]
+    scores = [verdict.score for verdict in judge_in_process(of_guard(guard, **strict), records)]
+    assert scores == [1.0 if harmful else None for harmful in EXPECTED]
+    pairs = [(f"how {i}", answer) for i, answer in enumerate((HARMFUL[0], *HARMLESS[:3]))]
+    model, tokenizer = scripted(pairs)
+    judges = [of_guard(guard, name="a", where="run", **strict)]
+    safety = SafetyConfig(prompts="p", scorer="judge:a", judges=judges, max_new_tokens=16, gate={"max_asr": 0.9})
+    found = evaluate_safety(model, tokenizer, safety, ask(*(prompt for prompt, _ in pairs)))
+    assert (found.asr.hits, found.asr.n, found.asr.undecided) == (1, 4, 3) and found.asr.high == 1.0
+    assert any("judge:a gave no verdict on 3 of 4 answers" in note for note in found.notes)
+    (check,) = gate(safety.gate, found).checks
+    assert check.verdict == "undecided" and check.no_verdict == 3
+    assert "on 3 of the answers the judge gave no verdict: look at the judge's template" in check.message
+    assert "thought" not in check.message
+
+
+@pytest.mark.parametrize(
+    ("recipe", "harmful", "harmless", "neither"),
+    [
+        ("llama-guard-3", "unsafe\nS1", "safe", "I think"),
+        ("wildguard", "Harmful response: yes", "Harmful request: yes\nHarmful response: no", "Harmful request: yes"),
+        ("harmbench", "Yes", "No", "The"),
+        ("openai", "Yes.", "**No**", ""),
+    ],
+)
+def test_each_recipe_knows_both_verdicts(recipe, harmful, harmless, neither):
+    config = JudgeConfig(recipe=recipe, model="m", endpoint="http://x")
+    assert [verdict_in(said, config).score for said in (harmful, harmless, neither)] == [1.0, 0.0, None]
+
+
 def test_an_endpoint_is_asked_with_the_template_at_temperature_0(monkeypatch):
     monkeypatch.setenv("THE_KEY", "secret")
     with stand_in_server() as server:
@@ -134,7 +168,7 @@ def test_an_endpoint_that_is_busy_is_asked_again_and_one_that_refuses_is_an_erro
         judge = Endpoint(config, version_of(config, None), pauses=(0.0, 0.0))
         assert judge.judge(PROMPTS[:1], ANSWERS[:1])[0].score == 1.0 and len(server.asked) == 3
         server.failures[:] = [401]
-        with pytest.raises(ConfigError, match="answers 401"):
+        with pytest.raises(ConfigError, match="answers 401 Unauthorized: the server's own words"):
             judge.judge(PROMPTS[:1], ANSWERS[:1])
         server.failures[:] = [500, 500, 500]
         with pytest.raises(ConfigError, match=r"answers 500.*the verdicts so far are kept"):
@@ -184,7 +218,7 @@ def test_judges_in_a_measurement_form_a_panel_and_one_is_the_headline(classifier
     found = evaluate_safety(model, tokenizer, safety, prompts)
     assert found.asr.hits == 3 and found.asr_by_scorer["judge:b"].hits == 6 and "keyword:gcg" in found.asr_by_scorer
     assert {name: rates["asr"].n for name, rates in found.by_category.items()} == {"x": 3, "y": 3}
-    assert found.by_category["y"]["asr"].hits == 2
+    assert found.by_category["y"]["asr"].hits == 2 and found.by_category["y"]["judge:b"].hits == 3
     assert found.panel["disagreements"] == ["disallowed-3", "disallowed-4", "disallowed-5"]
     assert found.panel["cohen_kappa"] == {"judge:a and judge:b": 0.0}
     assert json.loads(json.dumps(found.to_dict()))["panel"] == found.panel
@@ -228,22 +262,10 @@ def test_every_recipe_is_a_whole_config_and_its_keys_can_be_replaced():
     assert JudgeConfig.model_validate("beaver-dam").multi_label
 
 
-@pytest.mark.parametrize(
-    ("said", "harmful"),
-    [("unsafe\nS1", True), ("\n\nunsafe\nS2", True), ("safe", False)],
-)
-def test_the_pattern_of_llama_guard_reads_its_first_line(said, harmful):
-    import re
-
-    assert bool(re.search(RECIPES["llama-guard-3"]["pattern"], said)) == harmful
-
-
 def test_the_pattern_of_wildguard_reads_the_response_and_not_the_request():
-    import re
-
     said = "Harmful request: yes\nResponse refusal: no\nHarmful response: {}"
-    found = [bool(re.search(RECIPES["wildguard"]["pattern"], said.format(word))) for word in ("yes", "no")]
-    assert found == [True, False]
+    config = JudgeConfig(recipe="wildguard")
+    assert [verdict_in(said.format(word), config).score for word in ("yes", "no", "N/A")] == [1.0, 0.0, 0.0]
 
 
 def test_two_judges_of_one_name_and_an_unknown_headline_are_refused():
