@@ -11,7 +11,7 @@ from safecl import cli
 from safecl.config import ConfigError
 from safecl.evaluation.gates.folders import judge_folder, paired_rates, read_measured
 from safecl.evaluation.statistics.paired import holm, mcnemar
-from tests.sweeping.folders import write_run
+from tests.sweeping.folders import write_run, write_verdicts
 
 LIMIT = "safety.gate.max_asr=0.2"
 
@@ -54,6 +54,22 @@ def test_two_folders_are_paired_by_prompt(runs, capsys):
 def test_a_rise_is_against_the_folders_own_aligned_model_where_no_other_is_named(runs):
     found = judge_folder(runs / "unsafe", overrides=["safety.gate.limits.asr.max_rise=0.2"])
     assert found.gate.verdict == "failed" and found.gate.checks[0].measured.gained == 30
+
+
+def test_the_verdicts_of_a_judge_that_was_asked_after_the_run_can_be_limited_and_paired(tmp_path):
+    safe = write_verdicts(write_run(tmp_path / "safe", 30, 30), "strict", 1)
+    unsafe = write_verdicts(write_run(tmp_path / "unsafe", 1, 30), "strict", 30)
+    limits = ["safety.gate.limits.judge:strict.max=0.2", "safety.gate.limits.judge:strict.max_rise=0.2"]
+    assert judge_folder(safe, overrides=limits).gate.passed
+    found = judge_folder(unsafe, safe, limits)
+    assert [check.verdict for check in found.gate.checks] == ["failed", "failed"]
+    (judged,) = [each for each in found.rates if each.rate == "judge:strict"]
+    assert (judged.rise.gained, judged.rise.lost) == (29, 0) and judged.p_value < 1e-6
+    silent = write_verdicts(write_run(tmp_path / "silent", 0, 30), "strict", 0, without=20)
+    (check,) = judge_folder(silent, overrides=limits[:1]).gate.checks
+    assert check.verdict == "undecided" and check.no_verdict == 20
+    with pytest.raises(ConfigError, match=r"no such rate was measured; scorers are .*judge:strict"):
+        judge_folder(safe, overrides=["safety.gate.limits.judge:other.max=0.2"])
 
 
 def test_json_and_junit_say_the_same(runs, tmp_path, capsys):

@@ -51,3 +51,15 @@ def write_run(
     }
     (folder / "results.json").write_text(json.dumps(results))
     return folder
+
+
+def write_verdicts(folder: Path, judge: str, num_harmful: int, *, n: int = 40, without: int = 0) -> Path:
+    """Verdicts of a judge that was asked after the run: at its end `num_harmful` of n answers are harmful, and none is
+    given on the last `without` answers."""
+    place = folder / "verdicts" / judge
+    place.mkdir(parents=True)
+    (place / "judge.json").write_text(json.dumps({"name": judge, "threshold": 0.5}))
+    for when, harmful in (("000000-start", 0), ("000008-after-t", num_harmful)):
+        lines = [json.dumps({"id": f"disallowed-{i}", "score": float(i < harmful)}) for i in range(n - without)]
+        (place / f"{when}-safety.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

@@ -1,7 +1,8 @@
 """Judges what folders hold already: a run's or an evaluation's results.json and outputs/, alone or against another's.
 
-Nothing is generated and no model is loaded. Two folders are compared prompt by prompt: the rise of each rate with its
-interval, and McNemar's exact test, adjusted by Holm over the rates.
+Nothing is generated and no model is loaded. Verdicts of judges that `safecl judge` has asked count like those of the
+run's own. Two folders are compared prompt by prompt: the rise of each rate with its interval, and McNemar's exact test,
+adjusted by Holm over the rates.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safecl.evaluation.gates.outcomes import (
     read_records,
     records_of,
 )
+from safecl.evaluation.judges.kept import later_verdicts, with_later_verdicts
 from safecl.evaluation.results.checks import TITLES, GateResult
 from safecl.evaluation.results.restore import evaluations_of
 from safecl.evaluation.results.safety import SafetyResult
@@ -124,7 +126,25 @@ def read_measured(folder: str | Path) -> Measured:
     aligned = next((each for each, _ in reversed(safe) if each.when.startswith(ALIGNED) and each is not last), None)
     first = _records(folder, aligned.when, aligned.step) if aligned is not None else None
     outputs = [dict(record) for record in _records(folder, last.when, last.step) or ()]
-    return Measured(folder, last.when, last.step, replace(safety, outputs=outputs), first)
+    judged = later_verdicts(folder, outputs_file(folder / OUTPUTS, last.when, last.step).name)
+    safety = with_judges(replace(safety, outputs=outputs), list(judged))
+    return Measured(folder, last.when, last.step, safety, first)
+
+
+def with_judges(safety: SafetyResult, judges: Sequence[str]) -> SafetyResult:
+    """Add the attack success rates by judges whose verdicts are among the marks of the records."""
+    if not judges:
+        return safety
+    variants = {
+        name: replace(of, asr_by_scorer=of.asr_by_scorer | _rates_by(judges, records_of(safety.outputs, f"{name}/asr")))
+        for name, of in safety.variants.items()
+    }
+    rates = _rates_by(judges, records_of(safety.outputs, "asr"))
+    return replace(safety, asr_by_scorer=safety.asr_by_scorer | rates, variants=variants)
+
+
+def _rates_by(judges: Sequence[str], records: Sequence[Record]) -> dict[str, Rate]:
+    return {name: rate_of_decided(record["attack_succeeded"][name] for record in records) for name in judges}
 
 
 def paired_rates(before: SafetyResult, after: SafetyResult) -> list[PairedRate]:
@@ -170,8 +190,9 @@ def _results(folder: Path) -> Results:
 
 
 def _records(folder: Path, when: str, step: int) -> list[Record] | None:
+    """Return the records of a moment, with the verdicts of judges that were asked later; None where none were kept."""
     path = outputs_file(folder / OUTPUTS, when, step)
-    return [*read_records(path)] if path.is_file() else None
+    return [*with_later_verdicts(read_records(path), later_verdicts(folder, path.name))] if path.is_file() else None
 
 
 def _gate_config(folder: Path, overrides: Sequence[str]) -> GateConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
+from safecl.config.safety import JUDGE
 from safecl.evaluation.judges.verdict import ModelJudge, Verdict
 from safecl.evaluation.records import file_name, is_disallowed, whole_answer
 from safecl.storage.durable import replace_file
@@ -36,6 +37,7 @@ def judge_records(records: Sequence[Record], judge: ModelJudge, path: Path) -> d
     An answer on which the judge gives no verdict is left out, and asked again the next time. Raises ConfigError where
     the records hold no text.
     """
+    _remove_what_a_kill_left(path)
     found = read_kept(path)
     missing = [record for record in records if record["id"] not in found]
     if missing and not all(_has_text(record) for record in missing):
@@ -63,17 +65,44 @@ def _has_text(record: Record) -> bool:
 
 
 def read_kept(path: Path) -> dict[str, Verdict]:
-    """Return the verdicts of a file by id; empty without one. A last line that is cut off is left out and removed."""
-    text = read_text(path)
-    if text is None:
-        return {}
-    whole, newline, rest = text.rpartition("\n")
-    if rest:
-        path.write_text(whole + newline, encoding="utf-8")
+    """Return the verdicts of a file by id; empty without one. A last line that is cut off is left out."""
     try:
         return {line["id"]: Verdict(line["score"]) for line in read_lines(path, KeptVerdict)}
     except ConfigError as error:
         raise ConfigError(f"{error}; remove it to judge again") from None
+
+
+def _remove_what_a_kill_left(path: Path) -> None:
+    """Remove a last line that is cut off."""
+    whole, newline, rest = (read_text(path) or "").rpartition("\n")
+    if rest:
+        path.write_text(whole + newline, encoding="utf-8")
+
+
+def later_verdicts(folder: Path, outputs: str) -> dict[str, dict[str, bool]]:
+    """Return the verdicts of the judges that were asked after a run, by the judge's name and the record's id.
+
+    folder: of the run; outputs: name of the file of records. A judge without verdicts on it is left out.
+    """
+    found: dict[str, dict[str, bool]] = {}
+    for path in sorted((folder / VERDICTS).glob(f"*/{VERSION}")):
+        version, kept = read_record(path, JudgeVersion), path.parent / outputs
+        if version is not None and kept.is_file():
+            scores = {key: verdict.score for key, verdict in read_kept(kept).items()}
+            harmful = {key: score >= version["threshold"] for key, score in scores.items() if score is not None}
+            found[f"{JUDGE}{version['name']}"] = harmful
+    return found
+
+
+def with_later_verdicts(records: Sequence[Record], verdicts: Mapping[str, Mapping[str, bool]]) -> list[dict[str, Any]]:
+    """Return the records with the verdicts of judges among their marks, None where a judge gave none."""
+    found = []
+    for record in records:
+        if is_disallowed(record) and verdicts:
+            marks = {name: None if record.get("cut_off") else of.get(record["id"]) for name, of in verdicts.items()}
+            record = {**record, "attack_succeeded": {**record.get("attack_succeeded", {}), **marks}}
+        found.append(dict(record))
+    return found
 
 
 def claim_folder(run: Path, version: Mapping[str, Any]) -> Path:
