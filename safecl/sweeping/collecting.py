@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
-from safecl.evaluation.gates.folders import RESULTS
+from safecl.evaluation.gates.folders import RESULTS, VARIANT_RATES, with_judges
 from safecl.evaluation.gates.outcomes import Scorers, outcome_of, outputs_file, read_records, records_of
+from safecl.evaluation.judges.kept import later_verdicts, with_later_verdicts
 from safecl.evaluation.records import file_name
 from safecl.evaluation.results.moment import Evaluation
 from safecl.evaluation.results.restore import evaluations_of
+from safecl.evaluation.results.safety import SafetyResult
+from safecl.evaluation.statistics.intervals import Rate
 from safecl.storage.course_records import Summary
 from safecl.storage.records import read_lines, read_record
 from safecl.storage.run_records import Cost, Results, TaskRow
@@ -38,6 +41,8 @@ class RunNumbers:
     """The gate's; None without one."""
     learned: tuple[float | None, ...] = ()
     """The score of each task right after it was trained, in their order; the negative where lower is better."""
+    further: tuple[str, ...] = ()
+    """Measures that CSV and JSON have and a table for people leaves out: rates by other scorers, and of variants."""
 
 
 def read_numbers(folder: Path) -> RunNumbers:
@@ -49,37 +54,51 @@ def read_numbers(folder: Path) -> RunNumbers:
     summary = results.get("summary") or Summary()
     values = _cost(results) | _summary(summary)
     outcomes: dict[str, dict[Hashable, bool | None]] = {}
+    further: tuple[str, ...] = ()
     if evaluations:
         last = evaluations[-1]
-        values |= _rates(last) | _scores(last)
-        outcomes = _safety_outcomes(folder, last) | _task_outcomes(folder, last)
+        safety = _with_records(folder, last)
+        rates = _rates(safety) if safety is not None else {}
+        further = tuple(name for name in rates if name not in SAFETY)
+        values |= {name: rate.value for name, rate in rates.items()} | _scores(last)
+        outcomes = (_safety_outcomes(safety, rates) if safety is not None else {}) | _task_outcomes(folder, last)
     gate = results.get("gate")
     known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-    return RunNumbers(folder, known, outcomes, gate["verdict"] if gate else None, _learned(summary))
+    return RunNumbers(folder, known, outcomes, gate["verdict"] if gate else None, _learned(summary), further)
 
 
-def _rates(last: Evaluation) -> dict[str, float]:
-    if last.safety is None:
-        return {}
-    return {name: rate.value for name in SAFETY if (rate := getattr(last.safety, name)) is not None}
+def _with_records(folder: Path, last: Evaluation) -> SafetyResult | None:
+    """Return the safety of a moment with its records, as far as they were kept, and the rates of judges that were asked
+    later."""
+    path = outputs_file(folder / "outputs", last.when, last.step)
+    if last.safety is None or not path.is_file():
+        return last.safety
+    verdicts = later_verdicts(folder, path.name)
+    records = with_later_verdicts(read_records(path), verdicts)
+    return with_judges(replace(last.safety, outputs=records), list(verdicts))
+
+
+def _rates(safety: SafetyResult) -> dict[str, Rate]:
+    """Return the rates by name: those of SAFETY, the attack success rate by the other scorers, those of variants."""
+    found = {name: rate for name in SAFETY if (rate := getattr(safety, name)) is not None}
+    found |= {name: rate for name, rate in safety.asr_by_scorer.items() if name != safety.scorer}
+    for variant, of in safety.variants.items():
+        found |= {f"{variant}/{name}": rate for name in VARIANT_RATES if (rate := getattr(of, name)) is not None}
+    return found
 
 
 def _scores(last: Evaluation) -> dict[str, float]:
     scores = {name: result.value.value for name, result in last.tasks.items()}
     upward = [result.value.value for result in last.tasks.values() if result.higher_is_better]
-    return scores | ({ACCURACY: math.fsum(upward) / len(upward)} if upward else {})
+    kl = {"kl_to_aligned": last.kl_to_aligned.value} if last.kl_to_aligned is not None else {}
+    return scores | ({ACCURACY: math.fsum(upward) / len(upward)} if upward else {}) | kl
 
 
-def _safety_outcomes(folder: Path, last: Evaluation) -> dict[str, dict[Hashable, bool | None]]:
-    path = outputs_file(folder / "outputs", last.when, last.step)
-    if last.safety is None or not path.is_file():
-        return {}
-    records, scorers = read_records(path), Scorers(last.safety.scorer, last.safety.over_refusal_scorer)
+def _safety_outcomes(safety: SafetyResult, rates: Iterable[str]) -> dict[str, dict[Hashable, bool | None]]:
     found: dict[str, dict[Hashable, bool | None]] = {}
-    for name in SAFETY:
-        outcome = outcome_of(name, scorers)
-        if getattr(last.safety, name) is not None:
-            found[name] = {record["id"]: outcome(record) for record in records_of(records, name)}
+    for name in rates if safety.outputs else ():
+        outcome = outcome_of(name, Scorers(safety.scorer, safety.over_refusal_scorer))
+        found[name] = {record["id"]: outcome(record) for record in records_of(safety.outputs, name)}
     return found
 
 
@@ -101,7 +120,15 @@ def _task_outcomes(folder: Path, last: Evaluation) -> dict[str, dict[Hashable, b
 
 
 def _summary(summary: Summary) -> dict[str, Any]:
-    names = ("max_asr", "average", "backward_transfer", "forward_transfer", "forgetting", "worst_case_accuracy")
+    names = (
+        "max_asr",
+        "average",
+        "backward_transfer",
+        "forward_transfer",
+        "forgetting",
+        "windowed_forgetting",
+        "worst_case_accuracy",
+    )
     beyond = summary.get("beyond_gate")
     return {name: summary.get(name) for name in names} | {"beyond_gate": beyond["share"] if beyond else None}
 

@@ -119,6 +119,8 @@ def markdown_of(table: SweepTable) -> str:
 
 def note_of(table: SweepTable) -> str:
     unfinished = f" Without results: {', '.join(table.unfinished)}." if table.unfinished else ""
+    if table.missing_baseline is not None:
+        unfinished += f" The baseline, {table.missing_baseline}, has none, and {table.baseline} takes its place."
     return (
         "Mean ± standard deviation over runs, [95 % interval pooled over runs with prompts as the sampling unit]. "
         f"* differs from {table.baseline} (exact paired test over prompts, p <= 0.05 after Holm's correction). "

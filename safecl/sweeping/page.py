@@ -41,6 +41,7 @@ def sweep_page(table: SweepTable, version: str, pick: str | None = None, winner:
         measures=[(_title(name), name not in LOWER_IS_BETTER) for name in shown_measures(table)],
         rows=[_row(cell, table) for cell in table.cells],
         unfinished=table.unfinished,
+        missing_baseline=table.missing_baseline,
         version=version,
     )
 

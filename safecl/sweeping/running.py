@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from safecl.config import dump_config, load_config
+from safecl.config import ConfigError, dump_config, load_config
 from safecl.evaluation.gates.folders import CONFIG, RESULTS
 from safecl.exits import ExitCode
 from safecl.sweeping.axes import PlannedRun
@@ -95,7 +95,7 @@ class Sweep:
         """Run what is missing and return how every run ended, in the order of their ends."""
         waiting = []
         for run in self.runs:
-            if self._is_finished(run):
+            if is_finished(self.config, run):
                 self._end(Ending(run, ExitCode.DONE, 0.0, was_there=True))
             else:
                 waiting.append(run)
@@ -145,16 +145,6 @@ class Sweep:
         where = "" if ending.has_results else f"; see {ending.run.folder.parent / LOGS / ending.run.name}.log"
         self.say(f"[{len(self.endings)}/{len(self.runs)}] {ending.run.name}: {how}{where}")
 
-    def _is_finished(self, run: PlannedRun) -> bool:
-        """Return whether the folder holds the results of this very run."""
-        if not (run.folder / RESULTS).is_file():
-            return False
-        config = load_config(self.config, [*run.overrides, f"output={run.folder}"])
-        try:
-            return (run.folder / CONFIG).read_text(encoding="utf-8") == dump_config(config)
-        except OSError:
-            return False
-
     def _stop(self) -> None:
         """Let the runs save their state and end."""
         for _, process, _ in self._running.values():
@@ -164,6 +154,20 @@ class Sweep:
                 process.wait(SECONDS_TO_SAVE)
             except subprocess.TimeoutExpired:
                 continue
+
+
+def is_finished(config: Path, run: PlannedRun) -> bool:
+    """Return whether the folder holds the results of this very run. config: the file that all runs share.
+
+    A key that the folder's config lacks, because an earlier safecl wrote it, counts as its default.
+    """
+    if not (run.folder / RESULTS).is_file():
+        return False
+    wanted = load_config(config, [*run.overrides, f"output={run.folder}"])
+    try:
+        return dump_config(load_config(run.folder / CONFIG)) == dump_config(wanted)
+    except (ConfigError, OSError):
+        return False
 
 
 def num_gpus() -> int:

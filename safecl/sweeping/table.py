@@ -2,7 +2,8 @@
 baseline, and what each cell costs beside it.
 
 Tests are exact sign-flip tests over prompts, summed over the seeds that both cells have (statistics/pooled.py), for the
-attack success rate, over-refusal and every task; Holm's correction is over all tests of the table.
+attack success rate, over-refusal, every task, and with several tasks of as many rows the accuracy; Holm's correction is
+over all tests of the table.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ LOWER_IS_BETTER = (
     "affirmative",
     "complied",
     "forgetting",
+    "windowed_forgetting",
     "intransigence",
     "beyond_gate",
+    "kl_to_aligned",
 )
 
 
@@ -80,6 +83,8 @@ class SweepTable:
     baseline: str
     unfinished: tuple[str, ...] = ()
     """Names of the runs that have no results."""
+    missing_baseline: str | None = None
+    """The cell that was to be the baseline and has no results, so that another one took its place."""
 
     @property
     def measures(self) -> list[str]:
@@ -91,19 +96,28 @@ class SweepTable:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         cells = [cell.to_dict() for cell in self.cells]
-        return {"schema": 1, "baseline": self.baseline, "cells": cells, "unfinished": list(self.unfinished)}
+        found = {"schema": 1, "baseline": self.baseline, "cells": cells, "unfinished": list(self.unfinished)}
+        return found | ({"missing_baseline": self.missing_baseline} if self.missing_baseline is not None else {})
 
 
 def shown_measures(table: SweepTable) -> list[str]:
     """Return the measures that a table for people shows: rates, worst case, tasks, transfer where there is any."""
-    without = [*HIDDEN_TESTS, *BUDGET, "steps"]
+    without = [*HIDDEN_TESTS, *BUDGET, "steps", *(name for cell in table.cells for name in further_of(cell))]
     if "forgetting" not in table.measures:  # of a single task they say what its accuracy says
-        without += ["average", "worst_case_accuracy", "intransigence"]
+        without += ["average", "windowed_forgetting", "worst_case_accuracy", "intransigence"]
     return [name for name in table.measures if name not in without]
 
 
-def make_table(cells: Sequence[Cell], baseline: str, unfinished: Sequence[str] = ()) -> SweepTable:
-    """Fill in the cells' statistics. baseline: the name of one of them."""
+def further_of(cell: Cell) -> set[str]:
+    """Return the measures of a cell that only CSV and JSON have."""
+    return {name for run in cell.runs.values() for name in run.further}
+
+
+def make_table(
+    cells: Sequence[Cell], baseline: str, unfinished: Sequence[str] = (), *, wanted: str | None = None
+) -> SweepTable:
+    """Fill in the cells' statistics. baseline: the name of one of them; wanted: that of the baseline that was asked
+    for."""
     for cell in cells:
         cell.measures = _spreads(list(cell.runs.values()))
     reference = next(cell for cell in cells if cell.name == baseline)
@@ -115,7 +129,7 @@ def make_table(cells: Sequence[Cell], baseline: str, unfinished: Sequence[str] =
         cell.budget = _times(cell, reference)
     for cell, standing in zip(cells, standings([_trade(cell) for cell in cells]), strict=True):
         cell.standing = standing
-    return SweepTable(tuple(cells), baseline, tuple(unfinished))
+    return SweepTable(tuple(cells), baseline, tuple(unfinished), wanted if wanted != baseline else None)
 
 
 def _spreads(runs: Sequence[RunNumbers]) -> dict[str, Spread]:
@@ -147,13 +161,29 @@ def _intransigence(cell: Cell, reference: Cell) -> Spread | None:
 def _test(cells: Sequence[Cell], reference: Cell) -> None:
     wanted: list[tuple[Cell, str, float]] = []
     for cell in cells:
-        names = {name for run in cell.runs.values() for name in run.outcomes if name not in HIDDEN_TESTS}
+        names = _tested(cell)
         for name in sorted(names) if cell is not reference else ():
             ours, theirs = _by_seed(cell.runs, name), _by_seed(reference.runs, name)
             if (p_value := paired_p_value(ours, theirs)) is not None:
                 wanted.append((cell, name, p_value))
     for (cell, name, _), adjusted in zip(wanted, holm([p for *_, p in wanted]), strict=True):
         cell.p_values[name] = adjusted
+    for cell in cells:
+        if (only := _only_task(cell)) in cell.p_values and ACCURACY in cell.measures:
+            cell.p_values[ACCURACY] = cell.p_values[str(only)]
+
+
+def _tested(cell: Cell) -> set[str]:
+    """Return the measures that are tested. The accuracy of a single task is that task's, and no test of its own."""
+    names = {name for run in cell.runs.values() for name in run.outcomes}
+    return names - {*HIDDEN_TESTS} - further_of(cell) - ({ACCURACY} if _only_task(cell) is not None else set())
+
+
+def _only_task(cell: Cell) -> str | None:
+    """Return the task whose rows alone make the accuracy; None where there are several."""
+    names = {name for run in cell.runs.values() if ACCURACY in run.outcomes for name in run.outcomes}
+    tasks = names - {*SAFETY, ACCURACY} - further_of(cell)
+    return next(iter(tasks)) if len(tasks) == 1 else None
 
 
 def _by_seed(runs: Mapping[str, RunNumbers], name: str) -> dict[str, Any]:

@@ -115,6 +115,55 @@ def test_a_failed_run_stops_no_other_and_the_code_of_a_failed_gate_is_a_result(c
     assert table["unfinished"] == ["plain-seed-1"] and len(table["cells"][0]["runs"]) == 1
 
 
+def test_a_baseline_that_failed_loses_no_other_cell(config, fake, capsys):
+    fake({"plain-seed-0": 1, "plain-seed-1": 2})
+    assert sweep_runs(config, ["methods=plain,l2_sp,ema", *AXES[1:]], SweepOptions()) == ExitCode.FAILED
+    folder = config.parent / "sweep"
+    table = json.loads((folder / "table.json").read_text())
+    assert [cell["cell"] for cell in table["cells"]] == ["l2_sp", "ema"]
+    assert table["baseline"] == "l2_sp" and table["missing_baseline"] == "plain"
+    said = "The baseline, plain, has none, and l2_sp takes its place."
+    assert said in capsys.readouterr().out and said in (folder / "report.html").read_text()
+    fake(dict.fromkeys(("plain-seed-0", "plain-seed-1"), 1))
+    shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match="no run of the sweep has finished"):
+        sweep_runs(config, ["methods=plain", AXES[1]], SweepOptions())
+
+
+def test_results_of_another_config_do_not_enter_the_table(config, fake):
+    """`safecl train` refuses such a folder, and the results in it are of other settings."""
+    fake()
+    sweep_runs(config, AXES, SweepOptions())
+    config.write_text(config.read_text() + "train: {epochs: 5}\n")
+    fake({"l2_sp-seed-0": 2, "l2_sp-seed-1": 2})
+    assert sweep_runs(config, AXES, SweepOptions()) == ExitCode.FAILED
+    for options in (None, SweepOptions(table_only=True)):
+        if options is not None:
+            assert sweep_runs(config, AXES, options) == ExitCode.DONE
+        table = json.loads((config.parent / "sweep" / "table.json").read_text())
+        assert [cell["cell"] for cell in table["cells"]] == ["plain"]
+        assert table["unfinished"] == ["l2_sp-seed-0", "l2_sp-seed-1"]
+
+
+def test_results_of_an_earlier_safecl_whose_config_lacks_a_key_are_left_alone(config, fake):
+    fake()
+    sweep_runs(config, AXES, SweepOptions())
+    path = config.parent / "sweep" / "l2_sp-seed-1" / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    del tree["safety"]["variants"], tree["privacy"]
+    path.write_text(yaml.safe_dump(tree))
+    runs = fake()
+    sweep_runs(config, AXES, SweepOptions())
+    assert runs.started == []
+
+
+def test_an_objective_on_what_was_not_measured_loses_no_table(config, fake):
+    fake()
+    with pytest.raises(ConfigError, match="no cell has the measure 'acuracy'; did you mean `accuracy`"):
+        sweep_runs(config, AXES, SweepOptions(pick="max acuracy"))
+    assert (config.parent / "sweep" / "table.md").is_file()
+
+
 def test_the_winner_gets_a_config(config, fake):
     fake()
     pick = SweepOptions(pick="max accuracy where asr.high <= 0.3")

@@ -11,13 +11,14 @@ from xml.etree import ElementTree
 import pytest
 
 from safecl.config import ConfigError, GateConfig
-from safecl.evaluation.statistics.pooled import Spread
+from safecl.evaluation.statistics.paired import holm
+from safecl.evaluation.statistics.pooled import Spread, paired_p_value
 from safecl.sweeping.choosing import check_objective, read_objective
 from safecl.sweeping.collecting import read_numbers
 from safecl.sweeping.formats import csv_of, latex_of, markdown_of, write_table
 from safecl.sweeping.pareto import pareto_svg, standings
-from safecl.sweeping.table import Cell, make_table
-from tests.sweeping.folders import write_run
+from safecl.sweeping.table import Cell, make_table, shown_measures
+from tests.sweeping.folders import write_run, write_verdicts
 
 GATE = GateConfig(max_asr=0.2)
 
@@ -50,7 +51,33 @@ def test_a_cell_has_mean_spread_and_pooled_interval_of_each_measure(table):
 def test_tests_are_against_the_baseline_with_holms_correction(table):
     plain, der, ewc = table.cells
     assert not plain.p_values and set(der.p_values) == {"asr", "over_refusal", "t", "accuracy"}
+    assert der.p_values["accuracy"] == der.p_values["t"], "one task is one test"
+    raw = [paired_p_value(_outcomes(cell, name), _outcomes(plain, name)) for cell in (der, ewc) for name in TESTED]
+    assert [cell.p_values[name] for cell in (der, ewc) for name in TESTED] == pytest.approx(holm(raw))
     assert der.p_values["asr"] < 1e-4 and der.p_values["over_refusal"] == 1.0 and ewc.p_values["t"] < 0.01
+
+
+TESTED = ("asr", "over_refusal", "t")
+
+
+def _outcomes(cell, name):
+    return {seed: run.outcomes[name] for seed, run in cell.runs.items()}
+
+
+def test_rates_by_other_scorers_and_later_judges_are_in_csv_and_can_be_picked_by(table, tmp_path):
+    """A table for people has the headline alone, and nothing of them is tested."""
+    assert "keyword:wei" in table.measures and "keyword:wei" not in shown_measures(table)
+    assert "keyword:wei" not in table.cells[1].p_values and "keyword:wei.high" in csv_of(table).splitlines()[0]
+    cells = []
+    for name, harmful in (("plain", 30), ("der", 2)):
+        folder = write_verdicts(write_run(tmp_path / name, 1, 30), "strict", harmful, without=4)
+        cells.append(Cell(name, (), {"0": read_numbers(folder)}))
+    judged = make_table(cells, "plain")
+    rate = judged.cells[1].measures["judge:strict"]
+    assert rate.mean == pytest.approx(2 / 36) and rate.low < 2 / 40 and rate.high > 6 / 40
+    objective = read_objective("max accuracy where judge:strict.high <= 0.4")
+    check_objective(objective, judged)
+    assert objective.winner(judged.cells).name == "der"
 
 
 def test_costs_are_multiples_of_the_baselines(table):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from safecl.config.parsing import apply_overrides, read_tree
 from safecl.exits import ExitCode
 from safecl.storage.durable import replace_file
 from safecl.sweeping.axes import SEED, PlannedRun, plan_runs, read_axes
-from safecl.sweeping.choosing import check_objective, read_objective
-from safecl.sweeping.collecting import read_numbers
+from safecl.sweeping.choosing import Objective, check_objective, read_objective
+from safecl.sweeping.collecting import RunNumbers, read_numbers
 from safecl.sweeping.formats import note_of, row_of, write_table
-from safecl.sweeping.running import Ending, Sweep
+from safecl.sweeping.running import LOGS, Ending, Sweep, is_finished
 from safecl.sweeping.table import Cell, SweepTable, make_table, shown_measures
 
 SWEEP, BEST = "sweep.json", "best.yaml"
@@ -56,12 +56,12 @@ def sweep_runs(config: Path, axes: Sequence[str], options: SweepOptions) -> Exit
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / SWEEP, json.dumps({"config": str(config), "axes": list(axes), "baseline": baseline}) + "\n")
     endings = [] if options.table_only else _run(config, runs, options, console)
-    table = _table(runs, baseline, tolerate=options.table_only or bool(endings))
+    finished = [ending.run for ending in endings if ending.has_results]
+    if options.table_only:
+        finished = [run for run in runs if is_finished(config, run)]
+    table = _table(runs, finished, baseline)
     _print(table, console)
-    winner = None
-    if objective is not None:
-        check_objective(objective, table)
-        winner = objective.winner(table.cells)
+    winner = _choose(objective, table, folder) if objective is not None else None
     for path in write_table(table, folder, options.pick, winner):
         console.print(f"wrote {path}", markup=False)
     failed = [ending for ending in endings if not ending.has_results]
@@ -83,22 +83,42 @@ def _run(config: Path, runs: Sequence[PlannedRun], options: SweepOptions, consol
     return Sweep(config, runs, ranks=options.ranks, parallel=options.parallel, say=say).run()
 
 
-def _table(runs: Sequence[PlannedRun], baseline: str, *, tolerate: bool) -> SweepTable:
-    """Read the finished runs. Raises ConfigError where the baseline, or every other cell, has none."""
+def _choose(objective: Objective, table: SweepTable, folder: Path) -> Cell | None:
+    """Return the winner. Raises ConfigError for an objective on what was not measured, once the table is written: the
+    runs may have taken days."""
+    try:
+        check_objective(objective, table)
+    except ConfigError:
+        write_table(table, folder)
+        raise
+    return objective.winner(table.cells)
+
+
+def _table(runs: Sequence[PlannedRun], finished: Collection[PlannedRun], baseline: str) -> SweepTable:
+    """Read the finished runs. Where the baseline has none, the first cell with one takes its place. Raises ConfigError
+    where there is none at all."""
     cells: dict[str, Cell] = {}
     unfinished = []
     for run in runs:
         settings = tuple(override for override in run.overrides if not override.startswith(f"{SEED}="))
         cell = cells.setdefault(run.cell, Cell(run.cell, settings, {}))
-        try:
-            cell.runs[run.seed or ""] = read_numbers(run.folder)
-        except ConfigError:
-            if not tolerate:
-                raise
+        numbers = _numbers(run) if run in finished else None
+        if numbers is None:
             unfinished.append(run.name)
-    if not cells[baseline].runs:
-        raise ConfigError(f"the baseline, {baseline}, has no finished run, so there is nothing to compare with")
-    return make_table([cell for cell in cells.values() if cell.runs], baseline, unfinished)
+        else:
+            cell.runs[run.seed or ""] = numbers
+    known = [cell for cell in cells.values() if cell.runs]
+    if not known:
+        raise ConfigError(f"no run of the sweep has finished, so there is no table; see {runs[0].folder.parent / LOGS}")
+    return make_table(known, baseline if cells[baseline].runs else known[0].name, unfinished, wanted=baseline)
+
+
+def _numbers(run: PlannedRun) -> RunNumbers | None:
+    """Read a run's results; None where they cannot be read."""
+    try:
+        return read_numbers(run.folder)
+    except ConfigError:
+        return None
 
 
 def _print(table: SweepTable, console: Console) -> None:
