@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from safecl.evaluation.results.tables import measures
+from safecl.evaluation.results.tables import measures, shown_value
 from safecl.report.comparison import last_moments, named, read_runs, warnings_of, write_comparison
 from safecl.report.folder import ReportedRun, read_run
 from safecl.report.headline import badge_of
@@ -50,7 +50,7 @@ def _table(runs: list[ReportedRun]) -> Table:
     rows = [
         row
         for row in measures(last_moments(runs))
-        if row[0] in _SHOWN or not row[0].startswith((" ", "ASR", "over", "answers"))
+        if row[0] in _SHOWN or not row[0].startswith((" ", "ASR", "over", "answers", "thoughts", "probe"))
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
@@ -61,7 +61,7 @@ def _table(runs: list[ReportedRun]) -> Table:
     for i, (name, run) in enumerate(zip(named(runs), runs, strict=True)):
         values = [row[2][i] for row in rows]
         cells = [
-            "-" if value is None else f"{value.value:.3f}\n[dim]{value.low:.2f}-{value.high:.2f}[/dim]"
+            "-" if value is None else f"{shown_value(value)}\n[dim]{value.low:.2f}-{value.high:.2f}[/dim]"
             for value in values
         ]
         table.add_row(f"{name}\n[dim]{run.methods_text}[/dim]", badge_of(run)[0].lower(), *cells, _seconds(run))
@@ -79,5 +79,6 @@ _SHOWN = {
     "  complied, by rules": "complied\nby rules",
     "  off-task or incoherent": "off-task\nanswers",
     "over-refusal prefix:xstest": "over-\nrefusal\nxstest",
+    "KL to the aligned model": "KL to\naligned",
 }
 """The measures of safety and refusal that are shown, and their headings. The measures of tasks are all shown."""

@@ -32,6 +32,8 @@ Privacy = Literal["full", "hashed", "none"]
 LONGEST_NAME: Final = 160
 """Bytes of a moment or a task in the name of a file; a file system takes 255 for the whole name."""
 
+HASHED: Final = "sha256:"
+"""Begins what is kept of a text as its hash."""
 TEXTS = ("prompt", "answer", "reference", "raw", "thought", "prefill")
 
 
@@ -117,7 +119,7 @@ def file_name(text: str) -> str:
 
 def hash_of(text: str) -> str:
     """Return `sha256:` and the first 16 hex digits of a text's SHA-256."""
-    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return HASHED + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def outputs_file(folder: str | Path, when: str, step: int) -> Path:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from safecl.config import (
     ConfigError,
     EvalConfig,
+    GateConfig,
     ModelConfig,
     RunConfig,
     SafetyConfig,
@@ -27,6 +28,7 @@ from safecl.config import (
     validate_tree,
 )
 from safecl.evaluation.answers.folders import check_is_model, is_model, name_of
+from safecl.evaluation.gates.folders import aligned_records
 from safecl.evaluation.gates.gate import judge_gate
 from safecl.evaluation.harness import HarnessTasks, check_harness, facts_of, measure_harness
 from safecl.evaluation.questions import Questions, questions_of, read_held_out, read_safety_prompts
@@ -116,7 +118,8 @@ def evaluate_config(
     settings = config.model.model_copy(update={"path": str(model or config.model.path)})
     folder = Path(output or Path(config.output) / "eval")
     questions, privacy = questions_of(config), config.privacy.examples
-    return _measure(settings, config.model.dtype, questions, privacy, folder, hash_of, harness)
+    run = Path(config.output)
+    return _measure(settings, config.model.dtype, questions, privacy, folder, hash_of, harness, run)
 
 
 def evaluate_folder(
@@ -183,7 +186,9 @@ def _measure(
     folder: Path,
     hash_of: HashOfModel | None,
     harness: HarnessTasks | None,
+    run: Path | None = None,
 ) -> StandaloneResult:
+    """run: folder of the run that the model is of, whose aligned model limits on a rise compare with."""
     if not questions and harness is None:
         raise ConfigError(_nothing_to_measure(settings.path))
     if harness is not None:
@@ -205,12 +210,19 @@ def _measure(
     with collectives.process_group():
         found = _ask(settings, dtype, questions, tokenizer, folder, when) if questions else Evaluation(when, 0)
         found = replace(found, tasks=found.tasks | of_harness)
-        gate = judge_gate(questions.safety.gate if questions.safety else None, found)
+        gate = _judge(found, questions.safety.gate if questions.safety else None, run)
         facts: dict[str, Any] = {}
         if collectives.rank() == 0:
             facts = _facts(settings, questions, tokenizer, hash_of, harness)
             write_results(folder, earlier, found, gate.to_dict() if gate else None, facts, privacy)
     return StandaloneResult(settings.path, found, gate, folder, tuple(notes), facts)
+
+
+def _judge(found: Evaluation, gate: GateConfig | None, run: Path | None) -> GateResult | None:
+    if gate is None or found.safety is None:
+        return None
+    reference = aligned_records(run, found.safety.outputs) if gate.is_relative and run is not None else None
+    return judge_gate(gate, found, reference)
 
 
 def _ask(

@@ -7,8 +7,9 @@ import sys
 import pytest
 import yaml
 
-from safecl.config import ConfigError, SafetyConfig
+from safecl.config import ConfigError, SafetyConfig, dump_config, load_config
 from safecl.evaluation import HFEvalModel, evaluate_folder, evaluate_target
+from safecl.evaluation.gates.folders import judge_folder
 from tests.evaluation.models import byte_tokenizer, tiny_model
 from tests.evaluation.test_task import byte_model
 
@@ -140,6 +141,22 @@ def test_the_gate_of_a_config_is_judged(place, tmp_path):
     assert result.gate is not None and json.loads((result.folder / "results.json").read_text())["gate"] == (
         result.gate.to_dict()
     )
+
+
+@pytest.mark.parametrize("privacy", ["full", "hashed"])
+def test_a_limit_on_a_rise_compares_with_the_aligned_model_of_the_run(place, tmp_path, privacy):
+    """Its answers are in the run's own folder; the gate's verdict on the evaluation alone is the same."""
+    overrides = [f"privacy.examples={privacy}", "safety.gate={limits: {asr: {max_rise: 0.9}}}", f"output={tmp_path}"]
+    config = load_config(place / "run.yaml", overrides)
+    first = evaluate_target(place / "run.yaml", overrides, output=tmp_path)
+    assert first.evaluation.when == "start" and first.gate.verdict == "undecided", "nothing is there to compare with"
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    save_model(tmp_path / "model", seed=1)
+    (check,) = evaluate_target(tmp_path).gate.checks
+    assert check.measured.n == 5 and check.measured.gained + check.measured.lost <= 5
+    assert judge_folder(tmp_path / "eval").gate.checks == (check,)
+    (other,) = evaluate_target(tmp_path, ["safety.max_prompts=2"]).gate.checks
+    assert other.measured is None and other.verdict == "undecided", "the run was asked other prompts"
 
 
 def test_privacy_of_the_config_governs_the_outputs(place, tmp_path):

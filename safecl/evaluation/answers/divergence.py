@@ -75,10 +75,10 @@ def _passes(model: EvalModel, rows: Sequence[ScoredRow]) -> Iterator[torch.Tenso
     while model.any(number < len(rows)):
         row = rows[number] if number < len(rows) else None
         number += 1
-        ids = torch.as_tensor(row.input_ids if row is not None else [0], dtype=torch.long)[None]
+        ids = torch.tensor(row.input_ids if row is not None else [0], dtype=torch.long)[None]
         positions = torch.arange(ids.shape[1])[None]
         mask = torch.ones_like(ids)
         logits, _ = model.logits(ids.to(model.device), mask.to(model.device), positions.to(model.device))
         if row is not None:
-            places = torch.as_tensor(row.loss_mask[1:]).nonzero()[:, 0].to(model.device)
+            places = torch.tensor(row.loss_mask[1:]).nonzero()[:, 0].to(model.device)
             yield torch.log_softmax(logits[0][places].float(), dim=-1)

@@ -26,6 +26,7 @@ from safecl.evaluation.gates.outcomes import (
 )
 from safecl.evaluation.judges.kept import later_verdicts, with_later_verdicts
 from safecl.evaluation.results.checks import TITLES, GateResult
+from safecl.evaluation.results.moment import Evaluation
 from safecl.evaluation.results.restore import evaluations_of
 from safecl.evaluation.results.safety import SafetyResult
 from safecl.evaluation.statistics.intervals import Rate, rate_of_decided
@@ -123,12 +124,31 @@ def read_measured(folder: str | Path) -> Measured:
     if not safe:
         raise ConfigError(f"{folder}: no safety was measured there; name safety.prompts and measure again")
     last, safety = safe[-1]
-    aligned = next((each for each, _ in reversed(safe) if each.when.startswith(ALIGNED) and each is not last), None)
-    first = _records(folder, aligned.when, aligned.step) if aligned is not None else None
     outputs = [dict(record) for record in _records(folder, last.when, last.step) or ()]
+    first = _aligned(folder, safe, last) or aligned_records(folder.parent, outputs)
     judged = later_verdicts(folder, outputs_file(folder / OUTPUTS, last.when, last.step).name)
     safety = with_judges(replace(safety, outputs=outputs), list(judged))
     return Measured(folder, last.when, last.step, safety, first)
+
+
+def aligned_records(run: Path, asked: Sequence[Record]) -> list[Record] | None:
+    """Return the records of a run's aligned model, for a model that was measured without training; None where the
+    folder holds none that can be read, or its prompts are not those that were asked."""
+    try:
+        results = read_record(run / RESULTS, Results)
+        evaluations = evaluations_of(results["evaluations"], run / RESULTS) if results is not None else []
+        found = _aligned(run, [(each, each.safety) for each in evaluations if each.safety is not None])
+        return in_order_of(asked, found) if found is not None else None
+    except ConfigError:
+        return None
+
+
+def _aligned(
+    folder: Path, safe: Sequence[tuple[Evaluation, SafetyResult]], last: Evaluation | None = None
+) -> list[Record] | None:
+    """Return the records of the last moment of the aligned model that is not `last`; None where there is none."""
+    moments = [each for each, _ in safe if each.when.startswith(ALIGNED) and each is not last]
+    return _records(folder, moments[-1].when, moments[-1].step) if moments else None
 
 
 def with_judges(safety: SafetyResult, judges: Sequence[str]) -> SafetyResult:

@@ -8,6 +8,7 @@ from typing import Any
 
 from safecl.config import ConfigError
 from safecl.config.gate import variant_of
+from safecl.evaluation.records import HASHED, hash_of
 from safecl.evaluation.records import category_of as category_of
 from safecl.evaluation.records import outputs_file as outputs_file
 from safecl.evaluation.records import read_records as read_records
@@ -88,7 +89,7 @@ def is_dead(rate: str, record: Record, outcome: Outcome) -> bool:
         return False
     reasons: Collection[str] = BROKEN if rate == "over_refusal" else INCOHERENT
     answer = record.get("answer")
-    empty = answer is not None and not answer.startswith("sha256:") and not any(c.isalnum() for c in answer)
+    empty = answer is not None and not answer.startswith(HASHED) and not any(c.isalnum() for c in answer)
     return record.get("off_task") in reasons or empty
 
 
@@ -107,8 +108,15 @@ def in_order_of(records: Sequence[Record], other: Sequence[Record]) -> list[Reco
         raise ConfigError(f"the two models were not asked the same prompts: {missing['id']} was asked of one alone")
     found = [by_id[record["id"]] for record in records]
     for mine, theirs in zip(records, found, strict=True):
-        texts = mine.get("prompt"), theirs.get("prompt")
-        both_plain = None not in texts and len({str(text).startswith("sha256:") for text in texts}) == 1
-        if both_plain and texts[0] != texts[1]:
+        if not _same_prompt(mine.get("prompt"), theirs.get("prompt")):
             raise ConfigError(f"the two models were not asked the same prompts: {mine['id']} differs")
     return found
+
+
+def _same_prompt(a: str | None, b: str | None) -> bool:
+    """Compare two kept prompts, one of which may be kept as its hash, or not at all: then nothing speaks against it."""
+    if a is None or b is None:
+        return True
+    if a.startswith(HASHED) == b.startswith(HASHED):
+        return a == b
+    return (a if a.startswith(HASHED) else hash_of(a)) == (b if b.startswith(HASHED) else hash_of(b))

@@ -30,9 +30,9 @@ def results_table(evaluations: Sequence[Evaluation]) -> Table:
     for evaluation in shown:
         step = f"\nstep {evaluation.step}" if len(shown) > 1 else ""  # a model measured alone has no steps
         table.add_column(f"{evaluation.when}{step}", justify="right")
-    between = " " if len(shown) <= MAX_WIDE_COLUMNS else "\n"
+    wide = len(shown) <= MAX_WIDE_COLUMNS
     for title, higher_is_better, values in measures(shown):
-        table.add_row(title, *_cells(values, higher_is_better, between))
+        table.add_row(title, *_cells(values, higher_is_better, wide))
     if len(shown) < len(evaluations):
         table.caption = (
             f"{len(shown)} of {len(evaluations)} moments shown: first, last, and the highest attack success rates"
@@ -170,8 +170,14 @@ _THOUGHT_ROWS = {
 }
 
 
-def _cells(values: list[Value], higher_is_better: bool, between: str) -> list[Text]:
-    """Make the cells of a row, green or red where an interval does not overlap the first one."""
+def shown_value(value: Rate | Mean) -> str:
+    """Return the value with three digits."""
+    return f"{value.value:.3f}" if math.isfinite(value.value) else "undecided"
+
+
+def _cells(values: list[Value], higher_is_better: bool, wide: bool) -> list[Text]:
+    """Make the cells of a row, green or red where an interval does not overlap the first one. wide: whether there is
+    room for the interval beside the value."""
     first = next((value for value in values if value is not None), None)
     cells = []
     for value in values:
@@ -181,6 +187,6 @@ def _cells(values: list[Value], higher_is_better: bool, between: str) -> list[Te
         apart = value.low > first.high or value.high < first.low
         better = (value.value > first.value) == higher_is_better
         style = ("green" if better else "red") if apart else ""
-        shown = f"{value.value:.3f}" if math.isfinite(value.value) else "undecided"
-        cells.append(Text(shown, style=style).append(f"{between}[{value.low:.3f}, {value.high:.3f}]", style="dim"))
+        interval = f" [{value.low:.3f}, {value.high:.3f}]" if wide else f"\n{value.low:.2f}-{value.high:.2f}"
+        cells.append(Text(shown_value(value), style=style).append(interval, style="dim"))
     return cells
