@@ -16,21 +16,34 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def flat_tables(report: dict) -> str:
     """Return one table per case, then the ratios that must hold."""
-    parts = [where(report["machine"], f"{report['threads']} threads, {report['instruction_set']}")]
+    on_gpu = "gpu" in report["machine"]
+    more = (
+        f"triton {report['machine']['triton']}"
+        if on_gpu
+        else f"{report['threads']} threads, {report['instruction_set']}"
+    )
+    parts = [where(report["machine"], more)]
     for case in report["cases"].values():
         parts += [f"{case['title']}; {case['numel'] / 1e6:.0f} M elements, {case['kept']} rounds:"]
         rows = [
-            f"| {name} | {row['ms']:.1f} | {row['gb_per_s']:.1f} | {row['of_copy']:.2f} | {error(row['error'])} |"
+            f"| {name} | {row['ms']:.{1 + on_gpu}f} | {row['gb_per_s']:.{1 - on_gpu}f} | {row['of_copy']:.2f} | "
+            f"{error(row['error'])} |"
             for name, row in case["rows"].items()
         ]
         parts += ["\n".join(["| | ms | GB/s | of copy | error |", "|---|---|---|---|---|", *rows])]
     rows = [
-        f"| {r['case']} | {r['rival']} | {r['ratio']:.2f}x | {r['at_least']:.2f}x | {yes(r['met'])} |"
+        f"| {case_of(r)} | {r['rival']} | {r['ratio']:.2f}x | {r['at_least']:.2f}x | {yes(r['met'])} |"
         for r in report["ratios"]
     ]
     return "\n\n".join(
         [*parts, "\n".join(["| case | rival | speed | at least | met |", "|---|---|---|---|---|", *rows])]
     )
+
+
+def case_of(ratio: dict) -> str:
+    """Return the name of a ratio's case, with the contender where it is not the first."""
+    contender = ratio.get("contender", "fused")
+    return ratio["case"] if contender == "fused" else f"{ratio['case']}, {contender}"
 
 
 def engine_table(report: dict) -> str:
@@ -51,8 +64,9 @@ def engine_table(report: dict) -> str:
 
 
 def where(machine: dict, more: str) -> str:
-    device = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {more}"
-    return f"{device}; {machine['date']}, commit {machine['commit']}."
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    commit = f", commit {machine['commit']}" if "commit" in machine else ""
+    return f"{device}, torch {machine['torch']}, {more}; {machine['date']}{commit}."
 
 
 def yes(met: bool) -> str:
@@ -63,7 +77,7 @@ def error(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
-TABLES = {"flat-cpu": flat_tables, "engine-step-cpu": engine_table}
+TABLES = {"flat-cpu": flat_tables, "flat-cuda": flat_tables, "engine-step-cpu": engine_table}
 
 
 def filled(page: str) -> str:

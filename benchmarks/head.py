@@ -7,7 +7,7 @@ Roof: the matrix products alone. Rivals: the naive torch loss; on a GPU also TRL
 'safecl[bench]'), which are skipped if they cannot be imported or run out of memory. Error: that of the hidden states'
 gradient on 256 tokens, relative to fp64. TFLOP/s count 8 M H V with an online teacher and 6 without, for every
 contender. Peak memory is on top of inputs and returned gradients. The contenders alternate in one process
-(harness.take_turns). Writes benchmarks/results/head-<device>.json.
+(harness.take_turns). Writes benchmarks/results/head-<device>.json, on a GPU after every objective.
 """
 
 from __future__ import annotations
@@ -365,7 +365,9 @@ def on_cpu(options) -> dict:
     return report
 
 
-def on_gpu(options) -> dict:
+def on_gpu(options, write: Callable[[dict], None]) -> dict:
+    """Measure shapes and numbers of tokens. write: called with what is known after every objective, so that an abort
+    loses none."""
     device, report = torch.device("cuda"), {}
     for shape in options.shapes or SHAPES:
         width, vocab = SHAPES[shape]
@@ -375,6 +377,7 @@ def on_gpu(options) -> dict:
             for objective in options.objectives or OBJECTIVES:
                 results[objective] = measure(objective, p, device, options)
                 show(f"{shape}: {objective}, {tokens} tokens, H {width}, V {vocab}, bf16", results[objective])
+                write(report | {f"{shape}/{tokens}": {"objectives": results}})
             report[f"{shape}/{tokens}"] = {"objectives": results, "limits": limits(results, GPU_LIMITS)}
             del p
             torch.cuda.empty_cache()
@@ -415,9 +418,13 @@ def main() -> None:
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("skipped: no CUDA device here, the GPU sections need one")
-    measured = on_cpu(options) if options.device == "cpu" else on_gpu(options)
-    report = {"machine": machine(torch.device(options.device)), "threads": options.threads, **measured}
-    write_json(options.out or Path(__file__).parent / "results" / f"head-{options.device}.json", report)
+    facts = {"machine": machine(torch.device(options.device)), "threads": options.threads}
+    out = options.out or Path(__file__).parent / "results" / f"head-{options.device}.json"
+
+    def write(measured: dict) -> None:
+        write_json(out, facts | measured)
+
+    write(on_cpu(options) if options.device == "cpu" else on_gpu(options, write))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def config_of(options: argparse.Namespace) -> Any:
     from safecl.config import RunConfig
 
     tree = {
-        "model": {"path": options.model, "dtype": "bf16"},
+        "model": {"path": options.model, "dtype": "bf16", "gradient_checkpointing": True},
         "tasks": [{"name": "task", "train": "unused"}],
         "methods": {"ewc": {"strength": STRENGTH}, "ema": {"decay": DECAY}, "der": {}},
         "memory": {"source": "unused", "replay_ratio": REPLAYED, "teacher": {"k": K}},
@@ -306,7 +306,11 @@ def measured_or_too_large(build: Callable[..., Any], options: argparse.Namespace
 
 
 def measure(build: Callable[..., tuple[Any, Callable[[], None], dict]], options: argparse.Namespace) -> dict:
-    """Build a side, make a first step, time the others, and forget the side."""
+    """Build a side, make a first step, time the others, and forget the side.
+
+    The timed steps follow each other without a wait, as in training: what a step leaves to be done beside the next one
+    is hidden there.
+    """
     if options.fake:
         return count_bytes(build, options)
     cuda = options.device == "cuda"
@@ -315,18 +319,13 @@ def measure(build: Callable[..., tuple[Any, Callable[[], None], dict]], options:
     began = time.perf_counter()
     engine, step, facts = build(options)
     facts["seconds_to_build"] = round(time.perf_counter() - began, 1)
-    watch = Watch(engine, cuda)
     step()
-    watch.take()
-    steps = []
+    watch = Watch(engine, cuda)
     for _ in range(options.steps):
-        began = time.perf_counter()
+        watch.begin_step()
         step()
-        if cuda:
-            torch.cuda.synchronize()
-        steps.append(watch.take() | {"whole step": time.perf_counter() - began})
+    facts["steps"] = [{name: round(value, 4) for name, value in one.items()} for one in watch.seconds()]
     facts["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
-    facts["steps"] = [{name: round(value, 4) for name, value in one.items()} for one in steps]
     engine.destroy()
     del engine, step, watch
     gc.collect()
@@ -336,21 +335,28 @@ def measure(build: Callable[..., tuple[Any, Callable[[], None], dict]], options:
 
 
 class Watch:
-    """Seconds in an engine's forward, backward and step, by events on a GPU."""
+    """Seconds of steps, and of an engine's forward, backward and step in them, by events on a GPU."""
 
     def __init__(self, engine: Any, cuda: bool):
-        self.cuda, self.marks = cuda, {phase: [] for phase in PHASES}
+        self.cuda, self.begins = cuda, []
+        self.marks: list[dict[str, list[tuple[Any, Any]]]] = []
+        if cuda:
+            torch.cuda.synchronize()
         for phase in PHASES:
-            setattr(engine, phase, self._timed(getattr(engine, phase), phase))
+            setattr(engine, phase, self._timed(phase, getattr(engine, phase)))
 
-    def _timed(self, call: Callable[..., Any], phase: str) -> Callable[..., Any]:
+    def _timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **settings: Any) -> Any:
             begin = self._now()
             result = call(*arguments, **settings)
-            self.marks[phase].append((begin, self._now()))
+            self.marks[-1][phase].append((begin, self._now()))
             return result
 
         return timed
+
+    def begin_step(self) -> None:
+        self.begins.append(self._now())
+        self.marks.append({phase: [] for phase in PHASES})
 
     def _now(self) -> Any:
         if not self.cuda:
@@ -359,16 +365,20 @@ class Watch:
         event.record()
         return event
 
-    def take(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last call."""
+    def seconds(self) -> list[dict[str, float]]:
+        """Return the seconds of each phase and of the whole, by step: until the next one begins, or all work is
+        done."""
         if self.cuda:
             torch.cuda.synchronize()
-        found = {}
-        for phase, marks in self.marks.items():
-            pairs = [begin.elapsed_time(end) / 1e3 if self.cuda else end - begin for begin, end in marks]
-            found[phase] = sum(pairs)
-            marks.clear()
-        return found
+        ends = [*self.begins[1:], self._now()]
+        if self.cuda:
+            torch.cuda.synchronize()
+        between = (lambda a, b: a.elapsed_time(b) / 1e3) if self.cuda else (lambda a, b: b - a)
+        return [
+            {phase: sum(between(*pair) for pair in pairs) for phase, pairs in marks.items()}
+            | {"whole step": between(begin, end)}
+            for marks, begin, end in zip(self.marks, self.begins, ends, strict=True)
+        ]
 
 
 def count_bytes(build: Callable[..., tuple[Any, Callable[[], None], dict]], options: argparse.Namespace) -> dict:
