@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from safecl.distributed import devices
+from safecl.kernels import page_locked
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def measure(device: torch.device, dtype: torch.dtype, size: int = 4096) -> Rates
     """Measure both rates on a GPU, in well under a second and 200 MB."""
     name = torch.cuda.get_device_name(device)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    host = page_locked.empty((2**26,), torch.uint8)
     target = torch.empty_like(host, device=device)
     flop = 2 * size**3 / _seconds(lambda: torch.mm(a, b), device)
     link = host.numel() / _seconds(lambda: target.copy_(host, non_blocking=True), device)
