@@ -31,7 +31,7 @@ def fit(tree: dict, cache: str, stop: dict | None = None, fresh: bool = False) -
     """Fit once. `stop`: the rank, the signal that it gets (`name`), and the global step or the number of the evaluation
     in which it gets it."""
     trainer, said = trainer_of(tree, cache, fresh)
-    with _stopping(**stop) if stop is not None else contextlib.nullcontext():
+    with stopping(**stop) if stop is not None else contextlib.nullcontext():
         result = trainer.fit()
     return {"results": result.results, "stopped": result.stopped, "said": said.getvalue()}
 
@@ -44,8 +44,8 @@ def exit_codes_of(tree: dict, cache: str, stop: dict) -> list[tuple[int, str]]:
     os.environ["SAFECL_CACHE"] = cache
     config, found, before = RunConfig.model_validate(tree), [], signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(io.StringIO()):
-        for stopping in (_stopping(**stop), contextlib.nullcontext()):
-            with stopping:
+        for moment in (stopping(**stop), contextlib.nullcontext()):
+            with moment:
                 code = train_run(config)
             found.append((int(code), (Path(tree["output"]) / "exit_code").read_text()))
             signal.signal(signal.SIGTERM, before)
@@ -53,7 +53,7 @@ def exit_codes_of(tree: dict, cache: str, stop: dict) -> list[tuple[int, str]]:
 
 
 @contextlib.contextmanager
-def _stopping(rank: int, name: str, step: int | None = None, evaluation: int | None = None):
+def stopping(rank: int, name: str, step: int | None = None, evaluation: int | None = None):
     from safecl.training.guard import measuring
     from safecl.training.run import Run
 
