@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Any, Literal
 
@@ -148,7 +149,11 @@ class JudgeConfig(Section):
         if isinstance(values, str):
             values = {"recipe": values}
         recipe = values.get("recipe") if isinstance(values, dict) else None
-        if isinstance(recipe, str) and recipe in RECIPES:
+        if isinstance(recipe, str):
+            if recipe not in RECIPES:
+                near = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.4)
+                hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(RECIPES)}"
+                raise ValueError(f"no recipe is named {recipe!r}; {hint}")
             return RECIPES[recipe] | {"name": recipe} | values
         return values
 

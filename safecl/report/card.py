@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from safecl.config import RunConfig
 from safecl.config.secrets import without_secrets
 from safecl.evaluation import Evaluation, GateResult
+from safecl.evaluation.answers.folders import name_of
 from safecl.evaluation.results.tables import measures, moments
 from safecl.report.visible import markdown, one_line
 
@@ -84,12 +85,12 @@ class Card:
     def _heading(self) -> str:
         adapter = ", as a LoRA adapter," if self.config.model.lora is not None else ""
         version, methods = self.versions["safecl"], markdown(" + ".join(self.config.methods) or "plain fine-tuning")
-        base = file_name(self.config.model.path)
+        base = model_name(self.config.model.path)
         return f"# {markdown(self.name)}\n\n`{base}`{adapter} fine-tuned with safecl {version}: {methods}."
 
     def _facts(self) -> str:
         train, model = self.config.train, self.config.model
-        rows = [("base model", f"`{file_name(model.path)}`, XXH3-128 of its weights `{self.digest}`")]
+        rows = [("base model", f"`{model_name(model.path)}`, XXH3-128 of its weights `{self.digest}`")]
         rows += [(data.title, _data(data)) for data in self.data]
         rows += [(f"method `{one_line(name)}`", _settings(settings)) for name, settings in self.config.methods.items()]
         learning = f"learning rate {train.learning_rate:g}, at most {train.max_length:,} tokens a row"
@@ -172,6 +173,11 @@ def _card_of(model: str) -> Path | None:
 def file_name(path: str) -> str:
     """Return a hub id as it is, and the last part of a local path: the card does not show where files lie."""
     return one_line(path if _HUB_ID.fullmatch(path) and not Path(path).exists() else Path(path).name)
+
+
+def model_name(path: str) -> str:
+    """Return a hub id as it is, and of a local path the name of the folder, or the run's for a run's `model`."""
+    return file_name(name_of(path) if Path(path).is_dir() else path)
 
 
 def _data(data: TrainedOn) -> str:

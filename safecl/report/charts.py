@@ -42,8 +42,8 @@ def curves(
     what: str = "loss",
     ends: tuple[float, float] | None = None,
 ) -> Markup:
-    """Draw lines over steps, between given ends, else on a logarithmic scale where all values are positive. Long lines
-    are thinned to about 300 points."""
+    """Draw lines over steps, between given ends, else on a logarithmic scale where all values are positive. A line
+    breaks off where a run went back, and long lines are thinned to about 300 points."""
     series = {name: finite for name, points in series.items() if (finite := [p for p in points if math.isfinite(p[1])])}
     values = [y for points in series.values() for _, y in points]
     if not values:
@@ -53,7 +53,11 @@ def curves(
     scale: Callable[[float], float] = math.log10 if log else lambda y: y
     xs = [x for points in series.values() for x, _ in points]
     box = _Box(min(xs), max(xs), scale(low), scale(high), width, height)
-    lines = [box.line([(x, scale(y)) for x, y in _thinned(points)], i) for i, points in enumerate(series.values())]
+    lines = [
+        box.line([(x, scale(y)) for x, y in _thinned(part)], i)
+        for i, points in enumerate(series.values())
+        for part in _onward(points)
+    ]
     spans = (f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for name, points in series.items())
     label = html.escape(f"{what} over steps: {'; '.join(spans)}")
     return Markup(
@@ -115,6 +119,16 @@ def _fill(place: int) -> str:
 def _stroke(place: int) -> str:
     place %= len(COLOURS)
     return f'class="s{place}" stroke="{COLOURS[place]}"'
+
+
+def _onward(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """Split points where the step falls."""
+    parts: list[list[tuple[float, float]]] = []
+    for point in points:
+        if not parts or point[0] < parts[-1][-1][0]:
+            parts.append([])
+        parts[-1].append(point)
+    return parts
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:

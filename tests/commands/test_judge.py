@@ -105,7 +105,7 @@ def test_answers_that_are_kept_as_hashes_are_not_judged(tmp_path):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("llama-guard", "recipe: Input should be"),
+        ("wildgard", "no recipe is named 'wildgard'; did you mean `wildguard`"),
         ("{model: m, patern: x}", "patern: Extra inputs are not permitted"),
         ("{model: m}", "either `pattern`"),
         ("{model: [", "not valid YAML"),

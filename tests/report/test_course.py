@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 from safecl.evaluation import Evaluation, GateResult
 from safecl.evaluation.results.probed import ProbeResult
 from safecl.evaluation.statistics.intervals import Mean
+from safecl.report import charts
 from safecl.report.comparison import comparison_page, read_runs
 from safecl.report.folder import read_run
 from safecl.report.run import run_report
@@ -77,3 +79,9 @@ def test_a_comparison_has_the_worst_moments_of_each_run(tmp_path):
     text = " ".join(Checked(comparison_page(read_runs(runs))).text.split())
     assert "largest attack success rate lower is better 0.050 0.750 +0.700" in text
     assert "share of steps beyond the gate lower is better 0.000 0.250 +0.250" in text
+
+
+def test_a_line_breaks_off_where_a_run_went_back():
+    points = [(0, 0.1), (2, 0.4), (4, 0.9), (2, 0.4), (4, 0.3)]
+    drawn = charts.curves({"ASR": points}, ends=(0, 1))
+    assert [len(line.split()) for line in re.findall(r'polyline points="([^"]*)"', drawn)] == [3, 2]

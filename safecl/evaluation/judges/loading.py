@@ -8,6 +8,7 @@ from typing import Any
 
 from safecl.config import ConfigError
 from safecl.config.judges import JudgeConfig
+from safecl.evaluation.answers.folders import check_is_model
 from safecl.evaluation.judges.verdict import ModelJudge
 
 HashOfModel = Callable[[str], str]
@@ -23,6 +24,10 @@ def load_judge(config: JudgeConfig, hash_of: HashOfModel | None = None) -> Model
     from transformers import AutoTokenizer
 
     path = str(config.model)
+    try:
+        check_is_model(path)
+    except ConfigError as error:
+        raise ConfigError(f"judge {config.title}: {error}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         version = version_of(config, hash_of(path) if hash_of is not None else None)

@@ -11,7 +11,7 @@ from safecl.config import ConfigError
 from safecl.engine.artifacts.base_model import model_hash
 from safecl.evaluation.provenance import measured_with
 from safecl.planning.plans import RunPlan, TaskPlan
-from safecl.report.card import file_name
+from safecl.report.card import file_name, model_name
 from safecl.storage.model_folder import tuned_model
 from safecl.training.steps.state import RunState
 
@@ -27,7 +27,7 @@ def provenance_of(run: RunState, plan: RunPlan, identity: dict[str, Any], folder
     seeds = {"train": config.train.seed} | ({"poison": config.poison.seed} if config.poison.ratio else {})
     memory = config.memory
     return {
-        "base_model": {"path": file_name(config.model.path), "xxh3_128": identity["base"]},
+        "base_model": {"path": model_name(config.model.path), "xxh3_128": identity["base"]},
         "model": {"folder": model.name, "xxh3_128": _hash_of(model)} if model is not None else None,
         "data": [_of_task(run, task, identity["rows"][task.config.name]) for task in plan.tasks],
         "memory": {"file": file_name(memory.source), "rows": len(plan.memory), "xxh3_128": identity["memory_rows"]}

@@ -193,7 +193,7 @@ def test_the_error_of_a_process_of_its_own_is_one_line(tmp_path, capsys):
     (tmp_path / "records.jsonl").write_text(json.dumps({"id": "disallowed-0", "prompt": "p", "answer": "a"}))
     assert worker._main(*(str(tmp_path / name) for name in ("judge.json", "records.jsonl", "verdicts.jsonl"))) == 1
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("judge lost: ") and "nowhere cannot be loaded" in said
+    assert said.startswith("judge lost: ") and "nowhere: no such model folder" in said
 
 
 def scripted(pairs):
@@ -232,13 +232,13 @@ def test_a_judge_on_two_ranks_gives_what_it_gives_on_one(rank_pool, classifier):
         for result in rank_pool(2).run(ranks.judged_in_run, path=str(classifier), where=where):
             assert result == alone
     for said in rank_pool(2).run(ranks.judged_in_run, path="/nowhere", where="run"):
-        assert "cannot be loaded" in said
+        assert "no such model folder" in said
 
 
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"recipe": "llama-guard"}, "recipe"),
+        ({"recipe": "llama-guard"}, "did you mean `llama-guard-3`"),
         ({"pattern": "x"}, "`model` is missing"),
         ({"model": "m"}, "either `pattern`"),
         ({"model": "m", "pattern": "x", "choices": ("a", "b")}, "either `pattern`"),
