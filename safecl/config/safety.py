@@ -195,5 +195,6 @@ class PrivacyConfig(Section):
     examples: Literal["full", "hashed", "none"] = "full"
     """full: the text; hashed: a hash of it; none: nothing."""
     keep_prepared: bool = True
-    """Whether prepared rows stay in the cache for later runs. false: they lie in the run folder, nothing is kept
-    outside of it, and they are removed when the run has finished."""
+    """Whether prepared rows stay in the cache for later runs. false: nothing is kept outside of the run folder. They
+    lie there until the run has finished, and so do artifacts of the base model, which other runs then cannot share,
+    unless artifacts.folder names a place for them."""

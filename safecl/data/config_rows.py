@@ -13,7 +13,7 @@ from safecl.config.run import harmful_sources, memory_tokens
 from safecl.data import ChatRow, DataError, TokenDataset, concat, mix_poison, prepare_dataset, read_rows
 from safecl.data.order import keyed_hash
 from safecl.data.rewriting import Rewriting
-from safecl.storage.cache_folder import PREPARED, data_cache
+from safecl.storage.cache_folder import prepared_folder
 from safecl.storage.durable import hash_file
 
 # ----------------------------------------------------------------------------------------------------------- tokenised
@@ -94,7 +94,7 @@ def _prepare(
         max_bad_rows=config.train.max_bad_rows,
         tokenizer=tokenizer,
         max_length=max_length,
-        cache_dir=data_cache() if config.privacy.keep_prepared else Path(config.output) / PREPARED,
+        cache_dir=prepared_folder(config),
         rewriting=rewriting,
     )
 

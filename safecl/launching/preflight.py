@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safecl.config import ArtifactsConfig, ConfigError, RunConfig
 from safecl.distributed import collectives
 from safecl.launching.facts import Facts, facts_here
-from safecl.storage.cache_folder import artifact_cache, data_cache
+from safecl.storage.cache_folder import ARTIFACTS, artifact_folder, prepared_folder
 from safecl.storage.locks import FileLock
 from safecl.storage.sizes import format_bytes
 
@@ -233,14 +233,14 @@ def _is_first_of(nodes: Nodes) -> bool:
 
 def _shared_artifacts(config: RunConfig, nodes: Nodes, note: Callable[[str], None]) -> RunConfig:
     """Say where prepared data and artifacts lie; move the store into the run folder where nodes do not share it."""
-    folder = Path(config.artifacts.folder).expanduser() if config.artifacts.folder else artifact_cache()
-    blind, blind_to_artifacts = _nodes_that_do_not_see(nodes, [data_cache(), folder], SECONDS_FOR_A_CACHE)
+    prepared, folder = prepared_folder(config), artifact_folder(config)
+    blind, blind_to_artifacts = _nodes_that_do_not_see(nodes, [prepared, folder], SECONDS_FOR_A_CACHE)
     once = "once per node" if blind else "once, for all nodes"
-    note(f"prepared data  {data_cache()}, {once}")
+    note(f"prepared data  {prepared}, {once}")
     if not blind_to_artifacts:
         note(f"artifacts      {folder}, once for all nodes")
         return config
-    own = Path(config.output) / "artifacts"
+    own = Path(config.output) / ARTIFACTS
     note(f"artifacts      {own}, since {folder} is another one on every node; artifacts.folder names a shared one")
     return config.model_copy(update={"artifacts": ArtifactsConfig(folder=str(own))})
 

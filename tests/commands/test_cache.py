@@ -12,7 +12,9 @@ import yaml
 from safecl.commands.cache.clean import clean_cache, list_cache
 from safecl.commands.check import leaving_nothing_prepared
 from safecl.config import ConfigError, validate_tree
+from safecl.config.training import ArtifactsConfig
 from safecl.data.config_rows import prepare_task
+from safecl.engine.artifacts.store import ArtifactStore
 from safecl.training.output.results import remove_what_only_an_unfinished_run_needs
 from tests.evaluation.models import byte_tokenizer
 
@@ -84,6 +86,9 @@ def test_nothing_is_kept_outside_of_the_run_folder_and_nothing_in_it_at_the_end(
     tree = {"model": {"path": "m"}, "tasks": [{"name": "t", "train": str(tmp_path / "t.jsonl")}]}
     output = tmp_path / "run"
     config = validate_tree(tree | {"output": str(output), "privacy": {"keep_prepared": False}}, "test")
+    assert ArtifactStore.of(config).folder == output / "artifacts"
+    shared = config.model_copy(update={"artifacts": ArtifactsConfig(folder=str(tmp_path / "shared"))})
+    assert ArtifactStore.of(shared).folder == tmp_path / "shared"
     with leaving_nothing_prepared(config):
         dataset, _ = prepare_task(config, config.tasks[0], byte_tokenizer())
         assert names(output) == ["prepared"]

@@ -1,7 +1,8 @@
 """The store of artifacts: results that depend on the base model only, made once and used by every run on it. They are
 teacher outputs, Fisher information and memory rows.
 
-    $SAFECL_CACHE/artifacts/            by default ~/.cache/safecl/artifacts, or the config's `artifacts.folder`
+    $SAFECL_CACHE/artifacts/            by default ~/.cache/safecl/artifacts, or the config's `artifacts.folder`,
+                                        or in the run folder with `privacy.keep_prepared: false`
         teacher-cache/3f2a.../          one artifact: KIND / hash of its key
             artifact.json               its whole key, and size and hash of every file; written last, so that it marks
                                         the artifact as finished
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from safecl.config import ConfigError, RunConfig
-from safecl.storage.cache_folder import artifact_cache
+from safecl.storage.cache_folder import artifact_folder
 from safecl.storage.durable import record_of, replace_file
 from safecl.storage.locks import FileLock
 
@@ -53,7 +54,7 @@ class ArtifactStore:
     @classmethod
     def of(cls, config: RunConfig) -> ArtifactStore:
         """Return the store that the config names, or the default one."""
-        return cls(Path(config.artifacts.folder).expanduser() if config.artifacts.folder else artifact_cache())
+        return cls(artifact_folder(config))
 
     def folder_of(self, kind: str, key: Key) -> Path:
         """The folder of this artifact, whether it exists or not."""
