@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-SOURCES = ("flat.cpp", "parallel.cpp", "thread_pool.cpp")
+SOURCES = ("flat.cpp", "ties.cpp", "instruction_set.cpp", "parallel.cpp", "thread_pool.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ldl", "-fvisibility=hidden", "-Wl,--exclude-libs,ALL")
 # Without fused multiply-adds every instruction set gives the same bits.
 FLAGS += ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

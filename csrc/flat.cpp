@@ -4,23 +4,16 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <initializer_list>
 #include <type_traits>
 #include <vector>
 
+#include "common.h"
 #include "parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-#if defined(__x86_64__) && !defined(SAFECL_BASELINE_ONLY)  // SAFECL_BASELINE_ONLY makes quick builds
-#define SAFECL_X86_SETS
-#endif
-
-#define IVDEP _Pragma("GCC ivdep")
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -45,18 +38,6 @@ struct Ones {
 
 constexpr Ones kOneEach;
 constexpr const float* kOnes = kOneEach.values;  // the Fisher of a penalty without one (L2-SP)
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
 
 struct Bf16 {  // consecutive bf16 values, read as fp32
   const uint16_t* bits;
@@ -171,42 +152,14 @@ namespace avx512 {
 
 namespace {
 
-struct InstructionSet {
-  const char* name;
-  const KernelTable* kernels;
-  bool supported;
-};
-
-#if defined(SAFECL_X86_SETS)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
-
-const std::vector<InstructionSet>& instruction_sets() {  // best first
-  static const std::vector<InstructionSet> sets = {
-#if defined(SAFECL_X86_SETS)
-      {"avx512", &avx512::kernels, has_avx512()},
-      {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") != 0},
-#endif
-      {"baseline", &baseline::kernels, true},
-  };
-  return sets;
-}
-
-const InstructionSet* best_set() {
-  for (const InstructionSet& set : instruction_sets())
-    if (set.supported) return &set;
-  return nullptr;
-}
-
-std::atomic<const InstructionSet*> chosen{nullptr};
 std::atomic<int> num_threads{1};
 
-const InstructionSet& current_set() {
-  if (!chosen.load()) chosen.store(best_set());
-  return *chosen.load();
+const KernelTable& kernels() {
+#if defined(SAFECL_X86_SETS)
+  if (instruction_set() == kAvx512) return avx512::kernels;
+  if (instruction_set() == kAvx2) return avx2::kernels;
+#endif
+  return baseline::kernels;
 }
 
 // Runs a kernel block by block. The blocks do not depend on the number of threads, so the order of the sums does not.
@@ -231,35 +184,21 @@ Sums run(Sums (*kernel)(const Call&, int64_t, int64_t), const Call& call) {
 
 EXPORT const char* safecl_source_hash() { return SAFECL_SOURCE_HASH; }
 
-EXPORT const char* safecl_instruction_set() { return current_set().name; }
-
-// Switches the whole process to an instruction set, for tests and comparisons of speed. Returns 0 if the CPU lacks the
-// set or the name is unknown.
-EXPORT int safecl_use_instruction_set(const char* name) {
-  for (const InstructionSet& set : instruction_sets()) {
-    if (set.supported && std::strcmp(set.name, name) == 0) {
-      chosen.store(&set);
-      return 1;
-    }
-  }
-  return 0;
-}
-
 EXPORT void safecl_use_threads(int count) { num_threads.store(std::max(1, count)); }
 
 // Allows torch's OpenMP threads, or forbids them: then our own pool is used. Returns whether they are used.
 EXPORT int safecl_use_openmp(int wanted) { return use_openmp(wanted != 0); }
 
-EXPORT void safecl_adamw(const AdamWCall* call, Sums* sums) { *sums = run(current_set().kernels->adamw, *call); }
+EXPORT void safecl_adamw(const AdamWCall* call, Sums* sums) { *sums = run(kernels().adamw, *call); }
 
 EXPORT double safecl_fisher_penalty(const PenaltyCall* call) {
-  return run(current_set().kernels->fisher_penalty, *call).penalty;
+  return run(kernels().fisher_penalty, *call).penalty;
 }
 
 EXPORT void safecl_penalized_grad_norm(const PenaltyCall* call, Sums* sums) {
-  *sums = run(current_set().kernels->penalized_grad_norm, *call);
+  *sums = run(kernels().penalized_grad_norm, *call);
 }
 
-EXPORT void safecl_ema(const EmaCall* call) { run(current_set().kernels->ema, *call); }
+EXPORT void safecl_ema(const EmaCall* call) { run(kernels().ema, *call); }
 
-EXPORT void safecl_fisher_accumulate(const FisherCall* call) { run(current_set().kernels->fisher_accumulate, *call); }
+EXPORT void safecl_fisher_accumulate(const FisherCall* call) { run(kernels().fisher_accumulate, *call); }

@@ -143,12 +143,12 @@ def _kernels() -> Facts:
     for choice in backends.table():
         notes = [choice.note] if choice.note else []
         if choice.backend == "cpp":
-            threads = native.num_threads()
+            threads = native.num_threads() if choice.family == "flat" else 1
             notes += [native.instruction_set(), f"{threads} thread{'s' * (threads != 1)}"]
         backend = choice.backend + (f" ({', '.join(notes)})" if notes else "")
         if choice.device == device:
             rows[choice.kernel] = backend
-        elif choice.device == "cpu" and choice.family == "flat":  # an offloaded optimizer runs these
+        elif choice.device == "cpu" and choice.family in ("flat", "ties"):  # an offloaded optimizer, or a merge
             rows[f"{choice.kernel} on cpu"] = backend
     return rows
 

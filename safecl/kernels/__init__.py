@@ -19,3 +19,7 @@ from safecl.kernels.head.teachers import TopKTeacher as TopKTeacher
 from safecl.kernels.head.topk import SlicedTopK as SlicedTopK
 from safecl.kernels.head.topk import linear_topk as linear_topk
 from safecl.kernels.lowrank import lowrank_fisher_penalty as lowrank_fisher_penalty
+from safecl.kernels.ties.calls import BracketCounts as BracketCounts
+from safecl.kernels.ties.calls import Trim as Trim
+from safecl.kernels.ties.calls import count_bracket as count_bracket
+from safecl.kernels.ties.calls import elected_sum_ as elected_sum_

@@ -29,10 +29,12 @@ FAMILIES = {
         "torch": "safecl.kernels.flat.torch_twin",
     },
     "head": {"triton": "safecl.kernels.head.triton_rows", "torch": "safecl.kernels.head.torch_twin"},
+    "ties": {"cpp": "safecl.kernels.ties.cpu", "torch": "safecl.kernels.ties.torch_twin"},
 }
 KERNELS = {
     "flat": ("ema_update_", "fisher_accumulate_", "fisher_penalty_", "penalized_grad_norm", "adamw_step_"),
     "head": ("linear_distill_loss", "distill_loss"),
+    "ties": ("count_bracket", "elected_sum_"),
 }
 
 _forced: str | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ REBUILD = "pip install -e . (or python setup.py build_ext --inplace) with g++ on
 
 
 class Buffer(ctypes.Structure):
-    """The struct of this name in csrc/flat.h, which all structs here mirror field by field."""
+    """The struct of this name in csrc/flat.h, which the structs up to Sums mirror field by field."""
 
     _fields_ = [("data", c_void_p), ("is_bf16", c_int64)]
 
@@ -67,6 +67,32 @@ class Sums(ctypes.Structure):
     _fields_ = [("penalty", c_double), ("square", c_double), ("nonfinite", c_int64)]
 
 
+class BracketCall(ctypes.Structure):
+    """The struct of this name in csrc/ties.h, as the two below."""
+
+    _fields_ = [
+        ("numel", c_int64),
+        *((name, c_void_p) for name in ("values", "minus")),
+        *((name, c_int32) for name in ("low", "high")),
+        ("between", c_void_p),
+        *((name, c_int64) for name in ("capacity", "num_above", "num_high", "num_between", "num_low")),
+    ]
+
+
+class TaskVector(ctypes.Structure):
+    _fields_ = [("values", c_void_p), ("weight", c_float), ("threshold", c_int32), ("num_equal", c_int64)]
+
+
+class ElectionCall(ctypes.Structure):
+    _fields_ = [
+        ("numel", c_int64),
+        ("target", c_void_p),
+        ("vectors", POINTER(TaskVector)),
+        *((name, c_int64) for name in ("num_vectors", "subtract", "normalize")),
+        ("half_scale", c_float),
+    ]
+
+
 _SIGNATURES = {
     "safecl_source_hash": (c_char_p, []),
     "safecl_instruction_set": (c_char_p, []),
@@ -78,6 +104,8 @@ _SIGNATURES = {
     "safecl_penalized_grad_norm": (None, [POINTER(PenaltyCall), POINTER(Sums)]),
     "safecl_ema": (None, [POINTER(EmaCall)]),
     "safecl_fisher_accumulate": (None, [POINTER(FisherCall)]),
+    "safecl_bracket": (None, [POINTER(BracketCall)]),
+    "safecl_elect": (None, [POINTER(ElectionCall)]),
 }
 
 

@@ -1,28 +1,29 @@
 """Arithmetic that merges share.
 
 It works through large tensors in pieces of 1 MiB, which stay in a core's cache and take no memory of the tensors'
-size. Masks are fp32 numbers, 0 and 1, or numpy's bool: torch compares into fp32 five times as fast as into bool, and
-chooses by bool (`where`, `masked_fill`) 20 times slower than it multiplies.
+size. Masks are fp32 numbers, 0 and 1: torch compares into fp32 five times as fast as into bool, and chooses by bool
+(`where`, `masked_fill`) 20 times slower than it multiplies.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
 from safecl.config import ConfigError
+from safecl.kernels import Trim, count_bracket
 from safecl.merging.base import Tensors
 from safecl.merging.places import Coefficient
 
 PIECE = 2**18
 """Elements of a piece."""
 _HIGH_BINS, _LOW_BINS = 2**15, 2**16
-_NUM_SAMPLES = 2**14
+_FEWEST_SAMPLES, _MOST_SAMPLES = 2**14, 2**18
+_FEWEST_BETWEEN, _MOST_BETWEEN = 2**16, 2**22
 
 
 def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -105,11 +106,11 @@ class Magnitudes:
         self._k = k
         self._half = _bin_of(self._high, k)
 
-    def threshold(self) -> tuple[float, int]:
+    def threshold(self) -> Trim:
         """Return the k-th largest magnitude, and how many of the values equal to it are among the k largest."""
         low = _bin_of(self._low[1:], self._k)
         bits = torch.tensor([(self._half << 16) | low], dtype=torch.int32)
-        return float(bits.view(torch.float32)), self._k - int(self._low[low + 2 :].sum())
+        return Trim(float(bits.view(torch.float32)), self._k - int(self._low[low + 2 :].sum()))
 
 
 def _bin_of(counts: torch.Tensor, k: int) -> int:
@@ -122,77 +123,51 @@ def num_kept(density: float, numel: int) -> int:
     return max(1, min(numel, int(density * numel)))
 
 
-def keep_largest_(values: torch.Tensor, threshold: float, num_equal: int) -> int:
-    """Set to zero what is smaller than the threshold in magnitude. Of values equal to it the first `num_equal` stay.
-    Return how many of these there were."""
-    if threshold == 0:
-        return 0
-    left = num_equal
-    below = float(np.nextafter(np.float32(threshold), np.float32(0)))
-    sizes, mask = _work(values)
-    for (piece,) in pieces(values):
-        torch.abs(piece, out=sizes[: len(piece)])
-        equal = np.flatnonzero(np.equal(sizes[: len(piece)].numpy(), np.float32(threshold), out=mask[: len(piece)]))
-        torch.hardshrink(piece, below, out=piece)
-        piece.numpy()[equal[left:]] = 0
-        left -= min(len(equal), left)
-    return num_equal - left
+def kth_largest(values: torch.Tensor, k: int, minus: torch.Tensor | None = None) -> Trim:
+    """Return the k-th largest of the magnitudes |values - minus|, or |values|, and how many of those equal to it are
+    among the k largest.
 
-
-def _work(values: torch.Tensor) -> tuple[torch.Tensor, np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Return room for the magnitudes of a piece, and for a mask. Fresh memory for each piece costs page faults, which
-    take longer than the arithmetic."""
-    numel = min(PIECE, values.numel())
-    return torch.empty(numel), np.empty(numel, bool)
-
-
-def trim_(values: torch.Tensor, density: float) -> None:
-    """Keep the largest entries of a tensor, and set the others to zero."""
-    if density < 1 and values.numel():
-        keep_largest_(values, *kth_largest(values, num_kept(density, values.numel())))
-
-
-def kth_largest(values: torch.Tensor, k: int) -> tuple[float, int]:
-    """Return the k-th largest magnitude, and how many of the values equal to it are among the k largest.
-
-    A sample gives brackets, and one pass picks out the values between them. Where the k-th largest is not among these,
-    two more passes count all values.
+    A sample gives a bracket, and one pass picks out the magnitudes between. Where the k-th largest is not among these,
+    or they are too many, two more passes count all.
     """
-    low, high = _brackets(values, k)
-    num_above, parts = 0, []
-    room, mask = _work(values)
-    for (piece,) in pieces(values):
-        sizes = torch.abs(piece, out=room[: len(piece)]).numpy()
-        above = np.greater(sizes, high, out=mask[: len(piece)])
-        num_above += np.count_nonzero(above)
-        places = np.flatnonzero(np.less(above, sizes >= low))  # a mask would be three times slower
-        parts.append(sizes.take(places))
-    between = torch.from_numpy(np.concatenate(parts))
-    place = k - num_above
-    if not 0 < place <= len(between):
-        return _kth_largest_by_counts(values, k)
-    threshold = float(between.kthvalue(len(between) + 1 - place).values)
-    return threshold, place - int((between > threshold).sum())
+    values, minus = values.view(-1), None if minus is None else minus.view(-1)
+    low, high = _bracket(values, minus, k)
+    numel = values.numel()
+    between = torch.empty(min(numel, max(numel // 16, _FEWEST_BETWEEN), _MOST_BETWEEN))
+    counts = count_bracket(values, low, high, between, minus=minus)
+    place = k - counts.num_above
+    if 0 < place <= counts.num_high:
+        return Trim(high, place)
+    place -= counts.num_high
+    if 0 < place <= counts.num_between <= len(between):
+        found = between[: counts.num_between]
+        threshold = float(found.kthvalue(len(found) + 1 - place).values)
+        return Trim(threshold, place - int((found > threshold).sum()))
+    place -= counts.num_between
+    return Trim(low, place) if 0 < place <= counts.num_low else _kth_largest_by_counts(values, k, minus)
 
 
-def _brackets(values: torch.Tensor, k: int) -> tuple[np.float32, np.float32]:
+def _bracket(values: torch.Tensor, minus: torch.Tensor | None, k: int) -> tuple[float, float]:
     """Return magnitudes a little smaller and a little larger than the k-th largest, by a sample."""
-    step = max(1, values.numel() // _NUM_SAMPLES) | 1  # odd, or the sample could be one column of a matrix
-    sample = np.sort(values.view(-1)[::step].abs().numpy())[::-1]
-    place = k / values.numel() * len(sample)
-    margin = 4 * math.sqrt(place) + 4  # more than four standard deviations
-    low, high = math.ceil(place + margin), math.floor(place - margin)
-    return (
-        sample[low] if low < len(sample) else np.float32(0),
-        sample[high] if high >= 0 else np.float32(math.inf),
-    )
+    numel = values.numel()
+    num_samples = min(max(numel // 256, _FEWEST_SAMPLES), _MOST_SAMPLES)
+    step = max(1, numel // num_samples) | 1  # odd, or the sample could be one column of a matrix
+    sample = values[::step] if minus is None else values[::step] - minus[::step]
+    sizes = sample.abs().numpy()
+    share = k / numel
+    place, margin = share * len(sizes), 4 * math.sqrt(share * (1 - share) * len(sizes)) + 4  # four standard deviations
+    low, high = len(sizes) - 1 - math.ceil(place + margin), len(sizes) - 1 - math.floor(place - margin)
+    ordered = np.partition(sizes, [max(low, 0), min(high, len(sizes) - 1)])
+    return float(ordered[low]) if low >= 0 else 0.0, float(ordered[high]) if high < len(sizes) else math.inf
 
 
-def _kth_largest_by_counts(values: torch.Tensor, k: int) -> tuple[float, int]:
+def _kth_largest_by_counts(values: torch.Tensor, k: int, minus: torch.Tensor | None) -> Trim:
     magnitudes = Magnitudes()
-    magnitudes.count(values, 0)
-    magnitudes.choose(k)
-    magnitudes.count(values, 1)
+    for number in range(2):
+        for part, *others in pieces(*([values] if minus is None else [values, minus])):
+            magnitudes.count(part - others[0] if others else part, number)
+        if number == 0:
+            magnitudes.choose(k)
     return magnitudes.threshold()
 
 
@@ -214,36 +189,3 @@ def drop_(values: torch.Tensor, density: float, *, seed: int, model: int, name: 
 def l1(values: torch.Tensor) -> float:
     """Sum of magnitudes, in fp64."""
     return sum((float(piece.abs().sum(dtype=torch.float64)) for (piece,) in pieces(values)), 0.0)
-
-
-# ------------------------------------------------------------------------------------------------------- sign election
-
-
-def elected_sum_(
-    target: torch.Tensor, vectors: Sequence[torch.Tensor], weights: Sequence[float], *, scale: float, normalize: bool
-) -> None:
-    """Add to `target` the task vectors' entries whose sign is the elected one. The vectors' memory is used.
-
-    The elected sign s is that of sum_i w_i tau_i, + where the sum is 0. The entries that agree have the sum
-    s (sum_i |w_i tau_i| + |sum_i w_i tau_i|) / 2. normalize: divide by the sum of their weights.
-    """
-    buffers = [torch.empty(min(PIECE, target.numel())) for _ in range(4)]
-    for here, *taus in pieces(target, *vectors):
-        total, sizes, divisor, work = (buffer[: len(here)] for buffer in buffers)
-        for tau, weight in zip(taus, weights, strict=True):
-            if weight != 1:
-                tau.mul_(weight)
-        total.copy_(taus[0])
-        torch.abs(taus[0], out=sizes)
-        for tau in taus[1:]:
-            total.add_(tau)
-            sizes.add_(torch.abs(tau, out=work))
-        sizes.add_(torch.abs(total, out=work))
-        sign = torch.ge(total, 0, out=total).mul_(2).sub_(1)
-        if normalize:
-            divisor.zero_()
-            for tau, weight in zip(taus, weights, strict=True):
-                agrees = torch.gt(torch.mul(tau, sign, out=work), 0, out=work)
-                divisor.add_(agrees, alpha=weight)
-            sizes.div_(divisor.add_(torch.eq(divisor, 0, out=work)))
-        here.add_(sizes.mul_(sign), alpha=scale / 2)

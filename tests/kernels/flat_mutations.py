@@ -17,6 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+Lists = dict[str, list[tuple[str, dict[str, tuple[str, str]]]]]
+"""back end -> files with their breaks: name -> (a place in the file, what stands there instead)"""
+
 SHARED = {  # the scalars, checked through the torch twin
     "bias correction of m dropped": ("lr / (1.0 - beta1**step)", "lr"),
     "bias correction of v dropped": ("(1.0 - beta2**step) ** -0.5", "1.0"),
@@ -100,21 +103,21 @@ TRITON = {
     "averages not counted": ("probe += _sum_of_block(new_e, mask, MASKED)", "probe += 0.0"),
 }
 
-LISTS = {
+LISTS: Lists = {
     "torch": [("safecl/kernels/flat/arguments.py", SHARED), ("safecl/kernels/flat/torch_twin.py", TORCH)],
     "cpp": [("csrc/flat_kernels.inc", CPP)],
     "triton": [("safecl/kernels/flat/triton_kernels.py", TRITON)],
 }
-SIZES = {"torch": (7, 40_001), "cpp": (7, 40_001), "triton": (7, 5000)}
+SUITES = ("tests.kernels.flat", "tests.kernels.ties")
 
 
-def survivors(backend: str) -> list[str]:
-    """Return the names of the mutants that pass every check."""
-    failure = first_failure(backend, ROOT)
+def survivors(family: str, backend: str, lists: Lists) -> list[str]:
+    """Return the names of the mutants that pass every check of the family's suite."""
+    failure = first_failure(family, backend, ROOT)
     if failure:
-        raise SystemExit(f"the unbroken {backend} kernels fail {failure}")
+        raise SystemExit(f"the unbroken {family} kernels in {backend} fail {failure}")
     found = []
-    for path, mutations in LISTS[backend]:
+    for path, mutations in lists[backend]:
         for name, (old, new) in mutations.items():
             with tempfile.TemporaryDirectory() as folder:
                 tree = copy_tree(Path(folder))
@@ -123,7 +126,7 @@ def survivors(backend: str) -> list[str]:
                 (tree / path).write_text(source.replace(old, new))
                 if backend == "cpp":
                     build(tree)
-                failure = first_failure(backend, tree)
+                failure = first_failure(family, backend, tree)
             print(f"{backend}: {name}: {failure or 'NOT NOTICED'}", flush=True)
             found += [] if failure else [name]
     return found
@@ -148,20 +151,19 @@ def build(tree: Path) -> None:
     assert not failure, failure
 
 
-def first_failure(backend: str, tree: Path) -> str:
+def first_failure(family: str, backend: str, tree: Path) -> str:
     """Return the first check that the kernels of `tree` fail, or "" if they pass all."""
-    for name in [n for n in sys.modules if n.split(".")[0] == "safecl" or n.startswith("tests.kernels.flat")]:
+    for name in [n for n in sys.modules if n.split(".")[0] == "safecl" or n.startswith(SUITES)]:
         del sys.modules[name]
     sys.path.insert(0, str(tree))
     tests = sys.modules["tests"], sys.modules["tests.kernels"]
     try:
         for module, folder in zip(tests, ("tests", "tests/kernels"), strict=True):
             module.__path__ = [str(tree / folder)]
-        suite = importlib.import_module("tests.kernels.flat_suite")
+        suite = importlib.import_module(f"tests.kernels.{family}_suite")
         assert Path(suite.__file__).is_relative_to(tree), suite.__file__
         with importlib.import_module("safecl.kernels.backends").using(backend):
-            checks = suite.quick_checks(SIZES[backend], triton=backend == "triton")
-            return run_checks(checks + ([] if backend == "cpp" else [("device scalars", suite.check_device_scalars)]))
+            return run_checks(suite.mutation_checks(backend))
     finally:
         sys.path.remove(str(tree))
 
@@ -175,13 +177,18 @@ def run_checks(checks: list) -> str:
     return ""
 
 
-if __name__ == "__main__":
+def main(family: str, backend: str, lists: Lists) -> None:
+    """Report the breaks that are not noticed, and exit with 1 where there is one."""
     import tests
     import tests.kernels  # noqa: F401
 
-    if sys.argv[1] == "triton":
+    if backend == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
     warnings.simplefilter("ignore", RuntimeWarning)
-    unnoticed = survivors(sys.argv[1])
-    print(f"{sys.argv[1]}: {len(unnoticed)} not noticed")
+    unnoticed = survivors(family, backend, lists)
+    print(f"{backend}: {len(unnoticed)} not noticed")
     sys.exit(1 if unnoticed else 0)
+
+
+if __name__ == "__main__":
+    main("flat", sys.argv[1], LISTS)

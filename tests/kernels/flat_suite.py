@@ -489,3 +489,9 @@ def quick_checks(
     ]
     checks += [("partial sums", lambda: check_partial_sums(device))] if triton else []
     return checks
+
+
+def mutation_checks(backend: str) -> list[tuple[str, Callable[[], None]]]:
+    """The checks that must notice a break of the kernels in a back end."""
+    checks = quick_checks((7, 5000 if backend == "triton" else 40_001), triton=backend == "triton")
+    return checks + ([] if backend == "cpp" else [("device scalars", check_device_scalars)])

@@ -22,6 +22,7 @@ def main(library: str, *what: str) -> None:
     if what == ("overrun",):
         overrun()
         return
+    from tests.kernels import ties_suite
     from tests.kernels.test_flat_cpp import all_results
 
     lib = native.library()
@@ -31,6 +32,7 @@ def main(library: str, *what: str) -> None:
                 lib.safecl_use_threads(threads)
                 for size in SIZES:
                     all_results(size)
+                    ties_suite.all_results(size)
             print("clean:", name)
 
 

@@ -10,8 +10,9 @@ import pytest
 from safecl.kernels.backends import FAMILIES
 from safecl.kernels.flat.backend import FlatKernels
 from safecl.kernels.head.backend import HeadKernels
+from safecl.kernels.ties.backend import TiesKernels
 
-INTERFACES = {"flat": FlatKernels, "head": HeadKernels}
+INTERFACES = {"flat": FlatKernels, "head": HeadKernels, "ties": TiesKernels}
 BACK_ENDS = [(family, name) for family, modules in FAMILIES.items() for name in modules]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from safecl.config import ConfigError
+from safecl.merging import arithmetic
 from safecl.merging.arithmetic import PIECE, Magnitudes, kth_largest, num_kept
 from safecl.merging.places import places_of, value_at
 from tests.merging.memory import merged
@@ -105,9 +106,12 @@ MAGNITUDES = {
     "all different": random_magnitudes(NUMEL),
     "many equal": random_magnitudes(NUMEL).bfloat16().float(),
     "all equal": torch.full((NUMEL,), -0.5),
+    "all zeros": torch.zeros(NUMEL),
     "mostly zeros": random_magnitudes(NUMEL) * (torch.arange(NUMEL) % 1000 == 0),
-    "larger where no sample is taken": 1.0 + (torch.arange(NUMEL) % 17 != 0),  # so the brackets are wrong
+    "larger where no sample is taken": 1.0 + (torch.arange(NUMEL) % 17 != 0),  # so the bracket is wrong
+    "different where no sample is taken": 1.0 + random_magnitudes(NUMEL) * (torch.arange(NUMEL) % 17 != 0),
     "few": random_magnitudes(3),
+    "one": random_magnitudes(1),
 }
 
 
@@ -117,7 +121,25 @@ def test_the_kth_largest_magnitude_of_a_tensor_is_exact(name, share):
     values = MAGNITUDES[name]
     k = max(1, int(share * values.numel()))
     expected = values.abs().sort(descending=True).values[:k]
-    assert kth_largest(values, k) == (float(expected[-1]), int((expected == expected[-1]).sum()))
+    wanted = (float(expected[-1]), int((expected == expected[-1]).sum()))
+    assert kth_largest(values, k) == wanted
+    assert kth_largest(values + 1, k, minus=torch.ones_like(values)) == kth_largest((values + 1) - 1, k)
+    assert kth_largest(torch.zeros_like(values), k, minus=values) == wanted
+
+
+@pytest.mark.parametrize("name", ["all different", "larger where no sample is taken"])
+def test_a_bracket_holds_the_kth_largest_of_a_random_tensor_and_all_are_counted_where_it_does_not(name, monkeypatch):
+    counted, count = [], arithmetic._kth_largest_by_counts
+    monkeypatch.setattr(arithmetic, "_kth_largest_by_counts", lambda *given: counted.append(given) or count(*given))
+    kth_largest(MAGNITUDES[name], NUMEL // 5)
+    assert bool(counted) == (name != "all different")
+
+
+def test_all_magnitudes_are_counted_where_too_many_lie_between(monkeypatch):
+    values = random_magnitudes(NUMEL)
+    wanted = kth_largest(values, 1000)
+    monkeypatch.setattr(arithmetic, "_MOST_BETWEEN", 5)
+    assert kth_largest(values, 1000) == wanted
 
 
 def test_dare_divides_by_the_density_or_restores_the_measured_norm():

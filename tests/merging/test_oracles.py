@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from safecl.kernels import backends
+from safecl.kernels.ties import torch_twin
 from safecl.merging import arithmetic, merge, stream
 from safecl.merging.arithmetic import drop_
 from safecl.storage import durable
@@ -141,9 +143,11 @@ def test_a_merge_is_its_formula_to_the_last_place(parents, family, case, tmp_pat
 def test_work_in_many_pieces_is_work_on_the_whole(parents, case, tmp_path, monkeypatch):
     folders, wanted = parents("qwen"), CASES[case]
     monkeypatch.setattr(arithmetic, "PIECE", 100)
+    monkeypatch.setattr(torch_twin, "CHUNK", 100)
     monkeypatch.setattr(stream, "PIECE_ELEMENTS", 70)
     tuned = [folders[name] for name in models.TUNED[: wanted.num_tuned]]
-    merge(case.split()[0], base=folders["base"], tuned=tuned, out=tmp_path / "out", **wanted.settings)
+    with backends.using("torch"):
+        merge(case.split()[0], base=folders["base"], tuned=tuned, out=tmp_path / "out", **wanted.settings)
     expected = wanted.oracle(*map(models.exact, [folders["base"], *tuned]))
     models.assert_rounded(models.state(tmp_path / "out"), expected)
 

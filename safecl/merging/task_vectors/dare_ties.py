@@ -33,7 +33,7 @@ class Merge(base.Merge[Config]):
         check("dare_ties", self.config, self.models)
 
     def combine(self, tensors: base.Tensors) -> torch.Tensor:
-        from safecl.merging.arithmetic import elected_sum_
+        from safecl.kernels import elected_sum_
 
         elected_sum_(
             tensors.needed_base,

@@ -20,6 +20,8 @@ from safecl.merging.task_vectors._settings import TrimConfig, check, weights_of
 if TYPE_CHECKING:
     import torch
 
+    from safecl.kernels import Trim
+
 
 class Config(TrimConfig):
     """Trimmed task vectors whose signs agree."""
@@ -42,7 +44,7 @@ class Merge(base.Merge[Config]):
 
         check("ties", self.config, self.models)
         self.magnitudes = [Magnitudes() for _ in self.models.tuned]
-        self.thresholds: list[tuple[float, int]] = []
+        self.trims: list[Trim] = []
 
     def observe(self, tensors: base.Tensors, number: int) -> None:
         for magnitudes, vector in zip(self.magnitudes, tensors.task_vectors(), strict=True):
@@ -55,29 +57,30 @@ class Merge(base.Merge[Config]):
             if number == 0:
                 magnitudes.choose(num_kept(self.config.density, magnitudes.numel))
             else:
-                self.thresholds.append(magnitudes.threshold())
+                self.trims.append(magnitudes.threshold())
 
     def combine(self, tensors: base.Tensors) -> torch.Tensor:
-        from safecl.merging.arithmetic import elected_sum_
+        from safecl.kernels import Trim, elected_sum_
 
-        vectors = tensors.task_vectors()
-        for index, vector in enumerate(vectors):
-            self._trim(index, vector)
-        elected_sum_(
+        kept = elected_sum_(
             tensors.needed_base,
-            vectors,
+            tensors.tuned,
             weights_of(self.config, tensors),
+            trims=self.trims or self._trims_of(tensors),
             scale=tensors.value(self.config.scale),
             normalize=self.config.normalize,
+            subtract=True,
         )
+        if self.trims:
+            self.trims = [Trim(t.threshold, t.num_equal - num) for t, num in zip(self.trims, kept, strict=True)]
         return tensors.needed_base
 
-    def _trim(self, index: int, vector: torch.Tensor) -> None:
-        from safecl.merging.arithmetic import keep_largest_, trim_
+    def _trims_of(self, tensors: base.Tensors) -> list[Trim] | None:
+        """Return what the task vectors of one tensor lose; None for nothing."""
+        from safecl.merging.arithmetic import kth_largest, num_kept
 
-        if not self.thresholds:
-            trim_(vector, self.config.density)
-            return
-        threshold, num_equal = self.thresholds[index]
-        kept = keep_largest_(vector, threshold, num_equal)
-        self.thresholds[index] = threshold, num_equal - kept
+        numel = tensors.needed_base.numel()
+        if self.config.density == 1 or numel == 0:
+            return None
+        k = num_kept(self.config.density, numel)
+        return [kth_largest(tuned, k, minus=tensors.needed_base) for tuned in tensors.tuned]
