@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from safecl.planning.costs import memory_report
 from safecl.planning.costs.device_memory import plan_memory
 from safecl.planning.costs.model_shape import ModelShape
@@ -37,6 +40,18 @@ def test_check_names_the_nearest_setting_that_fits_this_machine(monkeypatch):
     monkeypatch.setattr(memory_report, "available_memory", lambda: 10**6)
     lines = dict(memory_report.memory_lines(lambda ranks: shape, config()))
     assert "  too little" in lines and "  would fit" not in lines
+
+
+@pytest.mark.parametrize(("launched", "ranks", "local"), [(None, 8, 8), ("1", 1, 1), ("4", 4, 4), ("16", 16, 8)])
+def test_a_run_without_a_launcher_is_planned_for_its_one_gpu_and_check_for_all(monkeypatch, launched, ranks, local):
+    """A machine with eight GPUs; a run sets WORLD_SIZE before it plans."""
+    monkeypatch.setattr(memory_report.devices, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("WORLD_SIZE", launched)
+    assert (memory_report.ranks_here(), memory_report.local_ranks_here()) == (ranks, local)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_the_nearest_setting_that_does(monkeypatch):

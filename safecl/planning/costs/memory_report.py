@@ -172,9 +172,11 @@ def _cut_micro_batch(shape: ModelShape, config: RunConfig, changed: RunConfig) -
 
 
 def ranks_here() -> int:
-    """Return the number of ranks that the launcher has started; without a launcher, one per GPU."""
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    return launched if launched > 1 else max(1, torch.cuda.device_count()) if devices.on_gpu() else 1
+    """Return the number of ranks of this job; before one has begun, one per GPU. A run that nobody has launched is a
+    job of one rank (environment.join_launcher), however many GPUs there are."""
+    if launched := int(os.environ.get("WORLD_SIZE") or 0):
+        return launched
+    return max(1, torch.cuda.device_count()) if devices.on_gpu() else 1
 
 
 def local_ranks_here() -> int:
