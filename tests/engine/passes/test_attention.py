@@ -127,6 +127,18 @@ def test_rows_under_sdpa_ask_the_device_nothing_either(stand_in, tmp_path):
         assert stand_in.packed_tests == 0, packed
 
 
+@pytest.mark.parametrize(("device", "proofs"), [("cuda", 1), ("cpu", 0)])
+def test_on_a_gpu_the_packing_is_proved_for_the_kernel_that_runs_anywhere_too(monkeypatch, device, proofs):
+    """On a CPU it was proved before the engine was made, with the same kernel."""
+    from types import SimpleNamespace
+
+    proved = []
+    monkeypatch.setattr(engine_attention, "_check_packing", proved.append)
+    engine = SimpleNamespace(device=torch.device(device))
+    engine_attention.start_attention(engine, ModelConfig(path="m", attention="sdpa"), packing="packed", note=print)
+    assert proved == [engine] * proofs
+
+
 @pytest.mark.parametrize(("packing", "packed"), [("auto", False), ("packed", True)])
 def test_a_kernel_that_is_not_exact_gives_way_to_sdpa_by_name(stand_in, tmp_path, packing, packed):
     notes: list[str] = []

@@ -227,6 +227,33 @@ def test_deepspeed_locks_memory_of_exactly_the_size_that_it_needs(monkeypatch):
     assert accelerator._torch_empty_pinned(values, (3,)).shape == (3,) and locked == [8000, 24]
 
 
+def locks_of_a_start() -> list[str]:
+    """Whether DeepSpeed's locking is replaced, and whether DeepSpeed has begun, in order."""
+    from unittest import mock
+
+    import deepspeed
+
+    from safecl.engine.zero import shards
+
+    seen: list[str] = []
+    begin = deepspeed.initialize
+
+    def initialize(**options):
+        seen.append("deepspeed")
+        return begin(**options)
+
+    with (
+        mock.patch.object(shards, "_lock_memory_exactly", lambda: seen.append("exactly")),
+        mock.patch.object(deepspeed, "initialize", initialize),
+    ):
+        scenes.make_run(scenes.run_config(memory=None, methods={}))
+    return seen
+
+
+def test_deepspeed_starts_when_its_locking_is_replaced(rank_pool):
+    assert rank_pool(1).run(locks_of_a_start) == [["exactly", "deepspeed"]]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("shard", "place"), [("cpu", "none"), ("cpu", "cpu"), ("cuda", "cpu")])
