@@ -107,8 +107,9 @@ class DeepSpeedConfig(Section):
     offload: OffloadConfig = OffloadConfig()
     """State that is kept in host memory."""
     overlap_comm: bool = False
-    """Reduce gradients during the backward pass, on a stream of their own. Faster where ranks are connected slowly;
-    takes a second communication bucket on each device, 1 GB in bf16 (stages 1 and 2) or 2 GB (stage 3)."""
+    """Reduce gradients during the backward pass, on a stream of their own, for ranks that are connected slowly; what it
+    saves is not measured yet. Takes a second communication bucket on each device, 1 GB in bf16 (stages 1 and 2) or 2 GB
+    (stage 3)."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs: the dtype in which gradients cross the network, once per micro-batch. bf16 halves the traffic and
     rounds each summand to 8 bits; sums stay fp32 on each rank."""
