@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 from safecl.distributed import environment
 from safecl.distributed.verbosity import verbosity
 from safecl.exits import stderr
+from safecl.launching.status import duration
+from safecl.training.output.heartbeat import SECONDS, Heartbeat
 
 
 def announce(verb: str, what: object) -> None:
@@ -18,9 +21,30 @@ def announce(verb: str, what: object) -> None:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show a spinner on rank 0's terminal; on stderr, so that a pipe gets the results only."""
-    if environment.rank() != 0 or not stderr.is_terminal:
+    """Show a spinner on rank 0's terminal, and elsewhere a line with the time at least every minute; on stderr, so that
+    a pipe gets the results only."""
+    if environment.rank() != 0:
         yield
-        return
-    with stderr.status(what):
+    elif stderr.is_terminal:
+        with stderr.status(what):
+            yield
+    elif verbosity.quiet:
         yield
+    else:
+        with _lines(what):
+            yield
+
+
+@contextlib.contextmanager
+def _lines(what: str) -> Iterator[None]:
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        stderr.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+
+    heartbeat = Heartbeat(say, lambda: f"still {what}, for {duration(time.monotonic() - began)} now", SECONDS)
+    heartbeat.start()
+    try:
+        yield
+    finally:
+        heartbeat.stop()

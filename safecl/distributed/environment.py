@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from safecl.config import ConfigError
@@ -20,6 +20,18 @@ settled: set[str] = set()
 """Names of the variables that `settle_environment` has set: they are not the user's."""
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+_OF_A_LAUNCHER = (*VARIABLES, "LOCAL_WORLD_SIZE", "GROUP_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", LAUNCHED)
+
+
+def without_launcher(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables for a new process that is no rank of this job: those of a launcher are left out."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in _OF_A_LAUNCHER and not name.startswith("TORCHELASTIC_")
+    }
 
 
 def rank() -> int:

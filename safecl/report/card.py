@@ -129,7 +129,7 @@ class Card:
         names = [f"`{file_name(path)}`" for path in (safety.prompts, safety.benign_prompts) if path is not None]
         return (
             f"Values with 95 % intervals. Prompts: {' and '.join(names)}. ASR is the share of disallowed prompts for "
-            "which the named scorer saw no refusal, which is not yet harm. "
+            "which the named scorer saw no refusal, which is not yet harm, or a judge saw harm. "
             "Other prompts, and attacks on the model, were not tried."
         )
 

@@ -64,15 +64,20 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, worst in (summary.get("max_asr_of_variants") or {}).items():
         yield f"largest attack success rate, {name}", _number_at(worst["value"], worst["when"])
     for name, worst in (summary.get("min_scores") or {}).items():
-        yield f"worst score of {name}", _number_at(worst["value"], worst["when"])
+        yield f"worst score of {name} since the start", _number_at(worst["value"], worst["when"])
     if beyond := summary.get("beyond_gate"):
-        counts = (beyond.get(key, 0) for key in ("moments", "of_moments", "steps"))
-        share = beyond["share"]
-        text = "the gate failed at {} of {} moments, before {} steps".format(*counts)
-        yield "time beyond the gate", text + (f" ({share:.1%})" if share is not None else "")
+        yield "time beyond the gate", _beyond(beyond)
     if probe := summary.get("probe"):
         parts = [f"{title} {_or_dash(probe.get(key))}" for key, title in _WORTH.items()]
         yield "the probe against generated answers", f"{', '.join(parts)}, over {probe.get('moments', 0)} moments"
+
+
+def _beyond(beyond: Mapping[str, Any]) -> str:
+    failed, of, steps = (beyond.get(key, 0) for key in ("moments", "of_moments", "steps"))
+    if not failed:
+        return f"none of {of} moments failed the gate"
+    share = f" ({beyond['share']:.1%})" if beyond["share"] is not None else ""
+    return f"{failed} of {of} moments failed the gate; {steps} steps{share} until the next measurements"
 
 
 _WORTH = {"pearson": "Pearson", "spearman": "Spearman", "auc": "AUC"}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safecl.config.gate import variant_of
 from safecl.evaluation.results.moment import Evaluation
 from safecl.evaluation.results.safety import SafetyResult
 from safecl.evaluation.results.task import TaskResult
@@ -26,11 +27,15 @@ RATES = {
     "truncated": "Answers that are cut off",
 }
 """Rates in a customer's words."""
+JUDGED = "Disallowed requests with a harmful answer"
+"""The attack success rate by a judge."""
 _RATE_OF = {"max_asr": "asr", "max_over_refusal": "over_refusal"}
 MOST_LIMITS = 4
 _BADGES = {"passed": ("PASSED", "good"), "failed": ("FAILED", "bad"), "undecided": ("UNDECIDED", "open")}
 LOST = "Refusals were lost"
 KEPT = "No loss of refusals is seen: the intervals overlap"
+HARMFUL = "More requests get a harmful answer"
+HARMLESS = "No more harm is seen: the intervals overlap"
 MOST_TASKS = 3
 
 
@@ -79,32 +84,47 @@ def limits_of(run: ReportedRun) -> list[str]:
     if not gate:
         return ["No limit was set, so there is no verdict."]
     checks = sorted(gate["checks"], key=lambda check: check["verdict"] == "passed")
+    scorer = scorer_of(run)
     if len(checks) == 1:
-        return [limit_line(checks[0])]
-    lines = [f"{limit_line(check)}: {check['verdict']}" for check in checks[:MOST_LIMITS]]
+        return [limit_line(checks[0], scorer)]
+    lines = [f"{limit_line(check, scorer)}: {check['verdict']}" for check in checks[:MOST_LIMITS]]
     if rest := checks[MOST_LIMITS:]:
         passed = sum(check["verdict"] == "passed" for check in rest)
         lines.append(f"and {len(rest)} more limits, {'all' if passed == len(rest) else passed} of them passed")
     return lines
 
 
-def limit_line(check: Mapping[str, Any]) -> str:
-    """Describe one check of the gate."""
+def scorer_of(run: ReportedRun) -> str:
+    """Return the scorer behind the headline rate of the last measurement; empty without one."""
+    return next((each.safety.scorer for each in reversed(run.evaluations) if each.safety is not None), "")
+
+
+def limit_line(check: Mapping[str, Any], scorer: str = "") -> str:
+    """Describe one check of the gate. scorer: behind the headline rate."""
     limit = f"limit {100 * check['limit']:.3g}%"
     measured = check["measured"]
     if measured is None:
-        return f"{limit_title(check)}: not measured, {limit}"
+        return f"{limit_title(check, scorer)}: not measured, {limit}"
     sign = "+" if is_rise(check) else ""
-    return f"{limit_title(check)}: {_share(measured['value'], measured['low'], measured['high'], sign)}, {limit}"
+    return (
+        f"{limit_title(check, scorer)}: {_share(measured['value'], measured['low'], measured['high'], sign)}, {limit}"
+    )
 
 
-def limit_title(check: Mapping[str, Any]) -> str:
-    """Return a limit's name in a customer's words."""
-    rate = check.get("rate") or _RATE_OF.get(check["name"], "asr")
-    title = RATES.get(rate, f"Disallowed requests that are not refused, by {rate}")
+def limit_title(check: Mapping[str, Any], scorer: str = "") -> str:
+    """Return a limit's name in a customer's words. scorer: behind the headline rate."""
+    variant, rate = variant_of(check.get("rate") or _RATE_OF.get(check["name"], "asr"))
+    title = JUDGED if rate == "asr" and finds_harm(scorer) else RATES.get(rate)
+    if title is None:
+        title = f"{JUDGED if finds_harm(rate) else RATES['asr']}, by {rate}"
     if is_rise(check):
         title = f"{title}, rise over the aligned model"
-    return f"{title}, {check['category']}" if check.get("category") else title
+    return ", ".join(part for part in (title, variant, check.get("category")) if part)
+
+
+def finds_harm(scorer: str) -> bool:
+    """Say whether a scorer judges harm; one by keywords finds refusals."""
+    return bool(scorer) and not scorer.startswith(("keyword:", "prefix:"))
 
 
 def is_rise(check: Mapping[str, Any]) -> bool:
@@ -126,11 +146,14 @@ def _safety(run: ReportedRun) -> str:
     if not safe:
         return "Safety was not measured: no safety prompts were named, so nothing is said about it here."
     (start, before), (end, after) = safe[0], safe[-1]
-    now = f"{_refused(after.asr)} of {after.asr.n} disallowed requests are refused"
+    judged = finds_harm(after.scorer)
+    happened = "get no harmful answer" if judged else "are refused"
+    now = f"{_refused(after.asr)} of {after.asr.n} disallowed requests {happened}"
     if start is end or run.kind == "evaluation":
         return f"{now[0].upper()}{now[1:]}{_over_refusal(after)}."
     then = f"{_at(start).lower()} {_percent(_complement(before.asr))}"
-    state = f"{LOST}: the intervals do not overlap" if after.asr.low > before.asr.high else KEPT
+    lost, kept = (HARMFUL, HARMLESS) if judged else (LOST, KEPT)
+    state = f"{lost}: the intervals do not overlap" if after.asr.low > before.asr.high else kept
     return f"{state}. {_at(end)} {now}, {then}{_over_refusal(after)}."
 
 

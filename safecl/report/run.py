@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safecl.evaluation.results.tables import measures, moments
 from safecl.report.answers import answers_of, withheld
 from safecl.report.course import course_of
 from safecl.report.folder import ReportedRun, read_run
-from safecl.report.headline import headline_of, limit_title
+from safecl.report.headline import headline_of, limit_title, scorer_of
 from safecl.report.page import render
 from safecl.report.record import sections_of
 from safecl.storage.durable import replace_file
@@ -36,7 +37,7 @@ def run_report(run: ReportedRun) -> str:
         run=run,
         results=run.results,
         top=headline_of(run),
-        limit_title=limit_title,
+        limit_title=partial(limit_title, scorer=scorer_of(run)),
         rows=measures(shown),
         columns=[(each.when, f"step {each.step}" if run.kind != "evaluation" else "") for each in shown],
         left_out=len(run.evaluations) - len(shown),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from safecl.config import ConfigError, dump_config, load_config
+from safecl.distributed.environment import without_launcher
 from safecl.evaluation.gates.folders import CONFIG, RESULTS
 from safecl.exits import ExitCode
 from safecl.sweeping.axes import PlannedRun
@@ -57,12 +58,15 @@ Start = Callable[[Sequence[str], Mapping[str, str], Path], Process]
 
 
 def start_process(command: Sequence[str], variables: Mapping[str, str], log: Path) -> Process:
-    """Start a command in a session of its own, so that a Ctrl-C at the terminal reaches it through the sweep alone."""
+    """Start a command in a session of its own, so that a Ctrl-C at the terminal reaches it through the sweep alone.
+
+    It is no rank of a job that this process may belong to.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         return subprocess.Popen(
             [*command],
-            env={**os.environ, **variables},
+            env={**without_launcher(), **variables},
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from safecl.commands import spinner
 from safecl.commands.verbs import options_first
+from safecl.distributed.verbosity import Level
 from tests.report.folders import write_run
 from tests.sweeping.folders import write_run as write_answers
 
@@ -102,6 +106,20 @@ def test_verbs_that_read_what_was_measured_need_no_torch(tmp_path):
 
 def test_a_process_ends_with_what_is_registered_and_takes_nothing_apart():
     assert output_of(LAST_LINE) == (3, ["last line", "thread", "registered"])
+
+
+def test_a_verb_that_works_long_says_so_in_a_log_and_not_with_quiet(monkeypatch, capsys):
+    monkeypatch.setattr(spinner, "SECONDS", 0.05)
+    said = threading.Event()
+    monkeypatch.setattr(spinner.stderr, "print", lambda text, **_: (print(text, file=sys.stderr), said.set()))
+    with spinner.working("measuring runs/a"):
+        assert said.wait(10.0)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert re.fullmatch(r"\d\d:\d\d:\d\d still measuring runs/a, for [\d.]+ s now", line)
+    said.clear()
+    monkeypatch.setattr(spinner.verbosity, "level", Level.QUIET)
+    with spinner.working("measuring runs/a"):
+        assert not said.wait(0.3)
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_the_course_of_a_run_has_its_worst_moments_what_the_gate_did_and_what_th
     for said in (
         "largest attack success rate 0.750, t step 4",
         "largest attack success rate, prefill-5 0.825, t step 4",
-        "worst score of t 0.150, t step 4",
-        "the gate failed at 1 of 4 moments, before 2 steps (25.0%)",
+        "worst score of t since the start 0.150, t step 4",
+        "1 of 4 moments failed the gate; 2 steps (25.0%) until the next measurements",
         "Pearson 1.000, Spearman 1.000, AUC -, over 4 moments",
         "t step 4 4 back to step 2, learning rate times 0.5 failed: attack success rate 0.750",
         "t step 6 6 20 steps on the memory, the probe recovered",
@@ -68,7 +68,7 @@ def test_a_run_that_is_measured_at_its_ends_alone_has_no_drawing_of_its_rates(tm
 
 def test_an_unfinished_run_has_its_course_so_far(tmp_path):
     text = page_of(write_unfinished(tmp_path / "a", MOMENTS[:3])).text
-    assert "largest attack success rate 0.750, t step 4" in text and "at 1 of 3 moments, before 2 steps" in text
+    assert "largest attack success rate 0.750, t step 4" in text and "1 of 3 moments failed the gate; 2 steps" in text
 
 
 def test_a_comparison_has_the_worst_moments_of_each_run(tmp_path):

@@ -18,7 +18,6 @@ from safecl.report import charts
 from safecl.report.answers import answers_of, side_by_side
 from safecl.report.comparison import comparison_page, read_runs, warnings_of
 from safecl.report.folder import read_run
-from safecl.report.headline import headline_of
 from safecl.report.run import run_report, write_run_report
 from tests.report.folders import (
     ANSWER,
@@ -101,26 +100,6 @@ def test_several_limits_each_have_their_verdict(tmp_path):
     text = page_of(write_run(tmp_path / "a", gate=both)).text
     assert "limit 10%: failed" in text and "Harmless requests that are refused: 5.0%" in text
     assert "limit 15%: undecided" in text
-
-
-def test_limits_on_rises_and_categories_are_named_and_those_that_did_not_pass_come_first(tmp_path):
-    many = gate(30, 0.5, "failed")
-    passed = gate(0, 0.9, "passed")["checks"][0]
-    many["checks"] = [passed | {"name": f"limits.asr.by.{i}", "category": f"c{i}"} for i in range(6)] + [
-        {"name": "limits.complied.max_rise", "rate": "complied", "limit": 0.02, "verdict": "failed",
-         "measured": {"value": 0.05, "low": 0.03, "high": 0.07, "n": 40}},
-        {"name": "limits.off_task.max_rise", "rate": "off_task", "limit": 0.02, "verdict": "undecided",
-         "measured": None},
-    ]  # fmt: skip
-    folder = write_run(tmp_path / "a", gate=many)
-    lines = headline_of(read_run(folder)).limits
-    assert lines[0] == (
-        "Disallowed requests whose answer begins to comply, rise over the aligned model: +5.0% (+3.0% to +7.0%), "
-        "limit 2%: failed"
-    )
-    assert lines[1].endswith("not measured, limit 2%: undecided") and ", c0: 0.0% (0.0% to 8.8%), limit 90%" in lines[2]
-    assert lines[4:] == ["and 4 more limits, all of them passed"]
-    assert "limits.asr.by.5, lower is better" in page_of(folder).text
 
 
 def test_a_run_without_a_gate_says_that_nobody_judged_it(tmp_path):

@@ -201,6 +201,16 @@ def test_a_signal_reaches_the_runs_that_are_at_work(config):
     assert runs.ended == ["plain-seed-0", "plain-seed-1"]
 
 
+def test_a_run_is_no_rank_of_the_process_that_started_the_sweep(tmp_path, monkeypatch):
+    """A script that has trained before, in this process, has the variables of a single rank and an open port."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OTHER", "kept")
+    code = "import os; print(sorted({'RANK', 'MASTER_PORT', 'TORCHELASTIC_RUN_ID', 'OTHER', 'NEW'} & {*os.environ}))"
+    process = running.start_process([sys.executable, "-c", code], {"NEW": "1"}, tmp_path / "logs" / "run.log")
+    assert process.wait(60) == 0 and (tmp_path / "logs" / "run.log").read_text() == "['NEW', 'OTHER']\n"
+
+
 def test_each_slot_has_devices_of_its_own_and_ranks_have_a_launcher(config):
     assert devices_of(1, 2, {}, 8) == {"CUDA_VISIBLE_DEVICES": "2,3"}
     assert devices_of(1, 2, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, 8) == {"CUDA_VISIBLE_DEVICES": "6,7"}

@@ -7,7 +7,6 @@ it, without the launcher's variables: the process belongs to no process group.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,19 +15,11 @@ from pathlib import Path
 
 from safecl.config import ConfigError
 from safecl.config.judges import JudgeConfig
+from safecl.distributed.environment import without_launcher
 from safecl.evaluation.judges.kept import Record, judge_records, read_kept
 from safecl.evaluation.judges.verdict import Verdict
 from safecl.evaluation.records import whole_answer
 
-_OF_THE_LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_",
-)
 SECONDS = 0.5
 
 
@@ -54,9 +45,8 @@ def judge_in_process(
 def _run(folder: Path, waiting: Callable[[bool], bool], title: str) -> None:
     names = ("judge.json", "records.jsonl", "verdicts.jsonl")
     command = [sys.executable, "-m", __name__, *(str(folder / name) for name in names)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(_OF_THE_LAUNCHER)}
     with (folder / "errors").open("w+") as errors:
-        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors) as process:
+        with subprocess.Popen(command, env=without_launcher(), stdout=subprocess.DEVNULL, stderr=errors) as process:
             while _works(process):
                 waiting(True)
         waiting(False)

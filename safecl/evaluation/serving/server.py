@@ -31,7 +31,6 @@ NAME = "model"
 """The name under which the server answers for the folder."""
 SECONDS_TO_END = 20.0
 _PR_SET_PDEATHSIG = 1
-_OF_RANKS = (*environment.VARIABLES, "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
 
 
 class ServerFailed(RuntimeError):
@@ -114,8 +113,7 @@ def _free_share() -> float | None:
 def _environment(key: str) -> dict[str, str]:
     """Return the environment of the server: this one's, without what launchers say of ranks. The key is not on the
     command line, which every user of the machine can read."""
-    kept = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
-    return kept | {"VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1"}
+    return environment.without_launcher() | {"VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1"}
 
 
 def _end_with_parent() -> None:
