@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -222,7 +223,10 @@ def test_of_many_moments_the_table_keeps_the_ends_and_the_worst(evaluation):
     calm = measure(dict.fromkeys(HARM, "I cannot help."), when="calm")
     moments = [calm, calm, calm, evaluation, *[calm] * 6]
     text = table_of(moments)
-    assert "6 of 10 moments shown" in text and "0.667" in text
+    assert "5 of 10 moments shown" in text and "0.667" in text
+    narrow = table_of([replace(each, when="support-tickets step 400") for each in moments], width=80)
+    assert "…" not in narrow and narrow.count("0.00-0.39") >= 5 and "0.30-0.90" in narrow
+    assert all(len(line) <= 80 for line in narrow.splitlines())
 
 
 # --------------------------------------------------------------------------------------------------------------- judges

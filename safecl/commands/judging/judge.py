@@ -17,22 +17,30 @@ from safecl.config.judges import RECIPES, JudgeConfig
 
 if TYPE_CHECKING:
     from safecl.evaluation.judges.after_run import Moment
+    from safecl.report.folder import ReportedRun
 
 MOST_LISTED = 20
 
 
-def judge_and_print(folder: Path, judges: list[str], *, every_moment: bool, category: str) -> None:
-    """Judge, print rates and agreement, and name the answers on which the judges differ. Raises ConfigError."""
+def judge_and_print(folder: Path, judges: list[str], *, every_moment: bool, category: str | None = None) -> None:
+    """Judge, print rates and agreement, and name the answers on which the judges differ. Raises ConfigError.
+
+    category: column of the prompts; by default `safety.gate.category` of the folder's config, else `category`.
+    """
     configs = [judge_config(text) for text in judges]
     if not configs:
         raise ConfigError(f"--with: name a judge: one of {', '.join(RECIPES)}, its settings, or a file with them")
     with working(f"judging {folder}"):
         from safecl.engine.artifacts.base_model import model_hash
         from safecl.evaluation.judges.after_run import judge_run
+        from safecl.report.folder import read_run
         from safecl.report.run import write_run_report
 
-        moments = moments_of(folder, every_moment)
-        found = judge_run(folder, configs, moments, category=category, hash_of=model_hash)
+        run = read_run(folder)
+        moments = moments_of(run, every_moment)
+        gate = run.section("safety").get("gate")
+        column = category or (gate.get("category") if isinstance(gate, dict) else None) or "category"
+        found = judge_run(folder, configs, moments, category=str(column), hash_of=model_hash)
         page = write_run_report(folder)
     console = Console(highlight=False, soft_wrap=True)
     console.print(rates_table(found), soft_wrap=False)
@@ -58,14 +66,13 @@ def judge_config(text: str) -> JudgeConfig:
         raise ConfigError(f"--with {text}: {f'{key}: ' if key else ''}{said}{known}") from None
 
 
-def moments_of(folder: Path, every_moment: bool) -> list[Moment]:
+def moments_of(run: ReportedRun, every_moment: bool) -> list[Moment]:
     """Return the moments with answers to disallowed prompts: the first and the last, or all."""
     from safecl.evaluation.judges.after_run import Moment
-    from safecl.report.folder import read_run
 
-    safe = [Moment(each.when, each.step) for each in read_run(folder).evaluations if each.safety is not None]
+    safe = [Moment(each.when, each.step) for each in run.evaluations if each.safety is not None]
     if not safe:
-        raise ConfigError(f"{folder}: there are no answers to disallowed prompts to judge")
+        raise ConfigError(f"{run.folder}: there are no answers to disallowed prompts to judge")
     return safe if every_moment or len(safe) < 2 else [safe[0], safe[-1]]
 
 

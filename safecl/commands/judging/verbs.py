@@ -35,8 +35,13 @@ def judge(
         bool, typer.Option("--all", help="Judge every moment, not only the first and the last.")
     ] = False,
     category: Annotated[
-        str, typer.Option(metavar="COLUMN", help="Column of the prompts with their risk category.")
-    ] = "category",
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of the prompts with their risk category; by default that of the run's config.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Judge the kept answers by models: rates, agreement, disagreements. Asks again for no verdict that is there."""
     announce("judge", f"{run}, loading torch")

@@ -2,7 +2,7 @@
 
 judges.json   {"schema": 1, "judges": [the version of each], "moments": [{"when", "step", "asr": {judge: rate},
                "by_category": {category: {judge: rate}}, "variants": {variant: {judge: rate}},
-               "panel": see safecl.evaluation.judges.panel}]}
+               "panel": see safecl.evaluation.judges.panel; with the judges that the run has asked}]}
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from safecl.config import ConfigError
 from safecl.config.judges import JudgeConfig
+from safecl.config.safety import JUDGE
 from safecl.evaluation.categories import MOST_CATEGORIES
 from safecl.evaluation.judges.kept import (
     VERDICTS,
@@ -100,11 +101,13 @@ def _of_moment(folder: Path, moment: Moment, category: str) -> dict[str, Any]:
     verdicts = later_verdicts(folder, _file_of(folder, moment).name)
     every = [each for each in with_later_verdicts(_records(folder, moment), verdicts) if is_disallowed(each)]
     records = [record for record in every if record["set"] == "disallowed"]
-    marks = {name: [record["attack_succeeded"][name] for record in records] for name in verdicts}
+    given = [record.get("attack_succeeded", {}) for record in records]
+    judges = [name for name in (given[0] if given else ()) if name.startswith(JUDGE)]
+    marks = {name: [each.get(name) for each in given] for name in judges}
     return {
         "when": moment.when,
         "step": moment.step,
-        "asr": {name: rate_of_decided(row).to_dict() for name, row in marks.items()},
+        "asr": _rates(records, verdicts),
         "variants": {name: _rates(of, verdicts) for name, of in _by_variant(every).items()},
         "by_category": _by_category(records, verdicts, category),
         "panel": panel_of(marks, [record["id"] for record in records]),

@@ -19,18 +19,23 @@ Row = tuple[str, bool, list[Value]]
 """A measure: title, whether higher is better, one value per moment."""
 
 MAX_COLUMNS = 6
+TERMINAL_COLUMNS = 5  # 80 characters hold as many intervals beside the titles
+INTERVAL_WIDTH = len("0.00-0.00")
 MAX_WIDE_COLUMNS = 2  # 80 characters hold two values with their intervals on one line
 
 
 def results_table(evaluations: Sequence[Evaluation]) -> Table:
     """Make a table of all moments with 95 % intervals. Of many moments it shows the first, the last and the worst."""
-    shown = moments(evaluations)
-    table = Table(title="measured, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    shown = moments(evaluations, TERMINAL_COLUMNS)
+    wide = len(shown) <= MAX_WIDE_COLUMNS
+    padding = (0, 1) if wide else (0, 1, 0, 0)
+    title = "measured, with 95 % intervals"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=padding)
+    table.add_column("", overflow="fold")
     for evaluation in shown:
         step = f"\nstep {evaluation.step}" if len(shown) > 1 else ""  # a model measured alone has no steps
-        table.add_column(f"{evaluation.when}{step}", justify="right")
-    wide = len(shown) <= MAX_WIDE_COLUMNS
+        header = Text(f"{evaluation.when}{step}")
+        table.add_column(header, justify="right", overflow="fold", min_width=None if wide else INTERVAL_WIDTH)
     for title, higher_is_better, values in measures(shown):
         table.add_row(title, *_cells(values, higher_is_better, wide))
     if len(shown) < len(evaluations):
@@ -40,13 +45,14 @@ def results_table(evaluations: Sequence[Evaluation]) -> Table:
     return table
 
 
-def moments(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return all moments, or of many the first, the last and those with the highest attack success rates."""
-    if len(evaluations) <= MAX_COLUMNS:
+def moments(evaluations: Sequence[Evaluation], most: int = MAX_COLUMNS) -> list[Evaluation]:
+    """Return all moments, or of more than `most` the first, the last and those with the highest attack success
+    rates."""
+    if len(evaluations) <= most:
         return list(evaluations)
     inner = range(1, len(evaluations) - 1)
     worst = sorted(inner, key=lambda place: -_asr(evaluations[place]))
-    kept = {0, len(evaluations) - 1, *worst[: MAX_COLUMNS - 2]}
+    kept = {0, len(evaluations) - 1, *worst[: most - 2]}
     return [evaluations[place] for place in sorted(kept)]
 
 
