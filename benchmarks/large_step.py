@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import machine, write_json
+from step_clock import Watch
 from without_data import fake_store, prepared_without_data, without_data
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -61,7 +62,6 @@ REPLAYED = 0.1
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 LINK = 50e9
 LR, STRENGTH, DECAY = 2e-5, 0.1, 0.999
-PHASES = ("forward", "backward", "step")
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -311,6 +311,8 @@ def measure(build: Callable[..., tuple[Any, Callable[[], None], dict]], options:
     The timed steps follow each other without a wait, as in training: what a step leaves to be done beside the next one
     is hidden there.
     """
+    from safecl.kernels import page_locked
+
     if options.fake:
         return count_bytes(build, options)
     cuda = options.device == "cuda"
@@ -326,59 +328,13 @@ def measure(build: Callable[..., tuple[Any, Callable[[], None], dict]], options:
         step()
     facts["steps"] = [{name: round(value, 4) for name, value in one.items()} for one in watch.seconds()]
     facts["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+    facts["page_locked_bytes"] = page_locked.locked_bytes()
     engine.destroy()
     del engine, step, watch
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
     return facts
-
-
-class Watch:
-    """Seconds of steps, and of an engine's forward, backward and step in them, by events on a GPU."""
-
-    def __init__(self, engine: Any, cuda: bool):
-        self.cuda, self.begins = cuda, []
-        self.marks: list[dict[str, list[tuple[Any, Any]]]] = []
-        if cuda:
-            torch.cuda.synchronize()
-        for phase in PHASES:
-            setattr(engine, phase, self._timed(phase, getattr(engine, phase)))
-
-    def _timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **settings: Any) -> Any:
-            begin = self._now()
-            result = call(*arguments, **settings)
-            self.marks[-1][phase].append((begin, self._now()))
-            return result
-
-        return timed
-
-    def begin_step(self) -> None:
-        self.begins.append(self._now())
-        self.marks.append({phase: [] for phase in PHASES})
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> list[dict[str, float]]:
-        """Return the seconds of each phase and of the whole, by step: until the next one begins, or all work is
-        done."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        ends = [*self.begins[1:], self._now()]
-        if self.cuda:
-            torch.cuda.synchronize()
-        between = (lambda a, b: a.elapsed_time(b) / 1e3) if self.cuda else (lambda a, b: b - a)
-        return [
-            {phase: sum(between(*pair) for pair in pairs) for phase, pairs in marks.items()}
-            | {"whole step": between(begin, end)}
-            for marks, begin, end in zip(self.marks, self.begins, ends, strict=True)
-        ]
 
 
 def count_bytes(build: Callable[..., tuple[Any, Callable[[], None], dict]], options: argparse.Namespace) -> dict:
@@ -404,16 +360,22 @@ def count_bytes(build: Callable[..., tuple[Any, Callable[[], None], dict]], opti
 # -------------------------------------------------------------------------------------------------------------- summary
 
 
-def planned_bytes(options: argparse.Namespace, shape: Any = None) -> int:
-    """The plan's peak of a rank on safecl's side: on its device; with --fake, where all is in one memory and nothing is
-    sent, on device and host together, without the copies of a process group. shape: the model's, if it is known."""
+def plan_of(options: argparse.Namespace, shape: Any = None) -> Any:
+    """The memory plan of a rank on safecl's side. shape: the model's, if it is known."""
     from safecl.planning.costs.device_memory import plan_memory
     from safecl.planning.costs.model_shape import ModelShape
-    from safecl.planning.costs.zero_memory import COPIES_OF_GLOO
 
     config = config_of(options)
     shape = shape or ModelShape.of(structure(options), config)
-    plan = plan_memory(shape, config, options.ranks, 1, device="cpu" if options.fake else "cuda")
+    return plan_memory(shape, config, options.ranks, 1, device="cpu" if options.fake else "cuda")
+
+
+def planned_bytes(options: argparse.Namespace, shape: Any = None) -> int:
+    """The plan's peak of a rank on safecl's side: on its device; with --fake, where all is in one memory and nothing is
+    sent, on device and host together, without the copies of a process group. shape: the model's, if it is known."""
+    from safecl.planning.costs.zero_memory import COPIES_OF_GLOO
+
+    plan = plan_of(options, shape)
     if not options.fake:
         return plan.device
     items = [item for item in plan.items if item.what != COPIES_OF_GLOO]
@@ -428,6 +390,8 @@ def summary(report: dict, options: argparse.Namespace) -> dict:
         peak = sides["safecl"]["peak_bytes"]
         found["memory"] = {"peak": peak, "planned": planned, "ratio": round(peak / planned, 3)}
         found["memory"]["met"] = 0.9 <= peak / planned <= 1.1
+    if "page_locked_bytes" in sides.get("safecl", {}):
+        found["page_locked"] = page_locked_beside_the_plan(sides["safecl"]["page_locked_bytes"], options)
     if options.fake:
         return found
     tokens = options.tokens * options.micro_batches
@@ -449,6 +413,13 @@ def summary(report: dict, options: argparse.Namespace) -> dict:
         ratio = found["safecl"]["seconds"]["whole step"] / found["plain"]["seconds"]["whole step"]
         found["ratio"] = round(ratio, 3)
     return found
+
+
+def page_locked_beside_the_plan(locked: int, options: argparse.Namespace) -> dict:
+    """The state in host memory, which a GPU's run locks exactly, up to whole pages for each tensor."""
+    items = plan_of(options).items if options.device == "cuda" else []
+    planned = sum(item.nbytes for item in items if item.where == "host" and item.what in ("fisher", "ema"))
+    return {"locked": locked, "planned": planned, "met": abs(locked - planned) <= 2**20}
 
 
 def print_report(report: dict) -> None:

@@ -1,5 +1,5 @@
-"""A tiny model through the engine on a device, in every ZeRO stage, with and without offload: EWC, EMA and DER for
-three steps, compared with the same run on the CPU.
+"""A tiny model through the engine on a device, in every ZeRO stage, with and without state in host memory: EWC, EMA and
+DER for three steps, compared with the same run on the CPU.
 
     python launch/engine_smoke.py --device cuda --out smoke.json
 
@@ -19,7 +19,23 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIMIT = 1e-3
 STEPS = 3
-RUNS = [(0, "none"), (1, "none"), (1, "cpu"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
+PLACES = {
+    "none": "",
+    "state": ", methods' state in host memory",
+    "all": ", offloaded",
+}
+"""In host memory: nothing; anchor, Fisher and average; or the optimizer, too, and in stage 3 the weights. By name."""
+RUNS = [
+    (0, "none"),
+    (2, "state"),
+    (1, "none"),
+    (1, "all"),
+    (2, "none"),
+    (2, "all"),
+    (3, "none"),
+    (3, "state"),
+    (3, "all"),
+]
 METHODS = {"ewc": {"strength": 0.5, "sign_batches": 2, "rows_per_batch": 4}, "ema": {"decay": 0.9}, "der": {}}
 
 
@@ -34,11 +50,9 @@ def train(device: str, runs: int, out: str) -> None:
     init_distributed()
     states = {}
     for stage, place in RUNS[:runs]:
-        offload = {"optimizer": place, "parameters": place if stage == 3 else "none", "fisher": place, "ema": place}
         torch.manual_seed(0)
-        run, task = scenes.make_run(
-            scenes.run_config(methods=METHODS, deepspeed={"stage": stage, "offload": offload}), scenes.tiny_model()
-        )
+        sharding = {"stage": stage, "offload": offload_of(stage, place)}
+        run, task = scenes.make_run(scenes.run_config(methods=METHODS, deepspeed=sharding), scenes.tiny_model())
         before = scenes.state_of(run)["weights"]
         for _ in range(STEPS):
             run.train_step(task)
@@ -49,8 +63,15 @@ def train(device: str, runs: int, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def offload_of(stage: int, place: str) -> dict[str, str]:
+    """Return `deepspeed.offload` of a run."""
+    state = dict.fromkeys(("reference", "fisher", "ema"), "none" if place == "none" else "cpu")
+    everything = "cpu" if place == "all" else "none"
+    return {"optimizer": everything, "parameters": everything if stage == 3 else "none", **state}
+
+
 def name_of(stage: int, place: str) -> str:
-    return f"stage {stage}" + (", offloaded" if place == "cpu" else "")
+    return f"stage {stage}{PLACES[place]}"
 
 
 def compare(device: str, runs: int) -> list[dict]:

@@ -113,6 +113,10 @@ def of_step(out: Path) -> Iterator[Figure]:
         memory = summary["memory"]
         planned = f"{memory['planned'] / 2**30:.1f} GiB planned"
         yield Figure("7B step, peak", f"{memory['peak'] / 2**30:.1f} GiB", planned, met=memory["met"])
+    if summary.get("page_locked", {}).get("planned"):
+        locked = summary["page_locked"]
+        planned = f"{locked['planned'] / 2**30:.2f} GiB planned"
+        yield Figure("7B step, page-locked", f"{locked['locked'] / 2**30:.2f} GiB", planned, met=locked["met"])
 
 
 def of_offload(out: Path) -> Iterator[Figure]:

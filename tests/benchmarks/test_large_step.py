@@ -64,6 +64,15 @@ def planned_memory(monkeypatch):
     return importlib.import_module("planned_memory")
 
 
+def test_locked_memory_is_compared_with_the_state_that_the_plan_has_in_host_memory(planned_memory):
+    large_step, options = planned_memory.large_step, planned_memory.setting("tiny", 1, "state")
+    options.device, options.fake = "cuda", False
+    state = (2 + 4) * sum(p.numel() for p in large_step.structure(options).parameters())  # Fisher and EMA
+    found = large_step.page_locked_beside_the_plan(state + 4096, options)
+    assert found == {"locked": state + 4096, "planned": state, "met": True}
+    assert not large_step.page_locked_beside_the_plan(state + 2**21, options)["met"], "rounded up"
+
+
 def test_what_was_constructed_is_compared_with_the_plan_of_today(planned_memory):
     found, shapes = json.loads(planned_memory.RESULT.read_text()), {}
     for key, row in found.items():

@@ -222,6 +222,7 @@ STEP = {
         "safecl": {"tokens_per_second": 8000, "mfu": 0.36, "floor_seconds": 0.9, "seconds": {"whole step": 2.0}},
         "ratio": 1.11,
         "memory": {"peak": 130 * 2**30, "planned": 122 * 2**30, "met": True},
+        "page_locked": {"locked": 38 * 2**30, "planned": 38 * 2**30, "met": True},
     }
 }
 
@@ -233,6 +234,7 @@ def test_the_figures_of_a_step_show_measured_floor_rival_and_met(tmp_path):
         "7B step, safecl", "2.0 s, 8,000 tokens/s, MFU 0.36", "0.9 s of products", "", None,
     )  # fmt: skip
     assert figures[3] == ("7B step, peak", "130.0 GiB", "122.0 GiB planned", "", True)
+    assert figures[4] == ("7B step, page-locked", "38.00 GiB", "38.00 GiB planned", "", True)
 
 
 def test_the_figures_of_the_head_are_those_of_the_objectives_that_were_measured(tmp_path):
