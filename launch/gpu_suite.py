@@ -78,7 +78,7 @@ def tests_of(name: str, seconds: int, processes: int, *files: str) -> Section:
 
 
 SECTIONS = [
-    Section("environment", 15, "launch/gpu_environment.py {out}/environment.json",
+    Section("environment", 20, "launch/gpu_environment.py {out}/environment.json",
             "launch/gpu_environment.py {out}/environment.json --dry", needed=True),
     Section("build", 30, "setup.py -q build_ext --inplace", "setup.py --version", makes="safecl/kernels/libsafecl.so"),
     Section("engine-smoke", 65, "launch/engine_smoke.py --device cuda --out {out}/smoke.json",
@@ -93,7 +93,7 @@ SECTIONS = [
             "--out {out}/head.json",
             "benchmarks/head.py --device cpu --threads 1 --repeats 1 --seconds 1 --toy --out {out}/head.json",
             of_head),
-    Section("flat", 70, "benchmarks/flat.py --device cuda --repeats 20 --seconds 25 --cases step ema "
+    Section("flat", 65, "benchmarks/flat.py --device cuda --repeats 20 --seconds 25 --cases step ema "
             "--out {out}/flat.json",
             "benchmarks/flat.py --device cpu --threads 1 --numel 1e5 --repeats 1 --seconds 1 --cases step ema "
             "--out {out}/flat.json", of_flat),

@@ -193,6 +193,17 @@ def test_70b_fits_eight_gpus_of_80_gb_with_its_optimizer_in_host_memory():
     assert plan_memory(shape, resident, 8).device < 80e9
 
 
+def test_7b_fits_one_gpu_of_139_gib_and_128_gib_of_host_memory_with_its_checkpoints():
+    """In ZeRO-2 with the methods' state in host memory. Checkpoints through a copy of the whole state would not fit."""
+    config = config_of(2, reference="cpu", fisher="cpu", ema="cpu")
+    shape = shape_of_size("7B", config)
+    plan = plan_memory(shape, config, 1)
+    assert plan.device < 139 * 2**30 and plan.host < 128 * 2**30
+    whole = config.model_copy(update={"checkpoint": CheckpointConfig(staging="1TB")})
+    assert plan_memory(shape, whole, 1).host > 128 * 2**30
+    assert plan_memory(shape, config_of(2), 1).device > 139 * 2**30, "with the state on the device"
+
+
 @pytest.mark.parametrize(("stage", "bucket"), [(1, 2000), (2, 2000), (3, 4000)])
 def test_overlapping_takes_a_second_bucket(stage, bucket):
     def backward(**options) -> int:
