@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -50,9 +51,12 @@ def test_a_section_that_does_not_exist_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_stops_after_the_first_section_and_says_why(tmp_path):
-    done = suite(tmp_path)
-    assert done.returncode == 1 and "torch sees no CUDA device" in done.stdout
+def test_without_a_gpu_it_stops_after_the_first_section_and_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    first = dataclasses.replace(gpu_suite.SECTIONS[0], seconds=100)
+    made = Suite(tmp_path, dry=False, fresh=True)
+    assert not made.run([first, *gpu_suite.SECTIONS[1:]], time.monotonic() + 600)
+    assert "torch sees no CUDA device" in capsys.readouterr().out
     sections = json.loads((tmp_path / "suite.json").read_text())["sections"]
     assert [(s["section"], s["status"]) for s in sections] == [("environment", "failed")]
 
