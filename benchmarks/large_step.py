@@ -78,10 +78,13 @@ def run(options: argparse.Namespace) -> dict:
         for name, build in {"plain": plain_side, "safecl": safecl_side}.items():
             if name in options.sides:
                 report["sides"][name] = measured_or_too_large(build, options)
+                if not options.fake:
+                    report["summary"] = summary(report, options)
                 write_json(options.out, report)  # after each side, so that an abort loses none
     torch.distributed.destroy_process_group()
-    report["summary"] = summary(report, options)
-    write_json(options.out, report)
+    if options.fake:  # outside of the block, where models have sizes of their own
+        report["summary"] = summary(report, options)
+        write_json(options.out, report)
     print_report(report)
     return report
 
