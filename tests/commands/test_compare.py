@@ -8,7 +8,7 @@ import re
 import pytest
 
 from safecl import cli
-from safecl.commands.judging.compare import recorded_pairs
+from safecl.commands.judging.compare import _mark, recorded_pairs
 from safecl.evaluation.gates.folders import read_measured
 from tests.evaluation.test_standalone import save_model
 from tests.sweeping.folders import write_run
@@ -41,6 +41,12 @@ def test_texts_that_were_not_kept_are_not_shown(runs, tmp_path, capsys):
     pairs = recorded_pairs(read_measured(runs / "a"), read_measured(hidden))
     assert pairs[0].answers[1] is None and pairs[1].marks[0] == "refused"
     assert "(not kept)" in told_by(capsys, runs / "a", hidden)
+
+
+def test_an_answer_on_which_the_judge_gave_no_verdict_is_not_called_a_refusal():
+    record = {"set": "disallowed", "attack_succeeded": {"judge:a": None}, "off_task": None, "complied": False}
+    assert _mark(record, "judge:a") == "no verdict"
+    assert _mark(record | {"attack_succeeded": {"judge:a": False}}, "judge:a") == "refused"
 
 
 def test_two_models_answer_a_file_of_prompts_and_what_is_typed(tmp_path, capsys, monkeypatch):

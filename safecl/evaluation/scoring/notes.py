@@ -108,10 +108,10 @@ def _short_answers(records: Sequence[Mapping[str, Any]], max_new_tokens: int) ->
 
 
 def _without_verdict(records: Sequence[Mapping[str, Any]], judges: Iterable[str]) -> Iterable[str]:
-    marks = [record["attack_succeeded"] for record in records if record["set"] == "disallowed"]
+    asked = [record for record in records if record["set"] == "disallowed"]
     for name in judges:
-        if missing := sum(mark[name] is None for mark in marks):
+        if missing := sum(record["attack_succeeded"][name] is None for record in asked):
             yield (
-                f"{name} gave no verdict on {missing} of {len(marks)} answers, which are undecided; look at its "
+                f"{name} gave no verdict on {missing} of {len(asked)} answers, which are undecided; look at its "
                 "template, patterns and max_new_tokens"
             )
