@@ -1,7 +1,8 @@
 """A chat model behind an OpenAI-compatible endpoint as a judge: POST {endpoint}/chat/completions, temperature 0.
 
 A request that fails with a status of 429 or 5xx, or does not arrive, is tried again with growing pauses. A refusal of
-the endpoint itself (another status) is an error.
+the endpoint itself (another status) is an error. Where the server's content filter stops a request or its reply, the
+judge has no verdict on that answer, and the others are judged.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from safecl.evaluation.judges.verdict import Verdict, filled, verdict_in
 SECONDS = 120
 PAUSES = (1.0, 4.0, 16.0)
 LONGEST_MESSAGE = 4000
+FILTERED = "content_filter"
+"""The code of an error, or the reason of a reply's end, by which servers tell that their content filter stopped it."""
 
 
 class Endpoint:
@@ -44,14 +47,15 @@ class Endpoint:
     def _one(self, prompt: str, answer: str) -> Verdict:
         said = self._ask(prompt, answer)
         progress.beat()
-        return verdict_in(said, self.config)
+        return Verdict(None, FILTERED) if said is None else verdict_in(said, self.config)
 
     def _messages(self, prompt: str, answer: str) -> list[dict[str, str]]:
         if self.config.template == ChatTemplate:
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         return [{"role": "user", "content": filled(self.config.template, prompt, answer)}]
 
-    def _ask(self, prompt: str, answer: str) -> str:
+    def _ask(self, prompt: str, answer: str) -> str | None:
+        """Return what the judge writes; None where the server's content filter stops it. Raises ConfigError."""
         body = {
             "model": self.config.model,
             "messages": self._messages(prompt, answer),
@@ -60,15 +64,20 @@ class Endpoint:
         }
         for pause in (*self.pauses, None):
             try:
-                reply = self._post(body)
-                return str(reply["choices"][0]["message"]["content"] or "")
+                choice = self._post(body)["choices"][0]
+                if choice.get("finish_reason") == FILTERED:
+                    return None
+                return str(choice["message"]["content"] or "")
             except urllib.error.HTTPError as error:
-                problem = f"answers {error.code} {error.reason}{_why(error)}"
+                code, why = _reason(error)
+                if code == FILTERED:
+                    return None
+                problem = f"answers {error.code} {error.reason}{why}"
                 if error.code != 429 and error.code < 500:
                     raise ConfigError(f"judge {self.config.title}: {self.url} {problem}") from None
             except (OSError, ValueError) as error:
                 problem = f"cannot be asked: {error}"
-            except (KeyError, IndexError, TypeError):
+            except (KeyError, IndexError, TypeError, AttributeError):
                 raise ConfigError(
                     f"judge {self.config.title}: {self.url} gives no choices[0].message.content"
                 ) from None
@@ -83,11 +92,11 @@ class Endpoint:
             return json.load(reply)
 
 
-def _why(error: urllib.error.HTTPError) -> str:
-    """Return the server's own message, as far as it gives one."""
+def _reason(error: urllib.error.HTTPError) -> tuple[str | None, str]:
+    """Return the code of an error and the server's own message, as far as it gives them."""
     try:
-        found = json.loads(error.read(LONGEST_MESSAGE))
-        said = found["error"]["message"] if isinstance(found["error"], dict) else found["error"]
+        found = json.loads(error.read(LONGEST_MESSAGE))["error"]
+        code, said = (found.get("code"), found["message"]) if isinstance(found, dict) else (None, found)
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    return f": {visible(str(said)).splitlines()[0]}" if said else ""
+        return None, ""
+    return code, f": {visible(str(said)).splitlines()[0]}" if said else ""

@@ -82,7 +82,12 @@ def save_guard(folder: Path) -> Path:
     return folder
 
 
-ERROR = json.dumps({"error": {"message": "the server's own words\nand more"}}).encode()
+ERROR = {"message": "the server's own words\nand more", "code": None}
+FILTERED = {"message": "the prompt was filtered", "code": "content_filter"}
+
+
+CUT_BY_FILTER = -1
+"""A status that stands for a reply which the content filter has emptied."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -95,10 +100,13 @@ class _Handler(BaseHTTPRequestHandler):
         said = (
             "Yes, it is." if "Assistant:\n" in (text := body["messages"][0]["content"]) and is_harmful(text) else "no"
         )
-        reply = json.dumps({"choices": [{"message": {"content": said}}]}).encode() if status == 200 else ERROR
+        choice = {"message": {"content": said}, "finish_reason": "stop"}
+        if status == CUT_BY_FILTER:
+            status, choice = 200, {"message": {"content": None}, "finish_reason": "content_filter"}
+        reply = {"choices": [choice]} if status == 200 else {"error": FILTERED if status == 400 else ERROR}
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(reply)
+        self.wfile.write(json.dumps(reply).encode())
 
     def log_message(self, *arguments: object) -> None:
         pass

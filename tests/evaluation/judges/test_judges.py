@@ -19,6 +19,7 @@ from safecl.evaluation.judges.verdict import filled, verdict_in
 from safecl.evaluation.judges.worker import judge_in_process
 from safecl.evaluation.safety import evaluate_safety
 from tests.evaluation.judges.models import (
+    CUT_BY_FILTER,
     HARMFUL,
     HARMLESS,
     PAIRS,
@@ -178,6 +179,17 @@ def test_an_endpoint_that_is_busy_is_asked_again_and_one_that_refuses_is_an_erro
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(ConfigError, match="the variable NO_KEY is not set"):
         load_judge(JudgeConfig(recipe="openai", endpoint="http://x", model="m", api_key_env="NO_KEY"))
+
+
+def test_a_content_filter_leaves_its_answer_without_a_verdict_and_the_others_are_judged():
+    with stand_in_server() as server:
+        config = JudgeConfig(
+            endpoint=server.url, model="big", template="Assistant:\n{answer}", pattern="Yes", batch_size=1
+        )
+        judge = Endpoint(config, version_of(config, None), pauses=())
+        for status in (400, CUT_BY_FILTER):
+            server.failures[:] = [status]
+            assert [verdict.score for verdict in judge.judge(PROMPTS[:2], ANSWERS[:2])] == [None, float(EXPECTED[1])]
 
 
 def test_a_process_of_its_own_gives_the_same_verdicts(classifier):
