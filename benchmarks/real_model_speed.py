@@ -61,10 +61,9 @@ def main() -> None:
     if not (folder / "aligned" / "config.json").exists():
         sys.exit(f"no model in {folder}: run benchmarks/real_model.py align first")
     with tempfile.TemporaryDirectory() as scratch:
-        found = training(folder, Path(scratch)) | {
-            "generation": generation(folder),
-            "start": start(folder, Path(scratch)),
-        }
+        found = {"start": start(folder, Path(scratch))}
+        found |= training(folder, Path(scratch))
+        found["generation"] = generation(folder)
     result = {
         "command": "python benchmarks/real_model_speed.py",
         "machine": harness.machine(torch.device("cpu")),
@@ -197,11 +196,13 @@ def generation(folder: Path) -> dict[str, Any]:
 
 def start(folder: Path, scratch: Path) -> dict[str, list[float]]:
     """Return the seconds from the command to the end of the first step, with nothing prepared for safecl's command."""
+    from safecl.distributed.environment import without_launcher
+
     seconds: dict[str, list[float]] = {"safecl": [], "hugging face": []}
     for number in range(ROUNDS):
         path, output = scratch / f"start-{number}.yaml", scratch / f"start-{number}"
         path.write_text(yaml.safe_dump(config_of(folder, output, False, steps=1)))
-        environment = os.environ | {"SAFECL_CACHE": str(scratch / f"cache-{number}")}
+        environment = without_launcher() | {"SAFECL_CACHE": str(scratch / f"cache-{number}")}
         began = time.time()
         subprocess.run(
             [sys.executable, "-m", "safecl", "train", str(path)], check=True, capture_output=True, env=environment

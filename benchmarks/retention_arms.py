@@ -35,31 +35,50 @@ class Arm:
     """Whether it uses the defender's rows; otherwise it has no safety data."""
     preset: bool = False
     """Whether it is a preset of `methods:`, which is measured in every setting."""
+    method: str = ""
+    """The method whose rates docs/methods.md takes from this arm."""
+    stage: bool = False
+    """Whether the rows of the alignment are trained once more before the task, as its alignment stage."""
 
 
-def _arm(name: str, title: str, *overrides: str, memory: bool = False, preset: bool = False) -> Arm:
-    return Arm(name, title, overrides, memory, preset)
+def _arm(
+    name: str,
+    title: str,
+    *overrides: str,
+    memory: bool = False,
+    preset: bool = False,
+    method: str = "",
+    stage: bool = False,
+) -> Arm:
+    return Arm(name, title, overrides, memory, preset, method, stage)
 
 
 PLAIN = _arm("plain", "plain fine-tuning")
 
 METHODS = [
-    _arm("er", "ER", "methods.er.weight=1", memory=True),
-    _arm("der", "DER", "methods.der.alpha=2", "methods.der.beta=0", memory=True),
+    _arm("er", "ER", "methods.er.weight=1", memory=True, method="er"),
+    _arm("der", "DER", "methods.der.alpha=2", "methods.der.beta=0", memory=True, method="der"),
     _arm("der-ce", "DER with CE", "methods.der.alpha=2", "methods.der.beta=1", memory=True),
-    _arm("derpp", "DER++", "methods.derpp.alpha=2", "methods.derpp.beta=1", memory=True),
-    _arm("agem", "A-GEM", "methods.agem={}", memory=True),
+    _arm("derpp", "DER++", "methods.derpp.alpha=2", "methods.derpp.beta=1", memory=True, method="derpp"),
+    _arm("agem", "A-GEM", "methods.agem={}", memory=True, method="agem"),
     _arm("ewc", "EWC, strength 3", "methods.ewc.strength=3", memory=True),
-    _arm("ewc-0.3", "EWC, strength 0.3", "methods.ewc.strength=0.3", memory=True),
-    _arm("online-ewc", "online EWC, strength 1", "methods.online_ewc.strength=1", memory=True),
-    _arm("l2-sp", "L2-SP", "methods.l2_sp.strength=0.1"),
+    _arm("ewc-0.3", "EWC, strength 0.3", "methods.ewc.strength=0.3", memory=True, method="ewc"),
+    _arm("online-ewc", "online EWC, strength 1", "methods.online_ewc.strength=1", memory=True, method="online_ewc"),
+    _arm("l2-sp", "L2-SP", "methods.l2_sp.strength=0.1", method="l2_sp"),
     _arm("l2-sp-attention", "L2-SP, attention only", "methods.l2_sp.strength=0.1", "methods.l2_sp.modules=attention"),
     _arm("lwf-hidden", "LwF, hidden states", "methods.lwf.form=hidden", "methods.lwf.weight=1"),
-    _arm("lwf-output", "LwF, outputs", "methods.lwf.form=output", "methods.lwf.weight=1"),
-    _arm("ema", "EMA", "methods.ema.horizon=0.3"),
+    _arm("lwf-output", "LwF, outputs", "methods.lwf.form=output", "methods.lwf.weight=1", method="lwf"),
+    _arm("ema", "EMA", "methods.ema.horizon=0.3", method="ema"),
     _arm("ema-slow", "EMA, slow weights", "methods.ema.write_back=slow", "methods.ema.decay=0.5"),
     _arm("ema-anchor", "EMA, pull to the anchor", "methods.ema.write_back=anchor", "methods.ema.decay=0.1"),
-    _arm("psmt", "PSMT, 30 % protected", "methods.psmt.horizon=0.3", "methods.psmt.protected=0.3", memory=True),
+    _arm(
+        "psmt",
+        "PSMT, 30 % protected",
+        "methods.psmt.horizon=0.3",
+        "methods.psmt.protected=0.3",
+        memory=True,
+        method="psmt",
+    ),
 ]
 
 # The control: plain fine-tuning over a grid of learning rate and batch size, with the same number of steps.
@@ -154,6 +173,73 @@ NO_DATA = [
     _arm("lwf-hidden-20", "LwF, hidden states, weight 20", "methods.lwf.form=hidden", "methods.lwf.weight=20"),
 ]
 
+# All other methods at their defaults, with what they cannot do without. Words in capitals are files and models that
+# retention_materials.py makes. The methods of an alignment stage have a control: the same stage without a method.
+LORA = "model.lora={}"
+LONG = "train.max_length=160"  # the rows of an alignment stage are longer than SST-2's
+
+
+def _default(method: str, title: str, *overrides: str, memory: bool = False, stage: bool = False) -> Arm:
+    shown = method.replace("_", "-")
+    return Arm(shown, title, (f"methods.{method}={{}}", *overrides), memory, method=method, stage=stage)
+
+
+HARMFUL = "methods.{}.harmful=HARMFUL"
+LIBRARY = [
+    _default("im", "ER and IM", "methods.er.weight=1", memory=True),
+    _default("safe_instruct", "SafeInstr", memory=True),
+    _default("ldifs", "LDIFS"),
+    _default("sbr", "SBR", memory=True),
+    _default("hierarchical", "hierarchical regularization", memory=True),
+    _default("temporal_ensemble", "temporal ensemble"),
+    _default("dema", "DEMA"),
+    _default("i_lora", "I-LoRA", memory=True),
+    _default("ema_control", "EMA's control"),
+    _default("merge_back", "merge back, WiSE-FT"),
+    _default("safe_grad", "SafeGrad", memory=True),
+    _default("spag", "SPAG", memory=True),
+    _default("ogpsa", "OGPSA", memory=True),
+    _default("safe_anchor", "SafeAnchor", memory=True),
+    _default("osft", "OSFT", memory=True),
+    _default("mudman", "MUDMAN", memory=True),
+    _default("lisa", "Lisa", memory=True),
+    _default("corrective_replay", "corrective replay", memory=True),
+    _default("k_fpf", "k-FPF", memory=True),
+    _default("refresh", "Refresh Learning", memory=True),
+    _default("hft", "HFT"),
+    _default("safety_layers", "Safety Layers"),
+    _default("block_expansion", "block expansion", "model.path=EXPANDED", "methods.block_expansion.blocks=[3]"),
+    _default("segment_rates", "segment rates"),
+    _default("swat", "SWAT"),
+    _default("constrained_sft", "constrained SFT"),
+    _default("antibody", "Antibody"),
+    _default("gradient_norm", "gradient-norm selection"),
+    _default("toss", "TOSS", "methods.toss.degraded=DEGRADED", "methods.toss.utility=USEFUL"),
+    _default("bds", "BDS", memory=True),
+    _default("lookahead", "LookAhead"),
+    _default("sdft", "SDFT", "methods.sdft.answers=ANSWERS"),
+    _arm("plain-lora", "plain fine-tuning, LoRA", LORA),
+    _default("asft", "AsFT, LoRA", LORA, "methods.asft.base=RANDOM"),
+    _arm("plain-stage", "alignment stage, then plain", LONG, stage=True),
+    _default("vaccine", "alignment stage with Vaccine", LONG, stage=True),
+    _default("t_vaccine", "alignment stage with T-Vaccine", HARMFUL.format("t_vaccine"), LONG, stage=True),
+    _default("booster", "alignment stage with Booster", HARMFUL.format("booster"), LONG, stage=True),
+    _default("rep_noise", "alignment stage with RepNoise", HARMFUL.format("rep_noise"), LONG, stage=True),
+    _default("vaa", "alignment stage with VAA", HARMFUL.format("vaa"), LONG, stage=True),
+]
+
+# Where defences are reported to collapse: more poison, more epochs, a larger learning rate.
+STRAINED = ("plain", "er", "der", "derpp", "ewc", "kl2-ema", "strict", "sbr", "spag", "safe-grad", "lisa",
+            "corrective-replay")  # fmt: skip
+STRAINS = (("lr10", "learning rate x 10", f"train.learning_rate={10 * LEARNING_RATE:g}"),
+           ("steps5", "steps x 5", f"train.max_steps={5 * STEPS}"))  # fmt: skip
+AS_THEY_ARE = [arm for arm in [PLAIN, *METHODS, *SEARCH, *LIBRARY] if arm.name in STRAINED]
+UNDER_STRAIN = [
+    Arm(f"{arm.name}-{name}", f"{arm.title}, {title}", (*arm.overrides, override), arm.memory)
+    for name, title, override in STRAINS
+    for arm in AS_THEY_ARE
+]
+
 # Measured first.
 MAIN = ("plain", "der", "scan5-der-ce-ema", "scan5-der-ema")
 # From these the preset `balanced` is chosen: each with three seeds, clean and with poison.
@@ -193,7 +279,7 @@ class Run:
         settings = {"max_steps": STEPS, "learning_rate": LEARNING_RATE, **TRAIN[self.task]}
         config = real_data.common(folder, self.name, self.seed, **settings) | {
             "model": {"path": str(folder / "aligned" / "model"), "dtype": "fp32", "gradient_checkpointing": False},
-            "tasks": [_task(folder, self.task)],
+            "tasks": [*([_stage(folder)] if self.arm.stage else []), _task(folder, self.task)],
             "deepspeed": {"stage": 0},
             "checkpoint": {"every": "never"},
         }
@@ -201,13 +287,34 @@ class Run:
             config["memory"] = {"source": str(folder / "memory.jsonl"), **MEMORY}
         if self.poison:
             config["poison"] = {"ratio": self.poison / 100, "source": str(folder / "poison.jsonl"), "seed": self.seed}
-        files = {"MIXED": folder / "memory-mixed.jsonl", "HARMLESS": folder / f"harmless-{self.task}.jsonl"}
+        files = self.files(folder)
         return apply_overrides(config, [_with_files(text, files) for text in self.arm.overrides])
+
+    def files(self, folder: Path) -> dict[str, Path]:
+        """Return the paths that the words in capitals of overrides stand for."""
+        return {
+            "MIXED": folder / "memory-mixed.jsonl",
+            "HARMLESS": folder / f"harmless-{self.task}.jsonl",
+            "HARMFUL": folder / "harmful.jsonl",
+            "RANDOM": folder / "random-model",
+            "EXPANDED": folder / "expanded",
+            "DEGRADED": folder / "degraded" / "model",
+            "USEFUL": folder / "useful" / "model",
+            "ANSWERS": folder / f"answers-{self.setting}.jsonl",
+        }
+
+    def needs(self, word: str) -> bool:
+        """Return whether an override of this run names `word`."""
+        return any(override.endswith(f"={word}") for override in self.arm.overrides)
 
 
 def _with_files(override: str, files: dict[str, Path]) -> str:
     key, _, value = override.partition("=")
     return f"{key}={files.get(value, value)}"
+
+
+def _stage(folder: Path) -> dict:
+    return {"name": "alignment", "train": str(folder / "align.jsonl"), "role": "align"}
 
 
 def _task(folder: Path, name: str) -> dict:
@@ -234,6 +341,10 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, "sst2", poison, seed) for poison in (10, 0) for seed in SEEDS[1:] for arm in METHODS)
     yield from (Run(arm, task, poison, 0) for poison in (10, 0) for task in ("gsm8k", "code") for arm in METHODS)
     yield from (Run(arm, "sst2", poison, seed) for poison in (10, 0) for seed in SEEDS[1:] for arm in GRID)
+    yield from (Run(arm, "sst2", poison, 0) for poison in (10, 0) for arm in LIBRARY)
+    yield from (Run(arm, "sst2", 20, 0) for arm in AS_THEY_ARE)
+    yield from (Run(arm, "sst2", 10, 0) for arm in UNDER_STRAIN)
+    yield from (Run(arm, "sst2", poison, seed) for seed in SEEDS[1:] for poison in (10, 0, 20) for arm in AS_THEY_ARE)
 
 
 RUNS = list(dict.fromkeys(_runs()))

@@ -10,8 +10,9 @@ The rivals are plain fine-tuning and tuned plain fine-tuning. The rates have 95 
 aligns a Llama of 1.1 M parameters, then fine-tunes it once per arm and setting (task, share of poisoned rows, seed).
 Each is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and stopped
 runs resume. `--keep` also takes arms from benchmarks/results/safety_retention.json if they started from the same
-aligned model, bit for bit. Needs $SAFECL_DATA (docs/data.md names the files). retention_arms.py lists the arms;
-retention_table.py makes benchmarks/results/safety_retention.json, and tables and plot of docs/results.md.
+aligned model, bit for bit. Needs $SAFECL_DATA (docs/data.md names the files). retention_arms.py lists the arms,
+retention_materials.py makes what single arms need, and retention_table.py makes
+benchmarks/results/safety_retention.json, tables and plot of docs/results-toy.md, and the rates of docs/methods.md.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 import real_data
+import retention_materials
 import yaml
 from retention_arms import RUNS, Run
 
@@ -96,6 +98,8 @@ def _train_or_report(folder: Path, run: Run) -> None:
     """Train one arm; a failure is printed and does not stop the others."""
     began = time.perf_counter()
     try:
+        with claimed(folder, "materials", wait=True):
+            retention_materials.make(folder, run, train)
         train(folder, run.name, run.config(folder))
     except Exception as error:
         print(f"{run.name}: {type(error).__name__}: {error}", flush=True)

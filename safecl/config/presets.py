@@ -1,4 +1,5 @@
-"""Presets of `methods:`: sets of methods with their settings, chosen from the tables of docs/results.md.
+"""Presets of `methods:`: sets of methods with their settings, chosen from the tables of docs/results.md and of
+docs/results-toy.md.
 
 `methods: strict` in a config, or `methods=strict` on the command line, stands for the settings here. Those of other
 sections apply where the config does not set them itself. A run's config.yaml writes all of them out.

@@ -54,7 +54,15 @@ def bench(monkeypatch, tmp_path):
     import safety_retention
 
     yield real_data, retention_arms, retention_table, safety_retention
-    for name in ("real_data", "retention_arms", "retention_table", "safety_retention", "harness", "scan"):
+    for name in (
+        "real_data",
+        "retention_arms",
+        "retention_materials",
+        "retention_table",
+        "safety_retention",
+        "harness",
+        "scan",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -79,11 +87,8 @@ def test_every_arm_is_a_config_that_safecl_takes(bench, tmp_path):
     assert len(names) == len(set(names))
     for run in arms.RUNS:
         config = validate_tree(run.config(tmp_path), run.name)
-        assert (config.poison.ratio, config.train.max_steps, config.train.seed) == (
-            run.poison / 100,
-            arms.STEPS,
-            run.seed,
-        )
+        steps = 5 * arms.STEPS if run.arm.name.endswith("steps5") else arms.STEPS
+        assert (config.poison.ratio, config.train.max_steps, config.train.seed) == (run.poison / 100, steps, run.seed)
         assert (config.memory is not None) == run.arm.memory
 
 
@@ -93,6 +98,20 @@ def test_the_presets_are_arms_of_the_table(bench, tmp_path):
     base = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t"}], "memory": {"source": "r"}, "output": "o"}
     for name in (name for name, preset in PRESETS.items() if not preset.repairs):
         assert validate_tree(base | {"methods": name}, "").methods in measured, name
+
+
+def test_every_method_has_an_arm_and_every_word_in_capitals_a_maker(bench, tmp_path):
+    from safecl.config.method_registry import builtin_methods
+
+    _, arms, _, retention = bench
+    shown = [arm.method for arm in [*arms.METHODS, *arms.LIBRARY] if arm.method]
+    assert sorted(shown) == sorted(builtin_methods())
+    made = {*retention.retention_materials.MAKERS, "MIXED", "HARMLESS", "RANDOM"}
+    assert set(arms.RUNS[0].files(tmp_path)) == made
+    for run in arms.RUNS:
+        assert all(
+            not override.split("=")[-1].isupper() or override.split("=")[-1] in made for override in run.arm.overrides
+        )
 
 
 def finished(folder: Path, run, hits: int, right: int) -> None:
@@ -123,6 +142,11 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(table, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(table, "PLOT", tmp_path / "plot.png")
+    monkeypatch.setattr(table, "METHODS_PAGE", tmp_path / "methods.md")
+    (tmp_path / "methods.md").write_text(
+        "| [`der`](a) | outputs (stored) | 4 (or 8) | not measured yet |\n"
+        "| [`derpp`](a) | not measured yet (weight 2) |\n| [`er`](a) | .50 / .60 |\n"
+    )
     (tmp_path / "page.md").write_text(
         "before\n<!-- sst2-10 -->\nstale\n<!-- end -->\n<!-- search -->\n<!-- end -->\nafter\n"
     )
@@ -150,6 +174,10 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
         "| yes | 0.07 | -3.0 | 0 |"
     )
     assert "stale" not in page and page.startswith("before\n") and page.endswith("after\n")
+    assert (tmp_path / "methods.md").read_text() == (
+        "| [`der`](a) | outputs (stored) | 4 (or 8) | .07 / .10 |\n"
+        "| [`derpp`](a) | not measured yet (weight 2) |\n| [`er`](a) | .50 / .60 |\n"
+    )
     assert len(result["runs"]) == 6 and len(result["missing"]) == len(arms.RUNS) - 6
     assert "sst2-p10-s0/er" in result["missing"] and "arms are missing" in capsys.readouterr().out
     assert (tmp_path / "plot.png").stat().st_size > 5000
@@ -157,8 +185,9 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
 
 def test_arms_of_the_results_file_are_kept_while_the_aligned_model_is_the_same(bench, tmp_path, monkeypatch, capsys):
     _, arms, table, _ = bench
-    for name in ("RESULTS", "PAGE", "PLOT"):
+    for name in ("RESULTS", "PAGE", "PLOT", "METHODS_PAGE"):
         monkeypatch.setattr(table, name, tmp_path / name)
+    (tmp_path / "METHODS_PAGE").touch()
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         finished(folder, type("Aligned", (), {"name": "aligned", "task": "alignment"}), 6, 0)
