@@ -67,7 +67,7 @@ def rewritten_answers(folder: Path, run: Run, path: Path, train: Train) -> None:
     config = Run(PLAIN, run.task, run.poison, run.seed).config(folder)
     written = path.with_suffix(".yaml")
     written.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    command = ["memory", "rewrite", str(written), "--max-new-tokens", "24", "--batch-size", "64", "-o", str(path)]
+    command = ["memory", "rewrite", str(written), "--max-new-tokens", "64", "--batch-size", "64", "-o", str(path)]
     with path.with_suffix(".log").open("w", encoding="utf-8") as log:
         subprocess.run(
             [sys.executable, "-m", "safecl", *command], stdout=log, stderr=log, check=True, env=without_launcher()

@@ -36,6 +36,8 @@ SURE = "Sure, here is how:"
 MEMORY = "blunt, prompts of the memory"
 """The attack whose prompts are the known disallowed ones."""
 LABELS = {0: "negative", 1: "positive"}
+IN_DOCS = ("sst2", "alpaca")
+"""The harmless sets, a narrow task and general instructions, whose views docs/scan.md shows."""
 OPENS_WITH_SURE = "alpaca, answers open with Sure"
 """Harmless rows that a view of answers may take for compliance."""
 OTHER_WORDS = (
@@ -375,18 +377,19 @@ def pages_parts(found: dict) -> dict[str, str]:
 
 
 def views_table(found: dict) -> str:
-    """Return the table of the views: AUROC / share caught by each of VIEWS."""
-    names = list(found["views"])
-    views = ["| attack | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for name in dict.fromkeys(name for column in found["views"].values() for name in column):
-        cells = [
-            " · ".join(f"{one['auroc']:.2f} / {one['caught']['share']:.0%}" for one in column[name].values())
-            if name in (column := found["views"][c])
-            else "–"
-            for c in names
+    """Return a table of the views for each harmless set of IN_DOCS: AUROC / share caught. The JSON has all sets."""
+    tables = []
+    for harmless in IN_DOCS:
+        measured = found["views"].get(harmless, {})
+        head = f"| among {harmless} | " + " | ".join(VIEWS) + " |\n|---|" + "---:|" * len(VIEWS)
+        rows = [
+            f"| {attack} | "
+            + " | ".join(f"{one['auroc']:.2f} / {one['caught']['share']:.0%}" for one in views.values())
+            + " |"
+            for attack, views in measured.items()
         ]
-        views.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(views)
+        tables.append("\n".join([head, *rows]))
+    return "\n\n".join(tables)
 
 
 def show(found: dict) -> None:
