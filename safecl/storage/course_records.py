@@ -29,7 +29,7 @@ class Worst(TypedDict):
 
 @with_config(OPEN)
 class ProbeWorth(TypedDict, total=False):
-    """How well the probe tells the attack success rate: correlations over moments, area under the curve over
+    """The probe's agreement with the attack success rate: correlations over moments, area under the curve over
     prompts."""
 
     moments: Count
@@ -60,7 +60,7 @@ class Summary(TypedDict, total=False):
 
 @with_config(OPEN)
 class Event(TypedDict, total=False):
-    """What a run did where its gate failed. back_to, learning_rate_factor: of a rollback; steps, recovered: of a
+    """An act of a run whose gate failed. back_to, learning_rate_factor: of a rollback; steps, recovered: of a
     burst on the memory."""
 
     action: Required[str]
