@@ -47,6 +47,16 @@ KL8 = ("methods.der.alpha=8", "methods.der.beta=0")
 PLAIN = Arm("plain", "plain fine-tuning", memory=False)
 BALANCED = Arm("balanced", "preset `balanced`", ("methods=balanced",))
 STRICT = Arm("strict", "preset `strict`", ("methods=strict",))
+STEERED = Arm(
+    "strict-controller",
+    "preset `strict` with the controller",
+    (
+        *STRICT.overrides,
+        "safety.controller={every: 4, prompts: 20, replay: [0.5, 2], distillation: [0.5, 2]}",
+        "safety.probe={every: 1000, compliance: null, tokens: 3}",
+    ),
+)
+"""It looks at the tuning prompts, and is measured on others."""
 NO_DATA = Arm("no-data", "preset `no-data`", ("methods=no-data",), memory=False)
 SCANNED = [
     Arm("scan-balanced", "preset `balanced` and scan", (SCAN, *BALANCED.overrides)),
@@ -149,7 +159,7 @@ class Run:
     def config(self, folder: Path) -> dict:
         from safecl.config import apply_overrides
 
-        prompts, benign = self.prompts
+        prompts, benign = measured_files(TUNING) if self.arm is STEERED else self.prompts
         config = {
             "model": {"path": str(folder / "aligned"), "gradient_checkpointing": False},
             "tasks": [self.task.rows(folder)],
@@ -192,6 +202,7 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, 0, REPORTED) for arm in (STRICT, PLAIN))
     yield from (Run(arm, 10, REPORTED) for arm in METHODS)
     yield from (Run(arm, 10, REPORTED) for arm in SCANNED)
+    yield from (Run(STEERED, poison, seed) for seed in (REPORTED, *OTHERS) for poison in (10, 0))
     yield from (Run(arm, 0, REPORTED) for arm in (BALANCED, *METHODS))
     yield from (Run(arm, poison, REPORTED, GSM8K) for arm in MAIN for poison in (10, 0))
     yield from (Run(NO_DATA, poison, REPORTED) for poison in (0, 10))

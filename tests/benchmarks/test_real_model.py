@@ -78,7 +78,7 @@ def test_every_arm_is_a_config_that_safecl_takes_and_every_preset_is_an_arm(benc
         assert (config.poison.ratio, config.train.seed, config.memory is not None) == (
             run.poison / 100, run.seed, run.arm.memory
         )  # fmt: skip
-        assert ("tuning" in config.safety.prompts) is (run.seed == arms.TUNING)
+        assert ("tuning" in config.safety.prompts) is (run.seed == arms.TUNING or run.arm is arms.STEERED)
         assert (config.tasks[0].name, config.tasks[0].max_rows) == (run.task.name, arms.NUM_ROWS)
         assert EvalConfig.model_validate(run.task.test(tmp_path, run.seed)).metric == run.task.metric
     for name, preset in ((name, preset) for name, preset in PRESETS.items() if not preset.repairs):
