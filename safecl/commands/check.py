@@ -27,7 +27,7 @@ def check_run(config: RunConfig) -> None:
     from safecl.data import describe
     from safecl.distributed import devices
     from safecl.planning.checks import check_fisher_values
-    from safecl.planning.costs.memory_report import memory_lines, ranks_here, settle_recomputing, too_little
+    from safecl.planning.costs.memory_report import memory_lines, ranks_here, settle_memory, too_little
     from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_shapes
     from safecl.planning.costs.step_report import prediction
     from safecl.planning.describe import describe_plan
@@ -40,7 +40,7 @@ def check_run(config: RunConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     with leaving_nothing_prepared(config):
         plan = plan_run(config)
-    config = settle_recomputing(plan)
+    config = settle_memory(plan)
     check_weights_are_finite(config)
     check_fisher_values(config)
     facts = describe_plan(plan)
@@ -48,7 +48,7 @@ def check_run(config: RunConfig) -> None:
     facts[1:1] = model_facts(model, config)
     program = resident_bytes()  # a run imports and reads what this process has imported and read so far
     shape_on, teachers = shapes_of(model, plan), teacher_shapes(config)
-    facts += memory_lines(shape_on, config, teachers, program=program)
+    facts += memory_lines(shape_on, config, teachers, program=program, keeps_freed=plan.keeps_freed_memory)
     most_tokens = max(task.tokens_per_batch for task in plan.tasks)
     facts += prediction(shape_on(ranks_here()), config, most_tokens, teachers)
     for what, value in facts:

@@ -58,6 +58,9 @@ class RunPlan:
     harmful: dict[str, TokenDataset] = field(default_factory=dict)
     """Harmful rows that methods take gradients on, by file."""
     prompts: list[Prompt] = field(default_factory=list)
+    keeps_freed_memory: bool = False
+    """Without a GPU: freed host memory is kept for the next pass
+    (safecl.planning.costs.memory_report.settle_memory)."""
     benign: list[Prompt] = field(default_factory=list)
     scanned: list[Prompt | ChatRow] = field(default_factory=list)
     """Prompts that a scan compares the upload with."""

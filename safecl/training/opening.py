@@ -10,7 +10,7 @@ import torch
 
 from safecl.config import RunConfig, dump_config
 from safecl.distributed import collectives, devices
-from safecl.distributed.host_memory import give_back_large_blocks
+from safecl.distributed.host_memory import give_back_large_blocks, keep_freed_blocks
 from safecl.engine.checkpoint.random_state import seed_generators
 from safecl.engine.model.attention import attention_of
 from safecl.engine.model.settings import choose_attention
@@ -20,6 +20,7 @@ from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.reference.store import ReferenceStore
 from safecl.engine.zero.state_placement import needs_reference
 from safecl.planning.plans import RunPlan
+from safecl.storage.sizes import give_back_freed_memory
 from safecl.training.folder import RunFolder
 from safecl.training.identity import identity_of
 from safecl.training.output.console import Console
@@ -37,7 +38,11 @@ def open_run(plan: RunPlan, folder: RunFolder, console: Console) -> Run:
         folder.write_text("config.yaml", dump_config(config))
     collectives.barrier()
     engine, store = open_engine(
-        config, pad_id=plan.tokenizer.pad_token_id, keep_store=needs_reference(config), note=console.note
+        config,
+        pad_id=plan.tokenizer.pad_token_id,
+        keep_store=needs_reference(config),
+        keep_freed=plan.keeps_freed_memory,
+        note=console.note,
     )
     if collectives.rank() == 0:
         folder.write_text("deepspeed.json", json.dumps(engine.deepspeed_config, indent=2))
@@ -55,16 +60,21 @@ def open_run(plan: RunPlan, folder: RunFolder, console: Console) -> Run:
 
 
 def open_engine(
-    config: RunConfig, *, pad_id: int | None, keep_store: bool, note: Callable[[str], None]
+    config: RunConfig,
+    *,
+    pad_id: int | None,
+    keep_store: bool,
+    keep_freed: bool = False,
+    note: Callable[[str], None],
 ) -> tuple[TrainingEngine, ReferenceStore]:
     """Seed the generators and open the config's model. A collective call. Raises ConfigError.
 
-    Returns the engine, and the store of the model's weights, whose memory is free already unless `keep_store`. note:
-    gets messages for the user.
+    Returns the engine, and the store of the model's weights, whose memory is free already unless `keep_store`.
+    keep_freed: without a GPU, freed host memory is kept and not given back. note: gets messages for the user.
     """
     seed_generators(config.train.seed)
     if not devices.on_gpu():
-        give_back_large_blocks()
+        keep_freed_blocks() if keep_freed else give_back_large_blocks()
     if config.train.deterministic and devices.on_gpu():
         _add_in_a_fixed_order()
     model, layout, store = open_language_model(
@@ -77,6 +87,12 @@ def open_engine(
     engine = TrainingEngine(model, config, layout, store, keep_store=keep_store)
     start_attention(engine, config.model, packing=config.train.packing, note=note)
     return engine, store
+
+
+def stop_keeping_memory() -> None:
+    """Give back freed memory that a run has kept. Its process may go on, and a fork needs room for the whole heap."""
+    give_back_large_blocks()
+    give_back_freed_memory()
 
 
 def _add_in_a_fixed_order() -> None:

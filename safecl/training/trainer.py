@@ -31,7 +31,7 @@ from safecl.engine.artifacts.store import ask_first_rank
 from safecl.engine.checkpoint.model_export import ModelNotFinite
 from safecl.engine.checkpoint.report import SaveReport
 from safecl.launching.stragglers import Pace
-from safecl.planning.costs.memory_report import refuse_what_does_not_fit, settle_recomputing
+from safecl.planning.costs.memory_report import refuse_what_does_not_fit, settle_memory
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.planning.run_plan import plan_run
 from safecl.report.card import Card
@@ -42,7 +42,7 @@ from safecl.training.guard.measuring import Measurements
 from safecl.training.guard.recovery import EndedEarly, Recovery, RolledBack
 from safecl.training.identity import base_of, identity_of, refuse_folder_of_other_run
 from safecl.training.nonfinite import cause_of_skip, fault_in_state
-from safecl.training.opening import open_run
+from safecl.training.opening import open_run, stop_keeping_memory
 from safecl.training.outcome import RunResult, Stopped, TrainingFailed
 from safecl.training.output.console import Console, StepLines
 from safecl.training.output.metrics_log import MetricsLog, step_values
@@ -110,12 +110,14 @@ class Trainer:
                     collectives.init_distributed()
                     watchdog.attach()
                 self.config, self._pace = compare_ranks(self.plan, self.folder, self.console.note)
-                self.config = settle_recomputing(self.plan)
+                self.config = settle_memory(self.plan)
                 refuse_what_does_not_fit(self.plan)
                 result = self._run()
                 watchdog.close(together=True)
                 return result
             finally:
+                if self.plan.keeps_freed_memory:
+                    stop_keeping_memory()
                 self._files.release()
 
     def _run(self) -> RunResult:

@@ -1,8 +1,9 @@
-"""`model.gradient_checkpointing: auto`: activations are recomputed only where half of a machine's memory is too little
-without. The numbers do not depend on it."""
+"""Where a run leaves half of a machine's memory free, activations are not recomputed (`gradient_checkpointing: auto`),
+and freed memory is kept. The numbers do not depend on either."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +12,7 @@ import pytest
 from safecl.config import RunConfig, load_config
 from safecl.planning.costs import memory_report
 from safecl.planning.run_plan import plan_run
+from safecl.training import opening
 from tests.training.test_trainer import fit, tree
 
 
@@ -36,17 +38,17 @@ def test_activations_are_counted_only_where_a_bound_does_not_settle_it(materials
     count = mock.Mock(side_effect=memory_report.shapes_of)
     monkeypatch.setattr(memory_report, "shapes_of", count)
 
-    def needed(free: int) -> bool:
+    def leaves_half(free: int) -> bool:
         monkeypatch.setattr(memory_report, "available_memory", lambda: free)
-        return memory_report.has_to_recompute(plan)
+        return memory_report.leaves_half(plan)
 
-    assert needed(2**20) and not needed(10**12) and not count.called
+    assert not leaves_half(2**20) and leaves_half(10**12) and not count.called
     monkeypatch.setattr(memory_report, "ACTIVATION_BYTES", 10**9)  # a bound that settles nothing
-    assert not needed(10**12) and count.called
+    assert leaves_half(10**12) and count.called
 
 
-def settled(tree: dict, cache: str) -> bool | str:
-    """Settle it on ranks that stand for a machine each, of which only the second has too little memory."""
+def settled(tree: dict, cache: str, spare: tuple[bool, bool], gpu: bool) -> tuple[bool | str, bool]:
+    """Settle both on ranks that stand for a machine each. Return what is recomputed, and what is kept."""
     import os
 
     from safecl.distributed import collectives
@@ -55,15 +57,56 @@ def settled(tree: dict, cache: str) -> bool | str:
     collectives.init_distributed()
     plan = plan_run(RunConfig.model_validate(tree))
     own = mock.patch.object(memory_report.environment, "local_rank", lambda: 0)
-    needed = mock.patch.object(memory_report, "has_to_recompute", lambda plan: collectives.rank() == 1)
-    with own, needed:
-        return memory_report.settle_recomputing(plan).model.gradient_checkpointing
+    found = mock.patch.object(memory_report, "leaves_half", lambda plan: spare[collectives.rank()])
+    with own, found, mock.patch.object(memory_report.devices, "on_gpu", lambda: gpu):
+        return memory_report.settle_memory(plan).model.gradient_checkpointing, plan.keeps_freed_memory
 
 
-@pytest.mark.parametrize(("value", "chosen"), [("auto", True), (False, False)])
-def test_all_ranks_recompute_where_one_machine_has_to(rank_pool, materials, tmp_path, value, chosen):
+@pytest.mark.parametrize(
+    ("value", "spare", "gpu", "recomputes", "keeps"),
+    [
+        ("auto", (True, False), False, True, False),
+        ("auto", (True, True), False, False, True),
+        ("auto", (True, True), True, False, False),
+        (False, (True, False), False, False, False),
+        (True, (True, True), False, True, True),
+        (False, (True, True), True, False, False),
+    ],
+)
+def test_all_ranks_do_what_the_fullest_machine_needs(
+    rank_pool, materials, tmp_path, value, spare, gpu, recomputes, keeps
+):
     asked = config(materials, tmp_path, value)
-    assert rank_pool(2).run(settled, tree=asked, cache=str(materials / "cache")) == [chosen, chosen]
+    found = rank_pool(2).run(settled, tree=asked, cache=str(materials / "cache"), spare=spare, gpu=gpu)
+    assert found == [(recomputes, keeps)] * 2
+
+
+def block_after_run(tree: dict, cache: str) -> tuple[bool, bool]:
+    """Run, and say whether freed memory was kept, and whether a large block lies in the heap afterwards."""
+    import ctypes
+
+    from safecl.training import trainer
+
+    kept = []
+    stop = mock.patch.object(trainer, "stop_keeping_memory", lambda: (kept.append(True), opening.stop_keeping_memory()))
+    with stop:
+        fit(tree=tree, cache=cache)
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    block = libc.malloc(8 * 2**20)
+    heap = next(line for line in open("/proc/self/maps") if "[heap]" in line).split()[0]
+    first, last = (int(end, 16) for end in heap.split("-"))
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.free(block)
+    return bool(kept), first <= block < last
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is another one")
+def test_a_process_that_goes_on_after_its_run_keeps_no_more_memory(rank_pool, materials, tmp_path):
+    found = rank_pool(1).run(
+        block_after_run, tree=config(materials, tmp_path / "run", False), cache=str(materials / "cache")
+    )
+    assert found == [(True, False)]
 
 
 def test_a_run_writes_what_it_chose_and_its_weights_do_not_depend_on_it(rank_pool, materials, tmp_path):

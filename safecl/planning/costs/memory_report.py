@@ -1,5 +1,5 @@
 """The memory plan as lines of text for `safecl check`, the refusal of a run that does not fit on this machine, and the
-decision whether activations are recomputed."""
+decisions whether activations are recomputed and freed memory is kept."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ def memory_lines(
     teachers: Sequence[ModelShape] = (),
     *,
     program: int = 0,
+    keeps_freed: bool = False,
 ) -> list[tuple[str, str]]:
     """Return (label, value) lines: the memory on `ranks_here` ranks, then on 8 and on 64, unless it fits easily here.
 
     shape_on: the model's shape on that many ranks. teachers: further models that compute outputs in every step.
-    program: see plan_memory.
+    program, keeps_freed: see plan_memory.
     """
-    planned = _Planned(shape_on, config, teachers, program)
+    planned = _Planned(shape_on, config, teachers, program, keeps_freed)
     here, plan = ranks_here(), planned.here()
     places: tuple[Where, ...] = ("device", "host")
     lines = [("takes", f"{_totals(plan)}, on {here} rank{'s' if here > 1 else ''}")]
@@ -80,25 +81,30 @@ def too_little(
     return f"the run does not fit here: {note}{nearest}; train.allow_little_memory: true tries it all the same"
 
 
-def settle_recomputing(plan: RunPlan) -> RunConfig:
-    """Turn `model.gradient_checkpointing: auto` into true or false, the same on every rank, in the plan's config, and
-    return that config. A collective call."""
-    config, needed = plan.config, False
-    if config.model.gradient_checkpointing != "auto":
-        return config
+def settle_memory(plan: RunPlan) -> RunConfig:
+    """Decide what the run does with the memory of this machine, the same on every rank. A collective call.
+
+    `model.gradient_checkpointing: auto` becomes true or false in the plan's config, which is returned. Freed host
+    memory is kept where no GPU is used and the run leaves half of the memory free.
+    """
+    told, spare = plan.config.model.gradient_checkpointing, True
+    if told != "auto" and devices.on_gpu():
+        return plan.config
     if environment.local_rank() == 0:
-        needed = has_to_recompute(plan)
-    needed = any(collectives.gather_objects([needed]))
-    plan.config = _recomputing(config, needed)
+        spare = leaves_half(plan)
+    spare = all(collectives.gather_objects([spare]))
+    if told == "auto":
+        plan.config = _recomputing(plan.config, not spare)
+    plan.keeps_freed_memory = spare and not devices.on_gpu()
     return plan.config
 
 
-def has_to_recompute(plan: RunPlan) -> bool:
-    """Return whether the run takes more than half of this machine's memory unless activations are recomputed.
+def leaves_half(plan: RunPlan) -> bool:
+    """Return whether the run takes at most half of this machine's memory. With `auto`, activations are not recomputed.
 
     They are counted only where a generous bound does not settle it: counting takes a second.
     """
-    config = _recomputing(plan.config, False)
+    config = _recomputing(plan.config, plan.config.model.gradient_checkpointing is True)
     model, teachers, program = model_structure(config.model), teacher_shapes(config), resident_bytes()
     alone = ModelShape.without_activations(model, config.model.lora)
     most = ACTIVATION_BYTES * config.train.tokens_per_microbatch * alone.layers * alone.hidden
@@ -107,10 +113,10 @@ def has_to_recompute(plan: RunPlan) -> bool:
         return _fits(_Planned(shape_on, config, teachers, program).here(), 2)
 
     if not fits(lambda ranks: alone):
-        return True
-    if config.model.attention != "eager" and fits(lambda ranks: replace(alone, activations=most)):
         return False
-    return not fits(shapes_of(model, replace(plan, config=config)))
+    if config.model.attention != "eager" and fits(lambda ranks: replace(alone, activations=most)):
+        return True
+    return fits(shapes_of(model, replace(plan, config=config)))
 
 
 def _recomputing(config: RunConfig, recomputes: bool) -> RunConfig:
@@ -141,6 +147,7 @@ class _Planned:
     config: RunConfig
     teachers: Sequence[ModelShape]
     program: int
+    keeps_freed: bool = False
 
     def here(self, changed: RunConfig | None = None) -> MemoryPlan:
         return self.on(ranks_here(), local_ranks_here(), changed)
@@ -158,6 +165,7 @@ class _Planned:
             teachers=self.teachers,
             program=self.program,
             room=_room_of_a_rank(),
+            keeps_freed=self.keeps_freed,
         )
 
     def nearest_that_fits(self, held: int = 0) -> str | None:
