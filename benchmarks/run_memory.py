@@ -7,6 +7,7 @@ plain       full fine-tuning in bf16
 short       the same with steps of 600 tokens, which fill no micro-batch
 replay      as plain, with `er`, `der`, `ewc` and `ema` on a memory of 64 rows
 evaluation  the same with a safety measurement before and after, of 16 prompts and 16 benign ones
+returned    as plain, where freed memory is given back at once, as in runs that take more than half of the memory
 
 The peak is the largest resident set size of one process from its start to its end, as the system reports it
 (ru_maxrss); rows and prompts are made up. No numbers are compared, so there is no error column. Writes
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks.harness import machine, renew_page, write_json
+from safecl.distributed.host_memory import LARGE_BYTES
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "run_memory.json"
@@ -39,7 +41,10 @@ RUNS = {
     "short": "plain fine-tuning, steps of 600 tokens",
     "replay": "`er`, `der`, `ewc` and `ema`",
     "evaluation": "the same, measured before and after",
+    "returned": "as the first, freed memory given back",
 }
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(LARGE_BYTES)}
+"""What safecl sets for a run without room to spare."""
 REPLAY = {"methods": {"er": {}, "der": {}, "ewc": {"sign_batches": 2, "rows_per_batch": 4}, "ema": {}}}
 
 
@@ -82,9 +87,9 @@ def config_of(folder: Path, model: str, name: str) -> dict:
     return tree
 
 
-def planned_bytes(config: Path) -> tuple[int, dict[str, int]]:
+def planned_bytes(config: Path, *, keeps_freed: bool) -> tuple[int, dict[str, int]]:
     """Return the plan's peak, and its items, from a process of its own, as `safecl check` computes them."""
-    command = [sys.executable, "-c", PLAN, str(config)]
+    command = [sys.executable, "-c", PLAN, str(config), str(int(keeps_freed))]
     found = json.loads(_output(command).splitlines()[-1])
     return found["peak"], found["items"]
 
@@ -94,13 +99,18 @@ import json, sys
 from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_shapes
 from safecl.config import load_config
 from safecl.planning.costs.device_memory import plan_memory
+from safecl.planning.costs.memory_report import settle_memory
 from safecl.planning.run_plan import plan_run
 from safecl.storage.sizes import resident_bytes
 config = load_config(sys.argv[1])
 run = plan_run(config)
+config = settle_memory(run)
+if not run.keeps_freed_memory:
+    sys.exit("this machine has too little free memory: the run would take more than half")
 model, program = model_structure(config.model), resident_bytes()
 shape = shapes_of(model, run)(1)
-plan = plan_memory(shape, config, 1, device="cpu", teachers=teacher_shapes(config), program=program)
+settings = {"device": "cpu", "teachers": teacher_shapes(config), "program": program, "keeps_freed": sys.argv[2] == "1"}
+plan = plan_memory(shape, config, 1, **settings)
 items = {}
 for item in plan.at_peak("device", "host"):
     items[item.what] = items.get(item.what, 0) + item.nbytes
@@ -112,10 +122,11 @@ def _output(command: list[str]) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def peak_bytes(config: Path) -> int:
+def peak_bytes(config: Path, environment: dict[str, str]) -> int:
     """Return the largest resident set size of `safecl train`."""
     log = config.with_suffix(".log").open("w")
-    process = subprocess.Popen([sys.executable, "-m", "safecl", "train", str(config)], cwd=ROOT, stdout=log, stderr=log)
+    command = [sys.executable, "-m", "safecl", "train", str(config)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | environment)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(config.with_suffix(".log").read_text()[-2000:])
@@ -125,8 +136,9 @@ def peak_bytes(config: Path) -> int:
 def measure(folder: Path, model: str, name: str) -> dict:
     config = folder / f"{name}.yaml"
     config.write_text(json.dumps(config_of(folder, model, name)))
-    planned, items = planned_bytes(config)
-    peak = peak_bytes(config)
+    returned = name == "returned"
+    planned, items = planned_bytes(config, keeps_freed=not returned)
+    peak = peak_bytes(config, GIVEN_BACK if returned else {})
     return {
         "run": name, "planned_bytes": planned, "peak_bytes": peak,
         "planned_of_peak": round(planned / peak, 3), "planned": items,

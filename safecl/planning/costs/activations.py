@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 LAYERS = (2, 4)
+_COUNTED: dict[tuple[str, str, tuple[int, int], bool], int] = {}
 
 
 def activation_bytes(
@@ -39,9 +40,13 @@ def activation_bytes(
     """Return the peak bytes of one micro-batch in the run's dtype, without the head's logits.
 
     settings: transformers' settings of the model. shape: [rows, tokens] of the micro-batch. masked: rows are packed,
-    and a mask [tokens, tokens] separates them.
+    and a mask [tokens, tokens] separates them. Counting takes up to a second, so a process remembers what it found.
     """
-    return bytes_of_all_layers(structure(settings, config), lambda model: _peak(model, *shape), masked=masked)
+    key = (settings.to_json_string(use_diff=False), config.model_dump_json(), shape, masked)
+    if key not in _COUNTED:
+        model = structure(settings, config)
+        _COUNTED[key] = bytes_of_all_layers(model, lambda model: _peak(model, *shape), masked=masked)
+    return _COUNTED[key]
 
 
 def bytes_of_all_layers(model: nn.Module, measure: Callable[[nn.Module], int], *, masked: bool = False) -> int:
