@@ -193,7 +193,8 @@ def summary(found: dict[str, dict[str, Any]], num_runs: int) -> dict[str, Any]:
                 "standard_error": error,
                 "seeds": len(points),
             }
-    return result | {"runs": found}
+    both = [run for poison in POISON for run in of(found, "controller", poison).values()]
+    return result | {"within_limit": sum(map(keeps_limit, both)), "runs": found}
 
 
 def of(found: dict[str, dict], title: str, poison: float, *, tuning: bool = False) -> dict[int, dict]:
@@ -247,7 +248,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def curve(result: dict[str, Any]) -> None:
-    """Draw the share of runs whose attack success rate rose by at most so much."""
+    """Draw the share of runs whose attack success rate rose by at most so much, and name the mean accuracy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -261,8 +262,9 @@ def curve(result: dict[str, Any]) -> None:
             runs = of(result["runs"], title, poison) if title is not None else {}
             rises = sorted(run["rise"] for run in runs.values())
             shares = [(number + 1) / len(rises) for number in range(len(rises))]
-            label = title if title == "controller" else f"best fixed setting: {title}"
-            place.step([*rises, 0.2], [*shares, 1.0], style, where="post", label=label)
+            label = title if title == "controller" else f"best fixed setting, {title}"
+            accuracy = statistics.fmean(run["accuracy"] for run in runs.values()) if runs else 0.0
+            place.step([*rises, 0.2], [*shares, 1.0], style, where="post", label=f"{label} (accuracy {accuracy:.3f})")
         place.axvline(CONTROLLER["max_asr_rise"], color="gray", linewidth=0.8)
         place.axhline(0.95, color="gray", linewidth=0.8)
         place.set(title=f"{poison:.0%} poison", xlabel="rise of the attack success rate", xlim=(-0.02, 0.1))

@@ -11,7 +11,7 @@ import pytest
 
 from safecl.config import ConfigError, ControllerConfig, RunConfig
 from safecl.config.run import most_replayed
-from safecl.evaluation.answers.margin import Margins, common_refusal
+from safecl.evaluation.answers.margin import REFUSAL, Margins, common_refusal
 from safecl.evaluation.statistics.sequential import ConfidenceSequence
 from safecl.training.steps.steering import Steering
 from tests.training.test_trainer import fit, materials, tree  # noqa: F401  # a fixture
@@ -65,6 +65,15 @@ def test_a_level_that_changes_nothing_leaves_the_run_bitwise_as_it_is(materials,
     _, without = losses_and_margins(materials, rank_pool, tmp_path / "b", 1, safety=safety)
     names = ("loss/task", "loss/replay", "grad_norm", "learning_rate", "tokens")
     assert [[line[n] for n in names] for line in with_probe] == [[line[n] for n in names] for line in without]
+
+
+def test_a_run_that_measures_nothing_is_steered_all_the_same(materials, rank_pool, tmp_path):  # noqa: F811
+    seen = {}
+    for every in (3, "never"):
+        safety = {"probe": {"every": 2, "refusal": REFUSAL}, "controller": CONTROLLER, "every": every}
+        _, lines = losses_and_margins(materials, rank_pool, tmp_path / str(every), 1, safety=safety)
+        seen[every] = [(line["controller/high"], line["controller/level"]) for line in lines]
+    assert seen["never"] == seen[3] and len({level for _, level in seen[3]}) > 1
 
 
 def level_after(values, level=0.5, limit=0.1) -> float:

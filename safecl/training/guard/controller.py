@@ -51,8 +51,12 @@ class Controller:
 
     def look(self, run: Run) -> dict[str, float]:
         """Look at some prompts before a step, set the level, and return what metrics.jsonl gets."""
-        if self.sequence is None or not run.active_methods:
+        if not run.active_methods:
             return {}
+        if self.sequence is None:  # nothing was measured at the start
+            with evaluating(run.engine, average=run.saves_average) as model:
+                self.begin(model)
+        assert self.sequence is not None
         if run.global_step % self.settings.every == 0:
             chosen = self._draw(run.global_step)
             with evaluating(run.engine, average=run.saves_average) as model:
