@@ -7,15 +7,16 @@
 One CPU thread, bf16, SST-2 rows of 600 tokens a step. The rival of training is a loop over the same rows: a padded
 batch, `model(**batch).loss`, `backward`, clipping, torch's fused AdamW on the bf16 weights (safecl keeps fp32 master
 weights). The rival of generation is `model.generate` on the same prompts in the same batches, and that of the start a
-program that imports torch and transformers, loads the model and tokenizer, and takes one step. Contenders alternate in
-one process, the start in processes of their own; speeds are medians of the rounds. There is no error to state: training
-is compared with fp64 in the tests, and the answers are compared here. Writes
-benchmarks/results/real_model_speed.json and the table of docs/results.md.
+program that imports torch and transformers, loads the model and tokenizer, and takes one step. Contenders alternate;
+each training and each start has a process of its own, since safecl sets what the C library does with freed memory.
+Speeds are medians of the rounds. There is no error to state: training is compared with fp64 in the tests, and the
+answers are compared here. Writes benchmarks/results/real_model_speed.json and the table of docs/results.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -35,10 +36,13 @@ import torch
 import yaml
 from real_model_arms import PLAIN, REPORTED, Run
 
+from safecl.distributed.host_memory import LARGE_BYTES
+
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "real_model_speed.json", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- real-speed -->\n", "<!-- end -->"
 STEPS, WARM_UP, ROUNDS = 10, 2, 3
+CONTENDERS = ("safecl", "safecl, recomputing", "safecl, memory given back", "hugging face")
 NUM_PROMPTS, NEW_TOKENS = 40, 24
 START = """
 import sys, torch
@@ -56,13 +60,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/real-model"))
     parser.add_argument("--no-json", action="store_true", help="write no files")
+    parser.add_argument("--contender", choices=CONTENDERS, help="train as one contender, and print its numbers")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
+    if arguments.contender is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            print(json.dumps(one_training(folder, Path(scratch) / "run", arguments.contender)))
+        return
     if not (folder / "aligned" / "config.json").exists():
         sys.exit(f"no model in {folder}: run benchmarks/real_model.py align first")
     with tempfile.TemporaryDirectory() as scratch:
         found = {"start": start(folder, Path(scratch))}
-        found |= training(folder, Path(scratch))
+        found |= training(folder)
         found["generation"] = generation(folder)
     result = {
         "command": "python benchmarks/real_model_speed.py",
@@ -79,20 +88,39 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def training(folder: Path, scratch: Path) -> dict[str, Any]:
-    """Return the tokens per second of each contender, and what safecl's page faults cost."""
-    rounds: dict[str, list[float]] = {"safecl": [], "safecl, recomputing": [], "hugging face": []}
-    system = []
-    for number in range(ROUNDS):
-        for name, recomputes in (("safecl", False), ("safecl, recomputing", True)):
-            before = resource.getrusage(resource.RUSAGE_SELF)
-            rounds[name].append(safecl_speed(folder, scratch / f"{name}-{number}", recomputes))
-            after = resource.getrusage(resource.RUSAGE_SELF)
-            user, kernel = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
-            system += [kernel / (user + kernel)] if not recomputes else []
-        rounds["hugging face"].append(rival_speed(folder))
-    speeds = {name: [round(value, 1) for value in values] for name, values in rounds.items()}
-    return {"training": speeds, "system_share": round(statistics.median(system), 4)}
+def training(folder: Path) -> dict[str, Any]:
+    """Return the tokens per second of each contender, and the kernel's share of its CPU time in the steps."""
+    from safecl.distributed.environment import without_launcher
+
+    speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    shares: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for _, name in itertools.product(range(ROUNDS), CONTENDERS):
+        given_back = {"MALLOC_MMAP_THRESHOLD_": str(LARGE_BYTES)} if name == "safecl, memory given back" else {}
+        command = [sys.executable, __file__, "--folder", str(folder), "--contender", name]
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env=without_launcher() | given_back)
+        found = json.loads(run.stdout.splitlines()[-1])
+        speeds[name].append(found["speed"])
+        shares[name].append(found["system_share"])
+    return {"training": speeds, "system_share": {name: statistics.median(each) for name, each in shares.items()}}
+
+
+def one_training(folder: Path, output: Path, name: str) -> dict[str, float]:
+    if name == "hugging face":
+        return rival_speed(folder)
+    return safecl_speed(folder, output, recomputes=name == "safecl, recomputing")
+
+
+class Clock:
+    """Measures from the end of the warm-up to the last step."""
+
+    def start(self) -> None:
+        self._began, self._used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+
+    def stop(self, tokens: int) -> dict[str, float]:
+        """Return the tokens per second and the kernel's share of the CPU time."""
+        seconds, used = time.perf_counter() - self._began, resource.getrusage(resource.RUSAGE_SELF)
+        user, kernel = used.ru_utime - self._used.ru_utime, used.ru_stime - self._used.ru_stime
+        return {"speed": round(tokens / seconds, 1), "system_share": round(kernel / (user + kernel), 4)}
 
 
 def config_of(folder: Path, output: Path, recomputes: bool, steps: int = STEPS) -> dict[str, Any]:
@@ -102,33 +130,51 @@ def config_of(folder: Path, output: Path, recomputes: bool, steps: int = STEPS) 
     return config | {"output": str(output), "safety": None}
 
 
-def safecl_speed(folder: Path, output: Path, recomputes: bool) -> float:
+def safecl_speed(folder: Path, output: Path, recomputes: bool) -> dict[str, float]:
     """Train a few steps, and return the task's tokens per second after the first ones."""
     from safecl.config import validate_tree
+    from safecl.training.guard.measuring import Measurements
     from safecl.training.trainer import Trainer
 
-    Trainer(validate_tree(config_of(folder, output, recomputes), "speed")).fit()
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    taken = lines[-1]["time"] - lines[WARM_UP - 1]["time"]
-    return float(sum(line["tokens"] for line in lines[WARM_UP:]) / taken)
+    clock, begun, look = Clock(), [], Measurements.look
+
+    def timed(self: Measurements, run: Any) -> dict[str, float]:  # before each step
+        begun.append(run.global_step)
+        if run.global_step == WARM_UP:
+            clock.start()
+        return look(self, run)
+
+    Measurements.look = timed  # type: ignore[method-assign]
+    trainer = Trainer(validate_tree(config_of(folder, output, recomputes), "speed"))
+    found, after_task = {}, Measurements.after_task
+
+    def done(self: Measurements, run: Any, task: Any) -> bool:
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        found.update(clock.stop(sum(line["tokens"] for line in lines[WARM_UP:])))
+        return after_task(self, run, task)
+
+    Measurements.after_task = done  # type: ignore[method-assign]
+    trainer.fit()
+    return found
 
 
-def rival_speed(folder: Path) -> float:
+def rival_speed(folder: Path) -> dict[str, float]:
     """Train the same model on the same rows without safecl, and return the tokens per second."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "aligned", dtype=torch.bfloat16).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens, began = 0, 0.0
+    tokens, clock = 0, Clock()
     for step, batch in zip(range(STEPS), batches(folder), strict=False):
         if step == WARM_UP:
-            tokens, began = 0, time.perf_counter()
+            tokens = 0
+            clock.start()
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += int(batch["attention_mask"].sum())
-    return tokens / (time.perf_counter() - began)
+    return clock.stop(tokens)
 
 
 def batches(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
@@ -236,6 +282,12 @@ def table(result: dict[str, Any]) -> str:
             f"{speeds['safecl, recomputing']:.0f}",
             "",
             speeds["safecl, recomputing"] / speeds["hugging face"],
+        ),
+        (
+            "the same, freed memory given back",
+            f"{speeds['safecl, memory given back']:.0f}",
+            "",
+            speeds["safecl, memory given back"] / speeds["hugging face"],
         ),
         (
             f"{made['answers']} answers of {NEW_TOKENS} tokens, seconds",
