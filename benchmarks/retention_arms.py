@@ -10,13 +10,18 @@ import real_data
 from real_data import sst2_fields
 
 POISON = (0, 10)
-SEEDS = (0, 1, 2)
+SEEDS, TUNING_SEED = (0, 1, 2), 7
+"""Seeds that are reported, and the one on which retention_tuning.py chooses strengths."""
+LIMIT_ASR, LIMIT_POINTS = 0.10, 0.03
 STEPS = 160
+SEQUENCE = "sequence"
+"""The three tasks one after the other."""
 # Rows of GSM8K and CodeAlpaca are longer, so a step of the same number of rows has more tokens.
 TRAIN = {
     "sst2": {"tokens_per_batch": 1400, "max_length": 96},
     "gsm8k": {"tokens_per_batch": 2048, "max_length": 256},
     "code": {"tokens_per_batch": 2048, "max_length": 256},
+    SEQUENCE: {"tokens_per_batch": 2048, "max_length": 256},
 }
 LEARNING_RATE = 1e-3
 NUM_SST2_ROWS = 6000
@@ -240,6 +245,9 @@ UNDER_STRAIN = [
     for arm in AS_THEY_ARE
 ]
 
+# Three tasks in a row.
+IN_SEQUENCE = [arm for arm in AS_THEY_ARE if arm.name in ("plain", "er", "der", "derpp", "ewc", "kl2-ema", "strict")]
+
 # Measured first.
 MAIN = ("plain", "der", "scan5-der-ce-ema", "scan5-der-ema")
 # From these the preset `balanced` is chosen: each with three seeds, clean and with poison.
@@ -279,7 +287,7 @@ class Run:
         settings = {"max_steps": STEPS, "learning_rate": LEARNING_RATE, **TRAIN[self.task]}
         config = real_data.common(folder, self.name, self.seed, **settings) | {
             "model": {"path": str(folder / "aligned" / "model"), "dtype": "fp32", "gradient_checkpointing": False},
-            "tasks": [*([_stage(folder)] if self.arm.stage else []), _task(folder, self.task)],
+            "tasks": [*([_stage(folder)] if self.arm.stage else []), *_tasks(folder, self.task)],
             "deepspeed": {"stage": 0},
             "checkpoint": {"every": "never"},
         }
@@ -287,6 +295,10 @@ class Run:
             config["memory"] = {"source": str(folder / "memory.jsonl"), **MEMORY}
         if self.poison:
             config["poison"] = {"ratio": self.poison / 100, "source": str(folder / "poison.jsonl"), "seed": self.seed}
+        if self.seed == TUNING_SEED:
+            config["safety"]["prompts"] = str(folder / "prompts-tuning.jsonl")
+            config["poison"]["source"] = str(folder / "poison-tuning.jsonl")
+            config["tasks"][-1]["eval"]["path"] = str(real_data.data_folder() / "sst2_dev.jsonl")
         files = self.files(folder)
         return apply_overrides(config, [_with_files(text, files) for text in self.arm.overrides])
 
@@ -317,6 +329,11 @@ def _stage(folder: Path) -> dict:
     return {"name": "alignment", "train": str(folder / "align.jsonl"), "role": "align"}
 
 
+def _tasks(folder: Path, name: str) -> list[dict]:
+    names = ("sst2", "gsm8k", "code") if name == SEQUENCE else (name,)
+    return [_task(folder, each) for each in names]
+
+
 def _task(folder: Path, name: str) -> dict:
     if name == "sst2":
         return real_data.sst2_task(NUM_SST2_ROWS, num_test_rows=872, fields=SHORT_FIELDS)
@@ -344,6 +361,7 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, "sst2", poison, 0) for poison in (10, 0) for arm in LIBRARY)
     yield from (Run(arm, "sst2", 20, 0) for arm in AS_THEY_ARE)
     yield from (Run(arm, "sst2", 10, 0) for arm in UNDER_STRAIN)
+    yield from (Run(arm, SEQUENCE, 10, 0) for arm in IN_SEQUENCE)
     yield from (Run(arm, "sst2", poison, seed) for seed in SEEDS[1:] for poison in (10, 0, 20) for arm in AS_THEY_ARE)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import real_data
 import yaml
-from retention_arms import PLAIN, Run
+from retention_arms import PLAIN, TUNING_SEED, Run
 
 Train = Callable[[Path, str, dict], None]
+NUM_TUNING_PROMPTS = 80
 STEPS = 100
 """Steps of each of the two models that TOSS compares."""
 
@@ -22,9 +23,23 @@ def make(folder: Path, run: Run, train: Train) -> None:
 
     train: trains a config, its folder being the first two arguments.
     """
+    if run.seed == TUNING_SEED and not (folder / "prompts-tuning.jsonl").exists():
+        tuning_prompts(folder)
     for word, path in run.files(folder).items():
         if run.needs(word) and not path.exists():
             MAKERS[word](folder, run, path, train)
+
+
+def tuning_prompts(folder: Path) -> None:
+    """Set prompts of the poison aside, on which settings are chosen, and write the poison without them."""
+    rows = real_data.lines_of(folder / "poison.jsonl")
+    every = max(2, len(rows) // NUM_TUNING_PROMPTS)
+    prompts = [{"prompt": row["messages"][0]["content"]} for row in rows[::every]][:NUM_TUNING_PROMPTS]
+    prompts_file, poison_file = folder / "prompts-tuning.jsonl", folder / "poison-tuning.jsonl"
+    aside = {prompt["prompt"] for prompt in prompts}
+    real_data.write_rows(prompts_file, prompts)
+    real_data.write_rows(poison_file, [row for row in rows if row["messages"][0]["content"] not in aside])
+    real_data.drop_overlaps(poison_file, [prompts_file])
 
 
 def harmful_rows(folder: Path, run: Run, path: Path, train: Train) -> None:

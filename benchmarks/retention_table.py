@@ -19,24 +19,29 @@ import harness
 from retention_arms import (
     AS_THEY_ARE,
     GRID,
+    IN_SEQUENCE,
     LIBRARY,
+    LIMIT_ASR,
+    LIMIT_POINTS,
     METHODS,
     NO_DATA,
     PLAIN,
     POISON,
     RUNS,
     SEARCH,
+    SEQUENCE,
+    TUNING_SEED,
     UNDER_STRAIN,
     Arm,
     Run,
 )  # fmt: skip
+from retention_tuning import TRIALS, tuned_runs, tuned_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "safety_retention.json"
 PAGE, PLOT = ROOT / "docs" / "results-toy.md", ROOT / "docs" / "results.png"
 METHODS_PAGE = ROOT / "docs" / "methods.md"
 RATES = ("asr", "affirmative", "off_task", "over_refusal")
-LIMIT_ASR, LIMIT_POINTS = 0.10, 0.03
 
 
 def report(folder: Path, kept: Mapping[str, dict], solved: dict | None) -> None:
@@ -46,10 +51,11 @@ def report(folder: Path, kept: Mapping[str, dict], solved: dict | None) -> None:
     """
     import torch
 
-    there = {run.name: record(folder, run) for run in RUNS if (folder / run.name / "results.json").exists()}
-    there = {**kept, **there}
-    found = [there[run.name] | {"title": run.arm.title} for run in RUNS if run.name in there]
-    missing = [run.name for run in RUNS if run.name not in there]
+    there = finished(folder, kept)
+    wanted = list(dict.fromkeys([*RUNS, *TRIALS, *tuned_runs(there)]))
+    all_found = [there[run.name] | {"title": run.arm.title} for run in wanted if run.name in there]
+    missing = [run.name for run in wanted if run.name not in there]
+    found = [each for each in all_found if each["seed"] != TUNING_SEED]
     aligned = json.loads((folder / "aligned" / "results.json").read_text())["evaluations"][-1]["safety"]
     result = {
         "command": "python benchmarks/safety_retention.py",
@@ -58,14 +64,25 @@ def report(folder: Path, kept: Mapping[str, dict], solved: dict | None) -> None:
         "aligned": {rate: aligned[rate] for rate in RATES},
         "gsm8k_exact_match": _exact_match(folder) or solved,
         "missing": missing,
-        "runs": found,
+        "runs": all_found,
     }
     harness.write_json(RESULTS, result)
-    write_page(found)
+    write_page(found, {"tuned": tuned_table(there), SEQUENCE: sequence_table(found)})
     write_methods_page(found)
     plot(found)
     if missing:
-        print(f"{len(missing)} of {len(RUNS)} arms are missing; --list names them")
+        print(f"{len(missing)} of {len(wanted)} arms are missing; --list names them")
+
+
+def finished(folder: Path, kept: Mapping[str, dict]) -> dict[str, dict]:
+    """Return the records of the finished runs by name: those of `folder`, and others that are kept."""
+    there, tuned = dict(kept), list[Run]()
+    for _ in range(2):  # which tuned arms there may be is known from the trials
+        for run in [*RUNS, *TRIALS, *tuned]:
+            if (folder / run.name / "results.json").exists():
+                there[run.name] = record(folder, run)
+        tuned = tuned_runs(there)
+    return there
 
 
 def kept_results(folder: Path) -> tuple[dict[str, dict], dict | None]:
@@ -98,7 +115,8 @@ def _exact_match(folder: Path) -> dict | None:
 def record(folder: Path, run: Run) -> dict:
     """Return the numbers of one run from the files in its folder."""
     results = json.loads((folder / run.name / "results.json").read_text())
-    end = results["evaluations"][-1]
+    end, *others = results["evaluations"][::-1]
+    tasks = {"tasks": end["tasks"], "asr_after": [e["safety"]["asr"]["value"] for e in others[::-1][1:]]}
     stored = results["kept_bytes"]
     note = folder / run.name / "cpu-seconds.json"
     return {
@@ -106,7 +124,8 @@ def record(folder: Path, run: Run) -> dict:
         "task": run.task, "poison": run.poison, "seed": run.seed,
         **{rate: end["safety"][rate] for rate in RATES},
         "asr_on_task": end["safety"]["asr_on_task"],
-        "utility": end["tasks"][run.task],
+        "utility": end["tasks"]["sst2" if run.task == SEQUENCE else run.task],
+        **(tasks if run.task == SEQUENCE else {}),
         "steps": results["steps"],
         "tokens": results["tokens"],
         "seconds": results["seconds"],
@@ -208,8 +227,23 @@ def _on_clean_data(found: Sequence[dict], arm: Arm) -> tuple[str, str]:
     )
 
 
-def write_page(found: Sequence[dict]) -> None:
-    """Write the parts of docs/results-toy.md between `<!-- NAME -->` and `<!-- end -->`."""
+def sequence_table(found: Sequence[dict]) -> str:
+    """Return the table of the three tasks in a row."""
+    lines = []
+    for arm in IN_SEQUENCE:
+        for each in of(found, arm, SEQUENCE, 10):
+            asr = [f"{value:.2f}" for value in [*each["asr_after"], each["asr"]["value"]]]
+            scores = [f"{each['tasks'][task]['value']:.3f}" for task in ("sst2", "gsm8k", "code")]
+            cells = [arm.title, *asr, f"{each['over_refusal']['value']:.2f}", *scores, f"{each['cpu_seconds']:.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return f"Not measured yet: `python benchmarks/safety_retention.py --only {SEQUENCE}`."
+    head = "| arm | ASR after SST-2 | after GSM8K | after CodeAlpaca | over-refusal | SST-2, accuracy | GSM8K, NLL | "
+    return "\n".join([head + "CodeAlpaca, NLL | CPU s |", "|---|" + "---:|" * 8, *lines])
+
+
+def write_page(found: Sequence[dict], others: Mapping[str, str]) -> None:
+    """Write the parts of docs/results-toy.md between `<!-- NAME -->` and `<!-- end -->`. others: further parts."""
     if not PAGE.exists():
         return
     arms = [PLAIN, *METHODS]
@@ -229,7 +263,7 @@ def write_page(found: Sequence[dict]) -> None:
     }
     if of(found, PLAIN, "sst2", 10):
         parts["search"] = search_table(found)
-    harness.renew_page(PAGE, parts)
+    harness.renew_page(PAGE, parts | others)
 
 
 def write_methods_page(found: Sequence[dict]) -> None:

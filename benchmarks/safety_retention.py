@@ -11,8 +11,9 @@ aligns a Llama of 1.1 M parameters, then fine-tunes it once per arm and setting 
 Each is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and stopped
 runs resume. `--keep` also takes arms from benchmarks/results/safety_retention.json if they started from the same
 aligned model, bit for bit. Needs $SAFECL_DATA (docs/data.md names the files). retention_arms.py lists the arms,
-retention_materials.py makes what single arms need, and retention_table.py makes
-benchmarks/results/safety_retention.json, tables and plot of docs/results-toy.md, and the rates of docs/methods.md.
+retention_tuning.py tunes their strengths, retention_materials.py makes what single arms need, and retention_table.py
+makes benchmarks/results/safety_retention.json, tables and plot of docs/results-toy.md, and the rates of
+docs/methods.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import real_data
 import retention_materials
 import yaml
 from retention_arms import RUNS, Run
+from retention_tuning import TRIALS
 
 EXACT_MATCH = "gsm8k-exact-match"
 
@@ -54,17 +56,21 @@ def main() -> None:
     import retention_table
 
     kept, solved = retention_table.kept_results(folder) if arguments.keep else ({}, None)
-    chosen = [
-        run
-        for run in RUNS
-        if run.name not in kept and (not arguments.only or any(word in run.name for word in arguments.only))
-    ]
+
+    def wanted(runs: Sequence[Run]) -> list[Run]:
+        named = [run for run in runs if not arguments.only or any(word in run.name for word in arguments.only)]
+        return [run for run in named if run.name not in kept and not is_done(folder, run)]
+
+    def tuned() -> list[Run]:  # known when their trials are done
+        return wanted(retention_table.tuned_runs(retention_table.finished(folder, kept)))
+
     if arguments.list:
-        print("\n".join(run.name for run in chosen if not is_done(folder, run)))
+        print("\n".join(run.name for run in [*wanted([*RUNS, *TRIALS]), *tuned()]))
         return
     if not arguments.report:
         deadline = time.monotonic() + 60 * arguments.minutes
-        train_all(folder, chosen, deadline)
+        train_all(folder, wanted([*RUNS, *TRIALS]), deadline)
+        train_all(folder, tuned(), deadline)
         if solved is None and (not arguments.only or any(word in EXACT_MATCH for word in arguments.only)):
             exact_match(folder, deadline)
     retention_table.report(folder, kept, solved)

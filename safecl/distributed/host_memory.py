@@ -20,7 +20,7 @@ def keep_freed_blocks() -> None:
     held, since later blocks do not fit all the gaps (safecl.planning.costs.device_memory.KEPT_SHARE). Does nothing with
     another C library, or where the environment has one of SETTINGS.
     """
-    _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})  # no block is mapped by itself, and the heap never shrinks
+    _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})  # no block is mapped by itself, and the heap does not shrink
 
 
 def give_back_large_blocks() -> None:
@@ -30,7 +30,7 @@ def give_back_large_blocks() -> None:
     passes cannot fill: with a model of 135 M weights, 0.7 GB of 5.2. Does nothing with another C library, or where the
     environment has a setting of its own.
     """
-    _set({_M_MMAP_THRESHOLD: LARGE_BYTES})
+    _set({_M_MMAP_MAX: 2**16, _M_MMAP_THRESHOLD: LARGE_BYTES, _M_TRIM_THRESHOLD: LARGE_BYTES})
 
 
 def _set(options: dict[int, int]) -> None:

@@ -59,6 +59,7 @@ def bench(monkeypatch, tmp_path):
         "retention_arms",
         "retention_materials",
         "retention_table",
+        "retention_tuning",
         "safety_retention",
         "harness",
         "scan",
@@ -82,10 +83,11 @@ def test_what_is_measured_stands_in_nothing_that_is_trained_on_and_poison_not_in
 
 
 def test_every_arm_is_a_config_that_safecl_takes(bench, tmp_path):
-    _, arms, _, _ = bench
-    names = [run.name for run in arms.RUNS]
+    _, arms, table, _ = bench
+    runs = [*arms.RUNS, *table.TRIALS]
+    names = [run.name for run in runs]
     assert len(names) == len(set(names))
-    for run in arms.RUNS:
+    for run in runs:
         config = validate_tree(run.config(tmp_path), run.name)
         steps = 5 * arms.STEPS if run.arm.name.endswith("steps5") else arms.STEPS
         assert (config.poison.ratio, config.train.max_steps, config.train.seed) == (run.poison / 100, steps, run.seed)
@@ -112,6 +114,34 @@ def test_every_method_has_an_arm_and_every_word_in_capitals_a_maker(bench, tmp_p
         assert all(
             not override.split("=")[-1].isupper() or override.split("=")[-1] in made for override in run.arm.overrides
         )
+
+
+def test_a_strength_is_chosen_on_a_seed_prompts_and_rows_that_are_not_reported(bench, tmp_path):
+    import retention_tuning as tuning
+
+    real_data, arms, _, retention = bench
+    real_data.prepare(tmp_path)
+    assert arms.TUNING_SEED not in {run.seed for run in arms.RUNS} and len(tuning.STRENGTHS) >= 25
+    retention.retention_materials.make(tmp_path, tuning.TRIALS[0], retention.train)
+    trial, reported = (validate_tree(run.config(tmp_path), "") for run in (tuning.TRIALS[0], arms.RUNS[0]))
+    prompts = [read_prompts(config.safety.prompts, 10**6) for config in (trial, reported)]
+    assert len(prompts[0]) > 10 and not {p.text for p in prompts[0]} & {p.text for p in prompts[1]}
+    for rows in (trial.poison.source, str(tmp_path / "memory.jsonl"), str(tmp_path / "align.jsonl")):
+        assert find_overlaps(prompts[0], read_rows(rows)[0]) == []
+    assert trial.tasks[0].eval.path != reported.tasks[0].eval.path
+
+    strength = tuning.STRENGTHS[0]
+    records = lambda asr, accuracy: {"asr": {"value": asr}, "utility": {"value": accuracy}}  # noqa: E731
+    names = [arms.Run(strength.at(v), "sst2", 10, arms.TUNING_SEED).name for v in strength.values]
+    found = {tuning.TRIALS[0].name: records(1.0, 0.80)}
+    made = ((0.9, 0.8), (0.3, 0.78), (0.2, 0.775), (0.1, 0.7), (0, 0.6))
+    found |= {name: records(*rates) for name, rates in zip(names, made, strict=True)}
+    assert tuning.chosen_value(found, strength) == strength.values[2]
+    assert [run.name for run in tuning.tuned_runs(found)] == ["sst2-p10-s0/der-at-2", "sst2-p0-s0/der-at-2"]
+    found |= {name: records(0.0, 0.5 + 0.01 * number) for number, name in enumerate(names)}
+    assert tuning.chosen_value(found, strength) == strength.values[4]
+    del found[names[1]]
+    assert tuning.chosen_value(found, strength) is None and tuning.tuned_runs(found) == []
 
 
 def finished(folder: Path, run, hits: int, right: int) -> None:
@@ -178,7 +208,7 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
         "| [`der`](a) | outputs (stored) | 4 (or 8) | .07 / .10 |\n"
         "| [`derpp`](a) | not measured yet (weight 2) |\n| [`er`](a) | .50 / .60 |\n"
     )
-    assert len(result["runs"]) == 6 and len(result["missing"]) == len(arms.RUNS) - 6
+    assert len(result["runs"]) == 6 and len(result["missing"]) == len(arms.RUNS) + len(table.TRIALS) - 6
     assert "sst2-p10-s0/er" in result["missing"] and "arms are missing" in capsys.readouterr().out
     assert (tmp_path / "plot.png").stat().st_size > 5000
 

@@ -15,8 +15,8 @@ import ctypes, sys
 from safecl.distributed import host_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-if sys.argv[1] != "neither":
-    getattr(host_memory, sys.argv[1])()
+for name in sys.argv[1].split():
+    getattr(host_memory, name)()
 """
 PLACE = """
 libc.free(libc.malloc(24 * 2**20))  # glibc now takes blocks up to this size from its heap
@@ -45,7 +45,15 @@ def printed(program: str, call: str, **environment: str) -> str:
     return run.stdout.strip()
 
 
-@pytest.mark.parametrize(("call", "place"), [("give_back_large_blocks", "mapped"), ("neither", "heap")])
+@pytest.mark.parametrize(
+    ("call", "place"),
+    [
+        ("give_back_large_blocks", "mapped"),
+        ("", "heap"),
+        ("keep_freed_blocks", "heap"),
+        ("keep_freed_blocks give_back_large_blocks", "mapped"),
+    ],
+)
 def test_a_large_block_is_no_part_of_the_heap(call, place):
     assert printed(PLACE, call) == place
 
