@@ -28,9 +28,9 @@ from safecl.planning.costs.zero_memory import gathered_weights, loading_bytes, z
 
 RANKS_PER_NODE = 8
 """Ranks of a node where nothing else says how many they are."""
-KEPT_SHARE = 0.6
+KEPT_SHARE = 1.0
 """What a heap that keeps freed blocks holds besides the activations, as a share of them: later blocks do not fit all
-gaps. Measured with 135 M weights: 0.55 at most (benchmarks/run_memory.py)."""
+gaps. Measured with 135 M weights: 0.55 in two steps (benchmarks/run_memory.py), 0.9 in 60 steps of other sizes."""
 
 
 @dataclass(frozen=True)
