@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -264,4 +265,5 @@ def test_a_merge_by_rows_takes_less_memory_than_one_of_whole_tensors(wide, tmp_p
     monkeypatch.setattr(wise_ft.Merge, "by_rows", False)
     parents = {"base": wide / "base", "tuned": wide / "tuned"}
     merge("wise_ft", **parents, out=tmp_path / "first")
-    assert peak_growth(lambda: merge("wise_ft", **parents, out=tmp_path / "out")) > memory_bound(2, LARGEST, True)
+    grown = [peak_growth(partial(merge, "wise_ft", **parents, out=tmp_path / f"out{i}")) for i in range(3)]
+    assert max(grown) > memory_bound(2, LARGEST, True)  # beside other processes the system counts fewer pages at times
