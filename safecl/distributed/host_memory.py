@@ -1,4 +1,4 @@
-"""What the C library does with freed host memory, for runs whose device is the CPU."""
+"""Freed host memory, which the C library keeps or gives back, for runs whose device is the CPU."""
 
 from __future__ import annotations
 
