@@ -4,6 +4,7 @@ do. It trains nothing."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 def check_run(config: RunConfig) -> None:
     """Print the plan and one decoded example per task. Raises ConfigError for everything that would stop the run; for
     bad rows it names file and line."""
+    with _collecting_nothing():
+        _check_run(config)
+
+
+def _check_run(config: RunConfig) -> None:
     preflight(config)
     from safecl.data import describe
     from safecl.distributed import devices
@@ -67,6 +73,19 @@ def check_run(config: RunConfig) -> None:
             raise ConfigError(shortage)
         console.print(f"note: {shortage}", style="yellow", markup=False)
     console.print(f"ready: safecl train would write {config.output}", style="green", markup=False)
+
+
+@contextlib.contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Leave objects that refer to each other where they are: looking for them takes a sixth of a check's time, and a
+    check leaves few."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def model_facts(model: PreTrainedModel, config: RunConfig) -> list[tuple[str, str]]:

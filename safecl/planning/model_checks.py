@@ -200,11 +200,15 @@ def _datasets(plan: RunPlan) -> list[TokenDataset]:
 
 
 def evaluated(plan: RunPlan, positions: int | None) -> Iterator[tuple[str, Sequence[int]]]:
-    """Yield (file and line, token ids) of all that evaluations feed to the model. Raises ConfigError as they do."""
+    """Yield (file and line, token ids) of all that evaluations feed to the model. Raises ConfigError as they do.
+
+    The tasks learn the length of their longest row, since encoding many rows again would take a second.
+    """
     for task in plan.tasks:
         if task.config.eval is not None:
             check_rows(task.config.eval, plan.tokenizer, task.eval_rows)
             ids = encode_rows(task.config.eval, plan.tokenizer, task.eval_rows, positions)
+            task.longest_evaluated = max(map(len, ids))
             yield from zip(map(place_of, task.eval_rows), ids, strict=True)
     for prompt in [*plan.prompts, *plan.benign]:
         yield place_of(prompt), encode_within(positions, plan.tokenizer, [prompt])[0]

@@ -14,7 +14,7 @@ from safecl.data.assignment import assign
 from safecl.engine.model.settings import choose_attention
 from safecl.evaluation.answers.likelihood import LOGITS_BYTES
 from safecl.evaluation.answers.prompts import encode_within
-from safecl.evaluation.task import GENERATED, encode_rows
+from safecl.evaluation.task import GENERATED
 from safecl.evaluation.variants import asked_in, prefills_of
 from safecl.planning.plans import RunPlan, TaskPlan
 
@@ -124,8 +124,7 @@ def _inferences(plan: RunPlan, world_size: int, vocab: int) -> Iterator[Inferenc
     for task in plan.tasks:
         if (settings := task.config.eval) is None or not task.eval_rows:
             continue
-        tokens = encode_rows(settings, plan.tokenizer, task.eval_rows, None)
-        longest, own = max(map(len, tokens)), -(-len(tokens) // world_size)
+        longest, own = task.longest_evaluated, -(-len(task.eval_rows) // world_size)
         if settings.metric in GENERATED:
             yield Inference(min(ROWS_OF_AN_EVALUATION, own), longest, settings.max_new_tokens)
         else:

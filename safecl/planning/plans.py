@@ -33,6 +33,8 @@ class TaskPlan:
     poisoned_rows: int = 0
     repeated_rows: int = 0
     """Rows left out because they repeat evaluation prompts."""
+    longest_evaluated: int = 0
+    """Tokens of the longest held-out row, as the measurement encodes it; `check_vocabulary` finds it."""
     row_weights: np.ndarray | None = None
     """fp32 [rows]: factors of the rows' cross-entropy; None is 1 everywhere."""
     median_targets: float = field(init=False)

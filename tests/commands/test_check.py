@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from unittest import mock
 
 import pytest
 
@@ -27,6 +29,18 @@ def test_check_tells_rows_steps_supervision_methods_stage_and_one_example(run, t
     ):
         assert expected in out, expected
     assert not (tmp_path / "out").exists()
+
+
+def test_check_does_slow_work_once_and_leaves_the_collector_as_it_was(run, task_config, monkeypatch):
+    """Held-out rows are encoded once, however many layouts the plan compares; nothing is collected meanwhile."""
+    from safecl.planning import model_checks
+
+    collects, encode_rows = [], model_checks.encode_rows
+    encode = mock.Mock(side_effect=lambda *given: collects.append(gc.isenabled()) or encode_rows(*given))
+    monkeypatch.setattr("safecl.evaluation.task.encode_rows", encode)
+    monkeypatch.setattr(model_checks, "encode_rows", encode)
+    assert run("check", task_config())[0] == ExitCode.DONE
+    assert collects == [False] and gc.isenabled()
 
 
 def test_check_names_file_and_line_of_a_bad_row(run, task_config, tmp_path):

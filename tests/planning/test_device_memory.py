@@ -244,6 +244,7 @@ def test_the_largest_passes_are_those_of_the_rows(materials, tmp_path):
     rows, longest = found.micro_batch
     assert rows * longest <= 512 and longest <= max(plan.memory.lengths.max(), plan.tasks[0].dataset.lengths.max())
     assert on_eight.micro_batch[0] * on_eight.micro_batch[1] < rows * longest
+    assert found.scored.tokens == plan.tasks[0].longest_evaluated > 0
     assert (found.generated.rows, found.generated.answer) == (32, 6)  # safety.batch_size and max_new_tokens
     del config["methods"]
     plain = largest_passes(plan_run(RunConfig.model_validate(config)), 1, vocab=1000)

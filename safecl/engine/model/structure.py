@@ -74,7 +74,8 @@ def parameters_on_meta() -> Iterator[None]:
     def on_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
         register(module, name, p)
         if p is not None and not p.is_meta:  # a tied parameter that is on meta already stays the same object
-            module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+            module._parameters[name] = empty = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers draws no values for it
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]  # for a while
     try:

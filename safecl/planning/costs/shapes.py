@@ -27,7 +27,7 @@ def shapes_of(model: PreTrainedModel, plan: RunPlan) -> Callable[[int], ModelSha
     """Return a function that gives the model's shape in this run on a number of ranks."""
     shape_with = functools.cache(functools.partial(ModelShape.of, model, plan.config))
     vocabulary = model.config.get_text_config().vocab_size
-    return lambda ranks: shape_with(largest_passes(plan, ranks, vocabulary))
+    return functools.cache(lambda ranks: shape_with(largest_passes(plan, ranks, vocabulary)))
 
 
 def teacher_shapes(config: RunConfig) -> list[ModelShape]:
