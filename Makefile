@@ -22,7 +22,10 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 
 # DeepSpeed looks for a GPU and warns when there is none; compiled extensions stay in this folder, apart from other projects' builds.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_ext
-export OMP_NUM_THREADS ?= $(shell expr \( $(CORES) + 1 \) / 2)
+ifeq ($(origin OMP_NUM_THREADS),undefined)
+export OMP_NUM_THREADS := $(shell expr \( $(CORES) + 1 \) / 2)
+demo-real: export OMP_NUM_THREADS := $(CORES)# its one rank has all cores
+endif
 export TOKENIZERS_PARALLELISM ?= false
 ifeq ($(wildcard /dev/nvidiactl /dev/kfd /dev/dxg),)
 export DS_ACCELERATOR ?= cpu
@@ -118,7 +121,7 @@ $(STAMPS)/docs: $(STAMPS)/safecl
 	@touch $@
 
 clean:
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .torch_ext $(DEMO) $(DEMO)-all
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .torch_ext $(DEMO) $(DEMO)-all $(DEMO)-real
 	find safecl tests launch benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
