@@ -57,6 +57,8 @@ class ArmConsole(Console):
 
     @contextmanager
     def progress(self, name: str, num_steps: int, done: int = 0) -> Iterator[StepLines]:
+        if done and not self.quiet:
+            self.reporter.resumed(done, num_steps)
         yield ArmSteps(None if self.quiet else self.reporter, num_steps, done)
 
 

@@ -8,14 +8,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 ALIGN = "align"
 SECONDS_BETWEEN_LINES = 60.0
 """Where there is no bar, a line says at least this often how far it is."""
+SHARE_TO_JUDGE_BY = 0.02
+"""Share of everything after which the time that is left is estimated."""
+
+
+class Made(Protocol):
+    """Is told which share of the materials is there; earlier: it was there before the demonstration began."""
+
+    def __call__(self, share: float, *, earlier: bool = False) -> None: ...
+
+
+def not_told(share: float, *, earlier: bool = False) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +40,19 @@ class Lengths:
     train: float
     of_runs: Mapping[str, float] = field(default_factory=dict)
     """Factors of runs that take longer or shorter."""
+    unmeasured: frozenset[str] = frozenset()
+    """Runs that measure nothing."""
 
-    def scale(self, name: str) -> float:
-        return self.of_runs.get(name, 1.0)
+    def measured(self, name: str) -> float:
+        """Return the length of one measurement."""
+        return 0.0 if name in self.unmeasured else self.of_runs.get(name, 1.0) * self.measure
+
+    def trained(self, name: str, share: float) -> float:
+        """Return the length of a run until it has made a share of its steps."""
+        return self.measured(name) + self.of_runs.get(name, 1.0) * (self.start + share * self.train)
 
     def whole(self, name: str) -> float:
-        return self.scale(name) * (self.start + 2 * self.measure + self.train)
+        return self.trained(name, 1.0) + self.measured(name)
 
 
 class Reporter:
@@ -44,6 +63,10 @@ class Reporter:
 
     def step(self, done: int, num_steps: int) -> None:
         self._write(step=done, num_steps=num_steps)
+
+    def resumed(self, done: int, num_steps: int) -> None:
+        """Report steps that an earlier process has made."""
+        self._write(step=done, num_steps=num_steps, earlier=True)
 
     def measured(self, line: str) -> None:
         self._write(measured=line)
@@ -69,12 +92,17 @@ class Bar:
         path.unlink(missing_ok=True)
         self.path, self.titles, self.console, self.lengths = path, titles, console, lengths
         self._read, self._parts, self._seen = 0, 0.0, dict.fromkeys(titles, 0.0)
+        self._earlier = 0.0  # of what is done, the part that was there before
         self._total = lengths.materials + sum(map(lengths.whole, titles))
         columns = TextColumn("{task.description:<42}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
         self._bar = Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+            *columns,
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=self._total)
+        self._task = self._bar.add_task("", total=self._total, left="")
         self._began = self._printed = time.monotonic()
         self._told = ""
 
@@ -91,6 +119,13 @@ class Bar:
         if not self.console.is_terminal:
             self.console.print(what, markup=False)
 
+    def made(self, share: float, *, earlier: bool = False) -> None:
+        """Show that this share of the materials is there. See `Made`."""
+        before, self._parts = self._parts, max(self._parts, share * self.lengths.materials)
+        self._earlier += earlier * (self._parts - before)
+        self._show(self._told)
+        self._print_each_minute()
+
     def materials_written(self) -> None:
         self._parts = self.lengths.materials
         self._show("starting")
@@ -103,14 +138,28 @@ class Bar:
             if "note" in event:
                 self._print(name, event["note"])
                 continue
-            self._seen[name] = max(self._seen[name], self._part(event, self._seen[name]))
+            before, self._seen[name] = self._seen[name], max(self._seen[name], self._part(event, self._seen[name]))
+            if event.keys() & {"earlier", "finished"}:  # a run that is finished here has reported all of it before
+                self._earlier += self._seen[name] - before
             self._show(self._description(event))
             if "measured" in event:
                 self._print(name, event["measured"])
 
+    @property
+    def _done(self) -> float:
+        return self._parts + sum(self._seen.values())
+
     def _show(self, what: str) -> None:
         self._told = what
-        self._bar.update(self._task, completed=self._parts + sum(self._seen.values()), description=what)
+        self._bar.update(self._task, completed=self._done, description=what, left=self._left())
+
+    def _left(self) -> str:
+        """Return about how long the rest takes at the pace since the start, once that can be told."""
+        here = self._done - self._earlier
+        if here < SHARE_TO_JUDGE_BY * self._total:
+            return ""
+        minutes = round((time.monotonic() - self._began) * (self._total - self._done) / here / 60)
+        return f"about {minutes} minute{'s' * (minutes > 1)} left" if minutes else "less than a minute left"
 
     def _print(self, name: str, message: str) -> None:
         """Print a line where there is no bar."""
@@ -122,9 +171,8 @@ class Bar:
         now = time.monotonic()
         if self.console.is_terminal or now - self._printed < SECONDS_BETWEEN_LINES:
             return
-        done = (self._parts + sum(self._seen.values())) / self._total
-        left = f", about {(now - self._began) * (1 / done - 1) / 60:.0f} minutes left" if done > 0.02 else ""
-        self.console.print(f"{self._told} ({done:.0%} in all{left})", markup=False)
+        left = self._left()
+        self.console.print(f"{self._told} ({self._done / self._total:.0%} in all{left and f', {left}'})", markup=False)
         self._printed = now
 
     def _events(self) -> Sequence[dict[str, Any]]:
@@ -141,9 +189,8 @@ class Bar:
         if "finished" in event:
             return lengths.whole(name)
         if "step" in event:
-            trained = lengths.train * event["step"] / event["num_steps"]
-            return lengths.scale(name) * (lengths.start + lengths.measure + trained)
-        return min(before + lengths.scale(name) * lengths.measure, lengths.whole(name))
+            return lengths.trained(name, event["step"] / event["num_steps"])
+        return min(before + lengths.measured(name), lengths.whole(name))
 
     def _description(self, event: dict[str, Any]) -> str:
         title = self.titles[event["run"]]

@@ -83,7 +83,7 @@ def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console
     events = folder / "progress.jsonl"
     titles = {ALIGN: "alignment"} | {arm.name: arm.title + (", poisoned" if arm.poison else "") for arm in arms}
     with Bar(events, titles, console, setting.lengths) as bar:
-        materials = setting.write(folder, seed, arms, bar.say)
+        materials = setting.write(folder, seed, arms, bar.say, bar.made)
         bar.materials_written()
         arguments = [str(events), *map(str, _configs(materials, arms))]
         code = run_ranks("safecl.demo.worker", arguments, num_ranks, watch=bar.watch)

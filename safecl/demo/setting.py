@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safecl.demo.arms import ARMS, PRETRAINED_ARMS, Arm
 from safecl.demo.materials import Materials, write_materials
-from safecl.demo.progress import ALIGN, Lengths
+from safecl.demo.progress import ALIGN, Lengths, Made
 
 Say = Callable[[str], None]
 
@@ -26,19 +26,19 @@ class Setting:
     arms: Sequence[Arm]
     num_ranks: int
     lengths: Lengths
-    write: Callable[[Path, int, Sequence[Arm], Say], Materials]
+    write: Callable[[Path, int, Sequence[Arm], Say, Made], Materials]
     """Writes data, model and configs into a folder, for a seed."""
 
 
-def _write_random(folder: Path, seed: int, arms: Sequence[Arm], say: Say) -> Materials:
+def _write_random(folder: Path, seed: int, arms: Sequence[Arm], say: Say, made: Made) -> Materials:
     say("data, tokenizer and a random model")
     return write_materials(folder, seed=seed, arms=arms)
 
 
-def _write_pretrained(folder: Path, seed: int, arms: Sequence[Arm], say: Say) -> Materials:
+def _write_pretrained(folder: Path, seed: int, arms: Sequence[Arm], say: Say, made: Made) -> Materials:
     from safecl.demo.pretrained.materials import write_pretrained_materials
 
-    return write_pretrained_materials(folder, seed=seed, arms=arms, say=say)
+    return write_pretrained_materials(folder, seed=seed, arms=arms, say=say, made=made)
 
 
 RANDOM = Setting(
@@ -58,6 +58,8 @@ PRETRAINED = Setting(
     model="SmolLM2-135M-Instruct, a pretrained model,",
     arms=PRETRAINED_ARMS,
     num_ranks=1,  # two would spend more time on 540 MB of gradients a step than on the step
-    lengths=Lengths(materials=90.0, start=10.0, measure=40.0, train=120.0, of_runs={ALIGN: 0.8}),
+    lengths=Lengths(
+        materials=90.0, start=10.0, measure=40.0, train=120.0, of_runs={ALIGN: 1.3}, unmeasured=frozenset({ALIGN})
+    ),
     write=_write_pretrained,
 )

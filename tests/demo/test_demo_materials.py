@@ -30,7 +30,7 @@ from safecl.demo.materials import arm_config, write_materials
 from safecl.demo.model import random_llama
 from safecl.demo.outcome import Outcome, outcome_table, print_outcomes, read_outcomes, verdict
 from safecl.demo.page import demo_page, picture
-from safecl.demo.progress import ALIGN, Bar, Reporter
+from safecl.demo.progress import ALIGN, Bar, Lengths, Reporter
 from safecl.demo.run import chosen_arms, default_folder, refuse_other_demonstration, run_demo
 from safecl.demo.setting import RANDOM
 from safecl.distributed import spawn
@@ -369,9 +369,57 @@ def test_without_a_terminal_a_line_says_each_minute_how_far_it_is(tmp_path, monk
         for now[0] in (1059.0, 1061.0, 1119.0, 1122.0):
             bar.watch()
     assert out.getvalue() == (
-        "plain fine-tuning: step 2 of 4 (71% in all, about 0 minutes left)\n"
-        "plain fine-tuning: step 2 of 4 (71% in all, about 1 minutes left)\n"
+        "plain fine-tuning: step 2 of 4 (71% in all, less than a minute left)\n"
+        "plain fine-tuning: step 2 of 4 (71% in all, about 1 minute left)\n"
     )
+
+
+LENGTHS = Lengths(materials=10.0, start=2.0, measure=4.0, train=20.0, unmeasured=frozenset({ALIGN}))
+"""An alignment of 22, and arms of 30."""
+RUNS = {ALIGN: "alignment", "plain": "plain fine-tuning", "der": "DER"}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_what_an_earlier_process_did_does_not_shorten_the_time_that_is_left(tmp_path, clock):
+    with Bar(tmp_path / "events", RUNS, rich.console.Console(file=io.StringIO()), LENGTHS) as bar:
+        bar.made(1.0, earlier=True)
+        bar.materials_written()
+        Reporter(tmp_path / "events", ALIGN).finished()  # without a step: it was finished before
+        plain = Reporter(tmp_path / "events", "plain")
+        plain.resumed(5, 10)  # 2 + 4 + 10 of 30 were done before
+        bar.watch()
+        assert bar._done == 10 + 22 + 16 and bar._left() == "", "nothing was done here yet"
+        plain.step(6, 10)
+        clock[0] += 60
+        bar.watch()
+        assert bar._left() == "about 21 minutes left"  # 2 in a minute, and 42 are left
+        plain.step(10, 10)
+        clock[0] += 240
+        bar.watch()
+        assert bar._done == 10 + 22 + 26  # 10 of them here in 5 minutes, and 34 are left
+        assert bar._left() == "about 17 minutes left"
+        plain.measured("after")
+        plain.finished()
+        bar.watch()
+        assert bar._earlier == 10 + 22 + 16, "this run was finished here"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(10, "less than a minute left"), (60, "about 1 minute left"), (100, "about 2 minutes left")],
+)
+def test_the_time_that_is_left_is_in_whole_minutes(tmp_path, clock, seconds, said):
+    lengths = Lengths(materials=15.0, start=0.0, measure=0.0, train=15.0)
+    with Bar(tmp_path / "events", {"plain": "plain"}, rich.console.Console(file=io.StringIO()), lengths) as bar:
+        bar.materials_written()
+        clock[0] += seconds
+        assert bar._left() == said
 
 
 @pytest.fixture(scope="module")

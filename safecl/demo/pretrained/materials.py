@@ -11,39 +11,58 @@ from safecl.demo.arms import PRETRAINED_ARMS, Arm
 from safecl.demo.materials import Materials, write_config, write_rows
 from safecl.demo.pretrained import model as smollm
 from safecl.demo.pretrained.corpus import make_requests, rows_of
+from safecl.demo.progress import Made, not_told
 
 ALIGN_STEPS, TASK_STEPS = 50, 50
 ANSWER_TOKENS = 40
 """Longest answer of the model to a harmless request that it is aligned with."""
 CHECKPOINT = {"every": 30, "keep": 1}
 NUM_PARAMETERS = 134_515_008
+SHARE_OF_THE_MODEL = 0.65
+"""Share of the materials that the model is; the others are its answers."""
 
 
 def write_pretrained_materials(
-    folder: str | Path, *, seed: int = 0, arms: Iterable[Arm] = PRETRAINED_ARMS, say: Callable[[str], None] = print
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    arms: Iterable[Arm] = PRETRAINED_ARMS,
+    say: Callable[[str], None] = print,
+    made: Made = not_told,
 ) -> Materials:
     """Write pretrained/, data/*.jsonl, align.yaml and <arm>.yaml. What is there and took long is used again.
 
-    say: is told what is being done. Raises ConfigError where the model cannot be had.
+    say: is told what is being done. made: is told how much of it is there. Raises ConfigError where the model cannot
+    be had.
     """
     folder = Path(folder)
-    base = smollm.fetch(folder, say)
+    base = smollm.fetch(
+        folder, say, made=lambda share, *, earlier=False: made(SHARE_OF_THE_MODEL * share, earlier=earlier)
+    )
     asked = make_requests(seed)
-    write_rows(folder / "data", rows_of(asked, _own_answers(folder, base, asked.harmless, say)))
+    write_rows(folder / "data", rows_of(asked, _own_answers(folder, base, asked.harmless, say, made)))
     align = write_config(folder / "align.yaml", align_config(folder, seed))
     configs = {arm.name: write_config(folder / f"{arm.name}.yaml", arm_config(folder, arm, seed)) for arm in arms}
     return Materials(folder, base, align, configs, NUM_PARAMETERS)
 
 
-def _own_answers(folder: Path, base: Path, requests: list[str], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _own_answers(
+    folder: Path, base: Path, requests: list[str], say: Callable[[str], None], made: Made
+) -> list[dict[str, Any]]:
     """Return the model's answers, which are made once."""
     path = folder / "own-answers.json"
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["requests"] == requests:
+            made(1.0, earlier=True)
             return list(found["answers"])
     say("asking the model for its own answers")
-    answers = smollm.answers(base, requests, max_new_tokens=ANSWER_TOKENS)
+    answers = smollm.answers(
+        base,
+        requests,
+        max_new_tokens=ANSWER_TOKENS,
+        made=lambda share, **_: made(SHARE_OF_THE_MODEL + (1 - SHARE_OF_THE_MODEL) * share),
+    )
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"requests": requests, "answers": answers}), encoding="utf-8")
     partial.replace(path)

