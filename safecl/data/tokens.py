@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from safecl.data.messages import ChatRow
+from safecl.storage.durable import map_array
 
 _COLUMNS = {
     "tokens": np.int32,
@@ -311,7 +312,7 @@ def map_store(folder: Path, meta: dict[str, Any]) -> PreparedFile | None:
 def _map_column(path: Path, size: int, dtype: Any) -> np.ndarray:
     if path.stat().st_size != size:
         raise ValueError(f"{path} is torn")
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = map_array(path)
     if array.dtype != dtype or array.ndim != 1:
         raise ValueError(f"{path} is not a column of {np.dtype(dtype)}")
     return array

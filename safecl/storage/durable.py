@@ -3,17 +3,23 @@ them. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import stat
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import xxhash
 
 BLOCK_BYTES = 16 * 2**20
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 at: Callable[[str], None] = lambda point: None  # noqa: E731
 """Called with a label at each point of a save where a dying process leaves another state; tests replace it."""
@@ -120,3 +126,48 @@ def hash_file(path: Path, *, from_disk: bool = False) -> str:
         while count := file.readinto(block):
             digest.update(memoryview(block)[:count])
     return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- arrays
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Replace an .npz file so that a reader sees the old or the new one. Makes its folder. Raises OSError."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy has an option of its own, which no array is named after
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, file.getvalue())
+
+
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, Array]:
+    """Read these arrays of a file that `write_arrays` wrote. Raises DamagedCheckpoint where the file is missing, cut,
+    flipped, or lacks an array."""
+    with open_regular(path) as file, _unreadable(path):
+        with zipfile.ZipFile(file) as parts:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise DamagedCheckpoint(f"{path}: holds compressed arrays")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as found:
+            return {name: found[name] for name in names}
+
+
+def map_array(path: Path) -> Array:
+    """Map an .npy file. Raises DamagedCheckpoint where it is missing, cut, or has another header."""
+    with _unreadable(path):
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(found, np.ndarray):  # the archive of another format
+        found.close()
+        raise DamagedCheckpoint(f"{path}: not an array")
+    return found
+
+
+@contextlib.contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    """Raise DamagedCheckpoint for every error inside. On foreign bytes zipfile and numpy raise BadZipFile, EOFError,
+    NotImplementedError, TokenError, MemoryError and more."""
+    try:
+        yield
+    except DamagedCheckpoint:
+        raise
+    except Exception as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read: {type(error).__name__}: {error}") from None

@@ -167,6 +167,7 @@ class Trainer:
         resumed = self._saver.resume(self.console.note, self.plan.tasks)
         self.progress = resumed.progress if resumed is not None else Progress()
         self.measured.restore(self.progress.evaluations, self.progress.probe)
+        self.measured.reopen()
         self._recovery.begin(self.progress, resumed is not None)
         folder = self.folder if collectives.rank() == 0 else None
         earlier = resumed.metrics if resumed is not None else b""

@@ -1,5 +1,5 @@
-"""Files beside a checkpoint that are cut, flipped or deleted while a run is stopped: the next start mends them, and the
-run ends as if nothing had happened."""
+"""Files beside a checkpoint that are cut, emptied or deleted while a run is stopped: the next start mends them, and the
+run ends as if nothing had happened; or it names the file that it cannot make again."""
 
 from __future__ import annotations
 
@@ -86,3 +86,53 @@ def test_a_resumed_run_mends_the_outputs_of_its_memory(
     said = rank_pool(2).run(stop_scenes.fit, tree=config(materials, run), cache=str(cache))[0]["said"]
     assert "resuming from step-00000002" in said
     assert what_is_left(run) == whole
+
+
+@pytest.fixture(scope="module")
+def keeping(rank_pool, materials, tmp_path_factory) -> tuple[dict, Path]:  # noqa: F811
+    """(config, cache) of a stopped run with every side file that only the aligned model can write."""
+    folder = tmp_path_factory.mktemp("keeping")
+    given = tree(materials, folder / "run", train={"max_steps": 4}, deepspeed={"stage": 2})
+    given |= {
+        "methods": {
+            "sbr": {"prompts": 3, "pool": 8},
+            "constrained_sft": {"beta": 0.5},
+            "lwf": {"form": "output", "k": 4},
+        }
+    }
+    given["safety"] = {"prompts": given["safety"]["prompts"], "max_new_tokens": 2, "drift": {"rows": 4}}
+    found = rank_pool(2).run(stop_scenes.fit, tree=given, cache=str(folder / "cache"), stop=STOP)
+    assert all(one["stopped"] for one in found)
+    return given, folder / "cache"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("aligned-outputs.npz", _cut),
+        ("anchors/*.npz", Path.unlink),
+        ("scores/*.npz", lambda path: path.write_bytes(b"")),
+        ("teacher/*/index.npy", _cut),
+        ("teacher/*/rank-00001.bin", _cut),
+    ],
+)
+def test_a_resumed_run_names_the_side_file_that_it_cannot_make_again(rank_pool, keeping, pattern, damage):
+    given, cache = keeping
+    [path] = Path(given["output"]).glob(pattern)
+    whole = path.read_bytes()
+    damage(path)
+    said = rank_pool(2).run(stop_scenes.refused, tree=given, cache=str(cache))
+    path.write_bytes(whole)
+    assert all(str(path) in one and "start it anew" in one for one in said), said
+
+
+def test_a_run_whose_side_files_are_whole_again_resumes_and_measures(rank_pool, keeping):
+    given, cache = keeping
+    found = rank_pool(2).run(stop_scenes.fit, tree=given, cache=str(cache))[0]
+    assert "resuming from step-00000002" in found["said"]
+    start, end = (each["kl_to_aligned"] for each in found["results"]["evaluations"])
+    assert start["value"] == pytest.approx(0.0, abs=1e-6) and end["value"] > 1e-4

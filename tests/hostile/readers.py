@@ -128,6 +128,18 @@ def fisher(data: bytes) -> None:
     open_fisher(_file("fisher.safetensors", data))
 
 
+def arrays(data: bytes) -> None:
+    from safecl.storage.durable import read_arrays
+
+    read_arrays(_file("scores.npz", data), ("values", "counts"))
+
+
+def mapped_array(data: bytes) -> None:
+    from safecl.storage.durable import map_array
+
+    map_array(_file("index.npy", data))
+
+
 def rows_jsonl(data: bytes) -> None:
     _rows("rows.jsonl", data)
 
@@ -151,7 +163,7 @@ def _rows(name: str, data: bytes) -> None:
 READERS: dict[str, Callable[[bytes], None]] = {
     function.__name__: function
     for function in (config, override, safetensors, model_json, slices, manifest, memory_index, segment, block, row,
-                     cache_header, fisher, rows_jsonl, rows_json, rows_csv)
+                     cache_header, fisher, arrays, mapped_array, rows_jsonl, rows_json, rows_csv)
 }  # fmt: skip
 
 
@@ -173,6 +185,7 @@ def seeds(name: str) -> list[bytes]:
         "config": _config_seeds, "override": lambda: [b"train.seed=3", b"tasks.0.name=b", b"a.b={c: [1, 2e-5]}"],
         "safetensors": _safetensors_seeds, "slices": _safetensors_seeds, "fisher": _fisher_seeds,
         "model_json": lambda: [b'{"a": [1, {"b": null}]}'], "manifest": _manifest_seeds, "memory_index": _index_seeds,
+        "arrays": _arrays_seeds, "mapped_array": _mapped_array_seeds,
         "segment": _segment_seeds, "block": _block_seeds, "row": _row_seeds, "cache_header": _cache_seeds,
         "rows_jsonl": lambda: [b'{"prompt": "a", "completion": "b"}\n{"text": "c"}\n'],
         "rows_json": lambda: [b'[{"prompt": "a", "completion": "b"}]'],
@@ -208,6 +221,19 @@ def _manifest_seeds() -> list[bytes]:
     kinds, references = {"weights": "F32"}, {"anchor": Reference("m", "d", "F32")}
     whole = dump_manifest(Manifest(_FOLDER.name, 3, 1, files, {"a": (3,)}, kinds, references))
     return [whole.partition(b"\n")[2]]
+
+
+def _arrays_seeds() -> list[bytes]:
+    from safecl.storage.durable import write_arrays
+
+    path = _FOLDER / "seed.npz"
+    write_arrays(path, {"values": np.arange(3, dtype=np.float32), "counts": np.array([1, 2], np.int32)})
+    return [path.read_bytes()]
+
+
+def _mapped_array_seeds() -> list[bytes]:
+    np.save(_FOLDER / "seed.npy", np.arange(6).reshape(2, 3))
+    return [(_FOLDER / "seed.npy").read_bytes()]
 
 
 def _index_seeds() -> list[bytes]:

@@ -16,6 +16,7 @@ memory-mapped, so the page cache keeps what fits. Several nodes need a shared fo
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.outputs import outputs_of_rows
 from safecl.methods.terms import TaskTerm
 from safecl.replay import TeacherOutputs
+from safecl.storage.durable import DamagedCheckpoint, map_array, open_regular, replace_file
 
 TEACHER = "teacher"
 """Name of the run's subfolder for teacher data that only an unfinished run needs."""
@@ -85,8 +87,21 @@ class RecordedOutputs:
 
     def __init__(self, folder: Path, form: Form):
         self.folder, self.form = folder, form
-        self._index = np.load(folder / "index.npy", allow_pickle=False)
+        self._index = map_array(folder / "index.npy")
         self._files: dict[int, np.ndarray] = {}
+        self._refuse_torn()
+
+    def _refuse_torn(self) -> None:
+        """Raise DamagedCheckpoint where the index does not fit the files."""
+        if self._index.dtype != np.int64 or self._index.ndim != 2 or self._index.shape[1] != 3:
+            raise DamagedCheckpoint(f"{self.folder / 'index.npy'}: not int64 [rows, 3]")
+        for number in np.unique(self._index[:, 0]).tolist():
+            rows, path = self._index[self._index[:, 0] == number], _data_path(self.folder, number)
+            end = int((rows[:, 1] + rows[:, 2] * self.form.bytes_per_token).max())
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+            if rows.min() < 0 or size < end:
+                raise DamagedCheckpoint(f"{path}: {size:,} bytes long, {end:,} are recorded")
 
     def load(self, row: int) -> TeacherOutputs | torch.Tensor:
         """Return the outputs of the row's supervised tokens, or its hidden states [tokens, H] in the run's dtype."""
@@ -140,7 +155,7 @@ def record_outputs(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm
         index[part[:, 0]] = np.stack([np.full(len(part), rank), part[:, 1], part[:, 2]], axis=1)
     if engine.rank == 0:
         np.save(folder / "index.npy", index, allow_pickle=False)
-        (folder / "meta.json").write_text(json.dumps(_meta(form, dataset)))
+        replace_file(folder / "meta.json", json.dumps(_meta(form, dataset)))
     collectives.barrier()
     return RecordedOutputs(folder, form)
 
@@ -162,7 +177,10 @@ def open_recorded(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm,
             f"{folder}: these outputs were recorded of other rows or settings; resume with the same config, "
             "or start anew"
         )
-    return RecordedOutputs(folder, form)
+    try:
+        return RecordedOutputs(folder, form)
+    except DamagedCheckpoint as damage:
+        raise ConfigError(f"{damage}; the run cannot resume; start it anew") from None
 
 
 def _write_share(engine: TrainingEngine, dataset: TokenDataset, form: Form, path: Path) -> np.ndarray:

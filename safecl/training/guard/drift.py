@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from safecl.config import DriftConfig
+from safecl.config import ConfigError, DriftConfig
 from safecl.data.order import keyed_hash
 from safecl.engine.artifacts.base_model import model_files
 from safecl.evaluation.answers.divergence import ScoredRow, TopOutputs, divergence, top_outputs
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.statistics.intervals import Mean
 from safecl.planning.plans import RunPlan
+from safecl.storage.durable import DamagedCheckpoint, read_arrays, write_arrays
 
 FILE = "aligned-outputs.npz"
 LAYER = re.compile(r"\.(\d+)\.")
@@ -41,19 +42,24 @@ class Drift:
             self._aligned = top_outputs(model, self.rows)
             if model.rank == 0:
                 self._save()
-        elif not self._aligned:
-            self._aligned = self._load()
         return divergence(model, self.rows, self._aligned)
 
     def _save(self) -> None:
         parts: dict[str, Any] = {f"log_probs_{i}": row.log_probs for i, row in enumerate(self._aligned)}
         parts |= {f"indices_{i}": row.indices for i, row in enumerate(self._aligned)}
-        with self.path.open("wb") as file:
-            np.savez(file, **parts)
+        write_arrays(self.path, parts)
 
-    def _load(self) -> list[TopOutputs]:
-        with np.load(self.path, allow_pickle=False) as kept:
-            return [TopOutputs(kept[f"log_probs_{i}"], kept[f"indices_{i}"]) for i in range(len(self.rows))]
+    def reopen(self) -> None:
+        """Read what this run kept before it was stopped. Not a collective call."""
+        names = [(f"log_probs_{i}", f"indices_{i}") for i in range(len(self.rows))]
+        try:
+            kept = read_arrays(self.path, [name for pair in names for name in pair])
+        except DamagedCheckpoint as damage:
+            raise ConfigError(
+                f"{damage}; safety.drift compares with the aligned model's outputs, which this file keeps, so the run "
+                "cannot resume; start it anew"
+            ) from None
+        self._aligned = [TopOutputs(kept[log_probs], kept[indices]) for log_probs, indices in names]
 
     def finish(self) -> None:
         """Remove the file. Rank 0 calls it; not a collective call."""

@@ -78,6 +78,12 @@ class Measurements:
         controller = self.controller.state_dict() if self.controller is not None else None
         return self.probe.state_dict() | {"controller": controller}
 
+    def reopen(self) -> None:
+        """Read the files of the run folder that the next measurements of a resumed run need, after `restore`. Raises
+        ConfigError where one is missing or damaged. Not a collective call."""
+        if self.drift is not None and aligned_moment(self.evaluations) is not None:
+            self.drift.reopen()
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the evaluations in the form of results.json. Not a collective call."""
         return [evaluation.to_dict() for evaluation in self.evaluations]

@@ -7,7 +7,6 @@ hash of (seed, row). A file of the run folder holds them, so all ranks know all,
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.outputs import outputs_of_rows
 from safecl.methods.terms import PromptTerm
 from safecl.planning.memory_kinds import kind_of
-from safecl.storage.durable import replace_file
+from safecl.storage.durable import DamagedCheckpoint, read_arrays, write_arrays
 from safecl.training.recorded.rows import dataset_of
 from safecl.training.replay_memory import ReplayMemory
 
@@ -82,10 +81,9 @@ class PromptAnchors:
         ]
         states = np.stack([state for _, state in sorted(collectives.gather_objects(own), key=lambda item: item[0])])
         if collectives.rank() == 0:
-            file = io.BytesIO()
-            np.savez(file, tokens=np.concatenate(prompts), lengths=np.array([len(p) for p in prompts]), states=states)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self._path(term.name), file.getvalue())
+            lengths = np.array([len(p) for p in prompts])
+            parts = {"tokens": np.concatenate(prompts), "lengths": lengths, "states": states}
+            write_arrays(self._path(term.name), parts)
         collectives.barrier()
         self.reopen(term.name)
         log(f"{term.name}: recorded the hidden state behind {len(prompts)} prompts of the memory")
@@ -93,13 +91,12 @@ class PromptAnchors:
     def reopen(self, name: str) -> None:
         """Read what this run has recorded. A collective call where ranks share the folder."""
         try:
-            with np.load(io.BytesIO(self._path(name).read_bytes()), allow_pickle=False) as found:
-                tokens, lengths, states = found["tokens"], found["lengths"], found["states"]
-        except (OSError, ValueError, KeyError):
+            found = read_arrays(self._path(name), ("tokens", "lengths", "states"))
+        except DamagedCheckpoint as damage:
             raise ConfigError(
-                f"{self._path(name)}: the recorded prompts are not there, so the run cannot resume; start it anew"
+                f"{damage}; the file keeps the recorded prompts, so the run cannot resume; start it anew"
             ) from None
-        self._pools[name] = _Pool(np.split(tokens, np.cumsum(lengths)[:-1]), states)
+        self._pools[name] = _Pool(np.split(found["tokens"], np.cumsum(found["lengths"])[:-1]), found["states"])
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"

@@ -8,9 +8,7 @@ artifact as well: other runs on the same model and rows take them from there.
 from __future__ import annotations
 
 import functools
-import io
 import re
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from safecl.engine.teachers.outputs import outputs_of_rows
 from safecl.methods.terms import Score
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.scan.refusals import opening_of
-from safecl.storage.durable import replace_file
+from safecl.storage.durable import DamagedCheckpoint, read_arrays, replace_file, write_arrays
 from safecl.training.recorded.rows import dataset_of
 
 FOLDER, KIND, FILE = "scores", "row-scores", "scores.npz"
@@ -65,15 +63,15 @@ class RowScores:
         """Open what this run recorded before it was stopped. A collective call."""
         path = self._path(task, score)
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
-                values, counts, rows = found["values"], found["counts"], str(found["rows"])
-        except (OSError, ValueError, KeyError):
+            found = read_arrays(path, ("values", "counts", "rows"))
+        except DamagedCheckpoint as damage:
             raise ConfigError(
-                f"{path}: the scores of the rows are not there, so the run cannot resume; start it anew"
+                f"{damage}; the file keeps the scores of the rows, so the run cannot resume; start it anew"
             ) from None
-        if rows != fingerprint(task.dataset):
+        if str(found["rows"]) != fingerprint(task.dataset):
             raise ConfigError(f"{path}: these are scores of other rows; resume with the same config, or start anew")
-        self._values[task.config.name, score] = values, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        offsets = np.concatenate([[0], np.cumsum(found["counts"], dtype=np.int64)])
+        self._values[task.config.name, score] = found["values"], offsets
 
     def keys(self) -> list[tuple[str, Score]]:
         """Return (task, score) of all that is recorded."""
@@ -112,10 +110,7 @@ class RowScores:
         found = [values for _, values in sorted(collectives.gather_objects(own), key=lambda item: item[0])]
         counts = np.array([len(values) for values in found], np.int32)
         if collectives.rank() == 0:
-            file = io.BytesIO()
-            np.savez(file, values=np.concatenate(found), counts=counts, rows=np.array(key))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, file.getvalue())
+            write_arrays(path, {"values": np.concatenate(found), "counts": counts, "rows": np.array(key)})
         collectives.barrier()
 
     def _path(self, task: TaskPlan, score: Score) -> Path:
@@ -139,7 +134,7 @@ class RowScores:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    replace_file(target, source.read_bytes())
 
 
 def with_answer(dataset: TokenDataset, answer: Sequence[int]) -> TokenDataset:
