@@ -18,6 +18,9 @@ from safecl.demo.setting import RANDOM, Setting
 from safecl.distributed.spawn import run_ranks
 from safecl.exits import ExitCode
 
+SECONDS_TO_SAVE = 180.0
+"""A run that is stopped ends its step or its measurement and saves its state, 1.6 GB of a pretrained model."""
+
 
 def chosen_arms(*, poison: float = 0.0, every: bool = False) -> list[Arm]:
     """Return the demonstration's arms; with `every` an arm for each method, on clean data and with poison."""
@@ -86,7 +89,7 @@ def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console
         materials = setting.write(folder, seed, arms, bar.say, bar.made)
         bar.materials_written()
         arguments = [str(events), *map(str, _configs(materials, arms))]
-        code = run_ranks("safecl.demo.worker", arguments, num_ranks, watch=bar.watch)
+        code = run_ranks("safecl.demo.worker", arguments, num_ranks, watch=bar.watch, grace=SECONDS_TO_SAVE)
         bar.watch()
     events.unlink(missing_ok=True)
     return ExitCode.FAILED if code < 0 else code

@@ -30,11 +30,14 @@ def run_arms(configs: Sequence[Path], events: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C reaches the parent as well, which reports it and ends all ranks. spawn.py starts the ranks with the signal
-    # blocked. A training run sets a handler of its own.
+    # Ctrl-C reaches the parent as well, which asks all ranks to end, and kills them at a second one. spawn.py starts
+    # the ranks with the signal blocked. A training run has handlers of its own, which say that it saves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     events, *configs = (Path(argument) for argument in sys.argv[1:])
     tracebacks.folder = events.parent
     with errors_as_messages("demo"):
-        run_arms(configs, events)
+        try:
+            run_arms(configs, events)
+        except KeyboardInterrupt:
+            raise SystemExit(ExitCode.STOPPED) from None

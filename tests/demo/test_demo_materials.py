@@ -19,7 +19,6 @@ import pytest
 import rich.console
 import yaml
 
-from safecl import exits
 from safecl.config import ConfigError, load_config
 from safecl.config.method_registry import builtin_methods
 from safecl.data import read_prompts, read_rows, tokenize_row
@@ -33,8 +32,6 @@ from safecl.demo.page import demo_page, picture
 from safecl.demo.progress import ALIGN, Bar, Lengths, Reporter
 from safecl.demo.run import chosen_arms, default_folder, refuse_other_demonstration, run_demo
 from safecl.demo.setting import RANDOM
-from safecl.distributed import spawn
-from safecl.distributed.spawn import run_ranks
 from safecl.evaluation import check_disjoint
 from safecl.evaluation.scoring.keywords import opens_affirmatively, refused
 
@@ -181,60 +178,6 @@ def test_a_folder_with_another_demonstration_is_refused_before_anything_is_writt
     assert (tmp_path / "data" / "task.jsonl").read_bytes() == before
 
 
-# ---------------------------------------------------------------------------------------------------------------- ranks
-
-
-def write_module(folder, code: str) -> dict[str, str]:
-    (folder / "rank_module.py").write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{code}\n")
-    return {"PYTHONPATH": str(folder)}
-
-
-def test_ranks_get_a_launchers_variables_and_the_first_failure_ends_them_all(tmp_path, monkeypatch):
-    names = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT OMP_NUM_THREADS"
-    code = f"open(sys.argv[1] + str(rank), 'w').write(' '.join(os.environ[n] for n in '{names}'.split()))"
-    monkeypatch.setenv("PYTHONPATH", write_module(tmp_path, code)["PYTHONPATH"])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert run_ranks("rank_module", [str(tmp_path / "seen")], 2) == 0
-    seen = [(tmp_path / f"seen{rank}").read_text().split() for rank in range(2)]
-    assert [s[:4] for s in seen] == [["0", "2", "0", "127.0.0.1"], ["1", "2", "1", "127.0.0.1"]]
-    assert seen[0][4] == seen[1][4]
-
-    code = (
-        "open(sys.argv[1] + str(rank), 'w').write(str(os.getpid()))\n"
-        "first = sys.argv[1] + '0'\n"
-        "while rank and not (os.path.exists(first) and os.path.getsize(first)): time.sleep(0.01)\n"
-        "if rank: sys.exit(7)\n"
-        "time.sleep(600)"
-    )
-    write_module(tmp_path, code)
-    assert run_ranks("rank_module", [str(tmp_path / "pid")], 2) == 7
-    for rank in range(2):
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((tmp_path / f"pid{rank}").read_text()), 0)
-
-
-def test_ctrl_c_ends_all_ranks_with_one_message(tmp_path):
-    """Ctrl-C reaches the parent and every rank, also in the middle of their imports. Only the parent prints."""
-    code = "open(sys.argv[1] + str(rank), 'w').close()\ntime.sleep(600)"
-    environment = os.environ | write_module(tmp_path, code)
-    program = (
-        "import sys; from safecl.exits import endings_as_exit_codes; from safecl.distributed.spawn import run_ranks\n"
-        "with endings_as_exit_codes('demo'): run_ranks('rank_module', [sys.argv[1]], 2)"
-    )
-    environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", program, str(tmp_path / "up")]
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / f"up{rank}").exists() for rank in range(2)):
-        assert parent.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(parent.pid, signal.SIGINT)
-    _, err = parent.communicate(timeout=60)
-    assert parent.returncode == 75 and err.count("Ctrl-C ended `safecl demo`") == 1 and "Traceback" not in err
-    with pytest.raises(ProcessLookupError):
-        os.killpg(parent.pid, 0)
-
-
 # ---------------------------------------------------------------------------------------------------- the demonstration
 
 
@@ -263,10 +206,6 @@ def test_the_verdict_says_lost_kept_or_in_part_as_the_numbers_do():
     assert "harm" not in kept
     disturbed = verdict([ALIGNED, PLAIN, outcome("der", 0.1, step=0.15, seconds=2.0)])
     assert "(+50%), 0 B of memory" in disturbed and "s in all" not in disturbed
-
-
-def test_ranks_that_do_not_heed_a_signal_are_killed_before_their_parent_must_end():
-    assert exits.SECONDS_TO_END - spawn._GRACE_SECONDS >= 1.0
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -111,6 +111,8 @@ def test_the_files_are_complete_valid_disjoint_and_made_of_answers_that_are_aske
     materials.write_pretrained_materials(tmp_path, arms=arms, say=lambda what: None)
     assert len(asked) == 1 and data == {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     assert load_config(written.align_config).tasks[0].role == "align"
+    for path in (written.align_config, *written.arm_configs.values()):
+        assert load_config(path).checkpoint.every == 10, "a stop or a crash loses little"
     strict = load_config(written.arm_configs["strict"])
     assert strict.train.loss_mean == "rows" and strict.memory.shares == {"refusal": 0.25}
     assert load_config(written.arm_configs["balanced-poisoned"]).poison.ratio == 0.1

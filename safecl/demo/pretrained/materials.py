@@ -16,7 +16,7 @@ from safecl.demo.progress import Made, not_told
 ALIGN_STEPS, TASK_STEPS = 50, 50
 ANSWER_TOKENS = 40
 """Longest answer of the model to a harmless request that it is aligned with."""
-CHECKPOINT = {"every": 30, "keep": 1}
+CHECKPOINT = {"every": 10, "keep": 1}
 NUM_PARAMETERS = 134_515_008
 SHARE_OF_THE_MODEL = 0.65
 """Share of the materials that the model is; the others are its answers."""
@@ -77,7 +77,7 @@ def align_config(folder: Path, seed: int) -> dict[str, Any]:
         "train": _train(seed, max_steps=ALIGN_STEPS, tokens_per_batch=700, allow_few_steps=True),
         "deepspeed": {"stage": 2},
         "safety": _safety(folder) | {"every": "never"},
-        "checkpoint": {"every": "never"},
+        "checkpoint": CHECKPOINT,
         "log": {"every": 20},
         "output": str(folder / "aligned"),
     }
