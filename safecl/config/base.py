@@ -69,6 +69,19 @@ class MergeAtTheEnd:
     pick: str | None
 
 
+@dataclass(frozen=True)
+class Change:
+    """A change that a method makes to all gradients, or to all steps, so that something holds for them.
+
+    to: `gradient`, before AdamW; `step`, the one that AdamW has taken. by: `factors`, one for each tensor; `tensors`, a
+    projection or a mask inside each tensor, which such factors leave true; `whole`, a projection by all tensors
+    together, which any other change undoes.
+    """
+
+    to: Literal["gradient", "step"]
+    by: Literal["factors", "tensors", "whole"]
+
+
 class MethodConfig(Section):
     """Base of every method's config (`methods: {name: {...}}`).
 
@@ -179,8 +192,24 @@ class MethodConfig(Section):
         return False
 
     @property
+    def moves_weights(self) -> Literal["for_good", "until_update"] | None:
+        """The way in which `before_step` leaves the weights moved; None where it leaves them as they were.
+
+        for_good: it changes them, before other methods take their gradients of the step. until_update: the step's
+        gradient is taken at moved weights (Run.perturb), after other methods have taken theirs at the weights
+        themselves.
+        """
+        return None
+
+    @property
+    def changes(self) -> Change | None:
+        """The change of gradients or of steps after which something holds; None without one."""
+        return None
+
+    @property
     def state_kinds(self) -> tuple[str, ...]:
-        """Kinds of state with one value per weight that the method keeps in the shards.
+        """Kinds of state with one value per weight that the method keeps in the shards. Methods of one run share a kind
+        of the same name.
 
         deepspeed.offload decides the place of kinds whose names end in `anchor`, `fisher` or `ema`.
         """

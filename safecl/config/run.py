@@ -35,7 +35,7 @@ class RunConfig(Section):
     memory: MemoryConfig | None = None
     """Rows whose behaviour must be kept."""
     methods: Annotated[dict[str, SerializeAsAny[MethodConfig]], BeforeValidator(load_methods)] = {}
-    """Continual-learning methods, freely combined; without one it is plain fine-tuning. Or a preset: `balanced` where
+    """Continual-learning methods, one or several; without one it is plain fine-tuning. Or a preset: `balanced` where
     uploads are screened, `strict` where poison is expected (both need a `memory`), `no-data` without safety data."""
     teacher: Literal["streamed", "resident"] = "streamed"
     """Place of the weights of an online teacher (methods.lwf.outputs, memory.teacher.kind: online). streamed: one copy
@@ -180,6 +180,43 @@ class RunConfig(Section):
                 f"methods: {' and '.join(averages)} each keep an average of the weights, but only one can be saved; "
                 "leave one out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_method_moves_a_pass(self) -> RunConfig:
+        """A step has one forward and backward pass of its own, so it begins at one place."""
+        for what, moving in (
+            ("hidden states", [name for name, settings in self.methods.items() if settings.moves_hidden]),
+            (
+                "weights",
+                [name for name, settings in self.methods.items() if settings.moves_weights == "until_update"],
+            ),
+        ):
+            if len(moving) > 1:
+                raise ValueError(
+                    f"methods: {' and '.join(moving)} each move the {what} of the pass that trains the rows, and a "
+                    "step has one such pass; leave one out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_change_makes_hold_stays(self) -> RunConfig:
+        """Factors for whole tensors leave true what holds inside of them, and nothing leaves true what holds for all
+        tensors together."""
+        for place, other in (("gradient", "step"), ("step", "gradient")):
+            for role in ("task", "align"):
+                found = {
+                    name: change.by
+                    for name, settings in self.methods.items()
+                    if (change := settings.changes) is not None and change.to == place and settings.acts_on == role
+                }
+                binding = [name for name, by in found.items() if by != "factors"]
+                clash = list(found) if "whole" in found.values() else binding
+                if len(clash) > 1:
+                    raise ValueError(
+                        f"methods: {' and '.join(clash)} each change every {place}, and one undoes what another makes "
+                        f"hold; leave one out, or let one change the {other} if it has such a setting"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from safecl.config import RunConfig
+from safecl.config import ConfigError, RunConfig
 from safecl.distributed import collectives
 from safecl.engine.artifacts.teacher_outputs import needs_outputs
 from safecl.engine.passes.attention import guard_attention
@@ -33,6 +33,7 @@ from safecl.training.end_merge import merge_as_set
 from safecl.training.replay_memory import insert_rows, sample_rows
 from safecl.training.steps import step as steps
 from safecl.training.steps.corrective import CorrectivePhase
+from safecl.training.steps.hook_order import in_order
 from safecl.training.steps.learning_rate import learning_rate
 from safecl.training.steps.method_view import MethodView
 from safecl.training.steps.own_passes import OwnPasses
@@ -227,8 +228,13 @@ class Run(RunState):
     @torch.no_grad()
     def _call(self, hook: str) -> None:
         """Call a hook of all active methods. They change weights freely; passes that they ask for have gradients."""
-        for method in self.active_methods:
+        for method in in_order(self.active_methods, hook):
             getattr(method, hook)(self.view)
+            if self.engine.is_perturbed and method.config.moves_weights != "until_update":
+                raise ConfigError(
+                    f"methods: {method.name} leaves the weights moved after {hook}; its Config must say so, by "
+                    '`moves_weights = "until_update"`, or the method must put them back (Run.restore)'
+                )
 
     def _hooks(self, name: str, methods: Sequence[Method[Any]]) -> list[Callable[[list[Shard]], None]]:
         """Return the hooks of this name that the methods define, as functions of the shards."""

@@ -51,6 +51,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
 
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "agem": {"step": {"project": "step"}},
+    "safe_anchor": {"step": SETTINGS["safe_anchor"] | {"project": "step"}},
+    "mudman": {"step": {"mask": "step"}},
+    "ema": {
+        "slow": {"write_back": "slow", "decay": 0.5, "every": 2},
+        "anchor": {"write_back": "anchor", "decay": 0.3, "every": 2},
+    },
+    "lwf": {
+        "outputs": {"form": "output", "weight": 10.0},
+        "online": {"weight": 10.0, "outputs": "online"},
+    },
+    "im": {"marginal": SETTINGS["im"] | {"reading": "marginal"}},
+}
+"""Further settings of methods that take another way through the engine, by method and a word for them."""
+
 WITH_LORA: dict[str, dict[str, Any]] = {
     "k_fpf": SETTINGS["k_fpf"] | {"modules": ["*.o_proj.*"]},
     "refresh": SETTINGS["refresh"] | {"fisher_weight": 0.0},

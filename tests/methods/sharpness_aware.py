@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from safecl.config import MethodConfig
 from safecl.methods import base
@@ -12,6 +12,7 @@ class Config(MethodConfig):
     """Steps with the gradient at the worst point nearby."""
 
     task_gradient_passes: ClassVar[float] = 1
+    moves_weights: ClassVar[Literal["until_update"]] = "until_update"
     state_kinds: ClassVar[tuple[str, ...]] = ("_ascent",)
 
     rho: float = 0.3

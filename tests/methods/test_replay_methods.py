@@ -83,7 +83,7 @@ def train_agem(steps: int, **changes):
     def cosine(shards) -> float:
         sums = torch.zeros(3, dtype=torch.float64)
         for shard in shards:
-            g, r = shard.grad.double().flatten(), shard.state["_memory_grad"].double().flatten()
+            g, r = shard.grad.double().flatten(), shard.state[agem.MEMORY_GRADIENT].double().flatten()
             sums += torch.stack([g @ r, g @ g, r @ r])
         if run.engine.shards.stage > 0:
             torch.distributed.all_reduce(sums)

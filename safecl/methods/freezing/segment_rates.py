@@ -21,6 +21,7 @@ from typing import Annotated
 from pydantic import Field
 
 from safecl.config import MethodConfig
+from safecl.config.base import Change
 from safecl.methods import base, scope
 
 
@@ -38,6 +39,10 @@ class Config(MethodConfig):
     def scaled(self) -> list[scope.Rule]:
         """The rules that act in each step; the others freeze."""
         return [rule for rule in self.rules if rule.importance or rule.factor > 0]
+
+    @property
+    def changes(self) -> Change | None:
+        return Change("step", "factors") if self.scaled else None
 
     @property
     def state_kinds(self) -> tuple[str, ...]:

@@ -20,12 +20,14 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from safecl.config import MethodConfig
+from safecl.config.base import Change
 from safecl.methods import base, scope
 
 
 class Config(MethodConfig):
     """SWAT: a warm-up of the robust modules alone."""
 
+    changes: ClassVar[Change] = Change("step", "factors")
     state_kinds: ClassVar[tuple[str, ...]] = (base.BEFORE,)
 
     modules: Annotated[list[str], Field(min_length=1)] = ["*.q_proj.*", "*.k_proj.*"]

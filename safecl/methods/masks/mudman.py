@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from safecl.config import MethodConfig
+from safecl.config.base import Change
 from safecl.methods import base
 
 if TYPE_CHECKING:
     import torch
 
-MEMORY_GRADIENT, MEAN, DRAW = "_memory_grad", "mudman_memory", base.ReplayTerm("mudman", ce_weight=1.0)
+MEMORY_GRADIENT, MEAN, DRAW = "_mudman_grad", "mudman_memory", base.ReplayTerm("mudman", ce_weight=1.0)
 
 
 class Config(MethodConfig):
@@ -38,6 +39,10 @@ class Config(MethodConfig):
     mask: Literal["gradient", "step"] = "gradient"
     """What is masked: the gradient before AdamW, as in the paper, or the step that AdamW has taken. `step` keeps the
     old weights during a step, 4 more bytes per weight."""
+
+    @property
+    def changes(self) -> Change:
+        return Change(self.mask, "tensors")
 
     @property
     def state_kinds(self) -> tuple[str, ...]:

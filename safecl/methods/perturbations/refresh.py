@@ -14,7 +14,7 @@ forward and backward on the task's rows, and one fp32 value and the Fisher per w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,7 @@ class Config(MethodConfig):
     """Refresh learning: a small step of unlearning before every step."""
 
     task_gradient_passes: ClassVar[float] = 1
+    moves_weights: ClassVar[Literal["for_good"]] = "for_good"
 
     delta: Annotated[float, Field(ge=0)] = 1e-5
     """Length of the move, relative to the norm of each tensor."""

@@ -22,6 +22,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from safecl.config.base import Change
 from safecl.methods import base, layers, scope
 from safecl.methods.harmful import HarmfulConfig
 
@@ -32,6 +33,7 @@ class Config(HarmfulConfig):
     acts_on: ClassVar[Literal["align"]] = "align"
     task_gradient_passes: ClassVar[float] = 1
     moves_hidden: ClassVar[bool] = True
+    changes: ClassVar[Change] = Change("step", "factors")
     state_kinds: ClassVar[tuple[str, ...]] = (base.BEFORE,)
 
     rho: Annotated[float, Field(ge=0)] = 3.0

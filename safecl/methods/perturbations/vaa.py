@@ -44,6 +44,7 @@ class Config(HarmfulConfig):
     acts_on: ClassVar[Literal["align"]] = "align"
     follows_row_losses: ClassVar[bool] = True
     task_gradient_passes: ClassVar[float] = 0.5
+    moves_weights: ClassVar[Literal["until_update"]] = "until_update"
     state_kinds: ClassVar[tuple[str, ...]] = (TASK,)
 
     alpha: Annotated[float, Field(gt=0)] = 0.1

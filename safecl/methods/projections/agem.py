@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from safecl.config import MethodConfig
+from safecl.config.base import Change
 from safecl.methods import base
 
 if TYPE_CHECKING:
     import torch
 
-MEMORY_GRADIENT, DRAW = "_memory_grad", base.ReplayTerm("agem", ce_weight=1.0)
+MEMORY_GRADIENT, DRAW = "_agem_grad", base.ReplayTerm("agem", ce_weight=1.0)
 
 
 class Config(MethodConfig):
@@ -43,6 +44,10 @@ class Config(MethodConfig):
     project: Literal["gradient", "step"] = "gradient"
     """What is projected: the gradient before AdamW, as in the paper, or the step that AdamW has taken. `step` keeps the
     old weights during a step, 4 more bytes per weight."""
+
+    @property
+    def changes(self) -> Change:
+        return Change(self.project, "whole")
 
     @property
     def state_kinds(self) -> tuple[str, ...]:

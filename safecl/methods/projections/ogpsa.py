@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from safecl.config import MethodConfig
+from safecl.config.base import Change
 from safecl.methods import base
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Config(MethodConfig):
     """OGPSA: gradients are made orthogonal to a reference gradient of the memory, tensor by tensor."""
 
     needs_memory: ClassVar[bool] = True
+    changes: ClassVar[Change] = Change("gradient", "tensors")
     state_kinds: ClassVar[tuple[str, ...]] = (REFERENCE,)
 
     every: Annotated[int, Field(ge=1)] = 30

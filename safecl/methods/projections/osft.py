@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 
 from safecl.config import MethodConfig
+from safecl.config.base import Change
 from safecl.methods import base
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Config(MethodConfig):
     """OSFT: steps stay outside of the subspaces of the largest singular values."""
 
     needs_memory: ClassVar[bool] = True
+    changes: ClassVar[Change] = Change("step", "tensors")
     state_kinds: ClassVar[tuple[str, ...]] = (START, base.BEFORE)
     refuses_lora: ClassVar[str] = (
         "it keeps the singular vectors of the full matrices; tune all weights (model.lora: null), or project the "

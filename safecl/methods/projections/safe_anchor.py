@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from safecl.config import MethodConfig
+from safecl.config.base import Change
 from safecl.methods import base
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class Config(MethodConfig):
     @property
     def gradient_passes(self) -> float:
         return self.samples / self.renew if self.renew is not None else 0
+
+    @property
+    def changes(self) -> Change:
+        return Change(self.project, "tensors")
 
     @property
     def state_kinds(self) -> tuple[str, ...]:

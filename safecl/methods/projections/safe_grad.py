@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from safecl.config import MethodConfig
+from safecl.config.base import Change
 from safecl.methods import base
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Config(MethodConfig):
     needs_memory: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = True
     gradient_passes: ClassVar[float] = 1
+    changes: ClassVar[Change] = Change("gradient", "whole")
     state_kinds: ClassVar[tuple[str, ...]] = (ALIGNMENT_GRADIENT,)
 
     rho: Annotated[float, Field(ge=0)] = 1.0

@@ -75,6 +75,8 @@ class Method(base.Method[Config]):
         return factors
 
     def see_row_losses(self, step: int, losses: Mapping[int, float]) -> None:
+        if not losses:  # a step that trains the memory in the place of the task's rows
+            return
         rows = sorted(losses)
         self._rows.append(rows)
         self._losses.append([losses[row] for row in rows])
