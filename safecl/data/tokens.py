@@ -150,6 +150,11 @@ class TokenDataset:
     def rows(self, indices: Iterable[int]) -> list[Row]:
         return [self.row(i) for i in indices]
 
+    @property
+    def paths(self) -> set[str]:
+        """The files of all rows."""
+        return {store.path for store in self._stores if store.path}
+
     def path(self, i: int) -> str:
         """Return the file of row `i`."""
         return self._stores[self._store_of[i]].path

@@ -1,4 +1,5 @@
-"""The entries of the cache: prepared rows, which hold users' text as tokens, and artifacts of base models.
+"""The entries of the cache: prepared rows, which hold users' text as tokens, and artifacts of base models. An artifact
+names the files whose text it holds in its `texts.json`.
 
 An entry is used whenever a run maps it, and its `meta.json` or `artifact.json` is read then. Its age is the time since
 that file was last read or written, as far as the file system keeps the first. Removing an entry disturbs no run that
@@ -7,6 +8,7 @@ has mapped its files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,25 +19,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safecl.storage.cache_folder import artifact_cache, data_cache
+from safecl.storage.durable import replace_file
 
 Kind = Literal["rows", "artifact", "unfinished"]
-_META = {"rows": "meta.json", "artifact": "artifact.json"}
+DESCRIPTION, TEXTS = "artifact.json", "texts.json"
+_META = {"rows": "meta.json", "artifact": DESCRIPTION}
 
 
 @dataclass(frozen=True)
 class Entry:
     """kind: rows (users' text, as tokens), artifact, or unfinished, which a killed process has left. source: the file
-    of the rows, or the artifact's kind. seconds: time since the last use."""
+    of the rows, or the artifact's kind. seconds: time since the last use. texts: the files whose text it holds; None
+    where nothing says so."""
 
     path: Path
     kind: Kind
     source: str
     num_bytes: int
     seconds: float
+    texts: tuple[str, ...] | None
 
     @property
     def holds_text(self) -> bool:
-        return self.kind != "artifact" or self.source in ("teacher-cache", "memory-rows")
+        """Whether it holds users' text, or may."""
+        return self.texts is None or len(self.texts) > 0
 
     def remove(self) -> None:
         """Remove the entry's folder and its lock."""
@@ -52,12 +59,12 @@ def cache_entries() -> list[Entry]:
 def chosen(
     entries: Sequence[Entry], *, sources: Collection[str] | None = None, older_than: float | None = None
 ) -> list[Entry]:
-    """Return the entries that were not used for `older_than` seconds, and the prepared rows of these files."""
+    """Return the entries that were not used for `older_than` seconds, and those that hold text of these files."""
     return [
         entry
         for entry in entries
         if (older_than is not None and entry.seconds > older_than)
-        or (sources is not None and entry.kind == "rows" and entry.source in sources)
+        or (sources is not None and not set(sources).isdisjoint(entry.texts or ()))
     ]
 
 
@@ -67,20 +74,35 @@ def _rows(folder: Path) -> Iterator[Entry]:
             continue
         meta = _meta(path / _META["rows"])
         if meta is None:
-            yield Entry(path, "unfinished", path.name, _size(path), _unused(path))
+            yield Entry(path, "unfinished", path.name, _size(path), _unused(path), None)
         else:
-            yield Entry(path, "rows", str(meta.get("path", "")), _size(path), _unused(path / _META["rows"]))
+            source = str(meta.get("path", ""))
+            yield Entry(path, "rows", source, _size(path), _unused(path / _META["rows"]), (source,))
 
 
 def _artifacts(folder: Path) -> Iterator[Entry]:
     for path in folder.glob("*/*"):
         if not path.is_dir():
             continue
-        meta = path / _META["artifact"]
+        meta, texts = path / _META["artifact"], _texts(path)
         if meta.is_file():
-            yield Entry(path, "artifact", path.parent.name, _size(path), _unused(meta))
+            yield Entry(path, "artifact", path.parent.name, _size(path), _unused(meta), texts)
         else:
-            yield Entry(path, "unfinished", path.parent.name, _size(path), _unused(path))
+            yield Entry(path, "unfinished", path.parent.name, _size(path), _unused(path), texts)
+
+
+def declare_texts(artifact: Path, files: Collection[str]) -> None:
+    """Add files to those whose text the artifact in this folder holds. A store that cannot be written stays as it
+    is."""
+    known = _texts(artifact)
+    if known is None or not set(files) <= set(known):
+        with contextlib.suppress(OSError):  # a builder's own files cannot be written either, and it says so
+            replace_file(artifact / TEXTS, json.dumps({"files": sorted({*(known or ()), *files})}))
+
+
+def _texts(artifact: Path) -> tuple[str, ...] | None:
+    found = (_meta(artifact / TEXTS) or {}).get("files")
+    return tuple(map(str, found)) if isinstance(found, list) else None
 
 
 def _meta(path: Path) -> dict[str, Any] | None:

@@ -14,7 +14,8 @@ from safecl.commands.check import leaving_nothing_prepared
 from safecl.config import ConfigError, validate_tree
 from safecl.config.training import ArtifactsConfig
 from safecl.data.config_rows import prepare_task
-from safecl.engine.artifacts.store import ArtifactStore
+from safecl.engine.artifacts.store import ArtifactStore, obtain
+from safecl.storage.cache_entries import cache_entries, declare_texts
 from safecl.training.output.results import remove_what_only_an_unfinished_run_needs
 from tests.evaluation.models import byte_tokenizer
 
@@ -32,6 +33,7 @@ def cache(tmp_path, monkeypatch):
     (data / "rows-c.part-host-1").mkdir()
     (artifacts / "fisher" / "3f2a").mkdir(parents=True)
     (artifacts / "fisher" / "3f2a" / "artifact.json").write_text("{}")
+    declare_texts(artifacts / "fisher" / "3f2a", ())
     long_ago = time.time() - 40 * 86400
     os.utime(data / "rows-b" / "meta.json", (long_ago, long_ago))
     return data
@@ -61,6 +63,43 @@ def test_the_rows_of_one_run_are_removed_and_no_others(cache, tmp_path, capsys):
     assert "rows-a" in names(cache) and "1 entries would be removed" in capsys.readouterr().out
     clean_cache(run, None, every=False, dry_run=False)
     assert names(cache) == ["rows-b", "rows-b.lock", "rows-c.part-host-1"]
+
+
+def test_what_is_derived_from_the_text_of_a_run_says_so_and_goes_with_it_finished_or_not(cache, tmp_path):
+    store = ArtifactStore(cache.parent / "artifacts")
+
+    def build(folder):
+        (folder / "rows.jsonl").write_text("a question of an upload")
+
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    for name, texts in {
+        "mine": ["mine.jsonl"],
+        "both": ["mine.jsonl", "other.jsonl"],
+        "other": ["other.jsonl"],
+    }.items():
+        obtain(store, "rewritten", {"key": name}, texts=texts, build=build)
+    obtain(store, "fisher", {"key": 1}, texts=(), build=build)
+    with pytest.raises(KeyboardInterrupt):
+        obtain(store, "rewritten", {"key": "stopped"}, texts=["mine.jsonl"], build=stop)
+    old = obtain(store, "rewritten", {"key": "an earlier safecl"}, texts=(), build=build)
+    (old / "texts.json").unlink()
+    held = {str(entry.path): entry.holds_text for entry in cache_entries()}
+    assert all(holds for path, holds in held.items() if "rewritten" in path) and len(held) == 4 + 6
+    assert not any(holds for path, holds in held.items() if "fisher" in path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"tasks": [{"name": "t", "train": "mine.jsonl"}]}))
+    clean_cache(tmp_path / "config.yaml", None, every=False, dry_run=False)
+    left = {path.name for path in (store.folder / "rewritten").iterdir() if path.is_dir()}
+    assert left == {store.folder_of("rewritten", {"key": "other"}).name, old.name}
+    assert len(list((store.folder / "fisher").iterdir())) == 2
+
+
+def test_an_artifact_that_another_run_uses_again_goes_with_the_files_of_either(cache, tmp_path):
+    store = ArtifactStore(cache.parent / "artifacts")
+    for file in ("first.jsonl", "a-copy-of-it.jsonl"):
+        folder = obtain(store, "rewritten", {"key": 1}, texts=[file], build=lambda folder: None)
+    assert json.loads((folder / "texts.json").read_text()) == {"files": ["a-copy-of-it.jsonl", "first.jsonl"]}
 
 
 def test_what_was_not_used_for_some_time_is_removed(cache):

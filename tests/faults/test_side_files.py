@@ -3,6 +3,7 @@ run ends as if nothing had happened; or it names the file that it cannot make ag
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -134,5 +135,7 @@ def test_a_run_whose_side_files_are_whole_again_resumes_and_measures(rank_pool, 
     given, cache = keeping
     found = rank_pool(2).run(stop_scenes.fit, tree=given, cache=str(cache))[0]
     assert "resuming from step-00000002" in found["said"]
+    [scores] = cache.rglob("row-scores/*/texts.json")
+    assert json.loads(scores.read_text()) == {"files": [given["tasks"][0]["train"]]}
     start, end = (each["kl_to_aligned"] for each in found["results"]["evaluations"])
     assert start["value"] == pytest.approx(0.0, abs=1e-6) and end["value"] > 1e-4

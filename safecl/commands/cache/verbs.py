@@ -31,7 +31,9 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print the entries a
 def clean(
     run: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Remove the prepared rows of this run's files.", show_default=False),
+        typer.Option(
+            metavar="RUN", help="Remove what holds text of this run's files: rows and artifacts.", show_default=False
+        ),
     ] = None,
     older_than: Annotated[
         str | None,
@@ -42,7 +44,7 @@ def clean(
         bool, typer.Option("--dry-run", help="Print what would be removed, and remove nothing.")
     ] = False,
 ) -> None:
-    """Remove prepared rows of one run, or what was not used for some time. A run that uses an entry goes on."""
+    """Remove what holds text of a run's files, or what was not used for some time. A run that uses an entry goes on."""
     from safecl.commands.cache.clean import clean_cache
 
     clean_cache(run, older_than, every=every, dry_run=dry_run)

@@ -86,7 +86,8 @@ def shared_fisher(
     config: RunConfig, header: FisherHeader, build: Callable[[Path], None], note: Callable[[str], None]
 ) -> Path:
     """Return the file in the store; `build(path)` writes it where it is missing. A collective call."""
-    folder = obtain(ArtifactStore.of(config), KIND, header.key(), build=lambda folder: build(folder / FILE), note=note)
+    store = ArtifactStore.of(config)
+    folder = obtain(store, KIND, header.key(), texts=(), build=lambda folder: build(folder / FILE), note=note)
     return folder / FILE
 
 

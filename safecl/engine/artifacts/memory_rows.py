@@ -85,6 +85,7 @@ def memory_rows(
         store,
         KIND,
         key,
+        texts={prompt.path for prompt in (*prompts, *benign)},
         note=note,
         build=lambda folder: _build(engine, tokenizer, folder, [*prompts], [*benign], settings, note),
     )

@@ -88,7 +88,7 @@ def rewritten_rows(
         lines = "".join(_line(one, answers.get(id(one))) for one in shown)
         collectives.on_first_rank(lambda: replace_file(folder / ROWS, lines))
 
-    path = obtain(store, KIND, key, note=note, build=build) / ROWS
+    path = obtain(store, KIND, key, texts={prompt.path for prompt in prompts}, note=note, build=build) / ROWS
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return path, Counter(f"as it was, {row['reason']}" if row["rewritten"] is None else "rewritten" for row in rows)
 

@@ -4,6 +4,7 @@ teacher outputs, Fisher information and memory rows.
     $SAFECL_CACHE/artifacts/            by default ~/.cache/safecl/artifacts, or the config's `artifacts.folder`,
                                         or in the run folder with `privacy.keep_prepared: false`
         teacher-cache/3f2a.../          one artifact: KIND / hash of its key
+            texts.json                  the files of rows whose text it holds; written before anything else
             artifact.json               its whole key, and size and hash of every file; written last, so that it marks
                                         the artifact as finished
             ...                         the builder's files
@@ -16,7 +17,7 @@ In a run, every rank calls
 
     store = ArtifactStore.of(config)
     key = base_key(config, tokenizer, store) | {"rows": fingerprint(rows), "sign_batches": 64}
-    folder = obtain(store, "fisher", key, build=lambda folder: write_fisher(folder), note=run.log)
+    folder = obtain(store, "fisher", key, texts=(), build=lambda folder: write_fisher(folder), note=run.log)
 
 Only `ask_first_rank` and `obtain` import torch.
 """
@@ -27,12 +28,13 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from safecl.config import ConfigError, RunConfig
+from safecl.storage.cache_entries import DESCRIPTION, TEXTS, declare_texts
 from safecl.storage.cache_folder import artifact_folder
 from safecl.storage.durable import record_of, replace_file
 from safecl.storage.locks import FileLock
@@ -41,7 +43,7 @@ T = TypeVar("T")
 Key = Mapping[str, "str | int | float | bool | None"]
 """Everything that an artifact depends on, by name; the hashes of model and tokenizer are part of it."""
 
-DESCRIPTION, LOCK = "artifact.json", "build.lock"
+LOCK = "build.lock"
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -138,7 +140,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 def _files_of(folder: Path) -> list[Path]:
     """The builder's files."""
-    own = (DESCRIPTION, LOCK)
+    own = (DESCRIPTION, LOCK, TEXTS)
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in own)
 
 
@@ -162,6 +164,7 @@ def obtain(
     kind: str,
     key: Key,
     *,
+    texts: Collection[str],
     build: Callable[[Path], None],
     note: Callable[[str], None] = lambda message: None,
     is_whole: Callable[[Path], bool] = lambda folder: True,
@@ -172,8 +175,9 @@ def obtain(
     `build(folder)` runs on every rank and returns when its files are on the disk; the folder may hold files of a build
     that was stopped. `is_whole(folder)` runs on rank 0 and decides whether a finished artifact has all that is needed,
     for artifacts that grow. hashed: its files are hashed when it is finished, and compared each time that it is reused;
-    False for artifacts that grow and have checksums of their own. `note` gets a message when the artifact is reused,
-    built or waited for. Raises ConfigError.
+    False for artifacts that grow and have checksums of their own. texts: the files of rows whose text, or a value for
+    each of whose tokens, the artifact holds; `safecl cache` shows and removes it by them. `note` gets a message when
+    the artifact is reused, built or waited for. Raises ConfigError.
     """
     from safecl.distributed import collectives
 
@@ -183,6 +187,8 @@ def obtain(
             state, found = ask_first_rank(lambda: _look(store, kind, key, is_whole, hashed, lock))
             if found is not None:
                 note(f"{kind}: {found}; it is built again")
+            if state != "theirs":
+                ask_first_rank(lambda: declare_texts(folder, texts))
             if state == "finished":
                 note(f"{kind}: reused from {folder}")
                 return folder

@@ -85,6 +85,7 @@ def shared_outputs(
         store,
         KIND,
         vars(header),
+        texts=dataset.paths,
         build=lambda folder: write_outputs(engine, dataset, header, folder, note),
         note=note,
         is_whole=lambda folder: holds(folder, header, dataset),

@@ -94,7 +94,9 @@ class RowScores:
             if score.of != "log_prob":
                 key |= {"of": score.of}
             work = functools.partial(self._write, score, rows, own["rows"])
-            made = obtain(store, KIND, key, build=lambda folder: work(folder / FILE), note=log)
+            made = obtain(
+                store, KIND, key, texts=task.dataset.paths, build=lambda folder: work(folder / FILE), note=log
+            )
             ask_first_rank(lambda: _copy(made / FILE, path))
         self.reopen(task, score)
 

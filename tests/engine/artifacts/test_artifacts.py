@@ -50,10 +50,10 @@ def test_a_folder_that_was_made_with_something_else_is_refused_with_both_values(
 def test_obtain_builds_once_says_so_and_builds_again_what_is_not_whole(tmp_path):
     store, built, said = ArtifactStore(tmp_path), [], []
     for _ in range(2):
-        folder = obtain(store, "cache", KEY, build=built.append, note=said.append)
+        folder = obtain(store, "cache", KEY, texts=(), build=built.append, note=said.append)
     assert built == [folder]
     assert [line.split(" ")[1] for line in said] == ["built", "reused"]
-    obtain(store, "cache", KEY, build=built.append, is_whole=lambda folder: len(built) > 1)
+    obtain(store, "cache", KEY, texts=(), build=built.append, is_whole=lambda folder: len(built) > 1)
     assert built == [folder, folder]
 
 
@@ -66,7 +66,7 @@ def _slow_build(folder: Path) -> None:
 def _obtain_slowly(store: ArtifactStore, queue) -> None:
     artifacts.SECONDS_BETWEEN_LOOKS = 0.02
     said: list[str] = []
-    obtain(store, "cache", KEY, build=_slow_build, note=said.append)
+    obtain(store, "cache", KEY, texts=(), build=_slow_build, note=said.append)
     queue.put(said)
 
 
@@ -97,7 +97,7 @@ def obtain_on_a_rank(folder: str, broken: bool = False) -> tuple[str, str]:
         (path / f"rank-{collectives.rank()}").touch()
 
     try:
-        return str(obtain(store, "cache", KEY, build=build, note=said.append)), said[-1]
+        return str(obtain(store, "cache", KEY, texts=(), build=build, note=said.append)), said[-1]
     except ConfigError as error:
         return str(error), ""
 
@@ -113,7 +113,7 @@ def test_all_ranks_build_together_and_an_error_of_the_first_is_told_by_all(rank_
 def test_a_store_that_cannot_be_written_is_told_with_the_setting(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"artifacts\.folder"):
-        obtain(ArtifactStore(tmp_path / "file"), "cache", KEY, build=lambda folder: None)
+        obtain(ArtifactStore(tmp_path / "file"), "cache", KEY, texts=(), build=lambda folder: None)
 
 
 def test_the_hash_of_a_model_follows_its_contents_and_not_its_place(tmp_path):
@@ -149,7 +149,7 @@ def test_a_damaged_artifact_is_found_named_and_built_again(tmp_path, damage):
         built.append(sorted(path.name for path in folder.iterdir()))
         _write(folder)
 
-    folder = obtain(store, "fisher", KEY, build=build)
+    folder = obtain(store, "fisher", KEY, texts=(), build=build)
     values, described = folder / "values", folder / "artifact.json"
     if damage == "gone":
         values.unlink()
@@ -157,8 +157,8 @@ def test_a_damaged_artifact_is_found_named_and_built_again(tmp_path, damage):
         described.write_text(json.dumps({"kind": "fisher", "key": KEY}))
     else:
         values.write_bytes({"flipped": b"0123456788", "cut": b"01234", "longer": b"0123456789x"}[damage])
-    obtain(store, "fisher", KEY, build=build, note=said.append)
-    assert built == [["build.lock"], ["build.lock"]], "nothing of the damaged artifact is left for the builder"
+    obtain(store, "fisher", KEY, texts=(), build=build, note=said.append)
+    assert built == [["build.lock", "texts.json"]] * 2, "nothing of the damaged artifact is left for the builder"
     assert said[0].startswith("fisher: ") and said[0].endswith("; it is built again") and str(folder) in said[0]
     assert said[1].startswith("fisher: built") and values.read_bytes() == b"0123456789"
     assert store.damage("fisher", KEY) is None
@@ -167,6 +167,6 @@ def test_a_damaged_artifact_is_found_named_and_built_again(tmp_path, damage):
 def test_an_artifact_that_grows_has_no_hashes_of_its_files(tmp_path):
     store, built = ArtifactStore(tmp_path), []
     for _ in range(2):
-        folder = obtain(store, "cache", KEY, build=lambda folder: built.append(_write(folder)), hashed=False)
+        folder = obtain(store, "cache", KEY, texts=(), build=lambda folder: built.append(_write(folder)), hashed=False)
         (folder / "values").write_bytes(b"more than before")
     assert len(built) == 1

@@ -57,7 +57,8 @@ def written(folder: Path, rows=(*ROWS, TOO_LONG), metric: str | None = "gsm8k", 
 
 
 def test_the_model_sees_the_rows_own_answer_behind_the_conversation_and_what_is_wrong_stays(tmp_path, asked):
-    found, counts, _ = written(tmp_path)
+    found, counts, path = written(tmp_path)
+    assert json.loads((path.parent / "texts.json").read_text()) == {"files": ["upload.jsonl"]}
     assert [line["question"] for line in found] == ["two and two", "and one more", "how to rob", "why " * 100]
     assert [line["rewritten"] for line in found] == ["Two plus two is 4.", None, SAID["how to rob"][0], None]
     assert [line.get("reason") for line in found] == [None, "wrong by gsm8k", None, "too long"]
