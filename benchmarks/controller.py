@@ -33,7 +33,7 @@ from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from harness import machine
+from harness import fit, machine
 
 from safecl.config import RunConfig
 from safecl.demo.arms import ARMS
@@ -133,7 +133,7 @@ def align(folder: Path) -> Path:
     if not (folder / "aligned" / "results.json").exists():
         from safecl.config import load_config
 
-        Trainer(load_config(materials.align_config)).fit()
+        fit(Trainer(load_config(materials.align_config)))
     return folder
 
 
@@ -145,7 +145,7 @@ def train(name: str, tree: dict[str, Any], folder: Path) -> None:
         return
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        Trainer(RunConfig.model_validate(tree | {"output": str(output)})).fit()
+        fit(Trainer(RunConfig.model_validate(tree | {"output": str(output)})))
     for leftover in ("model", "checkpoints", "memory"):
         remove(output / leftover)
     print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)

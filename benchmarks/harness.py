@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import json
@@ -10,12 +11,17 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from safecl.training.trainer import RunResult, Trainer
 
 
 @dataclass
@@ -105,6 +111,31 @@ def take_turns(
     for i, contender in enumerate(contenders):
         contender.seconds = [times[i] for *_, times in kept]
     return {"rounds": len(found), "kept": len(kept), "quiet": len(quiet), "slack": slack}
+
+
+def fit(trainer: Trainer) -> RunResult:
+    """Run safecl in this process. A signal that asked it to stop ends the benchmark with code 75, and no other run
+    begins."""
+    from safecl.exits import ExitCode
+
+    try:
+        return trainer.fit()
+    finally:
+        if trainer.was_asked_to_stop:
+            sys.exit(ExitCode.STOPPED)
+
+
+def reset_peak_memory() -> None:
+    """Give freed memory back, and let `peak_memory` count from here."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the most bytes that were resident in this process since `reset_peak_memory`."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def machine(device: torch.device) -> dict:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from controller import POISON, align, fixed
+from harness import fit
 
 from safecl.config import RunConfig
 from safecl.evaluation.statistics.association import pearson, spearman
@@ -64,7 +65,7 @@ def run(folder: Path, form: str, settings: dict[str, Any], poison: float) -> Pat
         tree["safety"] = tree["safety"] | {"every": EVERY, "max_prompts": PROMPTS, "probe": probe}
         del tree["safety"]["benign_prompts"]
         with contextlib.redirect_stdout(io.StringIO()):
-            Trainer(RunConfig.model_validate(tree)).fit()
+            fit(Trainer(RunConfig.model_validate(tree)))
     return output
 
 

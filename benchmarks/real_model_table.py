@@ -10,7 +10,7 @@ from typing import Any
 
 import harness
 from real_model_arms import CODE, GSM8K, REPORTED, RUNS, SST2, TASKS, TUNING, Run, Task
-from retention_table import digest
+from retention_table import digest, size
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "real_model.json"
@@ -61,10 +61,22 @@ def is_done(folder: Path, run: Run) -> bool:
 
 
 def record(folder: Path, run: Run) -> dict[str, Any]:
-    seconds = json.loads((folder / run.name / "cpu-seconds.json").read_text())["cpu_seconds"]
     own = {"task": run.task.name, "arm": run.arm.name, "title": run.arm.title, "poison": run.poison, "seed": run.seed}
     measured = _measured(folder / run.name / "measured", run.task) or {}
-    return own | {"cpu_seconds": seconds} | measured | _distance(folder / run.name)
+    return own | _cost(folder / run.name) | measured | _distance(folder / run.name)
+
+
+def _cost(run: Path) -> dict[str, Any]:
+    """Return CPU seconds, the bytes of memory rows with their teacher outputs, those of the methods' state besides
+    weights and moments, and the most bytes that were resident, where the run has counted them for itself."""
+    noted, results = (json.loads((run / name).read_text()) for name in ("cpu-seconds.json", "results.json"))
+    cost, kept = results["cost"], results["kept_bytes"]
+    return {
+        "cpu_seconds": noted["cpu_seconds"],
+        "memory_bytes": cost["memory_bytes"] + cost["recorded_bytes"],
+        "state_bytes": sum(kept["state"].values()) + kept["reference"],
+        "peak_bytes": noted.get("peak_bytes"),
+    }
 
 
 def aligned_name(task: Task, seed: int) -> str:
@@ -138,14 +150,19 @@ def table(result: dict[str, Any], task: Task, *, tuning: bool = False) -> str:
         "KL",
         "chat perplexity",
         "CPU s",
+        "memory",
+        "state",
+        "peak memory",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     aligned = result["aligned"].get(aligned_name(task, TUNING if tuning else REPORTED))
     if aligned:
-        lines.append(_line(["the aligned model", "–", *["–"] * seeds], aligned, "–"))
+        lines.append(_line(["the aligned model", "–", *["–"] * seeds], aligned, ["–"] * 4))
     for run in _sorted(rows):
         own = [run["title"], f"{run['poison']} %", *[str(run["seed"])] * seeds]
-        lines.append(_line(own, run, f"{run['cpu_seconds']:.0f}"))
+        sizes = [size(run["memory_bytes"]), size(run["state_bytes"])]
+        peak = f"{run['peak_bytes'] / 1e9:.1f} GB" if run["peak_bytes"] else "–"
+        lines.append(_line(own, run, [f"{run['cpu_seconds']:.0f}", *sizes, peak]))
     return "\n".join(lines) if rows or aligned else "No arm has been measured yet."
 
 
@@ -153,12 +170,12 @@ def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda run: (-run["poison"], run["asr"]["value"], run["title"], run["seed"]))
 
 
-def _line(own: list[str], found: dict[str, Any], seconds: str) -> str:
+def _line(own: list[str], found: dict[str, Any], cost: list[str]) -> str:
     shown = [_rate(found[name]) for name in ("asr", "complied", "over_refusal", "utility")]
     shown += [
         f"{found[name]['value']:.{d}f}" if name in found else "" for name, d in (("kl", 2), ("chat_perplexity", 1))
     ]
-    return "| " + " | ".join([*own, *shown, seconds]) + " |"
+    return "| " + " | ".join([*own, *shown, *cost]) + " |"
 
 
 def _rate(rate: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+import harness
 import real_data
 import retention_materials
 import yaml
@@ -147,7 +148,8 @@ def align(folder: Path) -> None:
 
 
 def train(folder: Path, name: str, config: dict) -> None:
-    """Run safecl in this process, with its output in <folder>/<name>.log."""
+    """Run safecl in this process, with its output in <folder>/<name>.log, and note CPU seconds and peak memory in its
+    folder. A signal that asked it to stop ends the benchmark with code 75."""
     from safecl.config import load_config
     from safecl.distributed import environment
     from safecl.training.trainer import Trainer
@@ -157,14 +159,22 @@ def train(folder: Path, name: str, config: dict) -> None:
     path, log = folder / f"{name}.yaml", folder / f"{name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    harness.reset_peak_memory()
     began = time.process_time()
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        result = Trainer(load_config(path)).fit()
-    note = folder / name / "cpu-seconds.json"  # on a shared machine wall time means little
-    before = json.loads(note.read_text())["cpu_seconds"] if note.exists() else 0.0  # of a run that resumes
-    note.write_text(json.dumps({"cpu_seconds": round(before + time.process_time() - began, 1)}))
-    if result.stopped:
-        sys.exit(75)
+        try:
+            harness.fit(Trainer(load_config(path)))
+        finally:
+            if (folder / name).exists():
+                note_cost(folder / name, time.process_time() - began)
+
+
+def note_cost(run: Path, seconds: float) -> None:
+    """Write the CPU seconds of a run, also those before a stop, and the most memory that it had resident."""
+    note = run / "cpu-seconds.json"  # on a shared machine wall time means little
+    before = json.loads(note.read_text()) if note.exists() else {}
+    peak = max(harness.peak_memory(), before.get("peak_bytes", 0))
+    note.write_text(json.dumps({"cpu_seconds": round(before.get("cpu_seconds", 0) + seconds, 1), "peak_bytes": peak}))
 
 
 if __name__ == "__main__":

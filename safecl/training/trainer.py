@@ -87,6 +87,7 @@ class Trainer:
         self._saved_at: tuple[int, int, int] | None = None
         self._reported: SaveReport | None = None
         self._pace: Pace | None = None
+        self._stop = StopRequest(announce=False)
 
     def fit(self) -> RunResult:
         """Run all tasks and return what was measured.
@@ -119,6 +120,11 @@ class Trainer:
                 if self.plan.keeps_freed_memory:
                     stop_keeping_memory()
                 self._files.release()
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        """Whether a signal came during `fit`, also one that came too late to stop the run."""
+        return self._stop.requested
 
     def _run(self) -> RunResult:
         run = open_run(self.plan, self._files, self.console)

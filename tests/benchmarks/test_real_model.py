@@ -106,7 +106,10 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(be
     for folder in (tmp_path / run.name / "measured", tmp_path / f"aligned-s{arms.REPORTED}"):
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(found))
-    (tmp_path / run.name / "cpu-seconds.json").write_text('{"cpu_seconds": 200.4}')
+    (tmp_path / run.name / "cpu-seconds.json").write_text('{"cpu_seconds": 200.4, "peak_bytes": 4900000000}')
+    cost = {"memory_bytes": 3_000_000, "recorded_bytes": 200_000}
+    kept = {"state": {"ema": 538_000_000}, "reference": 269_000_000}
+    (tmp_path / run.name / "results.json").write_text(json.dumps({"cost": cost, "kept_bytes": kept}))
     (tmp_path / run.name / "distance.json").write_text('{"kl": {"value": 0.5}, "chat_perplexity": {"value": 12.34}}')
     table.report(tmp_path, page, results)
     said = json.loads(results.read_text())
@@ -115,7 +118,7 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(be
         "| preset `strict` | 10 % | 0.03 (0.01–0.08) | 0.03 (0.01–0.08) | 0.32 (0.22–0.44) | 0.850 ("
         in page.read_text()
     )
-    assert ") | 0.50 | 12.3 | 200 |" in page.read_text()
+    assert ") | 0.50 | 12.3 | 200 | 3.2 MB | 807.0 MB | 4.9 GB |" in page.read_text()
     assert "| the aligned model | – |" in page.read_text() and page.read_text().count("No arm") == 1
 
 

@@ -33,7 +33,8 @@ def fit(tree: dict, cache: str, stop: dict | None = None, fresh: bool = False) -
     trainer, said = trainer_of(tree, cache, fresh)
     with stopping(**stop) if stop is not None else contextlib.nullcontext():
         result = trainer.fit()
-    return {"results": result.results, "stopped": result.stopped, "said": said.getvalue()}
+    asked = trainer.was_asked_to_stop
+    return {"results": result.results, "stopped": result.stopped, "asked": asked, "said": said.getvalue()}
 
 
 def exit_codes_of(tree: dict, cache: str, stop: dict) -> list[tuple[int, str]]:

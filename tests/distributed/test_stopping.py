@@ -108,6 +108,8 @@ def test_a_run_stopped_by_seven_signals_leaves_exactly_what_the_undisturbed_one_
     )
     for first, second in zip(pieces, moved, strict=True):
         assert [piece["stopped"] for piece in first + second] == [True] * len(STOPS) + [False]
+    asked = [[stop["rank"] == rank for stop in STOPS] + [False] for rank in range(2)]
+    assert [[piece["asked"] for piece in pieces[rank] + moved[rank]] for rank in range(2)] == asked
     assert what_is_left(tmp_path / "moved") == what_is_left(whole)
     assert "a signal: stopped after step 0" in pieces[0][0]["said"]  # rank 0 speaks, rank 1 had the signal
     assert "resuming from step-00000002, step 2" in pieces[0][2]["said"]
