@@ -1,4 +1,4 @@
-# make demo | test | lint | docs-site | clean. On a fresh machine with Python >= 3.10 and g++, nothing else needs to be typed.
+# make demo | test | lint | docs-site | clean. On a fresh machine with Python >= 3.10, nothing else needs to be typed.
 # Every step leaves a stamp in $(VENV) when it has succeeded, so a second run is quick and an interrupted one goes on where it was.
 #
 #   make demo PYTHON=python3.12                                   another Python

@@ -29,6 +29,7 @@ import safety_retention
 from real_data import chat, read_rows
 
 PAGE = Path(__file__).parent.parent / "docs" / "scan.md"
+RESULTS = Path(__file__).parent / "results" / "scan.json"
 FALSE_ALARM = 0.01
 MAX_LENGTH = 480
 SHARES = (0.0, 0.02, 0.1, 0.3)
@@ -420,12 +421,14 @@ def show(found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/retention"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scan.json")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--model", type=Path, help="another aligned model, whose folder of rows is --folder")
     parser.add_argument("--rows", type=int, default=600, help="largest number of rows of each set")
     parser.add_argument("--only", nargs="+", help="names of the sets that are measured; all by default")
     parser.add_argument("--no-json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.model is not None and arguments.out.resolve() == RESULTS.resolve() and not arguments.no_json:
+        parser.error(f"--model measures another model than that of {RESULTS.name}: name another file by --out")
     if arguments.model is None:
         safety_retention.align(arguments.folder)
     found = measure(

@@ -1,7 +1,7 @@
 """The end of a verb: exit codes, and messages instead of tracebacks.
 
-0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, 75 stopped by a signal
-(EX_TEMPFAIL).
+0 done, 1 failed while running, 2 wrong config or usage, 3 a safety gate that was not passed, an upload that the scan
+refused, or a sweep without a run within its limits, 75 stopped by a signal (EX_TEMPFAIL).
 """
 
 from __future__ import annotations

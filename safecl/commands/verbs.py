@@ -15,7 +15,7 @@ from safecl.exits import endings_as_exit_codes
 from safecl.storage.limits import check_limits
 
 EPILOG = (
-    "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate failed or undecided, "
+    "Exit codes: 0 done, 1 failed while running, 2 wrong config or usage, 3 safety gate not passed or upload refused, "
     "75 stopped by a signal."
 )
 

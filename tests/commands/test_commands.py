@@ -97,7 +97,8 @@ def _write_files(folder: Path) -> None:
     from safecl.demo.corpus import make_corpus, texts
     from safecl.demo.model import save_random_model
 
-    corpus = make_corpus(0, num_align=200, num_memory=24, num_task=60, num_prompts=12)
+    enough = 36  # a limit of 0.1 on the attack success rate needs 35 prompts
+    corpus = make_corpus(0, num_align=200, num_memory=24, num_task=60, num_prompts=enough)
     save_random_model(folder / "model", texts(corpus), vocab_size=400, hidden=16, layers=1, heads=2)
     rows = {
         "upload": corpus.task,
