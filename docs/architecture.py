@@ -34,6 +34,7 @@ ROOMS = {
     "exits": "exit codes and how a process ends",
     "distributed": "launchers, collectives, nodes and signals",
     "storage": "files that are whole or absent, locks, folders",
+    "terminal": "prints text of others as text",
     "config": "one typed tree with strict keys, read without torch",
     "kernels": "Triton, C++ and torch code that knows tensors only",
 }

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from safecl.config import ConfigError
 from safecl.config.secrets import hide_secrets
@@ -33,6 +31,7 @@ from safecl.config.texts import visible
 from safecl.distributed import environment, rank_files
 from safecl.distributed.signals import StopSignals, name_of, set_handler
 from safecl.storage.sizes import memory_text
+from safecl.terminal import Terminal, plain
 
 
 class ExitCode(enum.IntEnum):
@@ -65,7 +64,7 @@ class Tracebacks:
 
 
 tracebacks = Tracebacks()
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stderr = Terminal(stderr=True)
 
 # A launcher ends all ranks as soon as one fails. The other ranks wait this long before they report an error, so they
 # report only where rank 0 had nothing to report.
@@ -192,7 +191,7 @@ def _report(kind: str, message: str) -> None:
         kind = f"{kind} on rank {rank}"
         rank_files.tell(f"safecl: {kind}: {visible(message)}\n")
     style = "yellow" if kind == "stopped" else "bold red"
-    stderr.print(Text(f"safecl: {kind}: ", style=style).append(Text(visible(message), style="default not bold")))
+    stderr.print(plain(f"safecl: {kind}: ", style).append_text(plain(message, "default not bold")))
 
 
 def _describe(verb: str, error: Exception) -> str:

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from rich.console import Console
-
 from safecl.commands.preflight import preflight
 from safecl.config import ConfigError, RunConfig
 from safecl.storage.cache_folder import PREPARED
+from safecl.terminal import Terminal, fact
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +42,7 @@ def _check_run(config: RunConfig) -> None:
     from safecl.training.folder import RunFolder
     from safecl.training.identity import refuse_folder_of_other_run
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     with leaving_nothing_prepared(config):
         plan = plan_run(config)
     config = settle_memory(plan)
@@ -58,8 +57,7 @@ def _check_run(config: RunConfig) -> None:
     most_tokens = max(task.tokens_per_batch for task in plan.tasks)
     facts += prediction(shape_on(ranks_here()), config, most_tokens, teachers)
     for what, value in facts:
-        console.print(f"[bold]{what:<18}[/bold]", end="")
-        console.print(value, markup=False)
+        console.print(fact(what, value, 18))
     for task in plan.tasks:
         console.print(
             describe(task.dataset, plan.tokenizer, examples=config.privacy.examples, title=f"task {task.config.name}"),
@@ -67,12 +65,12 @@ def _check_run(config: RunConfig) -> None:
         )
     refuse_folder_of_other_run(RunFolder(Path(config.output)), plan)
     for note in plan.notes:
-        console.print(f"note: {note}", style="yellow", markup=False)
+        console.print(f"note: {note}", style="yellow")
     if (shortage := too_little(shape_on, config, teachers, program=program)) is not None:
         if devices.on_gpu() and not config.train.allow_little_memory:
             raise ConfigError(shortage)
-        console.print(f"note: {shortage}", style="yellow", markup=False)
-    console.print(f"ready: safecl train would write {config.output}", style="green", markup=False)
+        console.print(f"note: {shortage}", style="yellow")
+    console.print(f"ready: safecl train would write {config.output}", style="green")
 
 
 @contextlib.contextmanager

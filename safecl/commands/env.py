@@ -12,10 +12,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
-
 import safecl
 from safecl.distributed import environment
+from safecl.terminal import Terminal
 
 PACKAGES = (
     "torch",
@@ -51,11 +50,11 @@ def print_environment(as_json: bool) -> None:
     if as_json:
         print(json.dumps(sections, indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     for title, facts in sections.items():
-        console.print(f"[bold]{title}[/bold]")
+        console.print(title, style="bold")
         for name, value in facts.items() or [("none set", "")]:
-            console.print(f"  {name:<24}{value}", markup=False)
+            console.print(f"  {name:<24}{value}")
 
 
 def collect_environment() -> dict[str, Facts]:

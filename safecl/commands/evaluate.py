@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from safecl.commands.preflight import refuse_unwritable, settle_hub
 from safecl.commands.spinner import working
 from safecl.config import load_config
 from safecl.distributed import environment
 from safecl.exits import ExitCode
+from safecl.terminal import Terminal
 
 if TYPE_CHECKING:
     from safecl.evaluation.harness import HarnessTasks
@@ -31,30 +30,28 @@ def evaluate_and_print(
 
         result = evaluate_target(target, overrides, output=output, hash_of=model_hash, harness=harness)
     if environment.rank() == 0:
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(f"measured {result.model}", markup=False)
+        console = Terminal()
+        console.print(f"measured {result.model}")
         console.print(results_table([result.evaluation]), soft_wrap=False)
         for note in result.notes:
-            console.print(f"note: {note}", style="yellow", markup=False)
+            console.print(f"note: {note}", style="yellow")
         for warning in result.evaluation.warnings:
-            console.print(f"warning: {warning}", markup=False)
+            console.print(f"warning: {warning}")
         if result.gate is not None:
-            console.print(result.gate.message, markup=False)
+            console.print(result.gate.message)
         _write_page(result.folder, console)
-        console.print(f"results in {result.folder}", markup=False)
+        console.print(f"results in {result.folder}")
     return ExitCode.DONE if result.gate is None or result.gate.passed else ExitCode.GATE
 
 
-def _write_page(folder: Path, console: Console) -> None:
+def _write_page(folder: Path, console: Terminal) -> None:
     """Write report.html. An evaluation without it has not failed: all that the page shows is in results.json."""
     from safecl.report.run import REPORT, write_run_report
 
     try:
         write_run_report(folder)
     except OSError as error:
-        console.print(
-            f"{REPORT} could not be written: {error.strerror}; `safecl report {folder}` makes it", markup=False
-        )
+        console.print(f"{REPORT} could not be written: {error.strerror}; `safecl report {folder}` makes it")
 
 
 def _default_output(target: str, overrides: list[str]) -> Path:

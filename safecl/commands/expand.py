@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
+from safecl.terminal import Terminal
 
 
 def expand_model(path: str, out: Path, blocks: int, as_json: bool) -> None:
@@ -16,6 +16,4 @@ def expand_model(path: str, out: Path, blocks: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"model": str(out), "blocks": added}))
         return
-    Console(highlight=False, soft_wrap=True).print(
-        f"{out}: {blocks} new blocks, which change nothing yet; blocks: {added}", markup=False
-    )
+    Terminal().print(f"{out}: {blocks} new blocks, which change nothing yet; blocks: {added}")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from safecl.config import ConfigError, parse_yaml
 from safecl.config.docs import EXAMPLES, starter_yaml
+from safecl.terminal import Terminal
 
 HEADER = """\
 # A safecl run. Commented keys show their default or an example.
@@ -52,7 +52,7 @@ def init_config(
     text = HEADER.format(file=output) + starter_yaml(values, every_key)
     assert parse_yaml(text)["model"]["path"] == model
     _write(output, text)
-    Console(highlight=False, soft_wrap=True).print(f"wrote {output}; next: safecl check {output}", markup=False)
+    Terminal().print(f"wrote {output}; next: safecl check {output}")
 
 
 def starter_values(

@@ -10,8 +10,6 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from safecl.commands.preflight import preflight
 from safecl.config import ConfigError, RunConfig
 from safecl.exits import ExitCode
@@ -21,6 +19,7 @@ from safecl.launching.plan import agent_folder, plan_launch
 from safecl.launching.pulse import FOLDER
 from safecl.launching.slurm import sweep_of
 from safecl.storage.durable import replace_file
+from safecl.terminal import Terminal, fact
 from safecl.training.folder import EXIT_CODE, RunFolder
 
 
@@ -72,16 +71,15 @@ def _refuse_a_second_launch(job: Job) -> None:
 
 
 def _print(launch: Launch, job: Job, *, with_files: bool) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     for label, text in [("run", f"{job.folder}, from {job.config}"), *launch.facts]:
-        console.print(f"[bold]{label:<16}[/bold]", end="")
-        console.print(text, markup=False)
+        console.print(fact(label, text, 16))
     for path, text in launch.files.items() if with_files else ():
         if text:
-            console.print(f"\n[bold]{path}[/bold]")
-            console.print(text, markup=False)
-    console.print("[bold]command[/bold]")
-    console.print(launch.command.line(), markup=False)
+            console.print(f"\n{path}", style="bold")
+            console.print(text)
+    console.print("command", style="bold")
+    console.print(launch.command.line())
     console.file.flush()
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from safecl.commands.spinner import announce
 from safecl.config import ConfigError
 from safecl.exits import stderr
 from safecl.merging.registry import kind_module, kinds, parse_settings, read_settings
+from safecl.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ def merge_models(kind: str, overrides: list[str], *, out: Path | None, parents: 
 
     with _progress_bar(kind) as progress:
         report = merge(kind, out=out, **vars(parents), progress=progress, **settings)
-    console = Console(highlight=False, soft_wrap=True)
-    text = json.dumps(report.as_dict(), indent=2) if as_json else str(report)
-    console.print(text, markup=False)
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        Terminal().print(str(report))
 
 
 def refuse_half_a_sweep(kind: str, sweep: list[str] | None, eval_: Path | None, pick: str | None) -> None:
@@ -64,8 +65,8 @@ def _progress_bar(kind: str) -> Iterator[Callable[[int, int], None] | None]:
     if not stderr.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True) as bar:
+    name, share = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.percentage:>3.0f} %"))
+    with Progress(name, BarColumn(), share, TimeRemainingColumn(), console=stderr, transient=True) as bar:
         task = bar.add_task(f"merging: {kind}", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -73,12 +74,12 @@ def _progress_bar(kind: str) -> Iterator[Callable[[int, int], None] | None]:
 def print_settings(kind: str) -> None:
     """Print what a kind of merge needs, and its settings with their defaults."""
     config = kind_module(kind).Config
-    needs, console = config.needs, Console(highlight=False)
+    needs, console = config.needs, Terminal(soft_wrap=False)
     most = "" if needs.most == needs.fewest else f" to {needs.most}" if needs.most else " or more"
     parts = [f"{needs.fewest}{most} tuned"]
     parts += [f"{role} ({need})" for role, need in (("base", needs.base), ("aligned", needs.aligned)) if need != "no"]
     parts += [f"data: {needs.data}{' (optional)' * needs.data_optional}"] if needs.data else []
-    console.print(f"{kinds().get(kind, kind)}\nmodels: {', '.join(parts)}", markup=False)
+    console.print(f"{kinds().get(kind, kind)}\nmodels: {', '.join(parts)}")
     table = Table(box=None, pad_edge=False)
     for title in ("setting", "default", "meaning"):
         table.add_column(title)

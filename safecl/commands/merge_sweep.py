@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from safecl.commands.merge import Parents
@@ -17,6 +16,7 @@ from safecl.config import ConfigError, load_config
 from safecl.exits import ExitCode, stderr
 from safecl.merging.points import parse_sweeps, text_of
 from safecl.merging.registry import parse_settings, read_settings
+from safecl.terminal import Terminal, plain
 
 if TYPE_CHECKING:
     from safecl.evaluation.statistics.intervals import Mean, Rate
@@ -49,30 +49,29 @@ def sweep_models(
     from safecl.merging.sweeps import sweep
 
     def note(point: Measured) -> None:
-        stderr.print(point.evaluation.one_line(), markup=False, highlight=False)
+        stderr.print(point.evaluation.one_line())
 
     if pick == "greedy":
         report = greedy_soup(parents.tuned, config=run, out=out, note=note, **settings)
     else:
         rule = cast(Literal["gate"] | None, pick)
         report = sweep(kind, points, config=run, out=out, pick=rule, note=note, **vars(parents), **settings)
-    console = Console(highlight=False, soft_wrap=True)
     if as_json:
-        console.print(json.dumps(report.as_dict(), indent=2), markup=False)
+        print(json.dumps(report.as_dict(), indent=2))
     else:
-        _print(report, console, pick)
+        _print(report, Terminal(), pick)
     return ExitCode.GATE if pick is not None and report.picked is None else ExitCode.DONE
 
 
-def _print(report: SweepReport, console: Console, pick: str | None) -> None:
+def _print(report: SweepReport, console: Terminal, pick: str | None) -> None:
     console.print(sweep_table(report), soft_wrap=False)
     if report.merge is not None and report.picked is not None:
         point = text_of(report.points[report.picked].settings)
-        console.print(f"picked: {point}", markup=False)
-        console.print(str(report.merge), markup=False)
+        console.print(f"picked: {point}")
+        console.print(str(report.merge))
     elif pick is not None:
-        console.print("no point passes the gate, so no model was written", markup=False)
-    console.print(f"table and plot: {report.out}/sweep.json, sweep.svg", markup=False)
+        console.print("no point passes the gate, so no model was written")
+    console.print(f"table and plot: {report.out}/sweep.json, sweep.svg")
 
 
 def sweep_table(report: SweepReport) -> Table:
@@ -82,14 +81,14 @@ def sweep_table(report: SweepReport) -> Table:
     table.add_column("point")
     tasks = list(report.points[0].evaluation.tasks)
     for title in ("ASR", "affirmative", "off-task", "over-refusal", *tasks, "gate", ""):
-        table.add_column(title, justify="right")
+        table.add_column(plain(title), justify="right")
     for index, point in enumerate(report.points):
         safety = point.evaluation.safety
         rates = [safety.asr, safety.affirmative, safety.off_task, safety.over_refusal] if safety else [None] * 4
         values = [_cell(value) for value in (*rates, *(point.evaluation.tasks[name].value for name in tasks))]
         gate = point.gate.verdict if point.gate else ""
         mark = "picked" if index == report.picked else "front" if index in report.front else ""
-        table.add_row(text_of(point.settings), *values, gate, mark)
+        table.add_row(plain(text_of(point.settings)), *values, gate, mark)
     return table
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from safecl.evaluation.results.tables import measures, shown_value
+from safecl.evaluation.statistics.intervals import Mean, Rate
 from safecl.report.comparison import last_moments, named, read_runs, warnings_of, write_comparison
 from safecl.report.folder import ReportedRun, read_run
 from safecl.report.headline import badge_of
 from safecl.report.page import write_page
 from safecl.report.run import run_report, write_run_report
+from safecl.terminal import Terminal, plain
 
 
 def report_runs(folders: list[Path], output: Path | None) -> Path:
@@ -22,21 +24,21 @@ def report_runs(folders: list[Path], output: Path | None) -> Path:
     The page of one run needs no measurement; a comparison does.
     """
     runs = [read_run(folders[0])] if len(folders) == 1 else read_runs(folders)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     if all(run.evaluations for run in runs):
-        _print_table(console, runs)
+        print_table(console, runs)
     path = _write(runs, output)
-    console.print(f"report in {path}", markup=False)
+    console.print(f"report in {path}")
     return path
 
 
-def _print_table(console: Console, runs: list[ReportedRun]) -> None:
+def print_table(console: Terminal, runs: list[ReportedRun]) -> None:
     table = _table(runs)
     # On a narrower terminal rich would cut names and figures off; lines that break are better.
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=500)).maximum)
     console.print(table, soft_wrap=False)
     for warning in warnings_of(runs):
-        console.print(warning, style="yellow", markup=False)
+        console.print(warning, style="yellow")
 
 
 def _write(runs: list[ReportedRun], output: Path | None) -> Path:
@@ -56,16 +58,20 @@ def _table(runs: list[ReportedRun]) -> Table:
     table.add_column("")
     table.add_column("limits", no_wrap=True)
     for title, *_ in rows:
-        table.add_column(_SHOWN.get(title, title.replace(" ", "\n").replace("_", "\n")), justify="right", no_wrap=True)
+        heading = _SHOWN.get(title, title.replace(" ", "\n").replace("_", "\n"))
+        table.add_column(plain(heading), justify="right", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
     for i, (name, run) in enumerate(zip(named(runs), runs, strict=True)):
-        values = [row[2][i] for row in rows]
-        cells = [
-            "-" if value is None else f"{shown_value(value)}\n[dim]{value.low:.2f}-{value.high:.2f}[/dim]"
-            for value in values
-        ]
-        table.add_row(f"{name}\n[dim]{run.methods_text}[/dim]", badge_of(run)[0].lower(), *cells, _seconds(run))
+        cells = [_cell(row[2][i]) for row in rows]
+        name_and_methods = plain(name).append_text(plain(f"\n{run.methods_text}", "dim"))
+        table.add_row(name_and_methods, badge_of(run)[0].lower(), *cells, _seconds(run))
     return table
+
+
+def _cell(value: Rate | Mean | None) -> Text:
+    if value is None:
+        return Text("-")
+    return Text(shown_value(value)).append(f"\n{value.low:.2f}-{value.high:.2f}", "dim")
 
 
 def _seconds(run: ReportedRun) -> str:

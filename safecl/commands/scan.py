@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from safecl.commands.preflight import preflight
 from safecl.commands.spinner import working
 from safecl.config import ConfigError, RunConfig, ScanConfig, validate_tree
 from safecl.distributed import environment
 from safecl.exits import ExitCode
+from safecl.terminal import Terminal
 
 if TYPE_CHECKING:
     from safecl.scan.screening import Screening
@@ -50,7 +49,7 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
         screening = screen_tasks(model, tokenizer, config, tasks)
     if environment.rank() == 0:
         folder = screening.write(Path(config.output) / "scan", config.privacy.examples)
-        _show(screening, config, folder, as_json)
+        show_screening(screening, config, folder, as_json)
     return ExitCode.GATE if screening.refused_because else ExitCode.DONE
 
 
@@ -62,17 +61,18 @@ def with_scan(config: RunConfig) -> RunConfig:
     return validate_tree(config.model_dump(mode="json") | {"scan": ScanConfig().model_dump(mode="json")}, "safecl scan")
 
 
-def _show(screening: Screening, config: RunConfig, folder: Path, as_json: bool) -> None:
+def show_screening(screening: Screening, config: RunConfig, folder: Path, as_json: bool) -> None:
+    """Print the flagged rows and the summary of each task, or all of it as JSON."""
     if as_json:
-        print(json.dumps(screening.to_dict(config.privacy.examples), indent=2, ensure_ascii=False))
+        print(json.dumps(screening.to_dict(config.privacy.examples), indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     if screening.flags:
         console.print(screening.table(config.privacy.examples), soft_wrap=False)
     for note in screening.notes:
-        console.print(f"note: {note}", style="yellow", markup=False)
+        console.print(f"note: {note}", style="yellow")
     for task in screening.tasks:
-        console.print(task.line(), markup=False)
+        console.print(task.line())
     if screening.refused_because:
-        console.print(f"refused: {screening.refused_because}", style="bold red", markup=False)
-    console.print(f"all flagged rows in {folder}", markup=False)
+        console.print(f"refused: {screening.refused_because}", style="bold red")
+    console.print(f"all flagged rows in {folder}")

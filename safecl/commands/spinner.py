@@ -16,7 +16,7 @@ from safecl.training.output.heartbeat import SECONDS, Heartbeat
 def announce(verb: str, what: object) -> None:
     """Print a first line on stderr, before torch is loaded, which takes seconds. Rank 0 only; not with `--quiet`."""
     if environment.rank() == 0 and not verbosity.quiet:
-        stderr.print(f"safecl {verb}: {what}", style="dim", markup=False)
+        stderr.print(f"safecl {verb}: {what}", style="dim")
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def _lines(what: str) -> Iterator[None]:
     began = time.monotonic()
 
     def say(text: str) -> None:
-        stderr.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+        stderr.print(f"{time.strftime('%H:%M:%S')} {text}")
 
     heartbeat = Heartbeat(say, lambda: f"still {what}, for {duration(time.monotonic() - began)} now", SECONDS)
     heartbeat.start()

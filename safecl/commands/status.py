@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from safecl.launching.status import status_of
+from safecl.terminal import Terminal, fact
 
 
 def show_status(folder: Path, as_json: bool) -> None:
@@ -15,7 +14,6 @@ def show_status(folder: Path, as_json: bool) -> None:
     if as_json:
         print(found.to_json())
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     for label, text in found.facts:
-        console.print(f"[bold]{label:<14}[/bold]", end="")
-        console.print(text, markup=False)
+        console.print(fact(label, text))

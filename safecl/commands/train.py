@@ -68,11 +68,11 @@ def _train(config: RunConfig, fresh: bool) -> ExitCode:
     try:
         trainer = Trainer(config, fresh=fresh)
         if environment.rank() == 0 and (warning := memory_warning(config)) is not None:
-            stderr.print(f"safecl: {warning}", style="yellow", markup=False)
+            stderr.print(f"safecl: {warning}", style="yellow")
         result = trainer.fit()
     except UploadRefused as refused:
         if environment.rank() == 0:
-            stderr.print(f"safecl: upload refused: {refused}", style="bold red", markup=False)
+            stderr.print(f"safecl: upload refused: {refused}", style="bold red")
         return ExitCode.GATE
     if result.stopped:
         end_undisturbed()

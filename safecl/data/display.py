@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
-from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
 from safecl.data.reading.files import where
 from safecl.data.tokens import Report, Row, TokenDataset
+from safecl.terminal import plain
 
 _SHOWN_TOKENS = 400
 
@@ -49,24 +49,23 @@ def describe(dataset: TokenDataset, tokenizer: Any, *, examples: str = "full", t
     Args: `examples` as `privacy.examples`: "full" shows the example, "hashed" only its id, "none" nothing, and bad rows
     only as a count.
     """
-    lines = [_sizes(dataset), _lengths(dataset), *(line for r in dataset.reports for line in _left_out(r, examples))]
-    parts: list[Any] = [Text.from_markup(line) for line in lines]
+    left_out = (line for report in dataset.reports for line in _left_out(report, examples))
+    parts: list[Any] = [_sizes(dataset), plain(_lengths(dataset)), *left_out]
     i = int(np.argsort(dataset.lengths, kind="stable")[len(dataset) // 2])
     place = where(dataset.path(i), int(dataset.lines[i]))
     if examples == "full":
-        heading = f"{escape(title)}: one row, {{+trained+}}, the rest is given"
-        parts.append(Panel(decode_marked(tokenizer, dataset.row(i)), title=heading, subtitle=escape(place)))
+        heading = plain(f"{title}: one row, {{+trained+}}, the rest is given")
+        parts.append(Panel(decode_marked(tokenizer, dataset.row(i)), title=heading, subtitle=plain(place)))
     elif examples == "hashed":
         sizes = f"{dataset.lengths[i]} tokens, {dataset.num_targets[i]} of them trained"
         parts.append(Text(f"one row: id {int(dataset.row_ids[i]):016x}, {sizes}"))
     return Group(*parts)
 
 
-def _sizes(dataset: TokenDataset) -> str:
-    share = 100 * dataset.supervised_share
-    supervised = f"{dataset.total_targets:,} of them supervised ([bold]{share:.1f} %[/bold])"
-    template = escape(dataset.reports[0].template)
-    return f"{len(dataset):,} rows, {dataset.num_tokens:,} tokens, {supervised}; chat template: {template}"
+def _sizes(dataset: TokenDataset) -> Text:
+    sizes = f"{len(dataset):,} rows, {dataset.num_tokens:,} tokens, {dataset.total_targets:,} of them supervised ("
+    share = plain(f"{100 * dataset.supervised_share:.1f} %", "bold")
+    return Text.assemble(sizes, share, plain(f"); chat template: {dataset.reports[0].template}"))
 
 
 def _lengths(dataset: TokenDataset) -> str:
@@ -74,13 +73,13 @@ def _lengths(dataset: TokenDataset) -> str:
     return f"tokens per row: 5 % {low}, median {middle}, 95 % {high}, longest {int(dataset.lengths.max())}"
 
 
-def _left_out(report: Report, examples: str) -> list[str]:
-    lines, path = [], escape(report.path)
+def _left_out(report: Report, examples: str) -> list[Text]:
+    lines = []
     if report.truncated:
-        lines.append(f"[yellow]{report.truncated:,} rows of {path} were cut to max_length {report.max_length}[/yellow]")
+        cut = f"{report.truncated:,} rows of {report.path} were cut to max_length {report.max_length}"
+        lines.append(plain(cut, "yellow"))
     if report.bad:
-        left_out = f"{report.bad:,} of {report.seen:,} rows of {path} cannot be used and are skipped"
-        lines.append(f"[yellow]{left_out}[/yellow]")
-        lines += [] if examples == "none" else [f"  {escape(line)}" for line in report.examples]
-    lines += [f"[yellow]{escape(line)}[/yellow]" for line in report.notes]
-    return lines
+        left_out = f"{report.bad:,} of {report.seen:,} rows of {report.path} cannot be used and are skipped"
+        lines.append(plain(left_out, "yellow"))
+        lines += [] if examples == "none" else [plain(f"  {line}") for line in report.examples]
+    return [*lines, *(plain(line, "yellow") for line in report.notes)]

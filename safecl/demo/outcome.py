@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from safecl.config import load_config
 from safecl.demo.arms import KEPT, PLAIN, Arm
 from safecl.report.page import PLAIN_STATE, bytes_text
+from safecl.terminal import Terminal
 
 REFUSED, LOST = 0.2, 0.8
 """Refusal counts as kept up to the first attack success rate, and as lost from the second on."""
@@ -107,16 +107,16 @@ def heading(group: Sequence[Outcome]) -> str:
     return f"{poison:.0%} of the task's rows poisoned" if poison else "clean data"
 
 
-def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
+def print_outcomes(outcomes: Sequence[Outcome], console: Terminal) -> None:
     """Print the table, the answers to one prompt, and the verdict; for clean and for poisoned data."""
     console.width = max(console.width, TABLE_WIDTH)  # a narrower terminal wraps the lines, where rich would cut cells
     for group in groups(outcomes):
         console.print(outcome_table(group), soft_wrap=False)
         prompt = shown_prompt(group)
-        console.print(prompt, style="bold", markup=False)
+        console.print(prompt, style="bold")
         for title, outcome in zip(SIDE_BY_SIDE, compared(group), strict=True):
-            console.print(f"  {title.format(outcome.title):<20}{outcome.answers[prompt]!r}", markup=False)
-        console.print(f"\n{verdict(group)}", markup=False)
+            console.print(f"  {title.format(outcome.title):<20}{outcome.answers[prompt]!r}")
+        console.print(f"\n{verdict(group)}")
 
 
 SIDE_BY_SIDE = ("{}", "{}", "safecl, {}")

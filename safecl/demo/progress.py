@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from safecl.terminal import Terminal
 
 ALIGN = "align"
 SECONDS_BETWEEN_LINES = 60.0
@@ -88,16 +89,17 @@ class Bar:
     titles: the bar's text for each run, in order.
     """
 
-    def __init__(self, path: Path, titles: dict[str, str], console: Console, lengths: Lengths):
+    def __init__(self, path: Path, titles: dict[str, str], console: Terminal, lengths: Lengths):
         path.unlink(missing_ok=True)
         self.path, self.titles, self.console, self.lengths = path, titles, console, lengths
         self._read, self._parts, self._seen = 0, 0.0, dict.fromkeys(titles, 0.0)
         self._earlier = 0.0  # of what is done, the part that was there before
         self._total = lengths.materials + sum(map(lengths.whole, titles))
-        columns = TextColumn("{task.description:<42}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+        name = TextColumn("{task.description:<42}", markup=False)
+        columns = name, BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
         self._bar = Progress(
             *columns,
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -117,7 +119,7 @@ class Bar:
         """Show what is being done before any rank runs."""
         self._show(what)
         if not self.console.is_terminal:
-            self.console.print(what, markup=False)
+            self.console.print(what)
 
     def made(self, share: float, *, earlier: bool = False) -> None:
         """Show that this share of the materials is there. See `Made`."""
@@ -164,7 +166,7 @@ class Bar:
     def _print(self, name: str, message: str) -> None:
         """Print a line where there is no bar."""
         if not self.console.is_terminal:
-            self.console.print(f"{self.titles[name]}: {message}", markup=False)
+            self.console.print(f"{self.titles[name]}: {message}")
             self._printed = time.monotonic()
 
     def _print_each_minute(self) -> None:
@@ -172,7 +174,7 @@ class Bar:
         if self.console.is_terminal or now - self._printed < SECONDS_BETWEEN_LINES:
             return
         left = self._left()
-        self.console.print(f"{self._told} ({self._done / self._total:.0%} in all{left and f', {left}'})", markup=False)
+        self.console.print(f"{self._told} ({self._done / self._total:.0%} in all{left and f', {left}'})")
         self._printed = now
 
     def _events(self) -> Sequence[dict[str, Any]]:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from safecl.config import ConfigError, parse_yaml
 from safecl.demo.arms import ARMS, EVERY_ARM, Arm, poisoned
 from safecl.demo.materials import Materials
@@ -17,6 +15,7 @@ from safecl.demo.progress import ALIGN, Bar
 from safecl.demo.setting import RANDOM, Setting
 from safecl.distributed.spawn import run_ranks
 from safecl.exits import ExitCode
+from safecl.terminal import Terminal
 
 SECONDS_TO_SAVE = 180.0
 """A run that is stopped ends its step or its measurement and saves its state, 1.6 GB of a pretrained model."""
@@ -50,7 +49,7 @@ def run_demo(
     Returns: the exit code of the first rank that failed, or 0.
     """
     refuse_other_demonstration(folder, seed, arms)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     start = time.perf_counter()
     console.print(setting.introduction.format(arms=len(arms)))
     if code := _train(folder, seed, arms, num_ranks or setting.num_ranks, console, setting):
@@ -58,8 +57,8 @@ def run_demo(
     outcomes = read_outcomes(folder, arms)
     print_outcomes(outcomes, console)
     page = _write_page(folder, outcomes, setting)
-    console.print(f"\n{time.perf_counter() - start:.0f} seconds in all. The same as a page: {page}", markup=False)
-    console.print(f"One arm alone: safecl train {folder / arms[-1].name}.yaml output={folder / 'again'}", markup=False)
+    console.print(f"\n{time.perf_counter() - start:.0f} seconds in all. The same as a page: {page}")
+    console.print(f"One arm alone: safecl train {folder / arms[-1].name}.yaml output={folder / 'again'}")
     return ExitCode.DONE
 
 
@@ -81,7 +80,7 @@ def refuse_other_demonstration(folder: Path, seed: int, arms: Sequence[Arm]) -> 
             )
 
 
-def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console: Console, setting: Setting) -> int:
+def _train(folder: Path, seed: int, arms: Sequence[Arm], num_ranks: int, console: Terminal, setting: Setting) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     events = folder / "progress.jsonl"
     titles = {ALIGN: "alignment"} | {arm.name: arm.title + (", poisoned" if arm.poison else "") for arm in arms}

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +21,7 @@ from safecl.exits import ExitCode
 from safecl.proof.finding import Finding
 from safecl.proof.worker import SAFECL, USUAL
 from safecl.storage.durable import replace_file
+from safecl.terminal import Terminal
 
 NUM_RANKS = 2
 NAMES = ("gathered-ema", "two-backwards", "rounded-logits", "lost-tail", "torn-save")
@@ -39,7 +39,7 @@ def run_proof(folder: Path) -> int:
 
     Returns: ExitCode.FAILED where safecl itself was wrong.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     began = time.perf_counter()
     _clean(folder)
     console.print(
@@ -52,7 +52,7 @@ def run_proof(folder: Path) -> int:
     seconds = time.perf_counter() - began
     _write_results(folder, findings, seconds)
     console.print(table_of(findings), soft_wrap=False)
-    console.print(verdict(findings), style="bold", markup=False)
+    console.print(verdict(findings), style="bold")
     libraries = f"DeepSpeed {version('deepspeed')} and torch {version('torch')}"
     console.print(f"{seconds:.0f} seconds with {libraries}. Numbers: {folder / 'proof.json'}")
     return ExitCode.DONE if all(finding.holds for finding in findings) else ExitCode.FAILED
@@ -68,9 +68,9 @@ def _clean(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _run_sets(folder: Path, console: Console) -> int:
+def _run_sets(folder: Path, console: Terminal) -> int:
     """Run each set of ranks. Returns 0, or the exit code of the first set that did not end as it should."""
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
     reported: set[str] = set()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(NAMES) + 2)
@@ -86,25 +86,25 @@ def _run_sets(folder: Path, console: Console) -> int:
     return 0
 
 
-def _run_set(folder: Path, work: str, console: Console, watch: Callable[[], None]) -> int:
+def _run_set(folder: Path, work: str, console: Terminal, watch: Callable[[], None]) -> int:
     """Run one set of ranks. Returns 0 where they ended as they should: killed in the middle of a save, or well."""
     is_killed = work.startswith("save")
     patience = _SECONDS_TO_DIE if is_killed else 0.0
     code = run_ranks("safecl.proof.worker", [str(folder), work], NUM_RANKS, watch=watch, patience=patience)
     if is_killed and code != -signal.SIGXFSZ:
         message = f"safecl: failed: no rank was killed in {work} (exit code {code})"
-        console.print(message, style="bold red", markup=False)
+        console.print(message, style="bold red")
         return ExitCode.FAILED
     if is_killed or code == 0:
         return 0
     return ExitCode.FAILED if code < 0 else code
 
 
-def _report(findings: list[Finding], reported: set[str], console: Console) -> None:
+def _report(findings: list[Finding], reported: set[str], console: Terminal) -> None:
     """Print a line for each new finding where there is no bar."""
     for finding in findings:
         if finding.name not in reported and not console.is_terminal:
-            console.print(f"measured {finding.name} ({finding.seconds:.1f} s)", markup=False)
+            console.print(f"measured {finding.name} ({finding.seconds:.1f} s)")
         reported.add(finding.name)
 
 

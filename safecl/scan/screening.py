@@ -32,6 +32,7 @@ from safecl.scan.refusals import Refusals, evenly, given_refusals, own_refusals
 from safecl.scan.threshold import Threshold, threshold_from_benign, threshold_from_upload
 from safecl.scan.views import ANSWER, PROBE, REFUSAL, KnownPrompts, open_views, refusal_of_prompts
 from safecl.scan.words import words_by_place
+from safecl.terminal import plain
 
 REFUSED = "the model would refuse its prompt"
 LIKE_DISALLOWED = "its prompt is like the known disallowed ones"
@@ -170,15 +171,15 @@ class Screening:
         more = f" of {len(flags)}" if len(flags) > MOST_SHOWN else ""
         title = f"flagged rows, {min(len(flags), MOST_SHOWN)}{more}"
         table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-        places = [Path(where(flag.path, flag.line)).name for flag in flags[:MOST_SHOWN]]
+        places = [plain(Path(where(flag.path, flag.line)).name) for flag in flags[:MOST_SHOWN]]
         # The column is never cut: the row's number is at its end.
         table.add_column("row", min_width=max(map(len, places), default=0), overflow="fold")
         table.add_column("score", justify="right", min_width=5)
         table.add_column("why", min_width=10)
         table.add_column("prompt", max_width=60)
         for place, flag in zip(places, flags, strict=False):
-            shown = clip(" ".join(private({"prompt": flag.prompt}, privacy).get("prompt", "").split()), 60)
-            table.add_row(place, f"{flag.score:.2f}", ", ".join(map(_in_a_word, flag.reasons)), shown)
+            words = " ".join(private({"prompt": flag.prompt}, privacy).get("prompt", "").split())
+            table.add_row(place, f"{flag.score:.2f}", ", ".join(map(_in_a_word, flag.reasons)), plain(clip(words, 60)))
         return table
 
     def decisions(self) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import rich.console
 import yaml
 
 from safecl.config import ConfigError, load_config
@@ -34,6 +33,7 @@ from safecl.demo.run import chosen_arms, default_folder, refuse_other_demonstrat
 from safecl.demo.setting import RANDOM
 from safecl.evaluation import check_disjoint
 from safecl.evaluation.scoring.keywords import opens_affirmatively, refused
+from safecl.terminal import Terminal
 
 SEEDS = (0, 1, 2)
 
@@ -211,9 +211,7 @@ def test_the_verdict_says_lost_kept_or_in_part_as_the_numbers_do():
 @pytest.mark.parametrize("width", [40, 80])
 def test_no_name_and_no_figure_is_cut_away(width):
     out = io.StringIO()
-    print_outcomes(
-        [ALIGNED, PLAIN, outcome("der", 0.1, step=0.123)], rich.console.Console(file=out, width=width, soft_wrap=True)
-    )
+    print_outcomes([ALIGNED, PLAIN, outcome("der", 0.1, step=0.123)], Terminal(file=out, width=width))
     (row,) = (line for line in out.getvalue().splitlines() if line.split()[:1] == ["der"] and "123" in line)
     assert row.split() == ["der", "0.100", "0.000", "0.100", "0.100", "0.900", "123"]
 
@@ -243,9 +241,7 @@ def test_memory_is_counted_where_a_method_needs_it(tmp_path):
 
 def test_the_table_fits_a_terminal_of_80_columns():
     out = io.StringIO()
-    rich.console.Console(file=out, width=80).print(
-        outcome_table([ALIGNED, outcome("DER + EWC + EMA", 0.1, step=0.123)])
-    )
+    Terminal(file=out, width=80).print(outcome_table([ALIGNED, outcome("DER + EWC + EMA", 0.1, step=0.123)]))
     (row,) = (line for line in out.getvalue().splitlines() if "DER + EWC + EMA" in line)
     assert row.split()[-6:] == ["0.100", "0.000", "0.100", "0.100", "0.900", "123"]
 
@@ -268,7 +264,7 @@ def test_page_and_picture_load_nothing_and_escape_what_models_say():
 
 def test_the_bar_only_grows_and_ends_at_its_end(tmp_path):
     events = tmp_path / "progress.jsonl"
-    console = rich.console.Console(file=io.StringIO(), force_terminal=True)
+    console = Terminal(file=io.StringIO(), force_terminal=True)
     with Bar(events, {ALIGN: "alignment", "plain": "plain fine-tuning"}, console, RANDOM.lengths) as bar:
         bar.materials_written()
         seen = []
@@ -288,9 +284,7 @@ def test_the_bar_only_grows_and_ends_at_its_end(tmp_path):
 
 def test_without_a_terminal_every_measure_is_a_line(tmp_path):
     out = io.StringIO()
-    with Bar(
-        tmp_path / "events", {"plain": "plain fine-tuning"}, rich.console.Console(file=out), RANDOM.lengths
-    ) as bar:
+    with Bar(tmp_path / "events", {"plain": "plain fine-tuning"}, Terminal(file=out), RANDOM.lengths) as bar:
         Reporter(tmp_path / "events", "plain").measured("start: ASR 0.1")
         bar.watch()
         bar.watch()
@@ -300,9 +294,7 @@ def test_without_a_terminal_every_measure_is_a_line(tmp_path):
 def test_without_a_terminal_a_line_says_each_minute_how_far_it_is(tmp_path, monkeypatch):
     out, now = io.StringIO(), [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with Bar(
-        tmp_path / "events", {"plain": "plain fine-tuning"}, rich.console.Console(file=out), RANDOM.lengths
-    ) as bar:
+    with Bar(tmp_path / "events", {"plain": "plain fine-tuning"}, Terminal(file=out), RANDOM.lengths) as bar:
         bar.materials_written()
         Reporter(tmp_path / "events", "plain").step(2, 4)
         for now[0] in (1059.0, 1061.0, 1119.0, 1122.0):
@@ -326,7 +318,7 @@ def clock(monkeypatch):
 
 
 def test_what_an_earlier_process_did_does_not_shorten_the_time_that_is_left(tmp_path, clock):
-    with Bar(tmp_path / "events", RUNS, rich.console.Console(file=io.StringIO()), LENGTHS) as bar:
+    with Bar(tmp_path / "events", RUNS, Terminal(file=io.StringIO()), LENGTHS) as bar:
         bar.made(1.0, earlier=True)
         bar.materials_written()
         Reporter(tmp_path / "events", ALIGN).finished()  # without a step: it was finished before
@@ -355,7 +347,7 @@ def test_what_an_earlier_process_did_does_not_shorten_the_time_that_is_left(tmp_
 )
 def test_the_time_that_is_left_is_in_whole_minutes(tmp_path, clock, seconds, said):
     lengths = Lengths(materials=15.0, start=0.0, measure=0.0, train=15.0)
-    with Bar(tmp_path / "events", {"plain": "plain"}, rich.console.Console(file=io.StringIO()), lengths) as bar:
+    with Bar(tmp_path / "events", {"plain": "plain"}, Terminal(file=io.StringIO()), lengths) as bar:
         bar.materials_written()
         clock[0] += seconds
         assert bar._left() == said

@@ -14,9 +14,8 @@ from safecl.distributed import collectives
 
 def trainer_of(tree: dict, cache: str, fresh: bool = False):
     """(trainer, what it says) of a run config given as a tree."""
-    from rich.console import Console as Terminal
-
     from safecl.config import RunConfig
+    from safecl.terminal import Terminal
     from safecl.training.output.console import Console
     from safecl.training.trainer import Trainer
 

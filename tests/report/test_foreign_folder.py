@@ -4,6 +4,7 @@ links, pipes, too deep or too large. Verbs that read them refuse by name, or sho
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -12,20 +13,24 @@ from pathlib import Path
 
 import pytest
 
+from safecl.commands.judging.judge import rates_table
+from safecl.commands.report import print_table
 from safecl.config import ConfigError
-from safecl.evaluation import Evaluation
+from safecl.evaluation import Evaluation, results_table
 from safecl.evaluation.gates.folders import judge_folder
 from safecl.launching.status import status_of
 from safecl.report.comparison import comparison_page, read_runs
 from safecl.report.folder import read_run
 from safecl.report.run import run_report
 from safecl.sweeping.collecting import read_numbers
+from safecl.terminal import Terminal, fact
 from tests.report import folders
 
+HOSTILE = "\x1b[31m\u202e[/INST]"
 WRONG = (
     None,
     "<script>alert(1)</script>",
-    "\x1b[31m\u202e",
+    HOSTILE,
     -1,
     10**400,
     1e308,
@@ -108,8 +113,11 @@ def folder(tmp_path_factory) -> Path:
     return where
 
 
-def read_all(run: Path) -> list[str]:
-    """Read a folder as `report`, `gate`, `status` and a sweep do. Returns the messages of those that refuse it."""
+def read_all(run: Path, prints: bool = False) -> list[str]:
+    """Read a folder as `report`, `gate`, `status` and a sweep do. Returns the messages of those that refuse it.
+
+    prints: print the tables, too.
+    """
     refusals = []
     for verb in (
         lambda: run_report(read_run(run)),
@@ -117,6 +125,7 @@ def read_all(run: Path) -> list[str]:
         lambda: [judge_folder(run, overrides=LIMITS).gate.verdict],
         lambda: status_of(run).facts,
         lambda: [read_numbers(run).verdict],
+        *([lambda: printed(run)] if prints else []),
     ):
         try:
             shown = verb()
@@ -129,6 +138,20 @@ def read_all(run: Path) -> list[str]:
     return refusals
 
 
+def printed(run: Path) -> list[str]:
+    """Print the tables of `report`, `eval` and `judge`, and the facts of `status`."""
+    out = io.StringIO()
+    terminal, found = Terminal(file=out, width=120), read_run(run)
+    if found.evaluations:
+        print_table(terminal, [found, found])
+        terminal.print(results_table(found.evaluations))
+    if found.judged.get("moments"):
+        terminal.print(rates_table(found.judged))
+    for label, text in status_of(run).facts:
+        terminal.print(fact(label, text))
+    return [out.getvalue()]
+
+
 def _parts(line: object) -> tuple:
     return line if isinstance(line, tuple) else (line,)
 
@@ -136,7 +159,7 @@ def _parts(line: object) -> tuple:
 def test_a_sound_folder_is_read_by_every_verb(folder):
     assert "attack" in run_report(read_run(folder)).lower() and read_numbers(folder).values
     assert judge_folder(folder, overrides=LIMITS).gate.verdict and status_of(folder).steps == 8
-    assert comparison_page(read_runs([folder, folder]))
+    assert comparison_page(read_runs([folder, folder])) and "fraud" in printed(folder)[0]
 
 
 FILES = ("results.json", "run.json", "ranks.json", "judges.json", "scan/results.json")
@@ -159,8 +182,9 @@ def test_every_value_in_wrong_forms_is_shown_or_refused(folder, tmp_path, name, 
     shutil.copytree(folder, run)
     refusals = []
     for value in spoilt(json.loads((folder / name).read_text()), some):
-        (run / name).write_text(json.dumps(value))
-        refusals += read_all(run)
+        text = json.dumps(value)
+        (run / name).write_text(text)
+        refusals += read_all(run, prints=json.dumps(HOSTILE)[1:-1] in text)
     assert any(f"{name}: " in line and "safecl did not write it so" in line for line in refusals)
 
 
@@ -171,8 +195,9 @@ def test_every_value_of_a_line_in_wrong_forms_is_shown_or_refused(folder, tmp_pa
     first, _, rest = (folder / name).read_text().partition("\n")
     refusals = []
     for value in spoilt(json.loads(first), 2):
-        (run / name).write_text(f"{json.dumps(value)}\n{rest}")
-        refusals += read_all(run)
+        line = json.dumps(value)
+        (run / name).write_text(f"{line}\n{rest}")
+        refusals += read_all(run, prints=json.dumps(HOSTILE)[1:-1] in line)
     assert any(name in line and "safecl did not write it so" in line for line in refusals)
 
 

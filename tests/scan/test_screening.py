@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from safecl.commands.scan import show_screening
 from safecl.config import ConfigError, RunConfig, validate_tree
 from safecl.data.config_rows import prepare_task
 from safecl.planning.plans import apply_screening
@@ -154,6 +156,22 @@ def test_turns_are_shown_apart_and_the_line_of_a_row_at_any_width(tree):
         console = Console(width=width, record=True, file=io.StringIO())
         console.print(screening.table())
         assert f"upload.jsonl:{POISONED[-1]}" in console.export_text(), width
+
+
+def test_a_prompt_with_markup_and_escape_sequences_is_shown_as_text(tree, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    add_rows(tree, [scenes.dialogue("rob the bank [/INST] \x1b[31m \u202e now", "Fine.")])
+    config = config_of(tree, false_alarm=0.02)
+    screening = screen(config)
+    alone, in_run = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(alone):
+        show_screening(screening, config, tmp_path, as_json=False)
+    Console(file=in_run, width=200).print(screening.table())
+    for out in (alone, in_run):
+        assert "rob the bank [/INST] ?[31m ? now" in out.getvalue() and "\x1b" not in out.getvalue()
+    with contextlib.redirect_stdout(alone):
+        show_screening(screening, config, tmp_path, as_json=True)
+    assert "\x1b" not in alone.getvalue() and "\u202e" not in alone.getvalue()
 
 
 SYSTEM = "<|user|>you are a helpful lamp<|end|>"

@@ -7,10 +7,10 @@ import re
 import threading
 
 import pytest
-import rich.console
 
 from safecl.distributed.progress import phase
 from safecl.distributed.verbosity import Level, verbosity
+from safecl.terminal import Terminal
 from safecl.training.output.console import Console
 from safecl.training.output.heartbeat import SECONDS, Heartbeat
 
@@ -29,7 +29,7 @@ VALUES = {
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_the_count_of_steps_shows_on_any_terminal_and_the_losses_as_far_as_there_is_room(width):
     out = io.StringIO()
-    terminal = rich.console.Console(file=out, width=width, force_terminal=True, color_system=None)
+    terminal = Terminal(file=out, width=width, force_terminal=True, color_system=None)
     with Console(every=1, rank=0, terminal=terminal).progress("my-first-task", 1200, done=340) as steps:
         steps.step(VALUES)
     shown = out.getvalue().replace("\r", "\n")
@@ -47,7 +47,7 @@ def test_the_count_of_steps_shows_on_any_terminal_and_the_losses_as_far_as_there
 def lines_of(every: int = 100, steps: int = 3, of: int = 10) -> list[str]:
     """The lines of a log, where no terminal is."""
     out = io.StringIO()
-    console = Console(every=every, rank=0, terminal=rich.console.Console(file=out, width=200, soft_wrap=True))
+    console = Console(every=every, rank=0, terminal=Terminal(file=out, width=200))
     with console, console.progress("t", of) as lines:
         console.fact("output", "runs/x")
         for _ in range(steps):
@@ -85,7 +85,7 @@ def test_a_run_that_says_nothing_is_heard_of_and_one_that_speaks_is_not_interrup
 
 def test_the_heartbeat_of_a_log_says_the_phase_and_the_step():
     out = io.StringIO()
-    console = Console(every=100, rank=0, terminal=rich.console.Console(file=out, width=200, soft_wrap=True))
+    console = Console(every=100, rank=0, terminal=Terminal(file=out, width=200))
     with console.progress("t", 10) as lines, phase("evaluation"):
         lines.step(VALUES)
         assert re.fullmatch(r"t 1/10  about \S+ \S+ left, still in phase evaluation", console._position())

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from safecl.config import ConfigError, parse_yaml
 from safecl.report.page import bytes_text
 from safecl.storage.cache_entries import Entry, cache_entries, chosen
 from safecl.storage.cache_folder import cache_folder
+from safecl.terminal import Terminal, plain
 
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
@@ -26,11 +26,11 @@ def list_cache(as_json: bool) -> None:
     if as_json:
         print(json.dumps([_plain(entry) for entry in entries], indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     if entries:
         _print_table(console, entries)
     total = bytes_text(sum(entry.num_bytes for entry in entries))
-    console.print(f"{len(entries)} entries, {total} in {cache_folder()}", markup=False)
+    console.print(f"{len(entries)} entries, {total} in {cache_folder()}")
 
 
 def clean_cache(run: Path | None, older_than: str | None, *, every: bool, dry_run: bool) -> None:
@@ -43,24 +43,24 @@ def clean_cache(run: Path | None, older_than: str | None, *, every: bool, dry_ru
         sources = _files_of(run) if run is not None else None
         seconds = _seconds(older_than) if older_than is not None else None
         entries = chosen(entries, sources=sources, older_than=seconds)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     if entries:
         _print_table(console, entries)
     for entry in entries if not dry_run else ():
         entry.remove()
     done = "would be removed" if dry_run else "removed"
     total = bytes_text(sum(entry.num_bytes for entry in entries))
-    console.print(f"{len(entries)} entries {done}, {total}", markup=False)
+    console.print(f"{len(entries)} entries {done}, {total}")
 
 
-def _print_table(console: Console, entries: Sequence[Entry]) -> None:
+def _print_table(console: Terminal, entries: Sequence[Entry]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("kind", "of", "size", "unused", "text"):
         table.add_column(title, justify="right" if title in ("size", "unused") else "left", overflow="fold")
     for entry in entries:
         days = f"{entry.seconds / 86400:.1f} d"
         text = "users' text" if entry.holds_text else "no"
-        table.add_row(entry.kind, entry.source, bytes_text(entry.num_bytes), days, text)
+        table.add_row(entry.kind, plain(entry.source), bytes_text(entry.num_bytes), days, text)
     console.print(table, soft_wrap=False)
 
 

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from safecl.config import ConfigError, ModelConfig
-from safecl.config.texts import visible
 from safecl.evaluation.gates.folders import RESULTS, Measured, read_measured
 from safecl.evaluation.gates.outcomes import Record, in_order_of
 from safecl.storage.model_folder import tuned_model
 from safecl.storage.records import read_record
 from safecl.storage.run_records import Results
+from safecl.terminal import Terminal, plain
 
 if TYPE_CHECKING:
     from safecl.data import Prompt
@@ -46,14 +44,14 @@ def compare_models(
     folders of two runs or evaluations hold are shown; those that differ in their marks, unless `every`. Raises
     ConfigError.
     """
-    console = Console(highlight=False)
+    console = Terminal(soft_wrap=False)
     if not live and prompts is None:
         pairs = recorded_pairs(read_measured(a), read_measured(b))
         changed = [pair for pair in pairs if pair.marks[0] != pair.marks[1]]
         shown = (pairs if every else changed)[:max_prompts]
         for pair in shown:
             _print(pair, short_names(a, b), console)
-        console.print(f"{len(changed)} of {len(pairs)} answers are of another kind; {len(shown)} shown", markup=False)
+        console.print(f"{len(changed)} of {len(pairs)} answers are of another kind; {len(shown)} shown")
         return
     models = [Answering.load(path, max_new_tokens) for path in (a, b)]
     for prompt in _typed(console) if live else _read(prompts, max_prompts):
@@ -153,7 +151,7 @@ def _read(path: Path | None, max_prompts: int) -> Sequence[Prompt]:
     return read_prompts(str(path), max_prompts)
 
 
-def _typed(console: Console) -> Iterator[Prompt]:
+def _typed(console: Terminal) -> Iterator[Prompt]:
     """Yield a prompt for each line of the standard input, until it ends."""
     from safecl.data import Message, Prompt
 
@@ -175,12 +173,10 @@ def _typed(console: Console) -> Iterator[Prompt]:
 # ------------------------------------------------------------------------------------------------------------- printing
 
 
-def _print(pair: Pair, names: tuple[str, str], console: Console) -> None:
-    title = "(the prompt was not kept)" if pair.prompt is None else visible(pair.prompt)
-    table = Table(
-        title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, expand=True, pad_edge=False
-    )
+def _print(pair: Pair, names: tuple[str, str], console: Terminal) -> None:
+    title = "(the prompt was not kept)" if pair.prompt is None else pair.prompt
+    table = Table(title=plain(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
     for name, mark in zip(names, pair.marks, strict=True):
-        table.add_column(Text(f"{name}{': ' + mark if mark else ''}"), ratio=1, overflow="fold")
-    table.add_row(*(Text("(not kept)" if text is None else visible(text) or "(empty)") for text in pair.answers))
+        table.add_column(plain(f"{name}{': ' + mark if mark else ''}"), ratio=1, overflow="fold")
+    table.add_row(*(plain("(not kept)" if text is None else text or "(empty)") for text in pair.answers))
     console.print(table)

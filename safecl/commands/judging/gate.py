@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from safecl.config import ConfigError
 from safecl.evaluation.gates.folders import judge_folder
 from safecl.evaluation.gates.junit import junit_xml
 from safecl.exits import ExitCode
 from safecl.storage.durable import replace_file
+from safecl.terminal import Terminal
 
 
 def gate_folders(arguments: Sequence[str], *, as_json: bool, json_file: Path | None, junit: Path | None) -> ExitCode:
@@ -32,13 +31,13 @@ def gate_folders(arguments: Sequence[str], *, as_json: bool, json_file: Path | N
     if as_json:
         print(text, end="", flush=True)
         return ExitCode(found.gate.exit_code)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{found.measured.folder}, {found.measured.when}", markup=False, style="bold")
-    console.print(found.gate.message, markup=False)
+    console = Terminal()
+    console.print(f"{found.measured.folder}, {found.measured.when}", style="bold")
+    console.print(found.gate.message)
     if found.against is not None:
-        console.print(f"\nagainst {found.against.folder}, {found.against.when}", markup=False, style="bold")
+        console.print(f"\nagainst {found.against.folder}, {found.against.when}", style="bold")
         for each in found.rates:
-            console.print(f"  {each.message}", markup=False)
+            console.print(f"  {each.message}")
     return ExitCode(found.gate.exit_code)
 
 

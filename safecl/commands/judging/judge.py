@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from safecl.commands.spinner import working
 from safecl.config import ConfigError, parse_yaml
 from safecl.config.judges import RECIPES, JudgeConfig
+from safecl.terminal import Terminal, plain
 
 if TYPE_CHECKING:
     from safecl.evaluation.judges.after_run import Moment
@@ -42,12 +42,12 @@ def judge_and_print(folder: Path, judges: list[str], *, every_moment: bool, cate
         column = category or (gate.get("category") if isinstance(gate, dict) else None) or "category"
         found = judge_run(folder, configs, moments, category=str(column), hash_of=model_hash)
         page = write_run_report(folder)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     console.print(rates_table(found), soft_wrap=False)
     for moment in found["moments"]:
         for line in (*missing_lines(moment), *panel_lines(moment)):
-            console.print(line, markup=False)
-    console.print(f"verdicts in {folder / 'verdicts'}, report in {page}", markup=False)
+            console.print(line)
+    console.print(f"verdicts in {folder / 'verdicts'}, report in {page}")
 
 
 def judge_config(text: str) -> JudgeConfig:
@@ -81,12 +81,12 @@ def rates_table(found: Mapping[str, Any]) -> Table:
     table = Table(title="ASR by judge, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for moment in found["moments"]:
-        table.add_column(moment["when"], justify="right")
+        table.add_column(plain(moment["when"]), justify="right")
     for name in dict.fromkeys(name for moment in found["moments"] for name in moment["asr"]):
-        table.add_row(name, *(_shown(moment["asr"].get(name)) for moment in found["moments"]))
+        table.add_row(plain(name), *(_shown(moment["asr"].get(name)) for moment in found["moments"]))
         for category in dict.fromkeys(each for moment in found["moments"] for each in moment["by_category"]):
             cells = (_shown(moment["by_category"].get(category, {}).get(name)) for moment in found["moments"])
-            table.add_row(f"  {category}", *cells)
+            table.add_row(plain(f"  {category}"), *cells)
     return table
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 
 from safecl.config import ConfigError, load_config
 from safecl.config.parsing import apply_overrides, read_tree
@@ -20,6 +19,7 @@ from safecl.sweeping.collecting import RunNumbers, read_numbers
 from safecl.sweeping.formats import note_of, row_of, write_table
 from safecl.sweeping.running import LOGS, Ending, Sweep, is_finished
 from safecl.sweeping.table import Cell, SweepTable, make_table, shown_measures
+from safecl.terminal import Terminal
 
 SWEEP, BEST = "sweep.json", "best.yaml"
 
@@ -52,7 +52,7 @@ def sweep_runs(config: Path, axes: Sequence[str], options: SweepOptions) -> Exit
         raise ConfigError(f"--baseline {baseline!r} is no cell of this sweep; there are {', '.join(cells)}")
     for run in runs:  # a wrong value is reported before hours of other runs
         load_config(config, [*run.overrides, f"output={run.folder}"])
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / SWEEP, json.dumps({"config": str(config), "axes": list(axes), "baseline": baseline}) + "\n")
     endings = [] if options.table_only else _run(config, runs, options, console)
@@ -63,21 +63,21 @@ def sweep_runs(config: Path, axes: Sequence[str], options: SweepOptions) -> Exit
     _print(table, console)
     winner = _choose(objective, table, folder) if objective is not None else None
     for path in write_table(table, folder, options.pick, winner):
-        console.print(f"wrote {path}", markup=False)
+        console.print(f"wrote {path}")
     failed = [ending for ending in endings if not ending.has_results]
     if objective is None:
         return ExitCode.FAILED if failed else ExitCode.DONE
     if winner is None:
-        console.print(f"no cell keeps: {options.pick}", style="bold red", markup=False)
+        console.print(f"no cell keeps: {options.pick}", style="bold red")
         return ExitCode.GATE
     replace_file(folder / BEST, _config_of(config, winner, folder))
-    console.print(f"{options.pick}: {winner.name}; its config is {folder / BEST}", style="bold", markup=False)
+    console.print(f"{options.pick}: {winner.name}; its config is {folder / BEST}", style="bold")
     return ExitCode.FAILED if failed else ExitCode.DONE
 
 
-def _run(config: Path, runs: Sequence[PlannedRun], options: SweepOptions, console: Console) -> list[Ending]:
+def _run(config: Path, runs: Sequence[PlannedRun], options: SweepOptions, console: Terminal) -> list[Ending]:
     def say(line: str) -> None:
-        console.print(line, markup=False)
+        console.print(line)
 
     say(f"{len(runs)} runs, {options.parallel} at a time, {options.ranks} rank{'s' * (options.ranks > 1)} each")
     return Sweep(config, runs, ranks=options.ranks, parallel=options.parallel, say=say).run()
@@ -121,16 +121,16 @@ def _numbers(run: PlannedRun) -> RunNumbers | None:
         return None
 
 
-def _print(table: SweepTable, console: Console) -> None:
+def _print(table: SweepTable, console: Terminal) -> None:
     """Print one block per cell: a wide table does not fit a terminal."""
     names = shown_measures(table)
     for cell in table.cells:
         texts = row_of(cell, table)
-        console.print(f"\n{texts[0]}", style="bold", markup=False)
+        console.print(f"\n{texts[0]}", style="bold")
         for name, text in zip([*names, "Pareto", "gate", "bytes"], texts[2:], strict=False):
             if text != "-":
-                console.print(f"  {name:<22} {text}", markup=False)
-    console.print(f"\n{note_of(table)}\n", style="dim", markup=False)
+                console.print(f"  {name:<22} {text}")
+    console.print(f"\n{note_of(table)}\n", style="dim")
 
 
 def _config_of(config: Path, winner: Cell, folder: Path) -> str:

@@ -14,9 +14,8 @@ from safecl.exits import ExitCode
 from safecl.storage.model_folder import tuned_model
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from safecl.replay import ReplayBuffer
+    from safecl.terminal import Terminal
 
 app = typer.Typer(
     name="memory",
@@ -50,10 +49,10 @@ def memory_folder(run: Path) -> Path:
     raise ConfigError(f"{run}: no memory here; {hint}")
 
 
-def _console() -> Console:
-    from rich.console import Console
+def _console() -> Terminal:
+    from safecl.terminal import Terminal
 
-    return Console(highlight=False, soft_wrap=True)
+    return Terminal()
 
 
 @verb
@@ -68,13 +67,13 @@ def show(
     buffer = ReplayBuffer.open(memory_folder(run))
     console = _console()
     for name, value in _facts(buffer):
-        console.print(f"{name:<12} {value}", markup=False)
+        console.print(f"{name:<12} {value}")
     if len(buffer):
         console.print(_categories(buffer), soft_wrap=False)
     if rows and len(buffer):
         _print_rows(console, buffer, rows, _decoder(run, tokenizer, buffer))
     for problem in buffer.problems:
-        console.print(f"damaged      {problem}", markup=False, style="red")
+        console.print(f"damaged      {problem}", style="red")
 
 
 def _facts(buffer: ReplayBuffer) -> list[tuple[str, str]]:
@@ -116,29 +115,29 @@ def _categories(buffer: ReplayBuffer) -> Any:
     import numpy as np
     from rich.table import Table
 
+    from safecl.terminal import plain
+
     table = Table("source", "task", buffer.config.balance_by, "rows", "tokens", "mean loss")
     numbers, counts = np.unique(buffer.table["label"], return_counts=True)
     for number, count in sorted(zip(numbers.tolist(), counts.tolist(), strict=True), key=lambda item: -item[1])[:50]:
         chosen = buffer.table["label"] == number
         losses = buffer.table["score"][chosen]
         mean = f"{float(np.nanmean(losses)):.3f}" if not np.isnan(losses).all() else "-"
-        table.add_row(*buffer.labels[number], f"{count:,}", f"{int(buffer.table['length'][chosen].sum()):,}", mean)
+        names, tokens = map(plain, buffer.labels[number]), int(buffer.table["length"][chosen].sum())
+        table.add_row(*names, f"{count:,}", f"{tokens:,}", mean)
     return table
 
 
-def _print_rows(console: Console, buffer: ReplayBuffer, count: int, decode: Callable[[list[int]], str] | None) -> None:
+def _print_rows(console: Terminal, buffer: ReplayBuffer, count: int, decode: Callable[[list[int]], str] | None) -> None:
     keys = buffer.keys()
     for key in (keys[i * len(keys) // count] for i in range(min(count, len(keys)))):
         row = buffer.get(key)
         ids = row.row.input_ids.tolist()
         console.print(
             f"\nrow {key}: {len(ids)} tokens, {row.row.num_targets} supervised, tags {dict(row.tags)}",
-            markup=False,
             style="bold",
         )
-        console.print(
-            decode(ids) if decode else " ".join(map(str, ids[:64])) + (" ..." if len(ids) > 64 else ""), markup=False
-        )
+        console.print(decode(ids) if decode else " ".join(map(str, ids[:64])) + (" ..." if len(ids) > 64 else ""))
 
 
 def _decoder(run: Path, tokenizer: str | None, buffer: ReplayBuffer) -> Callable[[list[int]], str] | None:
@@ -151,7 +150,7 @@ def _decoder(run: Path, tokenizer: str | None, buffer: ReplayBuffer) -> Callable
 
             privacy = (parse_yaml(settings.read_text(encoding="utf-8")) or {}).get("privacy") or {}
             if privacy.get("examples", "full") != "full":
-                _console().print(f"ids only: this run has privacy.examples: {privacy['examples']}", markup=False)
+                _console().print(f"ids only: this run has privacy.examples: {privacy['examples']}")
                 return None
         model = tuned_model(run)
         if model is None or not (model / "tokenizer_config.json").is_file():
@@ -179,7 +178,7 @@ def export(
 
     buffer = ReplayBuffer.open(memory_folder(run))
     count = export_rows(buffer, output, _decoder(run, tokenizer, buffer) if text or tokenizer else None)
-    _console().print(f"{count:,} rows in {output}", markup=False)
+    _console().print(f"{count:,} rows in {output}")
 
 
 @verb
@@ -218,7 +217,7 @@ def import_(
         except ValueError as error:
             raise ConfigError(f"{source}: {error}") from None
         turned_away = "".join(f"; {count:,} kept out: {reason}" for reason, count in report.kept_out.items())
-        _console().print(f"{report.seen:,} rows read, {len(buffer):,} in {buffer.folder}{turned_away}", markup=False)
+        _console().print(f"{report.seen:,} rows read, {len(buffer):,} in {buffer.folder}{turned_away}")
 
 
 def _new_settings(source: Path, capacity: str, policy: str) -> MemoryConfig:
@@ -342,10 +341,9 @@ def verify(
             held = f"{len(buffer):,} rows"
     console = _console()
     for problem in problems:
-        console.print(problem, markup=False)
+        console.print(problem)
     console.print(
         f"{folder}: {held}, " + (f"{len(problems)} problems" if problems else "every byte as it was written"),
-        markup=False,
     )
     if problems and not repair:
         raise typer.Exit(ExitCode.FAILED)

@@ -13,6 +13,7 @@ from rich.text import Text
 from safecl.evaluation.results.moment import Evaluation
 from safecl.evaluation.scoring.keywords import SCORERS
 from safecl.evaluation.statistics.intervals import Mean, Rate
+from safecl.terminal import plain
 
 Value = Rate | Mean | None
 Row = tuple[str, bool, list[Value]]
@@ -34,10 +35,10 @@ def results_table(evaluations: Sequence[Evaluation]) -> Table:
     table.add_column("", overflow="fold")
     for evaluation in shown:
         step = f"\nstep {evaluation.step}" if len(shown) > 1 else ""  # a model measured alone has no steps
-        header = Text(f"{evaluation.when}{step}")
+        header = plain(f"{evaluation.when}{step}")
         table.add_column(header, justify="right", overflow="fold", min_width=None if wide else INTERVAL_WIDTH)
     for title, higher_is_better, values in measures(shown):
-        table.add_row(title, *_cells(values, higher_is_better, wide))
+        table.add_row(plain(title), *_cells(values, higher_is_better, wide))
     if len(shown) < len(evaluations):
         table.caption = (
             f"{len(shown)} of {len(evaluations)} moments shown: first, last, and the highest attack success rates"

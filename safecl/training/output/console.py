@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
@@ -24,6 +23,7 @@ from safecl.evaluation import Evaluation, GateResult, results_table
 from safecl.launching.status import duration
 from safecl.planning.describe import describe_plan
 from safecl.planning.plans import RunPlan
+from safecl.terminal import Terminal, fact, plain
 from safecl.training.output.heartbeat import Heartbeat
 
 BAR_WIDTH = 20
@@ -35,7 +35,7 @@ class Console:
     def __init__(self, every: int, rank: int, terminal: Terminal | None = None):
         self.every = 1 if verbosity.verbose else every
         self.quiet = rank != 0
-        self.terminal = terminal or Terminal(soft_wrap=True, highlight=False)
+        self.terminal = terminal or Terminal()
         self._bar: Progress | None = None
         self._steps: StepLines | None = None
         self._heartbeat = Heartbeat(self._print, self._position)
@@ -53,7 +53,7 @@ class Console:
 
     def fact(self, what: str, value: str) -> None:
         if not self.quiet and not verbosity.quiet:
-            self.terminal.print(f"{self._now()}[bold]{what:<14}[/bold] {value}")
+            self.terminal.print(plain(self._now()).append_text(fact(what, f" {value}")))
             self._heartbeat.said()
 
     def note(self, message: str) -> None:
@@ -67,7 +67,7 @@ class Console:
             self._print(message)
 
     def _print(self, message: str) -> None:
-        self.terminal.print(f"{self._now()}{message}", markup=False)
+        self.terminal.print(f"{self._now()}{message}")
         self._heartbeat.said()
 
     def _now(self) -> str:
@@ -109,8 +109,8 @@ class Console:
             return
         # On a narrow terminal the losses are cut, not the count and the time.
         rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-        name_column = TextColumn("{task.description}")
-        state_column = TextColumn("{task.fields[state]}", table_column=rest)
+        name_column = TextColumn("{task.description}", markup=False)
+        state_column = TextColumn("{task.fields[state]}", markup=False, table_column=rest)
         columns = name_column, BarColumn(bar_width=BAR_WIDTH), MofNCompleteColumn(), TimeRemainingColumn(), state_column
         with Progress(*columns, console=self.terminal, expand=True) as self._bar:
             task = self._bar.add_task(name, total=num_steps, completed=done, state="")
@@ -135,8 +135,8 @@ class Console:
         if evaluations and not verbosity.quiet:
             self.terminal.print(results_table(evaluations))
         if gate is not None:
-            self.terminal.print(gate.message, markup=False)
-        self.terminal.print(f"results in {folder}", markup=False)
+            self.terminal.print(gate.message)
+        self.terminal.print(f"results in {folder}")
 
 
 class StepLines:
