@@ -1,5 +1,5 @@
 """Files that are whole or absent: written once, hashed while they are written, and on the disk before anything names
-them. Imports no torch."""
+them. Imports no torch, and numpy only for arrays: verbs that refuse a config load neither."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
-import numpy as np
 import xxhash
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BLOCK_BYTES = 16 * 2**20
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 at: Callable[[str], None] = lambda point: None  # noqa: E731
 """Called with a label at each point of a save where a dying process leaves another state; tests replace it."""
@@ -133,6 +135,8 @@ def hash_file(path: Path, *, from_disk: bool = False) -> str:
 
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     """Replace an .npz file so that a reader sees the old or the new one. Makes its folder. Raises OSError."""
+    import numpy as np
+
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy has an option of its own, which no array is named after
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +146,8 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
 def read_arrays(path: Path, names: Collection[str]) -> dict[str, Array]:
     """Read these arrays of a file that `write_arrays` wrote. Raises DamagedCheckpoint where the file is missing, cut,
     flipped, or lacks an array."""
+    import numpy as np
+
     with open_regular(path) as file, _unreadable(path):
         with zipfile.ZipFile(file) as parts:
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
@@ -153,6 +159,8 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, Array]:
 
 def map_array(path: Path) -> Array:
     """Map an .npy file. Raises DamagedCheckpoint where it is missing, cut, or has another header."""
+    import numpy as np
+
     with _unreadable(path):
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(found, np.ndarray):  # the archive of another format
