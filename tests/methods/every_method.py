@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "segment_rates": {"rules": [{"modules": "attention", "factor": 0.0}, {"importance": "highest", "factor": 0.3}]},
     "swat": {"warmup": 0.5},
     "sbr": {"weight": 2.0, "prompts": 3, "pool": 8},
+    "lookahead": {"tokens": 1, "connector": " 11 "},
+    "sdft": {"answers": "answers.jsonl"},
 }
 """Settings of methods whose defaults are too large for a run of a few steps, or too weak to be seen in it."""
 
@@ -87,25 +90,27 @@ SECTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("vaccine", "t_vaccine", "bo
 """Sections of the run config that a method needs besides a memory, by method."""
 
 
-def settings_of(method: str, with_lora: bool) -> dict[str, Any]:
-    """The settings of a method in a run of a few steps."""
-    own = SETTINGS.get(method, {})
+def settings_of(method: str, with_lora: bool, variant: str | None = None) -> dict[str, Any]:
+    """The settings of a method, or of a variant of it, in a run of a few steps."""
+    own = SETTINGS.get(method, {}) if variant is None else VARIANTS[method][variant]
     return WITH_LORA.get(method, own) if with_lora else own
 
 
-def config_of(method: str | None, folder: str, **changes: Any):
+def config_of(method: str | None, folder: str, variant: str | None = None, **changes: Any):
     """The config of a run with this method alone, or with those of `changes`; plain fine-tuning for None."""
     from tests.engine.scenes import run_config
 
-    settings = dict(settings_of(method or "", with_lora="lora" in changes.get("model", {})))
-    if "base" in settings:
-        settings["base"] = f"{folder}/base"
+    settings = dict(settings_of(method or "", "lora" in changes.get("model", {}), variant))
+    for key in {"base", "answers"} & settings.keys():
+        settings[key] = f"{folder}/{settings[key]}"
     sections: dict[str, Any] = {
         "methods": {method: settings} if method is not None else {},
         "memory": {"source": "unused", "replay_ratio": 0.5, "teacher": {"k": 8}},
         "train": {"tokens_per_batch": 96, "tokens_per_microbatch": 32, "max_length": 32, "max_steps": STEPS},
         "artifacts": {"folder": f"{folder}/artifacts"},
+        "model": {"path": f"{folder}/aligned"},
     }
+    changes["model"] = sections["model"] | changes.get("model", {})
     return run_config(folder, **(sections | SECTIONS.get(method or "", {}) | changes))
 
 
@@ -123,6 +128,11 @@ def opened(config, folder: str) -> Iterator[tuple[Any, Any, Any]]:
     from safecl.training.resume import RunSaver
 
     task_rows, memory_rows = scenes.conflicting_datasets()
+    for settings in config.methods.values():
+        if settings.rewrites:
+            task_rows = rewritten(task_rows, settings)
+        if settings.online_teacher == "aligned":
+            scenes.save_on_first_rank(scenes.undecided_model(), config.model.path)
     if any(settings.needs_base_model for settings in config.methods.values()):
         scenes.save_on_first_rank(scenes.other_model("3"), f"{folder}/base")
     model = prepare_for_training(scenes.undecided_model(), config.model)
@@ -138,6 +148,26 @@ def opened(config, folder: str) -> Iterator[tuple[Any, Any, Any]]:
         saver.close()
         if run.memory is not None:
             run.memory.buffer.close()
+
+
+def rewritten(rows, settings):
+    """The rows as a method rewrites them, each token being a word of their text."""
+    from safecl.distributed import collectives
+
+    def words(ids) -> str:
+        return " ".join(map(str, ids))
+
+    texts = [(words(row.input_ids[:-2]), words(row.input_ids[-2:])) for row in rows.rows(range(len(rows)))]
+    if settings.answers_file is not None and collectives.rank() == 0:
+        lines = [json.dumps({"question": q, "answer": a, "rewritten": "7 8" if q < "5" else None}) for q, a in texts]
+        Path(settings.answers_file).write_text("\n".join(lines))
+    collectives.barrier()
+    found = []
+    for question, answer in texts:
+        pair = settings.rewrite(question, answer, lambda text, count: " ".join(text.split()[:count]))
+        prompt, target = ([int(word) for word in text.split()] for text in pair)
+        found.append(([*prompt, *target], [False] * len(prompt) + [True] * len(target)))
+    return scenes.dataset_of(found, 100)
 
 
 def begin(run, task, saver) -> None:
@@ -156,13 +186,15 @@ def begin(run, task, saver) -> None:
     run.begin_task(task, active=task.config.role != "align")
 
 
-def train(method: str | None, folder: str, cut: int | None = None, **changes) -> dict[str, Any]:
+def train(
+    method: str | None, folder: str, cut: int | None = None, variant: str | None = None, **changes
+) -> dict[str, Any]:
     """Train the method for all steps of the task, and end the task.
 
     cut: the step after which the run is saved. It is resumed from there in a new engine, and what differs from the
     uninterrupted run is listed.
     """
-    config = config_of(method, folder, **changes)
+    config = config_of(method, folder, variant, **changes)
     with opened(config, folder) as (run, task, saver):
         begin(run, task, saver)
         start = resume_scenes.whole_state(run)["weights"]

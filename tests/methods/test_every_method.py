@@ -2,7 +2,8 @@
 offload and with LoRA, and a run that is stopped at any step and resumed is bitwise the uninterrupted one.
 
 A new method is part of them by its file alone; tests/methods/every_method.py has settings for a run of a few steps. The
-ordinary suite takes one layout for each method, `make test-long` all.
+ordinary suite takes one layout for each method, `make test-long` all. Further settings of some methods (VARIANTS) are
+proven in one layout: ZeRO-3 with offload.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "stage 2, LoRA": {"deepspeed": {"stage": 2}, "model": LORA},
     "stage 3, LoRA": {"deepspeed": {"stage": 3}, "model": LORA},
 }
+HARDEST = "stage 3, offload"
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Means of gradients that partly cancel, so that their rounding weighs more."""
@@ -44,12 +46,12 @@ def cases() -> list[Any]:
     """All methods in all layouts; one layout of each method is part of the ordinary suite."""
     found = []
     for method in builtin_methods():
-        if method_module(method).Config().rewrites:  # before a run begins; tests/data/test_rewriting.py
-            continue
         layouts = layouts_of(method)
         ordinary = layouts[zlib.crc32(method.encode()) % len(layouts)]
         marks = {name: () if name == ordinary else (pytest.mark.long,) for name in layouts}
-        found += [pytest.param(method, name, marks=marks[name], id=f"{method}, {name}") for name in layouts]
+        found += [pytest.param(method, None, name, marks=marks[name], id=f"{method}, {name}") for name in layouts]
+    for method, variants in every_method.VARIANTS.items():
+        found += [pytest.param(method, variant, HARDEST, id=f"{method}, {variant}, {HARDEST}") for variant in variants]
     return found
 
 
@@ -58,28 +60,32 @@ def on_one_rank(rank_pool, tmp_path_factory):
     """A method's run in stage 0 on one rank, made once."""
 
     @functools.cache
-    def run(method: str | None, lora: bool) -> dict[str, Any]:
+    def run(method: str | None, lora: bool, variant: str | None = None) -> dict[str, Any]:
         folder = str(tmp_path_factory.mktemp("one"))
         changes = {"deepspeed": {"stage": 0}, **({"model": LORA} if lora else {})}
-        return rank_pool(1).run(every_method.train, method=method, folder=folder, **changes)[0]
+        return rank_pool(1).run(every_method.train, method=method, variant=variant, folder=folder, **changes)[0]
 
     return run
 
 
-@pytest.mark.parametrize(("method", "layout"), cases())
-def test_a_method_is_the_same_in_every_layout_and_resumes_bitwise(rank_pool, on_one_rank, tmp_path, method, layout):
+@pytest.mark.parametrize(("method", "variant", "layout"), cases())
+def test_a_method_is_the_same_in_every_layout_and_resumes_bitwise(
+    rank_pool, on_one_rank, tmp_path, method, variant, layout
+):
     found, other = rank_pool(2).run(
         every_method.train,
         method=method,
+        variant=variant,
         folder=str(tmp_path),
         cut=every_method.cut_of(method, layout),
         **LAYOUTS[layout],
     )
     assert not found["differences"] and not other["differences"], found["differences"]
-    wanted, plain = (on_one_rank(name, "LoRA" in layout) for name in (method, None))
+    lora = "LoRA" in layout
+    wanted, plain = on_one_rank(method, lora, variant), on_one_rank(None, lora)
     assert found["state"].keys() == wanted["state"].keys()
     for kind, values in wanted["state"].items():
-        moves_from_the_start = kind == "weights" or kind.endswith("ema")
+        moves_from_the_start = kind in ("weights", "slow") or kind.endswith("ema")
         error = distance(found["state"][kind], values, wanted["start"] if moves_from_the_start else None)
         assert error <= (1e-2 if kind in MOMENTS else 1e-3), kind
     assert acts(wanted, plain), f"the run with {method} is that of plain fine-tuning"
@@ -116,8 +122,8 @@ def test_a_plan_may_ask_a_method_before_any_run_begins(name):
 def test_a_method_that_lacks_a_layout_says_why():
     """Stages, offload and two ranks are there for all; the config's own words refuse adapters, or weights without."""
     for method in builtin_methods():
-        if not (config := method_module(method).Config()).rewrites:
-            missing = {name for name in LAYOUTS if name not in layouts_of(method)}
-            with_lora = {name for name in LAYOUTS if "LoRA" in name}
-            assert missing in (set(), with_lora if config.refuses_lora else set(), set(LAYOUTS) - with_lora), method
-            assert not missing or config.refuses_lora or config.needs_lora, method
+        config = method_module(method).Config()
+        missing = {name for name in LAYOUTS if name not in layouts_of(method)}
+        with_lora = {name for name in LAYOUTS if "LoRA" in name}
+        assert missing in (set(), with_lora if config.refuses_lora else set(), set(LAYOUTS) - with_lora), method
+        assert not missing or config.refuses_lora or config.needs_lora, method
