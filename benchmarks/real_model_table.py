@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from real_model_arms import CODE, GSM8K, REPORTED, RUNS, SST2, TASKS, TUNING, Run, Task
+from real_model_arms import CODE, CONTROLS, GSM8K, REPORTED, RUNS, SST2, TASKS, TUNING, Run, Task
+from real_model_readings import control_table, further_runs, missing_sentence, order_table
 from retention_table import digest, size
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +33,7 @@ def report(folder: Path, page: Path = PAGE, results: Path = RESULTS) -> None:
     """Write the JSON and the tables from the runs in `folder`, and print how many are missing."""
     import torch
 
-    found = [record(folder, run) for run in RUNS if is_done(folder, run)]
-    missing = [run.name for run in RUNS if not is_done(folder, run)]
+    found, missing = finished(folder)
     result = {
         "command": "python benchmarks/real_model.py",
         "machine": harness.machine(torch.device("cpu")),
@@ -45,7 +45,7 @@ def report(folder: Path, page: Path = PAGE, results: Path = RESULTS) -> None:
             for seed in (REPORTED, TUNING)
             if (measured := _measured(folder / aligned_name(task, seed), task)) is not None
         },
-        "missing": missing,
+        "missing": [run.name for run in missing],
         "runs": found,
     }
     harness.write_json(results, result)
@@ -53,7 +53,15 @@ def report(folder: Path, page: Path = PAGE, results: Path = RESULTS) -> None:
     if page == PAGE:
         PICTURE.write_text(picture(result) + "\n", encoding="utf-8")
     if missing:
-        print(f"{len(missing)} of {len(RUNS)} arms are missing; --list names them")
+        print(f"{len(missing)} of {len(found) + len(missing)} arms are missing; --list names them")
+
+
+def finished(folder: Path) -> tuple[list[dict[str, Any]], list[Run]]:
+    """Return the records of the finished runs, and the runs that are missing."""
+    found = [record(folder, run) for run in RUNS if is_done(folder, run)]
+    further = further_runs(found)
+    found += [record(folder, run) for run in further if is_done(folder, run)]
+    return found, [run for run in [*RUNS, *further] if not is_done(folder, run)]
 
 
 def is_done(folder: Path, run: Run) -> bool:
@@ -102,12 +110,13 @@ def _distance(folder: Path) -> dict[str, Any]:
 
 def write_page(page: Path, result: dict[str, Any]) -> None:
     """Replace the tables between the page's marks."""
-    text = page.read_text(encoding="utf-8")
-    for mark, (task, tuning) in TABLES.items():
-        head, _, rest = text.partition(f"<!-- {mark} -->\n")
-        _, end, tail = rest.partition("<!-- end -->")
-        text = f"{head}<!-- {mark} -->\n{table(result, task, tuning=tuning)}\n{end}{tail}" if end else text
-    page.write_text(text, encoding="utf-8")
+    parts = {mark: table(result, task, tuning=tuning) for mark, (task, tuning) in TABLES.items()}
+    parts |= {
+        "real-missing": missing_sentence(result),
+        "real-control": control_table(result["runs"]),
+        "real-order": order_table(result["runs"]),
+    }
+    harness.renew_page(page, parts)
 
 
 def picture(result: dict[str, Any]) -> str:
@@ -137,6 +146,7 @@ def _shares(found: dict[str, Any], accuracy: bool = True) -> list[tuple[float, f
 def table(result: dict[str, Any], task: Task, *, tuning: bool = False) -> str:
     """Return the runs of a task as a Markdown table, those of the tuning seed or those of the reported ones."""
     rows = [run for run in result["runs"] if run["task"] == task.name and (run["seed"] == TUNING) is tuning]
+    rows = [run for run in rows if run["arm"] not in {arm.name for arm in CONTROLS}]  # they have a table of their own
     seeds = len({run["seed"] for run in rows}) > 1
     utility = "accuracy" if task.metric == "label_accuracy" else "NLL"
     head = [

@@ -17,8 +17,9 @@ from safecl.data import read_prompts, read_rows
 from safecl.evaluation import find_overlaps, wilson
 from tests.benchmarks.test_safety_retention import BENCHMARKS
 
-MODULES = ("real_data", "real_model", "real_model_arms", "real_model_data", "real_model_distance", "real_model_table",
-           "safety_retention", "retention_arms", "retention_table", "harness")  # fmt: skip
+MODULES = ("real_data", "real_model", "real_model_arms", "real_model_data", "real_model_distance",
+           "real_model_readings", "real_model_table", "safety_retention", "retention_arms", "retention_table",
+           "harness")  # fmt: skip
 
 
 @pytest.fixture
@@ -126,4 +127,73 @@ def test_the_committed_results_name_every_arm_that_they_do_not_have(bench):
     _, arms, table = bench
     committed = json.loads(Path(table.RESULTS).read_text())
     there = {f"{run['task']}-p{run['poison']}-s{run['seed']}/{run['arm']}" for run in committed["runs"]}
-    assert there | set(committed["missing"]) == {run.name for run in arms.RUNS}
+    wanted = [*arms.RUNS, *table.further_runs(committed["runs"])]
+    assert there | set(committed["missing"]) == {run.name for run in wanted}
+
+
+# ------------------------------------------------------------------------------------------------------------ readings
+
+
+def record(arms, arm, asr: float, accuracy: float = 0.86, poison: int = 10, seed: int = 0) -> dict:
+    rate = lambda value: {"value": value, "low": max(0.0, value - 0.05), "high": min(1.0, value + 0.05)}  # noqa: E731
+    own = {"task": "sst2", "arm": arm.name, "poison": poison, "seed": seed, "cpu_seconds": 200.0}
+    return own | {"asr": rate(asr), "complied": rate(asr), "utility": rate(accuracy)}
+
+
+def test_the_best_methods_are_those_with_the_lowest_rate_near_plain_accuracy_once_all_are_measured(bench):
+    import real_model_readings as readings
+
+    _, arms, _ = bench
+    rates = {arm: (1.0 - 0.05 * number, 0.86) for number, arm in enumerate(arms.METHODS)}
+    low, weak = arms.METHODS[-1], arms.METHODS[-2]
+    rates[weak] = (0.0, 0.82)  # four points below plain fine-tuning
+    found = [record(arms, arms.PLAIN, 1.0), *(record(arms, arm, *rate) for arm, rate in rates.items())]
+    assert readings.best(found[:-1], 10) == [] == readings.best(found, 0)
+    best = readings.best(found, 10)
+    assert best == [low, *arms.METHODS[-3:-6:-1]] and weak not in best
+    further = readings.further_runs(found)
+    assert [(run.arm, run.poison, run.seed) for run in further] == [(arm, 10, seed) for arm in best for seed in (2, 3)]
+    assert not set(further) & set(arms.RUNS)
+    said = readings.missing_sentence({"runs": found, "missing": ["a", "b"]})
+    assert said.startswith(
+        f"2 of {len(found) + 2} arms are not measured yet. With 10 % poison the four best methods are "
+    )
+    assert best[0].title in said and said.endswith("On clean rows the four best methods are not measured yet.")
+
+
+def test_clean_rows_with_a_preset_come_before_the_controller(bench):
+    _, arms, _ = bench
+    order = [run.name for run in arms.RUNS]
+    assert order.index("sst2-p0-s0/balanced") < min(i for i, name in enumerate(order) if "controller" in name)
+
+
+def test_the_tuned_control_is_the_lowest_rate_within_three_points_when_the_grid_is_whole(bench):
+    import real_model_readings as readings
+
+    _, arms, _ = bench
+    table = readings.control_table([record(arms, arms.PLAIN, 1.0, 0.88, poison=0)])
+    assert table.count("not measured yet") == len(arms.CONTROLS) + 1 and "| as in the other arms | 1.00 |" in table
+    found = [record(arms, arms.PLAIN, 1.0, 0.88, poison=0)]
+    found += [record(arms, arm, 0.9 - 0.1 * i, 0.88 - 0.01 * i, poison=0) for i, arm in enumerate(arms.CONTROLS)]
+    assert readings.control_table(found).endswith(f"The tuned control is {arms.CONTROLS[3].title}.")
+
+
+def test_the_published_order_stands_beside_what_was_measured(bench, tmp_path):
+    import real_model_readings as readings
+
+    _, arms, _ = bench
+    by_name = {arm.name: arm for arm in arms.METHODS}
+    nothing = readings.order_table([], tmp_path / "none.json")
+    assert nothing.count("not measured yet") == len(readings.ORDER) + 2
+    merge = {"kind": "safe_lora", "reported": [record(arms, arms.PLAIN, 0.06) | {"accuracy": {"value": 0.645}}]}
+    (tmp_path / "merges.json").write_text(json.dumps({"merges": [merge]}))
+    found = [record(arms, by_name[name], asr) for name, asr in (("lisa", 0.95), ("der", 0.89), ("agem", 1.0))]
+    said = readings.order_table(found, tmp_path / "merges.json")
+    assert (
+        "| DER | at most 5.9 | 89 (84–94) | 0.860 |" in said
+        and "| SafeLoRA | at least 24.4 | 6 (1–11) | 0.645 |" in said
+    )
+    assert (
+        "Of 6 measured pairs: 1 in the published order, 3 in the other (SafeLoRA below Lisa, SafeLoRA below DER, "
+        "SafeLoRA below A-GEM), 2 not told apart. LwF: not measured yet."
+    ) in said
