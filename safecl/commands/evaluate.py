@@ -10,6 +10,7 @@ from safecl.commands.spinner import working
 from safecl.config import load_config
 from safecl.distributed import environment
 from safecl.exits import ExitCode
+from safecl.storage.locks import RESULTS_LOCK, waiting_lock
 from safecl.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def _write_page(folder: Path, console: Terminal) -> None:
     from safecl.report.run import REPORT, write_run_report
 
     try:
-        write_run_report(folder)
+        with waiting_lock(folder / RESULTS_LOCK):
+            write_run_report(folder)
     except OSError as error:
         console.print(f"{REPORT} could not be written: {error.strerror}; `safecl report {folder}` makes it")
 

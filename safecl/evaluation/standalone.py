@@ -197,15 +197,15 @@ def _measure(
     from safecl.data.templates.thinking import check_thinking
     from safecl.data.templates.written import notes_on_prompts
     from safecl.distributed import collectives
-    from safecl.evaluation.results.added import earlier_results, free_name, write_results
+    from safecl.evaluation.results.added import add_results, earlier_results, free_name
     from safecl.evaluation.results.moment import Evaluation
 
-    earlier = earlier_results(folder)
+    name = name_of(settings.path)
+    when = free_name(name, earlier_results(folder))
     tokenizer = load_tokenizer(settings)
     check_thinking(tokenizer)
     rows = [row for _, _, rows in questions.tasks for row in rows]
     notes = notes_on_prompts(tokenizer, [*questions.prompts, *questions.benign], rows, privacy)
-    when = free_name(name_of(settings.path), earlier)
     of_harness = measure_harness(settings, dtype, harness) if harness is not None else {}
     with collectives.process_group():
         found = _ask(settings, dtype, questions, tokenizer, folder, when) if questions else Evaluation(when, 0)
@@ -214,7 +214,7 @@ def _measure(
         facts: dict[str, Any] = {}
         if collectives.rank() == 0:
             facts = _facts(settings, questions, tokenizer, hash_of, harness)
-            write_results(folder, earlier, found, gate.to_dict() if gate else None, facts, privacy)
+            found = add_results(folder, name, found, gate.to_dict() if gate else None, facts, privacy)
     return StandaloneResult(settings.path, found, gate, folder, tuple(notes), facts)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """The errors of file systems that have no locks."""
+RESULTS_LOCK = "results.lock"
+"""The lock in a folder of results, for verbs that read what is there, add to it and write it again."""
 
 
 class FileLock:
@@ -56,7 +58,14 @@ class FileLock:
 
 @contextlib.contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """Hold the lock on a file for the `with` block; wait as long as another process holds it. Raises OSError."""
+    """Hold the lock on a file for the `with` block; wait as long as another process holds it. Raises OSError.
+
+    On a file system that has no locks the block runs without one.
+    """
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield

@@ -3,13 +3,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 
 from safecl.config import ConfigError, SafetyConfig, dump_config, load_config
-from safecl.evaluation import HFEvalModel, evaluate_folder, evaluate_target
+from safecl.evaluation import Evaluation, HFEvalModel, evaluate_folder, evaluate_target
 from safecl.evaluation.gates.folders import judge_folder
+from safecl.evaluation.results import added
+from safecl.evaluation.results.added import earlier_results
 from tests.evaluation.models import byte_tokenizer, tiny_model
 from tests.evaluation.test_task import byte_model
 
@@ -92,6 +96,37 @@ def test_a_second_evaluation_is_added_and_replaces_nothing(place, tmp_path):
     assert written["privacy"] == "none", "the strictest of them"
     assert (first.folder / "outputs" / "000000-start-safety.jsonl").read_bytes() == answers
     assert len((first.folder / "outputs" / "000000-start-2-safety.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_evaluation_that_ends_while_another_one_measures_is_kept(place, tmp_path):
+    settings, inner = [f"output={tmp_path}", "safety.max_prompts=2"], []
+
+    def hash_of(path):
+        inner.append(evaluate_target(place / "run.yaml", settings))
+        return "hash"
+
+    outer = evaluate_target(place / "run.yaml", settings, hash_of=hash_of)
+    assert [inner[0].evaluation.when, outer.evaluation.when] == ["start", "start 2"]
+    written = json.loads((outer.folder / "results.json").read_text())
+    assert [each["when"] for each in written["evaluations"]] == ["start", "start 2"]
+    assert [each["when"] for each in written["measurements"]] == ["start", "start 2"]
+    assert {path.name for path in (outer.folder / "outputs").glob("*safety*")} == {
+        "000000-start-safety.jsonl",
+        "000000-start-2-safety.jsonl",
+    }
+
+
+def test_evaluations_that_end_at_the_same_time_wait_for_each_other(tmp_path, monkeypatch):
+    def read_slowly(folder):
+        found = earlier_results(folder)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(added, "earlier_results", read_slowly)
+    ends = [(tmp_path, "m", Evaluation("m", 0), None, {"finished": None}, "full")] * 4
+    with ThreadPoolExecutor(4) as threads:
+        names = {each.when for each in threads.map(lambda end: added.add_results(*end), ends)}
+    assert names == {each["when"] for each in earlier_results(tmp_path)["evaluations"]} == {"m", "m 2", "m 3", "m 4"}
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,11 @@ def test_a_file_system_without_locks_is_reported_and_other_errors_are_raised(tmp
     monkeypatch.setattr(fcntl, "flock", refuse(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         lock.take()
-    lock.close()
+    with pytest.raises(OSError, match="Input/output error"), waiting_lock(tmp_path / "lock"):
+        pass
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOLCK))
+    with waiting_lock(tmp_path / "lock"):
+        lock.close()
 
 
 def test_a_waiting_lock_excludes_others_for_its_block_only(tmp_path):

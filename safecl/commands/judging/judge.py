@@ -13,6 +13,7 @@ from rich.table import Table
 from safecl.commands.spinner import working
 from safecl.config import ConfigError, parse_yaml
 from safecl.config.judges import RECIPES, JudgeConfig
+from safecl.storage.locks import RESULTS_LOCK, waiting_lock
 from safecl.terminal import Terminal, plain
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def judge_and_print(folder: Path, judges: list[str], *, every_moment: bool, cate
         gate = run.section("safety").get("gate")
         column = category or (gate.get("category") if isinstance(gate, dict) else None) or "category"
         found = judge_run(folder, configs, moments, category=str(column), hash_of=model_hash)
-        page = write_run_report(folder)
+        with waiting_lock(folder / RESULTS_LOCK):
+            page = write_run_report(folder)
     console = Terminal()
     console.print(rates_table(found), soft_wrap=False)
     for moment in found["moments"]:

@@ -32,6 +32,7 @@ from safecl.evaluation.judges.panel import panel_of
 from safecl.evaluation.records import category_of, is_disallowed, outputs_file, read_records
 from safecl.evaluation.statistics.intervals import rate_of_decided
 from safecl.storage.durable import replace_file
+from safecl.storage.locks import RESULTS_LOCK, waiting_lock
 from safecl.storage.records import read_record
 from safecl.storage.run_records import Judgements, JudgeVersion
 
@@ -65,8 +66,9 @@ def judge_run(
         verdicts = claim_folder(folder, judge.version)
         for moment, records in chosen:
             judge_records(judged_records(records), judge, verdicts / _file_of(folder, moment).name)
-    summary = _summary(folder, [moment for moment, _ in chosen], category)
-    replace_file(folder / JUDGES, json.dumps(summary, indent=2) + "\n")
+    with waiting_lock(folder / RESULTS_LOCK):  # another process may have judged by other judges meanwhile
+        summary = _summary(folder, [moment for moment, _ in chosen], category)
+        replace_file(folder / JUDGES, json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safecl.evaluation.provenance import SCHEMA
 from safecl.evaluation.records import Privacy
 from safecl.evaluation.results.moment import Evaluation
 from safecl.storage.durable import replace_file
+from safecl.storage.locks import RESULTS_LOCK, waiting_lock
 from safecl.storage.records import read_record
 from safecl.storage.run_records import Results, Version
 
@@ -50,20 +52,42 @@ def free_name(name: str, earlier: Mapping[str, Any]) -> str:
     return next(free for free in (name, *numbers) if free not in taken)
 
 
-def write_results(
+def add_results(
     folder: Path,
+    name: str,
+    evaluation: Evaluation,
+    gate: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+    privacy: Privacy,
+) -> Evaluation:
+    """Write the answers into outputs/ and add the evaluation to results.json. Rank 0 calls it.
+
+    name: of the model; the evaluation gets the first name that is free now, since another process may have added one
+    meanwhile. facts: has finished, model, safecl and provenance. Returns the evaluation under its name. Raises
+    ConfigError where the folder cannot be written, or its results cannot be added to any more.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(folder / RESULTS_LOCK):
+            earlier = earlier_results(folder)
+            evaluation = replace(evaluation, when=free_name(name, earlier))
+            results = _added(earlier, evaluation, gate, facts, privacy)
+            evaluation.write_outputs(folder / "outputs", privacy)
+            replace_file(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    return evaluation
+
+
+def _added(
     earlier: Mapping[str, Any],
     evaluation: Evaluation,
     gate: Mapping[str, Any] | None,
     facts: Mapping[str, Any],
     privacy: Privacy,
-) -> None:
-    """Write the answers into outputs/ and the earlier results with the new ones into results.json. Rank 0 calls it.
-
-    facts: has finished, model, safecl and provenance. Raises ConfigError where the folder cannot be written.
-    """
+) -> dict[str, Any]:
     new = {"when": evaluation.when, **facts, "gate": gate}
-    results = {
+    return {
         "schema": SCHEMA,
         **facts,
         "privacy": _strictest([privacy, earlier.get("privacy", privacy)]),
@@ -71,11 +95,6 @@ def write_results(
         "measurements": [*_measurements(earlier), new],
         "gate": gate,
     }
-    try:
-        evaluation.write_outputs(folder / "outputs", privacy)
-        replace_file(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
 def _measurements(earlier: Mapping[str, Any]) -> list[Mapping[str, Any]]:
