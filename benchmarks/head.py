@@ -4,7 +4,7 @@
     python benchmarks/head.py --device cuda      GPU, bf16: four model shapes, 1024 to 16384 tokens
 
 Roof: the matrix products alone. Rivals: the naive torch loss; on a GPU also TRL and Liger (pip install
-'safecl[bench]'), which are skipped if they cannot be imported or run out of memory. Error: that of the hidden states'
+-e ".[bench]"), which are skipped if they cannot be imported or run out of memory. Error: that of the hidden states'
 gradient on 256 tokens, relative to fp64. TFLOP/s count 8 M H V with an online teacher and 6 without, for every
 contender. Peak memory is on top of inputs and returned gradients. The contenders alternate in one process
 (harness.take_turns). Writes benchmarks/results/head-<device>.json, on a GPU after every objective.

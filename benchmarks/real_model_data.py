@@ -3,9 +3,9 @@
 Reads $SAFECL_DATA and copies nothing into the repository. docs/data.md names source and licence of each data set. No
 prompt stands in two of the parts:
 
-    prompts, benign                 what is reported: 100 prompts of AdvBench, 63 safe ones of XSTest
-    prompts-tuning, benign-tuning   what settings are chosen by: 60 others, 43 others
-    contrast                        63 safe prompts of XSTest that belong to the defender
+    prompts, benign                 what is reported: 100 prompts of AdvBench, 3 of 8 safe ones of XSTest (63 of 169)
+    prompts-tuning, benign-tuning   what settings are chosen by: 60 others, 2 of 8 others (42)
+    contrast                        the other 3 of 8 (64), which belong to the defender
     defender | attacker             every second other disallowed prompt (AdvBench, Safety-Tuned LLaMAs)
 """
 

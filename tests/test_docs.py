@@ -98,13 +98,19 @@ def test_every_extra_exists():
             r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.M
         )
     )
+    code = [path.read_text() for room in ("safecl", "benchmarks") for path in (ROOT / room).rglob("*.py")]
     named = {
         extra
-        for page in PAGES
-        for found in re.findall(r"\.\[([\w,]+)\]", page.read_text())
-        for extra in found.split(",")
+        for text in [*(page.read_text() for page in PAGES), *code]
+        for found in re.findall(r"\.\[([\w,]+)\]\"|install_extra\('(\w+)'\)", text)
+        for extra in "".join(found).split(",")
     }
-    assert named <= extras
+    assert {"lora", "eval", "real", "track", "bench"} <= named <= extras
+
+
+def test_no_page_and_no_message_installs_safecl_from_an_index_which_does_not_have_it():
+    for path in [*PAGES, *(ROOT / "safecl").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        assert not re.search(r"pip install\s+['\"]?safecl", path.read_text()), path
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml|yml"), ids=lambda v: v.splitlines()[0][:60])

@@ -19,6 +19,11 @@ class ConfigError(ValueError):
     code 2."""
 
 
+def install_extra(name: str) -> str:
+    """Return how an optional part of safecl is installed: from its repository, since no index has safecl."""
+    return f'pip install -e ".[{name}]" in the repository of safecl'
+
+
 # Keys of other trainers, and the keys of safecl with the same meaning.
 ELSEWHERE = {
     "lr": "train.learning_rate",

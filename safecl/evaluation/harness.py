@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from safecl.config import ConfigError
+from safecl.config.errors import install_extra
 from safecl.config.model import ModelConfig
 from safecl.evaluation.results.task import TaskResult
 from safecl.evaluation.statistics.intervals import Mean, Rate
@@ -40,7 +41,7 @@ def check_harness(tasks: HarnessTasks) -> None:
     """Raise ConfigError where the harness is not installed, has no such task, or there are several ranks."""
     if find_spec("lm_eval") is None:
         raise ConfigError(
-            f"lm-eval {', '.join(tasks.names)}: the package lm-eval is not installed: pip install 'safecl[eval]'"
+            f"lm-eval {', '.join(tasks.names)}: the package lm-eval is not installed: {install_extra('eval')}"
         )
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ConfigError("lm-eval: runs in one process; start `safecl eval` without torchrun")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from safecl.config import ConfigError, RunConfig, SafetyConfig
+from safecl.config.errors import install_extra
 from safecl.distributed import environment
 from safecl.evaluation.serving.server import vllm_program
 from safecl.planning.plans import RunPlan
@@ -37,7 +38,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise ConfigError for a tracker that is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise ConfigError(f"log.report_to: {name} is not installed; pip install 'safecl[track]' or leave it out")
+            raise ConfigError(f"log.report_to: {name} is not installed; {install_extra('track')}, or leave it out")
 
 
 def check_backend(safety: SafetyConfig | None) -> None:

@@ -213,7 +213,7 @@ def test_every_safecl_command_of_the_pages_does_its_work(words, sandbox, tmp_pat
     code = _in_process(given) if words[0] == "safecl" else _by_launcher(words)
     told = capfd.readouterr()
     if "--lm-eval" in given and find_spec("lm_eval") is None:
-        assert code == ExitCode.USAGE and "pip install 'safecl[eval]'" in told.err
+        assert code == ExitCode.USAGE and 'pip install -e ".[eval]"' in told.err
         return
     assert code in DONE or any(word in UNALIGNED and UNALIGNED[word] in told.err for word in given[:2]), told
 

@@ -144,7 +144,7 @@ def test_a_model_that_does_not_speak_is_refused(stand_in, monkeypatch):
 
 def test_missing_packages_are_named_with_the_extra_that_brings_them(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs gguf and accelerate: pip install 'safecl\[real\]'"):
+    with pytest.raises(ConfigError, match=r'needs gguf and accelerate: pip install -e "\.\[real\]"'):
         smollm.fetch(tmp_path, lambda what: None)
 
 

@@ -99,5 +99,7 @@ def test_without_the_package_the_line_that_installs_it_is_named(monkeypatch):
     from safecl.evaluation import harness as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"lm-eval is not installed: pip install 'safecl\[eval\]'"):
+    with pytest.raises(
+        ConfigError, match=r'lm-eval is not installed: pip install -e "\.\[eval\]" in the repository of safecl'
+    ):
         check_harness(HarnessTasks(["hellaswag"]))

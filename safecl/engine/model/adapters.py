@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from torch import nn
 
 from safecl.config import ConfigError, LoraConfig, ModelConfig
+from safecl.config.errors import install_extra
 from safecl.distributed.library_warnings import no_future_warnings
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.storage.untrusted import library_error
@@ -72,7 +73,7 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
     try:
         import peft
     except ImportError:
-        raise ConfigError("model.lora needs the extra `lora`: pip install 'safecl[lora]'") from None
+        raise ConfigError(f"model.lora needs the extra `lora`: {install_extra('lora')}") from None
     lora = config.lora
     assert lora is not None, "adapters are added only where the config has them"
     settings = peft.LoraConfig(

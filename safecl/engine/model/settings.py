@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from safecl.config import ConfigError, ModelConfig
+from safecl.config.errors import install_extra
 from safecl.data.hub import refuse_unreachable
 from safecl.distributed import devices
 from safecl.storage.model_folder import is_adapter, is_gguf, settings_source
@@ -60,7 +61,7 @@ def _refuse_without_package(config: ModelConfig) -> None:
     if is_adapter(config.path):
         if find_spec("peft") is None:
             raise ConfigError(
-                f"model.path: {config.path} holds an adapter, which needs the extra `lora`: pip install 'safecl[lora]'"
+                f"model.path: {config.path} holds an adapter, which needs the extra `lora`: {install_extra('lora')}"
             )
         if config.lora is not None:
             raise ConfigError(
