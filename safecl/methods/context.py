@@ -161,6 +161,10 @@ class Run(Protocol):
     def dots_per_tensor(self, shards: Sequence[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> torch.Tensor:
         """The same for each trained tensor by itself: fp64 [pairs, tensors], by one all-reduce of as many numbers."""
 
+    def dots_per_row(self, shards: Sequence[Shard], pairs: Sequence[tuple[Quantity, Quantity]]) -> list[torch.Tensor]:
+        """The same for each row of each trained tensor, the weights of one output: for each tensor, in the order of
+        their numbers, fp64 [pairs, rows]; by one all-reduce of as many numbers. A vector is one row."""
+
     def parts(self, shards: Sequence[Shard]) -> Iterator[TensorPart]:
         """Yield the parts of trained tensors that lie in these shards. Not a collective call."""
 

@@ -351,6 +351,13 @@ class TrainingEngine(ModelEngine):
         """Dot products of pairs of quantities over each trained tensor, fp64 [pairs, tensors], by one all-reduce."""
         return tensor_parts.dots_per_tensor(self.shards, list(self.parts(shards)), pairs)
 
+    def dots_per_row(
+        self, shards: Sequence[context.Shard], pairs: Sequence[tuple[context.Quantity, context.Quantity]]
+    ) -> list[torch.Tensor]:
+        """Dot products of pairs of quantities over each row of each trained tensor: for each tensor fp64 [pairs, rows],
+        by one all-reduce."""
+        return tensor_parts.dots_per_row(self.shards, list(self.parts(shards)), pairs)
+
     def parts(self, shards: Sequence[context.Shard]) -> Iterator[context.TensorPart]:
         """Yield the parts of trained tensors that lie in these shards. Not a collective call."""
         return tensor_parts.parts_of(self.shards, self.optimizer.shards(), shards)

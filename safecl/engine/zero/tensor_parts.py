@@ -1,4 +1,5 @@
-"""Trained tensors inside the shards: their parts on this rank, sums over each tensor, and noise that no layout changes.
+"""Trained tensors inside the shards: their parts on this rank, sums over tensors and their rows, and noise that no
+layout changes.
 
 A shard cuts through tensors, so what concerns one tensor is done on its parts. Sums over a tensor are formed on each
 rank in fp64 and added up in one all-reduce.
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from safecl.engine.zero.shards import ShardMap
 from safecl.methods import context
@@ -59,15 +61,51 @@ def dots_per_tensor(
 ) -> torch.Tensor:
     """Dot products of pairs of quantities over each tensor, fp64 [pairs, tensors]."""
     local = torch.zeros(len(pairs), len(shard_map.shapes), dtype=torch.float64)
-    by_shard: dict[int, list[TensorPart]] = {}
-    for part in parts:
-        by_shard.setdefault(id(part.shard), []).append(part)
-    for own in by_shard.values():
+    for own in _by_shard(parts):
         for row, (a, b) in zip(local, pairs, strict=True):
             left, right = a(own[0].shard).detach().view(-1), b(own[0].shard).detach().view(-1)
             for part in own:
                 row[part.number] += flat_dot(left[part.where], right[part.where]).cpu()
     return shard_map.reduce_sum(local)
+
+
+def _by_shard(parts: Sequence[TensorPart]) -> list[list[TensorPart]]:
+    found: dict[int, list[TensorPart]] = {}
+    for part in parts:
+        found.setdefault(id(part.shard), []).append(part)
+    return list(found.values())
+
+
+def dots_per_row(
+    shard_map: ShardMap,
+    parts: Sequence[TensorPart],
+    pairs: Sequence[tuple[context.Quantity, context.Quantity]],
+) -> list[torch.Tensor]:
+    """Dot products of pairs of quantities over each row of each tensor: for each tensor fp64 [pairs, rows]. A row is
+    all that has the same first index; a vector is one row."""
+    num_rows = [shape[0] if len(shape) > 1 else 1 for shape in shard_map.shapes.values()]
+    widths = [math.prod(shape) // max(rows, 1) for shape, rows in zip(shard_map.shapes.values(), num_rows, strict=True)]
+    local = [torch.zeros(len(pairs), rows, dtype=torch.float64) for rows in num_rows]
+    for own in _by_shard(parts):
+        for place, (a, b) in enumerate(pairs):
+            left, right = a(own[0].shard).detach().view(-1), b(own[0].shard).detach().view(-1)
+            for part in own:
+                first, width = part.offset // widths[part.number], widths[part.number]
+                sums = _row_dots(left[part.where], right[part.where], part.offset % width, width).cpu()
+                local[part.number][place, first : first + len(sums)] += sums
+    return list(shard_map.reduce_sum(torch.cat(local, dim=1)).split(num_rows, dim=1))
+
+
+def _row_dots(a: torch.Tensor, b: torch.Tensor, lead: int, width: int) -> torch.Tensor:
+    """Dot products of consecutive rows of a part, fp64 [rows]. lead: elements of the first row that lie before it."""
+    rows_at_once = max(1, CHUNK // width) * width
+    sums, begin = [], 0
+    while begin < len(a):
+        end = min(begin + rows_at_once - lead, len(a))
+        products = a[begin:end].double() * b[begin:end].double()
+        sums.append(F.pad(products, (lead, -(lead + end - begin) % width)).view(-1, width).sum(1))
+        begin, lead = end, 0
+    return torch.cat(sums) if sums else a.new_zeros(0, dtype=torch.float64)
 
 
 def flat_dot(a: torch.Tensor, b: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:

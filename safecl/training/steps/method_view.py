@@ -70,6 +70,11 @@ class MethodView:
     ) -> torch.Tensor:
         return self._engine.dots_per_tensor(shards, pairs)
 
+    def dots_per_row(
+        self, shards: Sequence[context.Shard], pairs: Sequence[tuple[context.Quantity, context.Quantity]]
+    ) -> list[torch.Tensor]:
+        return self._engine.dots_per_row(shards, pairs)
+
     def parts(self, shards: Sequence[context.Shard]) -> Iterator[context.TensorPart]:
         return self._engine.parts(shards)
 

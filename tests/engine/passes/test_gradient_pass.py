@@ -56,6 +56,10 @@ def use_all_primitives(**changes) -> dict:
     ).tolist()
     (per_tensor,) = engine.dots_per_tensor(run.view.shards(), [(lambda s: s.state["a"], lambda s: s.state["b"])])
     found["per_tensor"] = dict(zip(shards.shapes, per_tensor.tolist(), strict=True))
+    per_row = engine.dots_per_row(
+        run.view.shards(), [(lambda s: s.state["a"], lambda s: s.state["b"]), (lambda s: s.state["a"],) * 2]
+    )
+    found["per_row"] = {name: rows.clone() for name, rows in zip(shards.shapes, per_row, strict=True)}
     engine.gradient_pass(first, engine.perturb(RHO))
     found["perturbed"] = scenes.state_of(run)["weights"]
     engine.gradient_pass(second, engine.restore(engine.stash("b_perturbed")))
@@ -88,6 +92,11 @@ def test_stash_fisher_dots_and_perturbation_equal_plain_pytorch(rank_pool, stage
     assert oracle.relative_distance(found["squares"], squares) <= 1e-5
     per_tensor = {name: float((want["a"][name].double() * want["b"][name].double()).sum()) for name in want["a"]}
     assert found["per_tensor"] == pytest.approx(per_tensor, rel=1e-4, abs=1e-7)
+    for name, rows in found["per_row"].items():
+        a, b = (want[kind][name].double().view(rows.shape[1], -1) for kind in ("a", "b"))
+        assert rows.shape[1] == (len(want["a"][name]) if want["a"][name].dim() > 1 else 1)
+        assert oracle.relative_distance({"": rows[0]}, {"": (a * b).sum(1)}) <= 1e-4, name
+        assert oracle.relative_distance({"": rows[1]}, {"": (a * a).sum(1)}) <= 1e-4, name
     length = sum(float((g.double() ** 2).sum()) for g in want["a"].values())
     assert found["dots"] == pytest.approx([sum(per_tensor.values()), length], rel=1e-5)
     assert found["restored"] and found["live_restored"]
