@@ -137,6 +137,10 @@ def init(
     memory_file: Annotated[
         str | None, typer.Option("--memory", help="Disallowed prompts with the refusals to keep: a file, or `none`.")
     ] = None,
+    memory_prompts: Annotated[
+        str | None,
+        typer.Option(help="Disallowed prompts alone, in place of --memory; the model writes its refusals itself."),
+    ] = None,
     safety_prompts: Annotated[
         str | None, typer.Option("--safety", help="Disallowed prompts to measure safety with, or `none`.")
     ] = None,
@@ -146,7 +150,7 @@ def init(
     ] = None,
     every_key: Annotated[bool, typer.Option("--all", help="Write all keys, not only the usual ones.")] = False,
 ) -> None:
-    """Write a commented starter config; asks up to five questions on a terminal."""
+    """Write a commented starter config; asks up to six questions on a terminal."""
     from safecl.commands.init import init_config
 
     init_config(
@@ -154,6 +158,7 @@ def init(
         model=model,
         train_file=train_file,
         memory=memory_file,
+        memory_prompts=memory_prompts,
         safety_prompts=safety_prompts,
         untrusted=untrusted,
         every_key=every_key,

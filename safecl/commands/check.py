@@ -19,16 +19,22 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from safecl.engine.artifacts.memory_prompts import Prospect
+
 
 def check_run(config: RunConfig) -> None:
     """Print the plan and one decoded example per task. Raises ConfigError for everything that would stop the run; for
     bad rows it names file and line."""
     with _collecting_nothing():
-        _check_run(config)
+        preflight(config)
+        from safecl.engine.artifacts.memory_prompts import with_known_or_expected_rows
+
+        with with_known_or_expected_rows(config) as (known, prospect):
+            _check_run(known, prospect)
 
 
-def _check_run(config: RunConfig) -> None:
-    preflight(config)
+def _check_run(config: RunConfig, prospect: Prospect | None) -> None:
+    """prospect: what becomes of the prompts of the memory; None where it has rows of its own."""
     from safecl.data import describe
     from safecl.distributed import devices
     from safecl.planning.checks import check_fisher_values
@@ -56,6 +62,8 @@ def _check_run(config: RunConfig) -> None:
     facts += memory_lines(shape_on, config, teachers, program=program, keeps_freed=plan.keeps_freed_memory)
     most_tokens = max(task.tokens_per_batch for task in plan.tasks)
     facts += prediction(shape_on(ranks_here()), config, most_tokens, teachers)
+    if prospect is not None:
+        facts.insert([label for label, _ in facts].index("memory"), ("memory prompts", prospect.text))
     for what, value in facts:
         console.print(fact(what, value, 18))
     for task in plan.tasks:
@@ -63,7 +71,8 @@ def _check_run(config: RunConfig) -> None:
             describe(task.dataset, plan.tokenizer, examples=config.privacy.examples, title=f"task {task.config.name}"),
             soft_wrap=False,
         )
-    refuse_folder_of_other_run(RunFolder(Path(config.output)), plan)
+    if prospect is None or prospect.written:
+        refuse_folder_of_other_run(RunFolder(Path(config.output)), plan)
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow")
     if (shortage := too_little(shape_on, config, teachers, program=program)) is not None:

@@ -49,6 +49,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     from safecl.distributed import collectives
     from safecl.distributed.watchdog import watched
     from safecl.engine.artifacts.fisher import header_of, shared_fisher
+    from safecl.engine.artifacts.memory_prompts import with_memory_rows
     from safecl.engine.fisher.file import open_fisher
     from safecl.training.output.console import Console
 
@@ -59,6 +60,7 @@ def estimate_to_file(config: RunConfig, path: Path | None, *, exact: bool) -> No
     }  # none freezes
     config = config.model_copy(update=whole)
     reader, size = _reader(config)
+    config = with_memory_rows(config, console.note)
     tokenizer = load_tokenizer(config.model)
     dataset = prepare_memory(config, tokenizer)
     collectives.init_distributed()
@@ -122,7 +124,7 @@ def _estimate(
         dataset,
         config.memory,
         seed=config.train.seed,
-        source=config.memory.source,
+        source=config.memory.origin,
         with_teacher=config.memory.guard is not None,
         tags=tags_of_memory(config.memory, dataset, tokenizer),
     )

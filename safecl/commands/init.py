@@ -1,4 +1,4 @@
-"""`safecl init`: asks up to five questions and writes a commented config. The comments are the config's own
+"""`safecl init`: asks up to six questions and writes a commented config. The comments are the config's own
 documentation (safecl/config/docs.py)."""
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def init_config(
     model: str | None,
     train_file: str | None,
     memory: str | None,
+    memory_prompts: str | None,
     safety_prompts: str | None,
     untrusted: bool | None,
     every_key: bool,
@@ -41,14 +42,21 @@ def init_config(
     train_file = train_file or _ask(
         "Training rows (.jsonl, .json, .csv, .parquet or a hub id)", str(EXAMPLES["tasks.train"])
     )
-    memory = memory or _ask("Disallowed prompts with the refusals to keep (a file, or none)", "none")
+    if memory_prompts is None:
+        memory = memory or _ask("Disallowed prompts with the refusals to keep (a file, or none)", "none")
+    if memory in (None, "none"):
+        memory_prompts = memory_prompts or _ask(
+            "Disallowed prompts alone, to which the model writes its refusals itself (a file, or none)", "none"
+        )
     safety_prompts = safety_prompts or _ask("Other disallowed prompts to measure safety with (a file, or none)", "none")
-    kept, prompts = (None if name == "none" else name for name in (memory, safety_prompts))
-    if untrusted is None and kept:
+    kept, asked, prompts = (None if name == "none" else name for name in (memory, memory_prompts, safety_prompts))
+    if kept and asked:
+        raise ConfigError("--memory has refusals, and the model writes its own for --memory-prompts; leave one out")
+    if untrusted is None and (kept or asked):
         untrusted = (
             _ask("May somebody have poisoned the training rows (uploads of others)? yes or no", "no")[:1] in "yY"
         )
-    values = starter_values(model, train_file, kept, prompts, untrusted=bool(untrusted))
+    values = starter_values(model, train_file, kept, prompts, memory_prompts=asked, untrusted=bool(untrusted))
     text = HEADER.format(file=output) + starter_yaml(values, every_key)
     assert parse_yaml(text)["model"]["path"] == model
     _write(output, text)
@@ -56,9 +64,17 @@ def init_config(
 
 
 def starter_values(
-    model: str, train_file: str, memory: str | None, safety_prompts: str | None, *, untrusted: bool = False
+    model: str,
+    train_file: str,
+    memory: str | None,
+    safety_prompts: str | None,
+    *,
+    memory_prompts: str | None = None,
+    untrusted: bool = False,
 ) -> dict[str, Any]:
     """Return the keys that a starter sets: the answers, the preset that fits, and the sizes that people change first.
+
+    memory: file of refusals to keep; memory_prompts: of disallowed prompts in its place, which the model answers.
 
     Where there are prompts that the model is known to refuse, the upload is screened. Flagged rows are only listed:
     without known harmless rows to compare with, a third of an honest upload may be flagged, and a default must not
@@ -68,16 +84,17 @@ def starter_values(
     values: dict[str, Any] = {
         "model": {"path": model},
         "tasks": [{"name": name, "train": train_file}],
-        "methods": ("strict" if untrusted else "balanced") if memory else "no-data",
+        "methods": ("strict" if untrusted else "balanced") if memory or memory_prompts else "no-data",
         "train": {"epochs": 3.0, "learning_rate": 2e-5},
         "deepspeed": {"stage": 2},
         "output": f"runs/{name}",
     }
-    if memory:
-        values["memory"] = {"source": memory, "replay_ratio": 0.25}
+    if memory or memory_prompts:
+        rows = {"source": memory} if memory else {"prompts": memory_prompts}
+        values["memory"] = {**rows, "replay_ratio": 0.25}
     if safety_prompts:
         values["safety"] = {"prompts": safety_prompts}
-    if memory or safety_prompts:
+    if memory or memory_prompts or safety_prompts:
         values["scan"] = {"action": "report"}
     return values
 

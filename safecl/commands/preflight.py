@@ -87,7 +87,9 @@ def _data_files(config: RunConfig) -> Iterator[tuple[str, str]]:
         if task.eval is not None:
             yield f"tasks.{index}.eval.path", task.eval.path
     if config.memory is not None:
-        yield "memory.source", config.memory.source
+        for key in ("source", "prompts", "benign_prompts"):
+            if (path := getattr(config.memory, key)) is not None:
+                yield f"memory.{key}", benchmark_of(path)[1] if key != "source" else path
     if config.poison.ratio > 0 and config.poison.source is not None:
         yield "poison.source", config.poison.source
     if config.safety is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safecl.commands.preflight import preflight
 from safecl.commands.spinner import working
@@ -14,6 +14,7 @@ from safecl.exits import ExitCode
 from safecl.terminal import Terminal
 
 if TYPE_CHECKING:
+    from safecl.data import TokenDataset
     from safecl.scan.screening import Screening
 
 
@@ -31,14 +32,26 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
     from safecl.data.config_rows import prepare_task
     from safecl.data.templates.thinking import check_thinking
     from safecl.distributed.collectives import process_group
-    from safecl.distributed.watchdog import watched
-    from safecl.evaluation import HFEvalModel
-    from safecl.scan import screen_tasks
+    from safecl.engine.artifacts.memory_prompts import with_memory_rows
 
     tokenizer = load_tokenizer(config.model)
     check_thinking(tokenizer)
     tasks = [(task.name, prepare_task(config, task, tokenizer)[0]) for task in config.tasks]
-    with working("screening the rows"), process_group(), watched(Path(config.output), "evaluation"):
+    with working("screening the rows"), process_group():
+        config = with_memory_rows(config, lambda message: None)
+        screening = _screened(config, tokenizer, tasks)
+    if environment.rank() == 0:
+        folder = screening.write(Path(config.output) / "scan", config.privacy.examples)
+        show_screening(screening, config, folder, as_json)
+    return ExitCode.GATE if screening.refused_because else ExitCode.DONE
+
+
+def _screened(config: RunConfig, tokenizer: Any, tasks: list[tuple[str, TokenDataset]]) -> Screening:
+    from safecl.distributed.watchdog import watched
+    from safecl.evaluation import HFEvalModel
+    from safecl.scan import screen_tasks
+
+    with watched(Path(config.output), "evaluation"):
         settings = config.model
         model = HFEvalModel.load(
             settings.path,
@@ -46,11 +59,7 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
             attention=settings.attention,
             trust_remote_code=settings.trust_remote_code,
         )
-        screening = screen_tasks(model, tokenizer, config, tasks)
-    if environment.rank() == 0:
-        folder = screening.write(Path(config.output) / "scan", config.privacy.examples)
-        show_screening(screening, config, folder, as_json)
-    return ExitCode.GATE if screening.refused_because else ExitCode.DONE
+        return screen_tasks(model, tokenizer, config, tasks)
 
 
 def with_scan(config: RunConfig) -> RunConfig:

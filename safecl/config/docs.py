@@ -38,6 +38,9 @@ USUAL = {
     "scan": ("action", "benign"),
 }
 
+# The usual one of several keys of which a section needs one.
+ONE_OF = {"memory": ("source",)}
+
 # Values of keys without a default, and of keys whose default says nothing about their form.
 EXAMPLES = {
     "model.path": "path/to/model",
@@ -47,6 +50,8 @@ EXAMPLES = {
     "fields.prompt": "Review: {sentence}",
     "fields.completion": "{label}",
     "memory.source": "refusals.jsonl",
+    "memory.prompts": "disallowed-to-keep.jsonl",
+    "memory.benign_prompts": "harmless.jsonl",
     "safety.prompts": "disallowed.jsonl",
     "safety.benign_prompts": "benign.jsonl",
     "safety.gate.max_asr": 0.05,
@@ -101,7 +106,8 @@ def _open_section(
 
 def _needed(section: type[BaseModel], path: str) -> dict[str, Any]:
     """The keys that a commented section needs once a user uncomments it."""
-    return {name: example_of(f"{path}.{name}") for name, field in section.model_fields.items() if field.is_required()}
+    needed = [name for name, field in section.model_fields.items() if field.is_required()]
+    return {name: example_of(f"{path}.{name}") for name in [*needed, *ONE_OF.get(path, ())]}
 
 
 def example_of(path: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from safecl.config.base import Section, Text, parse_bytes
 from safecl.config.data import RowsConfig, RowsSource
@@ -64,11 +65,33 @@ def _rows_or_bytes(value: Any) -> Any:
     return value
 
 
-class _MemorySource(Section):
-    """The key of the memory that comes before those of RowsConfig."""
+class AnswersConfig(Section):
+    """The answers that the aligned model gives to `memory.prompts`; the options of `safecl memory build`."""
 
-    source: Text
-    """File or hub id of the rows to keep."""
+    scorer: Text = "keyword:gcg"
+    """Decides whether a disallowed prompt was refused: a keyword list, or a judge of your own; see `safety.scorer`."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longer answers are cut off, and left out."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Prompts that each rank answers at once."""
+    max_prompts: Annotated[int, Field(ge=1)] | None = None
+    """Prompts used of each file, taken evenly; all by default."""
+
+
+class _MemorySource(Section):
+    """The keys of the memory that come before those of RowsConfig."""
+
+    source: Text | None = None
+    """File or hub id of the rows to keep; or name `prompts`."""
+    prompts: Text | None = None
+    """File or hub id of disallowed prompts without answers, in the place of `source`. The aligned model answers them
+    before the run, and its refusals are the rows (GR-SAP, arXiv 2603.10243). They are written once for all runs on that
+    model, as `safecl memory build` writes them."""
+    benign_prompts: Text | None = None
+    """With `prompts`: harmless prompts, best ones that look dangerous, whose answers become rows, too. They keep
+    over-refusal low."""
+    answers: AnswersConfig = AnswersConfig()
+    """With `prompts`: settings of the model's answers."""
 
 
 class MemoryConfig(RowsConfig, _MemorySource):
@@ -110,6 +133,24 @@ class MemoryConfig(RowsConfig, _MemorySource):
     """Number of rows of each finished task that enter the memory before the next task, with the outputs of the model
     that the task produced. Poisoned rows of the task enter, too."""
 
+    _written: str | None = PrivateAttr(None)
+    """File of the rows that the aligned model has written."""
+
+    @model_validator(mode="after")
+    def _names_rows_or_prompts(self) -> MemoryConfig:
+        if self.source is None and self.prompts is None:
+            raise ValueError(
+                "name `source`, the rows whose behaviour must be kept, or `prompts`, disallowed prompts to which the "
+                "aligned model writes its refusals itself"
+            )
+        if self.source is not None and (self.prompts is not None or self.benign_prompts is not None):
+            raise ValueError("source has rows with answers, and the model answers `prompts` itself; leave one out")
+        if self.prompts is not None:
+            of_files = {"split": self.split != "train", "format": self.format != "auto", "fields": self.fields}
+            if given := [key for key, value in of_files.items() if value]:
+                raise ValueError(f"{given[0]} is about the rows of `source`; leave it out with `prompts`")
+        return self
+
     @model_validator(mode="after")
     def _shares_are_those_of_a_balanced_draw(self) -> MemoryConfig:
         if self.shares and self.draw not in ("auto", "balanced"):
@@ -139,5 +180,25 @@ class MemoryConfig(RowsConfig, _MemorySource):
 
     @property
     def rows_source(self) -> RowsSource:
-        """The rows that fill the memory."""
-        return self._source(self.source)
+        """The rows that fill the memory; with `prompts`, only once they are written."""
+        path = self._written if self.source is None else self.source
+        assert path is not None, "the model writes its rows before they are read"
+        return self._source(path)
+
+    @property
+    def origin(self) -> str:
+        """The file that the user has named: of the rows, or of the prompts."""
+        origin = self.prompts if self.source is None else self.source
+        assert origin is not None, "a memory names rows or prompts"
+        return origin
+
+    @property
+    def awaits_rows(self) -> bool:
+        """True where the aligned model has yet to write the rows."""
+        return self.source is None and self._written is None
+
+    def with_written(self, rows: Path) -> MemoryConfig:
+        """Return the same memory with the file of the rows that the model has written. It stands in no saved config."""
+        copy = self.model_copy()
+        copy._written = str(rows)
+        return copy

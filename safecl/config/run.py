@@ -99,9 +99,18 @@ class RunConfig(Section):
         for name, settings in self.methods.items():
             if settings.needs_memory and self.memory is None:
                 raise ValueError(
-                    f"methods: {name} needs `memory: {{source: ...}}`, the rows whose behaviour must be kept; "
-                    "or `methods: no-data`"
+                    f"methods: {name} needs `memory: {{source: ...}}`, the rows whose behaviour must be kept, or "
+                    "`memory: {prompts: ...}`, disallowed prompts alone; or `methods: no-data`"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _the_model_that_answers_is_aligned(self) -> RunConfig:
+        if self.memory is not None and self.memory.prompts is not None and self.tasks[0].role == "align":
+            raise ValueError(
+                "memory.prompts: the aligned model answers them before the run, and here the first task (role: align) "
+                "makes it; name rows with memory.source, or align in a run of its own"
+            )
         return self
 
     @model_validator(mode="after")

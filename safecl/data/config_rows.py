@@ -9,8 +9,19 @@ import numpy as np
 
 from safecl.config import EvalConfig, FieldMap, RunConfig, TaskConfig
 from safecl.config.data import RowsSource
+from safecl.config.memory import MemoryConfig
 from safecl.config.run import harmful_sources, memory_tokens
-from safecl.data import ChatRow, DataError, TokenDataset, concat, mix_poison, prepare_dataset, read_rows
+from safecl.data import (
+    ChatRow,
+    DataError,
+    Prompt,
+    TokenDataset,
+    concat,
+    mix_poison,
+    prepare_dataset,
+    read_prompts,
+    read_rows,
+)
 from safecl.data.order import keyed_hash
 from safecl.data.rewriting import Rewriting
 from safecl.storage.cache_folder import prepared_folder
@@ -71,7 +82,7 @@ def rewriting_of(config: RunConfig) -> Rewriting | None:
 
 
 def prepare_memory(config: RunConfig, tokenizer: Any) -> TokenDataset:
-    """The tokenised rows of memory.source. Raises DataError."""
+    """The tokenised rows of the memory. Raises DataError."""
     assert config.memory is not None, "only a config with a memory has memory rows"
     return _prepare(config, config.memory.rows_source, tokenizer, memory_tokens(config))
 
@@ -103,10 +114,13 @@ def _prepare(
 
 
 def read_training_rows(config: RunConfig) -> list[ChatRow]:
-    """All rows that the run takes gradients on: tasks, memory, poison, harmful rows. Raises DataError."""
-    memory = [config.memory.rows_source] if config.memory is not None else []
+    """All rows that the run takes gradients on: tasks, memory, poison, harmful rows. Raises DataError.
+
+    Rows of the memory that the model has yet to write are their prompts.
+    """
+    tasks, memory = _read(config, [task.rows_source for task in config.tasks]), read_memory_rows(config)
     harmful = [RowsSource(path) for path in dict.fromkeys(harmful_sources(config).values())]
-    return _read(config, [*(task.rows_source for task in config.tasks), *memory, *_poison(config), *harmful])
+    return [*tasks, *memory, *_read(config, [*_poison(config), *harmful])]
 
 
 def read_rows_by_task(config: RunConfig) -> list[tuple[TaskConfig | None, list[ChatRow]]]:
@@ -124,8 +138,24 @@ def read_upload_rows(config: RunConfig) -> list[ChatRow]:
 
 
 def read_memory_rows(config: RunConfig) -> list[ChatRow]:
-    """Rows of memory.source; none without a memory. Raises DataError."""
-    return _read(config, [config.memory.rows_source]) if config.memory is not None else []
+    """Rows of the memory; none without one. Raises DataError.
+
+    Rows that the model has yet to write are their prompts.
+    """
+    if config.memory is None:
+        return []
+    if config.memory.awaits_rows:
+        disallowed, benign = memory_prompts(config.memory)
+        return [ChatRow(prompt.messages, prompt.path, prompt.line, prompt.tags) for prompt in [*disallowed, *benign]]
+    return _read(config, [config.memory.rows_source])
+
+
+def memory_prompts(memory: MemoryConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """The disallowed and the benign prompts that the aligned model answers for the memory. Raises DataError."""
+    assert memory.prompts is not None, "a memory of rows names no prompts"
+    most = memory.answers.max_prompts
+    benign = [] if memory.benign_prompts is None else read_prompts(memory.benign_prompts, most, only_safe=True)
+    return read_prompts(memory.prompts, most), benign
 
 
 def read_eval_rows(config: EvalConfig | None, fields: FieldMap | None) -> list[ChatRow]:

@@ -22,7 +22,15 @@ from safecl.launching import network
 
 _SAMPLES, _SAMPLE_BYTES, _HEAD_BYTES = 16, 4096, 65536
 
-PER_NODE = ("launch", "artifacts.folder", "model.path", "memory.source", "poison.source")
+PER_NODE = (
+    "launch",
+    "artifacts.folder",
+    "model.path",
+    "memory.source",
+    "memory.prompts",
+    "memory.benign_prompts",
+    "poison.source",
+)
 """Config keys that may differ between nodes: what they name is compared by content."""
 
 

@@ -58,12 +58,12 @@ def check_shares(config: MemoryConfig, rows: TokenDataset, tokenizer: PreTrained
     missing = [name for name in config.shares if name not in found]
     if len(missing) == len(config.shares):
         raise ConfigError(
-            f"memory.shares: no row of {config.source} has the {config.balance_by} {', '.join(missing)}; "
+            f"memory.shares: no row of {config.origin} has the {config.balance_by} {', '.join(missing)}; "
             f"the rows have: {there}"
         )
     if set(found) <= set(config.shares) and sum(config.shares.values()) < 1 - 1e-9:
         return [
-            f"memory.shares: {config.source} has no rows beside {there}, so the draws hold nothing else; "
+            f"memory.shares: {config.origin} has no rows beside {there}, so the draws hold nothing else; "
             "`safecl memory build --benign` adds harmless rows, which keep over-refusal low"
         ]
-    return [f"memory.shares: no row of {config.source} has the {config.balance_by} {name}" for name in missing]
+    return [f"memory.shares: no row of {config.origin} has the {config.balance_by} {name}" for name in missing]

@@ -32,6 +32,9 @@ MAY_DIFFER = (
     "model.gradient_checkpointing",
     "tasks.*.train",
     "memory.source",
+    "memory.prompts",
+    "memory.benign_prompts",
+    "memory.answers",
     "poison.source",
     "train.tokens_per_microbatch",
     "train.packing",
@@ -78,7 +81,7 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
         if saved["rows"].get(name) != rows:
             raise ConfigError(f"{where}: the rows of task {name} have changed since this run began; {HOW_TO_RESUME}")
     if saved["memory_rows"] != now["memory_rows"]:
-        raise ConfigError(f"{where}: the rows of memory.source have changed since this run began; {HOW_TO_RESUME}")
+        raise ConfigError(f"{where}: the rows of the memory have changed since this run began; {HOW_TO_RESUME}")
     for name, rows in now["harmful_rows"].items():
         if saved.get("harmful_rows", {}).get(name) != rows:
             raise ConfigError(

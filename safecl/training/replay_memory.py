@@ -128,7 +128,7 @@ def make_memory(
     folder: Path,
     note: Callable[[str], None],
 ) -> ReplayMemory:
-    """Make the memory of a run from the rows of memory.source. A collective call.
+    """Make the memory of a run from its rows. A collective call.
 
     The base model's outputs come from the store of artifacts. No other run has a model that this run has aligned, so
     the outputs of that stay in the run's own memory.
@@ -142,7 +142,7 @@ def make_memory(
         rows,
         config.memory,
         seed=config.train.seed,
-        source=config.memory.source,
+        source=config.memory.origin,
         with_teacher=with_teacher,
         folder=folder,
         shared=shared,

@@ -27,6 +27,7 @@ from safecl.distributed import collectives, environment
 from safecl.distributed.progress import STEP, phase, step_took
 from safecl.distributed.signals import StopRequest
 from safecl.distributed.watchdog import watching
+from safecl.engine.artifacts.memory_prompts import with_memory_rows
 from safecl.engine.artifacts.store import ask_first_rank
 from safecl.engine.checkpoint.model_export import ModelNotFinite
 from safecl.engine.checkpoint.report import SaveReport
@@ -76,11 +77,11 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, plan: RunPlan | None = None, *, fresh: bool = False):
-        self.config = config
         self.folder = Path(config.output)
         self.fresh = fresh
         self.console = Console(config.log.every, rank=environment.rank())
-        self.plan = plan or plan_run(config)
+        self.plan = plan or plan_run(with_memory_rows(config, self.console.note, before=plan_run))
+        self.config = self.plan.config
         self.progress = Progress()
         self._files = RunFolder(self.folder)
         self._metrics = MetricsLog(None, config)

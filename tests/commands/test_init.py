@@ -30,6 +30,16 @@ def test_init_with_refusals_to_keep_takes_the_preset_for_them_and_screens_the_up
     assert config.methods == RunConfig.model_validate(config.model_dump() | {"methods": "balanced"}).methods
 
 
+def test_init_with_disallowed_prompts_alone_lets_the_model_write_its_refusals(run, tmp_path):
+    path = tmp_path / "run.yaml"
+    assert run("init", "-o", path, "--memory-prompts", "disallowed.jsonl")[0] == ExitCode.DONE
+    config = load_config(path)
+    assert (config.memory.prompts, config.memory.source) == ("disallowed.jsonl", None) and config.scan is not None
+    assert config.methods == RunConfig.model_validate(config.model_dump() | {"methods": "balanced"}).methods
+    code, _, err = run("init", "-o", tmp_path / "b.yaml", "--memory", "a.jsonl", "--memory-prompts", "b.jsonl")
+    assert code == ExitCode.USAGE and "leave one out" in err
+
+
 def test_init_takes_the_strict_preset_where_rows_may_be_poisoned(run, tmp_path):
     path = tmp_path / "run.yaml"
     assert run("init", "-o", path, "--memory", "refusals.jsonl", "--untrusted")[0] == ExitCode.DONE
@@ -48,12 +58,23 @@ def test_init_never_overwrites(run, tmp_path):
     assert path.read_text() == "mine"
 
 
-def test_init_asks_five_questions_on_a_terminal(run, tmp_path, monkeypatch):
-    answers = iter(["models/m", "rows.jsonl", "kept.jsonl", "none", "yes"])
-    asked = []
+def on_a_terminal(monkeypatch, *answers: str) -> list[str]:
+    """Answer the questions of a terminal with these texts, and return the questions once they are asked."""
+    left, asked = iter(answers), []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setattr("typer.prompt", lambda question, default: asked.append(question) or next(answers))
+    monkeypatch.setattr("typer.prompt", lambda question, default: asked.append(question) or next(left))
+    return asked
+
+
+def test_init_asks_for_prompts_where_there_are_no_refusals_to_keep(run, tmp_path, monkeypatch):
+    asked = on_a_terminal(monkeypatch, "models/m", "rows.jsonl", "none", "disallowed.jsonl", "none", "no")
+    assert run("init", "-o", tmp_path / "run.yaml")[0] == ExitCode.DONE
+    assert len(asked) == 6 and load_config(tmp_path / "run.yaml").memory.prompts == "disallowed.jsonl"
+
+
+def test_init_asks_five_questions_on_a_terminal(run, tmp_path, monkeypatch):
+    asked = on_a_terminal(monkeypatch, "models/m", "rows.jsonl", "kept.jsonl", "none", "yes")
     assert run("init", "-o", tmp_path / "run.yaml")[0] == ExitCode.DONE
     config = load_config(tmp_path / "run.yaml")
     assert len(asked) == 5 and (config.model.path, config.tasks[0].train, config.safety) == (

@@ -120,7 +120,7 @@ def test_every_key_of_another_trainer_points_to_a_key_that_exists():
         ({"train": {"betas": [0.9]}}, "train.betas: too few entries"),
         ({"train": 3}, "train: must be a section of `key: value` lines (got 3)"),
         ({"train": {"seed": 1.5}}, "train.seed: must be a valid integer"),
-        ({"memory": {}}, "memory.source: missing"),
+        ({"memory": {}}, "memory: name `source`, the rows whose behaviour must be kept, or `prompts`"),
         ({"model": {"path": ""}}, "model.path: must have at least 1 character"),
         ({"tasks": []}, "tasks: must have at least 1 item"),
         ({"tasks": {"name": "a", "train": "t"}}, "tasks: must be a list, `[...]` or lines that begin with `- `"),

@@ -156,6 +156,9 @@ def test_the_sections_that_name_rows_share_their_keys_behind_their_own_path():
 
     keys = list(RowsConfig.model_fields)
     assert keys == ["split", "format", "fields", "max_rows"]
-    for section, first in ((TaskConfig, ["name", "train"]), (MemoryConfig, ["source"])):
+    for section, first in (
+        (TaskConfig, ["name", "train"]),
+        (MemoryConfig, ["source", "prompts", "benign_prompts", "answers"]),
+    ):
         assert issubclass(section, RowsConfig)
         assert list(section.model_fields)[: len(first) + len(keys)] == [*first, *keys]

@@ -20,14 +20,16 @@ def cache_run(config: RunConfig) -> None:
     refuse_missing_files(config)
     from safecl.data import load_tokenizer
     from safecl.data.config_rows import prepare_memory
+    from safecl.engine.artifacts.memory_prompts import with_memory_rows
     from safecl.engine.artifacts.teacher_outputs import shared_outputs
     from safecl.engine.passes.forward_engine import forward_engine_of
     from safecl.training.output.console import Console
 
     console = Console(1, environment.rank())
     tokenizer = load_tokenizer(config.model)
-    rows = prepare_memory(config, tokenizer)
     with ranks(Path(config.output)):
+        config = with_memory_rows(config, console.note)
+        rows = prepare_memory(config, tokenizer)
         engine = forward_engine_of(config, tokenizer, console.note)
         outputs = shared_outputs(engine, rows, config, tokenizer, note=console.note)
     header, folder = outputs.header, outputs.cache
@@ -39,7 +41,7 @@ def cache_run(config: RunConfig) -> None:
 
 
 def cacheable_source(config: RunConfig) -> str:
-    """Return memory.source. Raises ConfigError where its outputs cannot be cached before a run."""
+    """Return the memory's file of rows or prompts. Raises ConfigError where no outputs can be cached before a run."""
     if config.memory is None:
         raise ConfigError(
             "memory: this config has none, so there are no rows to ask the model about; add `memory: {source: ...}`"
@@ -48,7 +50,7 @@ def cacheable_source(config: RunConfig) -> str:
         raise ConfigError(
             "tasks: the first task (role: align) makes the aligned model; its run stores the outputs itself"
         )
-    return config.memory.source
+    return config.memory.origin
 
 
 @contextlib.contextmanager

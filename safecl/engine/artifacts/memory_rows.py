@@ -25,7 +25,7 @@ from safecl.data import Prompt
 from safecl.data.reading.turns import as_turn
 from safecl.data.templates.thinking import markers_of, thinking_of
 from safecl.distributed import collectives
-from safecl.engine.artifacts.store import ArtifactStore, Key, obtain
+from safecl.engine.artifacts.store import ArtifactStore, Key, ask_first_rank, obtain
 from safecl.engine.passes.forward_engine import ForwardEngine
 from safecl.engine.passes.live_model import generating
 from safecl.evaluation.answers.prompts import Answer, answer_prompts
@@ -64,7 +64,7 @@ class MemoryRows:
 
 
 def memory_rows(
-    engine: ForwardEngine,
+    open_engine: Callable[[], ForwardEngine],
     tokenizer: Any,
     store: ArtifactStore,
     base: Key,
@@ -75,24 +75,36 @@ def memory_rows(
 ) -> MemoryRows:
     """Return rows for these prompts, from the store or written by the model. A collective call.
 
-    `base` is what `base_key` returned. Raises ConfigError where no refusal is left, or there is no such scorer.
+    open_engine: opens the aligned model, where rows are missing. `base` is what `base_key` returned. Raises ConfigError
+    where no refusal is left, or there is no such scorer.
     """
     load_scorer(settings.scorer)
-    key = {**base, **asdict(settings), "prompts": fingerprint_of(prompts), "benign": fingerprint_of(benign)}
-    del key["batch_size"]
-    key |= splitting_of(tokenizer)
+    key = key_of_rows(tokenizer, base, prompts, benign, settings)
     folder = obtain(
         store,
         KIND,
         key,
         texts={prompt.path for prompt in (*prompts, *benign)},
         note=note,
-        build=lambda folder: _build(engine, tokenizer, folder, [*prompts], [*benign], settings, note),
+        build=lambda folder: _build(open_engine(), tokenizer, folder, [*prompts], [*benign], settings, note),
     )
-    rows = [json.loads(line) for line in (folder / ROWS).read_text(encoding="utf-8").splitlines()]
-    return MemoryRows(
-        folder / ROWS, Counter(row["category"] for row in rows), json.loads((folder / LEFT_OUT).read_text())
+    text, left_out = ask_first_rank(
+        lambda: ((folder / ROWS).read_text("utf-8"), (folder / LEFT_OUT).read_text("utf-8"))
     )
+    if not (folder / ROWS).exists():  # a node that does not share the store
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / ROWS, text)
+    kept = Counter(json.loads(line)["category"] for line in text.splitlines())
+    return MemoryRows(folder / ROWS, kept, json.loads(left_out))
+
+
+def key_of_rows(
+    tokenizer: Any, base: Key, prompts: Sequence[Prompt], benign: Sequence[Prompt], settings: RowSettings
+) -> Key:
+    """Return the key of the rows for these prompts in the store of artifacts."""
+    key = {**base, **asdict(settings), "prompts": fingerprint_of(prompts), "benign": fingerprint_of(benign)}
+    del key["batch_size"]
+    return {**key, **splitting_of(tokenizer)}
 
 
 def splitting_of(tokenizer: Any) -> Key:
@@ -182,7 +194,7 @@ def _write_rows(
     ]
     kinds = [REFUSAL] * len(prompts) + [ANSWER] * len(benign)
     kept = [
-        _row(prompt, answer["text"], kind)
+        row_of(prompt, answer["text"], kind)
         for prompt, answer, kind, reason in zip([*prompts, *benign], answers, kinds, reasons, strict=True)
         if reason is None
     ]
@@ -222,7 +234,8 @@ def not_usable(answer: Answer, bad: Collection[str], by_scorer: str | None = Non
     return by_scorer or (off_task if off_task in bad else None)
 
 
-def _row(prompt: Prompt, answer: str, kind: str) -> dict[str, Any]:
+def row_of(prompt: Prompt, answer: str, kind: str) -> dict[str, Any]:
+    """Return the row of a prompt with its answer. kind: REFUSAL or ANSWER."""
     messages = [as_turn(message) for message in prompt.messages]
     tags = {name: value for name, value in prompt.tags.items() if name not in ("messages", "kind", "tools")}
     tools = {} if prompt.messages[0].tools is None else {"tools": json.loads(prompt.messages[0].tools)}

@@ -5,11 +5,14 @@ A weight takes 2 bytes (4 in fp32), where training takes 16 and more.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from safecl.config import DeepSpeedConfig, ModelConfig, RunConfig
-from safecl.distributed import collectives
+from safecl.distributed import collectives, devices
 from safecl.engine.model.language_model import LanguageModel
 from safecl.engine.passes.attention import start_attention
 from safecl.engine.passes.engine import ModelEngine
@@ -40,6 +43,7 @@ class ForwardEngine(ModelEngine):
         """
         self.layout, self.rank, self.device = layout, collectives.rank(), collectives.device()
         self.stage, self.evaluation = 3 if sharding.stage == 3 else 0, sharding.evaluation
+        self._store = store
         model.requires_grad_(False).eval()
         if sharding.stage == 3:
             viewed = [p for p in model.parameters() if store is not None and store.holds(p)]
@@ -47,6 +51,17 @@ class ForwardEngine(ModelEngine):
             self.deepspeed, self.module = engine, engine.module
         else:
             self.deepspeed = self.module = model.to(self.device)
+
+    def close(self) -> None:
+        """Give the model's memory back. The engine cannot be used after it."""
+        if not isinstance(self.deepspeed, LanguageModel):
+            self.deepspeed.destroy()
+        del self.deepspeed, self.module
+        if self._store is not None:
+            self._store.close()
+        gc.collect()
+        if devices.on_gpu():
+            torch.cuda.empty_cache()
 
 
 def open_forward_engine(

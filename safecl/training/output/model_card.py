@@ -30,7 +30,7 @@ def card_of(
     data = [_of_task(run, task, identity["rows"][task.config.name]) for task in plan.tasks]
     if plan.memory is not None and (memory := plan.config.memory) is not None:
         ratio = f"{memory.replay_ratio:g} of a step's tokens replayed per draw"
-        data.append(TrainedOn("memory", memory.source, len(plan.memory), identity["memory_rows"], ratio))
+        data.append(TrainedOn("memory", memory.origin, len(plan.memory), identity["memory_rows"], ratio))
     return Card(
         name,
         plan.config,

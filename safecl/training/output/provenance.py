@@ -30,7 +30,7 @@ def provenance_of(run: RunState, plan: RunPlan, identity: dict[str, Any], folder
         "base_model": {"path": model_name(config.model.path), "xxh3_128": identity["base"]},
         "model": {"folder": model.name, "xxh3_128": _hash_of(model)} if model is not None else None,
         "data": [_of_task(run, task, identity["rows"][task.config.name]) for task in plan.tasks],
-        "memory": {"file": file_name(memory.source), "rows": len(plan.memory), "xxh3_128": identity["memory_rows"]}
+        "memory": {"file": file_name(memory.origin), "rows": len(plan.memory), "xxh3_128": identity["memory_rows"]}
         if memory is not None and plan.memory is not None
         else None,
         "screened": config.scan.action if config.scan is not None else None,

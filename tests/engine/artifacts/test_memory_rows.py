@@ -54,7 +54,7 @@ def asked(monkeypatch) -> list[str]:
 
 def make(folder: Path, disallowed=DISALLOWED, benign=HARMLESS, tokenizer=None, **settings):
     return memory_rows.memory_rows(
-        None, tokenizer, ArtifactStore(folder), {"model": "m"}, disallowed, benign,
+        lambda: None, tokenizer, ArtifactStore(folder), {"model": "m"}, disallowed, benign,
         RowSettings(batch_size=2, **settings),
     )  # fmt: skip
 
