@@ -53,6 +53,13 @@ def test_the_control_arm_is_the_smaller_learning_rate_bitwise(rank_pool):
     assert all(torch.equal(control["weights"][name], value) for name, value in smaller["weights"].items())
 
 
+def test_the_control_arm_is_an_average_that_is_written_back_after_every_step(compare):
+    scene = Scene()
+    end = scene.train(after=lambda step, old: scene.move(lambda name, p: 0.75 * old[name] + 0.25 * p))
+    assert oracle.relative_distance(end, Scene().train(), scene.start) > 0.02
+    compare(end, scene.start, ema_control={"decay": 0.75})
+
+
 def fast_and_slow(weight: float, one_sided: bool = True) -> tuple[Weights, Weights, Weights]:
     """(start, fast weights, slow weights) of I-LoRA with decay 0.9, by a loop over two whole models."""
     scene = Scene()

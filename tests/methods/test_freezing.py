@@ -24,10 +24,22 @@ def names() -> dict[str, int]:
     return {name: p.numel() for name, p in tiny_model().named_parameters()}
 
 
+def start_of(methods: dict):
+    """The model that a method starts from: with block expansion its second block is new, a copy of the first that adds
+    nothing."""
+    model = tiny_model()
+    if "block_expansion" in methods:
+        old, new = model.model.layers
+        new.load_state_dict(old.state_dict())
+        for last in (new.self_attn.o_proj, new.mlp.down_proj):
+            torch.nn.init.zeros_(last.weight)
+    return model
+
+
 def train_frozen(**changes) -> dict:
     """All weights of the live model after some steps, and the number of elements of each kind of state on this rank."""
     config = run_config(memory=None, **changes)
-    run, (task,) = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1)])
+    run, (task,) = scenes.make_run(config, start_of(config.methods), [random_dataset(60, seed=1)])
     run.begin_task(task, active=True)
     for _ in range(STEPS):
         run.train_step(task)
@@ -39,12 +51,16 @@ def train_frozen(**changes) -> dict:
     return {"live": live, "moments": sum(t.numel() for t in run.engine.optimizer.tensors("exp_avg"))}
 
 
-@pytest.mark.parametrize(("method", "settings", "stage"), [("hft", {}, 3), ("safety_layers", {"layers": [1]}, 2)])
+@pytest.mark.parametrize(
+    ("method", "settings", "stage"),
+    [("hft", {}, 3), ("safety_layers", {"layers": [1]}, 2), ("block_expansion", {"blocks": [1]}, 3)],
+)
 def test_the_others_train_as_in_plain_pytorch_and_frozen_ones_stay(rank_pool, method, settings, stage):
-    chosen = (Half() if method == "hft" else SafetyLayers(**settings)).frozen(list(names()), reference.SEED)
+    config = {"hft": Half, "safety_layers": SafetyLayers, "block_expansion": Blocks}[method](**settings)
+    chosen = config.frozen(list(names()), reference.SEED)
     assert chosen
     ranks = rank_pool(2).run(train_frozen, methods={method: settings}, deepspeed={"stage": stage})
-    student = tiny_model()
+    student = start_of({method: settings})
     start = {name: p.detach().clone() for name, p in student.named_parameters()}
     for name, p in student.named_parameters():
         p.requires_grad_(name not in chosen)

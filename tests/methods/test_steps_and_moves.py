@@ -3,9 +3,11 @@ fp64."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from safecl.data.order import keyed_hash
 from tests.engine.passes import oracle
 from tests.methods import every_method, reference
 from tests.methods.fp64_scene import STEPS, Scene, Weights, dot
@@ -91,6 +93,14 @@ def test_corrective_replay_acts_when_the_memorys_loss_has_risen(compare):
 # ---------------------------------------------------------------------------------------------------------- refreshing
 
 
+def normal_draw(step: int, name: str, size: torch.Size) -> torch.Tensor:
+    """The noise of a tensor in a step: the Box-Muller transform of the two halves of each element's hash."""
+    bits = keyed_hash(np.arange(size.numel(), dtype=np.uint64), reference.SEED, step, "refresh", name)
+    first, second = bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)
+    normal = np.sqrt(-2 * np.log((first + 0.5) / 2**32)) * np.cos(2 * np.pi * second / 2**32)
+    return torch.from_numpy(normal).view(size)
+
+
 def test_refresh_goes_uphill_on_the_steps_rows_before_the_step(compare):
     scene = Scene()
     keys = scene.memory.keys()
@@ -100,10 +110,15 @@ def test_refresh_goes_uphill_on_the_steps_rows_before_the_step(compare):
 
     def unlearn(step: int) -> None:
         g = scene.gradient(scene.task[step])
-        scene.move(lambda name, p: p + 0.02 * p.norm() / g[name].norm() * g[name] / (1 + 0.1 * fisher[name] / mean))
+
+        def moved(name: str, p: torch.Tensor) -> torch.Tensor:
+            uphill = p.norm() / g[name].norm() * g[name] + 0.5 * normal_draw(step, name, p.shape)
+            return p + 0.02 * uphill / (1 + 0.1 * fisher[name] / mean)
+
+        scene.move(moved)
 
     end = scene.train(before=unlearn)
-    compare(end, scene.start, refresh={"delta": 0.02, "sigma": 0.0, "fisher_weight": 0.1, **every_method.FISHER})
+    compare(end, scene.start, refresh={"delta": 0.02, "sigma": 0.5, "fisher_weight": 0.1, **every_method.FISHER})
 
 
 def test_a_step_that_begins_at_moved_weights_updates_the_old_ones_with_the_gradient_there(compare):
