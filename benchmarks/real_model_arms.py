@@ -224,3 +224,9 @@ def _runs() -> Iterator[Run]:
 
 
 RUNS = list(_runs())
+FEWER_RUNS = [
+    *(Run(arm, poison, REPORTED) for arm in MAIN for poison in POISON),
+    *(Run(arm, poison, REPORTED, GSM8K) for arm in MAIN for poison in POISON),
+    *(Run(arm, poison, seed) for seed in OTHERS for poison in POISON for arm in (STRICT, BALANCED, NO_DATA)),
+]
+"""The runs of a second model. All its settings were chosen on the first one."""

