@@ -5,8 +5,12 @@ the answer to a refused prompt begins with.
 
 h is the last hidden state (behind the final norm) at the last token of a prompt, chat template included; h0 is that of
 the aligned model theta_0, recorded once before training. The prompts are those of the memory's refused rows, without
-their answers. The paper keeps the same 1 to 8 prompts in all steps (`pool: 8`); here the steps take the prompts of a
-pool in turn, 4 bytes * hidden_size each.
+their answers.
+
+The mean over j is that of the authors' code, whose lambda of 50 is the `weight` here; a factor of the squared norm
+||h - h0||^2 itself is weight / hidden_size. The paper keeps the same 1 to 8 prompts in all steps (`pool: 8`); here the
+steps take the prompts of a pool in turn, 4 bytes * hidden_size each, so that the refusal of more kinds of requests is
+kept at the cost of the same `prompts` a step.
 """
 
 from __future__ import annotations
