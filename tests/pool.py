@@ -95,6 +95,10 @@ def _serve(pipe, rank: int, world_size: int, port: int) -> None:
         except EOFError:
             return
         try:
-            pipe.send((True, function(**arguments)))
+            answer = True, function(**arguments)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        try:
+            pipe.send(answer)
+        except OSError:  # nobody waits for it
+            return

@@ -137,5 +137,5 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 def category_of(record: Mapping[str, Any], column: str) -> str | None:
     """Return the risk category of a record's prompt; None where it has none."""
-    tags = record.get("tags") or {}
-    return tags.get(column) or None
+    found = (record.get("tags") or {}).get(column)
+    return str(found) if found else None

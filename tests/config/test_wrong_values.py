@@ -6,7 +6,9 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,6 +20,7 @@ from safecl.config.load import validate_tree
 from safecl.config.method_registry import builtin_methods, load_methods
 from safecl.config.parsing import MOST_VALUES
 
+PAGE = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
 BASE = {
     "model": {"path": "m"},
     "tasks": [{"name": "t", "train": "t.jsonl"}],
@@ -109,7 +112,11 @@ def test_so_does_the_same_config_as_a_file(tmp_path, every):
 
 def test_the_schema_is_walked_whole():
     keys = {".".join(map(str, path)) for path in all_keys()}
-    assert len(keys) > 130
+    claimed = re.search(r"than (\d+) config keys with each of (\d+) wrong values .*?more than ([\d,]+) messages", PAGE)
+    assert claimed is not None
+    num_keys, num_values, num_cases = (int(number.replace(",", "")) for number in claimed.groups())
+    assert num_keys < len(keys) < 1.1 * num_keys, "docs/reliability.md has another number of keys"
+    assert (num_values, num_cases) == (len(VALUES), num_keys * num_values), "docs/reliability.md has another number"
     assert {"train.betas", "tasks.0.eval.metric", "memory.teacher.k", "deepspeed.offload.ema", "safety.gate.max_asr",
             "methods.ewc.strength", "model.lora.r", "scan.refusals"} <= keys  # fmt: skip
 

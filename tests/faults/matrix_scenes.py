@@ -26,6 +26,8 @@ from tests.pool import RankPool
 from tests.training import resume_scenes
 
 SECONDS_TO_DIE = 300.0
+SECONDS_TO_LIVE_ON = 30.0
+"""A rank whose peer is gone has ended after this time."""
 
 
 def go_on(
@@ -76,13 +78,24 @@ def kill_and_resume(folder: Path, seed: int, longest: int, **arguments) -> dict:
         for pipe in pool.pipes:
             pipe.send((go_on, dict(folder=str(folder), kill=(victim, steps, seconds), **arguments)))
         pool.processes[victim].join(SECONDS_TO_DIE)
-        code = pool.processes[victim].exitcode
+        wrong = wrong_ends(pool, victim)
     finally:
         pool.close()
-    problems = [] if code == -signal.SIGKILL else [f"seed {seed}: rank {victim} ended with {code}"]
-    if any(process.is_alive() for process in pool.processes):
-        problems.append(f"seed {seed}: a rank lives on")
-    return {"victim": victim, "steps": steps, "wrong": problems}
+    return {"victim": victim, "steps": steps, "wrong": [f"seed {seed}: {what}" for what in wrong]}
+
+
+def wrong_ends(pool: RankPool, victim: int) -> list[str]:
+    """Say which ranks did not end as they should: the victim by SIGKILL, the others on their own. The pool gives them
+    nothing more to do, and has not ended them yet."""
+    code, left = pool.processes[victim].exitcode, time.monotonic() + SECONDS_TO_LIVE_ON
+    wrong = [] if code == -signal.SIGKILL else [f"rank {victim} ended with {code}"]
+    for pipe in pool.pipes:
+        pipe.close()
+    for rank, process in enumerate(pool.processes):
+        process.join(max(0.0, left - time.monotonic()))
+        if process.is_alive():
+            wrong.append(f"rank {rank} lives on {SECONDS_TO_LIVE_ON:.0f} s after rank {victim} was killed")
+    return wrong
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
@@ -152,13 +165,12 @@ def kill_a_run(tree: dict, cache: str, seed: int, longest: int) -> dict:
             pool.processes[victim].kill()
             pool.processes[victim].join(SECONDS_TO_DIE)
         reached = _num_steps(output)
-        code = pool.processes[victim].exitcode
+        wrong = [] if through else wrong_ends(pool, victim)
     finally:
         pool.close()
     if through:
         return {"victim": None, "step": reached, "wrong": []}
-    problems = [] if code == -signal.SIGKILL else [f"seed {seed}: rank {victim} ended with {code}"]
-    return {"victim": victim, "step": reached, "wrong": problems}
+    return {"victim": victim, "step": reached, "wrong": [f"seed {seed}: {what}" for what in wrong]}
 
 
 def _steps_when_training_begins(output: Path, pool: RankPool) -> int:

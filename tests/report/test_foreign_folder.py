@@ -10,14 +10,16 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from safecl.commands.judging.judge import rates_table
+from safecl.commands.judging.judge import moments_of, print_found
 from safecl.commands.report import print_table
 from safecl.config import ConfigError
 from safecl.evaluation import Evaluation, results_table
 from safecl.evaluation.gates.folders import judge_folder
+from safecl.evaluation.judges import after_run
 from safecl.launching.status import status_of
 from safecl.report.comparison import comparison_page, read_runs
 from safecl.report.folder import read_run
@@ -34,6 +36,7 @@ WRONG = (
     -1,
     10**400,
     1e308,
+    "[/red][bold",
     "x" * 5000,
     [],
     {},
@@ -107,6 +110,11 @@ def folder(tmp_path_factory) -> Path:
     parts = {"by_category": {"fraud": asr}, "variants": {"prefill-5": asr}}
     judged |= {"moments": [{"when": "start", "step": 0, "asr": asr, **parts, "panel": panel}]}
     (where / "judges.json").write_text(json.dumps(judged))
+    verdicts = where / "verdicts" / "b"
+    verdicts.mkdir(parents=True)
+    (verdicts / "judge.json").write_text(json.dumps({"name": "b", "threshold": 0.5}))
+    scores = [json.dumps({"id": f"disallowed-{i}", "score": i / 40, "harmful": i > 20}) for i in range(40)]
+    (verdicts / "000008-after-u-safety.jsonl").write_text("\n".join(scores) + "\n")
     (where / "scan").mkdir()
     scanned = {"task": "t", "flagged": 2, "rows": 9, "threshold": {"source": "benign", "false_alarm": 0.01}}
     (where / "scan" / "results.json").write_text(json.dumps({"action": "drop", "tasks": [scanned], "notes": ["n"]}))
@@ -114,7 +122,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def read_all(run: Path, prints: bool = False) -> list[str]:
-    """Read a folder as `report`, `gate`, `status` and a sweep do. Returns the messages of those that refuse it.
+    """Read a folder as `report`, `gate`, `status`, `judge` and a sweep do. Returns the messages of refusals.
 
     prints: print the tables, too.
     """
@@ -125,6 +133,7 @@ def read_all(run: Path, prints: bool = False) -> list[str]:
         lambda: [judge_folder(run, overrides=LIMITS).gate.verdict],
         lambda: status_of(run).facts,
         lambda: [read_numbers(run).verdict],
+        lambda: [judge_again(run)],
         *([lambda: printed(run)] if prints else []),
     ):
         try:
@@ -139,17 +148,24 @@ def read_all(run: Path, prints: bool = False) -> list[str]:
 
 
 def printed(run: Path) -> list[str]:
-    """Print the tables of `report`, `eval` and `judge`, and the facts of `status`."""
+    """Print the tables of `report` and `eval`, and the facts of `status`."""
     out = io.StringIO()
     terminal, found = Terminal(file=out, width=120), read_run(run)
     if found.evaluations:
         print_table(terminal, [found, found])
         terminal.print(results_table(found.evaluations))
-    if found.judged.get("moments"):
-        terminal.print(rates_table(found.judged))
     for label, text in status_of(run).facts:
         terminal.print(fact(label, text))
     return [out.getvalue()]
+
+
+def judge_again(run: Path) -> str:
+    """Return what `judge` says of the verdicts that are kept; judges.json stays as it is."""
+    said = io.StringIO()
+    with mock.patch.object(after_run, "replace_file"):
+        found = after_run.judge_run(run, [], moments_of(read_run(run), every_moment=True))
+    print_found(Terminal(file=said, width=200), found)
+    return said.getvalue()
 
 
 def _parts(line: object) -> tuple:
@@ -159,11 +175,17 @@ def _parts(line: object) -> tuple:
 def test_a_sound_folder_is_read_by_every_verb(folder):
     assert "attack" in run_report(read_run(folder)).lower() and read_numbers(folder).values
     assert judge_folder(folder, overrides=LIMITS).gate.verdict and status_of(folder).steps == 8
-    assert comparison_page(read_runs([folder, folder])) and "fraud" in printed(folder)[0]
+    assert comparison_page(read_runs([folder, folder])) and "refusal" in printed(folder)[0]
+    assert all(part in judge_again(folder) for part in ("judge:b", "after u"))
 
 
-FILES = ("results.json", "run.json", "ranks.json", "judges.json", "scan/results.json")
-LINES = ("metrics.jsonl", "rank_speeds.jsonl", "outputs/000008-after-u-safety.jsonl")
+FILES = ("results.json", "run.json", "ranks.json", "judges.json", "scan/results.json", "verdicts/b/judge.json")
+LINES = (
+    "metrics.jsonl",
+    "rank_speeds.jsonl",
+    "outputs/000008-after-u-safety.jsonl",
+    "verdicts/b/000008-after-u-safety.jsonl",
+)
 
 
 def spoilt(sound: object, some: int) -> Iterator[object]:

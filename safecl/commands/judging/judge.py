@@ -45,11 +45,16 @@ def judge_and_print(folder: Path, judges: list[str], *, every_moment: bool, cate
         with waiting_lock(folder / RESULTS_LOCK):
             page = write_run_report(folder)
     console = Terminal()
+    print_found(console, found)
+    console.print(f"verdicts in {folder / 'verdicts'}, report in {page}")
+
+
+def print_found(console: Terminal, found: Mapping[str, Any]) -> None:
+    """Print the contents of judges.json: rates, missing verdicts, agreement."""
     console.print(rates_table(found), soft_wrap=False)
     for moment in found["moments"]:
         for line in (*missing_lines(moment), *panel_lines(moment)):
             console.print(line)
-    console.print(f"verdicts in {folder / 'verdicts'}, report in {page}")
 
 
 def judge_config(text: str) -> JudgeConfig:

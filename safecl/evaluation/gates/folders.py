@@ -164,6 +164,8 @@ def with_judges(safety: SafetyResult, judges: Sequence[str]) -> SafetyResult:
 
 
 def _rates_by(judges: Sequence[str], records: Sequence[Record]) -> dict[str, Rate]:
+    if not records:  # nothing is there to judge
+        return {}
     return {name: rate_of_decided(record["attack_succeeded"][name] for record in records) for name in judges}
 
 

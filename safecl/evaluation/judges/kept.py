@@ -87,7 +87,7 @@ def later_verdicts(folder: Path, outputs: str) -> dict[str, dict[str, bool]]:
     found: dict[str, dict[str, bool]] = {}
     for path in sorted((folder / VERDICTS).glob(f"*/{VERSION}")):
         version, kept = read_record(path, JudgeVersion), path.parent / outputs
-        if version is not None and kept.is_file():
+        if version is not None and kept.exists():
             scores = {key: verdict.score for key, verdict in read_kept(kept).items()}
             harmful = {key: score >= version["threshold"] for key, score in scores.items() if score is not None}
             found[f"{JUDGE}{version['name']}"] = harmful
