@@ -4,7 +4,7 @@ the page by a style sheet of the test tell where they are drawn."""
 from __future__ import annotations
 
 import itertools
-import shutil
+import json
 import subprocess
 from pathlib import Path
 
@@ -15,13 +15,10 @@ from safecl.evaluation import Evaluation
 from safecl.report.comparison import comparison_page, read_runs
 from safecl.report.folder import read_run
 from safecl.report.run import run_report
-from tests.report.folders import ANSWER, gate, provenance, safety, task, write_run
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
-)
-PLAIN = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
+from safecl.sweeping.page import sweep_page
+from tests.report.browser import as_drawn, chromium, program
+from tests.report.folders import ANSWER, gate, provenance, safety, task, write_run, write_unfinished
+from tests.sweeping.folders import two_cells
 
 FOLD = 664
 """Pixels that a phone of 390 by 844 shows below the browser's own bars."""
@@ -34,6 +31,11 @@ MARKS = {
 }
 """Colours of parts of the page, from the top down."""
 MARKED = "".join(f"{part} {{ background: rgb{colour} !important }}" for part, colour in MARKS.items())
+
+
+EXAMPLES = {
+    path.stem: path.read_text() for path in sorted((Path(__file__).parents[2] / "docs/examples").glob("*.html"))
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +51,29 @@ def page(tmp_path_factory) -> str:
     return run_report(read_run(write_run(folder, gate=both, moments=moments, provenance=provenance())))
 
 
-def chromium(page: str, folder: Path, *options: str) -> None:
-    (folder / "page.html").write_text(page)
-    subprocess.run(
-        [CHROMIUM, *PLAIN, f"--user-data-dir={folder}/profile", *options, f"file://{folder}/page.html"],
-        check=True,
-        capture_output=True,
-        timeout=120,
+@pytest.fixture(scope="module")
+def drawn(page, tmp_path_factory) -> dict:
+    """Every kind of page, and the committed examples, as a phone lays them out."""
+    folder = tmp_path_factory.mktemp("kinds")
+    tasks = task("support-tickets-of-january", 4) | task("support-tickets-of-february", 6)
+    start, first, second = (
+        Evaluation(when, step, safety(hits, over_refused=2), tasks)
+        for when, step, hits in (("start", 0, 1), ("after support-tickets-of-january", 4, 3), ("after february", 8, 9))
     )
+    sequence = write_run(folder / "sequence", gate=gate(9, 0.3, "undecided"), moments=[start, first, second])
+    alone = write_run(folder / "a-run" / "eval", gate=gate(1, 0.3, "passed"), moments=[start])
+    results = json.loads((alone / "results.json").read_text())
+    kept = {key: results[key] for key in ("safecl", "evaluations", "gate")}
+    (alone / "results.json").write_text(json.dumps(kept | {"model": str(folder / "a-run" / "model")}))
+    pages = {
+        "one run": page,
+        "sequence": run_report(read_run(sequence)),
+        "evaluation": run_report(read_run(alone)),
+        "unfinished": run_report(read_run(write_unfinished(folder / "unfinished", [start]))),
+        "sweep": sweep_page(two_cells(folder / "cells"), "0.1.0"),
+        "comparison": comparison_page(read_runs([sequence, sequence])),
+    }
+    return as_drawn(pages | {f"example {name}": text for name, text in EXAMPLES.items()}, folder, 390, FOLD)
 
 
 def pixels(page: str, folder: Path, width: int, height: int, *options: str) -> np.ndarray:
@@ -80,6 +97,27 @@ def test_badge_and_three_sentences_are_above_the_fold_of_a_phone_and_nothing_is_
     assert right[-1] < 390 - 10, "the text keeps its margin"
 
 
+def test_on_a_phone_every_kind_of_page_has_its_badge_and_three_sentences_and_is_no_wider(drawn):
+    assert {kind: found["width"] for kind, found in drawn.items() if found["width"] > 390} == {}
+    badges = {
+        "one run": "FAILED",
+        "sequence": "UNDECIDED",
+        "evaluation": "PASSED",
+        "unfinished": "UNFINISHED",
+        "sweep": "MIXED",
+    }
+    assert {kind: drawn[kind]["badge"] for kind in badges} == {kind: [badge] for kind, badge in badges.items()}
+    single = [kind for kind in drawn if "comparison" not in kind]
+    assert {kind: len(drawn[kind]["said"]) for kind in single} == dict.fromkeys(single, 3)
+    below = {kind: drawn[kind]["bottom"] for kind in single if drawn[kind]["bottom"] > FOLD}
+    assert below == {}, "badge and sentences are above the fold"
+    assert [text.partition(".")[0] for text in drawn["one run"]["said"]] == ["Safety", "Task", "Upload"]
+
+
+def test_hostile_text_becomes_neither_script_nor_handler_in_the_document(drawn):
+    assert {(found["scripts"], found["handlers"]) for found in drawn.values()} == {(0, 0)}
+
+
 def test_a_page_has_a_dark_form_with_light_letters(page, tmp_path):
     light = pixels(page, tmp_path, 800, 600)
     dark = pixels(page, tmp_path, 800, 600, "--blink-settings=preferredColorScheme=0")
@@ -87,17 +125,10 @@ def test_a_page_has_a_dark_form_with_light_letters(page, tmp_path):
     assert light.min() < 60 and dark.max() > 200
 
 
-def test_the_wide_tables_of_a_comparison_do_not_widen_the_page(page, tmp_path):
-    runs = [write_run(tmp_path / f"run-{i}", hits=i, provenance=provenance()) for i in range(4)]
-    shot = pixels(comparison_page(read_runs(runs)), tmp_path, 390, 3000)
-    assert (shot[:, -8:] == 255).all(), "the right margin stays empty: tables scroll inside of it"
-
-
 def test_on_paper_the_record_is_unfolded_and_harmful_text_stays_folded(page, tmp_path):
-    if shutil.which("pdftotext") is None:
-        pytest.skip("no pdftotext on this machine (Debian: apt-get install poppler-utils)")
+    pdftotext = program(("pdftotext",), "poppler-utils")
     chromium(page, tmp_path, f"--print-to-pdf={tmp_path}/page.pdf", "--no-pdf-header-footer")
-    text = subprocess.run(["pdftotext", "-layout", tmp_path / "page.pdf", "-"], capture_output=True, text=True).stdout
+    text = subprocess.run([pdftotext, "-layout", tmp_path / "page.pdf", "-"], capture_output=True, text=True).stdout
     assert "FAILED" in text.splitlines()[0] and "examples: full" in text and "For the auditor" in text
     assert "disallowed prompts with their answers" in text and ANSWER[:12] not in text and "alert(" not in text
 

@@ -10,6 +10,8 @@ from safecl.config import GateConfig
 from safecl.evaluation import judge_gate, summarise
 from safecl.evaluation.results.task import TaskResult
 from safecl.evaluation.statistics.intervals import rate
+from safecl.sweeping.collecting import read_numbers
+from safecl.sweeping.table import Cell, SweepTable, make_table
 from tests.evaluation.test_gates import evaluation
 
 
@@ -63,3 +65,18 @@ def write_verdicts(folder: Path, judge: str, num_harmful: int, *, n: int = 40, w
         lines = [json.dumps({"id": f"disallowed-{i}", "score": float(i < harmful)}) for i in range(n - without)]
         (place / f"{when}-safety.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+HOSTILE = "der<script>alert(1)</script>"
+
+
+def two_cells(folder: Path) -> SweepTable:
+    """Make the table of two cells with two seeds each: one fails its limits, one with a hostile name keeps them."""
+    cells = []
+    for number, (name, asr, right) in enumerate((("plain", 30, 36), (HOSTILE, 1, 35))):
+        runs = {}
+        for seed in (0, 1):
+            where = folder / f"{number}-{seed}"
+            runs[str(seed)] = read_numbers(write_run(where, asr + seed, right, gate=GateConfig(max_asr=0.2)))
+        cells.append(Cell(name, (f"methods={name}",), runs))
+    return make_table(cells, "plain", ["lost-seed-2"])

@@ -7,13 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from safecl.config import GateConfig
-from safecl.sweeping.collecting import read_numbers
 from safecl.sweeping.page import sweep_page
-from safecl.sweeping.table import Cell, make_table
-from tests.sweeping.folders import write_run
-
-HOSTILE = "der<script>alert(1)</script>"
+from tests.sweeping.folders import HOSTILE, two_cells
 
 
 class Words(HTMLParser):
@@ -37,14 +32,7 @@ class Words(HTMLParser):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    folder, cells = tmp_path_factory.mktemp("sweep"), []
-    for number, (name, asr, right) in enumerate((("plain", 30, 36), (HOSTILE, 1, 35))):
-        runs = {}
-        for seed in (0, 1):
-            where = folder / f"{number}-{seed}"
-            runs[str(seed)] = read_numbers(write_run(where, asr + seed, right, gate=GateConfig(max_asr=0.2)))
-        cells.append(Cell(name, (f"methods={name}",), runs))
-    return make_table(cells, "plain", ["lost-seed-2"])
+    return two_cells(tmp_path_factory.mktemp("sweep"))
 
 
 def test_the_badge_is_that_of_all_runs_or_of_the_chosen_cell(table):
