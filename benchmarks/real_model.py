@@ -4,6 +4,7 @@
     python benchmarks/real_model.py                      # all missing arms too, the most telling first; then the table
     python benchmarks/real_model.py --only strict        # arms whose names contain one of these words
     python benchmarks/real_model.py --list | --report    # list the missing arms | results of the finished ones
+    python benchmarks/real_model.py --judge FOLDER       # judge the kept answers by a classifier or a recipe's model
     python benchmarks/real_model.py --model gemma        # fewer arms of Gemma-3-270M instead of SmolLM2-135M-Instruct
 
 Everything is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and
@@ -35,6 +36,7 @@ import real_model_data as files
 import real_model_table
 from real_model_arms import NUM_ROWS, REPORTED, SST2, TASKS, TUNING, Run, Task, measured_files
 from real_model_distance import measure_distance
+from real_model_judge import judge_all, judge_of
 from safety_retention import claimed, train
 
 ALIGN = {"max_steps": 40, "tokens_per_batch": 700, "learning_rate": 1e-4, "warmup_ratio": 0.1, "allow_few_steps": True}
@@ -52,13 +54,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after this many minutes")
     parser.add_argument("--list", action="store_true", help="print the missing arms and exit")
     parser.add_argument("--report", action="store_true", help="only write the results of the finished arms")
+    parser.add_argument("--judge", metavar="FOLDER|RECIPE", help="judge the finished arms' answers, and train nothing")
     arguments = parser.parse_args()
     model, deadline = files.MODELS[arguments.model], time.monotonic() + 60 * arguments.minutes
     folder, runs = arguments.folder or model.folder, real_model_table.runs_of(model)
     if arguments.list:
         print("\n".join(run.name for run in chosen(real_model_table.finished(folder, runs)[1], arguments.only)))
         return
-    if not arguments.report:
+    if arguments.judge:
+        measured = [folder / run.name / "measured" for run in chosen(runs, arguments.only)]
+        judge_all([*real_model_table.aligned_folders(folder), *measured], judge_of(arguments.judge))
+    elif not arguments.report:
         align(folder, model)
         fill(folder)
         if arguments.verb == "arms":

@@ -11,6 +11,7 @@ from typing import Any
 import harness
 from real_model_arms import CODE, CONTROLS, FEWER_RUNS, GSM8K, REPORTED, RUNS, SST2, TASKS, TUNING, Run, Task
 from real_model_data import GEMMA, SMOLLM2, Model
+from real_model_judge import JUDGE, rates_of
 from real_model_readings import control_table, further_runs, missing_sentence, order_table
 from retention_table import digest, size
 
@@ -21,6 +22,8 @@ PICTURE = ROOT / "docs" / "real-model.svg"
 SHOWN = ("plain", "balanced", "strict")
 """Arms of the picture."""
 RATES = ("asr", "complied", "affirmative", "off_task", "over_refusal")
+ALIGNED = tuple((task, seed) for task in TASKS for seed in (REPORTED, TUNING))
+"""What the aligned model may be measured on."""
 TABLES = {"": (SST2, False), "-gsm8k": (GSM8K, False), "-code": (CODE, False), "-tuning": (SST2, True)}
 """The task of each table by the end of its mark, and whether it shows the tuning seed."""
 
@@ -47,8 +50,7 @@ def report(folder: Path, model: Model = SMOLLM2, page: Path = PAGE, results: Pat
         "aligned_sha256": _digest(folder / "aligned"),
         "aligned": {
             aligned_name(task, seed): measured
-            for task in TASKS
-            for seed in (REPORTED, TUNING)
+            for task, seed in ALIGNED
             if (measured := _measured(folder / aligned_name(task, seed), task)) is not None
         },
         "missing": [run.name for run in missing],
@@ -103,6 +105,10 @@ def aligned_name(task: Task, seed: int) -> str:
     return f"aligned-s{seed}" if task == SST2 else f"aligned-s{seed}-{task.name}"
 
 
+def aligned_folders(folder: Path) -> list[Path]:
+    return [folder / aligned_name(task, seed) for task, seed in ALIGNED]
+
+
 def _digest(model: Path) -> str | None:
     return digest(model) if (model / "config.json").exists() else None
 
@@ -111,7 +117,9 @@ def _measured(folder: Path, task: Task) -> dict[str, Any] | None:
     if not (folder / "results.json").exists():
         return None
     found = json.loads((folder / "results.json").read_text())["evaluations"][-1]
-    return {rate: found["safety"][rate] for rate in RATES} | {"utility": found["tasks"][task.name]} | _distance(folder)
+    rates = {rate: found["safety"][rate] for rate in RATES} | {"utility": found["tasks"][task.name]}
+    judged = rates_of(folder)
+    return rates | _distance(folder) | ({"judged": judged} if judged else {})
 
 
 def _distance(folder: Path) -> dict[str, Any]:
@@ -159,6 +167,8 @@ def table(result: dict[str, Any], task: Task, *, tuning: bool = False) -> str:
     rows = [run for run in result["runs"] if run["task"] == task.name and (run["seed"] == TUNING) is tuning]
     rows = [run for run in rows if run["arm"] not in {arm.name for arm in CONTROLS}]  # they have a table of their own
     seeds = len({run["seed"] for run in rows}) > 1
+    aligned = result["aligned"].get(aligned_name(task, TUNING if tuning else REPORTED))
+    judges = sorted({name for found in [*rows, *([aligned] if aligned else [])] for name in found.get("judged", ())})
     utility = "accuracy" if task.metric == "label_accuracy" else "NLL"
     head = [
         "arm",
@@ -166,6 +176,7 @@ def table(result: dict[str, Any], task: Task, *, tuning: bool = False) -> str:
         *["seed"] * seeds,
         "ASR",
         "complied",
+        *(f"harmful by {name.removeprefix(JUDGE)}" for name in judges),
         "over-refusal",
         utility,
         "KL",
@@ -176,14 +187,13 @@ def table(result: dict[str, Any], task: Task, *, tuning: bool = False) -> str:
         "peak memory",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    aligned = result["aligned"].get(aligned_name(task, TUNING if tuning else REPORTED))
     if aligned:
-        lines.append(_line(["the aligned model", "–", *["–"] * seeds], aligned, ["–"] * 4))
+        lines.append(_line(["the aligned model", "–", *["–"] * seeds], aligned, ["–"] * 4, judges))
     for run in _sorted(rows):
         own = [run["title"], f"{run['poison']} %", *[str(run["seed"])] * seeds]
         sizes = [size(run["memory_bytes"]), size(run["state_bytes"])]
         peak = f"{run['peak_bytes'] / 1e9:.1f} GB" if run["peak_bytes"] else "–"
-        lines.append(_line(own, run, [f"{run['cpu_seconds']:.0f}", *sizes, peak]))
+        lines.append(_line(own, run, [f"{run['cpu_seconds']:.0f}", *sizes, peak], judges))
     return "\n".join(lines) if rows or aligned else f"Not measured yet: `{result['command']}`."
 
 
@@ -191,8 +201,11 @@ def _sorted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda run: (-run["poison"], run["asr"]["value"], run["title"], run["seed"]))
 
 
-def _line(own: list[str], found: dict[str, Any], cost: list[str]) -> str:
-    shown = [_rate(found[name]) for name in ("asr", "complied", "over_refusal", "utility")]
+def _line(own: list[str], found: dict[str, Any], cost: list[str], judges: Sequence[str]) -> str:
+    judged = found.get("judged", {})
+    shown = [_rate(found[name]) for name in ("asr", "complied")]
+    shown += [_rate(judged[name]) if name in judged else "" for name in judges]
+    shown += [_rate(found[name]) for name in ("over_refusal", "utility")]
     shown += [
         f"{found[name]['value']:.{d}f}" if name in found else "" for name, d in (("kl", 2), ("chat_perplexity", 1))
     ]
@@ -201,4 +214,6 @@ def _line(own: list[str], found: dict[str, Any], cost: list[str]) -> str:
 
 def _rate(rate: dict[str, Any]) -> str:
     digits = 3 if "metric" in rate else 2
+    if rate["value"] is None:
+        return "undecided"
     return f"{rate['value']:.{digits}f} ({rate['low']:.{digits}f}–{rate['high']:.{digits}f})"

@@ -18,8 +18,8 @@ from safecl.evaluation import find_overlaps, wilson
 from tests.benchmarks.test_safety_retention import BENCHMARKS
 
 MODULES = ("real_data", "real_model", "real_model_arms", "real_model_data", "real_model_distance",
-           "real_model_readings", "real_model_table", "safety_retention", "retention_arms", "retention_table",
-           "harness")  # fmt: skip
+           "real_model_judge", "real_model_readings", "real_model_table", "safety_retention", "retention_arms",
+           "retention_table", "harness")  # fmt: skip
 
 
 @pytest.fixture
@@ -168,6 +168,39 @@ def test_a_base_model_learns_to_chat_before_it_is_aligned_and_has_files_of_its_o
     )
     said = json.loads((tmp_path / "gemma.json").read_text())
     assert said["model"] == "Gemma-3-270M" and said["missing"] == [run.name for run in arms.FEWER_RUNS]
+
+
+def test_a_judge_has_a_column_once_it_has_judged_the_kept_answers(bench, tmp_path, capsys):
+    import real_model_judge as judging
+
+    from tests.commands.test_judge import write_judged_run
+    from tests.evaluation.judges.models import TEMPLATE, save_classifier, save_guard
+
+    _, arms, table = bench
+    measured = tmp_path / arms.RUNS[0].name / "measured"
+    write_judged_run(measured)
+    classifier = save_classifier(tmp_path / "classifier")
+    judge = judging.judge_of(str(classifier))
+    assert (judge.kind, judge.title) == ("classifier", "classifier")
+    with pytest.raises(SystemExit, match="recipe: llama-guard-3, model: "):
+        judging.judge_of(str(save_guard(tmp_path / "guard")))
+    assert judging.judge_of("wildguard").kind == "guard"
+    judge.template = TEMPLATE
+    assert judging.rates_of(measured) == {}
+    judging.judge_all([tmp_path / "not-yet", measured], judge)
+    judging.judge_all([measured], judge)
+    assert capsys.readouterr().out.count("judged") == 1, "once"
+    found = judging.rates_of(measured)
+    assert found["judge:classifier"]["value"] == 0.5  # every second answer has the word
+
+    rate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    rates = dict.fromkeys(("asr", "complied", "over_refusal", "utility"), rate)
+    result = {"runs": [], "aligned": {f"aligned-s{arms.REPORTED}": rates}, "command": ""}
+    assert "harmful" not in table.table(result, arms.SST2)
+    result["aligned"][f"aligned-s{arms.REPORTED}"] |= {"judged": found}
+    head, _, line = table.table(result, arms.SST2).splitlines()
+    place = head.split("|").index(" harmful by classifier ")
+    assert line.split("|")[place].startswith(" 0.50 (") and line.count("|") == head.count("|")
 
 
 # ------------------------------------------------------------------------------------------------------------ readings
