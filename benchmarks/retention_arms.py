@@ -41,7 +41,7 @@ class Arm:
     preset: bool = False
     """Whether it is a preset of `methods:`, which is measured in every setting."""
     method: str = ""
-    """The method whose rates docs/methods.md takes from this arm."""
+    """The method, or the setting that is one, whose rates docs/methods.md takes from this arm."""
     stage: bool = False
     """Whether the rows of the alignment are trained once more before the task, as its alignment stage."""
 
@@ -60,6 +60,7 @@ def _arm(
 
 PLAIN = _arm("plain", "plain fine-tuning")
 
+ATTENTION = ("methods.l2_sp.strength=0.1", "methods.l2_sp.modules=attention")
 METHODS = [
     _arm("er", "ER", "methods.er.weight=1", memory=True, method="er"),
     _arm("der", "DER", "methods.der.alpha=2", "methods.der.beta=0", memory=True, method="der"),
@@ -70,7 +71,7 @@ METHODS = [
     _arm("ewc-0.3", "EWC, strength 0.3", "methods.ewc.strength=0.3", memory=True, method="ewc"),
     _arm("online-ewc", "online EWC, strength 1", "methods.online_ewc.strength=1", memory=True, method="online_ewc"),
     _arm("l2-sp", "L2-SP", "methods.l2_sp.strength=0.1", method="l2_sp"),
-    _arm("l2-sp-attention", "L2-SP, attention only", "methods.l2_sp.strength=0.1", "methods.l2_sp.modules=attention"),
+    _arm("l2-sp-attention", "L2-SP, attention only", *ATTENTION, method="l2_sp: {modules: attention}"),
     _arm("lwf-hidden", "LwF, hidden states", "methods.lwf.form=hidden", "methods.lwf.weight=1"),
     _arm("lwf-output", "LwF, outputs", "methods.lwf.form=output", "methods.lwf.weight=1", method="lwf"),
     _arm("ema", "EMA", "methods.ema.horizon=0.3", method="ema"),
@@ -107,6 +108,7 @@ STRICT = (
     "memory.balance_by=kind",
     "memory.shares={refusal: 0.25}",
 )
+PREFIX, FIRST_TOKENS = "memory.prefix_tokens=12", "memory: {prefix_tokens: 12}"
 SCAN = "scan.action=drop"
 SCAN5 = (SCAN, "scan.benign=HARMLESS", "scan.false_alarm=0.05")
 SEARCH = [
@@ -115,6 +117,7 @@ SEARCH = [
     _arm("scan-der-ce", "scan, DER with CE", SCAN, *DER_CE, memory=True),
     _arm("scan-der-ema", "scan, DER with CE, EMA", SCAN, *DER_CE, *EMA, memory=True),
     _arm("scan5", "scan by harmless rows", *SCAN5, memory=True),
+    _arm("scan5-der", "scan by harmless rows, DER", *SCAN5, *DER, memory=True),
     _arm("scan5-der-ce-ema", "scan by harmless rows, DER with CE, EMA", *SCAN5, *DER_CE, *EMA, memory=True),
     _arm("scan5-der-ema", "preset `balanced` and scan", *SCAN5, *DER, *EMA, memory=True, preset=True),
     _arm(
@@ -152,7 +155,7 @@ SEARCH = [
     _arm("strict", "preset `strict`, mixed memory", *STRICT, MIXED, memory=True, preset=True),
     _arm("scan5-strict", "preset `strict` and scan, mixed memory", *SCAN5, *STRICT, MIXED, memory=True, preset=True),
     _arm("der-mixed", "DER with CE, mixed memory", *DER_CE, MIXED, memory=True),
-    _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, "memory.prefix_tokens=12", memory=True),
+    _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, PREFIX, memory=True, method=FIRST_TOKENS),
     _arm("der-lr", "DER with CE, learning rate 0.0003", *DER_CE, "train.learning_rate=0.0003", memory=True),
     _arm("kl2-ema", "preset `balanced`", *DER, *EMA, memory=True, preset=True),
     _arm("der-ema", "DER with CE, EMA", *DER_CE, *EMA, memory=True),
@@ -233,6 +236,26 @@ LIBRARY = [
     _default("vaa", "alignment stage with VAA", HARMFUL.format("vaa"), LONG, stage=True),
 ]
 
+# Settings that are methods of their own, and methods with the mean of the loss that their pages recommend.
+DERPP = ("methods.derpp.alpha=2", "methods.derpp.beta=1")
+ROWS = "train.loss_mean=rows"
+OPTIONS = [
+    _arm("agem-step", "A-GEM, the step", "methods.agem.project=step", memory=True, method="agem: {project: step}"),
+    _arm("im-marginal", "ER and IM, marginal part", "methods.er.weight=1", "methods.im.reading=marginal", memory=True,
+         method="im: {reading: marginal}"),
+    _arm("im-der", "DER and IM", *DER, "methods.im={}", memory=True, method="im: {}, der: {}"),
+    _arm("im-derpp", "DER++ and IM", *DERPP, "methods.im={}", memory=True, method="im: {}, derpp: {}"),
+    _arm("mix-cd", "DER, draws by mix-cd", *DER, "memory.draw=mix_cd", memory=True, method="memory: {draw: mix_cd}"),
+    _arm("replay-ratio-end", "DER, replay ratio from 0.1 to 0.4", *DER, "memory.replay_ratio=0.1",
+         "memory.replay_ratio_end=0.4", memory=True, method="memory: {replay_ratio_end: 0.4}"),
+    _arm("capped", "DER, capped mean", *DER, "train.loss_mean=capped", memory=True,
+         method="train: {loss_mean: capped}"),
+    _arm("refresh-derpp", "DER++ and Refresh Learning", *DERPP, "methods.refresh={}", memory=True,
+         method="refresh: {}, derpp: {}"),
+    *(Arm(f"{arm.name}-rows", f"{arm.title}, mean over rows", (*arm.overrides, ROWS), arm.memory, stage=arm.stage)
+      for arm in LIBRARY if arm.name in ("antibody", "bds", "vaa")),
+]  # fmt: skip
+
 # Where defences are reported to collapse: more poison, more epochs, a larger learning rate.
 STRAINED = ("plain", "er", "der", "derpp", "ewc", "kl2-ema", "strict", "sbr", "spag", "safe-grad", "lisa",
             "corrective-replay")  # fmt: skip
@@ -244,6 +267,9 @@ UNDER_STRAIN = [
     for name, title, override in STRAINS
     for arm in AS_THEY_ARE
 ]
+
+# A scan before training, where there is more poison.
+WITH_SCAN = [arm for arm in SEARCH if arm.name in ("scan5-der", "scan5-der-ema", "scan5-strict")]
 
 # Three tasks in a row.
 IN_SEQUENCE = [arm for arm in AS_THEY_ARE if arm.name in ("plain", "er", "der", "derpp", "ewc", "kl2-ema", "strict")]
@@ -359,7 +385,9 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, task, poison, 0) for poison in (10, 0) for task in ("gsm8k", "code") for arm in METHODS)
     yield from (Run(arm, "sst2", poison, seed) for poison in (10, 0) for seed in SEEDS[1:] for arm in GRID)
     yield from (Run(arm, "sst2", poison, 0) for poison in (10, 0) for arm in LIBRARY)
-    yield from (Run(arm, "sst2", 20, 0) for arm in AS_THEY_ARE)
+    prefix = [arm for arm in SEARCH if arm.name == "der-prefix"]
+    yield from (Run(arm, "sst2", poison, 0) for poison in (10, 0) for arm in [*OPTIONS, *prefix])
+    yield from (Run(arm, "sst2", 20, 0) for arm in [*AS_THEY_ARE, *WITH_SCAN])
     yield from (Run(arm, "sst2", 10, 0) for arm in UNDER_STRAIN)
     yield from (Run(arm, SEQUENCE, 10, 0) for arm in IN_SEQUENCE)
     yield from (Run(arm, "sst2", poison, seed) for seed in SEEDS[1:] for poison in (10, 0, 20) for arm in AS_THEY_ARE)

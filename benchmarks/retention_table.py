@@ -25,6 +25,7 @@ from retention_arms import (
     LIMIT_POINTS,
     METHODS,
     NO_DATA,
+    OPTIONS,
     PLAIN,
     POISON,
     RUNS,
@@ -32,6 +33,7 @@ from retention_arms import (
     SEQUENCE,
     TUNING_SEED,
     UNDER_STRAIN,
+    WITH_SCAN,
     Arm,
     Run,
 )  # fmt: skip
@@ -251,7 +253,10 @@ def write_page(found: Sequence[dict], others: Mapping[str, str]) -> None:
         f"sst2-{poison}": table(found, [*arms, *chosen(found, poison)], "sst2", poison, "accuracy") for poison in POISON
     }
     parts |= {f"library-{poison}": table(found, [PLAIN, *LIBRARY], "sst2", poison, "accuracy") for poison in POISON}
-    parts["sst2-20"] = table(found, AS_THEY_ARE, "sst2", 20, "accuracy")
+    alone = [arm for arm in [*METHODS, *LIBRARY] if arm.method in ("er", "der", "derpp", "antibody", "bds", "vaa")]
+    compared = [PLAIN, *alone, *OPTIONS]
+    parts |= {f"options-{poison}": table(found, compared, "sst2", poison, "accuracy") for poison in POISON}
+    parts["sst2-20"] = table(found, [*AS_THEY_ARE, *WITH_SCAN], "sst2", 20, "accuracy")
     parts["strain"] = table(found, [*AS_THEY_ARE, *UNDER_STRAIN], "sst2", 10, "accuracy")
     parts |= {
         f"grid-{poison}": table(found, [PLAIN, *GRID], "sst2", poison, "accuracy", "-s0/plain-") for poison in POISON
@@ -269,15 +274,15 @@ def write_page(found: Sequence[dict], others: Mapping[str, str]) -> None:
 def write_methods_page(found: Sequence[dict]) -> None:
     """Write the attack success rates, clean and with poison, in the last column of docs/methods.md's table.
 
-    Words in brackets that stand there stay. A method without both rates is left alone.
+    Words in brackets that stand there stay. A method, or a setting that is one, without both rates is left alone.
     """
     text = METHODS_PAGE.read_text(encoding="utf-8")
-    for arm in [*METHODS, *LIBRARY]:
+    for arm in [*METHODS, *SEARCH, *LIBRARY, *OPTIONS]:
         clean, poisoned = (of(found, arm, "sst2", poison) for poison in POISON)
         if arm.method and clean and poisoned:
             rates = " / ".join(f"{mean_rate(r, 'asr')[0]:.2f}".removeprefix("0") for r in (clean, poisoned))
             text = re.sub(
-                rf"^(\| \[`{arm.method}`\].*\| )[^|(]*?( \([^|]*\))? \|$",
+                rf"^(\| \[`{re.escape(arm.method)}`\].*\| )[^|(]*?( \([^|]*\))? \|$",
                 lambda m, rates=rates: f"{m[1]}{rates}{m[2] or ''} |",
                 text,
                 flags=re.M,

@@ -4,6 +4,7 @@ runs said."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -106,8 +107,10 @@ def test_every_method_has_an_arm_and_every_word_in_capitals_a_maker(bench, tmp_p
     from safecl.config.method_registry import builtin_methods
 
     _, arms, _, retention = bench
-    shown = [arm.method for arm in [*arms.METHODS, *arms.LIBRARY] if arm.method]
+    shown = [arm.method for arm in [*arms.METHODS, *arms.LIBRARY] if re.fullmatch(r"\w+", arm.method)]
     assert sorted(shown) == sorted(builtin_methods())
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert all(f"| [`{arm.method}`](" in page for arm in (run.arm for run in arms.RUNS) if arm.method)
     made = {*retention.retention_materials.MAKERS, "MIXED", "HARMLESS", "RANDOM"}
     assert set(arms.RUNS[0].files(tmp_path)) == made
     for run in arms.RUNS:
@@ -176,6 +179,7 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
     (tmp_path / "methods.md").write_text(
         "| [`der`](a) | outputs (stored) | 4 (or 8) | not measured yet |\n"
         "| [`derpp`](a) | not measured yet (weight 2) |\n| [`er`](a) | .50 / .60 |\n"
+        "| [`im: {}, der: {}`](a) | not measured yet |\n"
     )
     (tmp_path / "page.md").write_text(
         "before\n<!-- sst2-10 -->\nstale\n<!-- end -->\n<!-- search -->\n<!-- end -->\nafter\n"
@@ -190,6 +194,9 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
         finished(tmp_path, arms.Run(arm, "sst2", 10, seed), hits, right)
     for arm, hits, right in ((arms.PLAIN, 120, 90), (der, 8, 87)):
         finished(tmp_path, arms.Run(arm, "sst2", 0, 0), hits, right)
+    im_der = next(arm for arm in arms.OPTIONS if arm.name == "im-der")
+    for poison, hits in ((0, 6), (10, 30)):
+        finished(tmp_path, arms.Run(im_der, "sst2", poison, 0), hits, 80)
     finished(tmp_path, type("Aligned", (), {"name": "aligned", "task": "alignment"}), 6, 0)
     table.report(tmp_path, {}, None)
     page, result = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "results.json").read_text())
@@ -207,8 +214,9 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
     assert (tmp_path / "methods.md").read_text() == (
         "| [`der`](a) | outputs (stored) | 4 (or 8) | .07 / .10 |\n"
         "| [`derpp`](a) | not measured yet (weight 2) |\n| [`er`](a) | .50 / .60 |\n"
+        "| [`im: {}, der: {}`](a) | .05 / .25 |\n"
     )
-    assert len(result["runs"]) == 6 and len(result["missing"]) == len(arms.RUNS) + len(table.TRIALS) - 6
+    assert len(result["runs"]) == 8 and len(result["missing"]) == len(arms.RUNS) + len(table.TRIALS) - 8
     assert "sst2-p10-s0/er" in result["missing"] and "arms are missing" in capsys.readouterr().out
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
