@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.benchmarks.test_safety_retention import BENCHMARKS
-
 STOPPED, FAILED, FINISHED = "stopped", "failed", "finished although it was asked to stop"
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """Import benchmarks by name, and forget them afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if BENCHMARKS in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 @pytest.fixture
