@@ -16,7 +16,7 @@ from real_model_readings import control_table, further_runs, missing_sentence, o
 from retention_table import digest, size
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "real_model.json"
 PAGE = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "real-model.svg"
 SHOWN = ("plain", "balanced", "strict")
@@ -34,7 +34,7 @@ def runs_of(model: Model) -> list[Run]:
 
 
 def results_of(model: Model) -> Path:
-    return RESULTS / f"{model.mark}_model.json"
+    return RESULTS.with_name(f"{model.mark}_model.json")
 
 
 def report(folder: Path, model: Model = SMOLLM2, page: Path = PAGE, results: Path | None = None) -> None:
