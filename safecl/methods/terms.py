@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Tokens = Literal["all", "supervised", "last"] | int
+"""Tokens of a row whose hidden states are compared: all; those that predict a supervised token; the row's last; or a
+number n, those that predict its first n supervised tokens. 1 is the prompt's last token alone, behind which the answer
+begins."""
+
 EVERY_LAYER = 2**31 - 1
 """A number of layers that stands for all that the model has."""
 
@@ -77,7 +82,7 @@ class TaskTerm:
     layers: int | tuple[int, ...] = ()
     """`hidden` only: number of layers at equal distances, or layers counted from 1, whose hidden states are compared
     side by side; empty: the last, behind the final norm."""
-    tokens: Literal["all", "supervised"] = "supervised"
+    tokens: Tokens = "supervised"
     """`hidden` only: which tokens of a row."""
     temperature: float = 1.0
     """Temperature of the compared distributions."""

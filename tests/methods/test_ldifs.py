@@ -39,7 +39,7 @@ def features(model, row, layers: list[int]) -> torch.Tensor:
 
 
 @functools.cache
-def expected(layers: tuple[int, ...], supervised: bool, weight: float, model: str = "full"):
+def expected(layers: tuple[int, ...], tokens: str | int, weight: float, model: str = "full"):
     student = tiny_model()
     teacher = copy.deepcopy(student)
     if model != "full":
@@ -51,7 +51,10 @@ def expected(layers: tuple[int, ...], supervised: bool, weight: float, model: st
         with torch.no_grad():
             said = features(teacher, row, layers)
         square = (features(inner, row, layers) - said).square().mean(-1)
-        return square[:-1][torch.from_numpy(row.loss_mask[1:].copy())] if supervised else square
+        if tokens == "all":
+            return square
+        supervised = square[:-1][torch.from_numpy(row.loss_mask[1:].copy())]
+        return supervised if tokens == "supervised" else supervised[:tokens]
 
     losses = [
         lambda rows=rows: reference.mean_nll(inner, rows) + weight * torch.cat([distance(row) for row in rows]).mean()
@@ -67,7 +70,7 @@ def error(found: dict, *case) -> float:
 
 @pytest.mark.parametrize(
     ("layers", "outputs", "tokens", "stage"),
-    [(2, "online", "all", 3), ([-2, 2], "recorded", "supervised", 2)],
+    [(2, "online", "all", 3), ([-2, 2], "recorded", "supervised", 2), (2, "recorded", 2, 1), (2, "online", 2, 3)],
 )
 def test_ldifs_equals_a_frozen_copy(rank_pool, tmp_path, layers, outputs, tokens, stage):
     tiny_model().save_pretrained(tmp_path / "model")
@@ -81,8 +84,9 @@ def test_ldifs_equals_a_frozen_copy(rank_pool, tmp_path, layers, outputs, tokens
         deepspeed={"stage": stage},
         output=str(tmp_path),
     )[0]
-    assert error(found, (1, 2), tokens == "supervised", WEIGHT) <= 1e-3
-    assert error(found, (2,), tokens == "supervised", WEIGHT) > 1e-2  # the layers matter
+    assert error(found, (1, 2), tokens, WEIGHT) <= 1e-3
+    assert error(found, (2,), tokens, WEIGHT) > 1e-2  # the layers matter
+    assert error(found, (1, 2), "supervised" if tokens != "supervised" else "all", WEIGHT) > 1e-2  # and the tokens
     assert abs(found["losses"][0]["ldifs"]) < 1e-6 < min(losses["ldifs"] for losses in found["losses"][1:])
 
 
@@ -97,7 +101,7 @@ def test_ldifs_with_lora_takes_the_model_without_adapters_as_teacher(rank_pool, 
         deepspeed={"stage": stage},
         output=str(tmp_path),
     )[0]
-    assert error(found, (1, 2), False, WEIGHT, name) <= 1e-3
+    assert error(found, (1, 2), "all", WEIGHT, name) <= 1e-3
 
 
 def test_a_rank_without_rows_makes_the_same_calls_as_the_others(rank_pool):
@@ -115,7 +119,7 @@ def test_a_rank_without_rows_makes_the_same_calls_as_the_others(rank_pool):
         )[0]
         for ranks in (1, 2)
     )
-    start = expected((1, 2), False, WEIGHT, "lora")[0]
+    start = expected((1, 2), "all", WEIGHT, "lora")[0]
     trained = [{name: found["weights"][name] for name in start} for found in (one, two)]
     assert oracle.relative_distance(*trained, start) <= 1e-3
 

@@ -170,7 +170,7 @@ def record_and_read(folder: str, form: dict, bf16: bool = False):
     (term,) = Method("lwf", Config(**form)).task_terms()
     written = record_outputs(run.engine, task.dataset, term, Path(folder))
     again = open_recorded(run.engine, task.dataset, term, Path(folder))
-    settings = {"all_tokens": True} if form["form"] == "hidden" else {"k": 8, "temperature": 2.0}
+    settings = {"tokens": "all"} if form["form"] == "hidden" else {"k": 8, "temperature": 2.0}
     own = dict(outputs_of_rows(run.engine, task.dataset, "hidden" if form["form"] == "hidden" else "topk", **settings))
     equal = []
     for index, output in own.items():

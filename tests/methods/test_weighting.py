@@ -185,7 +185,7 @@ def passes_of_several_kinds(folder: str, **changes) -> list[dict]:
 
     config = run_config(memory=None, methods={"constrained_sft": {}}, output=folder, **changes)
     run, (task,) = scenes.make_run(config, tiny_model(), [random_dataset(60, seed=1)])
-    kinds = [("hidden", {"all_tokens": True}), ("topk", {"k": 2, "temperature": 1.0})]
+    kinds = [("hidden", {"tokens": "all"}), ("topk", {"k": 2, "temperature": 1.0})]
     for kind, settings in [*kinds, *kinds]:
         assert list(outputs_of_rows(run.engine, task.dataset, kind, **settings))
     run.begin_task(task, active=True)

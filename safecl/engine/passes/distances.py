@@ -14,6 +14,7 @@ from safecl.engine.model.features import Layers
 from safecl.engine.model.loss_inputs import HiddenDistance, OutputDistance
 from safecl.engine.passes.step_rows import HIDDEN, Distillation, StepRow
 from safecl.kernels import TopKTeacher
+from safecl.methods.terms import Tokens
 from safecl.replay import TeacherOutputs
 
 TopK: TypeAlias = TeacherOutputs | TopKTeacher
@@ -23,6 +24,21 @@ TopK: TypeAlias = TeacherOutputs | TopKTeacher
 def target_positions(batch: MicroBatch, index: int, row: Row) -> np.ndarray:
     """Flat indices into the batch whose next token is a supervised target of the row; `index` is the row's place."""
     return batch.starts[index] + np.flatnonzero(row.loss_mask[1:]).astype(np.int64)
+
+
+def token_positions(batch: MicroBatch, index: int, row: Row, tokens: Tokens) -> np.ndarray:
+    """Flat indices into the batch of these tokens of the row; `index` is the row's place."""
+    return _chosen(tokens, batch, index, target_positions(batch, index, row))
+
+
+def _chosen(tokens: Tokens, batch: MicroBatch, index: int, targets: np.ndarray) -> np.ndarray:
+    """Return the flat positions of these tokens of a row. targets: its target_positions."""
+    if tokens == "supervised":
+        return targets
+    if isinstance(tokens, int):
+        return targets[:tokens]
+    every = batch.starts[index] + np.arange(batch.lengths[index])
+    return every if tokens == "all" else every[-1:]
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,7 @@ def hidden_distances(
     int64 [m] indices into it.
     """
     found = [
-        _HiddenMember(index, d, _compared(d, batch, index, places[index]))
+        _HiddenMember(index, d, _chosen(d.tokens, batch, index, places[index]))
         for index, row in enumerate(rows)
         for d in row.distillations
         if d.divergence == HIDDEN
@@ -153,14 +169,6 @@ def hidden_distances(
 
 def _hidden_group(member: _HiddenMember) -> tuple[bool, Layers, bool]:
     return member.distillation.live, member.distillation.layers, member.distillation.larger
-
-
-def _compared(distillation: Distillation, batch: MicroBatch, index: int, targets: np.ndarray) -> np.ndarray:
-    """Return the flat positions at which hidden states of a row are compared. targets: its target_positions."""
-    tokens = batch.starts[index] + np.arange(batch.lengths[index])
-    if distillation.last_token:
-        return tokens[-1:]
-    return tokens if distillation.all_tokens else targets
 
 
 def _hidden_states(distillation: Distillation) -> torch.Tensor:

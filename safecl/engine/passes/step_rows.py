@@ -12,7 +12,7 @@ import torch
 from safecl.data import Row
 from safecl.engine.model.features import Layers
 from safecl.kernels import TopKTeacher
-from safecl.methods.terms import TokenConstraint
+from safecl.methods.terms import TokenConstraint, Tokens
 from safecl.replay import TeacherOutputs
 
 HIDDEN = "hidden"
@@ -24,8 +24,8 @@ class Question:
     """A request for a teacher's hidden states, or its top-k outputs, at some tokens of a row."""
 
     form: Literal["hidden", "topk"]
-    all_tokens: bool = False
-    """`hidden` only: every token of a row, not only those that predict a supervised target."""
+    tokens: Tokens = "supervised"
+    """`hidden` only: which tokens of a row."""
     layers: Layers = ()
     """`hidden` only: layers whose hidden states are put side by side; empty: the last."""
     k: int = 0
@@ -69,10 +69,8 @@ class Distillation:
     """Returns the teacher's outputs, or hidden states [tokens, H]; None: the outputs that are stored with the row."""
     live: bool = False
     """The teacher is the model with its adapters off, in the same step."""
-    all_tokens: bool = False
-    """HIDDEN only: every token of the row, not only those that predict a supervised target."""
-    last_token: bool = False
-    """HIDDEN only: the row's last token alone."""
+    tokens: Tokens = "supervised"
+    """HIDDEN only: which tokens of the row."""
     layers: Layers = ()
     """HIDDEN only: the layers that are compared; empty: the last."""
     larger: bool = False
@@ -161,3 +159,13 @@ def terms_of(rows: Sequence[StepRow]) -> list[str]:
 def reads_layers(row: StepRow) -> bool:
     """Return whether a term of the row reads hidden states of other layers than the last."""
     return row.noise is not None or any(d.divergence == HIDDEN and d.layers for d in row.distillations)
+
+
+def count_tokens(tokens: Tokens, lengths: np.ndarray, num_targets: np.ndarray) -> np.ndarray:
+    """Return how many tokens of each row have a term, int64 [rows]: known from the index, before a row is read."""
+    if tokens == "all":
+        return lengths.astype(np.int64)
+    if tokens == "last":
+        return np.minimum(lengths, 1).astype(np.int64)
+    counts = num_targets.astype(np.int64)
+    return counts if tokens == "supervised" else np.minimum(counts, tokens)

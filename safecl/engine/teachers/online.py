@@ -26,7 +26,7 @@ from safecl.data import collate
 from safecl.distributed import collectives
 from safecl.engine.checkpoint.model_export import save_plain
 from safecl.engine.model.dtypes import CONFIG_DTYPES
-from safecl.engine.passes.distances import target_positions
+from safecl.engine.passes.distances import token_positions
 from safecl.engine.passes.micro_batches import sequences_of, split_step
 from safecl.engine.passes.step_rows import Answer, Asked, Question, StepRow
 from safecl.engine.passes.training_engine import TrainingEngine
@@ -149,12 +149,7 @@ class OnlineTeachers:
         asked, waiting = [], []
         for question in questions:
             found = [(cell, n) for n, row in enumerate(rows) for cell in _once(row, source, question)]
-            places = [
-                batch.starts[n] + np.arange(batch.lengths[n])
-                if question.all_tokens
-                else target_positions(batch, n, loaded[n])
-                for _, n in found
-            ]
+            places = [token_positions(batch, n, loaded[n], question.tokens) for _, n in found]
             asked.append((question, torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64))))
             waiting.append(_Waiting([cell for cell, _ in found], [len(place) for place in places]))
         sequences = sequences_of(batch, self.engine.layout.packed)

@@ -10,10 +10,11 @@ import torch
 
 from safecl.data import Row, TokenDataset, collate
 from safecl.distributed import progress
-from safecl.engine.passes.distances import target_positions
+from safecl.engine.passes.distances import token_positions
 from safecl.engine.passes.engine import ModelEngine
 from safecl.engine.passes.micro_batches import sequences_of, split_step, to_device
 from safecl.engine.passes.step_rows import StepRow
+from safecl.methods.terms import Tokens
 from safecl.replay import TeacherOutputs
 
 MICRO_BATCHES_AT_ONCE = 16
@@ -28,7 +29,7 @@ def outputs_of_rows(
     dataset: TokenDataset,
     task: str,
     *,
-    all_tokens: bool = False,
+    tokens: Tokens = "supervised",
     rank_of: np.ndarray | None = None,
     alone: bool = False,
     **settings: Any,
@@ -36,8 +37,8 @@ def outputs_of_rows(
     """Yield the outputs of this rank's share of the rows. A collective call: every rank must consume all of its share.
 
     task, settings: of LanguageModel.forward ("topk" with k and temperature, which also gives the targets' `nll`,
-    "gradient", or "hidden"). The tokens are those that predict a supervised target, or all. Exactly one rank computes a
-    row: that of `rank_of` [rows], or else one that depends on the lengths alone. alone: each row has a forward pass of
+    "gradient", or "hidden"). Other tokens than the supervised are for "hidden" only. Exactly one rank computes a row:
+    that of `rank_of` [rows], or else one that depends on the lengths alone. alone: each row has a forward pass of
     its own. The last bits of its outputs then do not depend on the rows beside it.
     """
     layout = engine.layout
@@ -49,7 +50,7 @@ def outputs_of_rows(
             split = split_step(rows, layout)
             for part in (_one_by_one(split) if alone else split)[engine.rank]:
                 chosen = [int(indices[j]) for j in part]
-                yield from _outputs_of(engine, chosen, dataset.rows(chosen), task, all_tokens, settings)
+                yield from _outputs_of(engine, chosen, dataset.rows(chosen), task, tokens, settings)
 
 
 def _one_by_one(split: list[list[list[int]]]) -> list[list[list[int]]]:
@@ -79,14 +80,11 @@ def _outputs_of(
     indices: Sequence[int],
     rows: Sequence[Row],
     task: str,
-    all_tokens: bool,
+    tokens: Tokens,
     settings: dict[str, Any],
 ) -> Outputs:
     batch = collate(rows, packed=engine.layout.packed, pad_id=engine.layout.pad_id)
-    places = [
-        batch.starts[n] + np.arange(batch.lengths[n]) if all_tokens else target_positions(batch, n, row)
-        for n, row in enumerate(rows)
-    ]
+    places = [token_positions(batch, n, row, tokens) for n, row in enumerate(rows)]
     positions = torch.from_numpy(np.concatenate(places) if places else np.zeros(0, np.int64))
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,

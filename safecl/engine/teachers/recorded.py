@@ -30,9 +30,10 @@ from safecl.config import ConfigError
 from safecl.data import TokenDataset
 from safecl.distributed import collectives
 from safecl.engine.model.features import layer_numbers
+from safecl.engine.passes.step_rows import count_tokens
 from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.outputs import outputs_of_rows
-from safecl.methods.terms import TaskTerm
+from safecl.methods.terms import TaskTerm, Tokens
 from safecl.replay import TeacherOutputs
 from safecl.storage.durable import DamagedCheckpoint, map_array, open_regular, replace_file
 
@@ -48,7 +49,7 @@ class Form:
     """The `task` argument of LanguageModel.forward."""
     settings: dict[str, Any]
     """Further arguments of LanguageModel.forward."""
-    all_tokens: bool
+    tokens: Tokens
     bytes_per_token: int
     dtype: torch.dtype
 
@@ -60,9 +61,9 @@ class Form:
             layers = layer_numbers(term.layers, model.num_layers)
             size = model.text_settings.hidden_size * dtype.itemsize * max(1, len(layers))
             settings = {"layers": list(layers)} if layers else {}
-            return Form("hidden", settings, term.tokens == "all", size, dtype)
+            return Form("hidden", settings, term.tokens, size, dtype)
         k = min(term.k, model.text_settings.vocab_size)
-        return Form("topk", {"k": k, "temperature": term.temperature}, False, 6 * k + 4, torch.float16)
+        return Form("topk", {"k": k, "temperature": term.temperature}, "supervised", 6 * k + 4, torch.float16)
 
     def pack(self, output: dict[str, torch.Tensor]) -> bytes:
         if self.task == "hidden":
@@ -133,7 +134,9 @@ def _data_path(folder: Path, rank: int) -> Path:
 
 
 def _meta(form: Form, dataset: TokenDataset) -> dict[str, Any]:
-    settings = {"task": form.task, **form.settings, "all_tokens": form.all_tokens, "dtype": str(form.dtype)}
+    settings = {"task": form.task, **form.settings, "all_tokens": form.tokens == "all", "dtype": str(form.dtype)}
+    if form.tokens not in ("all", "supervised"):
+        settings["tokens"] = form.tokens
     return settings | {"num_rows": len(dataset), "rows": dataset.key}
 
 
@@ -143,7 +146,7 @@ def record_outputs(engine: TrainingEngine, dataset: TokenDataset, term: TaskTerm
     Raises ConfigError where the disk has too little room.
     """
     form = Form.of(term, engine)
-    num_tokens = int((dataset.lengths if form.all_tokens else dataset.num_targets).sum(dtype=np.int64))
+    num_tokens = int(count_tokens(form.tokens, dataset.lengths, dataset.num_targets).sum())
     _refuse_full_disk(folder, num_tokens * form.bytes_per_token)
     if engine.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -187,7 +190,7 @@ def _write_share(engine: TrainingEngine, dataset: TokenDataset, form: Form, path
     """Write this rank's rows; return int64 [its rows, 3]: row, offset, tokens."""
     written, offset = [], 0
     with path.open("wb") as file:
-        for row, output in outputs_of_rows(engine, dataset, form.task, all_tokens=form.all_tokens, **form.settings):
+        for row, output in outputs_of_rows(engine, dataset, form.task, tokens=form.tokens, **form.settings):
             data = form.pack(output)
             file.write(data)
             written.append((row, offset, len(next(iter(output.values())))))

@@ -5,7 +5,9 @@
 phi are the hidden states of several layers side by side, phi0 those of the aligned model theta_0 at the same tokens.
 `lwf` with `form: hidden` compares the last layer alone. The paper's squared norm is the mean over j times the number of
 compared values; the mean makes `weight` independent of width, layers and lengths. Differences are formed in fp32, and
-all layers count the same however far they drift. Padding has no term.
+all layers count the same however far they drift. Padding has no term. `tokens: n` compares only where the first n
+supervised tokens are predicted, beginning with the prompt's last token: the first tokens of an answer decide whether it
+is a refusal (Qi et al. 2025, arXiv 2406.05946).
 
 With LoRA the teacher is the student with its adapters off: one more forward pass. Without adapters theta_0 runs in
 every step (`outputs: online`), streamed from the node's one copy in host memory, or once over every row before training
@@ -32,8 +34,10 @@ class Config(MethodConfig):
     layers: Annotated[int, Field(ge=1)] | Annotated[list[int], Field(min_length=1)] = 5
     """How many layers are compared, at equal distances and with the last; or a list of layers, counted from 1 or, if
     negative, from the end. The last layer is taken behind the final norm."""
-    tokens: Literal["all", "supervised"] = "all"
-    """The tokens of a row that are compared."""
+    tokens: Literal["all", "supervised"] | Annotated[int, Field(ge=1)] = "all"
+    """The tokens of a row that are compared: all; those from which a supervised token is predicted; or a number n, only
+    those of the first n supervised tokens, beginning with the prompt's last token. A refusal shows in its first
+    tokens."""
     teacher: Literal["aligned", "previous", "ema"] = "aligned"
     """aligned: theta_0 in all tasks; previous: the model that the previous task produced; ema: the average that the
     method `ema` keeps."""

@@ -35,8 +35,9 @@ class Config(MethodConfig):
     """hidden: last hidden states; output: the distribution over the vocabulary."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor of the distance."""
-    tokens: Literal["all", "supervised"] = "all"
-    """hidden only: the tokens of a row that are compared; supervised needs fewer bytes."""
+    tokens: Literal["all", "supervised"] | Annotated[int, Field(ge=1)] = "all"
+    """hidden only: the tokens of a row that are compared: all; supervised, those from which a supervised token is
+    predicted, which needs fewer bytes; or a number n, only those of the first n supervised tokens."""
     distance: Literal["forward_kl", "reverse_kl", "jsd", "mse"] = "forward_kl"
     """output only: the distance between distributions."""
     temperature: Annotated[float, Field(gt=0)] = 2.0

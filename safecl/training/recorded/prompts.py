@@ -77,7 +77,7 @@ class PromptAnchors:
         rows = dataset_of(prompts, [np.zeros(len(p), bool) for p in prompts], np.arange(len(prompts)))
         own = [
             (index, output["hidden"][-1].float().numpy())
-            for index, output in outputs_of_rows(self.engine, rows, "hidden", all_tokens=True)
+            for index, output in outputs_of_rows(self.engine, rows, "hidden", tokens="all")
         ]
         states = np.stack([state for _, state in sorted(collectives.gather_objects(own), key=lambda item: item[0])])
         if collectives.rank() == 0:
@@ -110,7 +110,7 @@ def _step_row(term: PromptTerm, pool: _Pool, number: int, count: int) -> StepRow
         term.weight / count,
         term=term.name,
         load=functools.partial(torch.from_numpy, pool.states[number : number + 1]),
-        last_token=True,
+        tokens="last",
     )
     return StepRow(term.name, len(prompt), 0, lambda: (row, None), distillations=(distance,))
 

@@ -26,6 +26,7 @@ from safecl.engine.passes.step_rows import (
     RowConstraint,
     RowNoise,
     StepRow,
+    count_tokens,
 )
 from safecl.methods.base import Method
 from safecl.methods.terms import PromptTerm, ReplayTerm, TaskTerm
@@ -136,7 +137,6 @@ def _load_row(data: TokenDataset, index: int) -> tuple[Row, None]:
 def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
     """Return the task's rows of a step, with their distances to teachers."""
     data, indices, terms = task.dataset, task.order.rows_of_step(step), task_terms(run.active_methods)
-    num_targets, num_tokens = max(1, int(data.num_targets[indices].sum())), max(1, int(data.lengths[indices].sum()))
     factors, mixed = _row_factors(run, task, indices, step), _mixed_rows(run, step)
     token_factors = _token_factors(run, task, indices)
     num_all = np.concatenate([data.num_targets[indices], [row.num_targets for row in mixed]]).astype(np.int64)
@@ -148,7 +148,7 @@ def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
     rows = dataset_rows(data, indices, ce_weights[: len(indices)], task.row_weights)
     constraints = _constraints(run, task, indices)
     of_tokens: Sequence[np.ndarray | None] = [None] * len(indices) if token_factors is None else token_factors
-    totals = [num_tokens if term.divergence == HIDDEN and term.tokens == "all" else num_targets for term in terms]
+    totals = [_num_compared(term, data.lengths[indices], data.num_targets[indices]) for term in terms]
     steered = run.steering.weight_at(run.first_step + step)
     terms = [term if steered == 1.0 else replace(term, weight=steered * term.weight) for term in terms]
     return [
@@ -224,16 +224,22 @@ def _task_distillation(run: RunState, task: TaskPlan, index: int, term: TaskTerm
         term=term.name,
         load=load,
         live=access == "adapters off",
-        all_tokens=term.tokens == "all",
+        tokens=term.tokens,
         layers=_layers(run, term),
         larger=term.larger,
         asked=asked,
     )
 
 
+def _num_compared(term: TaskTerm, lengths: np.ndarray, num_targets: np.ndarray) -> int:
+    """The number of tokens of these rows that a term is a mean over; 1 where there are none."""
+    tokens = term.tokens if term.divergence == HIDDEN else "supervised"
+    return max(1, int(count_tokens(tokens, lengths, num_targets).sum()))
+
+
 def _question(run: RunState, term: TaskTerm) -> Asked:
     if term.divergence == HIDDEN:
-        return Asked(term.teacher, Question("hidden", term.tokens == "all", _layers(run, term)))
+        return Asked(term.teacher, Question("hidden", term.tokens, _layers(run, term)))
     return _topk_question(run, term.teacher, term.k, term.temperature)
 
 
@@ -267,29 +273,32 @@ def _replay_rows(
         if term.kd_weight > 0:
             kd_weights[term.divergence] += weight_factor * term.kd_weight / total
     online = [distance for term in terms for distance in term.distances if distance.weight > 0]
-    tokens = max(1, sum(row.length for row in drawn))
+    lengths, targets = np.array([row.length for row in drawn]), np.array([row.num_targets for row in drawn])
+    counts = [_num_compared(term, lengths, targets) for term in online]
     return [
         row.weighted(
             stream,
             ce_weight,
             _replay_distillations(run, kd_weights)
-            + tuple(_online_distance(run, term, weight_factor, total, tokens) for term in online),
+            + tuple(
+                _online_distance(run, term, weight_factor, count) for term, count in zip(online, counts, strict=True)
+            ),
         )
         for row in drawn
     ]
 
 
-def _online_distance(run: RunState, term: TaskTerm, factor: float, targets: int, tokens: int) -> Distillation:
-    """Return a distance of one replayed row to an online teacher. targets, tokens: of the whole draw."""
+def _online_distance(run: RunState, term: TaskTerm, factor: float, count: int) -> Distillation:
+    """Return a distance of one replayed row to an online teacher. count: tokens of the whole draw that have it."""
     assert term.online, "only online teachers answer about replayed rows"
     asked = _question(run, term)
     return Distillation(
         term.divergence,
-        factor * term.weight / (tokens if term.divergence == HIDDEN and term.tokens == "all" else targets),
+        factor * term.weight / count,
         term.temperature,
         term=term.name,
         load=asked.answer,
-        all_tokens=term.tokens == "all",
+        tokens=term.tokens,
         layers=_layers(run, term),
         larger=term.larger,
         asked=asked,

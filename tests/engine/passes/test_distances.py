@@ -95,7 +95,7 @@ def test_given_hidden_states_come_before_those_with_the_adapters_off(batch):
     states = torch.randn(len(rows[1]), 32)
     step_rows = [
         step_row(rows[0], "task", Distillation(HIDDEN, 0.5, term="lwf", live=True)),
-        step_row(rows[1], "task", Distillation(HIDDEN, 0.25, term="lwf", load=lambda: states, all_tokens=True)),
+        step_row(rows[1], "task", Distillation(HIDDEN, 0.25, term="lwf", load=lambda: states, tokens="all")),
         step_row(rows[2], "task"),
     ]
     found, terms = hidden_distances(step_rows, made, places, ["task", "lwf"], world_size=1)
