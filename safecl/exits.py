@@ -30,7 +30,7 @@ from safecl.config.secrets import hide_secrets
 from safecl.config.texts import visible
 from safecl.distributed import environment, rank_files
 from safecl.distributed.signals import StopSignals, name_of, set_handler
-from safecl.storage.sizes import memory_text
+from safecl.storage.sizes import format_bytes, memory_text
 from safecl.terminal import Terminal, plain
 
 
@@ -208,11 +208,24 @@ def _describe(verb: str, error: Exception) -> str:
         return str(error)
     first_line = (str(error).strip() or "no message").splitlines()[0]
     lines = [f"`safecl {verb}` ended with {type(error).__name__}: {first_line}"]
+    if type(error).__name__ == "OutOfMemoryError":
+        lines += _device_memory()
     if hint := _HINTS.get(type(error).__name__):
         lines.append(f"What helps: {hint}.")
     if tracebacks.in_message:
         return "\n".join([traceback.format_exc(), *lines])
     return "\n".join([*lines, f"The traceback is in {_write_traceback()}; `--traceback` prints it here."])
+
+
+def _device_memory() -> list[str]:
+    """Say what is free on this rank's device, and what the run was predicted to take."""
+    lines = []
+    with contextlib.suppress(Exception):
+        free, total = sys.modules["torch"].cuda.mem_get_info()
+        lines.append(f"{format_bytes(free)} of the device's {format_bytes(total)} are free.")
+    with contextlib.suppress(Exception):
+        lines += [f"Predicted: {tracebacks.needs()}."] if tracebacks.needs is not None else []
+    return lines
 
 
 def _describe_memory(error: Exception) -> str:

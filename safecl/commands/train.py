@@ -36,8 +36,10 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
 
 
 def memory_needs(config: RunConfig) -> str:
-    """Say what `safecl check` predicts for the run."""
-    return f"the run takes {_memory_lines(config)['takes']}, besides 1 to 2 GB for the libraries of each rank"
+    """Say what `safecl check` predicts for the run, and which settings would fit where it is too much."""
+    lines = {label.strip(): text for label, text in _memory_lines(config).items()}
+    fits = f"; would fit: {lines['would fit']}" if "would fit" in lines else ""
+    return f"the run takes {lines['takes']}, besides 1 to 2 GB for the libraries of each rank{fits}"
 
 
 def memory_warning(config: RunConfig) -> str | None:

@@ -126,10 +126,16 @@ def test_the_traceback_option_prints_it_instead(run, failing_verb, tmp_path, beh
     assert not (tmp_path / "out").exists()
 
 
-def test_running_out_of_memory_says_what_helps(run, failing_verb):
+def test_running_out_of_device_memory_says_what_is_free_what_was_predicted_and_what_helps(
+    run, failing_verb, monkeypatch
+):
     import torch
 
-    _, _, err = run("train", failing_verb(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(exits.tracebacks, "needs", lambda: "the run takes 91 GB on each device")
+    _, _, err = run("train", failing_verb(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")))
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in err
+    assert "3.0 GB of the device's 80.0 GB are free" in err and "Predicted: the run takes 91 GB" in err
     assert "train.tokens_per_microbatch" in err
 
 
