@@ -1,8 +1,10 @@
-"""Runs whose folder is removed, moved or replaced while they train, on the ranks of the pool."""
+"""Runs whose folder is removed, moved, replaced or slow while they train, on the ranks of the pool."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -44,3 +46,15 @@ def fit(tree: dict, cache: str, how: str, step: int | None) -> str:
         except trainer.TrainingFailed as failed:
             return str(failed)
     return ""
+
+
+def fit_on_a_slow_disk(tree: dict, cache: str, seconds: float) -> dict:
+    """Fit while each file takes some seconds to reach the disk."""
+    sync = os.fsync
+
+    def slowly(handle: int) -> None:
+        time.sleep(seconds)
+        sync(handle)
+
+    with mock.patch.object(os, "fsync", slowly):
+        return stop_scenes.fit(tree, cache)

@@ -64,6 +64,7 @@ def step_with_a_bad_row(stage: int, of: str, **changes) -> dict:
     The bad row is the first that rank 1 computes. Returns what the step says and which state it has changed.
     """
     from safecl.engine.passes.micro_batches import split_step
+    from safecl.engine.passes.step_rows import terms_of
     from safecl.engine.passes.training_engine import TrainingEngine
     from safecl.training.nonfinite import cause_of_skip
 
@@ -73,11 +74,14 @@ def step_with_a_bad_row(stage: int, of: str, **changes) -> dict:
     moments = [run.engine.optimizer.tensors(kind)[0].clone() for kind in ("exp_avg", "exp_avg_sq")]
     original = TrainingEngine._forward_backward
 
-    def poisoned(engine, *arguments):
+    def poisoned(engine, rows, adapter_penalty, batches):
+        batches = engine.prepare(rows) if batches is None else batches
         if engine.rank != 1:
-            return original(engine, *arguments)
-        with mock.patch.object(engine.module, "losses", _with_nan(engine.module.losses, of)):
-            return original(engine, *arguments)
+            return original(engine, rows, adapter_penalty, batches)
+        term = terms_of(rows).index({"task": "task", "memory": "replay2", "teacher": "replay"}[of])
+        own = iter([batch.terms == term for batch in batches])
+        with mock.patch.object(engine.module, "losses", _with_nan(engine.module.losses, of, own)):
+            return original(engine, rows, adapter_penalty, batches)
 
     rows = run.step_rows(task)
     log_losses = mock.patch.object(run.memory, "log_losses")
@@ -99,15 +103,17 @@ def step_with_a_bad_row(stage: int, of: str, **changes) -> dict:
     }
 
 
-def _with_nan(losses, of: str):
-    """Make the first loss of a kind NaN: `task` and `memory` by cross-entropy, `teacher` by distance."""
+def _with_nan(losses, of: str, own):
+    """Make the first loss of a kind NaN: `task` and `memory` by cross-entropy, `teacher` by distance. own: by
+    micro-batch, the targets of the kind's rows."""
 
     def poisoned(**inputs):
         output = dict(losses(**inputs))
-        name, weights = "ce", inputs["ce_weights"]
+        name, candidates = "ce", (inputs["ce_weights"] > 1e-20) & next(own)
         if of == "teacher":
-            name, weights = "kd0", next((d["kd_weights"] for d in inputs["distillations"]), weights[:0])
-        if not len(chosen := (weights > 1e-20).nonzero()):
+            distances = [distance["kd_weights"] > 1e-20 for distance in inputs["distillations"]]
+            name, candidates = "kd0", distances[0] if distances else candidates[:0]
+        if not len(chosen := candidates.nonzero()):
             return output
         place = int(chosen[0])
         values = output[name].clone()

@@ -45,7 +45,9 @@ def test_state_that_is_not_finite_is_counted_named_and_never_saved(rank_pool, tm
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("of, term", [("task", "task"), ("teacher", "replay, distance to the teacher")])
+@pytest.mark.parametrize(
+    "of, term", [("task", "task"), ("memory", "replay2"), ("teacher", "replay, distance to the teacher")]
+)
 def test_a_skipped_step_changes_nothing_and_names_term_rank_and_row(rank_pool, stage, of, term):
     memory = {"source": "unused", "replay_ratio": 1.0, "teacher": {"k": 8}, "draw": "mix_cd"}
     ranks = rank_pool(2).run(
@@ -53,7 +55,7 @@ def test_a_skipped_step_changes_nothing_and_names_term_rank_and_row(rank_pool, s
     )
     for found in ranks:
         assert not found["applied"] and found["changed"] == []
-        assert found["cause"].startswith(f"the loss {term} is not finite on rank 1, in ")
+        assert found["cause"].startswith(f"the loss {term} is not finite on rank 1, in "), found["cause"]
         assert "rank 0" not in found["cause"]
     if of == "task":
         assert any(f"test.jsonl:{line}" in ranks[0]["cause"] for line in ranks[0]["lines"])
