@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -57,7 +58,7 @@ def init_distributed() -> None:
     # project used the cache with other flags); gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     recorder.switch_on()
-    with _missing_ranks_named():
+    with _missing_ranks_named(), _everybody_there():
         deepspeed.init_distributed(dist_backend=devices.backend(), timeout=_start_timeout(), verbose=False)
     _refuse_shared_gpus()
 
@@ -71,7 +72,7 @@ def process_group() -> Iterator[None]:
         return
     devices.settle()
     recorder.switch_on()
-    with _missing_ranks_named():
+    with _missing_ranks_named(), _everybody_there():
         dist.init_process_group(devices.backend(), timeout=_start_timeout())
     try:
         _refuse_shared_gpus()
@@ -106,9 +107,61 @@ def _missing_ranks_named() -> Iterator[None]:
     except dist.DistError as error:
         first_line = str(error).strip().splitlines()[0]
         raise RanksMissing(
-            f"the ranks have not found each other: {first_line}. Each of the {os.environ.get('WORLD_SIZE')} ranks must "
-            f"run, and reach {os.environ.get('MASTER_ADDR')} at port {os.environ.get('MASTER_PORT')}"
+            f"rank {environment.rank()} has not found the others: {first_line}. Each of the "
+            f"{os.environ.get('WORLD_SIZE')} ranks must run, and reach {_meeting_place()}"
         ) from error
+
+
+@contextlib.contextmanager
+def _everybody_there() -> Iterator[None]:
+    """Wait until all ranks have left their host's name in the store that the process group will use. Raises
+    RanksMissing with the ranks that have not; DistError where the store cannot be reached."""
+    ranks, own, port = int(os.environ.get("WORLD_SIZE") or 1), environment.rank(), os.environ.get("MASTER_PORT", "")
+    if ranks == 1 or dist.is_initialized() or not port.isdecimal() or "MASTER_ADDR" not in os.environ:
+        yield
+        return
+    serves = own == 0 and not environment.launcher_keeps_store()
+    # Rank 0's server is shared with the process group, and lives as long as this variable.
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(port), ranks,
+        is_master=serves, timeout=_start_timeout(), wait_for_workers=False, multi_tenant=True,
+    )  # fmt: skip
+    keys = [f"safecl-joined/{rank}" for rank in range(ranks)]
+    store.set(keys[own], platform.node())
+    try:
+        store.wait(keys, _start_timeout())
+    except dist.DistError as error:
+        raise RanksMissing(_who_is_there(store, keys, error)) from error
+    yield
+
+
+def _who_is_there(store: dist.Store, keys: list[str], error: Exception) -> str:
+    """Say which ranks have joined, on which hosts, and which have not."""
+    try:
+        hosts = {rank: store.get(key).decode() for rank, key in enumerate(keys) if store.check([key])}
+    except dist.DistError:  # the store has ended with the process that kept it
+        return (
+            f"{_meeting_place()} has ended while ranks were missing: {str(error).strip().splitlines()[0]}. Its own "
+            "message may name them"
+        )
+    missing = [str(rank) for rank in range(len(keys)) if rank not in hosts]
+    there = "; ".join(
+        f"{_ranks([str(rank) for rank, host in hosts.items() if host == name])} on {name}"
+        for name in dict.fromkeys(hosts.values())
+    )
+    return (
+        f"{_ranks(missing)} of {len(keys)} {'has' if len(missing) == 1 else 'have'} not joined within "
+        f"{_start_timeout().total_seconds():.0f} s; there: {there}. Each must run, and reach {_meeting_place()}"
+    )
+
+
+def _meeting_place() -> str:
+    keeper = "torchrun" if environment.launcher_keeps_store() else "rank 0"
+    return f"{keeper} at {os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+
+
+def _ranks(numbers: list[str]) -> str:
+    return f"rank{'s' * (len(numbers) != 1)} {', '.join(numbers)}"
 
 
 def _start_timeout() -> timedelta:

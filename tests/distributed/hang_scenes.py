@@ -92,6 +92,23 @@ def pause_and_slow_work(folder: str, said: str) -> None:
     Path(f"{said}-{own}-finished").touch()
 
 
+def join(folder: str, rank: int, ranks: int, port: int, seconds: float) -> None:
+    """Join a process group within so many seconds; write what is said where it does not come about."""
+    from datetime import timedelta
+
+    from safecl.distributed import collectives
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+    with mock.patch.object(collectives, "START_TIMEOUT", timedelta(seconds=seconds)):
+        try:
+            collectives.init_distributed()
+            said = f"joined {collectives.world_size()}"
+        except collectives.RanksMissing as error:
+            said = str(error)
+    Path(folder, f"said-{rank}").write_text(said)
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 

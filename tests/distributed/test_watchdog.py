@@ -4,14 +4,16 @@ left alone."""
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from safecl.distributed import ending, hearts
+from safecl.distributed import ending, environment, hearts
 from safecl.distributed.hearts import Heartbeat, Member, describe, judge
 from safecl.distributed.progress import Progress, step_limit
 from tests.distributed import hang_scenes
@@ -131,6 +133,38 @@ def test_a_rank_that_hangs_is_named_and_both_ranks_end_with_their_stacks_written
     assert calls[-1]["profiling_name"] == "gloo:all_reduce" and not calls[-1]["retired"]
     left = [path.name for path in Path("/dev/shm").iterdir() if any(str(each) in path.name for each in processes)]
     assert not left and not any(Path(f"/proc/{each}").exists() for each in processes)
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (
+            (0, 2),
+            r"rank 1 of 3 has not joined within 10 s; there: ranks 0, 2 on {host}\. Each must run, and reach rank 0",
+        ),
+        pytest.param(
+            (1,),
+            r"rank 1 has not found the others: .*\. Each of the 3 ranks must run, and reach rank 0 at 127\.0\.0\.1",
+            marks=pytest.mark.long,
+        ),
+        ((0, 1, 2), "joined 3"),
+    ],
+)
+def test_ranks_that_never_join_are_named_by_those_that_are_there(tmp_path, there, said):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    arguments = (3, environment.free_port(), 90.0 if len(there) == 3 else 10.0)
+    processes = [
+        context.Process(target=hang_scenes.join, args=(str(tmp_path), rank, *arguments), daemon=True) for rank in there
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    found = [(tmp_path / f"said-{rank}").read_text() for rank in there]
+    assert re.match(said.format(host=re.escape(os.uname().nodename)), found[0]), found
+    assert len(there) == 3 or not any(text.startswith("joined") for text in found)
 
 
 def test_slow_work_slow_evaluations_and_a_pause_of_the_whole_job_are_no_hang(tmp_path):
