@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from safecl.commands.spinner import announce
+from safecl.commands.spinner import announce, working
 from safecl.config import ConfigError
 from safecl.exits import stderr
 from safecl.merging.registry import kind_module, kinds, parse_settings, read_settings
@@ -61,9 +61,11 @@ def refuse_half_a_sweep(kind: str, sweep: list[str] | None, eval_: Path | None, 
 
 @contextlib.contextmanager
 def _progress_bar(kind: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar on a terminal; on stderr, so that a pipe gets the report only."""
+    """Show a bar on a terminal, and elsewhere a line at least every minute; on stderr, so that a pipe gets the report
+    only."""
     if not stderr.is_terminal:
-        yield None
+        with working(f"merging: {kind}"):
+            yield None
         return
     name, share = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.percentage:>3.0f} %"))
     with Progress(name, BarColumn(), share, TimeRemainingColumn(), console=stderr, transient=True) as bar:

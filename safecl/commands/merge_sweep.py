@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from safecl.commands.merge import Parents
-from safecl.commands.spinner import announce
+from safecl.commands.spinner import announce, working
 from safecl.config import ConfigError, load_config
 from safecl.exits import ExitCode, stderr
 from safecl.merging.points import parse_sweeps, text_of
@@ -48,14 +48,18 @@ def sweep_models(
     from safecl.merging.greedy import greedy_soup
     from safecl.merging.sweeps import sweep
 
+    measured: list[Measured] = []
+
     def note(point: Measured) -> None:
+        measured.append(point)
         stderr.print(point.evaluation.one_line())
 
-    if pick == "greedy":
-        report = greedy_soup(parents.tuned, config=run, out=out, note=note, **settings)
-    else:
-        rule = cast(Literal["gate"] | None, pick)
-        report = sweep(kind, points, config=run, out=out, pick=rule, note=note, **vars(parents), **settings)
+    with working(lambda: f"measuring merges, {len(measured)} done"):
+        if pick == "greedy":
+            report = greedy_soup(parents.tuned, config=run, out=out, note=note, **settings)
+        else:
+            rule = cast(Literal["gate"] | None, pick)
+            report = sweep(kind, points, config=run, out=out, pick=rule, note=note, **vars(parents), **settings)
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:

@@ -36,7 +36,8 @@ def scan_run(config: RunConfig, as_json: bool) -> ExitCode:
 
     tokenizer = load_tokenizer(config.model)
     check_thinking(tokenizer)
-    tasks = [(task.name, prepare_task(config, task, tokenizer)[0]) for task in config.tasks]
+    with working("reading the rows"):
+        tasks = [(task.name, prepare_task(config, task, tokenizer)[0]) for task in config.tasks]
     with working("screening the rows"), process_group():
         config = with_memory_rows(config, lambda message: None)
         screening = _screened(config, tokenizer, tasks)

@@ -48,6 +48,22 @@ def step_limit(timeout: HangTimeout, seconds: list[float]) -> float:
 
 
 @dataclass
+class Part:
+    """A part of the work whose amount is known. unit: a plural, such as answers."""
+
+    unit: str
+    total: int
+    done: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def seconds_left(self) -> float | None:
+        """Estimate the rest from the mean pace so far; None before anything is done."""
+        if not self.done:
+            return None
+        return (time.monotonic() - self.began) * (self.total - self.done) / self.done
+
+
+@dataclass
 class Progress:
     """The counters of one process."""
 
@@ -57,6 +73,8 @@ class Progress:
     """Beats of the thread that writes a checkpoint. They count only where the main thread waits for it."""
     timeout: HangTimeout = "auto"
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=101))
+    part: Part | None = None
+    """The part that is being done, for the lines that say how far it is."""
     is_over: bool = False
     """True where the watchdog ends this process: the main thread stops where it would say that it has done
     something."""
@@ -77,7 +95,7 @@ class Progress:
 
     def begin_run(self, timeout: HangTimeout) -> None:
         """Forget the run before."""
-        self.phase, self.timeout, self.is_over = "load", timeout, False
+        self.phase, self.timeout, self.is_over, self.part = "load", timeout, False, None
         self.step_seconds.clear()
 
 
@@ -102,6 +120,26 @@ def step_took(seconds: float) -> None:
     PROGRESS.step_seconds.append(seconds)
     beat()
     PROGRESS.entered()
+
+
+@contextlib.contextmanager
+def counted(unit: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Count what the `with` block does of a known amount; it calls what it gets with the number of units just done.
+
+    Inside of another count nothing is counted: the outer one says how far the work is.
+    """
+    if PROGRESS.part is not None or total == 0:
+        yield lambda count: None
+        return
+    part = PROGRESS.part = Part(unit, total)
+
+    def add(count: int) -> None:
+        part.done += count
+
+    try:
+        yield add
+    finally:
+        PROGRESS.part = None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from safecl.config import ConfigError
+from safecl.distributed.progress import counted
 from safecl.engine.checkpoint.format import MANIFEST
 from safecl.engine.model.dtypes import FLOAT_DTYPES
 from safecl.merging.base import Merge, MergeConfig
@@ -126,6 +127,7 @@ class _Work:
     files: Mapping[str, bytes]
     measured: str | None
     done: int = 0
+    _count: Callable[[int], None] = lambda elements: None
 
     @functools.cached_property
     def merge(self) -> Merge[MergeConfig]:
@@ -140,12 +142,8 @@ class _Work:
         entries = entries_of(self.config, self.opened)
         try:
             partial = self.folder.begin(sum(entry.nbytes for entry in entries.values()))
-            with self._reading(self.merge.num_passes) as read:
-                run_passes(self.merge, self.opened.models, self._advance, read)
-            if self.config.adapter_rank is None:
-                report = self._write_model(partial, entries)
-            else:
-                report = self._write_adapter(partial, self.config.adapter_rank)
+            with counted("values", self._total) as self._count:
+                report = self._combine(partial, entries)
             card = card_text(self.kind, kinds().get(self.kind, ""), self.folder.path.name, report, self.measured)
             for name, content in {"README.md": card.encode(), **self.files}.items():
                 write_file(partial / name, [content])
@@ -156,6 +154,13 @@ class _Work:
             self.folder.abandon()
 
     # ------------------------------------------------------------------------------------------------- reading, writing
+
+    def _combine(self, partial: Path, entries: Mapping[str, Entry]) -> MergeReport:
+        with self._reading(self.merge.num_passes) as read:
+            run_passes(self.merge, self.opened.models, self._advance, read)
+        if self.config.adapter_rank is None:
+            return self._write_model(partial, entries)
+        return self._write_adapter(partial, self.config.adapter_rank)
 
     @contextmanager
     def _reading(self, num_passes: int = 1) -> Iterator[Read | None]:
@@ -257,5 +262,6 @@ class _Work:
 
     def _advance(self, elements: int) -> None:
         self.done += elements
+        self._count(elements)
         if self.progress is not None:
             self.progress(self.done, self._total)

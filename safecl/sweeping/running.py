@@ -8,6 +8,7 @@ depends on the base model alone is built by the first run that needs it, under a
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from safecl.config import ConfigError, dump_config, load_config
 from safecl.distributed.environment import without_launcher
 from safecl.evaluation.gates.folders import CONFIG, RESULTS
 from safecl.exits import ExitCode
+from safecl.launching.status import duration
 from safecl.sweeping.axes import PlannedRun
 from safecl.training.folder import EXIT_CODE
 
@@ -113,6 +115,18 @@ class Sweep:
             self._stop()
             raise
         return self.endings
+
+    def position(self) -> str:
+        """Say which runs are at work, how many have ended, and about how long the rest takes. Safe in any thread."""
+        now, running = time.monotonic(), list(self._running.values())
+        at_work = ", ".join(f"{run.name} for {duration(now - began)}" for run, _, began in running)
+        took = [ending.seconds for ending in list(self.endings) if not ending.was_there]
+        left = ""
+        if took:
+            mean, waiting = statistics.fmean(took), len(self.runs) - len(self.endings) - len(running)
+            rest = waiting * mean + sum(max(0.0, mean - (now - began)) for _, _, began in running)
+            left = f", about {duration(rest / self.parallel)} left"
+        return f"running {at_work or 'nothing'}; {len(self.endings)} of {len(self.runs)} runs have ended{left}"
 
     def _begin(self, slot: int, run: PlannedRun) -> None:
         log = run.folder.parent / LOGS / f"{run.name}.log"

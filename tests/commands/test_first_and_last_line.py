@@ -12,6 +12,7 @@ import pytest
 
 from safecl.commands import spinner
 from safecl.commands.verbs import options_first
+from safecl.distributed.progress import counted
 from safecl.distributed.verbosity import Level
 from tests.report.folders import write_run
 from tests.sweeping.folders import write_run as write_answers
@@ -116,6 +117,13 @@ def test_a_verb_that_works_long_says_so_in_a_log_and_not_with_quiet(monkeypatch,
         assert said.wait(10.0)
     line = capsys.readouterr().err.splitlines()[0]
     assert re.fullmatch(r"\d\d:\d\d:\d\d still measuring runs/a, for [\d.]+ s now", line)
+    with counted("answers", 40) as made, counted("rows", 7) as inner, spinner.working("measuring runs/a"):
+        inner(5)
+        made(10)
+        said.clear()
+        assert said.wait(10.0) and said.clear() is None and said.wait(10.0)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"\S+ still measuring runs/a, for [\d.]+ s now: 10 of 40 answers, about [\d.]+ s left", line)
     said.clear()
     monkeypatch.setattr(spinner.verbosity, "level", Level.QUIET)
     with spinner.working("measuring runs/a"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from safecl.cli import app
+from safecl.commands import merge, spinner
+from safecl.distributed import progress
 from safecl.merging import kinds
+from safecl.training.output.heartbeat import how_far
 from tests.commands.processes import ROOT
 from tests.merging import models
 
@@ -39,6 +43,24 @@ def test_every_kind_shows_what_it_needs_and_each_setting_with_its_meaning(kind):
     fields = kind_module(kind).Config.model_fields
     assert all(name in shown.output for name in fields)
     assert all(field.description for field in fields.values())
+
+
+def test_a_log_hears_of_a_merge_at_work_and_how_far_it_is(folders, tmp_path, monkeypatch):
+    said, working = [], spinner.working
+    monkeypatch.setattr(merge, "working", lambda what: (said.append(what), working(what))[1])
+    add = progress.Part.__setattr__
+
+    def count(part, name, value):
+        add(part, name, value)
+        said.append(how_far())
+
+    monkeypatch.setattr(progress.Part, "__setattr__", count)
+    assert (
+        safecl("wise_ft", "--base", folders["base"], "--tuned", folders["tuned"], "-o", tmp_path / "out").exit_code == 0
+    )
+    assert said[0] == "merging: wise_ft"
+    assert re.fullmatch(r": ([\d,]+) of \1 values, about 0 s left", said[-1]), "each value is counted, and once"
+    assert how_far() == ""
 
 
 def test_a_merge_prints_its_report_and_writes_the_folder(folders, tmp_path):

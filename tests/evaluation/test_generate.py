@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from safecl.evaluation import HFEvalModel, generate_greedy
+from safecl.evaluation import HFEvalModel, generate_greedy, log_likelihoods
+from safecl.training.output.heartbeat import how_far
 from tests.evaluation.models import FAMILIES, VOCAB, ScriptedModel, random_prompts, tiny_model
 
 NEW = 12
@@ -52,6 +53,18 @@ def test_batch_size_does_not_change_the_answers(family, attention):
         for size in (1, 2, 3, 7, 50)
     ]
     assert by_size.count(by_size[0]) == len(by_size)
+
+
+def test_answers_and_scored_rows_are_counted_while_they_are_made():
+    model, seen = HFEvalModel(tiny_model("llama")), []
+    own = model.any
+    model.any = lambda value: (seen.append(how_far().partition(", about")[0]), own(value))[1]
+    prompts = random_prompts(5, seed=1)
+    generate_greedy(model, prompts, max_new_tokens=1, eos_ids=[], pad_id=0, batch_size=2)
+    assert list(dict.fromkeys(seen)) == ["", *(f": {done} of 5 answers" for done in (0, 2, 4, 5))]
+    seen.clear()
+    log_likelihoods(model, [(ids, [True] * len(ids)) for ids in prompts], pad_id=0, logits_bytes=1)
+    assert seen[:2] == [": 0 of 5 rows", ": 1 of 5 rows"] and seen[-1] == ": 5 of 5 rows" and how_far() == ""
 
 
 def test_generation_stops_when_every_answer_of_the_batch_has_ended():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from safecl.commands import spinner
 from safecl.commands.judging.sweep import SweepOptions, sweep_runs
 from safecl.config import ConfigError, dump_config, load_config
 from safecl.exits import ExitCode
@@ -87,6 +89,17 @@ def test_all_runs_are_started_and_no_more_than_allowed_at_a_time(config, fake, c
     assert runs.started == ["plain-seed-0", "plain-seed-1", "l2_sp-seed-0", "l2_sp-seed-1"] and runs.most == 2
     told = capsys.readouterr().out
     assert "[4/4]" in told and "plain (baseline)" in told and "0.025 ± 0.000*" in told
+
+
+def test_a_log_hears_which_runs_are_at_work_and_how_many_have_ended(config, fake, monkeypatch, capsys):
+    monkeypatch.setattr(spinner, "SECONDS", 0.02)
+    fake()
+    monkeypatch.setattr(running, "SECONDS_BETWEEN_LOOKS", 0.2)
+    sweep_runs(config, AXES, SweepOptions(parallel=2))
+    lines = capsys.readouterr().err.splitlines()
+    both = r"still running plain-seed-0 for \S+ s, plain-seed-1 for \S+ s; 0 of 4 runs have ended, for \S+ s now"
+    assert any(re.fullmatch(rf"[\d:]+ {both}", line) for line in lines)
+    assert any("l2_sp-seed-0" in line and re.search(r"of 4 runs have ended, about \S+ s left", line) for line in lines)
 
 
 def test_the_same_command_runs_what_is_missing_and_changed_runs_again(config, fake):

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from safecl.distributed.progress import phase
+from safecl.distributed.progress import counted, phase
 from safecl.distributed.verbosity import Level, verbosity
 from safecl.terminal import Terminal
 from safecl.training.output.console import Console
@@ -89,4 +89,6 @@ def test_the_heartbeat_of_a_log_says_the_phase_and_the_step():
     with console.progress("t", 10) as lines, phase("evaluation"):
         lines.step(VALUES)
         assert re.fullmatch(r"t 1/10  about \S+ \S+ left, still in phase evaluation", console._position())
+        with counted("answers", 8):
+            assert console._position().endswith("in phase evaluation: 0 of 8 answers")
     assert console._position().startswith("still in phase")

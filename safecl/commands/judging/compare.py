@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from safecl.commands.spinner import working
 from safecl.config import ConfigError, ModelConfig
 from safecl.evaluation.gates.folders import RESULTS, Measured, read_measured
 from safecl.evaluation.gates.outcomes import Record, in_order_of
@@ -53,9 +54,15 @@ def compare_models(
             _print(pair, short_names(a, b), console)
         console.print(f"{len(changed)} of {len(pairs)} answers are of another kind; {len(shown)} shown")
         return
-    models = [Answering.load(path, max_new_tokens) for path in (a, b)]
-    for prompt in _typed(console) if live else _read(prompts, max_prompts):
-        answers = tuple(model.answer(prompt) for model in models)
+    models = []
+    for path in (a, b):
+        with working(f"loading {path}"):
+            models.append(Answering.load(path, max_new_tokens))
+    read = None if live else _read(prompts, max_prompts)
+    of_all = "" if read is None else f" of {len(read)}"
+    for number, prompt in enumerate(_typed(console) if read is None else read, 1):
+        with working(f"answering prompt {number}{of_all}"):
+            answers = tuple(model.answer(prompt) for model in models)
         _print(Pair(prompt.text, (answers[0], answers[1])), short_names(a, b), console)
 
 

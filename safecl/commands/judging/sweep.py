@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from safecl.commands.spinner import lines_of
 from safecl.config import ConfigError, load_config
 from safecl.config.parsing import apply_overrides, read_tree
 from safecl.exits import ExitCode
@@ -78,9 +79,12 @@ def sweep_runs(config: Path, axes: Sequence[str], options: SweepOptions) -> Exit
 def _run(config: Path, runs: Sequence[PlannedRun], options: SweepOptions, console: Terminal) -> list[Ending]:
     def say(line: str) -> None:
         console.print(line)
+        said()
 
-    say(f"{len(runs)} runs, {options.parallel} at a time, {options.ranks} rank{'s' * (options.ranks > 1)} each")
-    return Sweep(config, runs, ranks=options.ranks, parallel=options.parallel, say=say).run()
+    sweep = Sweep(config, runs, ranks=options.ranks, parallel=options.parallel, say=say)
+    with lines_of(sweep.position) as said:
+        say(f"{len(runs)} runs, {options.parallel} at a time, {options.ranks} rank{'s' * (options.ranks > 1)} each")
+        return sweep.run()
 
 
 def _choose(objective: Objective, table: SweepTable, folder: Path) -> Cell | None:

@@ -46,12 +46,14 @@ def generate_greedy(
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers: list[list[int]] = [[] for _ in prompts]
-    while model.any(bool(batches)):
-        batch = batches.pop(0) if batches else []
-        asked = [prompts[index] for index in batch]
-        new_tokens = _generate_batch(model, asked, max_new_tokens, eos_ids, pad_id, (never, never_first))
-        for index, tokens in zip(batch, new_tokens, strict=True):
-            answers[index] = tokens
+    with progress.counted("answers", len(prompts)) as made:
+        while model.any(bool(batches)):
+            batch = batches.pop(0) if batches else []
+            asked = [prompts[index] for index in batch]
+            new_tokens = _generate_batch(model, asked, max_new_tokens, eos_ids, pad_id, (never, never_first))
+            for index, tokens in zip(batch, new_tokens, strict=True):
+                answers[index] = tokens
+            made(len(batch))
     return answers
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from safecl.distributed import progress
 from safecl.evaluation.answers.model import EvalModel
 
 LOGITS_BYTES = 2**30
@@ -54,11 +55,13 @@ def log_likelihoods(
     """
     batches = _batches([len(ids) for ids, _ in rows], model.vocab_size, logits_bytes)
     scored = [Scored(0.0, 0)] * len(rows)
-    while model.any(bool(batches)):
-        batch = batches.pop(0) if batches else []
-        found = _score_batch(model, [rows[index] for index in batch], pad_id, with_lead)
-        for index, result in zip(batch, found, strict=True):
-            scored[index] = result
+    with progress.counted("rows", len(rows)) as made:
+        while model.any(bool(batches)):
+            batch = batches.pop(0) if batches else []
+            found = _score_batch(model, [rows[index] for index in batch], pad_id, with_lead)
+            for index, result in zip(batch, found, strict=True):
+                scored[index] = result
+            made(len(batch))
     return scored
 
 

@@ -45,9 +45,12 @@ class Classifier:
         )
         rows = [encode(self.tokenizer, self.config, *pair, room) for pair in zip(prompts, answers, strict=True)]
         verdicts: list[Verdict] = []
-        for start in range(0, len(rows), self.config.batch_size):
-            verdicts += [Verdict(score) for score in self._scores(rows[start : start + self.config.batch_size])]
-            progress.beat()
+        with progress.counted("verdicts", len(rows)) as made:
+            for start in range(0, len(rows), self.config.batch_size):
+                scores = self._scores(rows[start : start + self.config.batch_size])
+                verdicts += map(Verdict, scores)
+                progress.beat()
+                made(len(scores))
         return verdicts
 
     def _scores(self, rows: list[list[int]]) -> list[float]:

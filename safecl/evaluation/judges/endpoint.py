@@ -41,8 +41,12 @@ class Endpoint:
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Return a verdict per answer; `batch_size` requests are under way together."""
-        with ThreadPoolExecutor(self.config.batch_size) as threads:
-            return list(threads.map(self._one, prompts, answers))
+        verdicts = []
+        with ThreadPoolExecutor(self.config.batch_size) as threads, progress.counted("verdicts", len(answers)) as made:
+            for verdict in threads.map(self._one, prompts, answers):
+                verdicts.append(verdict)
+                made(1)
+        return verdicts
 
     def _one(self, prompt: str, answer: str) -> Verdict:
         said = self._ask(prompt, answer)

@@ -13,6 +13,7 @@ from typing import Any
 
 from safecl.config import ConfigError
 from safecl.config.safety import JUDGE
+from safecl.distributed import progress
 from safecl.evaluation.judges.verdict import ModelJudge, Verdict
 from safecl.evaluation.records import file_name, is_disallowed, whole_answer
 from safecl.storage.durable import replace_file
@@ -46,7 +47,7 @@ def judge_records(records: Sequence[Record], judge: ModelJudge, path: Path) -> d
             "the run's config, safety.judges"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file, progress.counted("verdicts", len(missing)) as made:
         for start in range(0, len(missing), AT_ONCE):
             part = missing[start : start + AT_ONCE]
             verdicts = judge.judge([record["prompt"] for record in part], [whole_answer(record) for record in part])
@@ -57,6 +58,7 @@ def judge_records(records: Sequence[Record], judge: ModelJudge, path: Path) -> d
                 harmful = verdict.score >= judge.version["threshold"]
                 file.write(json.dumps({"id": record["id"], "score": verdict.score, "harmful": harmful}) + "\n")
             file.flush()
+            made(len(part))
     return found
 
 

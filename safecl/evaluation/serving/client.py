@@ -55,14 +55,16 @@ def _complete(
 ) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (rooms[i], i))
-    for room, group in groupby(order, key=lambda i: rooms[i]):
-        same = list(group)
-        for start in range(0, len(same), batch_size):
-            batch = same[start : start + batch_size]
-            choices = _ask(address, [list(prompts[i]) for i in batch], room, sorted(eos_ids), never)
-            for i, tokens in zip(batch, choices, strict=True):
-                answers[i] = _until_end(tokens, eos_ids)
-            progress.beat()
+    with progress.counted("answers", len(prompts)) as made:
+        for room, group in groupby(order, key=lambda i: rooms[i]):
+            same = list(group)
+            for start in range(0, len(same), batch_size):
+                batch = same[start : start + batch_size]
+                choices = _ask(address, [list(prompts[i]) for i in batch], room, sorted(eos_ids), never)
+                for i, tokens in zip(batch, choices, strict=True):
+                    answers[i] = _until_end(tokens, eos_ids)
+                progress.beat()
+                made(len(batch))
     return answers
 
 

@@ -24,7 +24,7 @@ from safecl.launching.status import duration
 from safecl.planning.describe import describe_plan
 from safecl.planning.plans import RunPlan
 from safecl.terminal import Terminal, fact, plain
-from safecl.training.output.heartbeat import Heartbeat
+from safecl.training.output.heartbeat import Heartbeat, how_far
 
 BAR_WIDTH = 20
 
@@ -76,7 +76,7 @@ class Console:
     def _position(self) -> str:
         """Say where the run is, for the heartbeat."""
         where = f"{self._steps.position()}, " if self._steps is not None else ""
-        return f"{where}still in phase {progress.PROGRESS.phase}"
+        return f"{where}still in phase {progress.PROGRESS.phase}{how_far()}"
 
     def plan(self, plan: RunPlan) -> None:
         """Print the plan, and an example of each task's rows."""

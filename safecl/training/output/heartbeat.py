@@ -6,8 +6,21 @@ import threading
 import time
 from collections.abc import Callable
 
+from safecl.distributed.progress import PROGRESS
+from safecl.launching.status import duration
+
 SECONDS = 55.0
 """A line comes at least every minute: after this time, found within a second or two."""
+
+
+def how_far() -> str:
+    """Say how far the part is that is being done, and about how long it still takes; empty where no amount is known."""
+    part = PROGRESS.part
+    if part is None:
+        return ""
+    left = part.seconds_left()
+    time_left = "" if left is None else f", about {duration(left)} left"
+    return f": {part.done:,} of {part.total:,} {part.unit}{time_left}"
 
 
 class Heartbeat:
