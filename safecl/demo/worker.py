@@ -3,6 +3,7 @@ safecl/distributed/spawn.py."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from safecl.exits import ExitCode, errors_as_messages, tracebacks
 
 
 def run_arms(configs: Sequence[Path], events: Path) -> None:
-    """Train every config, one after the other. A finished run is skipped, and an unfinished one is resumed."""
+    """Train every config, one after the other. A finished run is skipped, and an unfinished one is resumed. Checkpoints
+    of a finished run are removed: those of a pretrained model take 1.6 GB a run."""
     from safecl.demo.console import ArmConsole
     from safecl.training.trainer import Trainer
 
@@ -26,6 +28,7 @@ def run_arms(configs: Sequence[Path], events: Path) -> None:
         if trainer.fit().stopped:
             raise SystemExit(ExitCode.STOPPED)
         if environment.rank() == 0:
+            shutil.rmtree(trainer.folder / "checkpoints", ignore_errors=True)
             reporter.finished()
 
 
