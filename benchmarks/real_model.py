@@ -62,14 +62,15 @@ def main() -> None:
         print("\n".join(run.name for run in chosen(real_model_table.finished(folder, runs)[1], arguments.only)))
         return
     if arguments.judge:
-        measured = [folder / run.name / "measured" for run in chosen(runs, arguments.only)]
+        wanted = chosen(real_model_table.wanted(folder, runs), arguments.only)
+        measured = [folder / run.name / "measured" for run in wanted]
         judge_all([*real_model_table.aligned_folders(folder), *measured], judge_of(arguments.judge))
     elif not arguments.report:
         align(folder, model)
         fill(folder)
         if arguments.verb == "arms":
             train_all(folder, chosen(runs, arguments.only), deadline)
-            further = [run for run in real_model_table.finished(folder, runs)[1] if run not in runs]
+            further = real_model_table.wanted(folder, runs)[len(runs) :]
             train_all(folder, chosen(further, arguments.only), deadline)
     real_model_table.report(folder, model)
 
@@ -83,11 +84,12 @@ def train_all(folder: Path, runs: Sequence[Run], deadline: float) -> None:
     """Train and measure the runs that are missing and that no other process has."""
     for run in runs:
         with claimed(folder, run.name) as mine:
-            if mine and not real_model_table.is_done(folder, run) and time.monotonic() < deadline:
+            if not mine or time.monotonic() >= deadline:
+                continue
+            if not real_model_table.is_done(folder, run):
                 train_and_measure(folder, run)
-    for run in runs:
-        if real_model_table.is_done(folder, run) and (model := folder / run.name / "model").exists():
-            measure_distance(folder, model, run.task, folder / run.name / "distance.json")
+            if real_model_table.is_done(folder, run) and (model := folder / run.name / "model").exists():
+                measure_distance(folder, model, run.task, folder / run.name / "distance.json")
 
 
 def align(folder: Path, model: files.Model = files.SMOLLM2) -> Path:

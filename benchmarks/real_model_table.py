@@ -67,10 +67,14 @@ def report(folder: Path, model: Model = SMOLLM2, page: Path = PAGE, results: Pat
 def finished(folder: Path, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[Run]]:
     """Return the records of the finished runs, and the runs that are missing; both with the best methods' further
     seeds."""
-    found = [record(folder, run) for run in runs if is_done(folder, run)]
-    further = further_runs(found)
-    found += [record(folder, run) for run in further if is_done(folder, run)]
-    return found, [run for run in [*runs, *further] if not is_done(folder, run)]
+    every = wanted(folder, runs)
+    done = [run for run in every if is_done(folder, run)]
+    return [record(folder, run) for run in done], [run for run in every if run not in done]
+
+
+def wanted(folder: Path, runs: Sequence[Run]) -> list[Run]:
+    """Return the runs, and those of the best methods with further seeds, once it is known which these are."""
+    return [*runs, *further_runs([record(folder, run) for run in runs if is_done(folder, run)])]
 
 
 def command_of(model: Model) -> str:

@@ -233,6 +233,30 @@ def test_the_best_methods_are_those_with_the_lowest_rate_near_plain_accuracy_onc
     assert best[0].title in said and said.endswith("On clean rows the four best methods are not measured yet.")
 
 
+def test_each_arm_is_measured_to_its_end_before_the_next_and_further_seeds_come_last(bench, tmp_path, monkeypatch):
+    import real_model
+
+    _, arms, table = bench
+    order, done = [], set()
+    distance = lambda folder, model, task, path: order.append(f"distance {model.parent.name}")  # noqa: E731
+    monkeypatch.setattr(real_model, "train_and_measure", lambda folder, run: order.append(run.name) or done.add(run))
+    monkeypatch.setattr(real_model, "measure_distance", distance)
+    monkeypatch.setattr(table, "is_done", lambda folder, run: run in done)
+    monkeypatch.setattr(table, "record", lambda folder, run: record(arms, run.arm, 0.5, poison=run.poison))
+    for run in arms.RUNS[:3]:
+        (tmp_path / run.name / "model").mkdir(parents=True)
+    done.add(arms.RUNS[1])  # by an earlier process, which was stopped then
+    real_model.train_all(tmp_path, arms.RUNS[:3], float("inf"))
+    first, second, third = (run.name for run in arms.RUNS[:3])
+    names = [f"distance {run.arm.name}" for run in arms.RUNS[:3]]
+    assert order == [first, names[0], names[1], third, names[2]] and second not in order
+    assert table.wanted(tmp_path, arms.RUNS) == arms.RUNS
+    done.update(run for run in arms.RUNS if (run.task, run.seed) == (arms.SST2, arms.REPORTED))
+    assert len(table.wanted(tmp_path, arms.RUNS)) == len(arms.RUNS) + 2 * 2 * arms.NUM_BEST
+    found, missing = table.finished(tmp_path, arms.RUNS)
+    assert len(found) + len(missing) == len(table.wanted(tmp_path, arms.RUNS))
+
+
 def test_clean_rows_with_a_preset_come_before_the_controller(bench):
     _, arms, _ = bench
     order = [run.name for run in arms.RUNS]
