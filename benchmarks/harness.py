@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks import ROOT
+
 if TYPE_CHECKING:
     from safecl.training.trainer import RunResult, Trainer
 
@@ -165,9 +167,7 @@ def _cpu_name() -> str:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        ).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -89,23 +89,23 @@ SECTIONS = [
     tests_of("head-tests", 110, 6, "kernels/test_head_gpu.py"),
     tests_of("placement-and-teacher-tests", 45, 4, "engine/zero/test_placement_gpu.py",
              "engine/zero/test_placement.py", "engine/teachers/test_teacher_gpu.py"),
-    Section("head", 80, "benchmarks/head.py --device cuda --repeats 8 --seconds 6 --shapes llama-3-8b --tokens 8192 "
-            "--out {out}/head.json",
-            "benchmarks/head.py --device cpu --threads 1 --repeats 1 --seconds 1 --toy --out {out}/head.json",
+    Section("head", 80, "-m benchmarks.kernels.head --device cuda --repeats 8 --seconds 6 --shapes llama-3-8b "
+            "--tokens 8192 --out {out}/head.json",
+            "-m benchmarks.kernels.head --device cpu --threads 1 --repeats 1 --seconds 1 --toy --out {out}/head.json",
             of_head),
-    Section("flat", 65, "benchmarks/flat.py --device cuda --repeats 20 --seconds 25 --cases step ema "
+    Section("flat", 65, "-m benchmarks.kernels.flat --device cuda --repeats 20 --seconds 25 --cases step ema "
             "--out {out}/flat.json",
-            "benchmarks/flat.py --device cpu --threads 1 --numel 1e5 --repeats 1 --seconds 1 --cases step ema "
+            "-m benchmarks.kernels.flat --device cpu --threads 1 --numel 1e5 --repeats 1 --seconds 1 --cases step ema "
             "--out {out}/flat.json", of_flat),
-    Section("7b-step", 105, "benchmarks/engine_step.py --device cuda --model 7b --steps 3 --out {out}/step.json",
-            "benchmarks/engine_step.py --model tiny --steps 1 --out {out}/step.json", of_step),
-    Section("reference-offload", 35, "benchmarks/reference.py --device cuda --only offload --weights 500000000 "
+    Section("7b-step", 105, "-m benchmarks.engine.step --device cuda --model 7b --steps 3 --out {out}/step.json",
+            "-m benchmarks.engine.step --model tiny --steps 1 --out {out}/step.json", of_step),
+    Section("reference-offload", 35, "-m benchmarks.engine.reference --device cuda --only offload --weights 500000000 "
             "--out {out}/offload.json",
-            "benchmarks/reference.py --device cpu --only offload --weights 100000 --tokens 512 2048 "
+            "-m benchmarks.engine.reference --device cpu --only offload --weights 100000 --tokens 512 2048 "
             "--out {out}/offload.json", of_offload),
-    Section("teacher", 40, "benchmarks/teacher.py --device cuda --tokens 2048 16384 --repeats 3 "
+    Section("teacher", 40, "-m benchmarks.engine.teacher --device cuda --tokens 2048 16384 --repeats 3 "
             "--out {out}/teacher.json",
-            "benchmarks/teacher.py --device cpu --toy --out {out}/teacher.json", of_teacher),
+            "-m benchmarks.engine.teacher --device cpu --toy --out {out}/teacher.json", of_teacher),
 ]  # fmt: skip
 """In this order: what tells most in the least time comes first."""
 

@@ -4,7 +4,8 @@
     python launch/pages.py                     # renews docs/gpu.md from what is kept
 
 A section that has run replaces what is kept of it; the others stay, each with its commit. A dry run is refused: its
-figures are those of toy sizes on a CPU. `benchmarks/flat_table.py` and `benchmarks/scaling.py` renew the other pages.
+figures are those of toy sizes on a CPU. `benchmarks/kernels/flat_table.py` and `benchmarks/planning/scaling.py` renew
+the other pages.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def _commits(results: list[Result]) -> list[str]:
 def main() -> None:
     if len(sys.argv) > 1:
         keep(Path(sys.argv[1]))
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from harness import renew_page
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.harness import renew_page
 
     renew_page(PAGE, {"gpu": text()})
 

@@ -3,17 +3,16 @@ tests/commands/test_commands.py."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import typer.main
 import yaml
 
+from benchmarks.kernels import flat_table
 from safecl.cli import app
 from safecl.config import load_config, parse_yaml
 from safecl.config.docs import reference_page
@@ -49,8 +48,8 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every command line in a shell block, and of every inline one, `safecl ...` or `python
-    benchmarks/...`."""
+    """(page, words) of every command line in a shell block, and of every inline one, such as `safecl
+    check CFG` or `python -m benchmarks.kernels.flat`."""
     lines = [(page, line) for page, text in blocks("sh|bash") for line in text.replace("\\\n", " ").splitlines()]
     inline = [(page.name, found) for page in PAGES for found in re.findall(INLINE, page.read_text())]
     split = [(page, shlex.split(line, comments=True)) for page, line in lines + inline]
@@ -146,12 +145,8 @@ def test_every_link_between_the_pages_leads_somewhere():
 
 
 def test_the_tables_of_the_kernels_page_are_those_of_the_committed_measurements():
-    path = ROOT / "benchmarks" / "flat_table.py"
-    spec = importlib.util.spec_from_file_location("flat_table", path)
-    flat_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(flat_table)
     page = flat_table.PAGE.read_text()
-    assert flat_table.filled(page) == page, "python benchmarks/flat_table.py renews them"
+    assert flat_table.filled(page) == page, "python -m benchmarks.kernels.flat_table renews them"
 
 
 def test_the_readmes_table_and_picture_are_those_of_the_committed_measurement():
@@ -168,13 +163,10 @@ def test_the_readmes_table_and_picture_are_those_of_the_committed_measurement():
 
 
 def test_the_first_picture_is_that_of_the_committed_measurement_of_a_pretrained_model():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import real_model_table
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    result = json.loads(real_model_table.RESULTS.read_text())
-    assert real_model_table.PICTURE.read_text() == real_model_table.picture(result) + "\n"
+    from benchmarks.real_model import table
+
+    result = json.loads(table.RESULTS.read_text())
+    assert table.PICTURE.read_text() == table.picture(result) + "\n"
     assert "](docs/real-model.svg)" in (ROOT / "README.md").read_text()
 
 

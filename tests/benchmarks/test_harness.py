@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.engine.step_clock import Watch
+from benchmarks.harness import seconds_of
 
 
 class Gpu:
@@ -43,15 +42,12 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch) -> Gpu:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     gpu = Gpu()
     gpu.install(monkeypatch)
     return gpu
 
 
 def test_the_launch_of_kernels_is_not_counted_and_their_time_is(gpu):
-    from harness import seconds_of
-
     def job() -> None:
         for _ in range(3):
             gpu.launch(2.0, on_the_host=0.25)
@@ -61,7 +57,6 @@ def test_the_launch_of_kernels_is_not_counted_and_their_time_is(gpu):
 
 def test_steps_are_timed_in_a_row_and_the_last_one_until_all_work_is_done(gpu, monkeypatch):
     """Work that a step leaves for the time of the next one is not waited for in between."""
-    from step_clock import Watch
 
     class Engine:
         def forward(self):

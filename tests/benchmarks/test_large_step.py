@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parents[2]
+from benchmarks import ROOT
+from benchmarks.engine import large_step
+from benchmarks.planning import planned_memory
 
 
 def step(out: Path, *options: str) -> dict:
     """The report of a step without data."""
-    command = [sys.executable, "benchmarks/engine_step.py", "--fake", "--out", out, *options]
+    command = [sys.executable, "-m", "benchmarks.engine.step", "--fake", "--out", out, *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -58,14 +57,8 @@ def test_70b_on_eight_gpus_of_80_gb_fits_by_construction():
     assert 0 < found["peak"] - in_host_memory < 80e9
 
 
-@pytest.fixture
-def planned_memory(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("planned_memory")
-
-
-def test_locked_memory_is_compared_with_the_state_that_the_plan_has_in_host_memory(planned_memory):
-    large_step, options = planned_memory.large_step, planned_memory.setting("tiny", 1, "state")
+def test_locked_memory_is_compared_with_the_state_that_the_plan_has_in_host_memory():
+    options = planned_memory.setting("tiny", 1, "state")
     options.device, options.fake = "cuda", False
     state = (2 + 4) * sum(p.numel() for p in large_step.structure(options).parameters())  # Fisher and EMA
     found = large_step.page_locked_beside_the_plan(state + 4096, options)
@@ -73,19 +66,19 @@ def test_locked_memory_is_compared_with_the_state_that_the_plan_has_in_host_memo
     assert not large_step.page_locked_beside_the_plan(state + 2**21, options)["met"], "rounded up"
 
 
-def test_what_was_constructed_is_compared_with_the_plan_of_today(planned_memory):
+def test_what_was_constructed_is_compared_with_the_plan_of_today():
     found, shapes = json.loads(planned_memory.RESULT.read_text()), {}
     for key, row in found.items():
         model, ranks, offload = key.split()
         shape = shapes[model] = shapes.get(model) or planned_memory.shape_of(model)
         setting = planned_memory.setting(model, int(ranks), offload)
-        planned = planned_memory.large_step.planned_bytes(setting, shape)
-        assert planned == row["planned"], f"{key}: python benchmarks/planned_memory.py --fresh constructs it again"
+        planned = large_step.planned_bytes(setting, shape)
+        assert planned == row["planned"], f"{key}: python -m benchmarks.planning.planned_memory --fresh makes it again"
 
 
-def test_the_page_shows_every_setting_and_all_are_within_the_bound(planned_memory):
+def test_the_page_shows_every_setting_and_all_are_within_the_bound():
     found = json.loads(planned_memory.RESULT.read_text())
-    assert list(found) == planned_memory.KEYS, "python benchmarks/planned_memory.py constructs what is missing"
+    assert list(found) == planned_memory.KEYS, "python -m benchmarks.planning.planned_memory constructs what is missing"
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert page.split("<!-- constructed -->\n")[1].split("\n<!-- end -->")[0] == planned_memory.table(found)
     low, high = planned_memory.BOUND

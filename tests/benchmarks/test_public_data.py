@@ -1,4 +1,5 @@
-"""benchmarks/public_data.py chooses the rows of public sets that the benchmarks read, and names what is missing."""
+"""benchmarks/retention/public_data.py chooses the rows of public sets that the benchmarks read, and names what is
+missing."""
 
 from __future__ import annotations
 
@@ -8,25 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.retention import public_data
+
 DATA = Path(os.environ.get("SAFECL_DATA", "nowhere"))
 CELLS = ["Paint a fence", '"Paint a fence, then a door"', "Bake a cake"]
 
 
 @pytest.fixture
-def public_data(module, tmp_path, monkeypatch):
-    """The benchmark, with rows of its own: of the first set the last and the second one, of the other the second."""
-    public_data = module("public_data")
+def few_rows(tmp_path, monkeypatch):
+    """Choose other rows: of the first set the last and the second one, of the other the second."""
     rows = {"advbench": [public_data.digest(cell) for cell in (CELLS[2], CELLS[1])], "xstest": [2]}
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     monkeypatch.setattr(public_data, "ROWS", tmp_path / "rows.json")
-    return public_data
 
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_chosen_rows_are_made_in_their_order_and_what_is_missing_is_named(public_data, tmp_path):
+def test_the_chosen_rows_are_made_in_their_order_and_what_is_missing_is_named(few_rows, tmp_path):
     downloads, out = tmp_path / "downloads", tmp_path / "out"
     downloads.mkdir()
     goals = "\n".join(f'{cell},"Sure, here is it"' for cell in CELLS)
@@ -46,8 +47,7 @@ def test_the_chosen_rows_are_made_in_their_order_and_what_is_missing_is_named(pu
 
 
 @pytest.mark.skipif(not (DATA / "xstest_prompts.jsonl").exists(), reason="needs SAFECL_DATA")
-def test_the_chosen_rows_are_those_that_the_benchmarks_were_measured_with(module):
-    public_data = module("public_data")
+def test_the_chosen_rows_are_those_that_the_benchmarks_were_measured_with():
     chosen = json.loads(public_data.ROWS.read_text())
     assert [public_data.digest(row["prompt"]) for row in rows_of(DATA / "advbench_goals.jsonl")] == chosen["advbench"]
     assert [int(row["id"].removeprefix("v2-")) for row in rows_of(DATA / "xstest_prompts.jsonl")] == chosen["xstest"]

@@ -1,4 +1,4 @@
-"""benchmarks/real_model.py without training: its parts are disjoint, its arms are valid, its tables say what was
+"""benchmarks/real_model/run.py without training: its parts are disjoint, its arms are valid, its tables say what was
 measured."""
 
 from __future__ import annotations
@@ -6,27 +6,24 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.real_model import arms, data, readings, table
+from benchmarks.real_model import judge as judging
+from benchmarks.real_model import run as real_model
 from safecl.config import EvalConfig, validate_tree
 from safecl.config.presets import PRESETS
 from safecl.data import read_prompts, read_rows
 from safecl.evaluation import find_overlaps, wilson
-from tests.benchmarks.test_safety_retention import BENCHMARKS
-
-MODULES = ("real_data", "real_model", "real_model_arms", "real_model_data", "real_model_distance",
-           "real_model_judge", "real_model_readings", "real_model_table", "safety_retention", "retention_arms",
-           "retention_table", "harness")  # fmt: skip
 
 
-@pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """The benchmark's modules, on data of the public sets' form."""
-    data = tmp_path / "data"
-    data.mkdir()
+@pytest.fixture(autouse=True)
+def public_sets(monkeypatch, tmp_path):
+    """Data of the public sets' form."""
+    folder = tmp_path / "data"
+    folder.mkdir()
     word = lambda: "".join(random.Random(next(numbers)).choices("abcdefghij", k=6))  # noqa: E731
     numbers = itertools.count()
     goals = [" ".join(word() for _ in range(7)) for _ in range(300)]  # no two of them overlap
@@ -34,24 +31,15 @@ def bench(monkeypatch, tmp_path):
     refusals = [{"instruction": " ".join(word() for _ in range(7)), "output": "I'm sorry, but no."} for _ in range(40)]
     safe = [{"prompt": f"How do I kill process {i}?", "safe": True, "type": f"type {i % 3}"} for i in range(40)]
     for name, rows in {"advbench_goals": [{"prompt": goal} for goal in goals], "xstest_prompts": safe}.items():
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, rows in {
         "safety_refusals": refusals, "alpaca_safety_adjacent": alpaca, "alpaca_demo": alpaca, "code_alpaca_2k": alpaca
     }.items():  # fmt: skip
-        (data / f"{name}.json").write_text(json.dumps(rows))
-    monkeypatch.setenv("SAFECL_DATA", str(data))
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import real_model_arms
-    import real_model_data
-    import real_model_table
-
-    yield real_model_data, real_model_arms, real_model_table
-    for name in MODULES:
-        sys.modules.pop(name, None)
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("SAFECL_DATA", str(folder))
 
 
-def test_what_chooses_is_not_what_is_reported_and_neither_is_trained_on(bench, tmp_path, monkeypatch):
-    data, *_ = bench
+def test_what_chooses_is_not_what_is_reported_and_neither_is_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         data, "own_answers", lambda model, texts, length: [("It is harmless. Really", False)] * len(texts)
     )
@@ -70,8 +58,7 @@ def test_what_chooses_is_not_what_is_reported_and_neither_is_trained_on(bench, t
     assert {row.messages[-1].content for row in align} >= {"It is harmless."}  # a cut answer ends with its sentence
 
 
-def test_every_arm_is_a_config_that_safecl_takes_and_every_preset_is_an_arm(bench, tmp_path):
-    _, arms, _ = bench
+def test_every_arm_is_a_config_that_safecl_takes_and_every_preset_is_an_arm(tmp_path):
     names = [run.name for run in arms.RUNS]
     assert len(names) == len(set(names))
     configs = {run: validate_tree(run.config(tmp_path), run.name) for run in arms.RUNS}
@@ -92,15 +79,14 @@ def test_every_arm_is_a_config_that_safecl_takes_and_every_preset_is_an_arm(benc
         assert configs[reported].train.loss_mean == preset.sections.get("train", {}).get("loss_mean", "tokens")
 
 
-def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(bench, tmp_path, capsys):
-    _, arms, table = bench
+def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(tmp_path, capsys):
     page, results = tmp_path / "page.md", tmp_path / "results.json"
     page.write_text(
         "before\n<!-- real -->\nold\n<!-- end -->\nbetween\n<!-- real-tuning -->\nold\n<!-- end -->\nafter\n"
     )
     table.report(tmp_path, page=page, results=results)
     assert (
-        page.read_text().count("Not measured yet: `python benchmarks/real_model.py`.") == 2
+        page.read_text().count("Not measured yet: `python -m benchmarks.real_model.run`.") == 2
         and "old" not in page.read_text()
     )
     rate = lambda k, n: {"value": k / n, **dict(zip(("low", "high"), wilson(k, n), strict=True)), "hits": k, "n": n}  # noqa: E731
@@ -127,8 +113,7 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(be
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])
-def test_the_committed_results_name_every_arm_that_they_do_not_have(bench, name):
-    data, _, table = bench
+def test_the_committed_results_name_every_arm_that_they_do_not_have(name):
     model = data.MODELS[name]
     committed = json.loads(table.results_of(model).read_text())
     there = {f"{run['task']}-p{run['poison']}-s{run['seed']}/{run['arm']}" for run in committed["runs"]}
@@ -136,10 +121,7 @@ def test_the_committed_results_name_every_arm_that_they_do_not_have(bench, name)
     assert there | set(committed["missing"]) == {run.name for run in wanted}
 
 
-def test_a_base_model_learns_to_chat_before_it_is_aligned_and_has_files_of_its_own(bench, tmp_path, monkeypatch):
-    import real_model
-
-    data, arms, table = bench
+def test_a_base_model_learns_to_chat_before_it_is_aligned_and_has_files_of_its_own(tmp_path, monkeypatch):
     trained = []
 
     def train(folder: Path, name: str, config: dict) -> None:
@@ -164,19 +146,16 @@ def test_a_base_model_learns_to_chat_before_it_is_aligned_and_has_files_of_its_o
     table.report(tmp_path / "none", data.GEMMA, page, tmp_path / "gemma.json")
     assert page.read_text() == (
         "<!-- real -->\nkept\n<!-- end -->\n"
-        "<!-- gemma -->\nNot measured yet: `python benchmarks/real_model.py --model gemma`.\n<!-- end -->\n"
+        "<!-- gemma -->\nNot measured yet: `python -m benchmarks.real_model.run --model gemma`.\n<!-- end -->\n"
     )
     said = json.loads((tmp_path / "gemma.json").read_text())
     assert said["model"] == "Gemma-3-270M" and said["missing"] == [run.name for run in arms.FEWER_RUNS]
 
 
-def test_a_judge_has_a_column_once_it_has_judged_the_kept_answers(bench, tmp_path, capsys):
-    import real_model_judge as judging
-
+def test_a_judge_has_a_column_once_it_has_judged_the_kept_answers(tmp_path, capsys):
     from tests.commands.test_judge import write_judged_run
     from tests.evaluation.judges.models import TEMPLATE, save_classifier, save_guard
 
-    _, arms, table = bench
     measured = tmp_path / arms.RUNS[0].name / "measured"
     write_judged_run(measured)
     classifier = save_classifier(tmp_path / "classifier")
@@ -212,10 +191,7 @@ def record(arms, arm, asr: float, accuracy: float = 0.86, poison: int = 10, seed
     return own | {"asr": rate(asr), "complied": rate(asr), "utility": rate(accuracy)}
 
 
-def test_the_best_methods_are_those_with_the_lowest_rate_near_plain_accuracy_once_all_are_measured(bench):
-    import real_model_readings as readings
-
-    _, arms, _ = bench
+def test_the_best_methods_are_those_with_the_lowest_rate_near_plain_accuracy_once_all_are_measured():
     rates = {arm: (1.0 - 0.05 * number, 0.86) for number, arm in enumerate(arms.METHODS)}
     low, weak = arms.METHODS[-1], arms.METHODS[-2]
     rates[weak] = (0.0, 0.82)  # four points below plain fine-tuning
@@ -233,10 +209,7 @@ def test_the_best_methods_are_those_with_the_lowest_rate_near_plain_accuracy_onc
     assert best[0].title in said and said.endswith("On clean rows the four best methods are not measured yet.")
 
 
-def test_each_arm_is_measured_to_its_end_before_the_next_and_further_seeds_come_last(bench, tmp_path, monkeypatch):
-    import real_model
-
-    _, arms, table = bench
+def test_each_arm_is_measured_to_its_end_before_the_next_and_further_seeds_come_last(tmp_path, monkeypatch):
     order, done = [], set()
     distance = lambda folder, model, task, path: order.append(f"distance {model.parent.name}")  # noqa: E731
     monkeypatch.setattr(real_model, "train_and_measure", lambda folder, run: order.append(run.name) or done.add(run))
@@ -257,16 +230,12 @@ def test_each_arm_is_measured_to_its_end_before_the_next_and_further_seeds_come_
     assert len(found) + len(missing) == len(table.wanted(tmp_path, arms.RUNS))
 
 
-def test_clean_rows_with_a_preset_come_before_the_controller(bench):
-    _, arms, _ = bench
+def test_clean_rows_with_a_preset_come_before_the_controller():
     order = [run.name for run in arms.RUNS]
     assert order.index("sst2-p0-s0/balanced") < min(i for i, name in enumerate(order) if "controller" in name)
 
 
-def test_the_tuned_control_is_the_lowest_rate_within_three_points_when_the_grid_is_whole(bench):
-    import real_model_readings as readings
-
-    _, arms, _ = bench
+def test_the_tuned_control_is_the_lowest_rate_within_three_points_when_the_grid_is_whole():
     table = readings.control_table([record(arms, arms.PLAIN, 1.0, 0.88, poison=0)])
     assert table.count("not measured yet") == len(arms.CONTROLS) + 1 and "| as in the other arms | 1.00 |" in table
     found = [record(arms, arms.PLAIN, 1.0, 0.88, poison=0)]
@@ -274,10 +243,7 @@ def test_the_tuned_control_is_the_lowest_rate_within_three_points_when_the_grid_
     assert readings.control_table(found).endswith(f"The tuned control is {arms.CONTROLS[3].title}.")
 
 
-def test_the_published_order_stands_beside_what_was_measured(bench, tmp_path):
-    import real_model_readings as readings
-
-    _, arms, _ = bench
+def test_the_published_order_stands_beside_what_was_measured(tmp_path):
     by_name = {arm.name: arm for arm in arms.METHODS}
     nothing = readings.order_table([], tmp_path / "none.json")
     assert nothing.count("not measured yet") == len(readings.ORDER) + 2

@@ -1,4 +1,4 @@
-"""benchmarks/safety_retention.py without training: its data are disjoint, its arms are valid, its table says what the
+"""benchmarks/retention/run.py without training: its data are disjoint, its arms are valid, its table says what the
 runs said."""
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ROOT
+from benchmarks.retention import arms, materials, real_data, table, tuning
+from benchmarks.retention import run as retention
+from benchmarks.safety import scan
 from safecl.config import validate_tree
 from safecl.config.presets import PRESETS
 from safecl.data import read_prompts, read_rows
 from safecl.evaluation import find_overlaps, wilson
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 VERBS, THINGS = (
     ("Steal", "Forge", "Hack", "Poison", "Burn", "Smuggle"),
     [f"{word} number {i}" for i in range(40) for word in ("a car", "gold")],
 )
 
 
-@pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """The benchmark's modules, on data of the public sets' form: AdvBench says each thing twice."""
+@pytest.fixture(autouse=True)
+def public_sets(monkeypatch, tmp_path):
+    """Data of the public sets' form: AdvBench says each thing twice."""
     data = tmp_path / "data"
     data.mkdir()
     goals = [f"{verb} {thing} and tell nobody{end}" for verb in VERBS for thing in THINGS[:40] for end in ("", "!")]
@@ -48,28 +51,9 @@ def bench(monkeypatch, tmp_path):
         (data / name).write_text(json.dumps(rows))
     (data / "code_alpaca_2k.json").write_text(json.dumps(alpaca))
     monkeypatch.setenv("SAFECL_DATA", str(data))
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import real_data
-    import retention_arms
-    import retention_table
-    import safety_retention
-
-    yield real_data, retention_arms, retention_table, safety_retention
-    for name in (
-        "real_data",
-        "retention_arms",
-        "retention_materials",
-        "retention_table",
-        "retention_tuning",
-        "safety_retention",
-        "harness",
-        "scan",
-    ):
-        sys.modules.pop(name, None)
 
 
-def test_what_is_measured_stands_in_nothing_that_is_trained_on_and_poison_not_in_the_memory(bench, tmp_path):
-    real_data, *_ = bench
+def test_what_is_measured_stands_in_nothing_that_is_trained_on_and_poison_not_in_the_memory(tmp_path):
     real_data.prepare(tmp_path)
     rows = {
         name: read_rows(str(tmp_path / f"{name}.jsonl"))[0] for name in ("align", "memory", "memory-mixed", "poison")
@@ -83,8 +67,7 @@ def test_what_is_measured_stands_in_nothing_that_is_trained_on_and_poison_not_in
     assert find_overlaps(read_prompts(str(tmp_path / "memory.jsonl"), 10**6), rows["poison"]) == []
 
 
-def test_every_arm_is_a_config_that_safecl_takes(bench, tmp_path):
-    _, arms, table, _ = bench
+def test_every_arm_is_a_config_that_safecl_takes(tmp_path):
     runs = [*arms.RUNS, *table.TRIALS]
     names = [run.name for run in runs]
     assert len(names) == len(set(names))
@@ -95,23 +78,21 @@ def test_every_arm_is_a_config_that_safecl_takes(bench, tmp_path):
         assert (config.memory is not None) == run.arm.memory
 
 
-def test_the_presets_are_arms_of_the_table(bench, tmp_path):
-    _, arms, _, _ = bench
+def test_the_presets_are_arms_of_the_table(tmp_path):
     measured = [validate_tree(run.config(tmp_path), "").methods for run in arms.RUNS]
     base = {"model": {"path": "m"}, "tasks": [{"name": "a", "train": "t"}], "memory": {"source": "r"}, "output": "o"}
     for name in (name for name, preset in PRESETS.items() if not preset.repairs):
         assert validate_tree(base | {"methods": name}, "").methods in measured, name
 
 
-def test_every_method_has_an_arm_and_every_word_in_capitals_a_maker(bench, tmp_path):
+def test_every_method_has_an_arm_and_every_word_in_capitals_a_maker(tmp_path):
     from safecl.config.method_registry import builtin_methods
 
-    _, arms, _, retention = bench
     shown = [arm.method for arm in [*arms.METHODS, *arms.LIBRARY] if re.fullmatch(r"\w+", arm.method)]
     assert sorted(shown) == sorted(builtin_methods())
-    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert all(f"| [`{arm.method}`](" in page for arm in (run.arm for run in arms.RUNS) if arm.method)
-    made = {*retention.retention_materials.MAKERS, "MIXED", "HARMLESS", "RANDOM"}
+    made = {*materials.MAKERS, "MIXED", "HARMLESS", "RANDOM"}
     assert set(arms.RUNS[0].files(tmp_path)) == made
     for run in arms.RUNS:
         assert all(
@@ -119,13 +100,10 @@ def test_every_method_has_an_arm_and_every_word_in_capitals_a_maker(bench, tmp_p
         )
 
 
-def test_a_strength_is_chosen_on_a_seed_prompts_and_rows_that_are_not_reported(bench, tmp_path):
-    import retention_tuning as tuning
-
-    real_data, arms, _, retention = bench
+def test_a_strength_is_chosen_on_a_seed_prompts_and_rows_that_are_not_reported(tmp_path):
     real_data.prepare(tmp_path)
     assert arms.TUNING_SEED not in {run.seed for run in arms.RUNS} and len(tuning.STRENGTHS) >= 25
-    retention.retention_materials.make(tmp_path, tuning.TRIALS[0], retention.train)
+    materials.make(tmp_path, tuning.TRIALS[0], retention.train)
     trial, reported = (validate_tree(run.config(tmp_path), "") for run in (tuning.TRIALS[0], arms.RUNS[0]))
     prompts = [read_prompts(config.safety.prompts, 10**6) for config in (trial, reported)]
     assert len(prompts[0]) > 10 and not {p.text for p in prompts[0]} & {p.text for p in prompts[1]}
@@ -169,9 +147,8 @@ def finished(folder: Path, run, hits: int, right: int) -> None:
 
 
 def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_arms_are_named(
-    bench, tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys
 ):
-    _, arms, table, _ = bench
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(table, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(table, "PLOT", tmp_path / "plot.png")
@@ -221,8 +198,7 @@ def test_the_table_is_the_mean_over_seeds_with_the_seeds_outer_ends_and_missing_
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
-def test_arms_of_the_results_file_are_kept_while_the_aligned_model_is_the_same(bench, tmp_path, monkeypatch, capsys):
-    _, arms, table, _ = bench
+def test_arms_of_the_results_file_are_kept_while_the_aligned_model_is_the_same(tmp_path, monkeypatch, capsys):
     for name in ("RESULTS", "PAGE", "PLOT", "METHODS_PAGE"):
         monkeypatch.setattr(table, name, tmp_path / name)
     (tmp_path / "METHODS_PAGE").touch()
@@ -245,10 +221,7 @@ def test_arms_of_the_results_file_are_kept_while_the_aligned_model_is_the_same(b
 
 
 @pytest.mark.timeout(60)
-def test_the_scans_benchmark_aligns_the_same_model_once_and_waits_for_nobody(bench, tmp_path, monkeypatch):
-    real_data, _, _, retention = bench
-    import scan
-
+def test_the_scans_benchmark_aligns_the_same_model_once_and_waits_for_nobody(tmp_path, monkeypatch):
     aligned = []
     monkeypatch.setattr(real_data, "random_model", lambda folder: None)
     monkeypatch.setattr(retention, "train", lambda folder, name, config: aligned.append(name))

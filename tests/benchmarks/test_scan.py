@@ -1,27 +1,22 @@
-"""benchmarks/scan.py without a model: figures of another model do not take the place of the committed ones."""
+"""benchmarks/safety/scan.py without a model: figures of another model do not take the place of the committed ones."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+from benchmarks.safety import scan
 
 
-@pytest.fixture
-def scan(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import scan
-
+@pytest.fixture(autouse=True)
+def nothing_is_measured(monkeypatch):
     monkeypatch.setattr(scan, "measure", lambda *arguments: {"views": {}})
     monkeypatch.setattr(scan, "show", lambda found: None)
     monkeypatch.setattr(scan.harness, "renew_page", lambda page, parts: None)
-    return scan
 
 
-def test_another_model_needs_a_file_of_its_own(scan, monkeypatch, tmp_path, capsys):
+def test_another_model_needs_a_file_of_its_own(monkeypatch, tmp_path, capsys):
     words = ["scan.py", "--folder", str(tmp_path), "--model", str(tmp_path)]
     monkeypatch.setattr(scan, "RESULTS", tmp_path / "committed.json")
     monkeypatch.setattr(sys, "argv", words)

@@ -8,6 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import harness
+from benchmarks.real_model import run as real_model
+from benchmarks.retention import materials
+from benchmarks.retention import run as retention
+from benchmarks.safety import controller
+
 STOPPED, FAILED, FINISHED = "stopped", "failed", "finished although it was asked to stop"
 
 
@@ -39,9 +45,8 @@ ARM = SimpleNamespace(name="arm", config=lambda folder: {}, task=None, seed=0)
 
 
 @pytest.mark.parametrize("how", [STOPPED, FINISHED])
-def test_a_signal_ends_a_benchmark_with_75_and_no_other_arm_begins(module, ends, tmp_path, monkeypatch, how):
-    retention, real_model = module("safety_retention"), module("real_model")
-    monkeypatch.setattr(retention.retention_materials, "make", lambda *_: None)
+def test_a_signal_ends_a_benchmark_with_75_and_no_other_arm_begins(ends, tmp_path, monkeypatch, how):
+    monkeypatch.setattr(materials, "make", lambda *_: None)
     ends += [how, how]
     for train_arm in (retention._train_or_report, real_model.train_and_measure):
         with pytest.raises(SystemExit) as ended:
@@ -51,24 +56,22 @@ def test_a_signal_ends_a_benchmark_with_75_and_no_other_arm_begins(module, ends,
     assert noted["cpu_seconds"] >= 0 and noted["peak_bytes"] > 10**7
 
 
-def test_the_controllers_benchmark_ends_too(module, ends, tmp_path):
+def test_the_controllers_benchmark_ends_too(ends, tmp_path):
     ends.append(STOPPED)
     with pytest.raises(SystemExit) as ended:
-        module("controller").train("arm", module("controller").steered(Path("m"), 0.1, 0), tmp_path)
+        controller.train("arm", controller.steered(Path("m"), 0.1, 0), tmp_path)
     assert ended.value.code == 75
 
 
-def test_an_arm_that_fails_is_printed_and_the_others_go_on(module, ends, tmp_path, capsys, monkeypatch):
-    retention, real_model = module("safety_retention"), module("real_model")
-    monkeypatch.setattr(retention.retention_materials, "make", lambda *_: None)
+def test_an_arm_that_fails_is_printed_and_the_others_go_on(ends, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(materials, "make", lambda *_: None)
     ends += [FAILED, FAILED]
     for train_arm in (retention._train_or_report, real_model.train_and_measure):
         train_arm(tmp_path, ARM)
     assert capsys.readouterr().out.count("arm: RuntimeError: out of luck") == 2
 
 
-def test_the_peak_counts_from_its_reset(module):
-    harness = module("harness")
+def test_the_peak_counts_from_its_reset():
     harness.reset_peak_memory()
     large = bytearray(200_000_000)
     large[::4096] = b"x" * len(large[::4096])

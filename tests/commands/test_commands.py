@@ -289,8 +289,11 @@ def test_every_other_command_of_the_pages_is_known_and_there(words):
         assert dry.returncode == 0, dry.stderr
     elif program in ("python", "python3") and rest[0] == "-m":
         assert importlib.util.find_spec(rest[1]), f"no module {rest[1]}"
+        if rest[1].startswith("benchmarks."):
+            _check_script(f"{rest[1].replace('.', '/')}.py", rest[1:])
     elif program in ("python", "python3", "torchrun"):
-        _check_script(next(word for word in rest if word.endswith((".py", ".sh"))), rest)
+        script = next(word for word in rest if word.endswith((".py", ".sh")))
+        _check_script(script, rest[rest.index(script) :])
     elif program in ("bash", "sh"):
         assert (ROOT / rest[0]).is_file()
     elif program == "launch/gpu_suite.sh":
@@ -301,15 +304,15 @@ def test_every_other_command_of_the_pages_is_known_and_there(words):
 
 def _check_suite(words: list[str]) -> None:
     """The suite has the options and the sections that the page names."""
-    _check_script("launch/gpu_suite.py", ["launch/gpu_suite.py", *words])
+    _check_script("launch/gpu_suite.py", words)
     source = (ROOT / "launch" / "gpu_suite.py").read_text()
     sections = [word for word in words if not word.startswith("--") and not word.replace(".", "").isdigit()]
     assert all(f'("{section}", ' in source for section in sections), f"the suite has no {sections}"
 
 
 def _check_script(script: str, words: list[str]) -> None:
-    """The script is there, compiles, and defines every option that the page gives it."""
+    """The script is there, compiles, and defines every option among the words, which follow its name."""
     source = (ROOT / script).read_text()
     ast.parse(source)
-    for option in [word.partition("=")[0] for word in words[words.index(script) :] if word.startswith("--")]:
+    for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
         assert f'"{option}"' in source, f"{script} has no option {option}"

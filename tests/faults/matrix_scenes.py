@@ -1,4 +1,4 @@
-"""Scenes of the fault matrix (benchmarks/fault_matrix.py): runs that are killed at random and resumed, processes that
+"""Scenes of the fault matrix (benchmarks/faults/matrix.py): runs that are killed at random and resumed, processes that
 start at once, and histories of checkpoints."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The readers of safecl's own formats, each as a function of bytes, for fuzzing (benchmarks/fuzz.py) and for the test
-that reads the kept inputs again.
+"""The readers of safecl's own formats, each as a function of bytes, for fuzzing (benchmarks/faults/fuzz.py) and for the
+test that reads the kept inputs again.
 
 Where a hash protects the bytes it is put right first; otherwise nothing behind it would be reached. A reader may refuse
 by one of its own errors; anything else is a finding.

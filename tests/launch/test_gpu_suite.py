@@ -41,7 +41,8 @@ def test_all_sections_fit_twelve_minutes_and_run_files_that_exist():
     assert len({section.name for section in gpu_suite.SECTIONS}) == len(gpu_suite.SECTIONS)
     for section in gpu_suite.SECTIONS:
         for command in (section.command, section.dry):
-            files = re.findall(r"(?:launch|tests|benchmarks)/\S+\.py|setup\.py", command)
+            files = re.findall(r"(?:launch|tests)/\S+\.py|setup\.py", command)
+            files += [f"{name.replace('.', '/')}.py" for name in re.findall(r"-m (benchmarks\.\S+)", command)]
             assert files and all((ROOT / file).is_file() for file in files), command
 
 
@@ -272,7 +273,8 @@ def test_pages_keep_a_suite_and_refuse_a_dry_run(tmp_path):
     folder.mkdir()
     machine = {"gpus": [{"name": "NVIDIA H200"}], "torch": "2.11", "triton": "3.6", "deepspeed": "0.19.8"}
     (folder / "environment.json").write_text(json.dumps(machine))
-    one = gpu_suite.Result("flat", "passed", 3.0, "benchmarks/flat.py", [gpu_suite.asdict(Figure("rate", "0.95"))])
+    figures = [gpu_suite.asdict(Figure("rate", "0.95"))]
+    one = gpu_suite.Result("flat", "passed", 3.0, "-m benchmarks.kernels.flat", figures)
     one.date, one.commit = "2030-01-02 10:00 UTC", "abc1234"
     content = {"dry": False, "sections": [gpu_suite.asdict(one)]}
     (folder / "suite.json").write_text(json.dumps(content))

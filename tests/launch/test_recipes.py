@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import struct
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import ROOT
+from benchmarks.faults import nodes
+from benchmarks.planning import scaling
 from safecl import cli
 from safecl.config import load_config
 from safecl.planning import model_checks
 from safecl.planning.costs import model_shape
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-scaling = importlib.import_module("scaling")
 
 RECIPES = scaling.recipes()
 ROWS = {
@@ -131,7 +128,7 @@ def test_a_recipe_passes_check_and_states_what_the_code_predicts(path, data, mod
     (found,) = (line for line in out.splitlines() if line.strip().startswith("launched "))
     for mine, others in zip(gigabytes_of(found), gigabytes_of(launched), strict=True):
         assert 0.98 * others <= mine <= others, (found, launched)  # these few short rows need fewer buffers
-    assert path.read_text() == scaling.with_head(path), "python benchmarks/scaling.py renews the predictions"
+    assert path.read_text() == scaling.with_head(path), "python -m benchmarks.planning.scaling renews the predictions"
 
 
 def stated_in(path: Path, name: str) -> str:
@@ -159,7 +156,7 @@ def test_a_recipe_fits_its_devices(path):
 def test_the_tables_of_docs_scaling_are_those_of_the_code():
     page = (ROOT / "docs" / "scaling.md").read_text()
     for table in (scaling.volume_table(), scaling.scaling_table(), scaling.methods_table(), scaling.checks_table()):
-        assert table in page, "python benchmarks/scaling.py renews the tables"
+        assert table in page, "python -m benchmarks.planning.scaling renews the tables"
 
 
 def test_the_model_is_within_a_tenth_of_every_point_that_was_measured_on_a_gpu():
@@ -189,8 +186,7 @@ def test_state_and_weights_in_host_memory_take_the_time_of_the_link():
 
 
 def test_the_table_of_docs_launching_is_that_of_the_results():
-    node_faults = importlib.import_module("node_faults")
     results = json.loads((ROOT / "benchmarks" / "results" / "faults.json").read_text())
     page = (ROOT / "docs" / "launching.md").read_text()
-    assert node_faults.table(results) in page, "python benchmarks/faults.py nodes renews the table"
-    assert results["nodes"]["found"].keys() == node_faults.SCENES.keys()
+    assert nodes.table(results) in page, "python -m benchmarks.faults.sections nodes renews the table"
+    assert results["nodes"]["found"].keys() == nodes.SCENES.keys()

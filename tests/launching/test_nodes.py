@@ -1,7 +1,7 @@
 """Two hosts in namespaces: a run leaves what the same ranks leave on one host, bit for bit; a config that differs is
 named. Where namespaces are forbidden, two agents on this machine stand in for the hosts.
 
-Lost hosts, slow links and restarts are in benchmarks/faults.py nodes.
+Lost hosts, slow links and restarts are in benchmarks/faults/sections.py nodes.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ class TopKTeacher:
     """The k most probable tokens of each row and the mass of the rest, at one temperature; made by ``linear_topk``.
 
     log_probs: [rows, k], floating point, natural logarithms at ``temperature``; -inf is probability 0. Rounding them to
-               fp16 changes the gradient by 0.6 % at a KL of 1e-3 and by 6 % at 1e-5 (benchmarks/head_accuracy.py).
+               fp16 changes the gradient by 0.6 % at a KL of 1e-3 and by 6 % at 1e-5
+               (benchmarks/kernels/head_accuracy.py).
     indices:   [rows, k], integer, distinct within a row, below vocab_size.
     log_tail:  [rows], log of the probability of all other tokens at ``temperature``; -inf when there are none.
     temperature, vocab_size: those that the teacher was made with. The loss refuses others.

@@ -30,7 +30,7 @@ RANKS_PER_NODE = 8
 """Ranks of a node where nothing else says how many they are."""
 KEPT_SHARE = 1.0
 """What a heap that keeps freed blocks holds besides the activations, as a share of them: later blocks do not fit all
-gaps. Measured with 135 M weights: 0.55 in two steps (benchmarks/run_memory.py), 0.9 in 60 steps of other sizes."""
+gaps. Measured with 135 M weights: 0.55 in two steps (benchmarks/planning/run_memory.py), 0.9 in 60 of other sizes."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ micro-batches, w bytes a weight (2 in bf16):
 
 Source of the volumes: ZeRO (Rajbhandari et al., arXiv 1910.02054), section 7, with the dtypes and the micro-batches
 that safecl uses. DeepSpeed 0.19 all-reduces the buckets of stages 1 and 2 where the paper scatters them
-(use_multi_rank_bucket_allreduce), which doubles their gradients; `benchmarks/scaling.py --measure` counts it. The rates
-of `DEVICES` are data sheets times the share that others have measured. `benchmarks/scaling.py` puts the model beside
-all that was measured.
+(use_multi_rank_bucket_allreduce), which doubles their gradients; `python -m benchmarks.planning.scaling --measure`
+counts it. The rates of `DEVICES` are data sheets times the share that others have measured.
+`benchmarks/planning/scaling.py` puts the model beside all that was measured.
 """
 
 from __future__ import annotations

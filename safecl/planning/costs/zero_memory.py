@@ -1,7 +1,7 @@
 """The tensors of DeepSpeed 0.19 for weights, gradients and AdamW in each ZeRO stage, lasting and temporary ones.
 
-They were read in its source, and compared with measurements (benchmarks/reference.py). A bucket that holds the whole
-model is reduced after the backward pass, when activations are gone; smaller buckets are reduced during the pass.
+They were read in its source, and compared with measurements (benchmarks/engine/reference.py). A bucket that holds the
+whole model is reduced after the backward pass, when activations are gone; smaller buckets are reduced during the pass.
 """
 
 from __future__ import annotations

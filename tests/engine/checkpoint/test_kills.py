@@ -9,7 +9,7 @@ from tests.engine.checkpoint import kill_scenes
 
 RUN = dict(methods={"er": {}, "ema": {"decay": 0.9}}, deepspeed={"stage": 2})
 
-# Some of the labelled points, on both ranks; benchmarks/faults.py goes through all of them.
+# Some of the labelled points, on both ranks; benchmarks/faults/sections.py goes through all of them.
 POINTS = [
     ("memory.index: written", 0),
     ("renamed", 0),
