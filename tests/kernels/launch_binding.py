@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from safecl import kernels
-from safecl.kernels import backends
+from safecl.kernels import DenseTeacher, TopKTeacher, backends
 from safecl.kernels.flat import calls
 from safecl.kernels.flat import triton_kernels as flat_kernels
 from safecl.kernels.head import triton_kernels as head_kernels
@@ -176,6 +176,33 @@ def head_calls(rows: int, vocab: int, k: int) -> Iterator[tuple[str, Callable[[]
         yield f"top-k {divergence}", lambda arguments=arguments: triton_rows.topk_rows(*arguments)
 
 
+FACTORS = ((40, 1.0), (57, 0.5), (1, 1.0), (64, 2.75), (16, 0.0))
+"""Replayed tokens and the factor of their weights, as a controller changes both from step to step."""
+
+
+def programs_by_factor() -> Iterator[int]:
+    """Yield the number of compiled programs after the loss of each of these steps, with its gradient."""
+    torch.manual_seed(0)
+    weight = torch.randn(699, 32, requires_grad=True)
+    for tokens, factor in FACTORS:
+        hidden, labels = torch.randn(tokens, 32, requires_grad=True), torch.zeros(tokens, dtype=torch.int64)
+        weights = torch.full((tokens,), factor / tokens)
+        chances = torch.randn(tokens, 9).log_softmax(1)
+        stored = TopKTeacher(chances[:, :8].contiguous(), torch.arange(8).expand(tokens, 8), chances[:, 8], 1.0, 699)
+        for teacher in (stored, DenseTeacher(torch.randn(tokens, 32), torch.randn(699, 32))):
+            found = kernels.linear_distill_loss(
+                hidden, weight, labels=labels, ce_weights=weights, teacher=teacher, kd_weights=weights
+            )
+            found.loss.backward()
+        yield sum(len(cache[0]) for kernel in jit_functions() for cache in kernel.device_caches.values())
+
+
+def jit_functions() -> Iterator[JITFunction]:
+    for function in (*vars(flat_kernels).values(), *vars(head_kernels).values()):
+        if isinstance(function, JITFunction):
+            yield function
+
+
 def problems() -> Iterator[str]:
     made = [(f"{n} elements: {name}", call) for n in SIZES for name, call in flat_calls(n)]
     for rows, vocab, k in ((5, 699, 8), (1, 16, 1)):
@@ -193,9 +220,9 @@ if __name__ == "__main__":
     found: dict[str, Any] = {"triton": triton.__version__, "problems": [], "launches": {}}
     for arch in map(int, sys.argv[1:]):
         driver.set_active(Driver(arch))
-        for function in (*vars(flat_kernels).values(), *vars(head_kernels).values()):
-            if isinstance(function, JITFunction):
-                function.device_caches.clear()
+        for function in jit_functions():
+            function.device_caches.clear()
+        found["programs"] = list(programs_by_factor())
         found["problems"] += [f"sm_{arch}: {problem}" for problem in problems()]
     found["launches"] = dict(launches)
     print(json.dumps(found))
