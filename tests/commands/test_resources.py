@@ -182,6 +182,14 @@ def test_a_full_disk_ends_in_a_message_and_the_run_resumes_on_a_larger_one(confi
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_run_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(config, tmp_path):
+    as_root()
+    place = tmp_path / "fixed"
+    place.mkdir()
+    code, said = train(config, f"output={place}/run", before=f"mount -t tmpfs -o ro none {place}")
+    assert code == 2 and str(place) in said and "Traceback" not in said, said[-2000:]
+
+
 def test_a_run_folder_that_vanishes_ends_the_run_with_its_name(config, tmp_path):
     tree = yaml.safe_load(config.read_text())
     command = [sys.executable, "-m", "safecl", "train", str(config), "train.max_steps=40"]

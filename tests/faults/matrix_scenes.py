@@ -98,6 +98,29 @@ def wrong_ends(pool: RankPool, victim: int) -> list[str]:
     return wrong
 
 
+def kill_in_the_last_save(tree: dict, cache: str, victim: int) -> list[str]:
+    """A run gets SIGTERM in its third step, and one rank SIGKILL while it saves for that. Returns what was wrong."""
+    pool = RankPool(2, forked=True)
+    try:
+        for pipe in pool.pipes:
+            pipe.send((_stop_and_die, dict(tree=tree, cache=cache, victim=victim)))
+        pool.processes[victim].join(SECONDS_TO_DIE)
+        return wrong_ends(pool, victim)
+    finally:
+        pool.close()
+
+
+def _stop_and_die(tree: dict, cache: str, victim: int) -> None:
+    from safecl.storage import durable
+
+    def at(label: str) -> None:
+        if collectives.rank() == victim and label == f"rank-{victim:05d}.safetensors: partly written":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    durable.at = at
+    stop_scenes.fit(tree, cache, stop={"rank": 1, "name": "SIGTERM", "step": 3})
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
