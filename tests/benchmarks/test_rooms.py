@@ -34,7 +34,8 @@ def unknown(text: str) -> list[str]:
 
 
 def _is_module(name: str) -> bool:
-    return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+    place = ROOT / name.replace(".", "/")
+    return place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
 
 
 def test_every_benchmark_that_a_text_names_is_there_and_is_started_as_a_module():
