@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,14 +55,25 @@ with exits.endings_as_exit_codes("demo"):
 """
 
 
-def start(folder: Path, code: str) -> subprocess.Popen[str]:
-    """Start a parent with two ranks that run `code`, and return it when both have written the file `up<rank>`."""
-    environment = os.environ | write_module(folder, code)
-    environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", PROGRAM, str(folder) + os.sep]
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
-    wait_for(parent, *(folder / f"up{rank}" for rank in range(2)))
-    return parent
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start a parent with two ranks that run some code, and return it when both have written the file `up<rank>`. No
+    process outlives the test."""
+    started = []
+
+    def start_one(code: str) -> subprocess.Popen[str]:
+        environment = os.environ | write_module(tmp_path, code)
+        environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[2])
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path) + os.sep]
+        parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+        started.append(parent)
+        wait_for(parent, *(tmp_path / f"up{rank}" for rank in range(2)))
+        return parent
+
+    yield start_one
+    for parent in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
 
 
 def wait_for(parent: subprocess.Popen[str], *files: Path) -> None:
@@ -80,9 +93,9 @@ def assert_ended(parent: subprocess.Popen[str], name: str) -> None:
 UP = "open(sys.argv[1] + 'up' + str(rank), 'w').close()\n"
 
 
-def test_ctrl_c_ends_all_ranks_with_one_message(tmp_path):
+def test_ctrl_c_ends_all_ranks_with_one_message(start):
     """Ctrl-C reaches the parent and every rank, also in the middle of their imports. Only the parent prints."""
-    parent = start(tmp_path, UP + "time.sleep(600)")
+    parent = start(UP + "time.sleep(600)")
     os.killpg(parent.pid, signal.SIGINT)
     assert_ended(parent, "Ctrl-C")
 
@@ -99,8 +112,8 @@ signal.signal(signal.SIGTERM, save)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ranks_have_time_to_save_and_the_parent_waits_longer_than_a_verb_does(tmp_path, number):
-    parent = start(tmp_path, SAVING + UP + "time.sleep(600)")
+def test_ranks_have_time_to_save_and_the_parent_waits_longer_than_a_verb_does(start, tmp_path, number):
+    parent = start(SAVING + UP + "time.sleep(600)")
     os.kill(parent.pid, number)
     wait_for(parent, *(tmp_path / f"saving{rank}" for rank in range(2)))
     time.sleep(0.5)  # more than SECONDS_TO_END
@@ -110,8 +123,8 @@ def test_ranks_have_time_to_save_and_the_parent_waits_longer_than_a_verb_does(tm
     assert all((tmp_path / f"saved{rank}").exists() for rank in range(2))
 
 
-def test_a_second_ctrl_c_kills_ranks_that_save(tmp_path):
-    parent = start(tmp_path, SAVING + UP + "time.sleep(600)")
+def test_a_second_ctrl_c_kills_ranks_that_save(start, tmp_path):
+    parent = start(SAVING + UP + "time.sleep(600)")
     os.kill(parent.pid, signal.SIGINT)
     wait_for(parent, *(tmp_path / f"saving{rank}" for rank in range(2)))
     os.kill(parent.pid, signal.SIGTERM)  # a launcher passes the stop on: it does not insist
