@@ -50,6 +50,8 @@ def refuse_missing_files(config: RunConfig, *, fisher: bool = True) -> None:
                 f"methods.{name}.fisher: {path}: no such file; "
                 "`safecl fisher CFG` estimates the Fisher information and writes one"
             )
+        if (path := settings.scores_file) is not None and not Path(path).expanduser().is_file():
+            mistakes.append(f"methods.{name}.scores: {path}: no such file")
         if (path := settings.answers_file) is not None and not Path(path).is_file():
             mistakes.append(
                 f"methods.{name}.answers: {path}: no such file; `safecl memory rewrite CFG`, with a config without the "

@@ -153,6 +153,11 @@ class MethodConfig(Section):
         return {}
 
     @property
+    def scores_file(self) -> str | None:
+        """File of scores of the task's rows that were computed elsewhere; None without one."""
+        return None
+
+    @property
     def follows_row_losses(self) -> bool:
         """True where the method is told the loss of each of the task's rows after every step."""
         return False

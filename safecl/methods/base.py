@@ -9,6 +9,7 @@ The hooks, in the order of a step:
     label_terms                   information over labels on the replay rows
     prompt_terms                  prompts of the memory whose hidden state is kept, in the same pass
     row_factors, token_factors    weights of the task's rows and tokens, from scores that were computed before training
+    distance_factors              the same of the distances in task_terms
     learned_factors               weights of the task's rows that follow their losses
     token_constraint              weights of the task's tokens that follow their probabilities
     transform_gradient            changes to the gradient before clipping
@@ -27,7 +28,7 @@ A file with a method defines `Config` (a safecl.config.MethodConfig; importing i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from safecl.config import MethodConfig
 from safecl.methods.context import Quantity, Run, Shard, TensorPart
@@ -143,6 +144,14 @@ class Method(Generic[C]):
         """Factors of the cross-entropy of each supervised token of a step's task rows, fp32 [tokens] each, at least 0;
         None: 1 for all. The mean over the step is the one that train.loss_mean names, with the sum of a row's factors
         as its number of tokens."""
+        return None
+
+    factors_count: ClassVar[bool] = True
+    """False where the mean is over all supervised tokens, whatever their `token_factors` are."""
+
+    def distance_factors(self, scores: Mapping[str, Sequence[np.ndarray]]) -> list[np.ndarray] | None:
+        """Factors of the method's own `task_terms` that are `shaped` on each supervised token of a step's task rows,
+        fp32 [tokens] each, at least 0; None: 1 for all."""
         return None
 
     def learned_factors(self, step: int, rows: Sequence[int]) -> np.ndarray | None:

@@ -93,6 +93,9 @@ class TaskTerm:
     model's folder or hub id. The last two only `online`."""
     online: bool = False
     """Compute the teacher's outputs in every step, instead of recording them before training."""
+    shaped: bool = False
+    """Divergences of outputs only: a token's weight is that of its cross-entropy, normaliser included and without
+    `Method.token_factors`, times `weight` and `Method.distance_factors`."""
     larger: bool = False
     """`hidden` only: the target is the larger of the student's and the teacher's value, element by element, so that
     only values below the teacher's have a distance."""
@@ -126,11 +129,18 @@ class Score:
     name: str
     text: str | None = None
     """Another answer, which takes the place of the row's own; None: the row's own."""
-    of: Literal["log_prob", "gradient"] = "log_prob"
+    of: Literal["log_prob", "gradient", "given"] = "log_prob"
     """log_prob: the token's log-probability; gradient: its share of the squared norm of the gradient of the row's loss
-    with regard to the output head, summed over tokens. The shares of a row add up to the whole."""
+    with regard to the output head, summed over tokens. The shares of a row add up to the whole. given: a number that
+    was computed elsewhere, for example by a guard model (safecl/planning/given_scores.py)."""
     model: str | None = None
     """Folder or hub id of the model that scores; None: the aligned model."""
+    column: str = ""
+    """`given` only: the row's column, or the key in `file`."""
+    file: str | None = None
+    """`given` only: JSONL file whose line n is about line n of the task's file; None: each row has its own score."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """`given` only: the smallest and the largest score that there can be."""
 
 
 @dataclass(frozen=True)

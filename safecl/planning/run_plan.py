@@ -22,6 +22,7 @@ from safecl.evaluation.answers.texts import place_of, under_system
 from safecl.evaluation.questions import read_held_out
 from safecl.methods.base import Method
 from safecl.planning.checks import check_backend, check_fisher, check_scan, check_sizes, check_trackers
+from safecl.planning.given_scores import check_given_scores
 from safecl.planning.memory_kinds import check_shares
 from safecl.planning.merge_checks import check_merges
 from safecl.planning.model_checks import check_model
@@ -40,6 +41,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     check_thinking(tokenizer)
     tasks = [_plan_task(config, task, tokenizer) for task in config.tasks]
     plan = RunPlan(config, tokenizer, tasks, build_methods(config))
+    check_given_scores(plan.methods, tasks)
     if config.memory is not None:
         plan.memory = prepare_memory(config, tokenizer)
         plan.notes += check_shares(config.memory, plan.memory, tokenizer)

@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "asft": {"base": "base", "strength": 20.0},
     "bds": {"rate": 60.0},
     "gradient_norm": {"keep": [0.0, 0.5]},
+    "star": {"scores": "scores.jsonl"},
     "toss": {"degraded": "4", "utility": "5", "discard": 0.4},
     "hierarchical": {"strength": 2.0, "steps": 2, "length": 0.2},
     "k_fpf": {"k": 2, "steps": 2},
@@ -101,7 +102,7 @@ def config_of(method: str | None, folder: str, variant: str | None = None, **cha
     from tests.engine.scenes import run_config
 
     settings = dict(settings_of(method or "", "lora" in changes.get("model", {}), variant))
-    for key in {"base", "answers"} & settings.keys():
+    for key in {"base", "answers", "scores"} & settings.keys():
         settings[key] = f"{folder}/{settings[key]}"
     sections: dict[str, Any] = {
         "methods": {method: settings} if method is not None else {},
@@ -122,6 +123,7 @@ def cut_of(method: str, layout: str) -> int:
 @contextmanager
 def opened(config, folder: str) -> Iterator[tuple[Any, Any, Any]]:
     """(run, task, saver) of a run that has not begun."""
+    from safecl.distributed import collectives
     from safecl.engine.model.structure import prepare_for_training
     from safecl.planning.plans import RunPlan
     from safecl.training.identity import base_of, identity_of
@@ -131,6 +133,8 @@ def opened(config, folder: str) -> Iterator[tuple[Any, Any, Any]]:
     for settings in config.methods.values():
         if settings.rewrites:
             task_rows = rewritten(task_rows, settings)
+        if settings.scores_file is not None and collectives.rank() == 0:
+            write_scores(settings.scores_file, len(task_rows))
         if settings.online_teacher == "aligned":
             scenes.save_on_first_rank(scenes.undecided_model(), config.model.path)
     if any(settings.needs_base_model for settings in config.methods.values()):
@@ -148,6 +152,12 @@ def opened(config, folder: str) -> Iterator[tuple[Any, Any, Any]]:
         saver.close()
         if run.memory is not None:
             run.memory.buffer.close()
+
+
+def write_scores(path: str, num_rows: int) -> None:
+    """Write a guard's scores: numbers, and lists of two."""
+    lines = [{"guard": n % 3 / 2 if n % 2 else [1.0, n % 5 / 4]} for n in range(num_rows)]
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def rewritten(rows, settings):

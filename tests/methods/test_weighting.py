@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from safecl.config import ConfigError
 from tests.engine.passes import oracle
-from tests.engine.scenes import REFUSAL_IDS, random_dataset, tiny_model
+from tests.engine.scenes import REFUSAL_IDS, VOCAB, random_dataset, tiny_model
 from tests.methods import reference, scenes
 from tests.methods.test_lwf import LORA_ON_HEAD
 from tests.methods.test_replay_methods import task_rows
@@ -145,6 +146,100 @@ def test_another_answer_takes_the_place_of_the_last_one():
     assert [found.row(i).input_ids.tolist() for i in range(3)] == [[1, 2, 3, 50, 51], [7, 50, 51], [9, 9, 50, 51]]
     assert [found.row(i).loss_mask.sum() for i in range(3)] == [2, 2, 2]
     assert found.row_ids.tolist() == rows.row_ids.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------- STAR
+
+
+def guarded(num_rows: int) -> list:
+    """A guard's scores: for every second row one number, for the others a list for thirds of the answer."""
+    rng = np.random.default_rng(8)
+    return [round(rng.random(), 2) if n % 2 else rng.random(3).round(2).tolist() for n in range(num_rows)]
+
+
+def shaped_by_a_guard(weight: float, mean: str, recorded: bool, is_shaped: bool = True):
+    """The paper's loss: s CE + (1 - s) KL(p || p0) at every token, and the mean over all. recorded: log p0 is fp16."""
+    given = dict(zip(random_dataset(60, seed=1).row_ids.tolist(), guarded(60), strict=True))
+
+    def log_probs(model, row) -> torch.Tensor:
+        ids = torch.from_numpy(row.input_ids.astype("int64"))[None]
+        said = model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+        return said[torch.from_numpy(row.loss_mask[1:].copy())]
+
+    def loss(student, frozen, rows) -> torch.Tensor:
+        found = []
+        for row in rows:
+            p = log_probs(student, row)
+            with torch.no_grad():
+                p0 = log_probs(frozen, row)
+                p0 = p0.half().double() if recorded else p0
+            own = given[int(row.row_id)]
+            own = own if isinstance(own, list) else [own]
+            s = torch.tensor([own[len(own) * t // len(p)] for t in range(len(p))], dtype=torch.float64)
+            s = s if is_shaped else torch.ones_like(s)
+            found.append(-s * answer_log_probs(student, row) + (1 - s) * weight * (p.exp() * (p - p0)).sum(-1))
+        if mean == "rows":
+            return torch.stack([own.mean() for own in found]).mean().float()
+        return torch.cat(found).mean().float()
+
+    return loss
+
+
+def write_guarded(path) -> str:
+    path.write_text("".join(json.dumps({"guard": score}) + "\n" for score in guarded(60)))
+    return str(path)
+
+
+@pytest.mark.parametrize(("stage", "mean", "outputs"), [(1, "rows", "recorded"), (3, "tokens", "online")])
+def test_star_shapes_each_token_by_the_guards_score(rank_pool, tmp_path, stage, mean, outputs):
+    tiny_model().save_pretrained(tmp_path / "model")
+    found = rank_pool(2).run(
+        scenes.train,
+        steps=STEPS,
+        model={"path": str(tmp_path / "model"), "dtype": "fp32", "gradient_checkpointing": False},
+        memory=None,
+        methods={
+            "star": {"scores": write_guarded(tmp_path / "s.jsonl"), "weight": 3.0, "k": VOCAB, "outputs": outputs}
+        },
+        train={"loss_mean": mean},
+        deepspeed={"stage": stage},
+        output=str(tmp_path),
+    )[0]
+    recorded = outputs == "recorded"
+    assert error(found, *expected(shaped_by_a_guard(3.0, mean, recorded))) <= 1e-3
+    assert error(found, *expected(shaped_by_a_guard(0.0, mean, recorded))) > 1e-2  # the divergence matters
+    assert error(found, *expected(shaped_by_a_guard(3.0, mean, recorded, is_shaped=False))) > 1e-2  # and the scores
+
+
+def test_scores_that_are_missing_or_not_usable_are_named_by_file_and_line(tmp_path):
+    from safecl.methods.base import Score
+    from safecl.planning.given_scores import given_scores
+
+    path, rows = tmp_path / "s.jsonl", random_dataset(6, seed=1)
+    score = Score("guard", of="given", column="guard", file=str(path))
+    usable = [json.dumps({"guard": own}) for own in (0, 1.0, [0.5, 0.25], 0.1, 0.2, 0.3)]
+    path.write_text("\n".join(usable))
+    found = given_scores(score, rows)
+    assert [len(own) for own in found] == rows.num_targets.tolist()
+    half = -(-len(found[2]) // 2)
+    assert found[2].tolist() == [0.5] * half + [0.25] * (len(found[2]) - half)
+    for line, message in (
+        ('{"guard": NaN}', "test.jsonl:4: the score .* is 'nan'; it must be a number from 0 to 1"),
+        ('{"guard": 1.5}', "test.jsonl:4: the score .* is '1.5'"),
+        ('{"guard": true}', "test.jsonl:4: the score .* is 'True'"),
+        ('{"guard": []}', "test.jsonl:4: the score"),
+        ('{"other": 1}', "test.jsonl:4: has no score `guard` in .*s.jsonl"),
+        ("guard", "s.jsonl:4: is no JSON object"),
+        ("4", "s.jsonl:4: is no JSON object with the key `guard`"),
+    ):
+        path.write_text("\n".join([*usable[:3], line, *usable[4:]]))
+        with pytest.raises(ConfigError, match=message):
+            given_scores(score, rows)
+    path.write_text("\n".join(usable[:5]))
+    with pytest.raises(ConfigError, match=r"test\.jsonl:6: has no score"):
+        given_scores(score, rows)
+    with pytest.raises(ConfigError, match=r"test\.jsonl:1: has no score `guard`"):
+        given_scores(Score("guard", of="given", column="guard"), rows)
 
 
 def scores_of_other_rows(folder: str) -> str:

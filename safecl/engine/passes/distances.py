@@ -94,6 +94,9 @@ def output_distances(
         places = np.concatenate([np.arange(first[member.row], first[member.row + 1]) for member in members])
         weights, ids = np.zeros(first[-1], np.float32), np.zeros(first[-1], np.int64)
         weights[places] = np.repeat([member.distillation.weight * world_size for member in members], lengths)
+        for member in members:
+            if (factors := member.distillation.token_factors) is not None:
+                weights[first[member.row] : first[member.row + 1]] *= factors
         ids[places] = np.repeat([_term(rows, member, terms) for member in members], lengths)
         distance = OutputDistance(
             rows=torch.from_numpy(places),

@@ -63,6 +63,8 @@ class Distillation:
     weight: float
     """Weight per token, with the normaliser."""
     temperature: float = 1.0
+    token_factors: np.ndarray | None = None
+    """fp32 [targets], not for HIDDEN: factors of the tokens' weights; None: 1 for all."""
     term: str | None = None
     """The term of the loss that counts it; None: the row's own."""
     load: Callable[[], TeacherOutputs | Answer] | None = None

@@ -1,4 +1,5 @@
-"""Scores of the tasks' rows: log-probabilities of answers, or norms of gradients, computed once before training.
+"""Scores of the tasks' rows: log-probabilities of answers, norms of gradients, or numbers that were computed elsewhere,
+recorded once before training.
 
 A file of the run folder holds each score of each task, 4 bytes per token of the answers. Any number of ranks reads it
 whole, so the weights that methods make of it do not depend on ranks or stages. Scores under the base model are an
@@ -25,6 +26,7 @@ from safecl.engine.passes.training_engine import TrainingEngine
 from safecl.engine.teachers.checks import model_at
 from safecl.engine.teachers.outputs import outputs_of_rows
 from safecl.methods.terms import Score
+from safecl.planning.given_scores import given_scores
 from safecl.planning.plans import RunPlan, TaskPlan
 from safecl.scan.refusals import opening_of
 from safecl.storage.durable import DamagedCheckpoint, read_arrays, replace_file, write_arrays
@@ -83,7 +85,9 @@ class RowScores:
         ids = None if score.text is None else list(self.answer_ids(score.text))
         rows = task.dataset if ids is None else with_answer(task.dataset, ids)
         path = self._path(task, score)
-        if self.plan is None or (self.plan.config.tasks[0].role == "align" and score.model is None):
+        if score.of == "given":
+            ask_first_rank(lambda: _save(path, given_scores(score, task.dataset), fingerprint(task.dataset)))
+        elif self.plan is None or (self.plan.config.tasks[0].role == "align" and score.model is None):
             self._write(score, rows, fingerprint(task.dataset), path)
         else:
             config, store = self.plan.config, ArtifactStore.of(self.plan.config)
@@ -110,9 +114,8 @@ class RowScores:
             outputs = ((index, -output["nll"]) for index, output in topk)
         own = [(index, values.float().numpy()) for index, values in outputs]
         found = [values for _, values in sorted(collectives.gather_objects(own), key=lambda item: item[0])]
-        counts = np.array([len(values) for values in found], np.int32)
         if collectives.rank() == 0:
-            write_arrays(path, {"values": np.concatenate(found), "counts": counts, "rows": np.array(key)})
+            _save(path, found, key)
         collectives.barrier()
 
     def _path(self, task: TaskPlan, score: Score) -> Path:
@@ -132,6 +135,12 @@ class RowScores:
     def _tokens_of(self, text: str) -> Sequence[int]:
         assert self.plan is not None, "a plan has the tokenizer"
         return opening_of(self.plan.tokenizer, text, len(text) + 1)
+
+
+def _save(path: Path, scores: Sequence[np.ndarray], key: str) -> None:
+    """Write the scores of all rows, fp32 [tokens] each. key: fingerprint of the rows."""
+    counts = np.array([len(values) for values in scores], np.int32)
+    write_arrays(path, {"values": np.concatenate(scores), "counts": counts, "rows": np.array(key)})
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -139,14 +139,15 @@ def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
     data, indices, terms = task.dataset, task.order.rows_of_step(step), task_terms(run.active_methods)
     factors, mixed = _row_factors(run, task, indices, step), _mixed_rows(run, step)
     token_factors = _token_factors(run, task, indices)
+    counted = _token_factors(run, task, indices, counted=True)
     num_all = np.concatenate([data.num_targets[indices], [row.num_targets for row in mixed]]).astype(np.int64)
-    if token_factors is not None:
-        num_all = np.concatenate([[own.sum() for own in token_factors], num_all[len(indices) :]]).astype(np.float64)
+    if counted is not None:
+        num_all = np.concatenate([[own.sum() for own in counted], num_all[len(indices) :]]).astype(np.float64)
     if factors is not None:
         factors = np.concatenate([factors, np.full(len(mixed), factors.mean())])
     ce_weights = token_weights(run.config.train.loss_mean, num_all, task.median_targets, factors)
     rows = dataset_rows(data, indices, ce_weights[: len(indices)], task.row_weights)
-    constraints = _constraints(run, task, indices)
+    constraints, shapes = _constraints(run, task, indices), _distance_factors(run, task, indices)
     of_tokens: Sequence[np.ndarray | None] = [None] * len(indices) if token_factors is None else token_factors
     totals = [_num_compared(term, data.lengths[indices], data.num_targets[indices]) for term in terms]
     steered = run.steering.weight_at(run.first_step + step)
@@ -155,12 +156,13 @@ def task_rows(run: RunState, task: TaskPlan, step: int) -> list[StepRow]:
         replace(
             row,
             distillations=tuple(
-                _task_distillation(run, task, int(i), term, total) for term, total in zip(terms, totals, strict=True)
+                _shaped(_task_distillation(run, task, int(i), term, total), term, row.ce_weight, place, shapes)
+                for term, total in zip(terms, totals, strict=True)
             ),
             constraint=constraint,
             token_factors=own,
         )
-        for row, i, constraint, own in zip(rows, indices, constraints, of_tokens, strict=True)
+        for place, (row, i, constraint, own) in enumerate(zip(rows, indices, constraints, of_tokens, strict=True))
     ] + [replace(row, ce_weight=weight) for row, weight in zip(mixed, ce_weights[len(indices) :].tolist(), strict=True)]
 
 
@@ -182,13 +184,40 @@ def _row_factors(run: RunState, task: TaskPlan, indices: np.ndarray, step: int) 
     return functools.reduce(np.multiply, factors) if factors else None
 
 
-def _token_factors(run: RunState, task: TaskPlan, indices: np.ndarray) -> list[np.ndarray] | None:
-    """Return the product of the methods' factors of these rows' tokens, fp32 [tokens] each; None without any."""
+def _token_factors(
+    run: RunState, task: TaskPlan, indices: np.ndarray, *, counted: bool = False
+) -> list[np.ndarray] | None:
+    """Return the product of the methods' factors of these rows' tokens, fp32 [tokens] each; None without any.
+
+    counted: only of the methods whose factors change the number of tokens that the mean is over.
+    """
     product: list[np.ndarray] | None = None
     for method in run.active_methods:
+        if counted and not method.factors_count:
+            continue
         if (scores := scores_of(run, method, task, indices)) and (own := method.token_factors(scores)) is not None:
             product = own if product is None else [a * b for a, b in zip(product, own, strict=True)]
     return product
+
+
+def _distance_factors(run: RunState, task: TaskPlan, indices: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """Return the factors of the distances of these rows' tokens by term, fp32 [tokens] for each row."""
+    found: dict[str, list[np.ndarray]] = {}
+    for method in run.active_methods:
+        if (scores := scores_of(run, method, task, indices)) and (own := method.distance_factors(scores)) is not None:
+            found |= dict.fromkeys((term.name for term in method.task_terms()), own)
+    return found
+
+
+def _shaped(
+    distillation: Distillation, term: TaskTerm, ce_weight: float, place: int, shapes: dict[str, list[np.ndarray]]
+) -> Distillation:
+    """Give a shaped distance the weight of its row's cross-entropy. place: of the row in the step. shapes: what
+    `_distance_factors` returned."""
+    if not term.shaped:
+        return distillation
+    factors = shapes[term.name][place] if term.name in shapes else None
+    return replace(distillation, weight=term.weight * ce_weight, token_factors=factors)
 
 
 def scores_of(run: RunState, method: Method[Any], task: TaskPlan, indices: np.ndarray) -> dict[str, list[np.ndarray]]:
