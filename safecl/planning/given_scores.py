@@ -51,7 +51,7 @@ def given_scores(score: Score, dataset: TokenDataset) -> list[np.ndarray]:
         except ValueError as problem:
             problems.append(f"{place}: {problem}")
     if problems:
-        more = [f"and {len(problems) - MOST_SHOWN} more rows"] if len(problems) > MOST_SHOWN else []
+        more = [f"and {len(problems) - MOST_SHOWN:,} more rows"] if len(problems) > MOST_SHOWN else []
         raise ConfigError("\n".join([*problems[:MOST_SHOWN], *more]))
     return found
 

@@ -111,3 +111,15 @@ def test_check_tells_a_mean_of_the_loss_that_is_not_the_default(run, task_config
     told = {mean: run("check", task_config(train={"loss_mean": mean}))[1] for mean in ("tokens", "rows", "capped")}
     assert "mean over" not in told["tokens"] and "mean over rows" in told["rows"]
     assert "mean over tokens; rows with more than" in told["capped"]
+
+
+def test_check_names_the_rows_without_a_guards_score_and_reads_those_of_a_file(run, task_config, tmp_path):
+    scores = tmp_path / "guard.jsonl"
+    path = task_config(methods={"star": {}})
+    code, _, err = run("check", path)
+    assert code == ExitCode.USAGE and "task.jsonl:1: has no score `guard`" in " ".join(err.split())
+    assert "and 1,192 more rows" in " ".join(err.split())
+    code, _, err = run("check", path, f"methods.star.scores={scores}")
+    assert code == ExitCode.USAGE and f"methods.star.scores: {scores}: no such file" in " ".join(err.split())
+    scores.write_text('{"guard": [1, 0.5]}\n' * 1200)
+    assert run("check", path, f"methods.star.scores={scores}")[0] == ExitCode.DONE

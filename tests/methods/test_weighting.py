@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -240,6 +241,17 @@ def test_scores_that_are_missing_or_not_usable_are_named_by_file_and_line(tmp_pa
         given_scores(score, rows)
     with pytest.raises(ConfigError, match=r"test\.jsonl:1: has no score `guard`"):
         given_scores(Score("guard", of="given", column="guard"), rows)
+
+
+def test_a_file_of_scores_is_about_one_task():
+    from safecl.methods.weighting.star import Config, Method
+    from safecl.planning.given_scores import check_given_scores
+
+    task = SimpleNamespace(config=SimpleNamespace(role="task"), dataset=random_dataset(2, seed=1))
+    align = SimpleNamespace(config=SimpleNamespace(role="align"), dataset=random_dataset(2, seed=1))
+    with pytest.raises(ConfigError, match=r"the file s.jsonl is about one task, and there are 2; .* column `safe`"):
+        check_given_scores([Method("star", Config(scores="s.jsonl", column="safe"))], [task, task])
+    check_given_scores([Method("star", Config())], [align])
 
 
 def scores_of_other_rows(folder: str) -> str:
