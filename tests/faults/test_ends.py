@@ -19,6 +19,7 @@ from safecl.training.folder import RunFolder
 from tests.commands.processes import ROOT
 from tests.distributed.test_watchdog import wait_for
 from tests.faults import matrix_scenes
+from tests.pool import RankPool
 from tests.training.test_trainer import materials, tree  # noqa: F401  # materials is a fixture
 
 SECONDS = 30.0
@@ -129,3 +130,16 @@ def test_a_run_that_was_asked_to_stop_ends_when_a_rank_is_killed_in_its_last_sav
     del given["safety"], given["methods"], given["memory"]
     found = matrix_scenes.kill_in_the_last_save(given, str(materials / "cache"), victim)
     assert found == []
+
+
+def test_a_rank_that_lives_on_after_a_kill_is_reported(monkeypatch):
+    monkeypatch.setattr(matrix_scenes, "SECONDS_TO_LIVE_ON", 1.0)
+    pool = RankPool(2, forked=True)
+    try:
+        pool.run(os.getpid)
+        pool.processes[1].kill()
+        pool.processes[1].join()
+        os.kill(pool.processes[0].pid, signal.SIGSTOP)
+        assert matrix_scenes.wrong_ends(pool, 1) == ["rank 0 lives on 1 s after rank 1 was killed"]
+    finally:
+        pool.close()
