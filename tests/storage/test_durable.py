@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import safecl
 from safecl.storage.durable import DamagedCheckpoint, map_array, read_arrays, write_arrays
 
 ARRAYS = {
@@ -85,3 +86,8 @@ def test_a_mapped_array_that_is_cut_anywhere_or_an_archive_is_refused_by_name(tm
         archive.writestr("a", b"")
     with pytest.raises(DamagedCheckpoint, match="not an array"):
         map_array(path)
+
+
+def test_no_other_module_reads_or_writes_files_of_arrays():
+    named = [path.name for path in Path(safecl.__file__).parent.rglob("*.py") if "np.load(" in path.read_text()]
+    assert named == ["durable.py"]
