@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from safecl.commands.preflight import preflight
+from safecl.commands.spinner import lines_of
 from safecl.config import ConfigError, RunConfig
 from safecl.storage.cache_folder import PREPARED
 from safecl.terminal import Terminal, fact
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def check_run(config: RunConfig) -> None:
     """Print the plan and one decoded example per task. Raises ConfigError for everything that would stop the run; for
     bad rows it names file and line."""
-    with _collecting_nothing():
+    with _collecting_nothing(), lines_of("checking"):
         preflight(config)
         from safecl.engine.artifacts.memory_prompts import with_known_or_expected_rows
 

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from safecl.commands import spinner
 from safecl.exits import ExitCode
 
 
@@ -29,6 +30,12 @@ def test_check_tells_rows_steps_supervision_methods_stage_and_one_example(run, t
     ):
         assert expected in out, expected
     assert not (tmp_path / "out").exists()
+
+
+def test_the_log_of_a_check_that_takes_long_says_that_it_is_at_work(run, task_config, monkeypatch):
+    monkeypatch.setattr(spinner, "SECONDS", 0.05)
+    _, out, err = run("check", task_config())
+    assert "still checking, for" in err and "still" not in out
 
 
 def test_check_does_slow_work_once_and_leaves_the_collector_as_it_was(run, task_config, monkeypatch):

@@ -82,12 +82,13 @@ def _build(
 
     assert config.memory is not None
     console, store = Console(1, environment.rank()), ArtifactStore.of(config)
-    engine = forward_engine_of(config, tokenizer, console.note)
-    base = base_key(config, tokenizer, store)
-    made = memory_rows(lambda: engine, tokenizer, store, base, prompts, benign, settings, console.note)
-    rows = copied(made.rows, output)
-    config = config.model_copy(update={"memory": config.memory.model_copy(update={"source": str(rows)})})
-    shared_outputs(engine, prepare_memory(config, tokenizer), config, tokenizer, note=console.note)
+    with console:
+        engine = forward_engine_of(config, tokenizer, console.note)
+        base = base_key(config, tokenizer, store)
+        made = memory_rows(lambda: engine, tokenizer, store, base, prompts, benign, settings, console.note)
+        rows = copied(made.rows, output)
+        config = config.model_copy(update={"memory": config.memory.model_copy(update={"source": str(rows)})})
+        shared_outputs(engine, prepare_memory(config, tokenizer), config, tokenizer, note=console.note)
     _show(console, made, rows)
 
 

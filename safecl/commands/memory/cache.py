@@ -27,7 +27,7 @@ def cache_run(config: RunConfig) -> None:
 
     console = Console(1, environment.rank())
     tokenizer = load_tokenizer(config.model)
-    with ranks(Path(config.output)):
+    with console, ranks(Path(config.output)):
         config = with_memory_rows(config, console.note)
         rows = prepare_memory(config, tokenizer)
         engine = forward_engine_of(config, tokenizer, console.note)

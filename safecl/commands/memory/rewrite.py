@@ -45,7 +45,7 @@ def rewrite_rows(config: RunConfig, output: Path | None, max_new_tokens: int, ba
     if not shown:
         raise ConfigError("safecl memory rewrite: the tasks' rows have no answer that follows a question")
     settings = RowSettings(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    with ranks(Path(config.output)):
+    with console, ranks(Path(config.output)):
         engine = forward_engine_of(config, tokenizer, console.note)
         base = base_key(config, tokenizer, store)
         path, counts = rewritten_rows(engine, tokenizer, store, base, shown, settings, console.note)
