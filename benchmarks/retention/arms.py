@@ -193,6 +193,8 @@ def _default(method: str, title: str, *overrides: str, memory: bool = False, sta
 
 
 HARMFUL = "methods.{}.harmful=HARMFUL"
+NOT_MEASURED = ("star",)
+"""Methods without an arm: STAR needs a guard model's scores of the rows, and none of this size is known."""
 LIBRARY = [
     _default("im", "ER and IM", "methods.er.weight=1", memory=True),
     _default("safe_instruct", "SafeInstr", memory=True),

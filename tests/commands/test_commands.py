@@ -288,9 +288,11 @@ def test_every_other_command_of_the_pages_is_known_and_there(words):
         dry = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True)
         assert dry.returncode == 0, dry.stderr
     elif program in ("python", "python3") and rest[0] == "-m":
-        assert importlib.util.find_spec(rest[1]), f"no module {rest[1]}"
+        found = importlib.util.find_spec(rest[1])
+        assert found is not None, f"no module {rest[1]}"
         if rest[1].startswith("benchmarks."):
-            _check_script(f"{rest[1].replace('.', '/')}.py", rest[1:])
+            is_room = found.submodule_search_locations is not None
+            _check_script(f"{rest[1].replace('.', '/')}{'/__main__' if is_room else ''}.py", rest[1:])
     elif program in ("python", "python3", "torchrun"):
         script = next(word for word in rest if word.endswith((".py", ".sh")))
         _check_script(script, rest[rest.index(script) :])

@@ -100,8 +100,8 @@ NAMED = {
     "RepNoise": "rep_noise",
     "LookAhead": "lookahead",
     "PTST": "safety: {system: ...}",
-    "SafeLoRA": "safecl merge safe_lora",
-    "MagMax": "safecl merge magmax",
+    "SafeLoRA": "merge safe_lora",
+    "MagMax": "merge magmax",
     "capped mean of the loss": "train: {loss_mean: capped}",
 }
 """What the studies call a method, and the first cell of its row."""

@@ -24,6 +24,6 @@ def sizes(stage: int) -> tuple[dict[str, int], dict[str, int], int]:
 def test_state_is_counted_once_in_every_stage(rank_pool, stage):
     """On two ranks: stage 0 keeps a copy on each rank, and one is counted; stage 2 pads the shards a little."""
     state, kept, num_weights = rank_pool(2).run(sizes, stage=stage)[0]
-    assert set(kept) == {"ema", "memory_grad"} and {"exp_avg", "exp_avg_sq"} <= set(state)
+    assert set(kept) == {"ema", "agem_grad"} and {"exp_avg", "exp_avg_sq"} <= set(state)
     for size in [state["exp_avg"], *kept.values()]:
         assert 4 * num_weights <= size <= 4 * num_weights + 64
