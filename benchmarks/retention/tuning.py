@@ -40,7 +40,7 @@ def _strengths() -> Iterator[Strength]:
         ("safe-grad", "safe_grad.rho", tenfold),
         ("sbr", "sbr.weight", (5, 15, 50, 150, 500)),
         ("lisa", "lisa.rho", tenfold),
-        ("spag", "spag.tau", (0.02, 0.06, 0.2, 0.6, 2)),
+        ("spag", "spag.eta", (0.003, 0.01, 0.03, 0.1, 1)),
         ("corrective-replay", "corrective_replay.steps", (2, 5, 10, 20, 40)),
         ("ewc-0.3", "ewc.strength", (0.03, 0.1, 0.3, 1, 3)),
         ("online-ewc", "online_ewc.strength", (0.03, 0.1, 0.3, 1, 3)),
