@@ -122,7 +122,7 @@ def _write(config: RunConfig, asked: _Asked, note: Note) -> MemoryRows:
 
 @dataclass(frozen=True)
 class Prospect:
-    """What becomes of the prompts of a memory. written: their rows are in the store."""
+    """The plan for the prompts of a memory, in words. written: their rows are in the store."""
 
     text: str
     written: bool
