@@ -108,7 +108,10 @@ METHODS = [
     Arm("ema", "EMA", ("methods.ema={}",), memory=False),
     AGEM,
 ]
-MAIN = [STRICT, PLAIN, BALANCED, *METHODS, NO_DATA]
+LATER = [arm for arm in METHODS if arm.name in ("spag", "sbr", "agem")]
+EARLY = [arm for arm in METHODS if arm not in LATER]
+MAIN = [STRICT, PLAIN, BALANCED, NO_DATA, *EARLY]
+"""The arms of every task and setting that come before all others: the presets and the main methods."""
 
 
 @dataclass(frozen=True)
@@ -208,25 +211,25 @@ def _runs() -> Iterator[Run]:
     yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[:3])
     yield Run(BALANCED, 10, REPORTED)
     yield from (Run(arm, 0, REPORTED) for arm in (STRICT, PLAIN, BALANCED))
-    yield from (Run(arm, 10, REPORTED) for arm in METHODS)
-    yield from (Run(arm, 10, REPORTED) for arm in SCANNED)
     yield from (Run(STEERED, poison, seed) for seed in (REPORTED, *OTHERS) for poison in POISON)
-    yield from (Run(arm, 0, REPORTED) for arm in METHODS)
+    yield from (Run(arm, poison, REPORTED) for poison in POISON for arm in (*EARLY, NO_DATA))
     yield from (Run(arm, poison, REPORTED, GSM8K) for arm in MAIN for poison in POISON)
-    yield from (Run(NO_DATA, poison, REPORTED) for poison in reversed(POISON))
+    yield from (Run(arm, 10, REPORTED) for arm in SCANNED)
+    yield from (Run(arm, poison, REPORTED) for poison in POISON for arm in LATER)
     yield from (Run(arm, 10, seed) for seed in OTHERS for arm in (STRICT, BALANCED, NO_DATA))
     yield from (Run(arm, 0, REPORTED) for arm in CONTROLS)
     yield from (Run(arm, 10, TUNING) for arm in CANDIDATES[3:])
     yield from (Run(arm, 0, REPORTED) for arm in SCANNED)
     yield from (Run(arm, 0, seed) for seed in OTHERS for arm in (STRICT, BALANCED, NO_DATA))
-    yield from (Run(arm, poison, REPORTED, CODE) for arm in MAIN for poison in POISON)
+    yield from (Run(arm, poison, REPORTED, GSM8K) for arm in LATER for poison in POISON)
+    yield from (Run(arm, poison, REPORTED, CODE) for arm in (*MAIN, *LATER) for poison in POISON)
     yield Run(PLAIN, 10, TUNING)
 
 
 RUNS = list(_runs())
 FEWER_RUNS = [
-    *(Run(arm, poison, REPORTED) for arm in MAIN for poison in POISON),
-    *(Run(arm, poison, REPORTED, GSM8K) for arm in MAIN for poison in POISON),
+    *(Run(arm, poison, REPORTED) for arm in (*MAIN, *LATER) for poison in POISON),
+    *(Run(arm, poison, REPORTED, GSM8K) for arm in (*MAIN, *LATER) for poison in POISON),
     *(Run(arm, poison, seed) for seed in OTHERS for poison in POISON for arm in (STRICT, BALANCED, NO_DATA)),
 ]
 """The runs of a second model. All its settings were chosen on the first one."""

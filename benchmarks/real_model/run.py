@@ -4,11 +4,13 @@
     python -m benchmarks.real_model.run                      # all missing arms too, most telling first; then the table
     python -m benchmarks.real_model.run --only strict        # arms whose names contain one of these words
     python -m benchmarks.real_model.run --list | --report    # list the missing arms | results of the finished ones
+    python -m benchmarks.real_model.run --keep               # do not repeat the arms of the committed results
     python -m benchmarks.real_model.run --judge FOLDER       # judge the kept answers by a classifier or a recipe
     python -m benchmarks.real_model.run --model gemma        # fewer arms of Gemma-3-270M, not SmolLM2-135M-Instruct
 
 Everything is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and
-stopped runs resume. Settings are chosen by seed 1 and the tuning prompts, and reported on the other seeds and prompts.
+stopped runs resume. `--keep` takes arms from the results file if they started from the same aligned model, bit for
+bit. Settings are chosen by seed 1 and the tuning prompts, and reported on the other seeds and prompts.
 GSM8K and CodeAlpaca are measured by the NLL of the answers: a model of this size solves almost no problem.
 Needs $SAFECL_DATA (docs/data.md names the files) and, the first time, the model's packages of the package index.
 One CPU thread makes the same model bit for bit; results.json names the hashes. arms.py lists the arms, readings.py
@@ -26,7 +28,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,25 +54,31 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after this many minutes")
     parser.add_argument("--list", action="store_true", help="print the missing arms and exit")
     parser.add_argument("--report", action="store_true", help="only write the results of the finished arms")
+    parser.add_argument("--keep", action="store_true", help="do not run arms that the results file has")
     parser.add_argument("--judge", metavar="FOLDER|RECIPE", help="judge the finished arms' answers, and train nothing")
     arguments = parser.parse_args()
     model, deadline = files.MODELS[arguments.model], time.monotonic() + 60 * arguments.minutes
     folder, runs = arguments.folder or model.folder, table.runs_of(model)
+    if not (arguments.list or arguments.report or arguments.judge):
+        align(folder, model)
+        fill(folder)
+    kept = table.kept_records(folder, model) if arguments.keep else {}
     if arguments.list:
-        print("\n".join(run.name for run in chosen(table.finished(folder, runs)[1], arguments.only)))
+        print("\n".join(run.name for run in chosen(table.finished(folder, runs, kept)[1], arguments.only)))
         return
     if arguments.judge:
         wanted = chosen(table.wanted(folder, runs), arguments.only)
         measured = [folder / run.name / "measured" for run in wanted]
         judge_all([*table.aligned_folders(folder), *measured], judge_of(arguments.judge))
-    elif not arguments.report:
-        align(folder, model)
-        fill(folder)
-        if arguments.verb == "arms":
-            train_all(folder, chosen(runs, arguments.only), deadline)
-            further = table.wanted(folder, runs)[len(runs) :]
-            train_all(folder, chosen(further, arguments.only), deadline)
-    table.report(folder, model)
+    elif arguments.verb == "arms" and not arguments.report:
+        train_all(folder, chosen(_missing(runs, kept), arguments.only), deadline)
+        further = table.wanted(folder, runs, kept)[len(runs) :]
+        train_all(folder, chosen(_missing(further, kept), arguments.only), deadline)
+    table.report(folder, model, kept=kept)
+
+
+def _missing(runs: Sequence[Run], kept: Mapping[str, dict]) -> list[Run]:
+    return [run for run in runs if run.name not in kept]
 
 
 def chosen(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:

@@ -4,7 +4,7 @@ the picture of README.md."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ ALIGNED = tuple((task, seed) for task in TASKS for seed in (REPORTED, TUNING))
 TABLES = {"": (SST2, False), "-gsm8k": (GSM8K, False), "-code": (CODE, False), "-tuning": (SST2, True)}
 """The task of each table by the end of its mark, and whether it shows the tuning seed."""
 
+NOTHING: Mapping[str, dict[str, Any]] = {}
+
 
 def runs_of(model: Model) -> list[Run]:
     """Return the runs of a model, but for the further seeds of its best methods."""
@@ -36,11 +38,17 @@ def results_of(model: Model) -> Path:
     return RESULTS.with_name(f"{model.mark}_model.json")
 
 
-def report(folder: Path, model: Model = SMOLLM2, page: Path = PAGE, results: Path | None = None) -> None:
-    """Write the JSON and the tables from the runs in `folder`, and print how many are missing."""
+def report(
+    folder: Path,
+    model: Model = SMOLLM2,
+    page: Path = PAGE,
+    results: Path | None = None,
+    kept: Mapping[str, dict[str, Any]] = NOTHING,
+) -> None:
+    """Write the JSON and the tables from the runs in `folder` and the kept records, and print how many are missing."""
     import torch
 
-    found, missing = finished(folder, runs_of(model))
+    found, missing = finished(folder, runs_of(model), kept)
     result = {
         "model": model.title,
         "command": command_of(model),
@@ -63,17 +71,36 @@ def report(folder: Path, model: Model = SMOLLM2, page: Path = PAGE, results: Pat
         print(f"{len(missing)} of {len(found) + len(missing)} arms are missing; --list names them")
 
 
-def finished(folder: Path, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[Run]]:
+def finished(
+    folder: Path, runs: Sequence[Run], kept: Mapping[str, dict[str, Any]] = NOTHING
+) -> tuple[list[dict[str, Any]], list[Run]]:
     """Return the records of the finished runs, and the runs that are missing; both with the best methods' further
-    seeds."""
-    every = wanted(folder, runs)
-    done = [run for run in every if is_done(folder, run)]
-    return [record(folder, run) for run in done], [run for run in every if run not in done]
+    seeds. A run that is in the folder goes before its kept record."""
+    found = {run: each for run in wanted(folder, runs, kept) if (each := _found(folder, run, kept)) is not None}
+    return list(found.values()), [run for run in wanted(folder, runs, kept) if run not in found]
 
 
-def wanted(folder: Path, runs: Sequence[Run]) -> list[Run]:
+def wanted(folder: Path, runs: Sequence[Run], kept: Mapping[str, dict[str, Any]] = NOTHING) -> list[Run]:
     """Return the runs, and those of the best methods with further seeds, once it is known which these are."""
-    return [*runs, *further_runs([record(folder, run) for run in runs if is_done(folder, run)])]
+    found = [each for run in runs if (each := _found(folder, run, kept)) is not None]
+    return [*runs, *further_runs(found)]
+
+
+def _found(folder: Path, run: Run, kept: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    return record(folder, run) if is_done(folder, run) else kept.get(run.name)
+
+
+def kept_records(folder: Path, model: Model, results: Path | None = None) -> dict[str, dict[str, Any]]:
+    """Return the results file's records by the names of their runs.
+
+    Return none if `folder` has another aligned model.
+    """
+    path = results or results_of(model)
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if there.get("aligned_sha256") is None or there["aligned_sha256"] != _digest(folder / "aligned"):
+        print("the results file is of another aligned model: nothing is kept")
+        return {}
+    return {f"{run['task']}-p{run['poison']}-s{run['seed']}/{run['arm']}": run for run in there["runs"]}
 
 
 def command_of(model: Model) -> str:

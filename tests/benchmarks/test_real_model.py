@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,25 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(tm
     )
     assert ") | 0.50 | 12.3 | 200 | 3.2 MB | 807.0 MB | 4.9 GB |" in page.read_text()
     assert "| the aligned model | – |" in page.read_text() and page.read_text().count("Not measured yet") == 1
+
+
+def test_records_of_the_same_aligned_model_are_kept_and_its_own_runs_go_before_them(tmp_path, monkeypatch, capsys):
+    kept = [record(arms, arm, 0.5) for arm in (arms.STRICT, arms.PLAIN)]
+    (tmp_path / "aligned").mkdir()
+    (tmp_path / "aligned" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "aligned" / "config.json").write_text("{}")
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"aligned_sha256": sha256(b"weights").hexdigest(), "runs": kept}))
+    found = table.kept_records(tmp_path, data.SMOLLM2, results)
+    assert found == {"sst2-p10-s0/strict": kept[0], "sst2-p10-s0/plain": kept[1]}
+    here = record(arms, arms.PLAIN, 0.9)
+    monkeypatch.setattr(table, "is_done", lambda folder, run: run.arm is arms.PLAIN)
+    monkeypatch.setattr(table, "record", lambda folder, run: here)
+    done, missing = table.finished(tmp_path, arms.RUNS[:3], found)
+    assert done == [kept[0], here] and missing == [arms.RUNS[2]]
+    assert real_model._missing(arms.RUNS[:3], found) == [arms.RUNS[2]]
+    (tmp_path / "aligned" / "model.safetensors").write_bytes(b"others")
+    assert table.kept_records(tmp_path, data.SMOLLM2, results) == {} and "nothing is kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])
