@@ -9,13 +9,13 @@
     python -m benchmarks.real_model.run --model gemma        # fewer arms of Gemma-3-270M, not SmolLM2-135M-Instruct
 
 Everything is a run of safecl in its own folder, with its config in <folder>.yaml. Finished runs are not repeated, and
-stopped runs resume. `--keep` takes arms from the results file if they started from the same aligned model, bit for
-bit. Settings are chosen by seed 1 and the tuning prompts, and reported on the other seeds and prompts.
+stopped runs resume. `--keep` takes arms from the results file; the tables mark those that started from another
+machine's alignment. Settings are chosen by seed 1 and the tuning prompts, and reported on the other seeds and prompts.
 GSM8K and CodeAlpaca are measured by the NLL of the answers: a model of this size solves almost no problem.
 Needs $SAFECL_DATA (docs/data.md names the files) and, the first time, the model's packages of the package index.
-One CPU thread makes the same model bit for bit; results.json names the hashes. arms.py lists the arms, readings.py
-chooses the methods that get further seeds, and benchmarks/merging/real_model.py measures merges of the plainly tuned
-models.
+One CPU thread makes the same model bit for bit on one kind of processor; results.json names the hashes. arms.py lists
+the arms, readings.py chooses the methods that get further seeds, and benchmarks/merging/real_model.py measures merges
+of the plainly tuned models.
 
 The alignment is one short run on refusals, harmless rows, and the original model's own answers to harmless prompts that
 look dangerous. Without these the model refuses most of such prompts. Gemma-3-270M is a base model: safecl tunes it to
@@ -62,18 +62,18 @@ def main() -> None:
     if not (arguments.list or arguments.report or arguments.judge):
         align(folder, model)
         fill(folder)
-    kept = table.kept_records(folder, model) if arguments.keep else {}
+    kept = table.kept_results(model) if arguments.keep else table.NOTHING
     if arguments.list:
-        print("\n".join(run.name for run in chosen(table.finished(folder, runs, kept)[1], arguments.only)))
+        print("\n".join(run.name for run in chosen(table.finished(folder, runs, kept.records)[1], arguments.only)))
         return
     if arguments.judge:
         wanted = chosen(table.wanted(folder, runs), arguments.only)
         measured = [folder / run.name / "measured" for run in wanted]
         judge_all([*table.aligned_folders(folder), *measured], judge_of(arguments.judge))
     elif arguments.verb == "arms" and not arguments.report:
-        train_all(folder, chosen(_missing(runs, kept), arguments.only), deadline)
-        further = table.wanted(folder, runs, kept)[len(runs) :]
-        train_all(folder, chosen(_missing(further, kept), arguments.only), deadline)
+        train_all(folder, chosen(_missing(runs, kept.records), arguments.only), deadline)
+        further = table.wanted(folder, runs, kept.records)[len(runs) :]
+        train_all(folder, chosen(_missing(further, kept.records), arguments.only), deadline)
     table.report(folder, model, kept=kept)
 
 

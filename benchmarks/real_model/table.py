@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from benchmarks.retention.table import digest, size
 RESULTS = ROOT / "benchmarks" / "results" / "real_model.json"
 PAGE = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "real-model.svg"
+MARK = " †"
+OTHERS_TOLD = (
+    "† Measured on another machine, from an alignment by the same recipe: processors round bf16 differently, so the "
+    "weights of the aligned model differ in their last bits."
+)
 SHOWN = ("plain", "balanced", "strict")
 """Arms of the picture."""
 RATES = ("asr", "complied", "affirmative", "off_task", "over_refusal")
@@ -26,7 +32,17 @@ ALIGNED = tuple((task, seed) for task in TASKS for seed in (REPORTED, TUNING))
 TABLES = {"": (SST2, False), "-gsm8k": (GSM8K, False), "-code": (CODE, False), "-tuning": (SST2, True)}
 """The task of each table by the end of its mark, and whether it shows the tuning seed."""
 
-NOTHING: Mapping[str, dict[str, Any]] = {}
+
+@dataclass(frozen=True)
+class Kept:
+    """Records of the results file by the names of their runs, and the rates of the aligned models that these started
+    from, by the SHA-256 of their weights."""
+
+    records: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    alignments: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+NOTHING = Kept()
 
 
 def runs_of(model: Model) -> list[Run]:
@@ -43,23 +59,26 @@ def report(
     model: Model = SMOLLM2,
     page: Path = PAGE,
     results: Path | None = None,
-    kept: Mapping[str, dict[str, Any]] = NOTHING,
+    kept: Kept = NOTHING,
 ) -> None:
     """Write the JSON and the tables from the runs in `folder` and the kept records, and print how many are missing."""
     import torch
 
-    found, missing = finished(folder, runs_of(model), kept)
+    found, missing = finished(folder, runs_of(model), kept.records)
+    own = _digest(folder / "aligned")
+    others = {run["aligned"] for run in found} - {own}
     result = {
         "model": model.title,
         "command": command_of(model),
         "machine": harness.machine(torch.device("cpu")),
         "model_sha256": _digest(folder / model.name),
-        "aligned_sha256": _digest(folder / "aligned"),
+        "aligned_sha256": own,
         "aligned": {
             aligned_name(task, seed): measured
             for task, seed in ALIGNED
             if (measured := _measured(folder / aligned_name(task, seed), task)) is not None
         },
+        "other_alignments": {weights: rates for weights, rates in kept.alignments.items() if weights in others},
         "missing": [run.name for run in missing],
         "runs": found,
     }
@@ -72,35 +91,41 @@ def report(
 
 
 def finished(
-    folder: Path, runs: Sequence[Run], kept: Mapping[str, dict[str, Any]] = NOTHING
+    folder: Path, runs: Sequence[Run], kept: Mapping[str, dict[str, Any]] = NOTHING.records
 ) -> tuple[list[dict[str, Any]], list[Run]]:
     """Return the records of the finished runs, and the runs that are missing; both with the best methods' further
     seeds. A run that is in the folder goes before its kept record."""
-    found = {run: each for run in wanted(folder, runs, kept) if (each := _found(folder, run, kept)) is not None}
-    return list(found.values()), [run for run in wanted(folder, runs, kept) if run not in found]
+    every = wanted(folder, runs, kept)
+    found = {run: each for run in every if (each := _found(folder, run, kept)) is not None}
+    own = _digest(folder / "aligned")
+    return [{"aligned": own} | each for each in found.values()], [run for run in every if run not in found]
 
 
-def wanted(folder: Path, runs: Sequence[Run], kept: Mapping[str, dict[str, Any]] = NOTHING) -> list[Run]:
+def wanted(folder: Path, runs: Sequence[Run], kept: Mapping[str, dict[str, Any]] = NOTHING.records) -> list[Run]:
     """Return the runs, and those of the best methods with further seeds, once it is known which these are."""
     found = [each for run in runs if (each := _found(folder, run, kept)) is not None]
     return [*runs, *further_runs(found)]
 
 
 def _found(folder: Path, run: Run, kept: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the record of a run, without the digest of the aligned model where the run is in the folder."""
     return record(folder, run) if is_done(folder, run) else kept.get(run.name)
 
 
-def kept_records(folder: Path, model: Model, results: Path | None = None) -> dict[str, dict[str, Any]]:
-    """Return the results file's records by the names of their runs.
-
-    Return none if `folder` has another aligned model.
-    """
+def kept_results(model: Model, results: Path | None = None) -> Kept:
+    """Return what the results file has of a model."""
     path = results or results_of(model)
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if there.get("aligned_sha256") is None or there["aligned_sha256"] != _digest(folder / "aligned"):
-        print("the results file is of another aligned model: nothing is kept")
-        return {}
-    return {f"{run['task']}-p{run['poison']}-s{run['seed']}/{run['arm']}": run for run in there["runs"]}
+    if not there.get("runs"):
+        return NOTHING
+    own = there["aligned_sha256"]
+    return Kept(
+        {
+            f"{run['task']}-p{run['poison']}-s{run['seed']}/{run['arm']}": {"aligned": own} | run
+            for run in there["runs"]
+        },
+        {own: there["aligned"]} | there.get("other_alignments", {}),
+    )
 
 
 def command_of(model: Model) -> str:
@@ -197,7 +222,9 @@ def table(result: dict[str, Any], task: Task, *, tuning: bool = False) -> str:
     rows = [run for run in result["runs"] if run["task"] == task.name and (run["seed"] == TUNING) is tuning]
     rows = [run for run in rows if run["arm"] not in {arm.name for arm in CONTROLS}]  # they have a table of their own
     seeds = len({run["seed"] for run in rows}) > 1
-    aligned = result["aligned"].get(aligned_name(task, TUNING if tuning else REPORTED))
+    measured_as = aligned_name(task, TUNING if tuning else REPORTED)
+    aligned, own_alignment = result["aligned"].get(measured_as), result.get("aligned_sha256")
+    others = {run["aligned"] for run in rows} - {own_alignment}
     judges = sorted({name for found in [*rows, *([aligned] if aligned else [])] for name in found.get("judged", ())})
     utility = "accuracy" if task.metric == "label_accuracy" else "NLL"
     head = [
@@ -219,11 +246,19 @@ def table(result: dict[str, Any], task: Task, *, tuning: bool = False) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     if aligned:
         lines.append(_line(["the aligned model", "–", *["–"] * seeds], aligned, ["–"] * 4, judges))
+    for weights, rates in result.get("other_alignments", {}).items():
+        if weights in others and measured_as in rates:
+            lines.append(
+                _line([f"the aligned model{MARK}", "–", *["–"] * seeds], rates[measured_as], ["–"] * 4, judges)
+            )
     for run in _sorted(rows):
-        own = [run["title"], f"{run['poison']} %", *[str(run["seed"])] * seeds]
+        mark = MARK * (run["aligned"] in others)
+        own = [run["title"] + mark, f"{run['poison']} %", *[str(run["seed"])] * seeds]
         sizes = [size(run["memory_bytes"]), size(run["state_bytes"])]
         peak = f"{run['peak_bytes'] / 1e9:.1f} GB" if run["peak_bytes"] else "–"
         lines.append(_line(own, run, [f"{run['cpu_seconds']:.0f}", *sizes, peak], judges))
+    if others:
+        lines += ["", OTHERS_TOLD]
     return "\n".join(lines) if rows or aligned else f"Not measured yet: `{result['command']}`."
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -113,23 +112,40 @@ def test_the_tables_show_what_was_measured_and_the_file_names_what_is_missing(tm
     assert "| the aligned model | – |" in page.read_text() and page.read_text().count("Not measured yet") == 1
 
 
-def test_records_of_the_same_aligned_model_are_kept_and_its_own_runs_go_before_them(tmp_path, monkeypatch, capsys):
+def test_records_are_kept_with_their_alignment_and_the_runs_of_the_folder_go_before_them(tmp_path, monkeypatch):
     kept = [record(arms, arm, 0.5) for arm in (arms.STRICT, arms.PLAIN)]
-    (tmp_path / "aligned").mkdir()
-    (tmp_path / "aligned" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "aligned" / "config.json").write_text("{}")
+    rates = {f"aligned-s{arms.REPORTED}": {"asr": 0.0}}
+    written = {"aligned_sha256": "theirs", "aligned": rates, "runs": kept, "other_alignments": {"third": {}}}
     results = tmp_path / "results.json"
-    results.write_text(json.dumps({"aligned_sha256": sha256(b"weights").hexdigest(), "runs": kept}))
-    found = table.kept_records(tmp_path, data.SMOLLM2, results)
-    assert found == {"sst2-p10-s0/strict": kept[0], "sst2-p10-s0/plain": kept[1]}
+    results.write_text(json.dumps(written))
+    found = table.kept_results(data.SMOLLM2, results)
+    assert found.alignments == {"theirs": rates, "third": {}}
+    assert [each.pop("aligned") for each in found.records.values()] == ["theirs"] * 2
+    assert found.records == {"sst2-p10-s0/strict": kept[0], "sst2-p10-s0/plain": kept[1]}
     here = record(arms, arms.PLAIN, 0.9)
     monkeypatch.setattr(table, "is_done", lambda folder, run: run.arm is arms.PLAIN)
     monkeypatch.setattr(table, "record", lambda folder, run: here)
-    done, missing = table.finished(tmp_path, arms.RUNS[:3], found)
-    assert done == [kept[0], here] and missing == [arms.RUNS[2]]
-    assert real_model._missing(arms.RUNS[:3], found) == [arms.RUNS[2]]
-    (tmp_path / "aligned" / "model.safetensors").write_bytes(b"others")
-    assert table.kept_records(tmp_path, data.SMOLLM2, results) == {} and "nothing is kept" in capsys.readouterr().out
+    done, missing = table.finished(tmp_path, arms.RUNS[:3], found.records)
+    assert done == [kept[0] | {"aligned": None}, here | {"aligned": None}] and missing == [arms.RUNS[2]]
+    assert real_model._missing(arms.RUNS[:3], found.records) == [arms.RUNS[2]]
+    assert table.kept_results(data.SMOLLM2, tmp_path / "none.json") == table.NOTHING
+
+
+def test_a_table_marks_the_runs_that_started_from_another_alignment():
+    rates = {name: {"value": 0.5, "low": 0.4, "high": 0.6} for name in ("asr", "complied", "over_refusal", "utility")}
+    costs = {"memory_bytes": 0, "state_bytes": 0, "peak_bytes": None}
+    runs = [record(arms, arm, 0.5) | rates | costs | {"title": arm.title} for arm in (arms.STRICT, arms.PLAIN)]
+    measured = {f"aligned-s{arms.REPORTED}": rates}
+    alone = {"aligned_sha256": "ours", "aligned": measured, "runs": [run | {"aligned": "ours"} for run in runs]}
+    assert "†" not in table.table(alone, arms.SST2)
+    mixed = alone | {"other_alignments": {"theirs": measured}}
+    mixed["runs"] = [runs[0] | {"aligned": "theirs"}, runs[1] | {"aligned": "ours"}]
+    lines = table.table(mixed, arms.SST2).splitlines()
+    assert [line.split(" |")[0] for line in lines if "†" in line and line.startswith("|")] == [
+        "| the aligned model †",
+        "| preset `strict` †",
+    ]
+    assert lines[-1] == table.OTHERS_TOLD
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])
