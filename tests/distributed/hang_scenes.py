@@ -131,11 +131,13 @@ def at_step(how: str, step: int, run_folder: Path):
 
 def in_phase(name: str, how: str):
     """Hang in a phase of the run."""
+    from safecl.distributed import collectives
     from safecl.engine.checkpoint.writing import CheckpointWriter
     from safecl.training import trainer
     from safecl.training.guard import measuring
 
     places = {
+        "collective start": (collectives, "init_distributed"),
         "load": (trainer, "open_run"),
         "evaluation": (measuring, "evaluate"),
         "save": (CheckpointWriter, "_write_files"),

@@ -210,6 +210,7 @@ def test_signals_work_while_another_rank_hangs(tmp_path, signals, code, message)
             for where, how, rank in [
                 ("step", "is stopped", 0),
                 ("step", "keeps the lock", 1),
+                ("collective start", "sleeps", 1),
                 ("load", "sleeps", 1),
                 ("preparation", "sleeps", 0),
                 ("evaluation", "is stopped", 0),
