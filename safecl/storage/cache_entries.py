@@ -1,5 +1,5 @@
-"""The entries of the cache: prepared rows, which hold users' text as tokens, and artifacts of base models. An artifact
-names the files whose text it holds in its `texts.json`.
+"""The entries of the cache: prepared rows, which hold users' text as tokens, artifacts of base models, and records of
+models. An artifact names the files whose text it holds in its `texts.json`.
 
 An entry is used whenever a run maps it, and its `meta.json` or `artifact.json` is read then. Its age is the time since
 that file was last read or written, as far as the file system keeps the first. Removing an entry disturbs no run that
@@ -21,16 +21,16 @@ from typing import Any, Literal
 from safecl.storage.cache_folder import artifact_cache, data_cache
 from safecl.storage.durable import replace_file
 
-Kind = Literal["rows", "artifact", "unfinished"]
-DESCRIPTION, TEXTS = "artifact.json", "texts.json"
+Kind = Literal["rows", "artifact", "records", "unfinished"]
+DESCRIPTION, TEXTS, MODELS = "artifact.json", "texts.json", "models.json"
 _META = {"rows": "meta.json", "artifact": DESCRIPTION}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """kind: rows (users' text, as tokens), artifact, or unfinished, which a killed process has left. source: the file
-    of the rows, or the artifact's kind. seconds: time since the last use. texts: the files whose text it holds; None
-    where nothing says so."""
+    """kind: rows (users' text, as tokens), artifact, records of models (safecl.storage.model_records), or unfinished,
+    which a killed process has left. source: the file of the rows, or the artifact's kind. seconds: time since the last
+    use. texts: the files whose text it holds; None where nothing says so."""
 
     path: Path
     kind: Kind
@@ -45,14 +45,17 @@ class Entry:
         return self.texts is None or len(self.texts) > 0
 
     def remove(self) -> None:
-        """Remove the entry's folder and its lock."""
+        """Remove the entry's folder and its lock, or its file."""
+        if self.kind == "records":
+            self.path.unlink(missing_ok=True)
+            return
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.with_name(f"{self.path.name}.lock").unlink(missing_ok=True)
 
 
 def cache_entries() -> list[Entry]:
     """Return all entries, the largest first."""
-    found = [*_rows(data_cache()), *_artifacts(artifact_cache())]
+    found = [*_rows(data_cache()), *_artifacts(artifact_cache()), *_records(artifact_cache())]
     return sorted(found, key=lambda entry: -entry.num_bytes)
 
 
@@ -89,6 +92,12 @@ def _artifacts(folder: Path) -> Iterator[Entry]:
             yield Entry(path, "artifact", path.parent.name, _size(path), _unused(meta), texts)
         else:
             yield Entry(path, "unfinished", path.parent.name, _size(path), _unused(path), texts)
+
+
+def _records(folder: Path) -> Iterator[Entry]:
+    path = folder / MODELS
+    if path.is_file():
+        yield Entry(path, "records", "models", path.stat().st_size, _unused(path), ())
 
 
 def declare_texts(artifact: Path, files: Collection[str]) -> None:

@@ -21,6 +21,7 @@ LARGEST_TEXT_FILE = 512 * 2**20
 """Largest tokenizer, vocabulary and template. The largest known tokenizers have 40 MB."""
 MOST_NESTED = 64
 _READ = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".py", ".tiktoken", ".gguf")
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _LARGE_JSON = ("tokenizer.json", "vocab.json")
 """Files that Rust reads, whose reader has limits of its own."""
 
@@ -87,12 +88,17 @@ def check_folder(folder: Path) -> None:
             raise UnusableWeights(f"{file}: {error.strerror}") from None
         if not stat.S_ISREG(found.st_mode):
             raise UnusableWeights(f"{file}: not a plain file")
-        if file.suffix in (".safetensors", ".bin", ".gguf"):
+        if file.suffix in _WEIGHTS:
             continue
         if found.st_size > LARGEST_TEXT_FILE:
             raise UnusableWeights(f"{file}: {found.st_size:,} bytes long, {LARGEST_TEXT_FILE:,} at most are read")
         if file.suffix == ".json" and file.name not in _LARGE_JSON:
             read_json(file)
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Return all files of a model folder that a library may read, without those of weights."""
+    return [file for file in _files(folder) if file.suffix not in _WEIGHTS]
 
 
 def _files(folder: Path) -> Iterator[Path]:

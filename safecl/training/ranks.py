@@ -8,11 +8,11 @@ from pathlib import Path
 
 from safecl.config import RunConfig
 from safecl.distributed import collectives
-from safecl.engine.artifacts.base_model import model_files
 from safecl.launching.preflight import check_ranks
 from safecl.launching.status import write_ranks
 from safecl.launching.stragglers import Pace
 from safecl.planning.plans import RunPlan
+from safecl.storage.model_records import model_files
 from safecl.training.folder import LOCK
 from safecl.training.identity import identity_of
 

@@ -16,6 +16,7 @@ from safecl.config.training import ArtifactsConfig
 from safecl.data.config_rows import prepare_task
 from safecl.engine.artifacts.store import ArtifactStore, obtain
 from safecl.storage.cache_entries import cache_entries, declare_texts
+from safecl.storage.model_records import ModelRecords
 from safecl.training.output.results import remove_what_only_an_unfinished_run_needs
 from tests.evaluation.models import byte_tokenizer
 
@@ -139,3 +140,15 @@ def test_nothing_is_kept_outside_of_the_run_folder_and_nothing_in_it_at_the_end(
     assert names(output) == ["prepared"], "a run's own rows stay"
     remove_what_only_an_unfinished_run_needs(output)
     assert names(output) == []
+
+
+def test_what_is_known_of_models_is_listed_without_text_and_removed_with_all_else(cache, tmp_path, capsys):
+    records = ModelRecords(tmp_path / "cache" / "artifacts")
+    records.keep("outline a", [], "known")
+    list_cache(as_json=True)
+    (found,) = [entry for entry in json.loads(capsys.readouterr().out) if entry["kind"] == "records"]
+    assert found["of"] == "models" and not found["holds_text"] and found["bytes"] > 10
+    clean_cache(None, "30d", every=False, dry_run=False)
+    assert records.find("outline a", []) == "known"
+    clean_cache(None, None, every=True, dry_run=False)
+    assert records.find("outline a", []) is None

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-LOCKS = {"run.lock", "writer.lock", "build.lock"}
+LOCKS = {"run.lock", "writer.lock", "build.lock", "models.lock"}
 """Files that say which process writes; they are left out."""
 NAME_ONLY = {"report.html", "models.json"}
 """Files that hold times of the clock or of the file system throughout."""

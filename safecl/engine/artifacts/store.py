@@ -8,7 +8,7 @@ teacher outputs, Fisher information and memory rows.
             artifact.json               its whole key, and size and hash of every file; written last, so that it marks
                                         the artifact as finished
             ...                         the builder's files
-        models.json                     hashes of models, so that a large one is read once
+        models.json                     what holds of a model as long as its files do (safecl.storage.model_records)
 
 An artifact's key names everything that it depends on: base model, tokenizer, settings. It is built where it is missing,
 by one run at a time (others wait), and used by all after that. A stopped build resumes from the files that are there.

@@ -16,12 +16,12 @@ import torch
 
 from safecl.config import ConfigError, DriftConfig
 from safecl.data.order import keyed_hash
-from safecl.engine.artifacts.base_model import model_files
 from safecl.evaluation.answers.divergence import ScoredRow, TopOutputs, divergence, top_outputs
 from safecl.evaluation.answers.model import EvalModel
 from safecl.evaluation.statistics.intervals import Mean
 from safecl.planning.plans import RunPlan
 from safecl.storage.durable import DamagedCheckpoint, read_arrays, write_arrays
+from safecl.storage.model_records import model_files
 
 FILE = "aligned-outputs.npz"
 LAYER = re.compile(r"\.(\d+)\.")
