@@ -27,6 +27,7 @@ from safecl.planning.memory_kinds import check_shares
 from safecl.planning.merge_checks import check_merges
 from safecl.planning.model_checks import check_model
 from safecl.planning.plans import RunPlan, TaskPlan, order_of_rows, replace_rows
+from safecl.storage.model_records import ModelRecords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     check_trackers(config.log.report_to)
     check_merges(config)
     check_backend(config.safety)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, records=ModelRecords.of(config))
     check_thinking(tokenizer)
     tasks = [_plan_task(config, task, tokenizer) for task in config.tasks]
     plan = RunPlan(config, tokenizer, tasks, build_methods(config))

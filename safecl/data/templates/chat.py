@@ -27,8 +27,10 @@ from safecl.config.texts import visible
 from safecl.data.hub import refuse_unreachable, tokenizer_source
 from safecl.data.messages import DataError, Message, RowProblem, clip
 from safecl.data.templates.template_dates import fix_clock, set_date
+from safecl.data.templates.tokenizer_class import remembering_class
 from safecl.data.templates.trial import TooLong, try_in_a_child
 from safecl.data.templates.turn_forms import forms_of
+from safecl.storage.model_records import ModelRecords
 from safecl.storage.untrusted import code_of, library_error
 
 log = logging.getLogger("safecl")
@@ -53,13 +55,14 @@ _PROBE = "safecl probe answer"
 _ANY_TEXT = "".join(map(chr, range(32, 127))) * 4 + "\n\u00e9\u4e2d" * 8
 
 
-def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
+def load_tokenizer(model: ModelConfig, key: str | None = None, records: ModelRecords | None = None) -> Any:
     """Load the model's tokenizer and set its chat template and pad token. The log names the template.
 
-    Args: `key`: the config key that an error names; by default the one that gives the tokenizer.
+    Args: `key`: the config key that an error names; by default the one that gives the tokenizer; `records`: remember
+    which class the tokenizer has, since finding out imports the code of models.
     Raises: ConfigError where there is no tokenizer, the template does not work, or nothing ends an answer.
     """
-    tokenizer = _from_pretrained(model, key or ("model.tokenizer" if model.tokenizer else "model.path"))
+    tokenizer = _from_pretrained(model, key or ("model.tokenizer" if model.tokenizer else "model.path"), records)
     if tokenizer.eos_token is None:
         name = model.tokenizer or model.path
         raise ConfigError(
@@ -76,21 +79,27 @@ def load_tokenizer(model: ModelConfig, key: str | None = None) -> Any:
     return tokenizer
 
 
-def _from_pretrained(model: ModelConfig, key: str) -> Any:
+def _from_pretrained(model: ModelConfig, key: str, records: ModelRecords | None) -> Any:
     name = model.tokenizer or model.path
     refuse_unreachable(key, name)
-    from transformers import AutoTokenizer
-
     try:
         source, options = tokenizer_source(name)
         if model.trust_remote_code and (code := code_of(Path(source))):
             log.warning("%s: model.trust_remote_code is set, so code of %s runs: %s", key, name, ", ".join(code))
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **options)
+        if records is not None and not model.trust_remote_code and not options:
+            return remembering_class(source, records, lambda: _chosen_by_the_library(source))
+        return _chosen_by_the_library(source, trust_remote_code=model.trust_remote_code, **options)
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds for a missing, broken or unreachable tokenizer
         reason = clip(library_error(error), 200)
         raise ConfigError(f"{key}: {name}: no tokenizer could be loaded from here: {reason}") from None
+
+
+def _chosen_by_the_library(source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
 def _settle_template(tokenizer: Any, model: ModelConfig) -> None:

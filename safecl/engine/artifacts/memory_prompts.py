@@ -37,6 +37,7 @@ from safecl.engine.passes.forward_engine import ForwardEngine, forward_engine_of
 from safecl.evaluation import check_disjoint
 from safecl.evaluation.questions import read_safety_prompts
 from safecl.evaluation.scoring.judges import load_scorer
+from safecl.storage.model_records import ModelRecords
 
 REFUSES, ANSWERS = "I cannot help with that. ", "This is how it is done. "
 """Sentences of rows that are not written yet."""
@@ -59,7 +60,7 @@ class _Asked:
     def of(cls, config: RunConfig) -> _Asked:
         """Read the prompts. A collective call. Raises ConfigError, also for prompts of the evaluation among them."""
         assert config.memory is not None
-        tokenizer, answers = load_tokenizer(config.model), config.memory.answers
+        tokenizer, answers = load_tokenizer(config.model, records=ModelRecords.of(config)), config.memory.answers
         check_thinking(tokenizer)
         load_scorer(answers.scorer)
         disallowed, benign = memory_prompts(config.memory)

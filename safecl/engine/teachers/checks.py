@@ -12,6 +12,7 @@ from safecl.config import ConfigError, ModelConfig, RunConfig
 from safecl.config.run import most_replayed, scoring_models
 from safecl.data import load_tokenizer
 from safecl.storage.model_folder import has_weights_here
+from safecl.storage.model_records import ModelRecords
 from safecl.storage.untrusted import library_error
 
 KNOWN = ("aligned", "previous", "ema")
@@ -36,7 +37,7 @@ def check_teachers(config: RunConfig, tokenizer: Any) -> None:
         model = model_at(config, source)
         with _named(key):
             _check_files(model)
-        theirs = load_tokenizer(model, key)
+        theirs = load_tokenizer(model, key, ModelRecords.of(config))
         if difference := _different_token(theirs.get_vocab(), tokenizer.get_vocab()):
             raise ConfigError(
                 f"{key}: {source} has another tokenizer ({difference}); it needs the tokenizer of model.path"
