@@ -368,9 +368,10 @@ def plan_of(options: argparse.Namespace, shape: Any = None) -> Any:
     """The memory plan of a rank on safecl's side. shape: the model's, if it is known."""
     from safecl.planning.costs.device_memory import plan_memory
     from safecl.planning.costs.model_shape import ModelShape
+    from safecl.planning.costs.planned_model import PlannedModel
 
     config = config_of(options)
-    shape = shape or ModelShape.of(structure(options), config)
+    shape = shape or ModelShape.of(PlannedModel.of(structure(options)), config)
     return plan_memory(shape, config, options.ranks, 1, device="cpu" if options.fake else "cuda")
 
 

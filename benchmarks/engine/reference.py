@@ -231,6 +231,7 @@ def train_two_steps(path: str, stage: int, offload: str, checkpointing: bool, dt
     from safecl.engine.reference.loading import load_model
     from safecl.planning.costs.device_memory import plan_memory
     from safecl.planning.costs.model_shape import ModelShape
+    from safecl.planning.costs.planned_model import PlannedModel
     from tests.engine import scenes
 
     world_size = collectives.world_size()
@@ -247,7 +248,7 @@ def train_two_steps(path: str, stage: int, offload: str, checkpointing: bool, dt
         checkpoint={"every": "never"},
     )
     loaded, store = load_model(config.model)
-    shape = ModelShape.of(loaded, config)
+    shape = ModelShape.of(PlannedModel.of(loaded), config)
     run, task = scenes.build_run(
         config, loaded, store, scenes.random_dataset(40, seed=1, min_length=LENGTH, max_length=LENGTH)
     )

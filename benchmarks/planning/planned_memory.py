@@ -80,9 +80,10 @@ def constructed(model: str, ranks: int, offload: str, *, all_layers: bool = Fals
 def shape_of(model: str) -> Any:
     """Return the sizes that the plan needs, which do not depend on the ranks."""
     from safecl.planning.costs.model_shape import ModelShape
+    from safecl.planning.costs.planned_model import PlannedModel
 
     options = setting(model, 1, "none")
-    return ModelShape.of(large_step.structure(options), large_step.config_of(options))
+    return ModelShape.of(PlannedModel.of(large_step.structure(options)), large_step.config_of(options))
 
 
 def table(found: dict[str, dict]) -> str:

@@ -95,18 +95,17 @@ def planned_bytes(config: Path, *, keeps_freed: bool) -> tuple[int, dict[str, in
 
 PLAN = """
 import json, sys
-from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_shapes
+from safecl.planning.costs.shapes import shapes_of, teacher_shapes, trained_model
 from safecl.config import load_config
 from safecl.planning.costs.device_memory import plan_memory
-from safecl.planning.costs.memory_report import settle_memory
+from safecl.planning.costs.memory_report import program_bytes, settle_memory
 from safecl.planning.run_plan import plan_run
-from safecl.storage.sizes import resident_bytes
 config = load_config(sys.argv[1])
 run = plan_run(config)
 config = settle_memory(run)
 if not run.keeps_freed_memory:
     sys.exit("this machine has too little free memory: the run would take more than half")
-model, program = model_structure(config.model), resident_bytes()
+model, program = trained_model(config), program_bytes()
 shape = shapes_of(model, run)(1)
 settings = {"device": "cpu", "teachers": teacher_shapes(config), "program": program, "keeps_freed": sys.argv[2] == "1"}
 plan = plan_memory(shape, config, 1, **settings)

@@ -22,6 +22,7 @@ from benchmarks import ROOT
 from safecl.config import RunConfig, load_config
 from safecl.planning.costs.device_memory import plan_memory, streamed_bytes
 from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.costs.planned_model import PlannedModel
 from safecl.planning.costs.step_report import prediction
 from safecl.planning.costs.step_time import (
     DEVICES,
@@ -71,7 +72,7 @@ def config_of(stage: int, methods: dict | None = None, offload: dict | None = No
 @functools.cache
 def shape_of(name: str) -> ModelShape:
     """Return the sizes of a model in the runs of the tables, which do not depend on stage and methods."""
-    return ModelShape.of(model_of(name), config_of(3))
+    return ModelShape.of(PlannedModel.of(model_of(name)), config_of(3))
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -227,7 +228,7 @@ def recipe_head(path: Path) -> str:
     name = next(key for key in json.loads((RECIPES / "shapes.json").read_text()) if path.name.startswith(key))
     tokens = config.train.tokens_per_batch
     assert isinstance(tokens, int), f"{path}: a recipe says how many tokens a step has"
-    lines = prediction(ModelShape.of(model_of(name), config), config, tokens)
+    lines = prediction(ModelShape.of(PlannedModel.of(model_of(name)), config), config, tokens)
     return "\n".join(f"# {label.strip()}: {text}" for label, text in lines)
 
 

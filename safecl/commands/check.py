@@ -8,7 +8,7 @@ import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from safecl.commands.preflight import preflight
 from safecl.commands.spinner import lines_of
@@ -17,10 +17,8 @@ from safecl.storage.cache_folder import PREPARED
 from safecl.terminal import Terminal, fact
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
     from safecl.engine.artifacts.memory_prompts import Prospect
+    from safecl.engine.model.outline import Outline
 
 
 def check_run(config: RunConfig) -> None:
@@ -28,6 +26,9 @@ def check_run(config: RunConfig) -> None:
     bad rows it names file and line."""
     with _collecting_nothing(), lines_of("checking"):
         preflight(config)
+        if config.memory is None or not config.memory.awaits_rows:
+            _check_run(config, None)
+            return
         from safecl.engine.artifacts.memory_prompts import with_known_or_expected_rows
 
         with with_known_or_expected_rows(config) as (known, prospect):
@@ -39,13 +40,12 @@ def _check_run(config: RunConfig, prospect: Prospect | None) -> None:
     from safecl.data import describe
     from safecl.distributed import devices
     from safecl.planning.checks import check_fisher_values
-    from safecl.planning.costs.memory_report import memory_lines, ranks_here, settle_memory, too_little
-    from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_shapes
+    from safecl.planning.costs.memory_report import memory_lines, program_bytes, ranks_here, settle_memory, too_little
+    from safecl.planning.costs.shapes import shapes_of, teacher_shapes, trained_model
     from safecl.planning.costs.step_report import prediction
     from safecl.planning.describe import describe_plan
     from safecl.planning.model_checks import check_weights_are_finite
     from safecl.planning.run_plan import plan_run
-    from safecl.storage.sizes import resident_bytes
     from safecl.training.folder import RunFolder
     from safecl.training.identity import refuse_folder_of_other_run
 
@@ -56,9 +56,9 @@ def _check_run(config: RunConfig, prospect: Prospect | None) -> None:
     check_weights_are_finite(config)
     check_fisher_values(config)
     facts = describe_plan(plan)
-    model = model_structure(config.model)
-    facts[1:1] = model_facts(model, config)
-    program = resident_bytes()  # a run imports and reads what this process has imported and read so far
+    model = trained_model(config)
+    facts[1:1] = model_facts(model.outline, config)
+    program = program_bytes()
     shape_on, teachers = shapes_of(model, plan), teacher_shapes(config)
     facts += memory_lines(shape_on, config, teachers, program=program, keeps_freed=plan.keeps_freed_memory)
     most_tokens = max(task.tokens_per_batch for task in plan.tasks)
@@ -96,14 +96,13 @@ def _collecting_nothing() -> Iterator[None]:
             gc.enable()
 
 
-def model_facts(model: PreTrainedModel, config: RunConfig) -> list[tuple[str, str]]:
+def model_facts(model: Outline, config: RunConfig) -> list[tuple[str, str]]:
     """Return (label, value) lines about the model."""
     from safecl.engine.model.settings import choose_attention
 
-    vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     attention, reason = choose_attention(config.model.attention, config.model.dtype)
     return [
-        ("  parameters", f"{model.num_parameters():,} ({model.config.model_type}), vocabulary {vocabulary:,}"),
+        ("  parameters", f"{model.num_parameters:,} ({model.model_type}), vocabulary {model.vocabulary:,}"),
         ("  attention", f"{attention} ({reason})"),
         ("  activations", "recomputed in the backward pass" if config.model.gradient_checkpointing else "kept"),
     ]

@@ -10,7 +10,7 @@ from safecl.commands.preflight import preflight
 from safecl.config import RunConfig
 from safecl.distributed import environment, rank_files
 from safecl.exits import ExitCode, end_undisturbed, stderr, tracebacks
-from safecl.storage.sizes import memory_limits, resident_bytes
+from safecl.storage.sizes import memory_limits
 
 
 def train_run(config: RunConfig, *, fresh: bool = False) -> ExitCode:
@@ -47,19 +47,20 @@ def memory_warning(config: RunConfig) -> str | None:
     goes beyond its control group, and then nobody can say why it has ended."""
     if not (limits := memory_limits()):
         return None
-    lines = {label.strip(): text for label, text in _memory_lines(config, resident_bytes()).items()}
+    lines = {label.strip(): text for label, text in _memory_lines(config, with_program=True).items()}
     if "too little" not in lines:
         return None
     fits = f"; would fit: {lines['would fit']}" if "would fit" in lines else ""
     return f"warning: {lines['too little']} ({'; '.join(limits)}), so the system may kill the run{fits}"
 
 
-def _memory_lines(config: RunConfig, program: int = 0) -> dict[str, str]:
-    from safecl.planning.costs.memory_report import memory_lines
+def _memory_lines(config: RunConfig, *, with_program: bool = False) -> dict[str, str]:
+    from safecl.planning.costs.memory_report import memory_lines, program_bytes
     from safecl.planning.costs.model_shape import ModelShape
-    from safecl.planning.costs.shapes import model_structure
+    from safecl.planning.costs.shapes import trained_model
 
-    shape = ModelShape.of(model_structure(config.model), config)
+    shape = ModelShape.of(trained_model(config), config)
+    program = program_bytes() if with_program else 0
     return dict(memory_lines(lambda ranks: shape, config, program=program))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from safecl.engine.model.adapters import add_adapters, weight_names
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.features import layer_numbers
 from safecl.engine.model.frozen import frozen_weights
-from safecl.engine.model.settings import read_model_settings
+from safecl.engine.model.outline import Outline
 from safecl.engine.model.structure import empty_model
 from safecl.engine.reference.layout import Layout
 from safecl.engine.reference.sources import find_weights
@@ -28,12 +28,10 @@ from safecl.evaluation.answers.prompts import encode_within
 from safecl.evaluation.answers.texts import place_of
 from safecl.evaluation.task import check_rows, encode_rows
 from safecl.evaluation.variants import asked_in, prefills_of
+from safecl.planning.costs.planned_model import PlannedModel, planned_model
 from safecl.planning.plans import RunPlan
 from safecl.storage.model_folder import has_weights_here
-from safecl.storage.untrusted import library_error
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+from safecl.storage.model_records import ModelRecords
 
 _EXTRA_ROWS = 2
 """OPT's table of positions has two rows before the first."""
@@ -45,26 +43,38 @@ def check_model(plan: RunPlan) -> None:
     Raises ConfigError for what would stop the run, and adds a note for what is left out or unusual.
     """
     config = plan.config.model
-    settings = read_model_settings(config)
-    try:
-        model = empty_model(config.path, CONFIG_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
-    except (ConfigError, MemoryError):
-        raise
-    except Exception as error:  # the library's classes check their sizes in many ways
-        raise ConfigError(f"model.path: {config.path}: cannot be loaded: {library_error(error)}") from None
-    plan.notes += [*_check_weights(model, plan), *_note_on_head(settings, model, config.path)]
-    plan.notes += _check_parts_without_text(plan, model)
-    check_vocabulary(plan, model)
-    plan.notes += _check_positions(plan, model)
-    trained: nn.Module = model
+    model = planned_model(config, ModelRecords.of(plan.config))
+    outline = model.outline
+    plan.notes += [*_check_weights(model, config), *_note_on_head(outline, config.path)]
+    plan.notes += _check_parts_without_text(plan, outline)
+    check_vocabulary(plan, outline)
+    plan.notes += _check_positions(plan, outline)
+    trained = _Trained(list(outline.trained), outline.trained, [])
     if config.lora is not None:
         with torch.device("meta"):
-            trained = add_adapters(model, config)
+            trained = _Trained.of(add_adapters(model.structure(to_change=True), config))
     for name, method in plan.config.methods.items():
-        method.check_weight_names(name, weight_names(trained))
+        method.check_weight_names(name, trained.names)
         _check_base_model(plan.config.model, f"methods.{name}.base", method.base_model)
-        layer_numbers(method.compared_layers, settings.get_text_config().num_hidden_layers, f"methods.{name}.layers")
-    plan.notes += [*_note_on_unpulled(plan, trained), *_note_on_frozen(plan, trained)]
+        layer_numbers(method.compared_layers, outline.num_hidden_layers, f"methods.{name}.layers")
+    plan.notes += [*_note_on_unpulled(plan, trained.embeddings), *_note_on_frozen(plan, trained.sizes)]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a run trains. names: of the trained weights; with LoRA, of the weights that have adapters. sizes: of the
+    trained tensors. embeddings: names of those that have an adapter."""
+
+    names: list[str]
+    sizes: dict[str, int]
+    embeddings: list[str]
+
+    @classmethod
+    def of(cls, adapted: nn.Module) -> _Trained:
+        sizes = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
+        modules = adapted.named_modules()
+        embeddings = [name for name, module in modules if len(getattr(module, "lora_embedding_A", ()))]
+        return cls(weight_names(adapted), sizes, embeddings)
 
 
 def _check_base_model(config: ModelConfig, key: str, path: str | None) -> None:
@@ -82,9 +92,8 @@ def _check_base_model(config: ModelConfig, key: str, path: str | None) -> None:
     find_weights(path, Layout.of(theirs, dtype), theirs, config.trust_remote_code)
 
 
-def _note_on_frozen(plan: RunPlan, trained: nn.Module) -> list[str]:
-    """Say how many weights methods freeze. Raises ConfigError where nothing is left to train."""
-    sizes = {name: p.numel() for name, p in trained.named_parameters() if p.requires_grad}
+def _note_on_frozen(plan: RunPlan, sizes: dict[str, int]) -> list[str]:
+    """Say how many of the trained weights methods freeze. Raises ConfigError where nothing is left to train."""
     frozen = frozen_weights(plan.config, sizes)
     if not frozen:
         return []
@@ -93,23 +102,26 @@ def _note_on_frozen(plan: RunPlan, trained: nn.Module) -> list[str]:
     return [f"methods.{names}: {count:,} of {sum(sizes.values()):,} weights stay as they are, in {len(frozen)} tensors"]
 
 
-def _note_on_unpulled(plan: RunPlan, adapted: nn.Module) -> list[str]:
+def _note_on_unpulled(plan: RunPlan, embeddings: list[str]) -> list[str]:
     """Name the adapters of embeddings where a penalty pulls the products of all others."""
     terms = [(method.name, method.penalty()) for method in plan.methods]
     pulling = [name for name, penalty in terms if penalty is not None and penalty.product]
-    embeddings = [name for name, module in adapted.named_modules() if len(getattr(module, "lora_embedding_A", ()))]
     names = ", ".join(name.removeprefix("base_model.model.") for name in embeddings)
     if not names:
         return []
     return [f"methods.{name}: the adapter of {names} is not pulled, only those of linear maps" for name in pulling]
 
 
-def _check_weights(model: PreTrainedModel, plan: RunPlan) -> list[str]:
-    config = plan.config.model
+def _check_weights(model: PlannedModel, config: ModelConfig) -> tuple[str, ...]:
+    """Compare the model's files with its outline, once; return the notes about them."""
+    if model.notes is not None:
+        return model.notes
     if not has_weights_here(config.path):
-        return [f"model.path: {config.path} is not downloaded yet; its tensors are checked when it is"]
-    found = find_weights(config.path, Layout.of(model, CONFIG_DTYPES[config.dtype]), model, config.trust_remote_code)
-    return list(found.notes)
+        return (f"model.path: {config.path} is not downloaded yet; its tensors are checked when it is",)
+    structure, dtype = model.structure(), CONFIG_DTYPES[config.dtype]
+    found = find_weights(config.path, Layout.of(structure, dtype), structure, config.trust_remote_code)
+    model.keep(found.notes)
+    return found.notes
 
 
 def check_weights_are_finite(config: RunConfig) -> None:
@@ -128,52 +140,45 @@ def _check_weights_are_finite(settings: ModelConfig) -> None:
     find_weights(settings.path, Layout.of(model, dtype), model, trusted).check_finite()
 
 
-def _note_on_head(settings: PretrainedConfig, model: PreTrainedModel, path: str) -> list[str]:
+def _note_on_head(model: Outline, path: str) -> list[str]:
     """Say where the settings tie the head to the embedding and the files hold two different tensors."""
-    embedding, head = (cast(Any, part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
-    if not getattr(settings, "tie_word_embeddings", False) or head is None or head.weight is embedding.weight:
+    if model.untied is None:
         return []
-    names = {id(p): name for name, p in model.named_parameters()}
+    head, embedding = model.untied
     return [
-        f"model.path: {path}: config.json ties {names[id(head.weight)]} to {names[id(embedding.weight)]}, but the "
+        f"model.path: {path}: config.json ties {head} to {embedding}, but the "
         "files hold two different tensors; both are trained and saved, as transformers loads them"
     ]
 
 
-def _check_parts_without_text(plan: RunPlan, model: PreTrainedModel) -> list[str]:
+def _check_parts_without_text(plan: RunPlan, model: Outline) -> list[str]:
     """Name the parts of a model of several kinds of input that text does not reach, such as a vision tower.
 
     They get no gradient and stay as they are. Raises ConfigError for a weight decay, which would shrink them.
     """
     if plan.config.model.lora is not None:
         return []
-    if not (left := parts_without_text(model)):
+    if not (left := model.without_text):
         return []
+    count = sum(model.sizes[name] for name in left)
     parts = ", ".join(dict.fromkeys(name.removeprefix("model.").split(".")[0] for name in left))
-    told = f"model.path: {plan.config.model.path}: text does not reach {parts} ({sum(left.values()):,} weights)"
+    told = f"model.path: {plan.config.model.path}: text does not reach {parts} ({count:,} weights)"
     if plan.config.train.weight_decay > 0:
         raise ConfigError(f"{told}, and train.weight_decay would shrink them; set train.weight_decay: 0, or use LoRA")
     return [f"{told}; they stay as they are, and take the optimizer's memory"]
 
 
-def parts_without_text(model: PreTrainedModel) -> dict[str, int]:
-    """Return the sizes of the weights that belong neither to the model's decoder nor to its head, by name."""
-    parts = cast("tuple[nn.Module, nn.Module]", (model.get_decoder(), model.get_output_embeddings()))
-    reached = {id(p) for part in parts for p in part.parameters()}
-    return {name: p.numel() for name, p in model.named_parameters() if id(p) not in reached}
-
-
 # ----------------------------------------------------------------------------------------------------------- vocabulary
 
 
-def check_vocabulary(plan: RunPlan, model: PreTrainedModel) -> None:
+def check_vocabulary(plan: RunPlan, model: Outline) -> None:
     """Raise ConfigError for a token that the model does not know, in rows, evaluation rows, prompts or padding; the
     embedding would fail with an index error."""
-    vocabulary = cast(Any, model.get_input_embeddings()).num_embeddings
+    vocabulary = model.vocabulary
     for data in _datasets(plan):
         if data.max_token_id >= vocabulary:
             raise ConfigError(_unknown(data.max_token_id, data.path(0), vocabulary))
-    for place, ids in evaluated(plan, _positions_of(model)):
+    for place, ids in evaluated(plan, model.positions):
         if max(ids, default=0) >= vocabulary:
             raise ConfigError(_unknown(max(ids), place, vocabulary))
     if (pad := plan.tokenizer.pad_token_id) is not None and pad >= vocabulary:
@@ -225,10 +230,10 @@ def evaluated(plan: RunPlan, positions: int | None) -> Iterator[tuple[str, Seque
 # ------------------------------------------------------------------------------------------------------------ positions
 
 
-def _check_positions(plan: RunPlan, model: PreTrainedModel) -> list[str]:
+def _check_positions(plan: RunPlan, model: Outline) -> list[str]:
     """Refuse rows that are longer than a table of positions; return a note where they are longer than the model was
     made for."""
-    limit = _positions_of(model)
+    limit = model.positions
     if limit is None:
         return []
     notes = []
@@ -243,12 +248,6 @@ def _check_positions(plan: RunPlan, model: PreTrainedModel) -> list[str]:
     return notes
 
 
-def _positions_of(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def has_position_table(model: PreTrainedModel, limit: int) -> bool:
+def has_position_table(model: Outline, limit: int) -> bool:
     """Whether positions are rows of a table, so that there are none beyond `limit`."""
-    words = model.get_input_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
-    return any(limit <= table.num_embeddings <= limit + _EXTRA_ROWS for table in tables)
+    return any(limit <= rows <= limit + _EXTRA_ROWS for rows in model.tables)

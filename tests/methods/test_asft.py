@@ -59,13 +59,14 @@ def test_asft_equals_plain_pytorch_with_whole_products(rank_pool, tmp_path, rank
 
 def test_the_plan_counts_the_directions_on_each_rank():
     from safecl.planning.costs.model_shape import ModelShape
+    from safecl.planning.costs.planned_model import PlannedModel
     from tests.engine.scenes import run_config
 
     model = {"path": "unused", "lora": {"r": 4, "target_modules": ["q_proj"]}}
-    shape = ModelShape.of(tiny_model(), run_config(model=model, methods={"asft": {"base": "b"}}))
+    shape = ModelShape.of(PlannedModel.of(tiny_model()), run_config(model=model, methods={"asft": {"base": "b"}}))
     adapted = [p.numel() for name, p in tiny_model().named_parameters() if "q_proj" in name]
     assert shape.alignment_directions == 4 * sum(adapted) > 0
-    assert ModelShape.of(tiny_model(), run_config(model=model)).alignment_directions == 0
+    assert ModelShape.of(PlannedModel.of(tiny_model()), run_config(model=model)).alignment_directions == 0
 
 
 def test_what_asft_cannot_do_without_is_told():

@@ -146,14 +146,16 @@ def test_blocks_that_cannot_be_spread_evenly_are_told(tmp_path):
 
 def test_the_plan_counts_trained_weights_alone():
     from safecl.planning.costs.model_shape import ModelShape
+    from safecl.planning.costs.planned_model import PlannedModel
 
     sizes, config = names(), run_config(methods={"safety_layers": {"layers": [0]}})
-    shape = ModelShape.of(tiny_model(), config)
+    shape = ModelShape.of(PlannedModel.of(tiny_model()), config)
     frozen = sum(size for name, size in sizes.items() if ".layers.0." in name)
     assert shape.trained == sum(sizes.values()) - frozen and shape.weights == sum(sizes.values())
     lora = {"path": "unused", "lora": {"r": 4, "target_modules": ["q_proj"]}}
-    halved = ModelShape.of(tiny_model(), run_config(model=lora, methods={"safety_layers": {"layers": [0]}}))
-    assert halved.trained * 2 == ModelShape.of(tiny_model(), run_config(model=lora)).trained
+    tiny, methods = PlannedModel.of(tiny_model()), {"safety_layers": {"layers": [0]}}
+    halved = ModelShape.of(tiny, run_config(model=lora, methods=methods))
+    assert halved.trained * 2 == ModelShape.of(tiny, run_config(model=lora)).trained
     assert math.isclose(halved.trained, 4 * (32 + 32))
 
 

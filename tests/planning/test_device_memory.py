@@ -15,6 +15,7 @@ from safecl.planning.costs import memory_tables
 from safecl.planning.costs.device_memory import plan_memory
 from safecl.planning.costs.memory_tables import shape_of_size
 from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.costs.planned_model import PlannedModel
 from safecl.planning.passes import Passes
 from tests.engine import scenes
 from tests.methods.every_method import REQUIRED
@@ -138,7 +139,7 @@ def test_the_table_of_methods_says_how_many_bytes_a_weight_each_takes():
 
 
 def test_singular_vectors_are_those_of_the_smaller_of_two_subspaces():
-    shape = ModelShape.of(scenes.tiny_model(), config_of(3, {"osft": {"high": 0.75}}))
+    shape = ModelShape.of(PlannedModel.of(scenes.tiny_model()), config_of(3, {"osft": {"high": 0.75}}))
     square, narrow, wide = (32, 32), (16, 32), (45, 32)  # q and o; k and v; gate, up and down
     ranks = {square: 24, narrow: 12, wide: 24}
     count = sum(
@@ -151,18 +152,19 @@ def test_singular_vectors_are_those_of_the_smaller_of_two_subspaces():
 
 def test_gradients_of_hidden_states_are_one_state_per_token_and_layer_of_a_step():
     config, passes = config_of(3, {"vaccine": {}}, role="align"), Passes((2, 64), alignment_tokens=500)
-    shape = ModelShape.of(scenes.tiny_model(), config, passes)
+    shape = ModelShape.of(PlannedModel.of(scenes.tiny_model()), config, passes)
     assert shape.moved_hidden == 2 * 500 * 32 * 2  # layers, tokens, hidden size, bytes
     assert plan_memory(shape, config, 4).bytes_of("gradients of hidden states") == shape.moved_hidden
-    assert ModelShape.of(scenes.tiny_model(), config_of(3, {}), passes).moved_hidden == 0
+    assert ModelShape.of(PlannedModel.of(scenes.tiny_model()), config_of(3, {}), passes).moved_hidden == 0
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_with_lora_the_adapters_are_counted_as_peft_makes_them(targets):
     from safecl.engine.model.adapters import add_adapters
+    from safecl.engine.model.outline import Outline
 
     lora = LoraConfig(r=3, target_modules=targets)
-    planned = ModelShape.without_activations(scenes.tiny_model(), lora).trained
+    planned = ModelShape.without_activations(Outline.of(scenes.tiny_model()), lora).trained
     model = add_adapters(scenes.tiny_model(), scenes.run_config(model={"path": "m", "lora": lora.model_dump()}).model)
     assert planned == sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from safecl.config import ConfigError, RunConfig
-from safecl.planning.model_checks import parts_without_text
+from safecl.engine.model.outline import Outline
 from safecl.planning.run_plan import plan_run
 from tests.catalogue.models import DAMAGES, EMBEDDING, HEAD, LORA, rewrite, save_model, tokenizer, without_a_layer
 
@@ -228,7 +228,7 @@ def test_text_reaches_every_weight_of_a_text_model():
         settings = transformers.AutoConfig.for_model(family.partition("-")[0], **sizes)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(settings)
-        assert bool(parts_without_text(model)) == (family == "gemma3"), family
+        assert bool(Outline.of(model).without_text) == (family == "gemma3"), family
 
 
 @pytest.mark.parametrize(

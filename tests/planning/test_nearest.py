@@ -66,4 +66,5 @@ def test_a_run_that_does_not_fit_is_refused_with_the_nearest_setting_that_does(m
         f"{format_bytes(needed - 10**9)} are available; checkpoint.staging=256MiB would fit; "
         "train.allow_little_memory: true tries it all the same"
     )
+    monkeypatch.setattr(memory_report, "resident_bytes", lambda: 10**9)
     assert memory_report.too_little(lambda ranks: shape, config(), program=10**9) == told  # it is held already

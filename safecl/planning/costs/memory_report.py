@@ -4,6 +4,7 @@ decisions whether activations are recomputed and freed memory is kept."""
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from safecl.planning.costs.device_memory import MemoryPlan, plan_memory
 from safecl.planning.costs.items import Where
 from safecl.planning.costs.model_shape import ModelShape
 from safecl.planning.costs.nearest import nearest_that_fits
-from safecl.planning.costs.shapes import model_structure, shapes_of, teacher_shapes
+from safecl.planning.costs.shapes import shapes_of, teacher_shapes, trained_model
 from safecl.planning.plans import RunPlan
 from safecl.storage.sizes import available_memory, format_bytes, resident_bytes
 
@@ -28,6 +29,20 @@ _EVALUATION = {
 ACTIVATION_BYTES = 400
 """More than a layer keeps for each element of a token's hidden state, without eager attention. By counting, a Llama
 keeps 48 in bf16 and 87 in fp32, a Gemma with its wide layers 155 in fp32."""
+
+
+MODEL_CODE_BYTES = 195_000_000
+"""What transformers' code of models takes in a process that has imported it: 183 to 187 MB by importing and making a
+Llama, a GPT-2, a Gemma 3 and a Qwen 3 on the meta device (transformers 5.24), and what reads their files."""
+
+
+def program_bytes() -> int:
+    """Return the bytes that a process of the run has before it loads a model.
+
+    It imports and reads what this process has imported and read so far, and the code of models, which a process that
+    remembers the model does not import.
+    """
+    return resident_bytes() + (0 if "transformers.modeling_utils" in sys.modules else MODEL_CODE_BYTES)
 
 
 def memory_lines(
@@ -71,9 +86,10 @@ def too_little(
 ) -> str | None:
     """Return what does not fit on this machine, with the nearest setting that does; None where everything fits.
 
-    program: bytes that this process holds already. They are not asked for again.
+    program: see plan_memory. What of it this process holds already is not asked for again.
     """
-    planned, held = _Planned(shape_on, config, teachers, program), program * local_ranks_here()
+    planned = _Planned(shape_on, config, teachers, program)
+    held = min(program, resident_bytes()) * local_ranks_here()
     if (note := _shortage(planned.here(), held)) is None:
         return None
     changes = planned.nearest_that_fits(held)
@@ -105,8 +121,8 @@ def leaves_half(plan: RunPlan) -> bool:
     They are counted only where a generous bound does not settle it: counting takes a second.
     """
     config = _recomputing(plan.config, plan.config.model.gradient_checkpointing is True)
-    model, teachers, program = model_structure(config.model), teacher_shapes(config), resident_bytes()
-    alone = ModelShape.without_activations(model, config.model.lora)
+    model, teachers, program = trained_model(config), teacher_shapes(config), program_bytes()
+    alone = ModelShape.without_activations(model.outline, config.model.lora)
     most = ACTIVATION_BYTES * config.train.tokens_per_microbatch * alone.layers * alone.hidden
 
     def fits(shape_on: Callable[[int], ModelShape]) -> bool:
@@ -130,8 +146,8 @@ def refuse_what_does_not_fit(plan: RunPlan) -> None:
     """
     config, note = plan.config, None
     if not config.train.allow_little_memory and environment.local_rank() == 0:
-        model, teachers, program = model_structure(config.model), teacher_shapes(config), resident_bytes()
-        state = ModelShape.without_activations(model, config.model.lora)
+        model, teachers, program = trained_model(config), teacher_shapes(config), program_bytes()
+        state = ModelShape.without_activations(model.outline, config.model.lora)
         if not _fits(_Planned(lambda ranks: state, config, teachers, program).here(), 4):
             note = too_little(shapes_of(model, plan), config, teachers, program=program)
     found = [told for told in collectives.gather_objects([note]) if told is not None]

@@ -8,6 +8,7 @@ from safecl.config import RunConfig
 from safecl.engine.model.structure import parameters_on_meta
 from safecl.planning.costs.device_memory import plan_memory
 from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.costs.planned_model import PlannedModel
 
 SIZES: dict[str, dict[str, Any]] = {
     "1B": dict(
@@ -58,8 +59,9 @@ def shape_of_size(name: str, config: RunConfig) -> ModelShape:
     """Return the sizes of the model of that name in `SIZES`."""
     import transformers
 
+    settings = transformers.LlamaConfig(**SIZES[name])
     with parameters_on_meta():
-        return ModelShape.of(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES[name])), config)
+        return ModelShape.of(PlannedModel.of(transformers.LlamaForCausalLM(settings)), config)
 
 
 def _example(optimizer: str) -> RunConfig:

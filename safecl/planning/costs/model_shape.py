@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
-
-from torch import nn
 
 from safecl.config import LoraConfig, RunConfig
 from safecl.engine.model.adapters import is_target
 from safecl.engine.model.frozen import frozen_weights
+from safecl.engine.model.outline import Outline
 from safecl.engine.model.settings import choose_attention
 from safecl.planning.costs.activations import activation_bytes
 from safecl.planning.costs.inference import inference_bytes
 from safecl.planning.costs.items import FP32, weight_bytes
-from safecl.planning.passes import Passes
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+from safecl.planning.costs.planned_model import PlannedModel
+from safecl.planning.passes import Inference, Passes
 
 
 @dataclass(frozen=True)
@@ -55,29 +52,30 @@ class ModelShape:
     """Bytes of the gradients of hidden states that a method keeps between two passes."""
 
     @classmethod
-    def of(cls, model: nn.Module, config: RunConfig, passes: Passes | None = None) -> ModelShape:
-        """Return the shape of a model, whose parameters may be on the meta device, in a run of this config.
+    def of(cls, model: PlannedModel, config: RunConfig, passes: Passes | None = None) -> ModelShape:
+        """Return the shape of a model in a run of this config.
 
         passes: the largest passes of the run; None: full micro-batches of the longest rows, and no evaluation.
         """
-        alone = cls.without_activations(model, config.model.lora, functools.partial(frozen_weights, config))
-        settings, batch = _settings_of(model), _micro_batch(config) if passes is None else passes.micro_batch
+        outline = model.outline
+        alone = cls.without_activations(outline, config.model.lora, functools.partial(frozen_weights, config))
+        batch = _micro_batch(config) if passes is None else passes.micro_batch
         evaluations = [] if passes is None else [one for one in (passes.generated, passes.scored) if one is not None]
         return replace(
             alone,
-            activations=activation_bytes(settings, config.model, batch, masked=_is_masked(config)),
+            activations=_activations(model, config, batch),
             tokens=None if passes is None else batch[0] * batch[1],
-            evaluation=max((inference_bytes(settings, config.model, one) for one in evaluations), default=0),
+            evaluation=max((_evaluation(model, config, one) for one in evaluations), default=0),
             generates=passes is not None and passes.generated is not None,
-            singular_vectors=_singular_vectors(model, config),
-            alignment_directions=_alignment_directions(model, config),
+            singular_vectors=_singular_vectors(outline, config),
+            alignment_directions=_alignment_directions(outline, config),
             moved_hidden=_moved_hidden(alone, config, passes),
         )
 
     @classmethod
     def without_activations(
         cls,
-        model: nn.Module,
+        outline: Outline,
         lora: LoraConfig | None = None,
         frozen: Callable[[list[str]], set[str]] = lambda names: set(),
     ) -> ModelShape:
@@ -85,29 +83,37 @@ class ModelShape:
 
         lora: the adapters that the model will get. frozen: returns those of the trained weights that stay as they are.
         """
-        weights = sum(p.numel() for p in model.parameters())
-        layers = max(
-            (m for m in model.modules() if isinstance(m, nn.ModuleList)),
-            key=lambda m: sum(p.numel() for p in m.parameters()),
-        )
-        settings = _settings_of(model).get_text_config()
-        sizes = {n: p.numel() for n, p in model.named_parameters()} if lora is None else dict(_adapters(model, lora))
+        all_sizes = [math.prod(shape) for shape in outline.parameters.values()]
+        sizes = outline.sizes if lora is None else dict(_adapters(outline, lora))
         stays = frozen(list(sizes))
         trained = [size for name, size in sizes.items() if name not in stays]
         return cls(
-            weights=weights,
+            weights=sum(all_sizes),
             trained=sum(trained),
-            largest=max(trained) if trained else max(p.numel() for p in model.parameters()),
-            largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
-            hidden=settings.hidden_size,
-            vocab=settings.vocab_size,
-            layers=len(layers),
-            tied=bool(settings.tie_word_embeddings),
+            largest=max(trained) if trained else max(all_sizes),
+            largest_layer=max(sum(map(math.prod, outline.in_layer(layer))) for layer in outline.layers),
+            hidden=outline.hidden_size,
+            vocab=outline.vocab_size,
+            layers=len(outline.layers),
+            tied=outline.tied,
         )
 
 
-def _settings_of(model: nn.Module) -> PretrainedConfig:
-    return cast("PreTrainedModel", model).config
+def _activations(model: PlannedModel, config: RunConfig, batch: tuple[int, int]) -> int:
+    masked = _is_masked(config)
+    return model.counts.of(
+        config.model,
+        ["activations", *batch, masked],
+        lambda: activation_bytes(model.settings(), config.model, batch, masked=masked),
+    )
+
+
+def _evaluation(model: PlannedModel, config: RunConfig, batch: Inference) -> int:
+    return model.counts.of(
+        config.model,
+        ["evaluation", batch.rows, batch.tokens, batch.answer],
+        lambda: inference_bytes(model.settings(), config.model, batch),
+    )
 
 
 def _moved_hidden(shape: ModelShape, config: RunConfig, passes: Passes | None) -> int:
@@ -118,21 +124,21 @@ def _moved_hidden(shape: ModelShape, config: RunConfig, passes: Passes | None) -
     return shape.layers * tokens * shape.hidden * weight_bytes(config)
 
 
-def _singular_vectors(model: nn.Module, config: RunConfig) -> int:
+def _singular_vectors(outline: Outline, config: RunConfig) -> int:
     """Return the bytes of singular vectors in fp32. A subspace and its complement say the same; the smaller is kept."""
     shares = [share for method in config.methods.values() if (share := method.kept_singular_share) is not None]
-    layers = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [p.shape for p in max(layers, key=len).parameters() if p.dim() == 2] if shares else []
+    found = (shape for layer in outline.layers for shape in outline.in_layer(layer))
+    sizes = [shape for shape in found if len(shape) == 2] if shares else []
     ranks = [round(max(shares) * min(size)) for size in sizes]
     return sum(FP32 * side * min(rank, side - rank) for size, rank in zip(sizes, ranks, strict=True) for side in size)
 
 
-def _alignment_directions(model: nn.Module, config: RunConfig) -> int:
+def _alignment_directions(outline: Outline, config: RunConfig) -> int:
     """Return the bytes of the adapted weights in the run's dtype, where a method compares them with a base model's."""
     lora = config.model.lora
     if lora is None or not any(settings.needs_base_model for settings in config.methods.values()):
         return 0
-    return weight_bytes(config) * sum(module.weight.numel() for _, module in _targets(model, lora))
+    return weight_bytes(config) * sum(math.prod(size) for _, size in _targets(outline, lora))
 
 
 def _micro_batch(config: RunConfig) -> tuple[int, int]:
@@ -150,17 +156,15 @@ def _is_masked(config: RunConfig) -> bool:
     )
 
 
-def _adapters(model: nn.Module, lora: LoraConfig) -> Iterator[tuple[str, int]]:
+def _adapters(outline: Outline, lora: LoraConfig) -> Iterator[tuple[str, int]]:
     """Yield the name and size of each weight of the adapters."""
-    for name, module in _targets(model, lora):
-        for part, size in (("A", module.in_features), ("B", module.out_features)):
+    for name, (inputs, outputs) in _targets(outline, lora):
+        for part, size in (("A", inputs), ("B", outputs)):
             yield f"base_model.model.{name}.lora_{part}.default.weight", lora.r * size
 
 
-def _targets(model: nn.Module, lora: LoraConfig) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the maps that get an adapter, by name."""
-    head = cast("PreTrainedModel", model).get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            if lora.target_modules == "all-linear" or any(is_target(name, target) for target in lora.target_modules):
-                yield name, module
+def _targets(outline: Outline, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the name, inputs and outputs of the maps that get an adapter."""
+    for name, size in outline.linear.items():
+        if lora.target_modules == "all-linear" or any(is_target(name, target) for target in lora.target_modules):
+            yield name, size

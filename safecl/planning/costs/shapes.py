@@ -5,31 +5,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from transformers import PreTrainedModel
-
-from safecl.config import ModelConfig, RunConfig
-from safecl.engine.model.dtypes import CONFIG_DTYPES
-from safecl.engine.model.settings import read_model_settings
-from safecl.engine.model.structure import empty_model
+from safecl.config import RunConfig
 from safecl.engine.teachers.checks import other_models
 from safecl.planning.costs.model_shape import ModelShape
+from safecl.planning.costs.planned_model import PlannedModel, planned_model
 from safecl.planning.passes import largest_passes
 from safecl.planning.plans import RunPlan
+from safecl.storage.model_records import ModelRecords
 
 
-def model_structure(config: ModelConfig) -> PreTrainedModel:
-    """Return the model without its weights. Raises ConfigError for one that cannot be tuned."""
-    read_model_settings(config)
-    return empty_model(config.path, CONFIG_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code)
+def trained_model(config: RunConfig) -> PlannedModel:
+    """Return what is known of the model that a run trains. Raises ConfigError for one that cannot be tuned."""
+    return planned_model(config.model, ModelRecords.of(config))
 
 
-def shapes_of(model: PreTrainedModel, plan: RunPlan) -> Callable[[int], ModelShape]:
+def shapes_of(model: PlannedModel, plan: RunPlan) -> Callable[[int], ModelShape]:
     """Return a function that gives the model's shape in this run on a number of ranks."""
     shape_with = functools.cache(functools.partial(ModelShape.of, model, plan.config))
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = model.outline.vocab_size
     return functools.cache(lambda ranks: shape_with(largest_passes(plan, ranks, vocabulary)))
 
 
 def teacher_shapes(config: RunConfig) -> list[ModelShape]:
     """Return the sizes of the online teachers, the further models that compute outputs in every step."""
-    return [ModelShape.without_activations(model_structure(other)) for other in other_models(config)]
+    records = ModelRecords.of(config)
+    return [ModelShape.without_activations(planned_model(other, records).outline) for other in other_models(config)]

@@ -109,10 +109,11 @@ def test_a_row_takes_no_more_than_its_bound():
 def test_the_plan_says_where_the_weights_are(room, expected):
     from safecl.planning.costs.device_memory import plan_memory
     from safecl.planning.costs.model_shape import ModelShape
+    from safecl.planning.costs.planned_model import PlannedModel
     from safecl.planning.passes import Inference, Passes
 
     config = scenes.run_config(deepspeed={"stage": 3})
-    shape = ModelShape.of(scenes.tiny_model(), config, Passes((2, 32), generated=Inference(2, 8, 4)))
+    shape = ModelShape.of(PlannedModel.of(scenes.tiny_model()), config, Passes((2, 32), generated=Inference(2, 8, 4)))
     plan = plan_memory(shape, config, 2, room=room)
     assert plan.evaluation == expected
     (gathered,) = [i.nbytes for i in plan.items if i.what == "gathered weights" and i.moment == "evaluation"]
