@@ -140,3 +140,14 @@ def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(tmp_path, asked):
     settings.write_text(settings.read_text() + " ")
     load_tokenizer(ModelConfig(path=str(adapter)), records=records)
     assert len(asked) == 2
+
+
+def test_a_gguf_file_is_read_each_time(tmp_path, monkeypatch):
+    """AutoTokenizer is replaced: the package that reads such a file is not needed here."""
+    asked: list[dict] = []
+    chosen = lambda source, **options: asked.append(options) or byte_level()  # noqa: E731
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", chosen)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    for _ in range(2):
+        load_tokenizer(ModelConfig(path=str(tmp_path / "m.gguf")), records=ModelRecords(tmp_path / "store"))
+    assert asked == [{"trust_remote_code": False, "gguf_file": "m.gguf"}] * 2 and not (tmp_path / "store").exists()
