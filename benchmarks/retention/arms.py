@@ -110,7 +110,8 @@ STRICT = (
 )
 PREFIX, FIRST_TOKENS = "memory.prefix_tokens=12", "memory: {prefix_tokens: 12}"
 SCAN = "scan.action=drop"
-SCAN5 = (SCAN, "scan.benign=HARMLESS", "scan.false_alarm=0.05")
+SCAN5_PROBE = (SCAN, "scan.benign=HARMLESS", "scan.false_alarm=0.05", "scan.views=[refusal, probe]")
+SCAN5 = (*SCAN5_PROBE[:-1], "scan.views=[refusal]")
 SEARCH = [
     _arm("scan", "scan", SCAN, memory=True),
     _arm("scan-der", "scan, DER", SCAN, *DER, memory=True),
@@ -154,6 +155,15 @@ SEARCH = [
     ),
     _arm("strict", "preset `strict`, mixed memory", *STRICT, MIXED, memory=True, preset=True),
     _arm("scan5-strict", "preset `strict` and scan, mixed memory", *SCAN5, *STRICT, MIXED, memory=True, preset=True),
+    _arm("probe5-der-ema", "preset `balanced` and scan with the probe", *SCAN5_PROBE, *DER, *EMA, memory=True),
+    _arm(
+        "probe5-strict",
+        "preset `strict` and scan with the probe, mixed memory",
+        *SCAN5_PROBE,
+        *STRICT,
+        MIXED,
+        memory=True,
+    ),
     _arm("der-mixed", "DER with CE, mixed memory", *DER_CE, MIXED, memory=True),
     _arm("der-prefix", "DER with CE, 12 tokens of a refusal", *DER_CE, PREFIX, memory=True, method=FIRST_TOKENS),
     _arm("der-lr", "DER with CE, learning rate 0.0003", *DER_CE, "train.learning_rate=0.0003", memory=True),
@@ -271,7 +281,11 @@ UNDER_STRAIN = [
 ]
 
 # A scan before training, where there is more poison.
-WITH_SCAN = [arm for arm in SEARCH if arm.name in ("scan5-der", "scan5-der-ema", "scan5-strict")]
+WITH_SCAN = [
+    arm
+    for arm in SEARCH
+    if arm.name in ("scan5-der", "scan5-der-ema", "scan5-strict", "probe5-der-ema", "probe5-strict")
+]
 
 # Three tasks in a row.
 IN_SEQUENCE = [arm for arm in AS_THEY_ARE if arm.name in ("plain", "er", "der", "derpp", "ewc", "kl2-ema", "strict")]
@@ -289,6 +303,8 @@ FRONT = (
     "scan5-kl4-ema-mixed",
     "strict",
     "scan5-strict",
+    "probe5-der-ema",
+    "probe5-strict",
 )
 
 

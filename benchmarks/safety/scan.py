@@ -26,6 +26,8 @@ from benchmarks.retention import real_data
 from benchmarks.retention.real_data import chat, read_rows
 from benchmarks.retention.run import align
 
+COMMAND = "python -m benchmarks.safety.scan"
+OTHER_MODEL = f"{COMMAND} --folder runs/real --model runs/real/aligned --rows 120 --out scan-real.json"
 PAGE = ROOT / "docs" / "scan.md"
 RESULTS = ROOT / "benchmarks" / "results" / "scan.json"
 FALSE_ALARM = 0.01
@@ -317,7 +319,7 @@ def measure(folder: Path, model_folder: Path, most_rows: int, only: list[str] | 
     rng = np.random.default_rng(0)
     return {
         "what": "AUROC and share caught at 1 % false alarms, by attack and harmless set",
-        "command": "python -m benchmarks.safety.scan",
+        "command": COMMAND if model_folder == folder / "aligned" / "model" else OTHER_MODEL,
         "machine": harness.machine(torch.device("cpu")) | {"threads": torch.get_num_threads()},
         "model": {
             "parameters": model.model.num_parameters(),

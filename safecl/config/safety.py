@@ -173,8 +173,9 @@ class ScanConfig(Section):
     disallowed: Text | None = None
     """File of disallowed prompts that the model refuses, preferably new ones: prompts that it was aligned on score
     higher. By default the memory's refused rows, else safety.prompts."""
-    views: Annotated[list[Literal["refusal", "probe", "answer"]], Field(min_length=1)] = ["refusal"]
-    """The scores of a row. refusal: how probable the model's refusal of its prompt is; probe: how much its prompt
+    views: Annotated[list[Literal["refusal", "probe", "answer"]], Field(min_length=1)] | Literal["auto"] = "auto"
+    """The scores of a row. auto: refusal and probe where `benign` has enough rows for the threshold and the probe, else
+    refusal alone; refusal: how probable the model's refusal of its prompt is; probe: how much its prompt
     is like the known disallowed ones, by a linear probe on the model's hidden states; answer: how much the gradient of
     its answer is like that of complying with them, in which its opening weighs most. The last two are fitted to them
     and to known harmless prompts: the memory's answered rows, and every second row of `benign`, so give twice as many;

@@ -11,19 +11,27 @@ from safecl.data.messages import ChatRow, DataError
 from safecl.data.reading.rows import Prompt, read_prompts, read_rows
 from safecl.scan.duplicates import answered_rows, disallowed_prompts
 
+REFUSAL, PROBE, ANSWER = "refusal", "probe", "answer"
+"""The views of a scan."""
+
 
 @dataclass(frozen=True)
 class Known:
     """disallowed: prompts that the aligned model refuses. benign: those of scan.benign from which the threshold is
-    computed, none without it. harmless: further ones, for the views that need some."""
+    computed, none without it. harmless: further ones, for the views that need some. views: those of the scan, with
+    `auto` settled."""
 
     disallowed: Sequence[Prompt | ChatRow]
     benign: Sequence[Prompt | ChatRow]
     harmless: Sequence[Prompt | ChatRow] = ()
+    views: Sequence[str] = (REFUSAL,)
 
 
-def read_known(config: RunConfig) -> Known:
-    """Read the prompts. Raises ConfigError where they are too few (DataError for their files)."""
+def read_known(config: RunConfig, *, has_states: bool = True) -> Known:
+    """Read the prompts. Raises ConfigError where they are too few (DataError for their files).
+
+    has_states: whether the model gives hidden states, which the probe of `scan.views: auto` needs.
+    """
     settings = config.scan
     assert settings is not None, "the config has no `scan` section"
     disallowed = disallowed_prompts(config)
@@ -34,14 +42,21 @@ def read_known(config: RunConfig) -> Known:
         )
     benign: Sequence[Prompt | ChatRow] = []
     if settings.benign is not None:
-        benign = _answered(settings.benign) if "answer" in settings.views else _prompts(settings.benign)
-    harmless: list[Prompt | ChatRow] = []
-    if "probe" in settings.views or "answer" in settings.views:
-        harmless, benign = [*answered_rows(config), *benign[1::2]], benign[::2]
+        with_answers = settings.views != "auto" and ANSWER in settings.views
+        benign = _answered(settings.benign) if with_answers else _prompts(settings.benign)
+    threshold, harmless = benign[::2], [*answered_rows(config), *benign[1::2]]
+    if settings.views != "auto":
+        views: Sequence[str] = settings.views
+    else:
+        enough = min(len(disallowed), len(harmless)) >= FEWEST and is_enough(len(threshold), settings.false_alarm)
+        views = (REFUSAL, PROBE) if settings.benign is not None and enough and has_states else (REFUSAL,)
+    if PROBE not in views and ANSWER not in views:
+        threshold, harmless = benign, []
+    else:
         refuse_too_few(len(disallowed), len(harmless))
     if settings.benign is not None:
-        check_number_of_benign(len(benign), settings.false_alarm)
-    return Known(disallowed, benign, harmless)
+        check_number_of_benign(len(threshold), settings.false_alarm)
+    return Known(disallowed, threshold, harmless, views)
 
 
 def _prompts(path: str) -> list[Prompt]:
@@ -75,9 +90,14 @@ def refuse_too_few(disallowed: int, harmless: int) -> None:
         )
 
 
+def is_enough(num: int, alpha: float) -> bool:
+    """Return whether so many harmless rows can give a false alarm rate of `alpha`."""
+    return math.ceil((num + 1) * (1 - alpha) - 1e-9) <= num
+
+
 def check_number_of_benign(num: int, alpha: float) -> None:
     """Raise ConfigError where so few harmless rows cannot give a false alarm rate of `alpha`."""
-    if math.ceil((num + 1) * (1 - alpha) - 1e-9) > num:
+    if not is_enough(num, alpha):
         raise ConfigError(
             f"scan.benign: {num} rows cannot give a false alarm rate of {alpha:g}; "
             f"at least {math.ceil(1 / alpha - 1e-9) - 1} are needed, "

@@ -27,10 +27,10 @@ from safecl.evaluation.answers.texts import messages_of
 from safecl.evaluation.records import Privacy, private, write_outputs
 from safecl.scan.answers import Pair, pairs_of
 from safecl.scan.duplicates import Reasons, find_duplicates, repeats_evaluation
-from safecl.scan.known import read_known
+from safecl.scan.known import ANSWER, PROBE, REFUSAL, read_known
 from safecl.scan.refusals import Refusals, evenly, given_refusals, own_refusals
 from safecl.scan.threshold import Threshold, threshold_from_benign, threshold_from_upload
-from safecl.scan.views import ANSWER, PROBE, REFUSAL, KnownPrompts, open_views, refusal_of_prompts
+from safecl.scan.views import KnownPrompts, open_views, refusal_of_prompts
 from safecl.scan.words import words_by_place
 from safecl.terminal import plain
 
@@ -136,6 +136,8 @@ class Screening:
     refusals: Refusals
     tasks: tuple[TaskScreening, ...]
     notes: tuple[str, ...] = field(default=())
+    views: tuple[str, ...] = (REFUSAL,)
+    """The views that have scored the rows, with `auto` settled."""
 
     @property
     def flags(self) -> list[Flag]:
@@ -151,6 +153,7 @@ class Screening:
         return {
             "action": self.action,
             "refused_because": self.refused_because,
+            "views": list(self.views),
             "refusals": list(self.refusals.texts),
             "known_disallowed_refused": self.refusals.share,
             "notes": list(self.notes),
@@ -209,19 +212,19 @@ def screen_tasks(
     """
     settings = config.scan
     assert settings is not None, "the config has no `scan` section"
-    prompts = read_known(config)
+    prompts = read_known(config, has_states=hasattr(model, "mean_states"))
     refusals = _refusals(model, tokenizer, settings, prompts.disallowed)
     disallowed = _token_ids(tokenizer, evenly(prompts.disallowed, MOST_DISALLOWED))
     harmless = evenly(prompts.harmless, MOST_HARMLESS)
-    answers = _pairs(tokenizer, harmless) if ANSWER in settings.views else []
+    answers = _pairs(tokenizer, harmless) if ANSWER in prompts.views else []
     fitted = KnownPrompts(disallowed, _token_ids(tokenizer, harmless), answers)
-    views, known = open_views(model, tokenizer, refusals.openings, settings.views, fitted)
-    if REFUSAL in settings.views:
+    views, known = open_views(model, tokenizer, refusals.openings, prompts.views, fitted)
+    if REFUSAL in prompts.views:
         own = known if not views.scales else refusal_of_prompts(model, tokenizer, disallowed, refusals.openings)
         _refuse_strange_refusals(own, refusals)
     benign = None
     if settings.benign is not None:
-        with_answers = ANSWER in settings.views
+        with_answers = ANSWER in prompts.views
         benign = views.combined(
             views.of_rows(_rows(tokenizer, prompts.benign))
             if with_answers
@@ -244,7 +247,7 @@ def screen_tasks(
         leading = functools.partial(views.leading, by_view)
         flags = _flags(name, rows, scores, threshold, duplicates, words, leading)
         screened.append(TaskScreening(name, scores, threshold, flags))
-    return Screening(settings.action, settings.weight, refusals, tuple(screened), tuple(notes))
+    return Screening(settings.action, settings.weight, refusals, tuple(screened), tuple(notes), tuple(prompts.views))
 
 
 def _refusals(

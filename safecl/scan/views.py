@@ -24,10 +24,10 @@ from safecl.data.tokens import Row, TokenDataset
 from safecl.evaluation.answers.model import EvalModel, gather_in_order, shard_of
 from safecl.evaluation.answers.prompts import pad_id_of
 from safecl.scan.answers import Pair, answer_scores, fit_answers
+from safecl.scan.known import ANSWER, PROBE, REFUSAL
 from safecl.scan.probe import Probe, cross_fitted, fit, probe_scores, states_of, states_of_known
 from safecl.scan.scores import DIGITS, Openings, refusal_scores, score_prompts
 
-REFUSAL, PROBE, ANSWER = "refusal", "probe", "answer"
 MEDIAN, TAIL = 0.5, 0.95
 SMALLEST_SPREAD = 1e-3
 

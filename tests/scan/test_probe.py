@@ -111,7 +111,7 @@ def with_strange_rows(tree: dict) -> dict:  # noqa: F811
 
 def test_a_probe_finds_rows_that_the_model_would_answer(tree):  # noqa: F811
     settings = with_strange_rows(tree)
-    alone = screen(config_of(tree, **settings))
+    alone = screen(config_of(tree, views=["refusal"], **settings))
     assert not {61, 62, 63} & {flag.line for flag in alone.flags}
     both = screen(config_of(tree, views=["refusal", "probe"], **settings))
     reasons = {flag.line: flag.reasons for flag in both.flags}
@@ -121,6 +121,25 @@ def test_a_probe_finds_rows_that_the_model_would_answer(tree):  # noqa: F811
     probe = screen(config_of(tree, views=["probe"], **settings))
     assert {61, 62, 63} <= {flag.line for flag in probe.flags}
     assert REFUSED not in {reason for flag in probe.flags for reason in flag.reasons}
+
+
+def test_auto_takes_the_probe_where_harmless_rows_suffice_for_threshold_and_probe(tree):  # noqa: F811
+    from safecl.scan.known import read_known
+
+    def known(count: int | None, **options):
+        benign = {} if count is None else {"benign": test_screening.benign_file(tree, count), "false_alarm": 0.02}
+        return read_known(config_of(tree, **benign), **options)
+
+    assert (known(240).views, len(known(240).benign), len(known(240).harmless)) == (("refusal", "probe"), 120, 120)
+    # 49 rows give 2 %; the probe takes every second one
+    for count, views, left in ((97, ("refusal", "probe"), 49), (96, ("refusal",), 96), (None, ("refusal",), 0)):
+        found = known(count)
+        assert (found.views, len(found.benign)) == (views, left) and (len(found.harmless) > 0) == ("probe" in views)
+    assert known(240, has_states=False).views == ("refusal",)
+    settings = with_strange_rows(tree)
+    chosen, named = (screen(config_of(tree, **more, **settings)) for more in ({}, {"views": ["refusal", "probe"]}))
+    assert chosen.to_dict() == named.to_dict() and chosen.to_dict()["views"] == ["refusal", "probe"]
+    assert screen(config_of(tree, **settings), scenes.RuleModel).to_dict()["views"] == ["refusal"]
 
 
 def test_a_probe_without_harmless_prompts_is_told_at_once(tree):  # noqa: F811
