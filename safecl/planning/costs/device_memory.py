@@ -17,7 +17,6 @@ from safecl.config import RunConfig, parse_bytes
 from safecl.engine.checkpoint.staging import staging_bytes
 from safecl.engine.model.dtypes import CONFIG_DTYPES
 from safecl.engine.model.features import layer_numbers
-from safecl.engine.passes.live_model import SHARE_FOR_WEIGHTS
 from safecl.engine.zero.pieces import CHUNK
 from safecl.engine.zero.placement import StatePlacement, role_of
 from safecl.engine.zero.state_placement import needs_reference, placement_of, streams_theta_0
@@ -128,6 +127,8 @@ def _with_gathered_weights(
     if chosen == "auto":
         places: tuple[Where, ...] = ("device",) if device == "cuda" else ("device", "host")
         held = sum(item.nbytes for item in plan.items if item.moment == "always" and item.where in places)
+        from safecl.engine.passes.live_model import SHARE_FOR_WEIGHTS  # imports DeepSpeed's engine
+
         fits = room is not None and shape.weights * size <= SHARE_FOR_WEIGHTS * (room - held)
         chosen = "whole" if fits else "streamed"
     gathered = shape.weights if chosen == "whole" else gathered_weights(shape)
