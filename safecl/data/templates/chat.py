@@ -307,7 +307,18 @@ def refusal(tokenizer: Any, error: Exception) -> RowProblem:
 
 
 def turn_shape(tokenizer: Any) -> tuple[str, str]:
-    """Texts that the template writes before and after a last answer's content: ("", "<|im_end|>\\n") for ChatML."""
+    """Texts that the template writes before and after a last answer's content: ("", "<|im_end|>\\n") for ChatML.
+
+    The tokenizer remembers them for its template: many rows ask.
+    """
+    template = tokenizer.chat_template, dict(tokenizer.special_tokens_map)
+    known = getattr(tokenizer, "safecl_turn_shape", None)
+    if known is None or known[0] != template:
+        known = tokenizer.safecl_turn_shape = template, _find_turn_shape(tokenizer)
+    return known[1]
+
+
+def _find_turn_shape(tokenizer: Any) -> tuple[str, str]:
     probe = [Message("user", "question"), Message("assistant", _PROBE)]
     text = render(tokenizer, [probe])[0]
     given = render(tokenizer, [probe[:1]], generation_prompt=True)[0]
