@@ -62,8 +62,8 @@ def check_model(plan: RunPlan) -> None:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What a run trains. names: of the trained weights; with LoRA, of the weights that have adapters. sizes: of the
-    trained tensors. embeddings: names of those that have an adapter."""
+    """The weights that a run trains. names: of the trained weights; with LoRA, of those that have adapters. sizes: of
+    the trained tensors. embeddings: names of those that have an adapter."""
 
     names: list[str]
     sizes: dict[str, int]

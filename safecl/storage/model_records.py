@@ -1,5 +1,5 @@
-"""What was found out about a model once and holds as long as its files stay the same: hashes, checks that passed, its
-outline, the class of its tokenizer. Nothing here is about rows. Imports no torch.
+"""Records of facts about a model that hold as long as its files stay the same: hashes, checks that passed, its outline,
+the class of its tokenizer. Nothing here is about rows. Imports no torch.
 
     models.json         in the store of artifacts: {name: [basis, value]}
 

@@ -10,7 +10,7 @@ import pytest
 from safecl.config import ConfigError, ModelConfig
 from safecl.data import DataError, Message, load_tokenizer, prompt_ids, stop_ids, template_source, tokenize_row
 from safecl.data.messages import ChatRow, RowProblem
-from safecl.data.templates.chat import use_plain_template
+from safecl.data.templates.chat import turn_shape, use_plain_template
 from safecl.data.templates.masks import tokenize_rows
 from tests.data import tokenizers as tk
 
@@ -352,3 +352,15 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="end-of-text"):
         load_tokenizer(ModelConfig(path=saved(tokenizer, tmp_path)))
+
+
+def test_the_shape_of_a_turn_is_found_once_for_a_template_and_anew_for_another(monkeypatch):
+    from safecl.data.templates import chat as module
+
+    tokenizer, looked = tk.byte_level(), []
+    find = module._find_turn_shape
+    monkeypatch.setattr(module, "_find_turn_shape", lambda tokenizer: looked.append(1) or find(tokenizer))
+    assert turn_shape(tokenizer) == turn_shape(tokenizer) == find(tokenizer) and len(looked) == 1
+    before = turn_shape(tokenizer)
+    use_plain_template(tokenizer)
+    assert turn_shape(tokenizer) == find(tokenizer) != before

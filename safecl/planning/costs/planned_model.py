@@ -58,7 +58,7 @@ class Counts:
 
 @dataclass
 class PlannedModel:
-    """What planning knows of a model.
+    """The facts about a model that planning uses.
 
     notes: messages about its files; None where they have not been compared with the outline yet.
     """

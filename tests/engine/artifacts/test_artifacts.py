@@ -170,3 +170,18 @@ def test_an_artifact_that_grows_has_no_hashes_of_its_files(tmp_path):
         folder = obtain(store, "cache", KEY, texts=(), build=lambda folder: built.append(_write(folder)), hashed=False)
         (folder / "values").write_bytes(b"more than before")
     assert len(built) == 1
+
+
+def test_the_versions_are_those_of_the_packages_and_deepspeed_is_not_imported_for_its_own():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from safecl.engine.artifacts.base_model import versions; found = versions(); "
+        "assert 'deepspeed' not in sys.modules; import deepspeed, json; "
+        "assert found.pop('deepspeed') == deepspeed.__version__; print(json.dumps(found))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {"safecl", "torch", "transformers"} and found["torch"] == str(torch.__version__)
